@@ -1,0 +1,257 @@
+"""The command line: parse, call, print. The one place that knows the terminal and exit codes.
+
+Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 SIGTERM,
+129 SIGHUP. stdout carries results only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from dus_cli import __version__
+from dus_cli.checkpoint import open_checkpoint
+from dus_cli.errors import DusError, LayerMapError, shown
+from dus_cli.layers import parse_layers
+from dus_cli.plan import MapRequest, parse_size
+from dus_cli.reference import ModelRef
+from dus_cli.report import upscale_text, verification_json, verification_text
+from dus_cli.terminal import BarProgress, PlainProgress, print_plan
+from dus_cli.transfer import DEFAULT_JOBS, CopyMode
+from dus_cli.upscale import NoProgress, Progress
+from dus_cli.upscale import preview as run_preview
+from dus_cli.upscale import upscale as run_upscale
+from dus_cli.verify import VerifyMode
+from dus_cli.verify import verify as run_verify
+
+app = typer.Typer(
+    name="dus",
+    help="Depth up-scaling: grow a language model by stacking two trimmed copies of its layers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"dus {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version_option: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Depth up-scaling: grow a language model by stacking two trimmed copies of its layers."""
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _layers(text: str) -> str:
+    try:
+        parse_layers(text)
+    except LayerMapError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+@app.command()
+def upscale(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A checkpoint's directory, or a Hub id: org/name or org/name@revision."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write; must not exist, or be empty.")
+    ],
+    trim: Annotated[
+        Optional[int],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
+        typer.Option("--trim", "-t", min=0, metavar="M", help="Layers trimmed from each copy. Default: a quarter."),
+    ] = None,
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--layers",
+            metavar="MAP",
+            parser=_layers,
+            help="Any other map, as half-open ranges of base layers: 0:24,8:32. Excludes --trim and --copies.",
+        ),
+    ] = None,
+    copies: Annotated[int, typer.Option("--copies", min=2, metavar="K", help="Copies to stack.")] = 2,
+    max_shard_size: Annotated[
+        int,
+        typer.Option(
+            "--max-shard-size", metavar="SIZE", parser=_size, help="Largest shard, in decimal KB, MB, GB or TB."
+        ),
+    ] = "5GB",  # type: ignore[assignment]  # the parser makes it an int
+    copy_mode: Annotated[
+        CopyMode,
+        typer.Option("--copy-mode", help="How bytes move: auto clones (reflinks) where the file system can."),
+    ] = CopyMode.auto,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel copies.")] = DEFAULT_JOBS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan and write nothing.")] = False,
+    verify: Annotated[
+        VerifyMode,
+        typer.Option("--verify", help="What to check before publishing: structure, or full (every byte)."),
+    ] = VerifyMode.structure,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Also write SHA256SUMS.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing OUT, once the new one is whole.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Write a deeper model: base layers 0…n−m−1, then m…n−1.
+
+    The result is an ordinary checkpoint of 2(n − m) layers. Heal it before you use it.
+    """
+    if layers is not None and (trim is not None or copies != 2):
+        raise typer.BadParameter("it says the whole map; leave out --trim and --copies", param_hint="--layers")
+    ref, request = ModelRef.parse(model), MapRequest(trim, layers, copies)
+    speaks = not (quiet or as_json)
+    if dry_run:
+        report = run_preview(
+            ref,
+            output,
+            request,
+            max_shard_bytes=max_shard_size,
+            copy_mode=copy_mode,
+            overwrite=overwrite,
+            quiet=not speaks,
+        )
+        if speaks:
+            print_plan(report.plan)
+    else:
+        with _progress(speaks) as progress:
+            report = run_upscale(
+                ref,
+                output,
+                request,
+                max_shard_bytes=max_shard_size,
+                copy_mode=copy_mode,
+                jobs=jobs,
+                verify=verify,
+                with_checksums=checksums,
+                overwrite=overwrite,
+                quiet=not speaks,
+                progress=progress,
+            )
+    if as_json:
+        print(json.dumps(report.to_json()))
+    elif speaks:
+        print(upscale_text(report))
+
+
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to check.")],
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel reads.")] = DEFAULT_JOBS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
+
+    Lists every problem it finds, and exits 1 if there is any.
+    """
+    if not model.is_dir():
+        raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
+    speaks = not (quiet or as_json)
+    checkpoint = _open_base(ModelRef.parse(base), quiet=not speaks) if base is not None else None
+    found = run_verify(model, checkpoint, jobs=jobs)
+    if as_json:
+        print(json.dumps(verification_json(found)))
+    elif speaks or not found.is_sound:
+        print(verification_text(found))
+    if not found.is_sound:
+        raise typer.Exit(1)
+
+
+def _open_base(ref: ModelRef, *, quiet: bool) -> Any:
+    if ref.path is not None:
+        return open_checkpoint(ref.path)
+    from dus_cli import hub
+
+    folder, commit = hub.fetch_small_files(ref, quiet=quiet)
+    hub.fetch_weights(ref, folder, commit)
+    return open_checkpoint(folder)
+
+
+def _progress(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
+    if not speaks:
+        return contextlib.nullcontext(NoProgress())
+    return BarProgress() if sys.stderr.isatty() else contextlib.nullcontext(PlainProgress())
+
+
+# typer vendors click, so its usage errors have no public name: it is the parent of BadParameter.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _Terminated(BaseException):
+    """A signal that ends the run. It unwinds, so that context managers clean up; typer does not know it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def _handle_signals() -> None:
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        for other in handled:  # a second Ctrl-C must not interrupt the clean-up
+            signal.signal(other, signal.SIG_IGN)
+        raise _Terminated(signum)
+
+    handled = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    for signum in handled:
+        signal.signal(signum, handle)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, then exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> NoReturn:
+    """The entry point of `dus`: turns outcomes into exit codes. DUS_DEBUG=1 shows tracebacks."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets question marks, no traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    _handle_signals()
+    try:
+        code = app(prog_name="dus", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except DusError as error:
+        if os.environ.get("DUS_DEBUG"):
+            raise
+        fail(str(error), 1)
+    except _UsageError as error:
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        command = getattr(getattr(error, "ctx", None), "command_path", "dus")
+        fail(f"{message.rstrip('.')}; see {command} --help", 2)
+    except BrokenPipeError:  # dus … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except _Terminated as error:
+        fail(f"ended by {signal.Signals(error.signum).name}; nothing was left behind", 128 + error.signum)
+    except MemoryError:
+        fail("out of memory; nothing was left behind", 1)

@@ -1,0 +1,60 @@
+"""Everything that can go wrong for a reason we know: one line that says what, why and what to do.
+
+The core raises these; only `cli` turns them into exit codes. A traceback means a bug in dus.
+"""
+
+from __future__ import annotations
+
+_LONGEST_SHOWN = 120
+
+
+class DusError(Exception):
+    """A known failure. Its text is the whole message; `cli` prints it and exits 1."""
+
+
+class ModelNotFoundError(DusError):
+    """MODEL names neither a directory nor a Hub id, or the Hub cannot serve it."""
+
+
+class CheckpointError(DusError):
+    """The checkpoint is damaged, incomplete, hostile, or not a decoder checkpoint in safetensors."""
+
+
+class LayerMapError(DusError):
+    """The layer map is not valid for this model."""
+
+
+class ConfigError(DusError):
+    """A field of config.json cannot be carried to the new depth, or is not understood."""
+
+
+class OutputError(DusError):
+    """The output cannot be written: taken, no room, no permission, or the disk failed."""
+
+
+class VerificationError(DusError):
+    """What was written is not what was planned."""
+
+
+def shown(text: object) -> str:
+    r"""Text from a checkpoint, made fit for one line of a terminal.
+
+    Names in a hostile file may hold escape sequences or be megabytes long.
+
+    >>> shown("model.layers.0")
+    'model.layers.0'
+    >>> shown("red" + chr(27) + "[31m")
+    'red\\x1b[31m'
+    """
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: _LONGEST_SHOWN + 1])
+    return line if len(line) <= _LONGEST_SHOWN else line[:_LONGEST_SHOWN] + "…"
+
+
+def shown_list(items: list[str] | tuple[str, ...], limit: int = 3) -> str:
+    """The first few of several names, and how many more there are.
+
+    >>> shown_list(["a", "b", "c", "d"], limit=2)
+    'a, b and 2 more'
+    """
+    text = ", ".join(shown(item) for item in items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"

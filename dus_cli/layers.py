@@ -1,0 +1,215 @@
+"""Layer maps: which base layer each output layer copies. Pure functions of numbers and names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dus_cli.errors import LayerMapError, shown
+
+# A map longer than this is a slip of the keyboard, not a model: the deepest known are near 200 layers.
+MAX_OUTPUT_LAYERS = 100_000
+
+
+@dataclass(frozen=True)
+class Seam:
+    """Where two output layers meet that were not neighbours in the base.
+
+    `distance` is how far apart the two layers stood in the base; neighbours have distance 1.
+    SOLAR's seam joins layer 23 to layer 8, distance 15 (arXiv:2312.15166, section 2, "layer distance").
+    """
+
+    output_layers: tuple[int, int]
+    base_layers: tuple[int, int]
+
+    @property
+    def distance(self) -> int:
+        below, above = self.base_layers
+        return abs(below - above)
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The base layer that each output layer copies, in output order.
+
+    `trim` is None for a map that was typed with `--layers`.
+    """
+
+    sources: tuple[int, ...]
+    num_base_layers: int
+    trim: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def is_deeper(self) -> bool:
+        return len(self.sources) > self.num_base_layers
+
+    @property
+    def seams(self) -> tuple[Seam, ...]:
+        return tuple(
+            Seam((above - 1, above), pair)
+            for above, pair in enumerate(pairwise(self.sources), start=1)
+            if pair[1] != pair[0] + 1
+        )
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """The map as runs of consecutive base layers: [0…23, 8…31] is (range(0, 24), range(8, 32))."""
+        starts = [0, *(seam.output_layers[1] for seam in self.seams), len(self.sources)]
+        return tuple(range(self.sources[a], self.sources[b - 1] + 1) for a, b in pairwise(starts))
+
+    @property
+    def outputs(self) -> tuple[tuple[int, ...], ...]:
+        """For every base layer, the output layers that copy it."""
+        copies: list[list[int]] = [[] for _ in range(self.num_base_layers)]
+        for output, base in enumerate(self.sources):
+            copies[base].append(output)
+        return tuple(map(tuple, copies))
+
+    def keeps_phase(self, period: int) -> bool:
+        """Whether every output layer keeps its base layer's position in a pattern of this period."""
+        return all(output % period == base % period for output, base in enumerate(self.sources))
+
+    def __str__(self) -> str:
+        """The map in the grammar of `--layers`.
+
+        >>> str(stack(32, trim=8))
+        '0:24,8:32'
+        """
+        return ",".join(str(r.start) if len(r) == 1 else f"{r.start}:{r.stop}" for r in self.runs)
+
+
+def source_layers(num_layers: int, trim: int, copies: int = 2) -> tuple[int, ...]:
+    """Base layer that each output layer copies (SOLAR, arXiv:2312.15166, section 2).
+
+    The first copy loses its last `trim` layers, the last copy its first `trim`; with more than two
+    copies the inner ones lose both. The length is copies · n − 2 · (copies − 1) · trim.
+
+    >>> source_layers(4, trim=1)
+    (0, 1, 2, 1, 2, 3)
+    >>> source_layers(4, trim=1, copies=3)
+    (0, 1, 2, 1, 2, 1, 2, 3)
+    """
+    first, inner, last = range(num_layers - trim), range(trim, num_layers - trim), range(trim, num_layers)
+    return (*first, *(layer for _ in range(copies - 2) for layer in inner), *last)
+
+
+def default_trim(num_layers: int) -> int:
+    """SOLAR's ratio, m = n / 4 (8 of 32), rounded down."""
+    return num_layers // 4
+
+
+def largest_trim(num_layers: int) -> int:
+    """The largest trim whose result is deeper than the base: s > n exactly when m < n / 2, for any copies."""
+    return (num_layers - 1) // 2
+
+
+def stack(num_layers: int, trim: int | None = None, copies: int = 2) -> LayerMap:
+    """The depthwise scaling of `num_layers` layers; the default trim is SOLAR's ratio.
+
+    Raises:
+        LayerMapError: the result would be no deeper than the base, or absurdly deep.
+    """
+    if copies < 2:
+        raise LayerMapError(f"--copies {copies} would not deepen the model; use 2 or more")
+    if trim is None:
+        trim = default_trim(num_layers)
+    span = largest_trim(num_layers)
+    if not 0 <= trim <= span:
+        kept = max(0, copies * num_layers - 2 * (copies - 1) * trim) if trim >= 0 else None
+        what = (
+            f"--trim {trim} would leave {kept} of {num_layers} layers, no deeper than the base"
+            if kept is not None
+            else f"--trim {trim} is negative"
+        )
+        raise LayerMapError(f"{what}; use {f'0 to {span}' if span else '0'}")
+    num_output = copies * num_layers - 2 * (copies - 1) * trim
+    if num_output > MAX_OUTPUT_LAYERS:
+        raise LayerMapError(f"--copies {copies} would make {num_output} layers; at most {MAX_OUTPUT_LAYERS}")
+    return LayerMap(source_layers(num_layers, trim, copies), num_layers, trim)
+
+
+_RANGE = re.compile(r"(?:(\d{1,9})?:(\d{1,9})?|(\d{1,9}))", re.ASCII)
+
+
+def parse_layers(text: str) -> tuple[tuple[int, int | None], ...]:
+    """The grammar of `--layers`: half-open ranges like Python slices, and single layers.
+
+    An omitted end is returned as None: it is the base's depth, which only the checkpoint knows.
+
+    >>> parse_layers("0:24,8:32,5,20:")
+    ((0, 24), (8, 32), (5, 6), (20, None))
+
+    Raises:
+        LayerMapError: the text is not of this form.
+    """
+    ranges: list[tuple[int, int | None]] = []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise LayerMapError(
+                f"--layers {shown(text)!r}: {shown(part)!r} is neither START:END nor a layer number; "
+                "ranges are half-open like Python slices, for example 0:24,8:32"
+            )
+        start, end, single = match.groups()
+        if single is not None:
+            ranges.append((int(single), int(single) + 1))
+        else:
+            ranges.append((int(start or 0), int(end) if end else None))
+    return tuple(ranges)
+
+
+def typed_map(text: str, num_layers: int) -> LayerMap:
+    """The map typed with `--layers`, held against the base's depth. A range may repeat.
+
+    >>> typed_map("0:3,1:", 4).sources
+    (0, 1, 2, 1, 2, 3)
+
+    Raises:
+        LayerMapError: not of the grammar, an empty range, or a layer that the base does not have.
+    """
+    sources: list[int] = []
+    for start, end in parse_layers(text):
+        stop = num_layers if end is None else end
+        if stop > num_layers or (start >= num_layers and start < stop):
+            raise LayerMapError(
+                f"--layers {start}:{stop} reaches beyond the base, which has {num_layers} layers "
+                f"(0 to {num_layers - 1}); ranges are half-open, so {num_layers} is the largest end"
+            )
+        if start >= stop:
+            raise LayerMapError(f"--layers {start}:{stop} is empty; the end must be greater than the start")
+        sources.extend(range(start, stop))
+        if len(sources) > MAX_OUTPUT_LAYERS:
+            raise LayerMapError(f"--layers names more than {MAX_OUTPUT_LAYERS} layers")
+    return LayerMap(tuple(sources), num_layers)
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """A tensor's name split at its layer number: prefix + "." + index + "." + suffix."""
+
+    prefix: str
+    index: int
+    suffix: str
+
+    def at(self, index: int) -> str:
+        return f"{self.prefix}.{index}.{self.suffix}"
+
+
+def split_name(name: str) -> LayerName | None:
+    """Split a name at its first number, which is the layer's; later ones (`experts.3`) belong to the suffix.
+
+    >>> split_name("model.layers.7.mlp.experts.3.up_proj.weight")
+    LayerName(prefix='model.layers', index=7, suffix='mlp.experts.3.up_proj.weight')
+    >>> split_name("lm_head.weight") is None
+    True
+    """
+    parts = name.split(".")
+    for position, part in enumerate(parts[1:-1], start=1):
+        # Canonical decimal numbers only: "007" or a non-ASCII digit is not how any library writes an index.
+        if part.isdecimal() and part.isascii() and part == str(int(part[:9])):
+            return LayerName(".".join(parts[:position]), int(part), ".".join(parts[position + 1 :]))
+    return None

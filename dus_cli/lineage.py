@@ -1,0 +1,80 @@
+"""dus.json: where a model came from, so that it can be verified and made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__
+from dus_cli.checkpoint import Checkpoint, read_small_file
+from dus_cli.errors import CheckpointError
+from dus_cli.headers import parse_json_object
+from dus_cli.layers import Seam
+from dus_cli.plan import UpscalePlan
+from dus_cli.source_files import inside
+
+NAME = "dus.json"
+SCHEMA = 1
+
+_MAX_BYTES = 16_000_000
+
+
+def seam_record(seam: Seam) -> dict[str, Any]:
+    return {
+        "output_layers": list(seam.output_layers),
+        "base_layers": list(seam.base_layers),
+        "distance": seam.distance,
+    }
+
+
+def lineage(plan: UpscalePlan) -> dict[str, Any]:
+    """The content of dus.json. It has no times and no output path, so two runs write the same.
+
+    `chain` holds the lineage of the base, oldest first, where the base is itself a product of dus.
+    """
+    ref, checkpoint, layer_map = plan.base.ref, plan.checkpoint, plan.layer_map
+    base: dict[str, Any] = {"name": ref.name}
+    if ref.repo_id is not None:
+        base |= {"repo_id": ref.repo_id, "revision": ref.revision, "commit": plan.base.commit}
+    else:
+        base |= {"path": ref.text}
+    base |= {"config_sha256": checkpoint.config_sha256, "index_sha256": checkpoint.index_sha256}
+    base["shards"] = {shard.name: shard.header.end for shard in checkpoint.shards}
+    return {
+        "schema": SCHEMA,
+        "dus_version": __version__,
+        "base": base,
+        "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
+        "trim": layer_map.trim,
+        "layers": str(layer_map),
+        "layer_map": list(layer_map.sources),
+        "layer_prefix": plan.stack.prefix,
+        "seams": [seam_record(seam) for seam in layer_map.seams],
+        "num_tensors": plan.num_tensors,
+        "num_parameters": plan.num_parameters,
+        "total_size": plan.num_data_bytes,
+        "chain": _chain(checkpoint),
+    }
+
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """The dus.json of a checkpoint's folder, None where it has none.
+
+    Raises:
+        CheckpointError: damaged, or written by a newer dus.
+    """
+    path = inside(folder, NAME)
+    if not path.exists():
+        return None
+    record = parse_json_object(read_small_file(path, NAME, _MAX_BYTES), NAME)
+    if record.get("schema") != SCHEMA:
+        raise CheckpointError(f"{NAME} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
+    return record
+
+
+def _chain(checkpoint: Checkpoint) -> list[Any]:
+    record = read_lineage(checkpoint.folder)
+    if record is None:
+        return []
+    earlier = record.pop("chain", [])
+    return [*(earlier if isinstance(earlier, list) else []), record]

@@ -1,0 +1,171 @@
+"""`UpscalePlan`: everything that will be written, decided before the first byte. Pure, so a dry run is free."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from dus_cli.errors import LayerMapError
+from dus_cli.layers import LayerMap, stack, typed_map
+from dus_cli.layout import ShardLayout, lay_out
+from dus_cli.model_config import decoder_config, deepen_config
+from dus_cli.reference import ModelRef
+from dus_cli.source_files import carried_files
+from dus_cli.stacks import LayerStack, find_stack
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """A size in decimal units, as transformers and the Hub count.
+
+    >>> parse_size("5GB"), parse_size("1.5 MB"), parse_size("300")
+    (5000000000, 1500000, 300)
+
+    Raises:
+        ValueError: not a positive number with KB, MB, GB or TB.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?B)?", text.strip().upper(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size; write it like 5GB, 300MB or 1.5TB (decimal units)")
+    return size
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """The layer map that was asked for, before the base's depth is known. `layers` excludes the others."""
+
+    trim: int | None = None
+    layers: str | None = None
+    copies: int = 2
+
+    def resolve(self, num_layers: int) -> LayerMap:
+        """The map for a base of this depth.
+
+        Raises:
+            LayerMapError: not valid for this depth.
+        """
+        if self.layers is None:
+            return stack(num_layers, self.trim, self.copies)
+        if self.trim is not None or self.copies != 2:
+            raise LayerMapError("--layers says the whole map; leave out --trim and --copies")
+        return typed_map(self.layers, num_layers)
+
+    @property
+    def options(self) -> str:
+        """The request as typed on the command line."""
+        if self.layers is not None:
+            return f" --layers {self.layers}"
+        trim = "" if self.trim is None else f" --trim {self.trim}"
+        return trim + ("" if self.copies == 2 else f" --copies {self.copies}")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base as lineage records it: what was typed, and the commit where it came from the Hub."""
+
+    ref: ModelRef
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class UpscalePlan:
+    """The whole output: shards, config, files, and the figures that the report gives.
+
+    `shards` maps file names to layouts, in order. `files` are the source's other files, as
+    (path with "/", file).
+    """
+
+    base: Base
+    checkpoint: Checkpoint
+    layer_map: LayerMap
+    request: MapRequest
+    stack: LayerStack
+    config: dict[str, Any]
+    shards: dict[str, ShardLayout]
+    files: tuple[tuple[str, Path], ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(layout.placements) for layout in self.shards.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.tensor.num_elements for layout in self.shards.values() for p in layout.placements)
+
+    @property
+    def num_data_bytes(self) -> int:
+        """Bytes of tensor data, the index's `total_size`."""
+        return sum(layout.num_bytes - len(layout.header) for layout in self.shards.values())
+
+    @property
+    def num_clonable_bytes(self) -> int:
+        """Bytes that a file system with reflinks need not write."""
+        return sum(len(s.clonable) for layout in self.shards.values() for s in layout.segments())
+
+    @property
+    def num_file_bytes(self) -> int:
+        """Bytes of the files that are copied along."""
+        return sum(path.stat().st_size for _, path in self.files)
+
+    def index(self) -> dict[str, Any] | None:
+        """The content of model.safetensors.index.json, None where one file holds everything."""
+        if SINGLE_NAME in self.shards:
+            return None
+        weight_map = {p.name: name for name, layout in self.shards.items() for p in layout.placements}
+        metadata = {"total_size": self.num_data_bytes, "total_parameters": self.num_parameters}
+        return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+    def text_files(self) -> dict[str, str]:
+        """config.json and the index, as they are written."""
+        files = {"config.json": dump_json(self.config)}
+        index = self.index()
+        return files if index is None else files | {INDEX_NAME: dump_json(index)}
+
+
+def dump_json(value: object) -> str:
+    """JSON as transformers lays it out, keys in their order. Text stays ASCII, so any content can be written."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def make_plan(
+    base: Base, checkpoint: Checkpoint, request: MapRequest, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> UpscalePlan:
+    """Decide everything that will be written. Reads headers and names only.
+
+    Raises:
+        LayerMapError: the map is not valid for this model.
+        ConfigError: a field of the config cannot follow the map.
+        CheckpointError: tensors that the layer map does not account for.
+    """
+    decoder = decoder_config(checkpoint.config)
+    layer_map = request.resolve(decoder.num_layers)
+    layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder)
+    config, config_warnings = deepen_config(checkpoint.config, layer_map)
+    layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes)
+    if len(layouts) == 1:
+        shards = {SINGLE_NAME: layouts[0]}
+    else:
+        width = max(5, len(str(len(layouts))))
+        names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
+        shards = dict(zip(names, layouts, strict=True))
+    warnings = [*stack_warnings, *config_warnings]
+    if not layer_map.is_deeper:
+        warnings.append(
+            f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
+        )
+    if layers.num_extra:
+        warnings.append(
+            f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last layer, as "
+            f"{layers.prefix}.{len(layer_map)} and on"
+        )
+    files = tuple(carried_files(checkpoint.folder))
+    return UpscalePlan(base, checkpoint, layer_map, request, layers, config, shards, files, tuple(warnings))

@@ -1,0 +1,165 @@
+"""What an upscale or a verification has to say: as JSON with a documented schema, and for a person."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__
+from dus_cli.drawing import draw_map
+from dus_cli.lineage import seam_record
+from dus_cli.plan import UpscalePlan
+from dus_cli.transfer import Tally
+from dus_cli.verify import Verification
+
+# Raised when a field is removed or changes its meaning; new fields do not raise it.
+SCHEMA = 1
+
+_VERIFIED = {"none": "no (--verify none)", "structure": "structure", "full": "structure and every byte"}
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes of disk that the output needs, reflinks counted, and that are free."""
+
+    needed: int
+    free: int
+    can_clone: bool
+
+
+@dataclass(frozen=True)
+class UpscaleReport:
+    """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the planning)."""
+
+    plan: UpscalePlan
+    output: Path
+    dry_run: bool
+    space: Space
+    tally: Tally
+    verified: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The report of `--json`; docs/layout.md describes each field."""
+        plan, layer_map = self.plan, self.plan.layer_map
+        return {
+            "schema": SCHEMA,
+            "version": __version__,
+            "dry_run": self.dry_run,
+            "model": plan.base.ref.text,
+            "commit": plan.base.commit,
+            "output": str(self.output),
+            "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
+            "trim": layer_map.trim,
+            "layers": str(layer_map),
+            "layer_map": list(layer_map.sources),
+            "seams": [seam_record(seam) for seam in layer_map.seams],
+            "parameters": {"base": plan.checkpoint.num_parameters, "output": plan.num_parameters},
+            "bytes": plan.num_data_bytes,
+            "tensors": plan.num_tensors,
+            "shards": [{"name": name, "bytes": layout.num_bytes} for name, layout in plan.shards.items()],
+            "files": [name for name, _ in plan.files],
+            "space": {"needed": self.space.needed, "free": self.space.free, "can_clone": self.space.can_clone},
+            "bytes_cloned": self.tally.cloned,
+            "bytes_copied": self.tally.copied,
+            "verified": self.verified,
+            "seconds": round(self.seconds, 3),
+            "warnings": list(plan.warnings),
+        }
+
+
+def plan_text(plan: UpscalePlan, width: int) -> str:
+    """The drawing of copies and seams, under a line that names the model."""
+    layer_map = plan.layer_map
+    trim = "" if layer_map.trim is None else f", trim {layer_map.trim}"
+    title = f"{plan.base.ref.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}"
+    return f"{title}\n\n{draw_map(layer_map, width)}"
+
+
+def upscale_text(report: UpscaleReport) -> str:
+    """The closing summary for a person; of a dry run, the plan."""
+    plan, tally, space = report.plan, report.tally, report.space
+    base, output = plan.checkpoint.num_parameters, plan.num_parameters
+    rows = [
+        ("parameters", f"{output:,} (base {base:,}, ×{output / base:.2f})"),
+        ("tensors", f"{plan.num_tensors:,} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}"),
+        ("tensor data", f"{plan.num_data_bytes:,} bytes ({human_bytes(plan.num_data_bytes)})"),
+    ]
+    if report.dry_run:
+        how = "reflinks share the rest with the base" if space.can_clone else "this file system has no reflinks"
+        rows += [
+            ("disk needed", f"{human_bytes(space.needed)} ({how})"),
+            ("disk free", human_bytes(space.free)),
+            ("shards", "\n".join(f"{n}  {human_bytes(s.num_bytes)}" for n, s in list(plan.shards.items())[:20])),
+        ]
+        if len(plan.shards) > 20:
+            rows.append(("", f"… {len(plan.shards) - 20} more"))
+        rows.append(("other files", ", ".join(name for name, _ in plan.files) or "none"))
+    else:
+        rows += [
+            ("cloned", human_bytes(tally.cloned)),
+            ("copied", human_bytes(tally.copied)),
+            ("verified", _VERIFIED[report.verified]),
+            ("time", f"{report.seconds:.2f} s"),
+        ]
+    lines = _table(rows) + [f"warning: {warning}" for warning in plan.warnings]
+    output_text = shlex.quote(str(report.output))
+    if report.dry_run:
+        lines.append(f"Dry run: nothing was written to {output_text}.")
+    else:
+        lines += [
+            f"Wrote {output_text}. It is not healed yet: the seam makes it worse than its base.",
+            f"next: dus heal {output_text} --data corpus.jsonl",
+            "      (in the next release; until then any trainer of Hugging Face checkpoints heals it)",
+        ]
+    return "\n".join(lines)
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    """The report of `dus verify --json`; docs/layout.md describes each field."""
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": found.model,
+        "sound": found.is_sound,
+        "num_layers": found.num_layers,
+        "tensors": found.num_tensors,
+        "parameters": found.num_parameters,
+        "bytes_compared": found.bytes_compared,
+        "files_summed": found.files_summed,
+        "problems": found.problems,
+        "warnings": found.warnings,
+    }
+
+
+def verification_text(found: Verification) -> str:
+    """The findings for a person, a line for each problem."""
+    lines = [f"problem: {problem}" for problem in found.problems]
+    lines += [f"warning: {warning}" for warning in found.warnings]
+    layers = "" if found.num_layers is None else f"{found.num_layers} layers, "
+    compared = f"{human_bytes(found.bytes_compared)} compared byte by byte"
+    sums = f", {found.files_summed} checksums" if found.files_summed else ""
+    count = len(found.problems)
+    verdict = "sound" if found.is_sound else f"{count} problem{'s' * (count != 1)}"
+    lines.append(f"{found.model}: {verdict} ({layers}{found.num_tensors:,} tensors, {compared}{sums})")
+    return "\n".join(lines)
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as --max-shard-size counts.
+
+    >>> human_bytes(21_463_048_192)
+    '21.46 GB'
+    """
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    """Labels in one column; further lines of a value are indented to the second."""
+    return [f"{label:<13}{value}".replace("\n", "\n" + " " * 13) for label, value in rows]

@@ -1,0 +1,146 @@
+"""Which files of a checkpoint's folder are weights, and which go along to the deeper model."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from dus_cli.errors import CheckpointError, shown
+
+# Weights in any format, and what belongs to them. `.bin` is a pickle wherever it occurs on the Hub.
+WEIGHT_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.pickle",
+    "*.gguf",
+    "*.ggml",
+    "*.ggmlv3.*",
+    "*.h5",
+    "*.h5.index.json",
+    "*.msgpack",
+    "*.msgpack.index.json",
+    "*.npz",
+    "*.ot",
+    "*.onnx",
+    "*.onnx_data",
+    "*.onnx.data",
+    "*.tflite",
+    "*.engine",
+    "*.nemo",
+    "*.mlmodel",
+    "*.llamafile",
+)
+
+# Folders that hold the same model for another runtime.
+OTHER_FORMAT_FOLDERS = (
+    "original",
+    "onnx",
+    "openvino",
+    "gguf",
+    "coreml",
+    "metal",
+    "mlx",
+    "tensorrt",
+    "*.mlpackage",
+    "*.mlmodelc",
+)
+
+# Written anew for the deeper model; README.md is the card.
+WRITTEN_ANEW = ("README.md", "dus.json", "SHA256SUMS", "config.json")
+
+# Nobody's but the base's own, at any depth.
+LEFT_BEHIND = (".git*", ".cache", "__pycache__", ".DS_Store")
+
+# A tokenizer of 100 MB exists; a stray archive of gigabytes in the folder is no part of the model.
+LARGEST_CARRIED_BYTES = 2_000_000_000
+
+
+def is_carried(relative: str) -> bool:
+    """Whether a file at this path (with "/") goes along: neither weights nor another format's folder.
+
+    >>> is_carried("tokenizer.json"), is_carried("original/params.json"), is_carried("model.safetensors")
+    (True, False, False)
+    """
+    *folders, name = PurePosixPath(relative).parts
+    if relative in WRITTEN_ANEW:
+        return False
+    if any(fnmatch(part, pattern) for part in (*folders, name) for pattern in LEFT_BEHIND):
+        return False
+    if any(fnmatch(folder, pattern) for folder in folders for pattern in OTHER_FORMAT_FOLDERS):
+        return False
+    return not any(fnmatch(name.lower(), pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """The file at this path under the folder, refused where it leaves the folder.
+
+    A link inside a snapshot of the Hub's cache into the `blobs` beside it is fine: that is how the
+    cache stores files (huggingface_hub, "Understand caching").
+
+    Raises:
+        CheckpointError: absolute, with "..", or a link to somewhere else.
+    """
+    pure = PurePosixPath(relative)
+    if not relative.isprintable() or "\\" in relative:  # no name that a terminal or a sums file must escape
+        raise CheckpointError(f"the file name {shown(relative)!r} has control characters or a backslash; rename it")
+    if pure.is_absolute() or ".." in pure.parts or not relative:
+        raise CheckpointError(f"{shown(relative)!r} points outside the model's folder; refusing to follow it")
+    path = folder / pure
+    try:
+        real, root = path.resolve(strict=True), folder.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return path  # missing or unreadable: whoever opens it says so
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{shown(relative)} is a link that leaves the model's folder (to {shown(real)}); refusing to follow it"
+        )
+    return path
+
+
+def carried_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files that go along, as (path with "/", file), sorted so that two runs write the same.
+
+    Raises:
+        CheckpointError: a link that leaves the folder, or something that is no file.
+    """
+    for root, folders, names in os.walk(folder, onerror=_unreadable):
+        folders[:] = sorted(name for name in folders if is_carried(_relative(folder, root, name) + "/x"))
+        for name in sorted(names + [f for f in folders if (Path(root) / f).is_symlink()]):
+            relative = _relative(folder, root, name)
+            if not is_carried(relative):
+                continue
+            path = inside(folder, relative)
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{shown(relative)} cannot be read: {error.strerror or error}; remove or repair it"
+                ) from error
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{shown(relative)} is not a regular file; remove it from the folder")
+            if status.st_size > LARGEST_CARRIED_BYTES:
+                raise CheckpointError(
+                    f"{shown(relative)} has {status.st_size} bytes and is no weight file that dus knows; "
+                    "move it out of the model's folder"
+                )
+            yield relative, path
+
+
+def _relative(folder: Path, root: str, name: str) -> str:
+    return (Path(root) / name).relative_to(folder).as_posix()
+
+
+def _unreadable(error: OSError) -> None:
+    raise CheckpointError(f"{shown(error.filename)} cannot be read: {error.strerror}") from error

@@ -1,0 +1,115 @@
+"""Find the decoder's layers among a checkpoint's tensor names, and account for every other number."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dus_cli import architectures as arch
+from dus_cli.errors import CheckpointError, shown, shown_list
+from dus_cli.layers import LayerMap, split_name
+from dus_cli.model_config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """Where the decoder's layers stand: tensors `prefix.0.…` to `prefix.n-1.…`.
+
+    `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3).
+    """
+
+    prefix: str
+    num_layers: int
+    num_extra: int = 0
+
+    def output_names(self, name: str, layer_map: LayerMap) -> tuple[str, ...]:
+        """The names under which a base tensor stands in the output: none where the map drops its layer."""
+        split = split_name(name)
+        if split is None or split.prefix != self.prefix:
+            return (name,)
+        if split.index >= self.num_layers:
+            return (split.at(split.index - self.num_layers + len(layer_map)),)
+        return tuple(split.at(output) for output in layer_map.outputs[split.index])
+
+
+def find_stack(names: Iterable[str], decoder: DecoderConfig) -> tuple[LayerStack, tuple[str, ...]]:
+    """The decoder's layer stack, and warnings.
+
+    Raises:
+        CheckpointError: no stack of the config's depth, layers missing or beyond the depth, layers
+            that hold no tensor, or a second stack that dus does not understand.
+    """
+    indices: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        split = split_name(name)
+        if split is not None:
+            indices[split.prefix].add(split.index)
+    depth = decoder.num_layers
+    prefix, warnings = _choose(indices, decoder)
+    found = indices[prefix]
+    missing = sorted(set(range(depth)) - found)
+    if missing:
+        raise CheckpointError(
+            f"{prefix} lacks {'layer' if len(missing) == 1 else 'layers'} {shown_list([str(i) for i in missing])} "
+            f"of the {depth} that config.json counts; shards are missing, download the checkpoint again"
+        )
+    num_extra = _count_extra(prefix, found, decoder)
+    _check_others(indices, prefix, decoder)
+    return LayerStack(prefix, depth, num_extra), warnings
+
+
+def _choose(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[str, tuple[str, ...]]:
+    depth = decoder.num_layers
+    known = [prefix for prefix in indices if prefix in arch.LAYER_STACKS]
+    if len(known) == 1:
+        return known[0], ()
+    if len(known) > 1:
+        raise CheckpointError(
+            f"there are several layer stacks ({shown_list(sorted(known))}) where one decoder is meant; "
+            "dus deepens decoder-only language models"
+        )
+    encoders = [prefix for prefix in indices if prefix.endswith(("encoder.layer", "encoder.layers", "encoder.block"))]
+    if encoders:
+        raise CheckpointError(
+            f"the layers stand under {shown_list(sorted(encoders))}: this is an encoder; "
+            "dus deepens decoder-only language models"
+        )
+    complete = [prefix for prefix, found in indices.items() if len(found) == depth and max(found) == depth - 1]
+    if len(complete) != 1:
+        seen = f"; numbered names: {shown_list(sorted(indices))}" if indices else ""
+        raise CheckpointError(
+            f"no tensors are named like the {depth} layers that config.json counts "
+            f"(model.layers.0 to model.layers.{depth - 1}, for example){seen}"
+        )
+    warning = f"the layers were taken to be {shown(complete[0])}.0 to {depth - 1}, a place dus does not know"
+    return complete[0], (warning,)
+
+
+def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
+    beyond = sorted(index for index in found if index >= decoder.num_layers)
+    if not beyond:
+        return 0
+    announced = decoder.fields.get("num_nextn_predict_layers")
+    if type(announced) is int and beyond == list(range(decoder.num_layers, decoder.num_layers + announced)):
+        return announced
+    raise CheckpointError(
+        f"tensors named {prefix}.{beyond[0]} lie beyond the {decoder.num_layers} layers that config.json counts; "
+        "the config is of another model"
+    )
+
+
+def _check_others(indices: dict[str, set[int]], prefix: str, decoder: DecoderConfig) -> None:
+    """Numbered names outside the decoder's layers: understood, or an error that names them.
+
+    A multimodal model's encoders stand outside the language model and stay as they are. Inside it a
+    numbered stack may be a table with one entry per layer (gemma3n's altup projections).
+    """
+    language_model = prefix.rpartition(".")[0]
+    for other in sorted(indices.keys() - {prefix, *arch.MTP_STACKS}):
+        is_inside = language_model not in ("", "model") and other.startswith(f"{language_model}.")
+        if is_inside or not decoder.is_multimodal:
+            raise CheckpointError(
+                f"{shown(other)} is a numbered stack ({len(indices[other])} entries) beside {prefix}; "
+                "dus does not know whether it follows the layer map"
+            )

@@ -1,0 +1,199 @@
+"""The verb: resolve, open, plan, write, verify, publish, report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from dus_cli import checksums, lineage
+from dus_cli.card import model_card
+from dus_cli.checkpoint import open_checkpoint
+from dus_cli.errors import OutputError, shown
+from dus_cli.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
+from dus_cli.reference import ModelRef
+from dus_cli.report import Space, UpscaleReport, human_bytes
+from dus_cli.staging import Staging, check_apart, check_output, free_bytes
+from dus_cli.transfer import DEFAULT_JOBS, CopyMode, Tally, can_clone, transfer
+from dus_cli.verify import VerifyMode, check_against_plan, check_bytes_against_plan
+
+
+class Progress(Protocol):
+    """Told what happens while it happens; `advance` is called from several threads."""
+
+    def planned(self, plan: UpscalePlan) -> None: ...
+
+    def start(self, what: str, total: int) -> None: ...
+
+    def advance(self, num_bytes: int) -> None: ...
+
+
+class NoProgress:
+    """Says nothing."""
+
+    def planned(self, plan: UpscalePlan) -> None:
+        pass
+
+    def start(self, what: str, total: int) -> None:
+        pass
+
+    def advance(self, num_bytes: int) -> None:
+        pass
+
+
+def plan(
+    ref: ModelRef,
+    request: MapRequest,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    fetch: bool = True,
+    quiet: bool = True,
+) -> UpscalePlan:
+    """Find the model and decide everything that will be written. Nothing is written but the Hub's cache.
+
+    Args:
+        ref: the base.
+        request: the layer map.
+        max_shard_bytes: the largest shard, in bytes.
+        fetch: bring a Hub model's weights into the cache; without, only its headers are read.
+        quiet: no progress bars from huggingface_hub.
+
+    Raises:
+        DusError: any known failure; see `errors`.
+    """
+    if ref.path is not None:
+        return make_plan(Base(ref), open_checkpoint(ref.path), request, max_shard_bytes)
+    from dus_cli import hub  # imports huggingface_hub, slow to import, for Hub ids only
+
+    folder, commit = hub.fetch_small_files(ref, quiet=quiet)
+    base = Base(ref, commit)
+    # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
+    made = make_plan(base, open_checkpoint(folder, hub.remote_headers(ref, commit)), request, max_shard_bytes)
+    if not fetch:
+        return made
+    hub.fetch_weights(ref, folder, commit)
+    return make_plan(base, open_checkpoint(folder), request, max_shard_bytes)
+
+
+def preview(
+    ref: ModelRef,
+    output: Path,
+    request: MapRequest,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    copy_mode: CopyMode = CopyMode.auto,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> UpscaleReport:
+    """The report of a dry run: the whole plan, and in its warnings what would stop the run. Writes nothing.
+
+    Raises:
+        DusError: as `plan`.
+    """
+    started = time.monotonic()
+    made = plan(ref, request, max_shard_bytes=max_shard_bytes, fetch=False, quiet=quiet)
+    folder = output.resolve().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    space = _space(made, folder, copy_mode, may_create=False)
+    obstacles = []
+    for check in (
+        lambda: check_output(output, overwrite=overwrite),
+        lambda: check_apart(output, made.checkpoint.folder),
+        lambda: _check_space(space, copy_mode, output),
+    ):
+        try:
+            check()
+        except OutputError as error:
+            obstacles.append(str(error))
+    made = replace(made, warnings=(*made.warnings, *obstacles))
+    return UpscaleReport(made, output, True, space, Tally(), "none", time.monotonic() - started)
+
+
+def upscale(
+    ref: ModelRef,
+    output: Path,
+    request: MapRequest,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    copy_mode: CopyMode = CopyMode.auto,
+    jobs: int = DEFAULT_JOBS,
+    verify: VerifyMode = VerifyMode.structure,
+    with_checksums: bool = False,
+    overwrite: bool = False,
+    quiet: bool = True,
+    progress: Progress | None = None,
+) -> UpscaleReport:
+    """Write the deeper model beside `output`, verify it, and give it its name in one step.
+
+    Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
+    is to replace untouched.
+
+    Raises:
+        DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the base
+            is unreadable or changed meanwhile), VerificationError (what was written is not what was planned).
+    """
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    real = check_output(output, overwrite=overwrite)
+    made = plan(ref, request, max_shard_bytes=max_shard_bytes, quiet=quiet)
+    check_apart(output, made.checkpoint.folder)
+    progress.planned(made)
+    with Staging(real, overwrite=overwrite) as staging:
+        space = _space(made, staging.folder, copy_mode, may_create=True)
+        _check_space(space, copy_mode, output)
+        tally = _write(made, staging, space, copy_mode, jobs, progress)
+        if verify is not VerifyMode.none:
+            check_against_plan(made, staging.folder)
+        if verify is VerifyMode.full:
+            progress.start("verifying", made.num_data_bytes)
+            check_bytes_against_plan(made, staging.folder, jobs, progress.advance)
+        if with_checksums:
+            staging.write_text(checksums.NAME, checksums.checksums(staging.folder, jobs))
+        staging.publish()
+    return UpscaleReport(made, output, False, space, tally, verify.value, time.monotonic() - started)
+
+
+def _write(
+    made: UpscalePlan, staging: Staging, space: Space, copy_mode: CopyMode, jobs: int, progress: Progress
+) -> Tally:
+    for name, path in made.files:
+        staging.copy_file(name, path)
+    progress.start("writing", made.num_data_bytes)
+    tally = transfer(
+        made,
+        staging.folder,
+        clone=space.can_clone,
+        must_clone=copy_mode is CopyMode.clone,
+        jobs=jobs,
+        on_bytes=progress.advance,
+    )
+    for name, text in made.text_files().items():
+        staging.write_text(name, text)
+    staging.write_text("README.md", model_card(made))
+    staging.write_text(lineage.NAME, dump_json(lineage.lineage(made)))
+    return tally
+
+
+def _space(made: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: bool) -> Space:
+    source = made.checkpoint.shards[0].path
+    clones = copy_mode is not CopyMode.copy and can_clone(source, folder, may_create=may_create)
+    # Config, index, card and lineage are counted with one flat mebibyte.
+    needed = sum(layout.num_bytes for layout in made.shards.values()) + made.num_file_bytes
+    if clones:
+        needed -= made.num_clonable_bytes
+    return Space(needed + (1 << 20), free_bytes(folder), clones)
+
+
+def _check_space(space: Space, copy_mode: CopyMode, output: Path) -> None:
+    if copy_mode is CopyMode.clone and not space.can_clone:
+        raise OutputError(
+            f"--copy-mode clone: the file system of {shown(output)} cannot share blocks with the model's (reflinks "
+            "need XFS or btrfs, and both on the same one); use --copy-mode auto"
+        )
+    if space.needed > space.free:
+        raise OutputError(
+            f"{shown(output)} needs {human_bytes(space.needed)} and its file system has {human_bytes(space.free)} "
+            "free; free some space or choose another place for -o"
+        )

@@ -1,0 +1,350 @@
+"""Reopen an output and hold it against its plan, its base, its own duplicates and its checksums."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dus_cli import lineage
+from dus_cli.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    read_config,
+    read_weight_map,
+)
+from dus_cli.checksums import check_sums
+from dus_cli.errors import DusError, VerificationError, shown, shown_list
+from dus_cli.headers import TensorInfo, parse_json_object, read_header
+from dus_cli.layers import LayerMap, split_name
+from dus_cli.layout import ShardLayout
+from dus_cli.model_config import DecoderConfig, decoder_config, deepen_config
+from dus_cli.plan import UpscalePlan
+from dus_cli.source_files import inside
+from dus_cli.stacks import LayerStack, find_stack
+from dus_cli.staging import staged_files
+from dus_cli.transfer import DEFAULT_JOBS
+from dus_cli.workers import workers
+
+_PIECE = 4 << 20
+
+
+class VerifyMode(str, Enum):
+    """What `dus upscale` checks before it publishes."""
+
+    none = "none"
+    structure = "structure"
+    full = "full"
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    tensor: TensorInfo
+
+
+class Comparison(NamedTuple):
+    """Two places that must hold the same bytes."""
+
+    left: Place
+    right: Place
+    right_name: str
+
+
+@dataclass
+class Verification:
+    """What `dus verify` found. `problems` is empty where all is well."""
+
+    model: str
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    num_tensors: int = 0
+    num_parameters: int = 0
+    num_layers: int | None = None
+    bytes_compared: int = 0
+    files_summed: int = 0
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.problems
+
+
+# --- before publishing: against the plan -------------------------------------------------------
+
+
+def check_against_plan(plan: UpscalePlan, folder: Path) -> None:
+    """Headers, sizes, index and config of what was written, against what was planned. Reads no data.
+
+    Raises:
+        VerificationError: the first difference.
+    """
+    for name, layout in plan.shards.items():
+        _check_shard(folder / name, name, layout)
+    for name, text in plan.text_files().items():
+        if (folder / name).read_text(encoding="utf-8") != text:
+            raise VerificationError(f"{name} is not what was planned; the disk or the file system failed")
+    expected = {*plan.shards, *plan.text_files(), *(name for name, _ in plan.files)}
+    missing = sorted(expected - set(staged_files(folder)))
+    if missing:
+        raise VerificationError(f"{shown_list(missing)} was written and is gone; does something clean this folder?")
+
+
+def _check_shard(path: Path, name: str, layout: ShardLayout) -> None:
+    try:
+        header = read_header(path, name)
+    except DusError as error:
+        raise VerificationError(f"written shard is unsound: {error}") from error
+    written = [(t.name, t.dtype, t.shape, t.start) for t in header.tensors if t.num_bytes]
+    planned = [(p.name, p.tensor.dtype, p.tensor.shape, start) for p, start in layout.positions() if p.tensor.num_bytes]
+    if written != planned or header.end != layout.num_bytes or len(header.tensors) != len(layout.placements):
+        raise VerificationError(f"{name} is not what was planned; the disk or the file system failed")
+
+
+def check_bytes_against_plan(plan: UpscalePlan, folder: Path, jobs: int, on_bytes: Callable[[int], object]) -> None:
+    """Every byte that was written, against its source.
+
+    Raises:
+        VerificationError: the first difference.
+    """
+
+    def comparisons() -> Iterator[Comparison]:
+        for name, layout in plan.shards.items():
+            for placement, start in layout.positions():
+                tensor = placement.tensor
+                written = TensorInfo(placement.name, tensor.dtype, tensor.shape, start, start + tensor.num_bytes)
+                yield Comparison(Place(folder / name, written), Place(placement.shard.path, tensor), "its source")
+
+    for problem in compare(comparisons(), jobs, on_bytes):
+        raise VerificationError(f"{problem}; the disk or its driver failed, nothing was published")
+
+
+# --- `dus verify` -------------------------------------------------------------------------------
+
+
+def verify(
+    folder: Path,
+    base: Checkpoint | None = None,
+    *,
+    jobs: int = DEFAULT_JOBS,
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> Verification:
+    """Check a checkpoint and gather every problem.
+
+    Every header, the index against the headers, the config against the tensors; with dus.json the
+    layers that stand twice against each other, byte by byte; with `base` every tensor against its
+    source and the config against the base's; with SHA256SUMS every file's sum.
+    """
+    found = Verification(str(folder))
+    config = _gather(found, lambda: read_config(folder)[0])
+    tensors = _open_tensors(folder, found)
+    found.num_tensors = len(tensors)
+    found.num_parameters = sum(place.tensor.num_elements for place in tensors.values())
+    decoder = _gather(found, lambda: decoder_config(config)) if config is not None else None
+    if decoder is not None:
+        found.num_layers = decoder.num_layers
+    stack = _gather(found, lambda: find_stack(tensors, decoder)[0]) if decoder is not None and tensors else None
+    record = _gather(found, lambda: lineage.read_lineage(folder))
+    layer_map = _gather(found, lambda: _recorded_map(record)) if record is not None else None
+    if record is None and not found.problems:
+        found.warnings.append(f"there is no {lineage.NAME}: which layers stand twice is not known, none were compared")
+    if record is not None:
+        _check_counts(found, record)
+    if decoder is not None and stack is not None and layer_map is not None:
+        found.problems += _check_depth(decoder, layer_map)
+    if stack is not None and layer_map is not None:
+        pairs, problems = _duplicates(tensors, stack, layer_map)
+        found.problems += [*problems, *_compare_all(pairs, jobs, on_bytes, found)]
+    if base is not None:
+        _check_base(found, tensors, base, config, layer_map, jobs, on_bytes)
+    found.files_summed, problems = check_sums(folder, jobs)
+    found.problems += problems
+    return found
+
+
+def _gather(found: Verification, step: Callable[[], Any]) -> Any:
+    """The step's result; None, with its problem gathered, where it fails."""
+    try:
+        return step()
+    except DusError as error:
+        found.problems.append(str(error))
+        return None
+
+
+def _open_tensors(folder: Path, found: Verification) -> dict[str, Place]:
+    """All tensors by name. Unlike `open_checkpoint` it goes on past a bad shard, to find every problem."""
+    weight_map: dict[str, str] | None = None
+    if inside(folder, INDEX_NAME).exists():
+        weight_map = _gather(found, lambda: read_weight_map(folder)[0])
+        if weight_map is None:
+            return {}
+        shard_names = sorted(set(weight_map.values()))
+    elif inside(folder, SINGLE_NAME).exists():
+        shard_names = [SINGLE_NAME]
+    else:
+        found.problems.append(f"{shown(folder)} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+        return {}
+    tensors: dict[str, Place] = {}
+    unreadable: set[str] = set()
+    for name in shard_names:
+        try:
+            path = inside(folder, name)
+            header = read_header(path, shown(name))
+        except DusError as error:
+            found.problems.append(str(error))
+            unreadable.add(name)
+            continue
+        for tensor in header.tensors:
+            if tensor.name in tensors:
+                found.problems.append(f"tensor {shown(tensor.name)} stands in two shards")
+            if weight_map is not None and weight_map.get(tensor.name) != name:
+                found.problems.append(f"{shown(name)} holds {shown(tensor.name)}, which the index does not place there")
+            tensors[tensor.name] = Place(path, tensor)
+    if weight_map is not None:
+        for tensor_name, name in weight_map.items():
+            if tensor_name not in tensors and name not in unreadable:
+                found.problems.append(f"the index places {shown(tensor_name)} in {shown(name)}, which lacks it")
+        if not unreadable:
+            _check_totals(folder, tensors, found)
+    return tensors
+
+
+def _check_totals(folder: Path, tensors: dict[str, Place], found: Verification) -> None:
+    index = parse_json_object(inside(folder, INDEX_NAME).read_bytes(), INDEX_NAME)
+    metadata = index.get("metadata")
+    total = sum(place.tensor.num_bytes for place in tensors.values())
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if said is not None and said != total:
+        found.problems.append(f"the index says total_size {shown(said)}, the shards hold {total} bytes of tensor data")
+
+
+def _recorded_map(record: dict[str, Any]) -> LayerMap:
+    depths, sources = record.get("num_layers"), record.get("layer_map")
+    num_base = depths.get("base") if isinstance(depths, dict) else None
+    if (
+        type(num_base) is not int
+        or not isinstance(sources, list)
+        or not sources
+        or not all(type(layer) is int and 0 <= layer < num_base for layer in sources)
+    ):
+        raise VerificationError(f"{lineage.NAME} holds no valid layer map; it was damaged or edited")
+    return LayerMap(tuple(sources), num_base, record.get("trim"))
+
+
+def _check_counts(found: Verification, record: dict[str, Any]) -> None:
+    for key, counted in (("num_tensors", found.num_tensors), ("num_parameters", found.num_parameters)):
+        if record.get(key) != counted:
+            found.problems.append(f"{lineage.NAME} says {key} {shown(record.get(key))}, the shards hold {counted}")
+
+
+def _check_depth(decoder: DecoderConfig, layer_map: LayerMap) -> list[str]:
+    problems = []
+    if decoder.num_layers != len(layer_map):
+        problems.append(f"{CONFIG_NAME} counts {decoder.num_layers} layers, {lineage.NAME} {len(layer_map)}")
+    kinds = decoder.fields.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) != decoder.num_layers:
+        problems.append(f"{CONFIG_NAME}: layer_types has {len(kinds)} entries for {decoder.num_layers} layers")
+    return problems
+
+
+def _duplicates(
+    tensors: dict[str, Place], stack: LayerStack, layer_map: LayerMap
+) -> tuple[list[Comparison], list[str]]:
+    """Output layers with the same source: pairs to compare, and tensors that only one of them has."""
+    layers: dict[int, dict[str, Place]] = {output: {} for output in range(len(layer_map))}
+    for name, place in tensors.items():
+        split = split_name(name)
+        if split is not None and split.prefix == stack.prefix and split.index in layers:
+            layers[split.index][split.suffix] = place
+    pairs: list[Comparison] = []
+    problems: list[str] = []
+    for outputs in layer_map.outputs:
+        for output in outputs[1:]:
+            first, other = layers[outputs[0]], layers[output]
+            for suffix in sorted(first.keys() ^ other.keys()):
+                lacking = output if suffix in first else outputs[0]
+                problems.append(f"{stack.prefix}.{lacking} lacks {shown(suffix)}, which its twin layer has")
+            pairs += [
+                Comparison(other[suffix], first[suffix], f"its twin {shown(first[suffix].tensor.name)}")
+                for suffix in sorted(first.keys() & other.keys())
+            ]
+    return pairs, problems
+
+
+def _check_base(
+    found: Verification,
+    tensors: dict[str, Place],
+    base: Checkpoint,
+    config: dict[str, Any] | None,
+    layer_map: LayerMap | None,
+    jobs: int,
+    on_bytes: Callable[[int], object],
+) -> None:
+    if layer_map is None:
+        found.problems.append(f"without a valid {lineage.NAME} the output cannot be held against a base")
+        return
+    decoder = decoder_config(base.config)
+    if decoder.num_layers != layer_map.num_base_layers:
+        found.problems.append(
+            f"the base has {decoder.num_layers} layers, {lineage.NAME} was made from {layer_map.num_base_layers}"
+        )
+        return
+    stack, _ = find_stack((tensor.name for _, tensor in base.tensors()), decoder)
+    pairs: list[Comparison] = []
+    expected: set[str] = set()
+    for shard, tensor in base.tensors():
+        for name in stack.output_names(tensor.name, layer_map):
+            expected.add(name)
+            if name in tensors:
+                pairs.append(Comparison(tensors[name], Place(shard.path, tensor), f"the base's {shown(tensor.name)}"))
+            else:
+                found.problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
+    found.problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
+    found.problems += _compare_all(pairs, jobs, on_bytes, found)
+    planned, _ = deepen_config(base.config, layer_map)
+    if config is not None and config != planned:
+        keys = sorted(k for k in {*config, *planned} if config.get(k) != planned.get(k))
+        found.problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")
+
+
+def _compare_all(
+    pairs: list[Comparison], jobs: int, on_bytes: Callable[[int], object], found: Verification
+) -> list[str]:
+    found.bytes_compared += sum(pair.left.tensor.num_bytes for pair in pairs)
+    return list(compare(pairs, jobs, on_bytes))
+
+
+def compare(pairs: Iterable[Comparison], jobs: int, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    """Compare places byte by byte; yields one line for each pair that differs. Memory does not grow."""
+    with workers(jobs) as (pool, stop):
+        for problem in pool.map(lambda pair: _difference(pair, on_bytes, stop), pairs):
+            if problem is not None:
+                yield problem
+
+
+def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threading.Event) -> str | None:
+    left, right = pair.left.tensor, pair.right.tensor
+    name = shown(left.name)
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return f"tensor {name} is {left.dtype} {list(left.shape)}, {pair.right_name} {right.dtype} {list(right.shape)}"
+    try:
+        with pair.left.path.open("rb", 0) as left_file, pair.right.path.open("rb", 0) as right_file:
+            for position in range(0, left.num_bytes, _PIECE):
+                if stop.is_set():
+                    return None
+                size = min(_PIECE, left.num_bytes - position)
+                ours = os.pread(left_file.fileno(), size, left.start + position)
+                theirs = os.pread(right_file.fileno(), size, right.start + position)
+                if ours != theirs or len(ours) != size:
+                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+                    return f"tensor {name} differs from {pair.right_name} at byte {position + at}"
+                on_bytes(size)
+    except OSError as error:
+        return f"tensor {name} cannot be read: {error.strerror or error}"
+    return None

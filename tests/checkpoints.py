@@ -1,0 +1,151 @@
+"""Make checkpoints for tests and benchmarks: real shapes, random or layer-numbered contents, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "I8": 8, "U8": 8, "F4": 4}
+
+
+def num_bytes(tensor: Tensor) -> int:
+    elements = 1
+    for size in tensor[2]:
+        elements *= size
+    return elements * BITS[tensor[1]] // 8
+
+
+def llama_tensors(
+    num_layers: int,
+    hidden: int = 64,
+    intermediate: int = 128,
+    kv: int = 32,
+    vocab: int = 256,
+    dtype: str = "BF16",
+    *,
+    tied: bool = False,
+) -> list[Tensor]:
+    """The tensors of a Llama or Mistral model, in no particular order of layers."""
+    tensors: list[Tensor] = [("model.embed_tokens.weight", dtype, (vocab, hidden))]
+    for layer in range(num_layers):
+        shapes = {
+            "input_layernorm": (hidden,),
+            "mlp.down_proj": (hidden, intermediate),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.v_proj": (kv, hidden),
+        }
+        tensors += [(f"model.layers.{layer}.{name}.weight", dtype, shape) for name, shape in shapes.items()]
+    tensors.append(("model.norm.weight", dtype, (hidden,)))
+    return tensors if tied else [*tensors, ("lm_head.weight", dtype, (vocab, hidden))]
+
+
+def llama_config(num_layers: int, hidden: int = 64, intermediate: int = 128, vocab: int = 256) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+        "vocab_size": vocab,
+    }
+
+
+def header_bytes(entries: Mapping[str, Any], *, pad_to: int = 8) -> bytes:
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % pad_to)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_shard(
+    path: Path,
+    tensors: Iterable[Tensor],
+    fill: Callable[[str, int], bytes],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One safetensors file, tensors ordered as the library does: falling element size, then name."""
+    ordered = sorted(tensors, key=lambda t: (-BITS[t[1]], t[0]))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for tensor in ordered:
+        end = offset + num_bytes(tensor)
+        entries[tensor[0]] = {"dtype": tensor[1], "shape": tensor[2], "data_offsets": [offset, end]}
+        offset = end
+    with path.open("wb") as file:
+        file.write(header_bytes(entries))
+        for tensor in ordered:
+            remaining = num_bytes(tensor)
+            while remaining:  # in pieces, so that a benchmark's source does not need its size in memory
+                piece = fill(tensor[0], min(remaining, 1 << 24))
+                file.write(piece)
+                remaining -= len(piece)
+
+
+def fill_with_layer(name: str, size: int) -> bytes:
+    """Every byte tells the layer (0xEE outside the layers), so a test sees which layer landed where."""
+    parts = [part for part in name.split(".") if part.isdecimal()]
+    return bytes([int(parts[0]) if parts else 0xEE]) * size
+
+
+def fill_randomly(_name: str, size: int) -> bytes:
+    return os.urandom(size)
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: list[Tensor],
+    config: Mapping[str, Any],
+    *,
+    num_shards: int = 1,
+    fill: Callable[[str, int], bytes] = fill_with_layer,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A checkpoint of one file, or of `num_shards` of about equal size with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if num_shards == 1:
+        write_shard(folder / "model.safetensors", tensors, fill, metadata)
+        return folder
+    total = sum(map(num_bytes, tensors))
+    groups: list[list[Tensor]] = [[] for _ in range(num_shards)]
+    seen = 0
+    for tensor in tensors:
+        groups[min(num_shards - 1, seen * num_shards // total)].append(tensor)
+        seen += num_bytes(tensor)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05}-of-{num_shards:05}.safetensors"
+        write_shard(folder / name, group, fill, metadata)
+        weight_map |= {tensor[0]: name for tensor in group}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+def write_mistral(folder: Path, num_layers: int = 32, hidden: int = 4096) -> Path:
+    """Mistral-7B-v0.1's shape: 14.48 GB of random bf16 in three shards at 32 layers and hidden size 4096."""
+    tensors = llama_tensors(num_layers, hidden, hidden * 7 // 2, hidden // 4, 32_000)
+    config = llama_config(num_layers, hidden, hidden * 7 // 2, 32_000) | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "torch_dtype": "bfloat16",
+    }
+    num_shards = 3 if sum(map(num_bytes, tensors)) > 10**9 else 1
+    return write_checkpoint(folder, tensors, config, num_shards=num_shards, fill=fill_randomly)

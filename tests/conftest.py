@@ -1,0 +1,72 @@
+"""Fixtures: checkpoints whose bytes tell their layer, and the real command run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import llama_config, llama_tensors, write_checkpoint
+
+DUS = [sys.executable, "-m", "dus_cli"]
+
+
+class Run(subprocess.CompletedProcess[str]):
+    """A finished `dus`, with its report when it printed one."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        assert self.returncode == 0, self.stderr
+        report: dict[str, Any] = json.loads(self.stdout)
+        return report
+
+    def assert_one_line_error(self, *parts: str, code: int = 1) -> None:
+        """Exit code, one line on stderr that holds all parts, nothing on stdout, no traceback."""
+        assert self.returncode == code, (self.returncode, self.stderr)
+        assert self.stdout == ""
+        assert self.stderr.startswith("error: ")
+        assert self.stderr.count("\n") == 1, self.stderr
+        for part in parts:
+            assert part in self.stderr
+
+
+def dus(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> Run:
+    """Run the command. Errors are quiet of progress with -q or --json, as a pipeline would have it."""
+    done = subprocess.run(
+        [*DUS, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+    return Run(done.args, done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Eight Llama layers in one file; every byte of layer k is k, of all else 0xEE."""
+    return write_checkpoint(tmp_path / "base", llama_tensors(8), llama_config(8))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The same in five shards."""
+    return write_checkpoint(tmp_path / "sharded", llama_tensors(8), llama_config(8), num_shards=5)
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """Change fields of a checkpoint's config.json; None removes one."""
+
+    def edit(folder: Path, **fields: object) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    return edit

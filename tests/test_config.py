@@ -1,0 +1,194 @@
+"""config.json at the new depth: each layer keeps its kind, or the field is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from checkpoints import llama_config
+
+from dus_cli.errors import ConfigError
+from dus_cli.layers import LayerMap, stack, typed_map
+from dus_cli.model_config import decoder_config, deepen_config
+
+EIGHT = stack(8, trim=2)  # 0…5, 2…7: the shift is 4
+
+
+def deepen(layer_map: LayerMap = EIGHT, **fields: Any) -> dict[str, Any]:
+    config = {k: v for k, v in (llama_config(8) | fields).items() if v is not ...}
+    return deepen_config(config, layer_map)[0]
+
+
+def kinds(text: str) -> list[str]:
+    return [{"f": "full_attention", "s": "sliding_attention"}[c] for c in text]
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_layers", "n_layers"])
+def test_the_depth_is_found_under_each_of_its_names(key: str) -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": ..., key: 8}
+    assert deepen(**fields)[key] == 12
+
+
+def test_a_list_with_one_entry_per_layer_follows_the_map() -> None:
+    after = deepen(layer_types=kinds("sssfsssf"), model_type="cohere2", no_rope_layers=[0, 1, 2, 3, 4, 5, 6, 7])
+    assert after["layer_types"] == kinds("sssfss" + "sfsssf")
+    assert after["no_rope_layers"] == [*range(6), *range(2, 8)]
+
+
+def test_an_unknown_list_of_that_length_follows_and_is_reported() -> None:
+    after, warnings = deepen_config(llama_config(8) | {"rank_of_layer": list("abcdefgh")}, EIGHT)
+    assert after["rank_of_layer"] == list("abcdefcdefgh")
+    assert any("rank_of_layer" in warning for warning in warnings)
+
+
+def test_a_nested_text_config_is_deepened_and_the_rest_untouched() -> None:
+    text = llama_config(8) | {"layer_types": kinds("sssfsssf")}
+    vision = {"num_hidden_layers": 8, "layer_types": [1] * 8}
+    config = {"model_type": "llava", "text_config": text, "vision_config": vision, "z": 1}
+    after, _ = deepen_config(config, EIGHT)
+    assert list(after) == list(config)
+    assert after["text_config"]["num_hidden_layers"] == 12
+    assert len(after["text_config"]["layer_types"]) == 12
+    assert after["vision_config"] == vision
+
+
+def test_a_wrapper_that_repeats_the_depth_repeats_the_new_one() -> None:
+    config = {"model_type": "llava", "text_config": llama_config(8), "num_hidden_layers": 8}
+    after, _ = deepen_config(config, EIGHT)
+    assert after["num_hidden_layers"] == 12
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_hidden_layers": "8"},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": 8.0},
+        {"num_hidden_layers": 10**12},
+        {"num_hidden_layers": 8, "num_layers": 4},
+        {"num_hidden_layers": 4, "text_config": {"num_hidden_layers": 8}},
+        {"text_config": [8]},
+    ],
+)
+def test_a_depth_that_is_none_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        decoder_config(config)
+
+
+def test_a_list_of_another_length_disagrees_with_the_depth() -> None:
+    with pytest.raises(ConfigError, match="layer_types has 7 entries for 8 layers"):
+        deepen(layer_types=kinds("sssfsss"))
+
+
+def test_index_sets_become_the_layers_whose_source_is_in_the_set() -> None:
+    assert deepen(model_type="qwen3_moe", mlp_only_layers=[0, 3])["mlp_only_layers"] == [0, 3, 7]
+    with pytest.raises(ConfigError, match="mlp_only_layers names a layer beyond"):
+        deepen(model_type="qwen3_moe", mlp_only_layers=[8])
+
+
+def test_a_period_stays_while_the_map_keeps_its_phase() -> None:
+    assert deepen(decoder_sparse_step=4)["decoder_sparse_step"] == 4
+    with pytest.raises(ConfigError, match=r"decoder_sparse_step is 3, .* --trim 1 would keep it"):
+        deepen(decoder_sparse_step=3)
+
+
+def test_a_period_is_not_looked_at_where_the_explicit_list_is_there() -> None:
+    after = deepen(model_type="gemma3_text", sliding_window_pattern=3, layer_types=kinds("ssfssfss"))
+    assert after["sliding_window_pattern"] == 3
+    assert after["layer_types"] == kinds("ssfssf" + "fssfss")
+
+
+def test_a_pattern_that_the_class_would_derive_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="lacks layer_types: gemma2"):
+        deepen(model_type="gemma2")
+
+
+def test_a_threshold_stays_while_nothing_below_it_is_repeated() -> None:
+    assert deepen(model_type="deepseek_v3", first_k_dense_replace=2)["first_k_dense_replace"] == 2
+    with pytest.raises(ConfigError, match=r"first_k_dense_replace is 3: .* use a trim of 3 or more"):
+        deepen(model_type="deepseek_v3", first_k_dense_replace=3)
+
+
+def test_a_threshold_moves_with_its_layers() -> None:
+    after = deepen(typed_map("0:2,0:8", 8), model_type="deepseek_v3", first_k_dense_replace=8)
+    assert after["first_k_dense_replace"] == 10
+
+
+def test_max_window_layers_counts_only_when_windows_are_used() -> None:
+    off = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=False)
+    assert off["max_window_layers"] == 7
+    on = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=True)
+    assert on["max_window_layers"] == 11  # base layer 7 alone has a window, and stands once, last
+    with pytest.raises(ConfigError, match="max_window_layers"):
+        deepen(model_type="qwen2", max_window_layers=4, use_sliding_window=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"attention_pattern": "SSF"}, "attention_pattern"),
+        ({"global_every_n": 3}, "global_every_n"),
+        ({"skip_layers": [1, 5]}, "skip_layers"),
+        ({"moe_frequency": 2}, "moe_frequency"),
+        ({"rope_interval": 4}, "rope_interval"),
+        ({"special_layer_ids": [3]}, "special_layer_ids"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"per_layer_config": {"3": {}}}, "per_layer_config"),
+        ({"hybrid_override_pattern": "M-M*-M-M"}, "hybrid_override_pattern"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(fields: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        deepen(**fields)
+
+
+@pytest.mark.parametrize("model_type", ["diffllama", "zamba2", "rwkv", "longcat_flash"])
+def test_types_that_copying_cannot_deepen_are_refused(model_type: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{model_type}' cannot be deepened"):
+        deepen(model_type=model_type)
+
+
+def test_an_unknown_type_with_nothing_per_layer_goes_through_with_a_warning() -> None:
+    _, warnings = deepen_config(llama_config(8) | {"model_type": "our_own"}, EIGHT)
+    assert any("'our_own' is not one dus knows" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token_id": list(range(8))},
+        {"rope_parameters": {"short_factor": [1.0] * 8, "rope_type": "longrope"}},
+        {"num_hidden_layers": 8, "layer_norm_epsilon": 1e-5},
+        {"sliding_window": 4096, "moe_layer_freq": 1, "layer_types": None, "mlp_only_layers": []},
+    ],
+)
+def test_what_says_nothing_about_layers_is_kept(fields: dict[str, Any]) -> None:
+    after, warnings = deepen_config(llama_config(8) | fields, EIGHT)
+    assert after == llama_config(8) | fields | {"num_hidden_layers": 12}
+    assert warnings == ()
+
+
+def test_lists_of_module_names_follow_their_layers() -> None:
+    after = deepen(
+        quantization_config={
+            "quant_method": "fp8",
+            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.3", "visual.blocks.3.x"],
+            "ignore": ["re:.*lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"]}},
+            "per_module": {"model.layers.2.mlp": {"bits": 4}},
+        }
+    )["quantization_config"]
+    assert after["modules_to_not_convert"] == [
+        "lm_head", "model.layers.0.mlp.gate", "model.layers.3", "model.layers.7", "visual.blocks.3.x",
+    ]  # fmt: skip
+    assert after["ignore"] == ["re:.*lm_head"]
+    assert after["config_groups"] == {"group_0": {"targets": ["Linear"]}}
+    assert list(after["per_module"]) == ["model.layers.2.mlp", "model.layers.6.mlp"]
+
+
+def test_an_expression_that_names_single_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names single layers"):
+        deepen(quantization_config={"ignore": [r"re:.*layers\.3\.mlp.*"]})

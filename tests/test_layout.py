@@ -1,0 +1,143 @@
+"""Where tensors lie in the output: what a file system with reflinks can share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
+from conftest import dus
+
+from dus_cli.checkpoint import open_checkpoint
+from dus_cli.layout import BLOCK
+from dus_cli.plan import Base, MapRequest, UpscalePlan, make_plan
+from dus_cli.reference import ModelRef
+from dus_cli.transfer import moves
+
+
+def plan_of(folder: Path, max_shard_bytes: int = 5 * 10**9, request: MapRequest | None = None) -> UpscalePlan:
+    return make_plan(
+        Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), request or MapRequest(), max_shard_bytes
+    )
+
+
+def clonable_part(plan: UpscalePlan) -> float:
+    return plan.num_clonable_bytes / plan.num_data_bytes
+
+
+def source(folder: Path, hidden: int, intermediate: int, num_shards: int = 1, num_layers: int = 12) -> Path:
+    """A Llama of these sizes. Its 'weights' are a hole in a file: only the plan is looked at."""
+    tensors = llama_tensors(num_layers, hidden, intermediate, hidden // 3, 4096)
+    config = llama_config(num_layers, hidden, intermediate, 4096)
+    return write_checkpoint(folder, tensors, config, num_shards=num_shards, fill=lambda _, size: bytes(size))
+
+
+def test_nearly_all_of_an_ordinary_model_can_be_cloned(tmp_path: Path) -> None:
+    assert clonable_part(plan_of(source(tmp_path / "m", 768, 2048))) > 0.99
+
+
+def test_also_with_norms_that_are_no_multiple_of_the_block(tmp_path: Path) -> None:
+    assert clonable_part(plan_of(source(tmp_path / "m", 576, 1536))) > 0.99
+
+
+def test_also_with_matrices_that_are_no_multiple_of_the_block(tmp_path: Path) -> None:
+    """Hidden size 500: nothing fits; second copies then get shards of their own."""
+    plan = plan_of(source(tmp_path / "m", 500, 1300), max_shard_bytes=20_000_000)
+    assert clonable_part(plan) > 0.6
+
+
+def test_an_output_shard_draws_on_one_source_shard(tmp_path: Path) -> None:
+    plan = plan_of(source(tmp_path / "m", 768, 2048, num_shards=3), max_shard_bytes=40_000_000)
+    assert all(len({p.shard.name for p in layout.placements}) == 1 for layout in plan.shards.values())
+    assert clonable_part(plan) > 0.99
+
+
+def test_segments_cover_every_output_byte_once(tmp_path: Path) -> None:
+    plan = plan_of(source(tmp_path / "m", 500, 1300, num_shards=3), max_shard_bytes=9_000_000)
+    for layout in plan.shards.values():
+        position = len(layout.header)
+        for segment in layout.segments():
+            assert segment.start == position
+            assert len(segment.clonable) % BLOCK == 0
+            position += segment.length
+        assert position == layout.num_bytes
+
+
+def test_moves_cover_the_same_bytes_and_read_each_source_byte_once(tmp_path: Path) -> None:
+    plan = plan_of(source(tmp_path / "m", 500, 1300, num_shards=3), max_shard_bytes=9_000_000)
+    written: dict[str, list[tuple[int, int]]] = {name: [] for name in plan.shards}
+    for shard, shard_moves in moves(plan):
+        position = shard.header.data_start
+        for move in shard_moves:
+            assert move.source_start >= position
+            position = move.source_start + move.length
+            for name, start in move.targets:
+                written[name].append((start, start + move.length))
+    for name, layout in plan.shards.items():
+        position = len(layout.header)
+        for start, end in sorted(written[name]):
+            assert start == position
+            position = end
+        assert position == layout.num_bytes
+
+
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_more_copies_are_as_clonable(tmp_path: Path, copies: int) -> None:
+    plan = plan_of(source(tmp_path / "m", 576, 1536), request=MapRequest(trim=2, copies=copies))
+    assert clonable_part(plan) > 0.98
+
+
+# --- on a real file system with reflinks -----------------------------------------------------------
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def reflinks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A loop mount with reflinks; skipped where it cannot be made (no root, no mkfs)."""
+    image, folder = tmp_path / "image", tmp_path / "mounted"
+    folder.mkdir()
+    if shutil.which(f"mkfs.{request.param}") is None:
+        pytest.skip(f"mkfs.{request.param} is not installed")
+    with image.open("wb") as file:
+        file.truncate(400 << 20)
+    subprocess.run([f"mkfs.{request.param}", "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, folder], check=False, capture_output=True).returncode:
+        pytest.skip("mounting needs root and a loop device")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def used_bytes(folder: Path) -> int:
+    os.sync()
+    status = os.statvfs(folder)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def test_reflinks_take_no_space_and_hold_the_same_bytes(reflinks: Path) -> None:
+    tensors = llama_tensors(12, 576, 1536, 192, 4096)
+    base = write_checkpoint(reflinks / "base", tensors, llama_config(12), num_shards=2, fill=fill_randomly)
+    before = used_bytes(reflinks)
+    options = ("--max-shard-size", "60MB", "--copy-mode", "clone", "--json")
+    report = dus("upscale", base, "-o", reflinks / "out", *options).report
+    assert report["bytes_cloned"] > 0.99 * report["bytes"]
+    assert report["bytes_cloned"] + report["bytes_copied"] == report["bytes"]
+    # Metadata of a file system this small is coarse; the copy below takes over ten times as much.
+    cloned = used_bytes(reflinks) - before
+    copied = dus("upscale", base, "-o", reflinks / "copy", *options[:2], "--copy-mode", "copy", "--json").report
+    assert copied["bytes_cloned"] == 0
+    assert used_bytes(reflinks) - before - cloned > 10 * cloned
+    for name in ("out", "copy"):
+        assert dus("verify", reflinks / name, "--base", base, "-q").returncode == 0
+    for path in (reflinks / "out").iterdir():
+        assert path.read_bytes() == (reflinks / "copy" / path.name).read_bytes()
+
+
+def test_clone_mode_fails_where_blocks_cannot_be_shared(tmp_path: Path, reflinks: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", llama_tensors(4), llama_config(4))
+    done = dus("upscale", base, "-o", reflinks / "out", "--copy-mode", "clone", "-q")
+    done.assert_one_line_error("--copy-mode clone", "reflinks")
+    assert not any(reflinks.glob("*out*"))
+    assert dus("upscale", base, "-o", reflinks / "out", "-q").returncode == 0

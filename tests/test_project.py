@@ -1,0 +1,102 @@
+"""The project's own promises: quick to start, light to import, documented as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DUS, dus
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# What `dus upscale` of a local model must not import: each takes longer than a reflinked upscale.
+HEAVY = {"torch", "transformers", "numpy", "huggingface_hub", "httpx", "httpx2", "requests", "tqdm"}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Top-level modules in sys.modules after a command."""
+    code = (
+        "import sys, json, contextlib\n"
+        "from dus_cli.cli import main\n"
+        f"sys.argv = ['dus', *{list(arguments)!r}]\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_help_version_upscale_and_verify_import_nothing_heavy(base: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    for command in (
+        ("--help",),
+        ("--version",),
+        ("upscale", str(base), "-o", out, "--json", "--verify", "full", "--checksums"),
+        ("upscale", str(base), "-o", out + "2", "--dry-run"),
+        ("verify", out, "--base", str(base)),
+    ):
+        assert not imported_by(*command) & HEAVY, command
+    assert (tmp_path / "out/dus.json").exists()
+
+
+def test_the_cli_reference_is_what_the_code_says() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], check=False, capture_output=True)
+    assert done.returncode == 0, "run `make docs` and commit the result"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r'(?:src|srcset)="(?!https?://)([^"]+)"', page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_in_the_docs_exists(page: Path) -> None:
+    known = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/cli.md").read_text()))
+    for line in re.findall(r"^\s*(?:\$ )?dus (?:upscale|verify).*$", page.read_text(), re.MULTILINE):
+        used = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", line.split("|")[0]))
+        assert used <= known, (line, used - known)
+
+
+def test_every_field_of_the_reports_is_documented(base: Path, tmp_path: Path) -> None:
+    layout = (ROOT / "docs/layout.md").read_text()
+    upscaled = dus("upscale", base, "-o", tmp_path / "out", "--json").report
+    verified = dus("verify", tmp_path / "out", "--json").report
+    lineage = json.loads((tmp_path / "out/dus.json").read_text())
+    for record in (upscaled, verified, lineage):
+        for field in record:
+            assert f"`{field}`" in layout, field
+
+
+def test_the_readme_draws_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in sorted((ROOT / "dus_cli").glob("[!_]*.py")):
+        assert path.name in readme, path.name
+
+
+def test_every_command_and_option_has_help() -> None:
+    for command in ((), ("upscale",), ("verify",)):
+        text = subprocess.run(
+            [*DUS, *command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
+        ).stdout
+        options = [line for line in text.splitlines() if re.match(r"^[│|]\s+\*?\s*--", line)]
+        assert options
+        for line in options:
+            assert len(line.strip("│ ").split("  ")[-1].strip()) > 3, line
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_offered_for_each_shell(shell: str) -> None:
+    assert "_DUS_COMPLETE" in dus(_DUS_COMPLETE=f"source_{shell}").stdout
+
+
+def test_the_changelog_has_the_version() -> None:
+    version = dus("--version").stdout.split()[1]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()

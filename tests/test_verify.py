@@ -1,0 +1,160 @@
+"""`dus verify`: it finds a single flipped bit, and every problem that there is."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
+from conftest import dus
+
+from dus_cli.headers import TensorInfo, read_header
+
+
+@pytest.fixture
+def random_base(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "base", llama_tensors(6), llama_config(6), num_shards=2, fill=fill_randomly)
+
+
+@pytest.fixture
+def out(random_base: Path, tmp_path: Path) -> Path:
+    options = ("--trim", "1", "--max-shard-size", "200KB", "-q")
+    assert dus("upscale", random_base, "-o", tmp_path / "out", *options).returncode == 0
+    return tmp_path / "out"
+
+
+def tensor_at(folder: Path, name: str) -> tuple[Path, TensorInfo]:
+    for path in folder.glob("*.safetensors"):
+        for tensor in read_header(path).tensors:
+            if tensor.name == name:
+                return path, tensor
+    raise LookupError(name)
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def problems(folder: Path, *options: str | Path) -> list[str]:
+    done = dus("verify", folder, "--json", *options)
+    report = json.loads(done.stdout)
+    assert done.returncode == (1 if report["problems"] else 0)
+    assert report["sound"] == (not report["problems"])
+    found: list[str] = report["problems"]
+    return found
+
+
+def test_a_fresh_output_is_sound(out: Path, random_base: Path) -> None:
+    assert problems(out) == []
+    assert problems(out, "--base", random_base) == []
+
+
+def test_an_ordinary_checkpoint_is_sound_with_a_warning(random_base: Path) -> None:
+    done = dus("verify", random_base)
+    assert done.returncode == 0
+    assert "no dus.json" in done.stdout
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_flipped_bit_in_a_duplicated_tensor_is_found(out: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    # Base layers 1 to 4 stand twice: output layers 1-4 and 5-8.
+    suffix = rng.choice(["mlp.down_proj", "input_layernorm", "self_attn.k_proj"])
+    name = f"model.layers.{rng.randrange(1, 9)}.{suffix}.weight"
+    path, tensor = tensor_at(out, name)
+    flip_bit(path, rng.randrange(tensor.start, tensor.end), rng.randrange(8))
+    (problem,) = problems(out)
+    assert "differs from its twin" in problem
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+def test_one_flipped_bit_in_any_tensor_is_found_with_the_base(out: Path, random_base: Path, name: str) -> None:
+    path, tensor = tensor_at(out, name)
+    flip_bit(path, tensor.end - 1, 7)
+    assert problems(out) == []  # it stands once: only the base can tell
+    (problem,) = problems(out, "--base", random_base)
+    assert name in problem
+    assert "differs from the base's" in problem
+
+
+def test_one_flipped_bit_is_found_by_the_checksums(random_base: Path, tmp_path: Path) -> None:
+    dus("upscale", random_base, "-o", tmp_path / "summed", "--checksums", "-q")
+    assert problems(tmp_path / "summed") == []
+    path, tensor = tensor_at(tmp_path / "summed", "model.norm.weight")
+    flip_bit(path, tensor.start)
+    (problem,) = problems(tmp_path / "summed")
+    assert "SHA256SUMS" in problem
+
+
+def test_every_problem_is_listed(out: Path) -> None:
+    shards = sorted(out.glob("*.safetensors"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-1])
+    path, tensor = tensor_at_in(shards[1:])
+    flip_bit(path, tensor.start)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 11}))
+    found = "\n".join(problems(out))
+    assert "truncated" in found
+    assert "11" in found
+
+
+def tensor_at_in(paths: list[Path]) -> tuple[Path, TensorInfo]:
+    for path in paths:
+        for tensor in read_header(path).tensors:
+            if ".layers.2." in tensor.name:
+                return path, tensor
+    raise LookupError
+
+
+def test_a_missing_shard_is_named(out: Path) -> None:
+    victim = sorted(out.glob("*.safetensors"))[1]
+    victim.unlink()
+    assert any(victim.name in problem for problem in problems(out))
+
+
+def test_an_index_that_lies_is_found(out: Path) -> None:
+    path = out / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.0.ghost.weight"] = next(iter(index["weight_map"].values()))
+    index["metadata"]["total_size"] += 1
+    path.write_text(json.dumps(index))
+    found = "\n".join(problems(out))
+    assert "ghost" in found
+    assert "total_size" in found
+
+
+def test_a_config_that_differs_from_the_base_is_named_by_its_field(out: Path, random_base: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1.0}))
+    assert problems(out) == []
+    (problem,) = problems(out, "--base", random_base)
+    assert "rms_norm_eps" in problem
+
+
+def test_another_base_is_no_base(out: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", llama_tensors(6), llama_config(6))
+    assert len(problems(out, "--base", other)) == 10 * 9 + 3
+
+
+def test_a_hostile_lineage_is_a_problem_and_no_traceback(out: Path) -> None:
+    for record in ("[]", "{", '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "layer_map": [999], "num_layers": 1}'):
+        (out / "dus.json").write_text(record)
+        assert problems(out)
+
+
+def test_a_sums_file_cannot_lead_outside(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    (out / "SHA256SUMS").write_text("0" * 64 + "  ../secret\n" + "nonsense\n")
+    found = "\n".join(problems(out))
+    assert "outside the model's folder" in found
+    assert "nonsense" in found
+
+
+def test_what_is_no_directory_is_one_line(tmp_path: Path) -> None:
+    dus("verify", tmp_path / "nowhere").assert_one_line_error("not a directory")
