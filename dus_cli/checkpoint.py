@@ -10,7 +10,7 @@ from typing import Any
 
 from dus_cli import architectures as arch
 from dus_cli.errors import CheckpointError, shown, shown_list
-from dus_cli.headers import Header, TensorInfo, parse_json_object, read_header
+from dus_cli.headers import Header, TensorInfo, limit_nesting, parse_json_object, read_header
 from dus_cli.source_files import inside
 
 CONFIG_NAME = "config.json"
@@ -109,7 +109,7 @@ def open_checkpoint(folder: Path, header_of: HeaderReader = read_local_header) -
     if index_path.exists():
         weight_map, index_sha256 = read_weight_map(folder)
         shards = _open_shards(folder, weight_map, header_of)
-    elif (single := inside(folder, SINGLE_NAME)).exists():
+    elif (single := inside(folder, SINGLE_NAME)).exists() or header_of is not read_local_header:
         shards = (_open_shard(SINGLE_NAME, single, header_of),)
         index_sha256 = None
     else:
@@ -128,6 +128,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(_no_config(folder))
     raw = read_small_file(path, CONFIG_NAME, _MAX_CONFIG_BYTES)
     config = parse_json_object(raw, CONFIG_NAME)
+    limit_nesting(config, CONFIG_NAME)
     architectures = config.get("architectures")
     heads = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
     if config.get("is_encoder_decoder") is True:

@@ -22,11 +22,11 @@ from dus_cli.checkpoint import open_checkpoint
 from dus_cli.errors import DusError, LayerMapError, shown
 from dus_cli.layers import parse_layers
 from dus_cli.plan import MapRequest, parse_size
+from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
 from dus_cli.report import upscale_text, verification_json, verification_text
 from dus_cli.terminal import BarProgress, PlainProgress, print_plan
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode
-from dus_cli.upscale import NoProgress, Progress
 from dus_cli.upscale import preview as run_preview
 from dus_cli.upscale import upscale as run_upscale
 from dus_cli.verify import VerifyMode
@@ -177,7 +177,8 @@ def verify(
         raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
     speaks = not (quiet or as_json)
     checkpoint = _open_base(ModelRef.parse(base), quiet=not speaks) if base is not None else None
-    found = run_verify(model, checkpoint, jobs=jobs)
+    with _progress(speaks) as progress:
+        found = run_verify(model, checkpoint, jobs=jobs, progress=progress)
     if as_json:
         print(json.dumps(verification_json(found)))
     elif speaks or not found.is_sound:
@@ -253,5 +254,10 @@ def main() -> NoReturn:
         sys.exit(1)
     except _Terminated as error:
         fail(f"ended by {signal.Signals(error.signum).name}; nothing was left behind", 128 + error.signum)
+    except OSError as error:  # whatever the operating system refuses that no module foresaw
+        if os.environ.get("DUS_DEBUG"):
+            raise
+        where = f"{shown(error.filename)}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk", 1)
     except MemoryError:
         fail("out of memory; nothing was left behind", 1)

@@ -28,6 +28,9 @@ MAX_HEADER_BYTES = 100_000_000
 # The library counts with 64-bit machine words and refuses what overflows them.
 _MAX_COUNT = 2**64 - 1
 
+# A real config has four levels.
+_MAX_NESTING = 64
+
 # Bits per element. F4 and F6 are packed: two, or four, elements share bytes.
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
@@ -126,6 +129,20 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
         except UnicodeEncodeError:
             raise CheckpointError(f"{where} has text that is not Unicode (half a surrogate pair)") from None
     return value
+
+
+def limit_nesting(value: object, where: str) -> None:
+    """Hold that JSON is nested no deeper than a real config, so that what walks or writes it may recurse.
+
+    Raises:
+        CheckpointError: deeper than that.
+    """
+    level: list[object] = [value]
+    for _ in range(_MAX_NESTING):
+        level = [c for v in level for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+        if not level:
+            return
+    raise CheckpointError(f"{where} is nested too deeply to be what it claims; refusing it")
 
 
 def read_header(path: Path, where: str | None = None) -> Header:

@@ -8,7 +8,7 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.checkpoint import Checkpoint, read_small_file
 from dus_cli.errors import CheckpointError
-from dus_cli.headers import parse_json_object
+from dus_cli.headers import limit_nesting, parse_json_object
 from dus_cli.layers import Seam
 from dus_cli.plan import UpscalePlan
 from dus_cli.source_files import inside
@@ -67,6 +67,7 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = parse_json_object(read_small_file(path, NAME, _MAX_BYTES), NAME)
+    limit_nesting(record, NAME)
     if record.get("schema") != SCHEMA:
         raise CheckpointError(f"{NAME} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
     return record

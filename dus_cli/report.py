@@ -112,7 +112,7 @@ def upscale_text(report: UpscaleReport) -> str:
         lines += [
             f"Wrote {output_text}. It is not healed yet: the seam makes it worse than its base.",
             f"next: dus heal {output_text} --data corpus.jsonl",
-            "      (in the next release; until then any trainer of Hugging Face checkpoints heals it)",
+            "      (comes with the next release; until then any trainer will do)",
         ]
     return "\n".join(lines)
 

@@ -101,7 +101,9 @@ def inside(folder: Path, relative: str) -> Path:
         return path  # missing or unreadable: whoever opens it says so
     allowed = [root]
     if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
+        repo = root.parent.parent
+        # The repo's own blobs, and those that huggingface_hub 2 shares between repos (files stored by Xet).
+        allowed += [repo / "blobs", repo.parent / "blobs"]
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(
             f"{shown(relative)} is a link that leaves the model's folder (to {shown(real)}); refusing to follow it"

@@ -5,41 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from dus_cli import checksums, lineage
 from dus_cli.card import model_card
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.errors import OutputError, shown
 from dus_cli.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
+from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
 from dus_cli.report import Space, UpscaleReport, human_bytes
 from dus_cli.staging import Staging, check_apart, check_output, free_bytes
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode, Tally, can_clone, transfer
 from dus_cli.verify import VerifyMode, check_against_plan, check_bytes_against_plan
-
-
-class Progress(Protocol):
-    """Told what happens while it happens; `advance` is called from several threads."""
-
-    def planned(self, plan: UpscalePlan) -> None: ...
-
-    def start(self, what: str, total: int) -> None: ...
-
-    def advance(self, num_bytes: int) -> None: ...
-
-
-class NoProgress:
-    """Says nothing."""
-
-    def planned(self, plan: UpscalePlan) -> None:
-        pass
-
-    def start(self, what: str, total: int) -> None:
-        pass
-
-    def advance(self, num_bytes: int) -> None:
-        pass
 
 
 def plan(

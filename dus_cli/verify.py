@@ -26,6 +26,7 @@ from dus_cli.layers import LayerMap, split_name
 from dus_cli.layout import ShardLayout
 from dus_cli.model_config import DecoderConfig, decoder_config, deepen_config
 from dus_cli.plan import UpscalePlan
+from dus_cli.progress import NoProgress, Progress
 from dus_cli.source_files import inside
 from dus_cli.stacks import LayerStack, find_stack
 from dus_cli.staging import staged_files
@@ -133,7 +134,7 @@ def verify(
     base: Checkpoint | None = None,
     *,
     jobs: int = DEFAULT_JOBS,
-    on_bytes: Callable[[int], object] = lambda _: None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Check a checkpoint and gather every problem.
 
@@ -142,6 +143,7 @@ def verify(
     source and the config against the base's; with SHA256SUMS every file's sum.
     """
     found = Verification(str(folder))
+    progress = progress or NoProgress()
     config = _gather(found, lambda: read_config(folder)[0])
     tensors = _open_tensors(folder, found)
     found.num_tensors = len(tensors)
@@ -160,9 +162,14 @@ def verify(
         found.problems += _check_depth(decoder, layer_map)
     if stack is not None and layer_map is not None:
         pairs, problems = _duplicates(tensors, stack, layer_map)
-        found.problems += [*problems, *_compare_all(pairs, jobs, on_bytes, found)]
+        found.problems += problems
+        if base is None:  # else the base says more: what equals it equals its twin
+            progress.start("comparing twins", _num_bytes(pairs))
+            _compare_all(found, pairs, jobs, progress)
     if base is not None:
-        _check_base(found, tensors, base, config, layer_map, jobs, on_bytes)
+        pairs = _against_base(found, tensors, base, config, layer_map)
+        progress.start("comparing with the base", _num_bytes(pairs))
+        _compare_all(found, pairs, jobs, progress)
     found.files_summed, problems = check_sums(folder, jobs)
     found.problems += problems
     return found
@@ -277,24 +284,23 @@ def _duplicates(
     return pairs, problems
 
 
-def _check_base(
+def _against_base(
     found: Verification,
     tensors: dict[str, Place],
     base: Checkpoint,
     config: dict[str, Any] | None,
     layer_map: LayerMap | None,
-    jobs: int,
-    on_bytes: Callable[[int], object],
-) -> None:
+) -> list[Comparison]:
+    """Hold names and config against the base's; what remains is to compare these pairs."""
     if layer_map is None:
         found.problems.append(f"without a valid {lineage.NAME} the output cannot be held against a base")
-        return
+        return []
     decoder = decoder_config(base.config)
     if decoder.num_layers != layer_map.num_base_layers:
         found.problems.append(
             f"the base has {decoder.num_layers} layers, {lineage.NAME} was made from {layer_map.num_base_layers}"
         )
-        return
+        return []
     stack, _ = find_stack((tensor.name for _, tensor in base.tensors()), decoder)
     pairs: list[Comparison] = []
     expected: set[str] = set()
@@ -306,18 +312,20 @@ def _check_base(
             else:
                 found.problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
     found.problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
-    found.problems += _compare_all(pairs, jobs, on_bytes, found)
     planned, _ = deepen_config(base.config, layer_map)
     if config is not None and config != planned:
         keys = sorted(k for k in {*config, *planned} if config.get(k) != planned.get(k))
         found.problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")
+    return pairs
 
 
-def _compare_all(
-    pairs: list[Comparison], jobs: int, on_bytes: Callable[[int], object], found: Verification
-) -> list[str]:
-    found.bytes_compared += sum(pair.left.tensor.num_bytes for pair in pairs)
-    return list(compare(pairs, jobs, on_bytes))
+def _num_bytes(pairs: list[Comparison]) -> int:
+    return sum(pair.left.tensor.num_bytes for pair in pairs)
+
+
+def _compare_all(found: Verification, pairs: list[Comparison], jobs: int, progress: Progress) -> None:
+    found.bytes_compared += _num_bytes(pairs)
+    found.problems += compare(pairs, jobs, progress.advance)
 
 
 def compare(pairs: Iterable[Comparison], jobs: int, on_bytes: Callable[[int], object]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from dus_cli import staging, transfer
 from dus_cli import upscale as verb
 from dus_cli.errors import CheckpointError, DusError, OutputError
 from dus_cli.plan import MapRequest, UpscalePlan
+from dus_cli.progress import NoProgress
 from dus_cli.reference import ModelRef
 from dus_cli.verify import VerifyMode
 
@@ -207,7 +208,7 @@ def test_an_output_that_is_a_file_is_refused(base: Path, tmp_path: Path) -> None
     assert (tmp_path / "out").read_text() == "mine"
 
 
-class Meddler(verb.NoProgress):
+class Meddler(NoProgress):
     """Does something to the source at the first bytes written."""
 
     def __init__(self, action: Callable[[], object]) -> None:
@@ -322,6 +323,15 @@ def test_damaged_json_is_named(base: Path) -> None:
     for raw, part in ((b"{", "not valid JSON"), (b"[1]", "not an object"), (b"\xff\xfe", "not UTF-8")):
         (base / "config.json").write_bytes(raw)
         refuse(base, "config.json", part)
+
+
+def test_json_nested_deeper_than_any_config_is_refused(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    nested: list[Any] = []
+    for _ in range(400):  # the parser takes this much, a writer that recurses does not
+        nested = [nested]
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"x": nested}}))
+    refuse(base, "config.json is nested too deeply")
 
 
 def test_an_index_may_not_lead_outside_the_folder(sharded: Path, tmp_path: Path) -> None:

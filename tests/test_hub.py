@@ -1,0 +1,363 @@
+"""Models from the Hub: the real command against a stand-in on the loopback interface (hub_server)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import llama_config, llama_tensors, write_checkpoint
+from conftest import dus
+from hub_server import HANG_UP, READER, STRANGER, StandInHub, StandInRepo, commit_of
+
+SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md", ".gitattributes"}
+INDEX = "model.safetensors.index.json"
+SHARDS = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
+OTHER_FORMATS = {
+    "consolidated.safetensors",
+    "pytorch_model.bin",
+    "model.gguf",
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "original/consolidated.00.pth",
+    "original/params.json",
+}
+CLOSED_PORT = "http://127.0.0.1:1"
+
+
+def write_repo(folder: Path, num_layers: int, *, num_shards: int = 3) -> Path:
+    """What a repo holds: the weights, the same for other programs, a tokenizer, a card."""
+    write_checkpoint(folder, llama_tensors(num_layers), llama_config(num_layers), num_shards=num_shards)
+    for name in OTHER_FORMATS | SMALL_FILES - {"config.json"}:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps({"a file": name}))  # the cache keeps equal files once
+    return folder
+
+
+def one_commit(folder: Path) -> StandInRepo:
+    commit = commit_of(folder.name)
+    return StandInRepo({commit: folder}, {"main": commit})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The content of the repos, which is only read."""
+    root = tmp_path_factory.mktemp("repos")
+    vocab = 65_536  # embeddings of 8 MB
+    return {
+        "llama": write_repo(root / "llama", 8),
+        "earlier": write_repo(root / "earlier", 6),
+        "single": write_repo(root / "single", 8, num_shards=1),
+        "wide": write_checkpoint(
+            root / "wide", llama_tensors(4, vocab=vocab), llama_config(4, vocab=vocab), num_shards=2
+        ),
+    }
+
+
+@pytest.fixture
+def repos(folders: dict[str, Path]) -> dict[str, StandInRepo]:
+    llama = StandInRepo(
+        {commit_of(name): folders[name] for name in ("llama", "earlier")},
+        {"main": commit_of("llama"), "v0.1": commit_of("earlier"), "refs/pr/1": commit_of("earlier")},
+    )
+    return {
+        "org/llama": llama,
+        "org/private": replace(llama, private=True),
+        "org/gated": replace(llama, gated=True),
+        "org/xet": replace(llama, xet=True),
+        "org/single": one_commit(folders["single"]),
+        "org/wide": one_commit(folders["wide"]),
+    }
+
+
+@pytest.fixture(autouse=True)
+def hub(repos: dict[str, StandInRepo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """The only Hub that dus can see, with an empty cache and no token."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    with StandInHub(repos) as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        yield running
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory; what is in it afterwards, dus put there."""
+    folder = tmp_path / "desk"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def fetched_whole(hub: StandInHub) -> list[str]:
+    """Weight files that were asked for otherwise than by range."""
+    return [r.path for r in hub.log if r.path.endswith(".safetensors") and r.byte_range is None]
+
+
+def test_hub_model_and_its_directory_give_the_same_output(folders: dict[str, Path], desk: Path) -> None:
+    options = ("--trim", "1", "--max-shard-size", "200KB", "--json")
+    remote = dus("upscale", "org/llama", *options, "-o", "remote").report
+    local = dus("upscale", folders["llama"], *options, "-o", "local").report
+    assert remote["layer_map"] == [0, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 7]
+    assert (remote["commit"], local["commit"]) == (commit_of("llama"), None)
+    names = {path.name for path in (desk / "local").iterdir()}
+    assert names == {path.name for path in (desk / "remote").iterdir()}
+    assert "tokenizer.json" in names
+    for name in names - {"README.md", "dus.json"}:
+        assert (desk / "remote" / name).read_bytes() == (desk / "local" / name).read_bytes()
+
+
+@pytest.mark.parametrize("revision", [None, "v0.1"])
+def test_lineage_and_card_name_the_repo_and_its_commit(revision: str | None, desk: Path) -> None:
+    commit = commit_of("earlier" if revision else "llama")
+    model = f"org/llama@{revision}" if revision else "org/llama"
+    assert dus("upscale", model, "--trim", "1", "-o", "out").returncode == 0
+    base = json.loads((desk / "out" / "dus.json").read_text())["base"]
+    assert (base["repo_id"], base["revision"], base["commit"]) == ("org/llama", revision, commit)
+    _, front_matter, text = (desk / "out" / "README.md").read_text().split("---\n", 2)
+    assert 'base_model: "org/llama"' in front_matter.splitlines()
+    assert f"dus upscale org/llama@{commit} --trim 1 -o OUT" in text
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit", "num_layers"),
+    [
+        ("main", commit_of("llama"), 8),
+        ("v0.1", commit_of("earlier"), 6),
+        ("refs/pr/1", commit_of("earlier"), 6),
+        (commit_of("earlier"), commit_of("earlier"), 6),
+    ],
+)
+def test_revision_is_a_branch_a_tag_or_a_commit(revision: str, commit: str, num_layers: int, desk: Path) -> None:
+    report = dus("upscale", f"org/llama@{revision}", "--trim", "1", "-o", "out", "--json").report
+    assert report["commit"] == commit
+    assert report["num_layers"]["base"] == num_layers
+
+
+def test_model_in_one_file_is_fetched_and_deepened(hub: StandInHub, desk: Path) -> None:
+    assert dus("upscale", "org/single", "--trim", "1", "-o", "out", "--json").report["num_layers"]["output"] == 14
+    assert hub.files_asked_for == SMALL_FILES | {"model.safetensors"}
+
+
+def test_only_small_files_and_what_the_index_names_are_asked_for(hub: StandInHub, desk: Path) -> None:
+    report = dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--json").report
+    assert hub.files_asked_for == SMALL_FILES | {INDEX} | SHARDS
+    assert report["files"] == ["generation_config.json", "tokenizer.json"]
+
+
+def test_second_run_takes_the_weights_from_the_cache(hub: StandInHub, desk: Path) -> None:
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "one").returncode == 0
+    assert hub.num_sent("*.safetensors") > 0
+    hub.log.clear()
+    assert dus("upscale", "org/llama", "--trim", "2", "-o", "two").returncode == 0
+    assert hub.files_asked_for == set()
+    assert hub.num_sent("*.safetensors") == 0
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["unreachable", "offline"])
+def test_cached_model_needs_no_hub(environment: dict[str, str], hub: StandInHub, desk: Path) -> None:
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "one").returncode == 0
+    hub.stop()
+    command = ("upscale", "org/llama", "--trim", "1", "-o", "two", "--json")
+    assert dus(*command, "--dry-run", cwd=desk, **environment).report["commit"] == commit_of("llama")
+    assert dus(*command, cwd=desk, **environment).report["commit"] == commit_of("llama")
+
+
+def test_cache_whose_blobs_are_shared_between_repos_is_read(tmp_path: Path, desk: Path) -> None:
+    """huggingface_hub 2 keeps Xet files in one store for all repos, with links to it from each repo's blobs."""
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "one").returncode == 0
+    cache = tmp_path / "hf" / "hub"
+    blobs = [path for path in cache.glob("models--*/blobs/*") if len(path.name) == 64]  # sha256: under LFS
+    assert len(blobs) == len(SHARDS)
+    for blob in blobs:
+        stored = cache / "blobs" / blob.name[:2] / blob.name
+        stored.parent.mkdir(parents=True)
+        blob.rename(stored)
+        blob.symlink_to(os.path.relpath(stored, blob.parent))
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "two", "--json").report["commit"] == commit_of("llama")
+
+
+def test_verify_holds_the_output_against_its_base_on_the_hub(desk: Path) -> None:
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "out").returncode == 0
+    found = dus("verify", "out", "--base", "org/llama", "--json").report
+    assert found["sound"]
+    assert found["bytes_compared"] > 0
+    assert not json.loads(dus("verify", "out", "--base", "org/llama@v0.1", "--json").stdout)["sound"]
+
+
+def test_dry_run_fetches_headers_only_and_plans_what_the_run_does(hub: StandInHub, desk: Path) -> None:
+    command = ("upscale", "org/wide", "--trim", "1", "-o", "out", "--max-shard-size", "5MB", "--json")
+    planned = dus(*command, "--dry-run").report
+    assert list(desk.iterdir()) == []
+    assert fetched_whole(hub) == []
+    assert 0 < hub.num_sent("*.safetensors") <= 2 * 100_000  # of 17 MB
+    done = dus(*command).report
+    for field in done.keys() - {"dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
+        assert planned[field] == done[field], field
+    assert len(done["shards"]) > 2
+
+
+def test_header_longer_than_the_first_request_takes_a_second(
+    hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
+) -> None:
+    tensors, config = llama_tensors(220, 8, 8, 8, 8), llama_config(220, 8, 8, 8)
+    repos["org/deep"] = one_commit(write_checkpoint(tmp_path / "deep", tensors, config, num_shards=2))
+    report = dus("upscale", "org/deep", "--trim", "1", "-o", "out", "--dry-run", "--json").report
+    assert report["num_layers"]["output"] == 438
+    ranges = [request.byte_range or "" for request in hub.log if request.path.startswith("/cdn/")]
+    assert [text.split("-")[0] for text in ranges] == ["bytes=0", "bytes=100000"] * 2
+
+
+@pytest.mark.parametrize("value", [None, "0", "1"])
+def test_json_is_all_there_is_on_stdout(value: str | None, desk: Path) -> None:
+    environment = {} if value is None else {"HF_HUB_DISABLE_PROGRESS_BARS": value}
+    run = dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--json", cwd=desk, **environment)
+    assert isinstance(run.report, dict)
+    assert run.stdout.count("\n") == 1
+
+
+def test_without_a_terminal_the_hub_adds_nothing_to_the_output(folders: dict[str, Path], desk: Path) -> None:
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--json").stderr == ""
+    remote = dus("upscale", "org/llama@v0.1", "--trim", "1", "-o", "remote")
+    local = dus("upscale", folders["earlier"], "--trim", "1", "-o", "local")
+    assert (remote.returncode, local.returncode) == (0, 0)
+    assert len(remote.stdout.splitlines()) == len(local.stdout.splitlines())
+    assert len(remote.stderr.splitlines()) == len(local.stderr.splitlines())
+
+
+@pytest.mark.parametrize("model", ["org/private", "org/gated"])
+def test_token_opens_private_and_gated_models(model: str, desk: Path) -> None:
+    report = dus("upscale", model, "--trim", "1", "-o", "out", "--json", HF_TOKEN=READER).report
+    assert report["commit"] == commit_of("llama")
+
+
+@pytest.mark.parametrize(
+    ("model", "environment", "parts"),
+    [
+        ("org/none", {}, ("org/none is not on the Hub, or is private", "HF_TOKEN")),
+        ("org/none", {"HF_TOKEN": READER}, ("org/none is not on the Hub",)),
+        ("org/private", {}, ("org/private is not on the Hub, or is private", "HF_TOKEN")),
+        ("org/private", {"HF_TOKEN": STRANGER}, ("org/private is not on the Hub, or is private",)),
+        ("org/gated", {}, ("org/gated is gated", "ask for access")),
+        ("org/gated", {"HF_TOKEN": STRANGER}, ("org/gated is gated", "ask for access")),
+        ("org/llama", {"HF_TOKEN": "hf_expired"}, ("answered 401 for org/llama", "renew the token")),
+        ("org/llama@v9", {}, ("org/llama has no revision v9",)),
+        (f"org/llama@{'0' * 40}", {}, (f"org/llama has no revision {'0' * 40}",)),
+        ("org/llama--x", {}, ("org/llama--x is not a valid Hub id",)),
+        ("org/llama", {"HF_HUB_OFFLINE": "1"}, ("org/llama is not (wholly) in the cache", "HF_HUB_OFFLINE")),
+        ("org/llama", {"HF_ENDPOINT": CLOSED_PORT}, ("the Hub cannot be reached", "HF_ENDPOINT")),
+        ("org/llama", {"HF_ENDPOINT": "localhost"}, ("connection to the Hub failed", "HF_ENDPOINT")),
+        ("org/xet", {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}, ("org/xet", "the Hub")),  # hf_xet's own errors
+    ],
+)
+def test_what_the_hub_cannot_serve_is_a_one_line_error(
+    model: str, environment: dict[str, str], parts: tuple[str, ...], desk: Path
+) -> None:
+    dus("upscale", model, "--trim", "1", "-o", "out", cwd=desk, **environment).assert_one_line_error(*parts)
+    assert list(desk.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("request_pattern", "status", "part"),
+    [
+        ("GET /api/models/*", 429, "the Hub answered 429 for org/llama; try again"),
+        ("GET /api/models/*", 500, "the Hub answered 500 for org/llama; try again"),
+        ("GET /api/models/*", HANG_UP, "the connection to the Hub failed for org/llama"),
+        ("GET */tokenizer.json whole", 500, "the Hub answered 500 for org/llama; try again"),
+        ("GET /cdn/* bytes=*", 403, "the Hub answered 403 for org/llama; try again"),  # the headers
+        ("GET /cdn/* whole", 500, "the Hub answered 500 for org/llama; try again"),  # the weights
+    ],
+)
+def test_failing_hub_is_a_one_line_error(
+    request_pattern: str, status: int, part: str, hub: StandInHub, desk: Path
+) -> None:
+    hub.failures[request_pattern] = status
+    dus("upscale", "org/llama", "--trim", "1", "-o", "out").assert_one_line_error(part)
+    assert list(desk.iterdir()) == []
+
+
+def test_run_after_a_failed_download_succeeds(hub: StandInHub, desk: Path) -> None:
+    hub.failures[f"GET /cdn/*/{max(SHARDS)} whole"] = 500
+    dus("upscale", "org/llama", "--trim", "1", "-o", "out").assert_one_line_error("the Hub answered 500")
+    hub.failures.clear()
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--verify", "full").returncode == 0
+
+
+def test_partly_cached_model_offline_is_a_one_line_error(desk: Path) -> None:
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--dry-run").returncode == 0
+    run = dus("upscale", "org/llama", "--trim", "1", "-o", "out", HF_HUB_OFFLINE="1")
+    run.assert_one_line_error("org/llama is not (wholly) in the cache")
+    assert list(desk.iterdir()) == []
+
+
+def test_invalid_trim_is_refused_before_weights_are_fetched(hub: StandInHub, desk: Path) -> None:
+    dus("upscale", "org/llama", "--trim", "4", "-o", "out").assert_one_line_error("--trim 4", "use 0 to 3")
+    assert fetched_whole(hub) == []
+    assert list(desk.iterdir()) == []
+
+
+def test_encoder_is_refused_before_weights_are_fetched(
+    hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "encoder")
+    (folder / "config.json").write_text(json.dumps(llama_config(8) | {"is_encoder_decoder": True}))
+    repos["org/encoder"] = one_commit(folder)
+    dus("upscale", "org/encoder", "--trim", "1", "-o", "out").assert_one_line_error("decoder-only language models")
+    dus("verify", folders["llama"], "--base", "org/encoder").assert_one_line_error("decoder-only language models")
+    assert hub.num_sent("*.safetensors") == 0
+
+
+def test_repo_without_safetensors_is_told_so(
+    repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+) -> None:
+    ignored = shutil.ignore_patterns("*.safetensors*")
+    repos["org/pickled"] = one_commit(shutil.copytree(folders["llama"], tmp_path / "pickled", ignore=ignored))
+    run = dus("upscale", "org/pickled", "--trim", "1", "-o", "out")
+    run.assert_one_line_error("org/pickled has no model.safetensors", "dus reads safetensors only")
+    assert list(desk.iterdir()) == []
+
+
+def test_shard_that_the_hub_lacks_is_named(
+    hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+) -> None:
+    missing = max(SHARDS)
+    folder = shutil.copytree(folders["llama"], tmp_path / "partial", ignore=shutil.ignore_patterns(missing))
+    repos["org/partial"] = one_commit(folder)
+    dus("upscale", "org/partial", "--trim", "1", "-o", "out").assert_one_line_error("org/partial has no", missing)
+    assert fetched_whole(hub) == []
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_damaged_header_on_the_hub_is_refused_before_weights_are_fetched(
+    size: int, hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+) -> None:
+    damaged = min(SHARDS)
+    folder = shutil.copytree(folders["llama"], tmp_path / "damaged")
+    os.truncate(folder / damaged, size)
+    repos["org/damaged"] = one_commit(folder)
+    dus("upscale", "org/damaged", "--trim", "1", "-o", "out").assert_one_line_error(damaged)
+    assert fetched_whole(hub) == []
+    assert list(desk.iterdir()) == []
+
+
+def test_hub_id_means_the_hub_where_a_directory_has_that_name(desk: Path) -> None:
+    write_checkpoint(desk / "org" / "llama", llama_tensors(4), llama_config(4))
+    report = dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--json").report
+    assert (report["commit"], report["num_layers"]["base"]) == (commit_of("llama"), 8)
+    report = dus("upscale", "./org/llama", "--trim", "1", "-o", "other", "--json").report
+    assert (report["commit"], report["num_layers"]["base"]) == (None, 4)
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["online", "offline"])
+def test_missing_hub_model_with_a_directory_of_its_name_tells_how_to_write_it(
+    environment: dict[str, str], desk: Path
+) -> None:
+    (desk / "org" / "none").mkdir(parents=True)
+    dus("upscale", "org/none", "-o", "out", cwd=desk, **environment).assert_one_line_error("write ./org/none")
