@@ -46,7 +46,9 @@ def shown(text: object) -> str:
     >>> shown("red" + chr(27) + "[31m")
     'red\\x1b[31m'
     """
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[: _LONGEST_SHOWN + 1])
+    line = str(text)[: _LONGEST_SHOWN + 1]
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if len(line) <= _LONGEST_SHOWN else line[:_LONGEST_SHOWN] + "…"
 
 

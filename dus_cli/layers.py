@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from dus_cli.errors import LayerMapError, shown
@@ -61,7 +62,7 @@ class LayerMap:
         starts = [0, *(seam.output_layers[1] for seam in self.seams), len(self.sources)]
         return tuple(range(self.sources[a], self.sources[b - 1] + 1) for a, b in pairwise(starts))
 
-    @property
+    @cached_property  # asked for once for each tensor
     def outputs(self) -> tuple[tuple[int, ...], ...]:
         """For every base layer, the output layers that copy it."""
         copies: list[list[int]] = [[] for _ in range(self.num_base_layers)]
