@@ -36,15 +36,16 @@ LAYER_STACKS = (
 # layers (qwen3_next and others). Depth up-scaling leaves them as they are.
 MTP_STACKS = ("mtp.layers", "model.mtp.layers")
 
-# Model types whose layers all follow from the fields below. Held by the golden tests in
-# tests/test_golden.py. Any other type goes through with a warning if nothing per-layer is in sight.
+# Model types whose layers all follow from the fields below: tests/test_golden.py takes each of them and
+# holds the written model against the base rearranged. For a multimodal model it is the type of its
+# `text_config`. Any other type goes through with a warning if nothing per-layer is in sight.
 KNOWN_TYPES = frozenset(
     """
     apertus arcee biogpt bloom codegen cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 falcon
-    falcon_mamba gemma gemma2 gemma3 gemma3_text glm glm4 glm4_moe gpt_bigcode gpt_neox gpt_oss gpt2 gptj
-    granite granitemoe helium internvl llama llama4 llama4_text llava mamba mamba2 ministral mistral mistral3
-    mixtral mllama mpt nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen2_vl
-    qwen2_5_vl qwen3 qwen3_moe qwen3_next qwen3_vl seed_oss smollm3 stablelm starcoder2 xglm
+    falcon_mamba gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_bigcode gpt_neox gpt_oss gpt2 gptj granite
+    granitemoe helium llama llama4_text mamba mamba2 ministral mistral mixtral mpt nemotron olmo olmo2 olmo3
+    olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss smollm3 stablelm
+    starcoder2 xglm
     """.split()
 )
 

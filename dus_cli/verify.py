@@ -22,13 +22,13 @@ from dus_cli.checkpoint import (
 from dus_cli.checksums import check_sums
 from dus_cli.errors import DusError, VerificationError, shown, shown_list
 from dus_cli.headers import TensorInfo, parse_json_object, read_header
-from dus_cli.layers import LayerMap, split_name
+from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.layout import ShardLayout
 from dus_cli.model_config import DecoderConfig, decoder_config, deepen_config
 from dus_cli.plan import UpscalePlan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.source_files import inside
-from dus_cli.stacks import LayerStack, find_stack
+from dus_cli.stacks import find_stack
 from dus_cli.staging import staged_files
 from dus_cli.transfer import DEFAULT_JOBS
 from dus_cli.workers import workers
@@ -145,29 +145,33 @@ def verify(
     found = Verification(str(folder))
     progress = progress or NoProgress()
     config = _gather(found, lambda: read_config(folder)[0])
-    tensors = _open_tensors(folder, found)
+    tensors, all_readable = _open_tensors(folder, found)
     found.num_tensors = len(tensors)
     found.num_parameters = sum(place.tensor.num_elements for place in tensors.values())
     decoder = _gather(found, lambda: decoder_config(config)) if config is not None else None
     if decoder is not None:
         found.num_layers = decoder.num_layers
-    stack = _gather(found, lambda: find_stack(tensors, decoder)[0]) if decoder is not None and tensors else None
+    if decoder is not None and all_readable:
+        _gather(found, lambda: find_stack(tensors, decoder))
     record = _gather(found, lambda: lineage.read_lineage(folder))
     layer_map = _gather(found, lambda: _recorded_map(record)) if record is not None else None
     if record is None and not found.problems:
         found.warnings.append(f"there is no {lineage.NAME}: which layers stand twice is not known, none were compared")
-    if record is not None:
+    if record is not None and all_readable:
         _check_counts(found, record)
-    if decoder is not None and stack is not None and layer_map is not None:
+    if decoder is not None and layer_map is not None:
         found.problems += _check_depth(decoder, layer_map)
-    if stack is not None and layer_map is not None:
-        pairs, problems = _duplicates(tensors, stack, layer_map)
-        found.problems += problems
+    if layer_map is not None:
+        pairs, problems = _duplicates(tensors, str(record["layer_prefix"]), layer_map)
+        if all_readable:  # else one bad shard would be told once for each of its tensors
+            found.problems += problems
         if base is None:  # else the base says more: what equals it equals its twin
             progress.start("comparing twins", _num_bytes(pairs))
             _compare_all(found, pairs, jobs, progress)
     if base is not None:
-        pairs = _against_base(found, tensors, base, config, layer_map)
+        pairs, problems = _against_base(tensors, base, config, layer_map)
+        if all_readable:
+            found.problems += problems
         progress.start("comparing with the base", _num_bytes(pairs))
         _compare_all(found, pairs, jobs, progress)
     found.files_summed, problems = check_sums(folder, jobs)
@@ -184,19 +188,22 @@ def _gather(found: Verification, step: Callable[[], Any]) -> Any:
         return None
 
 
-def _open_tensors(folder: Path, found: Verification) -> dict[str, Place]:
-    """All tensors by name. Unlike `open_checkpoint` it goes on past a bad shard, to find every problem."""
+def _open_tensors(folder: Path, found: Verification) -> tuple[dict[str, Place], bool]:
+    """All tensors by name, and whether every shard could be read.
+
+    Unlike `open_checkpoint` it goes on past a bad shard, to find every problem.
+    """
     weight_map: dict[str, str] | None = None
     if inside(folder, INDEX_NAME).exists():
         weight_map = _gather(found, lambda: read_weight_map(folder)[0])
         if weight_map is None:
-            return {}
+            return {}, False
         shard_names = sorted(set(weight_map.values()))
     elif inside(folder, SINGLE_NAME).exists():
         shard_names = [SINGLE_NAME]
     else:
         found.problems.append(f"{shown(folder)} has neither {SINGLE_NAME} nor {INDEX_NAME}")
-        return {}
+        return {}, False
     tensors: dict[str, Place] = {}
     unreadable: set[str] = set()
     for name in shard_names:
@@ -219,7 +226,7 @@ def _open_tensors(folder: Path, found: Verification) -> dict[str, Place]:
                 found.problems.append(f"the index places {shown(tensor_name)} in {shown(name)}, which lacks it")
         if not unreadable:
             _check_totals(folder, tensors, found)
-    return tensors
+    return tensors, not unreadable
 
 
 def _check_totals(folder: Path, tensors: dict[str, Place], found: Verification) -> None:
@@ -236,6 +243,8 @@ def _recorded_map(record: dict[str, Any]) -> LayerMap:
     num_base = depths.get("base") if isinstance(depths, dict) else None
     if (
         type(num_base) is not int
+        or num_base > MAX_OUTPUT_LAYERS
+        or not isinstance(record.get("layer_prefix"), str)
         or not isinstance(sources, list)
         or not sources
         or not all(type(layer) is int and 0 <= layer < num_base for layer in sources)
@@ -261,13 +270,13 @@ def _check_depth(decoder: DecoderConfig, layer_map: LayerMap) -> list[str]:
 
 
 def _duplicates(
-    tensors: dict[str, Place], stack: LayerStack, layer_map: LayerMap
+    tensors: dict[str, Place], layer_prefix: str, layer_map: LayerMap
 ) -> tuple[list[Comparison], list[str]]:
     """Output layers with the same source: pairs to compare, and tensors that only one of them has."""
     layers: dict[int, dict[str, Place]] = {output: {} for output in range(len(layer_map))}
     for name, place in tensors.items():
         split = split_name(name)
-        if split is not None and split.prefix == stack.prefix and split.index in layers:
+        if split is not None and split.prefix == layer_prefix and split.index in layers:
             layers[split.index][split.suffix] = place
     pairs: list[Comparison] = []
     problems: list[str] = []
@@ -276,7 +285,7 @@ def _duplicates(
             first, other = layers[outputs[0]], layers[output]
             for suffix in sorted(first.keys() ^ other.keys()):
                 lacking = output if suffix in first else outputs[0]
-                problems.append(f"{stack.prefix}.{lacking} lacks {shown(suffix)}, which its twin layer has")
+                problems.append(f"{shown(layer_prefix)}.{lacking} lacks {shown(suffix)}, which its twin layer has")
             pairs += [
                 Comparison(other[suffix], first[suffix], f"its twin {shown(first[suffix].tensor.name)}")
                 for suffix in sorted(first.keys() & other.keys())
@@ -285,24 +294,19 @@ def _duplicates(
 
 
 def _against_base(
-    found: Verification,
-    tensors: dict[str, Place],
-    base: Checkpoint,
-    config: dict[str, Any] | None,
-    layer_map: LayerMap | None,
-) -> list[Comparison]:
-    """Hold names and config against the base's; what remains is to compare these pairs."""
+    tensors: dict[str, Place], base: Checkpoint, config: dict[str, Any] | None, layer_map: LayerMap | None
+) -> tuple[list[Comparison], list[str]]:
+    """Names and config held against the base's: pairs that remain to be compared, and problems."""
     if layer_map is None:
-        found.problems.append(f"without a valid {lineage.NAME} the output cannot be held against a base")
-        return []
+        return [], [f"without a valid {lineage.NAME} the output cannot be held against a base"]
     decoder = decoder_config(base.config)
     if decoder.num_layers != layer_map.num_base_layers:
-        found.problems.append(
+        return [], [
             f"the base has {decoder.num_layers} layers, {lineage.NAME} was made from {layer_map.num_base_layers}"
-        )
-        return []
+        ]
     stack, _ = find_stack((tensor.name for _, tensor in base.tensors()), decoder)
     pairs: list[Comparison] = []
+    problems: list[str] = []
     expected: set[str] = set()
     for shard, tensor in base.tensors():
         for name in stack.output_names(tensor.name, layer_map):
@@ -310,13 +314,13 @@ def _against_base(
             if name in tensors:
                 pairs.append(Comparison(tensors[name], Place(shard.path, tensor), f"the base's {shown(tensor.name)}"))
             else:
-                found.problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
-    found.problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
+                problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
+    problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
     planned, _ = deepen_config(base.config, layer_map)
     if config is not None and config != planned:
         keys = sorted(k for k in {*config, *planned} if config.get(k) != planned.get(k))
-        found.problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")
-    return pairs
+        problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")
+    return pairs, problems
 
 
 def _num_bytes(pairs: list[Comparison]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+Fill = Callable[[str, int], bytes]  # the bytes of a tensor, or of a piece of it
 BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "I8": 8, "U8": 8, "F4": 4}
 
 
@@ -74,10 +75,13 @@ def header_bytes(entries: Mapping[str, Any], *, pad_to: int = 8) -> bytes:
 def write_shard(
     path: Path,
     tensors: Iterable[Tensor],
-    fill: Callable[[str, int], bytes],
+    fill: Fill | None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """One safetensors file, tensors ordered as the library does: falling element size, then name."""
+    """One safetensors file, tensors ordered as the library does: falling element size, then name.
+
+    Without `fill` the data is a hole: a file of any size that takes no disk, for plans.
+    """
     ordered = sorted(tensors, key=lambda t: (-BITS[t[1]], t[0]))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -87,6 +91,9 @@ def write_shard(
         offset = end
     with path.open("wb") as file:
         file.write(header_bytes(entries))
+        if fill is None:
+            file.truncate(file.tell() + offset)
+            return
         for tensor in ordered:
             remaining = num_bytes(tensor)
             while remaining:  # in pieces, so that a benchmark's source does not need its size in memory
@@ -111,7 +118,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     *,
     num_shards: int = 1,
-    fill: Callable[[str, int], bytes] = fill_with_layer,
+    fill: Fill | None = fill_with_layer,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """A checkpoint of one file, or of `num_shards` of about equal size with an index."""
@@ -136,7 +143,7 @@ def write_checkpoint(
     return folder
 
 
-def write_mistral(folder: Path, num_layers: int = 32, hidden: int = 4096) -> Path:
+def write_mistral(folder: Path, num_layers: int = 32, hidden: int = 4096, fill: Fill | None = fill_randomly) -> Path:
     """Mistral-7B-v0.1's shape: 14.48 GB of random bf16 in three shards at 32 layers and hidden size 4096."""
     tensors = llama_tensors(num_layers, hidden, hidden * 7 // 2, hidden // 4, 32_000)
     config = llama_config(num_layers, hidden, hidden * 7 // 2, 32_000) | {
@@ -148,4 +155,4 @@ def write_mistral(folder: Path, num_layers: int = 32, hidden: int = 4096) -> Pat
         "torch_dtype": "bfloat16",
     }
     num_shards = 3 if sum(map(num_bytes, tensors)) > 10**9 else 1
-    return write_checkpoint(folder, tensors, config, num_shards=num_shards, fill=fill_randomly)
+    return write_checkpoint(folder, tensors, config, num_shards=num_shards, fill=fill)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,11 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+def peak_rss() -> int:
+    """Bytes of memory that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def one_line_problem(step: Callable[[], object]) -> str | None:
     """What the step refuses, held to be one line of bearable length; None where it succeeds."""
     try:
@@ -193,13 +199,14 @@ def test_of_5000_damaged_headers_none_is_accepted_that_the_library_refuses(tmp_p
     rng = random.Random(20261123)
     raw = header_bytes(GOOD) + bytes(40)
     path = tmp_path / "x.safetensors"
-    accepted = 0
+    accepted, peak = 0, peak_rss()
     for _ in range(5000):
         path.write_bytes(mutate(raw, rng))
         problem = one_line_problem(lambda: read_header(path))
         if problem is None:
             accepted += 1
             assert library_accepts(path), path.read_bytes()
+    assert peak_rss() - peak < 100_000_000  # no length or shape in a file makes the reader take memory
     assert accepted > 50  # flips in names and padding: the fuzzing does reach past the reader's first checks
 
 
@@ -208,7 +215,7 @@ def test_of_5000_damaged_configs_and_indexes_all_end_in_success_or_one_line(tmp_
     rng = random.Random(2312_15166)
     originals = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors.index.json")}
     outcomes = {"planned": 0, "refused": 0}
-    before = sorted(tmp_path.rglob("*"))
+    before, peak = sorted(tmp_path.rglob("*")), peak_rss()
     for number in range(5000):
         name = list(originals)[number % 2]
         # The mutator's first eight bytes are a header's length: give it that many to spoil.
@@ -219,4 +226,5 @@ def test_of_5000_damaged_configs_and_indexes_all_end_in_success_or_one_line(tmp_
         outcomes["planned" if problem is None else "refused"] += 1
         (folder / name).write_bytes(originals[name])
     assert sorted(tmp_path.rglob("*")) == before
+    assert peak_rss() - peak < 100_000_000
     assert min(outcomes.values()) > 300, outcomes

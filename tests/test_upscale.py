@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import fill_with_layer, llama_config, llama_tensors, write_checkpoint
+from checkpoints import fill_with_layer, llama_config, llama_tensors, write_checkpoint, write_mistral
 from conftest import dus
 from safetensors import safe_open
 
@@ -239,22 +239,7 @@ def test_an_odd_map_is_written_as_typed_and_a_shallower_one_is_reported(base: Pa
 
 def test_the_mistral_oracle_without_writing_a_byte(tmp_path: Path) -> None:
     """Mistral-7B-v0.1 at trim 8: 435 tensors, 10,731,524,096 parameters, 21,463,048,192 bytes."""
-    from checkpoints import header_bytes, num_bytes
-
-    source = tmp_path / "mistral"
-    source.mkdir()
-    tensors = llama_tensors(32, 4096, 14336, 1024, 32_000)
-    config = llama_config(32, 4096, 14336, 32_000) | {"model_type": "mistral", "sliding_window": 4096}
-    (source / "config.json").write_text(json.dumps(config))
-    entries, offset = {}, 0
-    for name, dtype, shape in tensors:
-        end = offset + num_bytes((name, dtype, shape))
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    raw = header_bytes(entries)
-    with (source / "model.safetensors").open("wb") as file:
-        file.write(raw)
-        file.truncate(len(raw) + offset)  # a hole: 14.48 GB that take no disk
+    source = write_mistral(tmp_path / "mistral", fill=None)  # a hole: 14.48 GB that take no disk
     report = dus("upscale", source, "--trim", "8", "-o", tmp_path / "out", "--dry-run", "--json").report
     assert (report["tensors"], report["parameters"]["output"]) == (435, 10_731_524_096)
     assert report["bytes"] == 21_463_048_192

@@ -101,7 +101,8 @@ def test_every_problem_is_listed(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 11}))
     found = "\n".join(problems(out))
     assert "truncated" in found
-    assert "11" in found
+    assert "counts 11 layers, dus.json 10" in found
+    assert "differs from its twin" in found
 
 
 def tensor_at_in(paths: list[Path]) -> tuple[Path, TensorInfo]:
