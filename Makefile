@@ -22,10 +22,10 @@ $(VENV)/.installed: pyproject.toml tests/constraints.txt
 	@touch $@
 
 $(MODEL)/config.json: $(VENV)/.installed
-	$(BIN)/python tests/demo/smollm2.py $(MODEL)
+	TQDM_DISABLE=1 $(BIN)/python tests/demo/smollm2.py $(MODEL)
 
 demo: $(MODEL)/config.json
-	$(BIN)/python tests/demo/demo.py $(MODEL) .demo/SmolLM2-46-layers
+	TQDM_DISABLE=1 $(BIN)/python tests/demo/demo.py $(MODEL) .demo/SmolLM2-46-layers
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ def command_line(plan: UpscalePlan) -> str:
     """The command that makes this model again. OUT stands for the directory, so that any two runs agree."""
     ref = plan.base.ref
     model = ref.text if ref.repo_id is None else ref.repo_id + (f"@{plan.base.commit}" if plan.base.commit else "")
-    return f"dus upscale {shlex.quote(model)}{plan.request.options} -o OUT"
+    return f"dus upscale {shlex.quote(model)} {plan.options} -o OUT"
 
 
 def model_card(plan: UpscalePlan) -> str:

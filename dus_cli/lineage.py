@@ -49,6 +49,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "layers": str(layer_map),
         "layer_map": list(layer_map.sources),
         "layer_prefix": plan.stack.prefix,
+        "max_shard_size": plan.max_shard_bytes,
         "seams": [seam_record(seam) for seam in layer_map.seams],
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,

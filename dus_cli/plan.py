@@ -58,14 +58,6 @@ class MapRequest:
             raise LayerMapError("--layers says the whole map; leave out --trim and --copies")
         return typed_map(self.layers, num_layers)
 
-    @property
-    def options(self) -> str:
-        """The request as typed on the command line."""
-        if self.layers is not None:
-            return f" --layers {self.layers}"
-        trim = "" if self.trim is None else f" --trim {self.trim}"
-        return trim + ("" if self.copies == 2 else f" --copies {self.copies}")
-
 
 @dataclass(frozen=True)
 class Base:
@@ -86,12 +78,24 @@ class UpscalePlan:
     base: Base
     checkpoint: Checkpoint
     layer_map: LayerMap
-    request: MapRequest
+    copies: int
+    max_shard_bytes: int
     stack: LayerStack
     config: dict[str, Any]
     shards: dict[str, ShardLayout]
     files: tuple[tuple[str, Path], ...]
     warnings: tuple[str, ...]
+
+    @property
+    def options(self) -> str:
+        """The options that make this plan again, defaults that depend on the model written out."""
+        trim = self.layer_map.trim
+        options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
+        if self.copies != 2:
+            options += f" --copies {self.copies}"
+        if self.max_shard_bytes != DEFAULT_SHARD_BYTES:
+            options += f" --max-shard-size {self.max_shard_bytes}B"
+        return options
 
     @property
     def num_tensors(self) -> int:
@@ -168,4 +172,15 @@ def make_plan(
             f"{layers.prefix}.{len(layer_map)} and on"
         )
     files = tuple(carried_files(checkpoint.folder))
-    return UpscalePlan(base, checkpoint, layer_map, request, layers, config, shards, files, tuple(warnings))
+    return UpscalePlan(
+        base,
+        checkpoint,
+        layer_map,
+        request.copies,
+        max_shard_bytes,
+        layers,
+        config,
+        shards,
+        files,
+        tuple(warnings),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,14 @@ def test_lineage_tells_the_base_the_map_and_the_chain(base: Path, tmp_path: Path
     assert once["chain"] == []
     assert twice["chain"] == [{key: value for key, value in once.items() if key != "chain"}]
     assert len(twice["layer_map"]) == 16
+
+
+def test_the_command_in_the_card_makes_the_same_bytes_again(sharded: Path, tmp_path: Path) -> None:
+    dus("upscale", sharded, "--copies", "3", "--max-shard-size", "100KB", "-o", tmp_path / "out", "-q")
+    card = (tmp_path / "out/README.md").read_text()
+    (command,) = [line for line in card.splitlines() if line.startswith("dus upscale")]
+    assert dus(*shlex.split(command)[1:], cwd=tmp_path).returncode == 0  # it writes to OUT
+    assert folder_digest(tmp_path / "OUT") == folder_digest(tmp_path / "out")
 
 
 def test_a_dus_of_a_dus_holds_the_layers_of_the_first_base(base: Path, tmp_path: Path) -> None:
