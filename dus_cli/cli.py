@@ -247,6 +247,8 @@ def main() -> NoReturn:
         fail(str(error), 1)
     except _UsageError as error:
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        if not message:  # `dus` alone: the help was printed
+            sys.exit(2)
         command = getattr(getattr(error, "ctx", None), "command_path", "dus")
         fail(f"{message.rstrip('.')}; see {command} --help", 2)
     except BrokenPipeError:  # dus … | head

@@ -39,7 +39,7 @@ def fetch_small_files(ref: ModelRef, *, quiet: bool = False) -> tuple[Path, str]
     from huggingface_hub import snapshot_download
 
     _silence(quiet)
-    ignored = [p for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json"]
+    ignored = [case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
     assert ref.repo_id is not None
     with _hub_errors(ref):

@@ -92,6 +92,13 @@ def test_every_command_and_option_has_help() -> None:
             assert len(line.strip("│ ").split("  ")[-1].strip()) > 3, line
 
 
+def test_dus_alone_prints_the_help_and_is_a_usage_error() -> None:
+    done = dus()
+    assert done.returncode == 2
+    assert "upscale" in done.stdout + done.stderr
+    assert "error" not in done.stderr
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_offered_for_each_shell(shell: str) -> None:
     assert "_DUS_COMPLETE" in dus(_DUS_COMPLETE=f"source_{shell}").stdout
