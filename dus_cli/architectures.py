@@ -106,8 +106,32 @@ THRESHOLDS: Mapping[str, Threshold] = {
     "num_dense_layers": Threshold("mlp_layer_types"),
 }
 
+
+class DerivedKinds(NamedTuple):
+    """`layer_types` that the class derives where the file lacks them: every p-th layer is of another kind.
+
+    `period_key` is where the file may say p; `period` is the class's default.
+    """
+
+    kind: str
+    every_pth: str
+    period: int
+    period_key: str | None = None
+
+
+# Older files of these lack `layer_types`; dus derives them for the base as the class does (each
+# configuration_*.py, __post_init__), and writes them out for the deeper model.
+DERIVED_KINDS: Mapping[str, DerivedKinds] = {
+    "cohere2": DerivedKinds("sliding_attention", "full_attention", 4, "sliding_window_pattern"),
+    "gemma2": DerivedKinds("sliding_attention", "full_attention", 2),
+    "gemma3_text": DerivedKinds("sliding_attention", "full_attention", 6, "sliding_window_pattern"),
+    "gpt_oss": DerivedKinds("sliding_attention", "full_attention", 2),
+    "olmo3": DerivedKinds("sliding_attention", "full_attention", 4),
+    "qwen3_next": DerivedKinds("linear_attention", "full_attention", 4, "full_attention_interval"),
+}
+
 # The class derives these from the layer's index, or takes a default that is not "all layers alike",
-# when the file lacks them (older files of gemma2, say): a deeper model would get another pattern.
+# when the file lacks them: a deeper model would get another pattern. Refused then.
 FILLED_BY_THE_CLASS: Mapping[str, str] = {
     "deepseek_v3": "first_k_dense_replace",
     "ernie4_5_moe": "moe_layer_interval",
@@ -121,11 +145,11 @@ FILLED_BY_THE_CLASS: Mapping[str, str] = {
     "smollm3": "no_rope_layers",
 } | dict.fromkeys(
     """
-    afmoe axk1 axk2 bailing_hybrid beam cohere2 cohere2_moe cohere_compass_text cwm deepseek_v32 deepseek_v4
-    dots3_note dots3_note_text exaone4 exaone_moe flint gemma2 gemma3 gemma3_text glm4_moe_lite glm_moe_dsa
-    gpt_oss granite_swa granitemoe_swa granitemoehybrid hy_v3 hy_v4 inkling_text inkling2_text kimi_linear
-    kolibri1 laguna lfm2 lfm3 mellum mimo_v2_flash minimax minimax_m3_vl_text olmo3 olmo_hybrid qwen3_5
-    qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen3_next qwen4_exp qwen4_exp_text vaultgemma zaya
+    afmoe axk1 axk2 bailing_hybrid beam cohere2_moe cohere_compass_text cwm deepseek_v32 deepseek_v4
+    dots3_note dots3_note_text exaone4 exaone_moe flint glm4_moe_lite glm_moe_dsa
+    granite_swa granitemoe_swa granitemoehybrid hy_v3 hy_v4 inkling_text inkling2_text kimi_linear
+    kolibri1 laguna lfm2 lfm3 mellum mimo_v2_flash minimax minimax_m3_vl_text olmo_hybrid qwen3_5
+    qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp qwen4_exp_text vaultgemma zaya
     """.split(),
     "layer_types",
 )

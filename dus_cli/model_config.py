@@ -7,7 +7,7 @@ and computes something else.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dus_cli import architectures as arch
@@ -74,6 +74,7 @@ def deepen_config(config: dict[str, Any], layer_map: LayerMap) -> tuple[dict[str
     decoder = decoder_config(config)
     assert decoder.num_layers == layer_map.num_base_layers
     _refuse_types(decoder)
+    decoder = _with_derived_kinds(decoder)
     warnings: list[str] = []
     if decoder.model_type not in arch.KNOWN_TYPES:
         warnings.append(
@@ -93,6 +94,18 @@ def deepen_config(config: dict[str, Any], layer_map: LayerMap) -> tuple[dict[str
         for key, value in config.items()
     }
     return _with_quantization(whole, layer_map), tuple(warnings)
+
+
+def _with_derived_kinds(decoder: DecoderConfig) -> DecoderConfig:
+    """Write out the `layer_types` that the class would derive, so that they can follow the map."""
+    rule = arch.DERIVED_KINDS.get(decoder.model_type)
+    if rule is None or decoder.fields.get("layer_types") is not None:
+        return decoder
+    period = decoder.fields.get(rule.period_key, rule.period) if rule.period_key else rule.period
+    if type(period) is not int or period < 1:
+        raise ConfigError(f"config.json: {rule.period_key} is {shown(period)}, not a number of layers")
+    kinds = [rule.kind if (layer + 1) % period else rule.every_pth for layer in range(decoder.num_layers)]
+    return replace(decoder, fields=decoder.fields | {"layer_types": kinds})
 
 
 def _refuse_types(decoder: DecoderConfig) -> None:

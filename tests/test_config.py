@@ -100,9 +100,22 @@ def test_a_period_is_not_looked_at_where_the_explicit_list_is_there() -> None:
     assert after["layer_types"] == kinds("ssfssf" + "fssfss")
 
 
-def test_a_pattern_that_the_class_would_derive_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="lacks layer_types: gemma2"):
-        deepen(model_type="gemma2")
+def test_kinds_that_the_class_would_derive_are_written_out() -> None:
+    after = deepen(model_type="gemma3_text", sliding_window_pattern=3)
+    assert after["layer_types"] == kinds("ssfssf" + "fssfss")
+    assert after["sliding_window_pattern"] == 3
+    assert deepen(model_type="gemma2", layer_types=None)["layer_types"] == kinds("sfsfsf" + "sfsfsf")
+
+
+@pytest.mark.parametrize("period", [0, -1, "3", 2.5])
+def test_a_period_that_is_none_is_refused(period: object) -> None:
+    with pytest.raises(ConfigError, match="sliding_window_pattern is"):
+        deepen(model_type="gemma3_text", sliding_window_pattern=period)
+
+
+def test_a_pattern_that_dus_cannot_derive_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="lacks layer_types: exaone4"):
+        deepen(model_type="exaone4")
 
 
 def test_a_threshold_stays_while_nothing_below_it_is_repeated() -> None:

@@ -6,13 +6,14 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import dus
 
-from dus_cli.architectures import KNOWN_TYPES
+from dus_cli.architectures import DERIVED_KINDS, KNOWN_TYPES
 from dus_cli.layers import source_layers
 
 torch = pytest.importorskip("torch")
@@ -100,6 +101,23 @@ def logits(model: Any, tokens: Any) -> Any:
 def test_the_written_model_equals_the_base_rearranged(model_type: str, tmp_path: Path) -> None:
     base = tiny_model(model_type)
     base.save_pretrained(tmp_path / "base")
+    check_equality(base, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", sorted(DERIVED_KINDS))
+@pytest.mark.filterwarnings("ignore")
+def test_older_files_that_lack_layer_types_keep_each_layer_its_kind(
+    model_type: str, tmp_path: Path, edit_config: Callable[..., None]
+) -> None:
+    base = tiny_model(model_type)
+    base.save_pretrained(tmp_path / "base")
+    assert len(set(base.config.layer_types)) == 2
+    edit_config(tmp_path / "base", layer_types=None)
+    check_equality(base, tmp_path)
+
+
+def check_equality(base: Any, tmp_path: Path) -> None:
+    """Up-scale tmp_path/base with the real command; its logits must be those of `base` rearranged."""
     report = dus("upscale", tmp_path / "base", "-t", str(TRIM), "-o", tmp_path / "out", "--json").report
     assert report["warnings"] == []
     sources = source_layers(NUM_LAYERS, TRIM)
