@@ -1,6 +1,20 @@
-"""`python -m dus_cli` is `dus`."""
+"""`dus`, and `python -m dus_cli`."""
 
-from dus_cli.cli import main
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """The entry point. It imports inside, so that Ctrl-C ends a command that is still loading in one line too."""
+    try:
+        from dus_cli.cli import main as run
+    except KeyboardInterrupt:
+        print("error: ended by SIGINT; nothing was left behind", file=sys.stderr)
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -92,6 +92,21 @@ def test_every_command_and_option_has_help() -> None:
             assert len(line.strip("│ ").split("  ")[-1].strip()) > 3, line
 
 
+def test_ctrl_c_while_the_command_still_loads_is_one_line() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'dus_cli.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from dus_cli.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "error: ended by SIGINT; nothing was left behind\n"
+
+
 def test_dus_alone_prints_the_help_and_is_a_usage_error() -> None:
     done = dus()
     assert done.returncode == 2
