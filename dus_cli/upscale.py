@@ -10,6 +10,7 @@ from dus_cli import checksums, lineage
 from dus_cli.card import model_card
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.errors import OutputError, shown
+from dus_cli.layout import BLOCK
 from dus_cli.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
@@ -154,13 +155,19 @@ def _write(
 
 
 def _space(made: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: bool) -> Space:
-    source = made.checkpoint.shards[0].path
-    clones = copy_mode is not CopyMode.copy and can_clone(source, folder, may_create=may_create)
+    clones = copy_mode is not CopyMode.copy and can_clone(_sample(made), folder, may_create=may_create)
     # Config, index, card and lineage are counted with one flat mebibyte.
     needed = sum(layout.num_bytes for layout in made.shards.values()) + made.num_file_bytes
     if clones:
         needed -= made.num_clonable_bytes
     return Space(needed + (1 << 20), free_bytes(folder), clones)
+
+
+def _sample(made: UpscalePlan) -> Path:
+    """A file of the base to try a clone with. The dry run of a Hub model has small files only."""
+    shards = [shard.path for shard in made.checkpoint.shards]
+    others = [path for _, path in made.files if path.stat().st_size >= BLOCK]
+    return next((path for path in [shards[0], *others] if path.exists()), shards[0])
 
 
 def _check_space(space: Space, copy_mode: CopyMode, output: Path) -> None:
