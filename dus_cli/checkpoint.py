@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,16 @@ class Checkpoint:
                 yield shard, tensor
 
 
-HeaderReader = Callable[[str, Path], Header]
+HeaderReader = Callable[[str], Header]
 
 
-def read_local_header(name: str, path: Path) -> Header:
-    return read_header(path, shown(name))
-
-
-def open_checkpoint(folder: Path, header_of: HeaderReader = read_local_header) -> Checkpoint:
+def open_checkpoint(folder: Path, absent: HeaderReader | None = None) -> Checkpoint:
     """Open a folder as a decoder checkpoint in safetensors.
 
     Args:
         folder: the directory.
-        header_of: how to read the header of a shard; a Hub dry run reads it over the network.
+        absent: how to get the header of a shard, by its name, that is not in the folder; without it every
+            shard must be there. A model on the Hub is planned so, before its weights are fetched.
 
     Raises:
         CheckpointError: not a folder, not a decoder checkpoint, or not sound.
@@ -107,10 +104,11 @@ def open_checkpoint(folder: Path, header_of: HeaderReader = read_local_header) -
     config, config_sha256 = read_config(folder)
     index_path = inside(folder, INDEX_NAME)
     if index_path.exists():
-        weight_map, index_sha256 = read_weight_map(folder)
-        shards = _open_shards(folder, weight_map, header_of)
-    elif (single := inside(folder, SINGLE_NAME)).exists() or header_of is not read_local_header:
-        shards = (_open_shard(SINGLE_NAME, single, header_of),)
+        index = read_index(folder)
+        index_sha256 = index.sha256
+        shards = _open_shards(folder, index, absent)
+    elif (single := inside(folder, SINGLE_NAME)).exists() or absent is not None:
+        shards = (_open_shard(SINGLE_NAME, single, absent),)
         index_sha256 = None
     else:
         raise CheckpointError(_no_weights(folder))
@@ -143,14 +141,28 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     return config, hashlib.sha256(raw).hexdigest()
 
 
-def read_weight_map(folder: Path) -> tuple[dict[str, str], str]:
-    """The index's `weight_map`, tensor name to shard name, and the index's sha256.
+@dataclass(frozen=True)
+class Index:
+    """model.safetensors.index.json: tensor name to shard name; what it says of the size; its own sha256."""
+
+    weight_map: dict[str, str]
+    total_size: object
+    sha256: str
+
+    @property
+    def shard_names(self) -> list[str]:
+        return sorted(set(self.weight_map.values()))
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a sharded checkpoint.
 
     Raises:
         CheckpointError: damaged, empty, or naming a file outside the folder.
     """
     raw = read_small_file(inside(folder, INDEX_NAME), INDEX_NAME, _MAX_INDEX_BYTES)
-    weight_map = parse_json_object(raw, INDEX_NAME).get("weight_map")
+    index = parse_json_object(raw, INDEX_NAME)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME} has no weight_map; fetch it again")
     for name in dict.fromkeys(map(str, weight_map.values())):
@@ -158,12 +170,14 @@ def read_weight_map(folder: Path) -> tuple[dict[str, str], str]:
             raise CheckpointError(f"{INDEX_NAME} names {shown(name)}, which is no safetensors file; fetch it again")
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{INDEX_NAME}: weight_map must map text to text; fetch it again")
-    return weight_map, hashlib.sha256(raw).hexdigest()
+    total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Index(weight_map, total_size, hashlib.sha256(raw).hexdigest())
 
 
-def _open_shards(folder: Path, weight_map: Mapping[str, str], header_of: HeaderReader) -> tuple[Shard, ...]:
-    paths = {name: inside(folder, name) for name in sorted(set(weight_map.values()))}
-    if header_of is read_local_header:
+def _open_shards(folder: Path, index: Index, absent: HeaderReader | None) -> tuple[Shard, ...]:
+    weight_map = index.weight_map
+    paths = {name: inside(folder, name) for name in index.shard_names}
+    if absent is None:
         missing = [name for name, path in paths.items() if not path.is_file()]
         if missing:
             raise CheckpointError(
@@ -172,7 +186,7 @@ def _open_shards(folder: Path, weight_map: Mapping[str, str], header_of: HeaderR
     shards: list[Shard] = []
     holder: dict[str, str] = {}
     for name, path in paths.items():
-        shard = _open_shard(name, path, header_of)
+        shard = _open_shard(name, path, absent)
         for tensor in shard.header.tensors:
             other = holder.setdefault(tensor.name, name)
             if other != name:
@@ -197,9 +211,10 @@ def _open_shards(folder: Path, weight_map: Mapping[str, str], header_of: HeaderR
     return tuple(shards)
 
 
-def _open_shard(name: str, path: Path, header_of: HeaderReader) -> Shard:
+def _open_shard(name: str, path: Path, absent: HeaderReader | None) -> Shard:
     before = fingerprint(path)
-    return Shard(name, path, header_of(name, path), before)
+    header = read_header(path, shown(name)) if absent is None or before is not None else absent(name)
+    return Shard(name, path, header, before)
 
 
 def read_small_file(path: Path, name: str, limit: int) -> bytes:

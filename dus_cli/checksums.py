@@ -10,11 +10,10 @@ from dus_cli.checkpoint import read_small_file
 from dus_cli.errors import DusError, shown
 from dus_cli.source_files import inside
 from dus_cli.staging import staged_files
-from dus_cli.workers import workers
+from dus_cli.workers import PIECE, workers
 
 NAME = "SHA256SUMS"
 
-_PIECE = 4 << 20
 _MAX_BYTES = 16_000_000
 
 
@@ -22,7 +21,7 @@ def file_sum(path: Path, stop: threading.Event) -> str:
     """SHA-256 of a file, hexadecimal, in memory that does not grow. Of no use once `stop` is set."""
     digest = hashlib.sha256()
     with path.open("rb", 0) as file:
-        while not stop.is_set() and (piece := file.read(_PIECE)):
+        while not stop.is_set() and (piece := file.read(PIECE)):
             digest.update(piece)
     return digest.hexdigest()
 

@@ -13,12 +13,11 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
 from dus_cli import __version__
-from dus_cli.checkpoint import open_checkpoint
 from dus_cli.errors import DusError, LayerMapError, shown
 from dus_cli.layers import parse_layers
 from dus_cli.plan import MapRequest, parse_size
@@ -27,6 +26,7 @@ from dus_cli.reference import ModelRef
 from dus_cli.report import upscale_text, verification_json, verification_text
 from dus_cli.terminal import BarProgress, PlainProgress, print_plan
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode
+from dus_cli.upscale import open_base
 from dus_cli.upscale import preview as run_preview
 from dus_cli.upscale import upscale as run_upscale
 from dus_cli.verify import VerifyMode
@@ -176,7 +176,7 @@ def verify(
     if not model.is_dir():
         raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
     speaks = not (quiet or as_json)
-    checkpoint = _open_base(ModelRef.parse(base), quiet=not speaks) if base is not None else None
+    checkpoint = open_base(ModelRef.parse(base), quiet=not speaks) if base is not None else None
     with _progress(speaks) as progress:
         found = run_verify(model, checkpoint, jobs=jobs, progress=progress)
     if as_json:
@@ -185,16 +185,6 @@ def verify(
         print(verification_text(found))
     if not found.is_sound:
         raise typer.Exit(1)
-
-
-def _open_base(ref: ModelRef, *, quiet: bool) -> Any:
-    if ref.path is not None:
-        return open_checkpoint(ref.path)
-    from dus_cli import hub
-
-    folder, commit = hub.fetch_small_files(ref, quiet=quiet)
-    hub.fetch_weights(ref, folder, commit)
-    return open_checkpoint(folder)
 
 
 def _progress(speaks: bool) -> contextlib.AbstractContextManager[Progress]:

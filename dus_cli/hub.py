@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, HeaderReader, read_config, read_local_header, read_weight_map
+from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, HeaderReader, read_config, read_index
 from dus_cli.errors import CheckpointError, ModelNotFoundError, shown
 from dus_cli.headers import Header, header_length, parse_header
 from dus_cli.reference import ModelRef
@@ -78,21 +78,16 @@ def _not_there(ref: ModelRef, name: str) -> CheckpointError:
 def _shard_names(folder: Path) -> list[str]:
     if not (folder / INDEX_NAME).exists():
         return [SINGLE_NAME]
-    return sorted(set(read_weight_map(folder)[0].values()))
+    return read_index(folder).shard_names
 
 
 def remote_headers(ref: ModelRef, commit: str) -> HeaderReader:
-    """A reader of shard headers that fetches just those, by range request, unless the shard is cached.
-
-    For a dry run: a plan of a 7B model moves some 100 kB a shard.
-    """
+    """A reader of shard headers that fetches just those, by range request: at most some 100 kB a shard."""
     from huggingface_hub import HfFileSystem
 
     hub = HfFileSystem()
 
-    def read(name: str, path: Path) -> Header:
-        if path.exists():
-            return read_local_header(name, path)
+    def read(name: str) -> Header:
         with _hub_errors(ref):
             return _read_remote(hub, ref, commit, name)
 

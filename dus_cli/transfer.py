@@ -25,13 +25,10 @@ from dus_cli.checkpoint import Shard, fingerprint
 from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.layout import BLOCK
 from dus_cli.plan import UpscalePlan
-from dus_cli.workers import workers
+from dus_cli.workers import PIECE, workers
 
 # Four readers keep a disk busy; more changed nothing on two cores (docs/benchmarks.md).
 DEFAULT_JOBS = 4
-
-# Bytes that a worker holds at a time: with four workers, 16 MiB in all.
-_PIECE = 4 << 20
 
 # Longer moves are cut, so that one long run of layers is shared among the workers.
 _MOVE = 64 << 20
@@ -257,7 +254,7 @@ class _ShardMover:
 
     def _work(self, queue: Iterator[Move]) -> None:
         # Page-aligned, for direct I/O. Never closed by hand: the traceback of an error still holds views of it.
-        buffer = memoryview(mmap.mmap(-1, _PIECE))
+        buffer = memoryview(mmap.mmap(-1, PIECE))
         while not self.stop.is_set():
             with self.lock:
                 move = next(queue, None)

@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from dus_cli import checksums, lineage
+from dus_cli import checksums, hub, lineage
 from dus_cli.card import model_card
-from dus_cli.checkpoint import open_checkpoint
+from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.errors import OutputError, shown
 from dus_cli.layout import BLOCK
 from dus_cli.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
@@ -42,8 +42,6 @@ def plan(
     """
     if ref.path is not None:
         return make_plan(Base(ref), open_checkpoint(ref.path), request, max_shard_bytes)
-    from dus_cli import hub  # imports huggingface_hub, slow to import, for Hub ids only
-
     folder, commit = hub.fetch_small_files(ref, quiet=quiet)
     base = Base(ref, commit)
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
@@ -52,6 +50,19 @@ def plan(
         return made
     hub.fetch_weights(ref, folder, commit)
     return make_plan(base, open_checkpoint(folder), request, max_shard_bytes)
+
+
+def open_base(ref: ModelRef, *, quiet: bool = True) -> Checkpoint:
+    """A base with its weights, from its directory or by way of the Hub's cache.
+
+    Raises:
+        DusError: as `plan`.
+    """
+    if ref.path is not None:
+        return open_checkpoint(ref.path)
+    folder, commit = hub.fetch_small_files(ref, quiet=quiet)
+    hub.fetch_weights(ref, folder, commit)
+    return open_checkpoint(folder)
 
 
 def preview(

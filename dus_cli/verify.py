@@ -16,12 +16,13 @@ from dus_cli.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
+    Index,
     read_config,
-    read_weight_map,
+    read_index,
 )
 from dus_cli.checksums import check_sums
 from dus_cli.errors import DusError, VerificationError, shown, shown_list
-from dus_cli.headers import TensorInfo, parse_json_object, read_header
+from dus_cli.headers import TensorInfo, read_header
 from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.layout import ShardLayout
 from dus_cli.model_config import DecoderConfig, decoder_config, deepen_config
@@ -31,9 +32,7 @@ from dus_cli.source_files import inside
 from dus_cli.stacks import find_stack
 from dus_cli.staging import staged_files
 from dus_cli.transfer import DEFAULT_JOBS
-from dus_cli.workers import workers
-
-_PIECE = 4 << 20
+from dus_cli.workers import PIECE, workers
 
 
 class VerifyMode(str, Enum):
@@ -193,12 +192,12 @@ def _open_tensors(folder: Path, found: Verification) -> tuple[dict[str, Place], 
 
     Unlike `open_checkpoint` it goes on past a bad shard, to find every problem.
     """
-    weight_map: dict[str, str] | None = None
+    index: Index | None = None
     if inside(folder, INDEX_NAME).exists():
-        weight_map = _gather(found, lambda: read_weight_map(folder)[0])
-        if weight_map is None:
+        index = _gather(found, lambda: read_index(folder))
+        if index is None:
             return {}, False
-        shard_names = sorted(set(weight_map.values()))
+        shard_names = index.shard_names
     elif inside(folder, SINGLE_NAME).exists():
         shard_names = [SINGLE_NAME]
     else:
@@ -217,25 +216,23 @@ def _open_tensors(folder: Path, found: Verification) -> tuple[dict[str, Place], 
         for tensor in header.tensors:
             if tensor.name in tensors:
                 found.problems.append(f"tensor {shown(tensor.name)} stands in two shards")
-            if weight_map is not None and weight_map.get(tensor.name) != name:
+            if index is not None and index.weight_map.get(tensor.name) != name:
                 found.problems.append(f"{shown(name)} holds {shown(tensor.name)}, which the index does not place there")
             tensors[tensor.name] = Place(path, tensor)
-    if weight_map is not None:
-        for tensor_name, name in weight_map.items():
+    if index is not None:
+        for tensor_name, name in index.weight_map.items():
             if tensor_name not in tensors and name not in unreadable:
                 found.problems.append(f"the index places {shown(tensor_name)} in {shown(name)}, which lacks it")
         if not unreadable:
-            _check_totals(folder, tensors, found)
+            found.problems += _check_total(index, tensors)
     return tensors, not unreadable
 
 
-def _check_totals(folder: Path, tensors: dict[str, Place], found: Verification) -> None:
-    index = parse_json_object(inside(folder, INDEX_NAME).read_bytes(), INDEX_NAME)
-    metadata = index.get("metadata")
+def _check_total(index: Index, tensors: dict[str, Place]) -> list[str]:
     total = sum(place.tensor.num_bytes for place in tensors.values())
-    said = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if said is not None and said != total:
-        found.problems.append(f"the index says total_size {shown(said)}, the shards hold {total} bytes of tensor data")
+    if index.total_size in (None, total):
+        return []
+    return [f"the index says total_size {shown(index.total_size)}, the shards hold {total} bytes of tensor data"]
 
 
 def _recorded_map(record: dict[str, Any]) -> LayerMap:
@@ -347,10 +344,10 @@ def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threa
         return f"tensor {name} is {left.dtype} {list(left.shape)}, {pair.right_name} {right.dtype} {list(right.shape)}"
     try:
         with pair.left.path.open("rb", 0) as left_file, pair.right.path.open("rb", 0) as right_file:
-            for position in range(0, left.num_bytes, _PIECE):
+            for position in range(0, left.num_bytes, PIECE):
                 if stop.is_set():
                     return None
-                size = min(_PIECE, left.num_bytes - position)
+                size = min(PIECE, left.num_bytes - position)
                 ours = os.pread(left_file.fileno(), size, left.start + position)
                 theirs = os.pread(right_file.fileno(), size, right.start + position)
                 if ours != theirs or len(ours) != size:

@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
+# Bytes that a worker holds at a time, whatever it does with them.
+PIECE = 4 << 20
+
 
 class Workers(NamedTuple):
     """A pool, and the flag that long tasks look at between two pieces of work."""
