@@ -52,7 +52,8 @@ def _options(command: Any) -> str:
         value = parameter.metavar
         if isinstance(default, Enum):
             value, default = " or ".join(choice.value for choice in type(default)), default.value
-        names = parameter.metavar if _is_argument(parameter) else ", ".join(parameter.opts)
+        spellings = ", ".join([*parameter.opts, *parameter.secondary_opts])
+        names = parameter.metavar if _is_argument(parameter) else spellings
         shown = names if _is_argument(parameter) or is_flag or not value else f"{names} {value}"
         if parameter.required:
             default = "required"

@@ -8,6 +8,12 @@ import shlex
 from dus_cli.drawing import draw_map
 from dus_cli.plan import UpscalePlan
 
+# What `dus heal` replaces in the card.
+NOT_HEALED = """\
+> **This model is not healed.** Its layers are copies of the base's, stacked by depthwise scaling; at the
+> seam layers meet that never met before, so it is worse than its base until it has had continued
+> pretraining: `dus heal OUT --data corpus.jsonl`."""
+
 _CITATION = """\
 ```bibtex
 @article{kim2023solar,
@@ -46,9 +52,7 @@ def model_card(plan: UpscalePlan) -> str:
 
 # {name}, depth up-scaled to {len(layer_map)} layers
 
-> **This model is not healed.** Its layers are copies of the base's, stacked by depthwise scaling; at the
-> seam layers meet that never met before, so it is worse than its base until it has had continued
-> pretraining: `dus heal OUT --data corpus.jsonl`.
+{NOT_HEALED}
 {warnings}
 | | base | this model |
 |---|---|---|

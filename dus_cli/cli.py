@@ -18,7 +18,8 @@ from typing import Annotated, NoReturn, Optional
 import typer
 
 from dus_cli import __version__
-from dus_cli.errors import DusError, LayerMapError, shown
+from dus_cli.errors import DusError, LayerMapError, StoppedError, shown
+from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
 from dus_cli.plan import MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
@@ -187,6 +188,9 @@ def verify(
         raise typer.Exit(1)
 
 
+app.command()(heal)
+
+
 def _progress(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
     if not speaks:
         return contextlib.nullcontext(NoProgress())
@@ -231,6 +235,8 @@ def main() -> NoReturn:
         code = app(prog_name="dus", standalone_mode=False)
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
+    except StoppedError as error:
+        fail(str(error), 128 + error.signum)
     except DusError as error:
         if os.environ.get("DUS_DEBUG"):
             raise

@@ -36,6 +36,18 @@ class VerificationError(DusError):
     """What was written is not what was planned."""
 
 
+class HealError(DusError):
+    """A run cannot start, cannot go on, or is taken."""
+
+
+class StoppedError(DusError):
+    """A signal ended a run in good order; what it had done is saved. `cli` exits with 128 + the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
 def shown(text: object) -> str:
     r"""Text from a checkpoint, made fit for one line of a terminal.
 

@@ -112,7 +112,6 @@ def upscale_text(report: UpscaleReport) -> str:
         lines += [
             f"Wrote {output_text}. It is not healed yet: the seam makes it worse than its base.",
             f"next: dus heal {output_text} --data corpus.jsonl",
-            "      (comes with the next release; until then any trainer will do)",
         ]
     return "\n".join(lines)
 

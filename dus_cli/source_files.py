@@ -57,6 +57,9 @@ OTHER_FORMAT_FOLDERS = (
 # Written anew for the deeper model; README.md is the card.
 WRITTEN_ANEW = ("README.md", "dus.json", "SHA256SUMS", "config.json")
 
+# The record of a healing (`dus heal`): of that model, not of one made from it.
+OF_A_HEALING = ("run.json", "metrics.jsonl", "report.json", "healing-*.svg", "tensorboard", "tokens", "checkpoints")
+
 # Nobody's but the base's own, at any depth.
 LEFT_BEHIND = (".git*", ".cache", "__pycache__", ".DS_Store")
 
@@ -72,6 +75,8 @@ def is_carried(relative: str) -> bool:
     """
     *folders, name = PurePosixPath(relative).parts
     if relative in WRITTEN_ANEW:
+        return False
+    if any(fnmatch((*folders, name)[0], pattern) for pattern in OF_A_HEALING):
         return False
     if any(fnmatch(part, pattern) for part in (*folders, name) for pattern in LEFT_BEHIND):
         return False

@@ -153,14 +153,19 @@ def verify(
     if decoder is not None and all_readable:
         _gather(found, lambda: find_stack(tensors, decoder))
     record = _gather(found, lambda: lineage.read_lineage(folder))
-    layer_map = _gather(found, lambda: _recorded_map(record)) if record is not None else None
+    is_healed = record is not None and bool(record.get("healing"))
+    has_map = record is not None and not (is_healed and "layer_map" not in record)
+    layer_map = _gather(found, lambda: _recorded_map(record)) if has_map else None
     if record is None and not found.problems:
         found.warnings.append(f"there is no {lineage.NAME}: which layers stand twice is not known, none were compared")
-    if record is not None and all_readable:
+    if has_map and all_readable:
         _check_counts(found, record)
     if decoder is not None and layer_map is not None:
         found.problems += _check_depth(decoder, layer_map)
-    if layer_map is not None:
+    if is_healed and base is not None:
+        found.problems.append(f"{lineage.NAME} says the model was healed: its tensors are no base's; leave out --base")
+        base = None
+    if layer_map is not None and not is_healed:
         pairs, problems = _duplicates(tensors, str(record["layer_prefix"]), layer_map)
         if all_readable:  # else one bad shard would be told once for each of its tensors
             found.problems += problems

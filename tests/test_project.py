@@ -39,6 +39,7 @@ def test_help_version_upscale_and_verify_import_nothing_heavy(base: Path, tmp_pa
         ("upscale", str(base), "-o", out, "--json", "--verify", "full", "--checksums"),
         ("upscale", str(base), "-o", out + "2", "--dry-run"),
         ("verify", out, "--base", str(base)),
+        ("heal", "--help"),
     ):
         assert not imported_by(*command) & HEAVY, command
     assert (tmp_path / "out/dus.json").exists()
@@ -60,7 +61,7 @@ def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_in_the_docs_exists(page: Path) -> None:
     known = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/cli.md").read_text()))
-    for line in re.findall(r"^\s*(?:\$ )?dus (?:upscale|verify).*$", page.read_text(), re.MULTILINE):
+    for line in re.findall(r"^\s*(?:\$ )?dus (?:upscale|verify|heal).*$", page.read_text(), re.MULTILINE):
         used = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", line.split("|")[0]))
         assert used <= known, (line, used - known)
 
@@ -77,12 +78,12 @@ def test_every_field_of_the_reports_is_documented(base: Path, tmp_path: Path) ->
 
 def test_the_readme_draws_every_module() -> None:
     readme = (ROOT / "README.md").read_text()
-    for path in sorted((ROOT / "dus_cli").glob("[!_]*.py")):
-        assert path.name in readme, path.name
+    for path in sorted((ROOT / "dus_cli").rglob("[!_]*.py")):
+        assert re.search(rf"^ +{re.escape(path.name)} ", readme, re.MULTILINE), path.name
 
 
 def test_every_command_and_option_has_help() -> None:
-    for command in ((), ("upscale",), ("verify",)):
+    for command in ((), ("upscale",), ("verify",), ("heal",)):
         text = subprocess.run(
             [*DUS, *command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
         ).stdout

@@ -1,0 +1,52 @@
+"""The model card of a healed model: the source's card, with its state told anew and the proof added."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dus_cli.card import NOT_HEALED
+
+_START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
+
+
+def healed_card(card: str, report: dict[str, Any], name: str) -> str:
+    """The card with a section on the healing: after the warning's place, or at the end of a card without one."""
+    section = f"{_START}\n{_section(report)}\n{_END}"
+    if NOT_HEALED in card:
+        return card.replace(NOT_HEALED, section)
+    earlier = re.compile(f"{re.escape(_START)}.*?{re.escape(_END)}", re.DOTALL)
+    if earlier.search(card):
+        return earlier.sub(lambda _: section, card, count=1)
+    return f"{card.rstrip()}\n\n{section}\n" if card.strip() else f"# {name}\n\n{section}\n"
+
+
+def _section(report: dict[str, Any]) -> str:
+    base = report["base_loss"]
+    if base is None:
+        verdict = "**Continued pretraining** by `dus heal`. No base stands in this model to compare it with."
+    elif report["reached_base"]:
+        verdict = (
+            f"**This model is healed**: its held-out loss came down to its base's after {report['tokens_to_base']:,} "
+            f"tokens, {report['fraction_of_pretraining']:.2g} of what pretraining a model of this size takes "
+            "(20 tokens a parameter)."
+        )
+    else:
+        verdict = "**This model is not healed yet**: its held-out loss is still above its base's."
+    rows = [("base", base), ("right after scaling", report["scaled_loss"]), ("now", report["loss"])]
+    if base is None:
+        rows = [("before", report["scaled_loss"]), ("now", report["loss"])]
+    table = "\n".join(f"| {label} | {loss:.4f} |" for label, loss in rows)
+    return f"""> {verdict}
+
+| | held-out loss (nats per token) |
+|---|---|
+{table}
+
+<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="healing-dark.svg">
+  <img alt="Training and held-out loss against tokens, with the base's line" src="healing-light.svg">
+</picture>
+
+{report["tokens"]:,} tokens in {report["steps"]:,} steps, {report["flops"]:.3g} FLOPs. `metrics.jsonl` has every
+step, `report.json` the figures, `run.json` every option."""

@@ -1,0 +1,174 @@
+"""Checkpoints of a run: saved by torch.distributed.checkpoint in the background, complete or invisible.
+
+`checkpoints/step-00000120/` holds the optimizer's tensors, split over the workers that wrote them, and
+`state.json`. It is written under another name, synced, and renamed by the first worker when every worker is
+done. A run with another number of workers can read it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from dus_cli.errors import HealError, OutputError, shown
+from dus_cli.heal import checkpoints_folder as folders
+from dus_cli.heal.team import Team
+
+_STATE = "state.json"
+
+
+@dataclass
+class _Pending:
+    future: Future[Any]
+    partial: Path
+    final: Path
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is called by every worker, in the same order."""
+
+    def __init__(self, folder: Path, team: Team, keep: int) -> None:
+        self._folder = folder
+        self._team = team
+        self._keep = keep
+        self._in_background = team.device.type != "cpu"
+        self._pending: _Pending | None = None
+        self._saved: int | None = None
+        self._lock = -1
+        if team.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = folders.lock(folder)
+            for left in folder.glob(".step-*"):
+                shutil.rmtree(left)
+        team.wait()
+
+    def newest(self) -> int | None:
+        """The step of the newest complete checkpoint, as the first worker sees it."""
+        steps = folders.complete(self._folder) if self._team.is_first else []
+        newest = self._team.sum([float(steps[-1] + 1) if steps else 0.0])[0]
+        self._saved = int(newest) - 1 if newest else None
+        return self._saved
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What `save` was given as state."""
+        state: dict[str, Any] = json.loads((self._folder / folders.name(step) / _STATE).read_text(encoding="utf-8"))
+        return state
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Read a checkpoint into tensors that are already there.
+
+        Raises:
+            HealError: it cannot be read.
+        """
+        path = self._folder / folders.name(step)
+        try:
+            dcp.load(dict(tensors), checkpoint_id=path)  # type: ignore[attr-defined]
+        except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
+            raise HealError(
+                f"{shown(path)} cannot be read ({shown(_reason(error))}); remove it to go on from the one before"
+            ) from error
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Begin to save, unless this step is saved. From an accelerator tensors are copied before it returns, and
+        written while training goes on.
+
+        Raises:
+            OutputError: the checkpoint before this one could not be written.
+        """
+        self.finish()
+        if step == self._saved:
+            return
+        partial = self._folder / f".{folders.name(step)}"
+        try:
+            if self._team.is_first:
+                partial.mkdir()
+                _write(partial / _STATE, json.dumps(state))
+            self._team.wait()
+            future = self._begin(tensors, partial)
+        except OSError as error:
+            raise _cannot_save(error) from error
+        self._pending = _Pending(future, partial, self._folder / folders.name(step))
+        self._saved = step
+
+    def _begin(self, tensors: Mapping[str, Tensor], partial: Path) -> Future[Any]:
+        """Save from a copy in the background; on a CPU, whose memory the copy would take, at once."""
+        group = self._team.saving
+        if self._in_background:
+            saving = dcp.async_save(dict(tensors), checkpoint_id=partial, process_group=group)  # type: ignore[attr-defined]
+            assert isinstance(saving, Future)
+            return saving
+        done: Future[Any] = Future()
+        try:
+            done.set_result(dcp.save(dict(tensors), checkpoint_id=partial, process_group=group))  # type: ignore[attr-defined]
+        except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+            done.set_exception(error)
+        return done
+
+    def poll(self) -> None:
+        """Give a checkpoint its name if every worker is done with it."""
+        if self._pending is not None and not self._team.any(not self._pending.future.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being saved is complete, name it, and remove those beyond `keep`.
+
+        Raises:
+            OutputError: it could not be written; those before it are whole.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        failure = pending.future.exception()
+        if self._team.any(failure is not None):
+            if self._team.is_first:
+                shutil.rmtree(pending.partial, ignore_errors=True)
+            raise _cannot_save(failure) from failure
+        if self._team.is_first:
+            _sync(pending.partial)
+            pending.partial.replace(pending.final)
+            _sync(self._folder)
+            for step in folders.complete(self._folder)[: -self._keep]:
+                shutil.rmtree(self._folder / folders.name(step), ignore_errors=True)
+        self._team.wait()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _cannot_save(error: BaseException | None) -> OutputError:
+    return OutputError(
+        f"a checkpoint cannot be saved: {shown(_reason(error))}; the one before it is whole, "
+        "make room and run the same command again"
+    )
+
+
+def _reason(error: BaseException | None) -> str:
+    """The operating system's word for a failure that torch wraps in its own."""
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        if os.strerror(code) in text:
+            return os.strerror(code)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,146 @@
+"""What a run costs, on paper: FLOPs per token, memory per device, time. Pure arithmetic with its sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Dense bf16 peak in FLOP/s without sparsity, from the vendors' data sheets, by part of the device's name.
+# The longer name comes first where one contains the other.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,
+}
+
+# Tokens per parameter at which pretraining spends its compute best (Chinchilla, arXiv:2203.15556, table 3).
+TOKENS_PER_PARAMETER = 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What FLOPs and memory depend on. `num_matmul_parameters` excludes the embedding that is only looked up."""
+
+    num_parameters: int
+    num_matmul_parameters: int
+    num_layers: int
+    hidden_size: int
+    attention_size: int
+    vocab_size: int
+
+
+def shape_of(config: dict[str, Any], num_parameters: int, num_layers: int) -> Shape:
+    """The shape of a decoder, from its config's fields (the text part of it)."""
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0)
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
+    head_size = int(config.get("head_dim") or (hidden // heads if heads else 0))
+    vocab = int(config.get("vocab_size") or 0)
+    # Tied weights stand once in num_parameters and are multiplied once, as the head; untied ones stand twice.
+    looked_up = 0 if config.get("tie_word_embeddings") else vocab * hidden
+    return Shape(num_parameters, num_parameters - looked_up, num_layers, hidden, heads * head_size, vocab)
+
+
+def flops_per_token(shape: Shape, seq_length: int) -> float:
+    """FLOPs of forward and backward for one token: 6 · N + 12 · L · A · T (PaLM, arXiv:2204.02311, appendix B).
+
+    N are the parameters that are multiplied, L layers, A the width of attention over all heads, T the
+    sequence length. As in the paper the causal half is not subtracted and recomputation is not counted.
+    """
+    return 6.0 * shape.num_matmul_parameters + 12.0 * shape.num_layers * shape.attention_size * seq_length
+
+
+def pretraining_flops(shape: Shape, seq_length: int) -> float:
+    """FLOPs of pretraining a model of this shape on 20 tokens a parameter (Chinchilla, arXiv:2203.15556)."""
+    return TOKENS_PER_PARAMETER * shape.num_parameters * flops_per_token(shape, seq_length)
+
+
+def num_shards(sharding: str, size: int, num_local: int) -> int:
+    """Over how many workers the weights are split; the rest of the team are replicas (HSDP)."""
+    if sharding == "none":
+        return 1
+    if sharding == "hsdp":
+        return num_local
+    return size
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per device, by purpose."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    gathered: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.teacher
+            + self.gathered
+            + self.activations
+            + self.logits
+        )
+
+
+# Bytes kept for the backward pass, per token, layer and unit of hidden size: 34 with flash attention
+# (Korthikanti et al., arXiv:2205.05198, equation 2 without its attention matrix).
+_ACTIVATION_BYTES = {"none": 34.0, "selective": 18.0, "full": 2.0}
+
+# Bytes of fp32 logits that exist at a time: enough rows for the matrix products to be efficient.
+_LOGITS_BYTES = {"cpu": 64 << 20}
+_LOGITS_BYTES_ELSEWHERE = 512 << 20
+
+
+def chunk_rows(device_type: str, vocab_size: int) -> int:
+    """Rows whose logits are held at a time by the loss."""
+    return max(64, _LOGITS_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
+
+
+def memory_per_device(
+    shape: Shape,
+    *,
+    num_shards: int,
+    micro_batch_tokens: int,
+    weight_bytes: int,
+    has_fp32_masters: bool,
+    activation_checkpointing: str,
+    teacher_layers: int,
+) -> MemoryEstimate:
+    """Bytes that one device needs. Weights, gradients, masters and moments are split `num_shards` ways.
+
+    Gradients are summed in fp32; Adam keeps two fp32 moments; one layer and the head are gathered at a time.
+    """
+    each = shape.num_parameters / num_shards
+    masters = 4.0 if has_fp32_masters and weight_bytes != 4 else 0.0
+    layer = (shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size) / max(1, shape.num_layers)
+    is_sharded = num_shards > 1
+    activations = (
+        micro_batch_tokens * shape.num_layers * shape.hidden_size * _ACTIVATION_BYTES[activation_checkpointing]
+    )
+    if activation_checkpointing == "full":
+        activations += micro_batch_tokens * shape.hidden_size * _ACTIVATION_BYTES["none"]
+    return MemoryEstimate(
+        weights=each * weight_bytes,
+        gradients=each * 4.0,
+        optimizer=each * (8.0 + masters),
+        teacher=each * weight_bytes * teacher_layers / max(1, shape.num_layers),
+        gathered=(2 * layer + shape.vocab_size * shape.hidden_size) * weight_bytes if is_sharded else 0.0,
+        activations=activations * weight_bytes / 2,
+        # the logits, their gradient, and the head's gradient in fp32
+        logits=3.0 * _LOGITS_BYTES_ELSEWHERE + 4.0 * shape.vocab_size * shape.hidden_size,
+    )

@@ -1,0 +1,74 @@
+"""Residual gains: how loudly each block speaks, learned apart from what it says.
+
+Scaling doubles what some layers add to the residual stream, and the quickest repair is to change by how
+much each block adds. Every matrix W that writes to the stream (the output projections of attention and
+MLP) is seen as exp(g) · W with g = 0; the gradient for g is ⟨∂L/∂W, W⟩, Adam steps on g at a rate of its
+own, and the factor is folded into W at once. So the checkpoint stays an ordinary one, and nothing is
+added to forward or backward. docs/healing.md has what it brings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# Names of the matrices that write to the residual stream, by architecture family: Llama and all that
+# follow it, GPT-2, GPT-NeoX and Falcon, OPT and BART, Phi, BLOOM, Mixtral's experts.
+_WRITERS = (
+    "o_proj.weight",
+    "down_proj.weight",
+    "c_proj.weight",
+    "attention.dense.weight",
+    "self_attention.dense.weight",
+    "self_attn.dense.weight",
+    "dense_4h_to_h.weight",
+    "out_proj.weight",
+    "fc2.weight",
+    "w2.weight",
+)
+
+_BETAS = (0.9, 0.95)
+_EPSILON = 1e-8
+
+
+def writes_to_the_stream(name: str) -> bool:
+    """Whether a parameter is an output projection of a block, by its name.
+
+    >>> writes_to_the_stream("model.layers.3.mlp.down_proj.weight"), writes_to_the_stream("lm_head.weight")
+    (True, False)
+    """
+    return name.endswith(_WRITERS)
+
+
+class Gains:
+    """Adam's moments for the gains, one of each for every matrix, the same on every worker."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = [name for name in names if writes_to_the_stream(name)]
+        self.exp_avg = torch.zeros(len(self.names), dtype=torch.float64)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self.steps = torch.zeros_like(self.exp_avg)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold. They are read back in place."""
+        return {"gains.exp_avg": self.exp_avg, "gains.exp_avg_sq": self.exp_avg_sq, "gains.steps": self.steps}
+
+    def factors(self, products: Sequence[float | None], lr: float) -> list[float]:
+        """The factor for each matrix, of ⟨gradient, W⟩ over all workers; None where the matrix does not learn."""
+        first, second = _BETAS
+        factors = []
+        for index, product in enumerate(products):
+            if product is None:
+                factors.append(1.0)
+                continue
+            self.steps[index] += 1
+            self.exp_avg[index] = first * self.exp_avg[index] + (1 - first) * product
+            self.exp_avg_sq[index] = second * self.exp_avg_sq[index] + (1 - second) * product**2
+            steps = float(self.steps[index])
+            mean = float(self.exp_avg[index]) / (1 - first**steps)
+            square = float(self.exp_avg_sq[index]) / (1 - second**steps)
+            factors.append(math.exp(-lr * mean / (math.sqrt(square) + _EPSILON)))
+        return factors

@@ -1,0 +1,375 @@
+"""The verb: check, tokenise, write run.json, start torchrun, follow it, report.
+
+The command line of torchrun is built apart from running it, so that it can be printed and tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dus_cli.errors import HealError, OutputError, StoppedError, shown
+from dus_cli.heal import checkpoints_folder as folders
+from dus_cli.heal import resolve
+from dus_cli.heal.corpus import BadLine, Source, parse_sources
+from dus_cli.heal.estimate import Shape, shape_of
+from dus_cli.heal.live import MetricsFollower, View
+from dus_cli.heal.options import Launch
+from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
+from dus_cli.heal.run import NAME as RUN_NAME
+from dus_cli.heal.run import Run, changed_options, check_same, other_options, read_run
+from dus_cli.model_config import decoder_config
+from dus_cli.staging import check_apart
+
+FAILURE = "failure.json"
+REPORT = "report.json"
+LOGS = "logs"
+
+# What a run that is under way may have in its folder; anything else is somebody's own.
+_OURS = {RUN_NAME, "metrics.jsonl", "tokens", "checkpoints", LOGS, FAILURE, "tensorboard", "wandb"}
+
+# Seconds that workers have to save a checkpoint after a signal, before torchrun kills them.
+_PATIENCE = 600
+
+_POLL = 0.2
+
+
+@dataclass
+class _Prepared:
+    """Data as the workers will see it, and its rows in an epoch."""
+
+    record: dict[str, Any]
+    rows_per_epoch: int
+
+
+@dataclass
+class _Relay:
+    """Signals that came while torchrun ran."""
+
+    signum: int | None = None
+    count: int = field(default=0)
+
+    def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = signum
+        self.count += 1
+
+
+def heal(wishes: Wishes, view: View) -> dict[str, Any]:
+    """Heal a model, or go on healing it; the report when it is finished. The output is the model's place.
+
+    Raises:
+        DusError: any known failure, of a worker too.
+        StoppedError: a signal ended it; a checkpoint is saved.
+    """
+    model = check(wishes)
+    finished = _finished(wishes)
+    if finished is not None:
+        return finished | {"status": "unchanged"}
+    run = prepare_run(wishes, model, view)
+    view.begin(run.num_steps, run.tokens_per_step)
+    code, signum = _launch(run, wishes.launch, view)
+    return _outcome(run, code, signum)
+
+
+def check(wishes: Wishes) -> Model:
+    """Everything that can be refused before data are read; the opened model.
+
+    Raises:
+        DusError: the model, the options or the output are not in order.
+    """
+    from dus_cli.heal.tracking import check_tracker
+
+    model = resolve.open_model(wishes.model)
+    resolve.check_wishes(wishes, model)
+    resolve.rows_per_step(wishes, model)
+    check_tracker(wishes.keeping.track.value)
+    _check_torch()
+    _check_devices(wishes)
+    check_apart(wishes.output, wishes.model)
+    _check_output(wishes.output)
+    return model
+
+
+def _check_torch() -> None:
+    import importlib.util
+
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise HealError(f"dus heal needs {' and '.join(missing)}; pip install 'dus-cli[heal]'")
+
+
+def _check_devices(wishes: Wishes) -> None:
+    import torch
+
+    workers = num_processes(wishes.launch) * wishes.launch.nnodes
+    if wishes.fit.offload and not (torch.accelerator.is_available() and workers > 1):
+        raise HealError(
+            "--offload moves what FSDP splits from GPUs to memory, and needs two workers on GPUs; leave it out"
+        )
+    if wishes.launch.nnodes > 1 and wishes.launch.rdzv_endpoint is None:
+        raise HealError("--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every node")
+    if wishes.launch.node_rank >= wishes.launch.nnodes:
+        raise HealError(f"--node-rank {wishes.launch.node_rank} of {wishes.launch.nnodes} nodes: they count from 0")
+
+
+def _check_output(output: Path) -> None:
+    if not output.resolve().parent.is_dir():
+        raise OutputError(f"{shown(output.resolve().parent)} is not a directory; create it first")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise OutputError(f"{shown(output)} exists and is not a directory; choose another name for -o")
+    is_run = (output / RUN_NAME).is_file()
+    strangers = sorted(path.name for path in output.iterdir() if path.name not in _OURS)
+    if strangers and not is_run:
+        raise OutputError(f"{shown(output)} holds {shown(strangers[0])} and no run of dus heal; choose another -o")
+
+
+def _finished(wishes: Wishes) -> dict[str, Any] | None:
+    """The report of a run that is finished already with these options; None where there is none."""
+    path = wishes.output / REPORT
+    if not path.is_file():
+        return None
+    run = read_run(wishes.output / RUN_NAME)
+    changed = changed_options(run, wishes.to_json())
+    if run.model != str(wishes.model.resolve()):
+        changed.append("the model")
+    for name in ("data.files", "data.eval_files"):  # the tokens are gone, so the names must do
+        if run.options[name] != wishes.to_json()[name]:
+            changed.append("the data")
+    if changed:
+        raise other_options(run, changed)
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
+
+
+def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
+    """Tokenise and write run.json; of a run that goes on, hold that it is the same.
+
+    Raises:
+        DusError: the data cannot be used, or the run is another one.
+    """
+    output = wishes.output.resolve()
+    output.mkdir(exist_ok=True)
+    if wishes.launch.node_rank == 0 and folders.is_locked(output / "checkpoints"):
+        raise HealError(f"another run is healing into {shown(wishes.output)} at this moment; wait for it")
+    data = prepare_data(wishes, model, output / "tokens", view)
+    run = resolve.make_run(wishes, model, data.record, data.rows_per_epoch)
+    if (output / RUN_NAME).exists():
+        check_same(read_run(output / RUN_NAME), run)
+    if wishes.launch.node_rank == 0 or not (output / RUN_NAME).exists():
+        run.write()
+    return run
+
+
+def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Prepared:
+    """Token files of all data, made or found in `folder`.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    from dus_cli.heal.prepare import prepare
+    from dus_cli.heal.tokens import Rows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = wishes.data
+    sources, eval_sources = _sources(wishes, folder)
+    view.status("tokenising")
+    prepared = prepare(
+        sources,
+        eval_sources,
+        wishes.model,
+        folder,
+        vocab_size=model.vocab_size,
+        text_field=data.text_field,
+        on_bad_line=BadLine(data.on_bad_line),
+        holdout=data.holdout,
+        wait=wishes.launch.nnodes > 1,
+        say=view.status,
+        on_progress=view.tokenising,
+    )
+    rows = Rows(prepared, folder, resolve.seq_length(wishes, model), wishes.recipe.seed)
+    if not prepared.num_heldout_tokens:
+        raise HealError("the held-out set is empty, and without one nothing is proven; give --eval-data or --holdout")
+    return _Prepared(prepared.to_json(), rows.rows_per_epoch)
+
+
+def _sources(wishes: Wishes, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    return parse_sources(wishes.data.files, folder), parse_sources(wishes.data.eval_files, folder)
+
+
+# --- torchrun -------------------------------------------------------------------------------------
+
+
+def num_processes(launch: Launch) -> int:
+    """Workers of this node: as asked, or one for each accelerator, or one."""
+    if launch.nproc_per_node is not None:
+        return launch.nproc_per_node
+    import torch
+
+    return max(1, torch.accelerator.device_count())
+
+
+def torchrun_command(launch: Launch, run_path: Path) -> list[str]:
+    """The exact line that starts the workers of one node. It needs nothing but run.json."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes(launch)}"]
+    if launch.nnodes == 1:
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    else:
+        command += [
+            f"--nnodes={launch.nnodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={launch.rdzv_endpoint}",
+            f"--rdzv-id={run_path.parent.name}",
+        ]
+    command += [
+        f"--max-restarts={launch.max_restarts}",
+        f"--log-dir={run_path.parent / LOGS}",
+        "--redirects=3",
+        "-m",
+        "dus_cli.heal.worker",
+        str(run_path),
+    ]
+    return command
+
+
+def printed_command(wishes: Wishes, view: View) -> str:
+    """The line of `--print-command`, for a shell, a batch job or a container. Data and run.json are made first.
+
+    Raises:
+        DusError: as `heal`.
+    """
+    prepare_run(wishes, check(wishes), view)
+    command = torchrun_command(wishes.launch, wishes.output.resolve() / RUN_NAME)
+    return " ".join(shlex.quote(part) for part in command)
+
+
+def _launch(run: Run, launch: Launch, view: View) -> tuple[int, int | None]:
+    """Run torchrun to its end: its exit code, and the signal that came meanwhile."""
+    command = torchrun_command(launch, run.folder / RUN_NAME)
+    logs = run.folder / LOGS
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir()
+    (run.folder / FAILURE).unlink(missing_ok=True)
+    follower = MetricsFollower(run.metrics_path)
+    view.status("loading the model")
+    with _relayed() as relay, (logs / "torchrun.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=_environment(launch),
+            start_new_session=True,  # Ctrl-C reaches the launcher, which lets the workers save
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (no thread of ours runs)
+        )
+        told = 0
+        while process.poll() is None:
+            if relay.count > told:
+                view.status("saving a checkpoint" if relay.count == 1 else "ending at once")
+                os.killpg(process.pid, signal.SIGKILL) if relay.count > 1 else process.terminate()
+                told = relay.count
+            view.update(follower)
+            time.sleep(_POLL)
+        view.update(follower)
+    return process.returncode, relay.signum
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    import torch
+
+    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE), "PYTHONUNBUFFERED": "1"}
+    if torch.accelerator.is_available():
+        return environment
+    # torchrun gives each of several workers one thread; on a CPU they share the cores instead.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes(launch))))
+    # glibc gives each activation back to the kernel and faults it in anew: half the speed (docs/healing.md).
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
+    return environment
+
+
+def _die_with_parent() -> None:
+    """In the child before exec: a launcher that is killed takes its workers along, and they save."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def _relayed() -> Iterator[_Relay]:
+    relay = _Relay()
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = [(signum, signal.signal(signum, relay)) for signum in signals]
+    try:
+        yield relay
+    finally:
+        for signum, handler in before:
+            signal.signal(signum, handler)
+
+
+def _outcome(run: Run, code: int, signum: int | None) -> dict[str, Any]:
+    """The report of a finished run, or the reason why there is none."""
+    report = run.folder / REPORT
+    if report.is_file():
+        found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return found
+    failure = run.folder / FAILURE
+    if failure.is_file():
+        raise HealError(json.loads(failure.read_text(encoding="utf-8"))["error"])
+    if signum is not None or code == 0:
+        step = folders.newest(run.checkpoints_folder)
+        where = "before the first checkpoint" if step is None else f"with a checkpoint at step {step}"
+        raise StoppedError(
+            f"ended by {signal.Signals(signum or signal.SIGTERM).name} {where}; the same command goes on from there",
+            signum or signal.SIGTERM,
+        )
+    words = _last_words(run.folder / LOGS)
+    raise HealError(
+        f"a worker died{f' ({shown(words)})' if words else ', killed from outside or out of memory'}; "
+        f"{shown(run.folder / LOGS)} has what it said; the same command goes on from the last checkpoint"
+    )
+
+
+def _last_words(logs: Path) -> str:
+    """The last line of the newest worker's log that says something."""
+    for path in sorted(logs.rglob("stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        said = [line for line in lines if line]
+        if said:
+            return said[-1]
+    return ""
+
+
+# --- the dry run ----------------------------------------------------------------------------------
+
+
+def preview(wishes: Wishes, view: View) -> tuple[Run, Shape]:
+    """The run as it would be, and the model's shape. Token files that OUT lacks are made elsewhere, and removed.
+
+    Raises:
+        DusError: as `heal`.
+    """
+    model = check(wishes)
+    with contextlib.ExitStack() as stack:
+        folder = wishes.output.resolve() / "tokens"
+        if not folder.is_dir():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        data = prepare_data(wishes, model, folder, view)
+    run = resolve.make_run(wishes, model, data.record, data.rows_per_epoch)
+    fields = decoder_config(model.checkpoint.config).fields
+    tied = {"tie_word_embeddings": ties_embeddings(model.checkpoint)}
+    return run, shape_of(fields | tied, run.num_parameters, run.num_layers)

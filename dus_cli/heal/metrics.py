@@ -1,0 +1,39 @@
+"""metrics.jsonl: one line for each step, no step twice, whatever was killed in between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """The file, open at its end, without the rows of steps after `last_step` (they will be run again)."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= last_step]
+        partial = path.with_suffix(".jsonl.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row, for others to read at once."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl. A last line that was cut off in the middle is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,201 @@
+"""The model under training: loaded in shards by transformers, run without full logits, run in part as its base."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from dus_cli.errors import HealError, shown
+from dus_cli.heal.estimate import num_shards
+from dus_cli.heal.objective import Head, check_head, head_of
+from dus_cli.heal.run import Run
+from dus_cli.heal.team import Team
+
+
+class Decoder:
+    """A causal language model of transformers, asked for hidden states instead of logits.
+
+    The output embedding's forward is replaced by one that hands its input on, so that every hook of
+    FSDP still runs in its order; the loss then multiplies by the embedding chunk by chunk.
+    """
+
+    def __init__(self, model: Any, num_layers: int, *, packs_rows: bool = False) -> None:
+        self.model = model
+        self.output: nn.Module = model.get_output_embeddings()
+        self.inner: Any = model.get_decoder()
+        self.head: Head = head_of(self.inner.config)
+        self._packs_rows = packs_rows
+        self._name = _stack_name(self.inner, num_layers)
+        self._hidden: Tensor | None = None
+        # By name before the first forward: afterwards FSDP may show the gathered parameters instead.
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._project = self.output.forward
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = getattr(self.inner, self._name)
+        return layers
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """The last hidden states, (rows, length, width), of token ids and positions (rows, length).
+
+        Attention is masked per document where positions start again (transformers reads it from them).
+        """
+        rows, length = input_ids.shape
+        if self._packs_rows:
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        self.output.forward = self._keep
+        try:
+            self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        finally:
+            self.output.forward = self._project
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None
+        return hidden.reshape(rows, length, -1)
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        self._hidden = hidden
+        return hidden[..., :1].clone()  # what follows is for logits; a view would upset FSDP's hooks
+
+    def check_loss(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Hold our way to the loss against the model's own, on a few tokens.
+
+        It is the first forward of all, in full: FSDP gathers its groups then.
+
+        Raises:
+            HealError: they differ.
+        """
+        from dus_cli.heal.objective import loss_sums
+
+        labels = input_ids.roll(-1, dims=1)
+        with torch.no_grad():
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            theirs = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            _, total, _ = loss_sums(self.hidden(input_ids, position_ids), self.output, labels, self.head)
+        check_head(float(total) / labels.numel(), float(theirs), self.model.config.model_type)
+
+    @contextmanager
+    def only(self, layers: Sequence[int]) -> Iterator[None]:
+        """Run with these layers alone, each keeping its kind. At step 0 the base's layers give the base's loss."""
+        whole, config = self.layers, self.inner.config
+        lists = {
+            key: value
+            for key, value in vars(config).items()
+            if isinstance(value, (list, tuple)) and len(value) == len(whole)
+        }
+        try:
+            setattr(self.inner, self._name, nn.ModuleList([whole[i] for i in layers]))
+            config.num_hidden_layers = len(layers)
+            for key, value in lists.items():
+                setattr(config, key, [value[i] for i in layers])
+            yield
+        finally:
+            setattr(self.inner, self._name, whole)
+            config.num_hidden_layers = len(whole)
+            for key, value in lists.items():
+                setattr(config, key, value)
+
+    def keep_only(self, layers: Sequence[int]) -> None:
+        """Become the model of these layers, for good: the rest is freed."""
+        self.only(layers).__enter__()  # never left
+
+    def train_only(self, layers: Sequence[int] | None) -> None:
+        """Let these layers learn, and nothing else; None is everything."""
+        learning = None if layers is None else {id(p) for i in layers for p in self.layers[i].parameters()}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(learning is None or id(parameter) in learning)
+
+
+def _stack_name(inner: nn.Module, num_layers: int) -> str:
+    for name, child in inner.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            return name
+    raise HealError(f"{shown(type(inner).__name__)} has no list of {num_layers} layers; dus heal does not know it")
+
+
+def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
+    """The model of a run on this worker's device, split over the team by FSDP2 as its own plan says.
+
+    Each worker reads its shards only (transformers' `DistributedConfig`); weights never exist whole.
+
+    Raises:
+        HealError: transformers cannot load it, or it is of an unknown structure.
+    """
+    attention = _attention(run, team)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            run.model,
+            dtype=torch.bfloat16 if run.fit.precision == "bf16" else torch.float32,
+            attn_implementation=attention,
+            distributed_config=_distribution(run, team),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+        raise HealError(f"transformers cannot load {shown(run.model)}: {shown(str(error).splitlines()[0])}") from error
+    if team.size == 1:
+        model = model.to(team.device)
+    model.train()
+    for module in model.modules():  # continued pretraining uses no dropout, and must be repeatable
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    decoder = Decoder(model, run.num_layers, packs_rows=attention == "flash_attention_2")
+    if is_teacher:
+        model.requires_grad_(False)
+        assert run.base is not None
+        decoder.keep_only(run.base.layers)
+    else:
+        _checkpoint_activations(model, run.fit.activation_checkpointing)
+    if run.fit.compile:
+        for layer in decoder.layers:
+            layer.forward = torch.compile(layer.forward)
+    return decoder
+
+
+def _distribution(run: Run, team: Team) -> DistributedConfig | None:
+    if team.size == 1:
+        return None
+    shards = num_shards(run.fit.sharding, team.size, team.num_local)
+    return DistributedConfig(
+        fsdp_size=shards,
+        dp_replicate_size=team.size // shards,
+        fsdp_mixed_precision=run.fit.precision == "bf16",
+        fsdp_cpu_offload=run.fit.offload,
+    )
+
+
+def _attention(run: Run, team: Team) -> str:
+    """Varlen flash attention where it is installed, else flex attention for documents on a GPU, else SDPA."""
+    if team.device.type == "cuda":
+        if importlib.util.find_spec("flash_attn") is not None and run.fit.precision == "bf16":
+            return "flash_attention_2"
+        if run.document_mask:
+            return "flex_attention"
+    return "sdpa"
+
+
+def _checkpoint_activations(model: Any, how: str) -> None:
+    if how == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+        products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+        def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+            keep = op in products
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -1,0 +1,172 @@
+"""The loss, without the logits of a whole batch: cross-entropy, and the KL divergence from a teacher.
+
+At 49,152 words and 8 × 512 tokens full logits are 800 MB in fp32, and as much again for their gradient.
+Here a chunk of rows is multiplied, its loss and gradient are taken, and its logits are forgotten, as in
+Liger (arXiv:2410.10989). Both terms have the gradient "what the model says − what it should say", so
+they cost one pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dus_cli.errors import HealError
+from dus_cli.heal.estimate import chunk_rows
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: z = scale · (h Wᵀ + b), then cap · tanh(z / cap) where there is a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits in fp32, (tokens, vocabulary), of hidden states (tokens, width)."""
+        logits = functional.linear(hidden, weight, bias).float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient before scale and cap, in place."""
+        if self.cap is not None:
+            gradient *= 1 - (logits / self.cap) ** 2
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+def head_of(config: Any) -> Head:
+    """How this architecture scales its logits: Cohere multiplies, Granite divides, Gemma caps."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+class _Loss(torch.autograd.Function):
+    """Sums over tokens of (1 − w) · CE + w · KL, and of CE and KL alone. Gradients flow from the first only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        teacher: Teaching | None,
+        head: Head,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        share = teacher.weight if teacher is not None else 0.0
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        cross_entropy = hidden.new_zeros((), dtype=torch.float32)
+        divergence = hidden.new_zeros((), dtype=torch.float32)
+        at_once = chunk_rows(hidden.device.type, weight.shape[0])
+        for start in range(0, len(hidden), at_once):
+            rows = slice(start, start + at_once)
+            counted = labels[rows] != IGNORED
+            targets = labels[rows].clamp(min=0)[:, None]
+            logits = head.logits(hidden[rows], weight, bias)  # (chunk, vocabulary)
+            total = logits.logsumexp(-1, keepdim=True)
+            cross_entropy += ((total - logits.gather(1, targets))[:, 0] * counted).sum()
+            q: Tensor | None = None
+            if teacher is not None:
+                theirs = teacher.logits(rows)
+                their_total = theirs.logsumexp(-1, keepdim=True)
+                q = (theirs - their_total).exp_()
+                # KL = Σ q · (log q − log p), without a log-softmax of either kept
+                each = theirs.sub_(logits).mul_(q).sum(-1) + (total - their_total)[:, 0]
+                divergence += (each * counted).sum()
+                del theirs
+            if not (needs_hidden or needs_weight):
+                continue
+            capped = logits.clone() if head.cap is not None else logits
+            gradient = logits.sub_(total).exp_()  # p
+            if q is not None:
+                gradient.sub_(q, alpha=share)
+                del q
+            gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, share - 1.0))
+            gradient *= counted[:, None]
+            gradient = head.backward(gradient, capped).to(weight.dtype)
+            del logits, capped
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = gradient @ weight
+            if weight_gradient is not None:
+                weight_gradient += gradient.mT @ hidden[rows]
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        loss = (1 - share) * cross_entropy + share * divergence
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return loss, cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
+        factor, (weight_dtype, bias_dtype) = gradients[0], ctx.dtypes
+        return (
+            None if hidden_gradient is None else hidden_gradient * factor.to(hidden_gradient.dtype),
+            None if weight_gradient is None else (weight_gradient * factor).to(weight_dtype),
+            None if bias_gradient is None else (bias_gradient * factor).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The teacher's hidden states (tokens, width) for the same rows, its head, and the weight of its word."""
+
+    hidden: Tensor
+    output: nn.Module
+    head: Head
+    weight: float
+
+    def logits(self, rows: slice) -> Tensor:
+        return self.head.logits(self.hidden[rows], self.output.weight, getattr(self.output, "bias", None))  # type: ignore[arg-type]
+
+
+def loss_sums(
+    hidden: Tensor, output: nn.Module, labels: Tensor, head: Head, teaching: Teaching | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the labelled tokens: what is minimised, cross-entropy, KL(teacher ‖ model), in nats, fp32.
+
+    Args:
+        hidden: the decoder's output, (rows, length, width).
+        output: the output embedding; its weight is (vocabulary, width).
+        labels: next tokens, (rows, length); -100 where none counts.
+        head: how logits are scaled.
+        teaching: the teacher's view of the same rows; without it the KL term is 0.
+    """
+    loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
+        hidden.reshape(-1, hidden.shape[-1]),
+        output.weight,
+        getattr(output, "bias", None),
+        labels.reshape(-1),
+        teaching,
+        head,
+    )
+    return loss
+
+
+def check_head(ours: float, theirs: float, model_type: str) -> None:
+    """Hold that our loss is the model's own.
+
+    Raises:
+        HealError: the architecture does something between hidden states and logits that we do not know.
+    """
+    if not abs(ours - theirs) <= 0.02 * max(1.0, abs(theirs)):
+        raise HealError(
+            f"the loss that dus computes for model_type {model_type!r} is {ours:.4f}, transformers' is {theirs:.4f}: "
+            "this architecture changes its logits in a way dus does not know; please report it"
+        )

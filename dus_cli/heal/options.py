@@ -1,0 +1,322 @@
+"""What a user asks of `dus heal`, parsed and grouped. Pure: `dus heal --help` imports no more than this."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+class Until(str, Enum):
+    """A goal that ends the run before its budget does."""
+
+    base = "base"
+
+
+class Schedule(str, Enum):
+    """How the learning rate goes: warm-up, stable, decay (WSD, arXiv:2404.06395); cosine; constant."""
+
+    wsd = "wsd"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Precision(str, Enum):
+    """The dtype of the weights in forward and backward."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class MasterWeights(str, Enum):
+    """What the optimizer updates: an fp32 copy, or the bf16 weights themselves by stochastic rounding."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Checkpointing(str, Enum):
+    """Which activations are kept for the backward pass: all, the matrix products', or each layer's input."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Sharding(str, Enum):
+    """Over which workers the weights are split: auto, all of them, those of a node (HSDP), or nobody."""
+
+    auto = "auto"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+    none = "none"
+
+
+class Track(str, Enum):
+    """Where figures go besides metrics.jsonl."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    trackio = "trackio"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A length of the run: a number of steps, of tokens, or a share of the whole. One of the three is set."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    share: float | None = None
+
+    def in_steps(self, total_steps: int, tokens_per_step: int) -> int:
+        """Steps, at most the whole run's. A positive share or number of tokens is at least one step."""
+        if self.steps is not None:
+            steps = self.steps
+        elif self.tokens is not None:
+            steps = -(-self.tokens // tokens_per_step)
+        else:
+            assert self.share is not None
+            steps = round(self.share * total_steps) or int(self.share > 0)
+        return min(steps, total_steps)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run in which some layers learn: `all`, `new`, or `seam:K`. The last one has no length."""
+
+    train: str
+    length: Span | None = None
+
+
+@dataclass(frozen=True)
+class Distill:
+    """The weight of the KL term at the start, falling linearly to 0 at `until`; None is the end of the run."""
+
+    weight: float
+    until: Span | None = None
+
+
+@dataclass(frozen=True)
+class Every:
+    """An interval in steps or in seconds."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def parse_count(text: str) -> int:
+    """A count with a decimal unit.
+
+    >>> parse_count("1B"), parse_count("1.5M"), parse_count("4096")
+    (1000000000, 1500000, 4096)
+
+    Raises:
+        ValueError: not a positive count.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMBT]?)", text.strip().upper(), re.ASCII)
+    count = round(float(match[1]) * _COUNT_UNITS[match[2]]) if match else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is not a count; write it like 4096, 500K, 10M or 1B")
+    return count
+
+
+def parse_share(text: str) -> float:
+    """A share of a whole.
+
+    >>> parse_share("0.5%"), parse_share("0.25")
+    (0.005, 0.25)
+
+    Raises:
+        ValueError: not between 0 and 1.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(%?)", text.strip(), re.ASCII)
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text!r} is not a share; write it like 10% or 0.1")
+    return share
+
+
+def parse_span(text: str) -> Span:
+    """Steps, or a share of the run.
+
+    >>> parse_span("100"), parse_span("10%")
+    (Span(steps=100, tokens=None, share=None), Span(steps=None, tokens=None, share=0.1))
+
+    Raises:
+        ValueError: neither.
+    """
+    if re.fullmatch(r"\d{1,12}", text.strip(), re.ASCII):
+        return Span(steps=int(text))
+    try:
+        return Span(share=parse_share(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a length; write steps (100) or a share of the run (10%)") from None
+
+
+def parse_every(text: str) -> Every:
+    """An interval: steps, or a time with a unit.
+
+    >>> parse_every("500"), parse_every("15m")
+    (Every(steps=500, seconds=None), Every(steps=None, seconds=900.0))
+
+    Raises:
+        ValueError: neither.
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([smh]?)", text.strip().lower(), re.ASCII)
+    if match and match[2] and float(match[1]) > 0:
+        return Every(seconds=float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]])
+    if match and not match[2] and match[1].isdigit() and int(match[1]) > 0:
+        return Every(steps=int(match[1]))
+    raise ValueError(f"{text!r} is not an interval; write steps (500) or a time (30s, 15m, 2h)")
+
+
+def parse_train(text: str) -> str:
+    """Which layers learn: all, new or seam:K.
+
+    Raises:
+        ValueError: none of them.
+    """
+    if text in {"all", "new"} or re.fullmatch(r"seam:[1-9]\d{0,5}", text, re.ASCII):
+        return text
+    raise ValueError(f"{text!r} names no layers; write all, new, or seam:K for K layers on each side of every seam")
+
+
+def parse_phase(text: str) -> Phase:
+    """A phase, such as seam:4,tokens=1M or new,steps=100 or seam:4,share=25% or all.
+
+    >>> parse_phase("seam:4,tokens=1M")
+    Phase(train='seam:4', length=Span(steps=None, tokens=1000000, share=None))
+
+    Raises:
+        ValueError: the layers or the length are not understood.
+    """
+    train, comma, length = text.partition(",")
+    if not comma:
+        return Phase(parse_train(train.strip()))
+    key, _, value = length.strip().partition("=")
+    parsers = {
+        "tokens": lambda: Span(tokens=parse_count(value)),
+        "steps": lambda: Span(steps=parse_count(value)),
+        "share": lambda: Span(share=parse_share(value)),
+    }
+    if key not in parsers:
+        raise ValueError(f"{text!r}: a phase's length is tokens=1M, steps=100 or share=25%")
+    return Phase(parse_train(train.strip()), parsers[key]())
+
+
+def parse_distill(text: str) -> Distill:
+    """A weight in 0…1, and after a colon when it has fallen to 0: 0.5, 0.5:80%, 0.5:10M (tokens).
+
+    Raises:
+        ValueError: not understood.
+    """
+    weight, colon, until = text.partition(":")
+    try:
+        value = parse_share(weight)
+        if not colon:
+            return Distill(value)
+        try:
+            span = Span(share=parse_share(until))
+        except ValueError:
+            span = Span(tokens=parse_count(until))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a weight; write 0.5, or 0.5:80% or 0.5:10M for when it is 0") from None
+    return Distill(value, span)
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    """AdamW's two decay rates.
+
+    >>> parse_betas("0.9,0.95")
+    (0.9, 0.95)
+
+    Raises:
+        ValueError: not two numbers in 0…1.
+    """
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        first = second = -1.0
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ValueError(f"{text!r} is not a pair of betas; write them like 0.9,0.95")
+    return first, second
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is read and how it is packed. `seq_length` in tokens; None is min(4096, the model's)."""
+
+    files: tuple[str, ...]
+    text_field: str = "text"
+    on_bad_line: str = "error"
+    holdout: float = 0.005
+    eval_files: tuple[str, ...] = ()
+    seq_length: int | None = None
+    document_mask: bool = True
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long. At most one of tokens, steps and epochs; none is one epoch."""
+
+    tokens: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    until: Until | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How it learns. The defaults are those that docs/healing.md has measured."""
+
+    batch_tokens: int | None = None
+    lr: float = 1e-4
+    gain_lr: float = 0.06
+    schedule: Schedule = Schedule.wsd
+    warmup: Span = Span(share=0.02)
+    decay: Span = Span(share=0.2)
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    seed: int = 0
+    phases: tuple[Phase, ...] = (Phase("all"),)
+    distill: Distill | None = None
+    max_skipped: int = 10
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How it fits the devices. None of these changes what is learned, rounding aside."""
+
+    micro_batch: int | None = None
+    precision: Precision = Precision.bf16
+    master_weights: MasterWeights = MasterWeights.fp32
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    compile: bool = False
+    sharding: Sharding = Sharding.auto
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """torchrun. `nproc_per_node` None is one for each accelerator, or one where there is none."""
+
+    nproc_per_node: int | None = None
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str | None = None
+    max_restarts: int = 3
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is measured and kept on the way. `eval_every` None is twenty times a run."""
+
+    eval_every: int | None = None
+    eval_tokens: int = 250_000
+    save_every: Every = Every(seconds=900.0)
+    keep: int = 2
+    track: Track = Track.none

@@ -1,0 +1,309 @@
+"""From what was asked to a `Run` with every number filled in, or one line that says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__, lineage
+from dus_cli.checkpoint import Checkpoint, open_checkpoint
+from dus_cli.errors import HealError, shown
+from dus_cli.heal import run as run_file
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
+from dus_cli.heal.run import BasePlan, FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
+from dus_cli.layers import LayerMap
+from dus_cli.model_config import decoder_config
+
+_LONGEST_SEQUENCE = 4096
+
+_SMALL_BATCH, _LARGE_BATCH, _LARGE_MODEL = 512, 262_144, 1_000_000_000
+
+# Held-out measurements in a run, where no interval was given.
+_EVALS = 20
+
+# Of a shard, how many bytes after its header go into the model's digest: the header has names and sizes.
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """All that was typed, in groups."""
+
+    model: Path
+    output: Path
+    data: DataOptions
+    budget: Budget = field(default_factory=Budget)
+    recipe: Recipe = field(default_factory=Recipe)
+    fit: Fit = field(default_factory=Fit)
+    launch: Launch = field(default_factory=Launch)
+    keeping: Keeping = field(default_factory=Keeping)
+
+    def to_json(self) -> dict[str, Any]:
+        """The options that make a run what it is, for run.json: how it is launched is another matter."""
+        groups = {name: getattr(self, name) for name in ("data", "budget", "recipe", "fit", "keeping")}
+        return {
+            f"{name}.{key}": value
+            for name, group in groups.items()
+            for key, value in json.loads(json.dumps(dataclasses.asdict(group))).items()
+        }
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model to heal: its checkpoint, where its base stands in it, and its seams."""
+
+    checkpoint: Checkpoint
+    num_layers: int
+    max_length: int | None
+    vocab_size: int
+    base: BasePlan | None
+    seams: tuple[tuple[int, int], ...]
+
+    @property
+    def new_layers(self) -> tuple[int, ...]:
+        """The output layers that the base does not need."""
+        assert self.base is not None
+        return tuple(sorted(set(range(self.num_layers)) - set(self.base.layers)))
+
+
+def open_model(folder: Path) -> Model:
+    """A model's directory, with what its dus.json says about the base.
+
+    Raises:
+        DusError: not a checkpoint of a decoder.
+    """
+    checkpoint = open_checkpoint(folder)
+    decoder = decoder_config(checkpoint.config)
+    fields = decoder.fields
+    record = lineage.read_lineage(folder)
+    layer_map = _layer_map(record, decoder.num_layers)
+    base = None
+    if record is not None and layer_map is not None and not record.get("healing"):
+        base = _base(record, layer_map)
+    length = fields.get("max_position_embeddings") or fields.get("n_positions")
+    return Model(
+        checkpoint,
+        decoder.num_layers,
+        length if isinstance(length, int) else None,
+        int(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0),
+        base,
+        () if layer_map is None else tuple(seam.output_layers for seam in layer_map.seams),
+    )
+
+
+def _layer_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | None:
+    if record is None or "layer_map" not in record:
+        return None
+    try:
+        layer_map = LayerMap(tuple(map(int, record["layer_map"])), int(record["num_layers"]["base"]))
+    except (TypeError, ValueError, KeyError):
+        layer_map = LayerMap((), 0)
+    sources = layer_map.sources
+    if len(sources) != num_layers or not all(0 <= layer < layer_map.num_base_layers for layer in sources):
+        raise HealError(f"{lineage.NAME} does not describe this model of {num_layers} layers; it was damaged or edited")
+    return layer_map
+
+
+def _base(record: dict[str, Any], layer_map: LayerMap) -> BasePlan | None:
+    """The output layers that are the base: of each base layer the first copy. None where a layer is left out.
+
+    For depth up-scaling these are the first n − m layers and the last m.
+    """
+    if not all(layer_map.outputs):
+        return None
+    name = record.get("base", {}).get("name")
+    return BasePlan(tuple(outputs[0] for outputs in layer_map.outputs), str(name or "base"))
+
+
+def model_key(checkpoint: Checkpoint) -> str:
+    """A digest by which a resumed run knows its model: config, headers, and a sample of each shard's data."""
+    digest = hashlib.sha256(checkpoint.config_sha256.encode())
+    for shard in checkpoint.shards:
+        digest.update(f"{shard.name} {shard.header.end}".encode())
+        with shard.path.open("rb") as file:
+            digest.update(file.read(shard.header.data_start + _SAMPLE))
+    return digest.hexdigest()
+
+
+def ties_embeddings(checkpoint: Checkpoint) -> bool:
+    """Whether the output embedding is the input's: then the file has no tensor for it."""
+    return not any(tensor.name.endswith(("lm_head.weight", "embed_out.weight")) for _, tensor in checkpoint.tensors())
+
+
+def check_wishes(wishes: Wishes, model: Model) -> None:
+    """What needs no data to be refused.
+
+    Raises:
+        HealError: options that do not go together, or do not go with this model.
+    """
+    given = [name for name in ("tokens", "steps", "epochs") if getattr(wishes.budget, name) is not None]
+    if len(given) > 1:
+        raise HealError(f"--{given[0]} and --{given[1]} both give the budget; leave one out")
+    needs = {
+        "--until base": wishes.budget.until is not None,
+        "--distill": wishes.recipe.distill is not None and wishes.recipe.distill.weight > 0,
+        "--train new": any(phase.train == "new" for phase in wishes.recipe.phases),
+    }
+    for option, is_asked in needs.items():
+        if is_asked and model.base is None:
+            raise HealError(
+                f"{option} needs the base inside the model, and {shown(wishes.model)} has no {lineage.NAME} that tells "
+                "its layers (or it was healed before); give one that dus upscale wrote, or leave the option out"
+            )
+    if any(phase.train.startswith("seam") for phase in wishes.recipe.phases) and not model.seams:
+        raise HealError(f"{shown(wishes.model)} has no seam that {lineage.NAME} tells of; use --train all")
+    unbounded = [phase for phase in wishes.recipe.phases[:-1] if phase.length is None]
+    if unbounded:
+        raise HealError(f"--phase {unbounded[0].train} is not the last one and needs a length, such as ,tokens=1M")
+    length = wishes.data.seq_length
+    if length is not None and model.max_length is not None and length > model.max_length:
+        raise HealError(f"--seq-length {length} is more than the model's {model.max_length} positions; choose less")
+    if wishes.keeping.keep < 1:
+        raise HealError("--keep 0 would leave nothing to go on from; keep at least 1")
+
+
+def seq_length(wishes: Wishes, model: Model) -> int:
+    """Tokens of a row: as asked, or min(4096, the model's)."""
+    return wishes.data.seq_length or min(_LONGEST_SEQUENCE, model.max_length or _LONGEST_SEQUENCE)
+
+
+def rows_per_step(wishes: Wishes, model: Model) -> int:
+    """Rows of a step: `--batch-tokens` in whole rows.
+
+    Raises:
+        HealError: less than a row.
+    """
+    length = seq_length(wishes, model)
+    tokens = wishes.recipe.batch_tokens
+    if tokens is None:
+        return max(1, default_batch_tokens(model) // length)
+    if tokens < length:
+        raise HealError(f"--batch-tokens {tokens} is less than one row of {length} tokens; see --seq-length")
+    return tokens // length
+
+
+def default_batch_tokens(model: Model) -> int:
+    """Tokens of a step where none were asked for: few for a small model, which heals in the fewest tokens so.
+
+    docs/healing.md measures that. From a billion parameters on it is what keeps many devices busy, unmeasured.
+    """
+    return _SMALL_BATCH if model.checkpoint.num_parameters < _LARGE_MODEL else _LARGE_BATCH
+
+
+def make_run(wishes: Wishes, model: Model, data: dict[str, Any], rows_per_epoch: int) -> Run:
+    """Everything resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its rows at this sequence length.
+
+    Raises:
+        HealError: less data than one step, or phases longer than the run.
+    """
+    length, rows = seq_length(wishes, model), rows_per_step(wishes, model)
+    if rows_per_epoch < rows:
+        raise HealError(
+            f"the data has {rows_per_epoch} rows of {length} tokens and a step takes {rows}; "
+            "give more text, or a smaller --batch-tokens or --seq-length"
+        )
+    steps = _num_steps(wishes.budget, length * rows, rows_per_epoch / rows)
+    return Run(
+        schema=run_file.SCHEMA,
+        version=__version__,
+        model=str(wishes.model.resolve()),
+        model_key=model_key(model.checkpoint),
+        output=str(wishes.output.resolve()),
+        options=wishes.to_json(),
+        num_layers=model.num_layers,
+        num_parameters=model.checkpoint.num_parameters,
+        base=model.base,
+        data=data,
+        seq_length=length,
+        document_mask=wishes.data.document_mask,
+        rows_per_step=rows,
+        num_steps=steps,
+        until=wishes.budget.until.value if wishes.budget.until else None,
+        recipe=_recipe(wishes.recipe, model, steps, length * rows),
+        fit=_fit(wishes.fit, wishes.launch),
+        keeping=_keeping(wishes.keeping, steps),
+    )
+
+
+def _num_steps(budget: Budget, tokens_per_step: int, steps_per_epoch: float) -> int:
+    if budget.tokens is not None:
+        return -(-budget.tokens // tokens_per_step)
+    if budget.steps is not None:
+        return budget.steps
+    return max(1, int((budget.epochs or 1) * steps_per_epoch))
+
+
+def _recipe(recipe: Recipe, model: Model, steps: int, tokens_per_step: int) -> RecipePlan:
+    distill = recipe.distill
+    until = steps
+    if distill is not None and distill.until is not None:
+        until = distill.until.in_steps(steps, tokens_per_step)
+    return RecipePlan(
+        lr=recipe.lr,
+        gain_lr=recipe.gain_lr,
+        schedule=recipe.schedule.value,
+        warmup_steps=recipe.warmup.in_steps(steps, tokens_per_step),
+        decay_steps=recipe.decay.in_steps(steps, tokens_per_step),
+        weight_decay=recipe.weight_decay,
+        betas=recipe.betas,
+        grad_clip=recipe.grad_clip,
+        seed=recipe.seed,
+        phases=_phases(recipe.phases, model, steps, tokens_per_step),
+        distill_weight=distill.weight if distill is not None else 0.0,
+        distill_steps=until,
+        max_skipped=recipe.max_skipped,
+    )
+
+
+def _phases(phases: Sequence[Phase], model: Model, steps: int, tokens_per_step: int) -> tuple[PhasePlan, ...]:
+    plans: list[PhasePlan] = []
+    start = 0
+    for phase in phases:
+        if start >= steps:
+            raise HealError(f"--phase {phase.train} would begin after the run's {steps} steps; shorten those before it")
+        plans.append(PhasePlan(start, _layers(phase.train, model)))
+        length = phase.length or Span(share=1.0)
+        start += length.in_steps(steps, tokens_per_step)
+    return tuple(plans)
+
+
+def _layers(train: str, model: Model) -> tuple[int, ...] | None:
+    """Output layers that learn: None for the whole model, embeddings and norm included."""
+    if train == "all":
+        return None
+    if train == "new":
+        return model.new_layers
+    reach = int(train.removeprefix("seam:"))
+    near = {layer for _, above in model.seams for layer in range(above - reach, above + reach)}
+    return tuple(sorted(near & set(range(model.num_layers))))
+
+
+def _fit(fit: Fit, launch: Launch) -> FitPlan:
+    sharding = fit.sharding.value
+    if sharding == "auto":
+        sharding = "hsdp" if launch.nnodes > 1 else "fsdp"
+    return FitPlan(
+        micro_batch_rows=fit.micro_batch,
+        precision=fit.precision.value,
+        master_weights=fit.master_weights.value,
+        activation_checkpointing=fit.activation_checkpointing.value,
+        compile=fit.compile,
+        sharding=sharding,
+        offload=fit.offload,
+    )
+
+
+def _keeping(keeping: Keeping, steps: int) -> KeepingPlan:
+    return KeepingPlan(
+        eval_every=keeping.eval_every or max(1, steps // _EVALS),
+        eval_tokens=keeping.eval_tokens,
+        save_every_steps=keeping.save_every.steps,
+        save_every_seconds=keeping.save_every.seconds,
+        keep=keeping.keep,
+        track=keeping.track.value,
+    )

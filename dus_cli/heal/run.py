@@ -1,0 +1,214 @@
+"""`run.json`: all that passes from the launcher to the workers, every option resolved to numbers.
+
+It is written once, before torchrun starts, and read by each worker. A worker needs nothing else, so
+it can be started by hand, by Slurm or by Kubernetes with the command that `--print-command` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dus_cli.errors import HealError, shown, shown_list
+from dus_cli.headers import parse_json_object
+
+NAME = "run.json"
+SCHEMA = 1
+
+# What may change between a run and its resumption: nothing here changes what is learned, rounding aside.
+# Files are compared by their content.
+_FREE = frozenset(
+    "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload keeping.eval_every "
+    "keeping.save_every keeping.keep keeping.track data.files data.eval_files".split()
+)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """From step `start` on, counting from 0, these output layers learn; None is the whole model."""
+
+    start: int
+    layers: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """How it learns, in steps. `warmup_steps` and `decay_steps` are at the two ends of the run.
+
+    `distill_steps` is the step at which the KL term's weight has fallen to 0.
+    """
+
+    lr: float
+    gain_lr: float
+    schedule: str
+    warmup_steps: int
+    decay_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    grad_clip: float
+    seed: int
+    phases: tuple[PhasePlan, ...]
+    distill_weight: float
+    distill_steps: int
+    max_skipped: int
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How it fits. `micro_batch_rows` None is decided by the worker."""
+
+    micro_batch_rows: int | None
+    precision: str
+    master_weights: str
+    activation_checkpointing: str
+    compile: bool
+    sharding: str
+    offload: bool
+
+
+@dataclass(frozen=True)
+class KeepingPlan:
+    """What is measured and saved on the way."""
+
+    eval_every: int
+    eval_tokens: int
+    save_every_steps: int | None
+    save_every_seconds: float | None
+    keep: int
+    track: str
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """The base inside the model: `layers` are the output layers that, run alone, are the base."""
+
+    layers: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run. `data` is `tokens.Prepared` as JSON; its paths are relative to `tokens/` beside run.json.
+
+    `options` are the wishes behind the numbers, by group and name: a resumed run is held against them.
+    A step is `rows_per_step` sequences of `seq_length` tokens, over all workers. `model_key` is a digest
+    of the model's config and weights' headers: a resumed run must start from the same model.
+    """
+
+    schema: int
+    version: str
+    model: str
+    model_key: str
+    output: str
+    options: dict[str, Any]
+    num_layers: int
+    num_parameters: int
+    base: BasePlan | None
+    data: dict[str, Any]
+    seq_length: int
+    document_mask: bool
+    rows_per_step: int
+    num_steps: int
+    until: str | None
+    recipe: RecipePlan
+    fit: FitPlan
+    keeping: KeepingPlan
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_length
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def tokens_folder(self) -> Path:
+        return self.folder / "tokens"
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def write(self) -> None:
+        """Write run.json, whole or not at all."""
+        path = self.folder / NAME
+        partial = path.with_suffix(".json.partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def read_run(path: Path) -> Run:
+    """A run from its run.json. The output is the folder that holds the file, wherever that now is.
+
+    Raises:
+        HealError: not there, damaged, or written by a newer dus.
+    """
+    try:
+        record = parse_json_object(path.read_bytes(), NAME)
+    except OSError as error:
+        raise HealError(f"{shown(path)} cannot be read ({error.strerror}); give the run.json of a `dus heal`") from None
+    if record.get("schema") != SCHEMA:
+        raise HealError(f"{shown(path)} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
+    try:
+        run: Run = _build(Run, record)
+    except (TypeError, KeyError, ValueError) as error:
+        raise HealError(f"{shown(path)} is damaged or was edited ({error}); remove it to start again") from None
+    return dataclasses.replace(run, output=str(path.resolve().parent))
+
+
+def _build(kind: type[_T], record: dict[str, Any]) -> _T:
+    """A dataclass from JSON: nested ones from objects, tuples from lists."""
+    nested: dict[str, Any] = {"recipe": RecipePlan, "fit": FitPlan, "keeping": KeepingPlan, "base": BasePlan}
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = record[field.name]
+        if field.name in nested and value is not None:
+            value = _build(nested[field.name], value)
+        elif field.name == "phases":
+            value = tuple(_build(PhasePlan, phase) for phase in value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[field.name] = value
+    return kind(**values)
+
+
+def check_same(old: Run, new: Run) -> None:
+    """Hold that a run that goes on is the same run: what was learned and what will be fit together.
+
+    Raises:
+        HealError: an option that matters, the model or the data changed; names each.
+    """
+    changed = changed_options(old, new.options)
+    changed += [what for what, key in (("the model", "model_key"),) if getattr(old, key) != getattr(new, key)]
+    if old.data["content_key"] != new.data["content_key"]:
+        changed.append("the data")
+    if changed:
+        raise other_options(old, changed)
+
+
+def changed_options(old: Run, options: dict[str, Any]) -> list[str]:
+    """Options that matter and are not what they were, each as "lr 0.0001 → 0.0003"."""
+    names = [name for name in {**old.options, **options} if name not in _FREE]
+    return [
+        f"{name.split('.')[1].replace('_', '-')} {json.dumps(old.options.get(name))} → {json.dumps(options.get(name))}"
+        for name in names
+        if old.options.get(name) != options.get(name)
+    ]
+
+
+def other_options(old: Run, changed: list[str]) -> HealError:
+    """The refusal to go on with a run that would not be the same."""
+    return HealError(
+        f"{shown(old.folder)} holds a run with other options ({shown_list(changed)}); "
+        "give the same ones to go on, or another -o to start anew"
+    )

@@ -1,0 +1,356 @@
+"""Text to token files: the model's own tokenizer, in parallel, in memory that does not grow with the text.
+
+A part is a folder:
+
+- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, one document behind the other; each document
+  ends with the end-of-text id.
+- `train.idx`, `heldout.idx`: uint64, where each document ends, in tokens.
+- `hashes.bin`: uint64, the hash of each document where all are held out (evaluation data); else empty.
+- `meta.json`: counts, and what the files must measure.
+
+While one batch is tokenised (by the tokenizer's own threads, without Python's lock) a thread reads the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dus_cli.errors import shown
+from dus_cli.heal.corpus import BadLine, DataError, Tally, documents
+from dus_cli.transfer import sync_file, writing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+FORMAT = 1
+
+# Bytes of text tokenised at a time: enough for every core, and the tokenizer needs some 40 times as much.
+_BATCH = min(os.cpu_count() or 1, 16) << 20
+# A longer document is tokenised in pieces (characters).
+_LONGEST_PIECE = 1 << 20
+
+_HASH_BITS = 64
+
+# The share of evaluation data that is held out.
+EVERYTHING = 1.0
+
+# What makes a tokenizer, by the names that transformers saves and reads.
+_TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt
+    tokenizer.model spiece.model sentencepiece.bpe.model tekken.json
+""".split()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are found in files."""
+
+    text_field: str = "text"
+    on_bad_line: BadLine = BadLine.error
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a document goes, by the hash of its text: so that the split stays the same when data is added.
+
+    `share` of the documents is held out; those whose hash is in `left_out` go nowhere.
+    """
+
+    share: float
+    left_out: frozenset[int] = frozenset()
+
+    def holds_out(self, number: int) -> bool:
+        return number < int(self.share * 2**_HASH_BITS)
+
+
+def text_hash(text: bytes) -> int:
+    """64 bits of a document's text."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=_HASH_BITS // 8).digest(), "big")
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
+    """The smallest type that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """A digest of the files that a tokenizer is loaded from.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    digest = hashlib.sha256()
+    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    names += sorted(path.name for path in folder.glob("*.tiktoken"))
+    if not names:
+        raise DataError(f"{shown(folder)} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its base")
+    for name in names:
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {shown(folder / name)}: {error.strerror}; check the file") from error
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+class Tokeniser:
+    """The tokenizer in a model's folder. `eos` is the id of its end-of-text token.
+
+    Raises:
+        DataError: it cannot be loaded, has no end-of-text token, or one beyond the model's vocabulary.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        # Otherwise tokenizers warns in every process that is forked from this one.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise DataError(
+                f"cannot load the tokenizer in {shown(folder)}: {shown(error)}; copy the tokenizer files of its base"
+            ) from error
+        self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
+        self.folder, self.vocab_size = folder, vocab_size
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise DataError(
+                f"the tokenizer in {shown(folder)} has no end-of-text token to put between documents; name its"
+                " eos_token in tokenizer_config.json"
+            )
+        self.eos = int(eos)
+        self.check_ids(self.eos)
+
+    def check_ids(self, highest: int) -> None:
+        """Hold that the model has an embedding for each id.
+
+        Raises:
+            DataError: it does not.
+        """
+        if highest >= self.vocab_size:
+            raise DataError(
+                f"the tokenizer in {shown(self.folder)} gives id {highest}, but the model has {self.vocab_size} words;"
+                " use the tokenizer that belongs to the model"
+            )
+
+    def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Ids of each text, nothing put before or behind it."""
+        if self._fast is None:
+            for text in texts:
+                yield self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        else:
+            for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False):
+                yield encoding.ids
+
+
+@dataclass
+class Summary:
+    """What building a part found. `lowest_hash` and `highest_hash` are of the documents that were not left out."""
+
+    skipped: dict[str, int] = field(default_factory=dict)
+    highest_id: int = 0
+    lowest_hash: int = 2**_HASH_BITS
+    highest_hash: int = -1
+
+
+class _Piece(NamedTuple):
+    """A document or a piece of one: whether it is held out, and whether the document ends with it."""
+
+    text: str
+    is_held_out: bool
+    is_last: bool
+
+
+class _Batch(NamedTuple):
+    pieces: list[_Piece]
+    num_source_bytes: int
+
+
+def write_part(
+    folder: Path,
+    files: Sequence[Path],
+    reading: Reading,
+    split: Split,
+    tokeniser: Tokeniser,
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Tokenise files into an empty folder, down to the disk; return what meta.json says.
+
+    Args:
+        folder: where.
+        files: read in this order.
+        reading: how documents are found.
+        split: which of them are held out, or left out.
+        tokeniser: the model's.
+        on_bytes: told how many bytes of the files were done, again and again.
+
+    Raises:
+        DataError: a file cannot be read, or an id is beyond the model's vocabulary.
+        OutputError: writing failed.
+    """
+    summary = Summary()
+    hashes = array("Q")
+    dtype = token_dtype(tokeniser.vocab_size)
+    with ExitStack() as closing:
+        train = closing.enter_context(_TokenFile(folder, "train", dtype))
+        heldout = closing.enter_context(_TokenFile(folder, "heldout", dtype))
+        for batch in _read_ahead(_batches(files, reading, split, summary, hashes)):
+            encoded = tokeniser.encode([piece.text for piece in batch.pieces])
+            for piece, ids in zip(batch.pieces, encoded, strict=True):
+                target = heldout if piece.is_held_out else train
+                target.add(ids)
+                if piece.is_last:
+                    target.end_document(tokeniser.eos)
+            for target in (train, heldout):
+                summary.highest_id = max(summary.highest_id, target.highest_id)
+                tokeniser.check_ids(target.highest_id)
+                target.flush()
+            on_bytes(batch.num_source_bytes)
+    with writing("hashes.bin"):
+        (folder / "hashes.bin").write_bytes(hashes.tobytes())
+    meta = {
+        "format": FORMAT,
+        "dtype": np.dtype(dtype).name,
+        "eos": tokeniser.eos,
+        "num_tokens": {"train": train.num_tokens, "heldout": heldout.num_tokens},
+        "num_documents": {"train": train.num_documents, "heldout": heldout.num_documents},
+        "num_hashes": len(hashes),
+        **vars(summary),
+    }
+    with writing("meta.json"):
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for path in folder.iterdir():
+        sync_file(path)
+    return meta
+
+
+def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
+    """Whether the files of a part measure what its meta.json says."""
+    try:
+        size = np.dtype(meta["dtype"]).itemsize
+        return (folder / "hashes.bin").stat().st_size == meta["num_hashes"] * 8 and all(
+            (folder / f"{name}.bin").stat().st_size == meta["num_tokens"][name] * size
+            and (folder / f"{name}.idx").stat().st_size == meta["num_documents"][name] * 8
+            for name in ("train", "heldout")
+        )
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+def _read_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same batches, the next one read while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = pool.submit(next, batches, None)
+            yield batch
+
+
+def _batches(
+    files: Sequence[Path], reading: Reading, split: Split, summary: Summary, hashes: array[int]
+) -> Iterator[_Batch]:
+    pieces: list[_Piece] = []
+    num_bytes = position = 0
+    for file in files:
+        tally = Tally(skipped=summary.skipped)
+        start, size = position, file.stat().st_size
+        for text in documents(file, reading.text_field, reading.on_bad_line, tally):
+            encoded = text.encode()
+            number = text_hash(encoded)
+            if number in split.left_out:
+                tally.skip("in_eval_data")
+                continue
+            if split.share == EVERYTHING:
+                hashes.append(number)
+            summary.lowest_hash = min(summary.lowest_hash, number)
+            summary.highest_hash = max(summary.highest_hash, number)
+            for piece, is_last in _pieces(text):
+                pieces.append(_Piece(piece, split.holds_out(number), is_last))
+                num_bytes += len(encoded) * len(piece) // len(text)
+                if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
+                    reached = start + min(tally.position, size)
+                    yield _Batch(pieces, reached - position)
+                    pieces, num_bytes, position = [], 0, reached
+        yield _Batch(pieces, start + size - position)
+        pieces, num_bytes, position = [], 0, start + size
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """A long document in pieces, and whether each is the last.
+
+    Cut before a space behind a letter or digit: there a byte-level tokenizer begins a new word anyway, so
+    its tokens are those of the whole.
+    """
+    start = 0
+    while len(text) - start > _LONGEST_PIECE:
+        end = stop = start + _LONGEST_PIECE
+        for _ in range(1000):
+            stop = text.rfind(" ", start + 1, stop)
+            if stop < 0:
+                break
+            if text[stop - 1].isalnum():
+                end = stop
+                break
+        yield text[start:end], False
+        start = end
+    yield text[start:], True
+
+
+class _TokenFile:
+    """NAME.bin and NAME.idx, written a batch at a time."""
+
+    def __init__(self, folder: Path, name: str, dtype: type[np.uint16 | np.uint32]) -> None:
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._ids, self._ends = array("I"), array("Q")
+        self.num_tokens = self.num_documents = 0
+
+    def __enter__(self) -> Self:
+        with writing(f"{self._name}.bin"):
+            self._bin = open(self._folder / f"{self._name}.bin", "xb", buffering=0)
+            self._idx = open(self._folder / f"{self._name}.idx", "xb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bin.close()
+        self._idx.close()
+
+    def add(self, ids: list[int]) -> None:
+        self._ids.extend(ids)
+        self.num_tokens += len(ids)
+
+    def end_document(self, eos: int) -> None:
+        self.add([eos])
+        self._ends.append(self.num_tokens)
+        self.num_documents += 1
+
+    @property
+    def highest_id(self) -> int:
+        """Of the ids not yet written."""
+        return int(np.frombuffer(self._ids, np.uint32).max(initial=0))
+
+    def flush(self) -> None:
+        ids = np.frombuffer(self._ids, np.uint32).astype(self._dtype)
+        with writing(f"{self._name}.bin"):
+            _write_all(self._bin, ids.data.cast("B") if len(ids) else b"")
+            _write_all(self._idx, memoryview(self._ends).cast("B"))
+        self._ids, self._ends = array("I"), array("Q")
+
+
+def _write_all(file: Any, content: memoryview | bytes) -> None:
+    while len(content):
+        content = content[file.write(content) :]

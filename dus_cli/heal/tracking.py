@@ -1,0 +1,91 @@
+"""The same figures to a tracker, where one was asked for. metrics.jsonl is written in any case."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+from dus_cli.errors import HealError
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+class Tracker(Protocol):
+    """Told every row of metrics.jsonl."""
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Nothing:
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        for name, value in figures(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """wandb and trackio have the same interface."""
+
+    def __init__(self, library: str, folder: Path, config: dict[str, Any]) -> None:
+        module: Any = __import__(library)
+        self._module = module
+        extra = {"dir": str(folder)} if library == "wandb" else {}
+        self._run = module.init(project="dus-heal", name=folder.name, config=config, **extra)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._module.log(figures(row), step=row["step"])
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def check_tracker(name: str) -> None:
+    """Hold that a tracker's package is there, before anything is done.
+
+    Raises:
+        HealError: it is not installed.
+    """
+    package = _PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise HealError(f"--track {name} needs the package {package}; pip install {package}")
+
+
+def open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
+    """A tracker for a run; what it writes itself lies in the run's folder."""
+    if name == "none":
+        return _Nothing()
+    check_tracker(name)
+    return _TensorBoard(folder) if name == "tensorboard" else _Run(name, folder, config)
+
+
+def figures(row: dict[str, Any]) -> dict[str, float]:
+    """A row's numbers by flat names.
+
+    >>> figures({"step": 3, "loss": 2.5, "seconds": {"data": 0.1}})
+    {'loss': 2.5, 'seconds/data': 0.1}
+    """
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}/{key}": number for key, number in value.items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+            flat[name] = value
+    return flat

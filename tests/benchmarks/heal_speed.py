@@ -1,0 +1,75 @@
+"""Tokens a second and peak memory of `dus heal` against transformers' Trainer, on the same work, in one run.
+
+    python tests/benchmarks/heal_speed.py MODEL --data train.jsonl [--steps 3] [--rounds 2]
+
+Steps of 8 × 512 tokens for both, in pairs, one after the other; each is a process of its own. The first
+step of each is warm-up for ours (the median is taken) and counted for the Trainer's sum as it is for users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def run_json(model: str, data: str, folder: Path, *extra: str) -> Path:
+    """A run made ready but not started; the path of its run.json."""
+    command = [sys.executable, "-m", "dus_cli", "heal", model, "--data", data, "-o", str(folder / "run"), "-q"]
+    done = subprocess.run([*command, "--print-command", *extra], check=True, capture_output=True, text=True)
+    return Path(shlex.split(done.stdout)[-1])
+
+
+def ours(model: str, data: str, folder: Path, steps: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "dus_cli", "heal", model, "--data", data, "-o", str(folder / "healed")]
+    command += ["--seq-length", "512", "--batch-tokens", "4096", "--steps", str(steps)]
+    command += ["--eval-tokens", "512", "--eval-every", str(10**6), "--json"]
+    report: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return report
+
+
+def theirs(run: Path, steps: int) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "trainer.py"), str(run), "--steps", str(steps)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    print("| round | tokens/s: dus | Trainer | ratio | peak memory: dus | Trainer | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    ratios = []
+    for number in range(options.rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            peer = theirs(run_json(options.model, options.data, folder, "--seq-length", "512"), options.steps)
+            mine = ours(options.model, options.data, folder, options.steps)
+        speed = mine["tokens_per_second"] / peer["tokens_per_second"]
+        memory = mine["peak_memory_bytes"] / peer["peak_memory_bytes"]
+        ratios.append((speed, memory))
+        print(
+            f"| {number + 1} | {mine['tokens_per_second']:.0f} | {peer['tokens_per_second']:.0f} | {speed:.2f} | "
+            f"{mine['peak_memory_bytes'] / 1e9:.2f} GB | {peer['peak_memory_bytes'] / 1e9:.2f} GB | {memory:.2f} |",
+            flush=True,
+        )
+    speeds, memories = zip(*ratios, strict=True)
+    print(f"\nmedian: {statistics.median(speeds):.2f} × the speed, {statistics.median(memories):.2f} × the memory")
+    print(f"where a step's time goes: see `seconds` in metrics.jsonl; peak by {mine['peak_flops_source']}")
+
+
+if __name__ == "__main__":
+    main()

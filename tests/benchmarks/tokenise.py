@@ -1,0 +1,73 @@
+"""Speed and memory of tokenising: `python tests/benchmarks/tokenise.py DATA.jsonl MODEL [MEGABYTES…]`.
+
+DATA is repeated, each time with another number before its texts, until the file is as large as asked for;
+a child process prepares it with MODEL's tokenizer, another one finds it prepared. Work happens in a
+folder that is removed, below the current one: choose a disk, not a tmpfs.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+VOCAB_SIZE = 1 << 20
+
+
+def make_corpus(data: Path, target: Path, size: int) -> None:
+    with open(target, "w", encoding="utf-8") as file:
+        number = 0
+        while True:
+            number += 1
+            with open(data, encoding="utf-8") as lines:
+                for line in lines:
+                    file.write(json.dumps({"text": f"{number} {json.loads(line)['text']}"}) + "\n")
+                    if file.tell() >= size:
+                        return
+
+
+def child(corpus: str, model: str, folder: str) -> None:
+    from dus_cli.heal.corpus import parse_sources
+    from dus_cli.heal.prepare import prepare
+
+    before, cpu_before = time.monotonic(), time.process_time()
+    sources = parse_sources([corpus], Path(folder))
+    prepared = prepare(sources, (), Path(model), Path(folder) / "tokens", vocab_size=VOCAB_SIZE)
+    figures = {
+        "seconds": time.monotonic() - before,
+        "cpu": time.process_time() - cpu_before,
+        "tokens": prepared.num_train_tokens + prepared.num_heldout_tokens,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts KiB
+    }
+    print(json.dumps(figures))
+
+
+def measure(data: Path, model: str, size: int) -> None:
+    with tempfile.TemporaryDirectory(dir=".", prefix=".tokenise-") as folder:
+        corpus = Path(folder) / "corpus.jsonl"
+        make_corpus(data, corpus, size)
+        for name in ("first run", "second run"):
+            command = [sys.executable, __file__, "--child", str(corpus), model, folder]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            print(f"{size / 1e6:6,.0f} MB  {name:10}  {line(size, **json.loads(done.stdout))}", flush=True)
+
+
+def line(size: int, seconds: float, cpu: float, tokens: int, peak: int) -> str:
+    figures = f"{seconds:7.1f} s, {cpu:.1f} s of CPU, peak RSS {peak / 1e6:,.0f} MB"
+    if seconds < 1:  # nothing was tokenised
+        return figures
+    return f"{figures}, {tokens:,} tokens: {size / 1e6 / seconds:,.1f} MB/s, {tokens / seconds / 1e6:,.2f} M tokens/s"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    elif len(sys.argv) < 3:
+        sys.exit(__doc__)
+    else:
+        for megabytes in sys.argv[3:] or ("100", "1000"):
+            measure(Path(sys.argv[1]), sys.argv[2], int(float(megabytes) * 1e6))

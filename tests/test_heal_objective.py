@@ -1,0 +1,150 @@
+"""The loss, the schedule and the rounding of `dus heal`, against plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dus_cli.errors import HealError  # noqa: E402
+from dus_cli.heal import objective, schedule  # noqa: E402
+from dus_cli.heal.objective import Head, Teaching, check_head, loss_sums  # noqa: E402
+from dus_cli.heal.optimizer import stochastically_rounded  # noqa: E402
+from dus_cli.heal.run import PhasePlan, RecipePlan  # noqa: E402
+
+VOCAB, WIDTH = 97, 16
+
+
+def _inputs(bias: bool = False, seed: int = 0) -> tuple[Any, Any, Any]:
+    torch.manual_seed(seed)
+    hidden = torch.randn(2, 150, WIDTH, requires_grad=True)
+    output = torch.nn.Linear(WIDTH, VOCAB, bias=bias)
+    labels = torch.randint(0, VOCAB, (2, 150))
+    labels[0, :40] = -100
+    return hidden, output, labels
+
+
+def _reference(hidden: Any, output: Any, labels: Any, head: Head, teaching: Teaching | None) -> Any:
+    """The same with full logits and autograd."""
+    logits = output(hidden) * head.scale
+    if head.cap is not None:
+        logits = head.cap * torch.tanh(logits / head.cap)
+    logits, labels = logits.flatten(0, 1), labels.flatten()
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    if teaching is None:
+        return loss, loss, torch.zeros(())
+    raw = teaching.output(teaching.hidden).detach() * head.scale
+    theirs = torch.log_softmax(raw, -1)
+    if head.cap is not None:
+        theirs = torch.log_softmax(head.cap * torch.tanh(raw / head.cap), -1)
+    each = (theirs.exp() * (theirs - torch.log_softmax(logits, -1))).sum(-1)
+    divergence = each[labels != -100].sum()
+    return (1 - teaching.weight) * loss + teaching.weight * divergence, loss, divergence
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "chunk_rows", lambda *_: 64)  # 300 rows: four whole chunks and a part
+
+
+@pytest.mark.parametrize("head", [Head(), Head(scale=0.25), Head(cap=3.0), Head(scale=2.0, cap=5.0)])
+@pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_and_gradients_are_those_of_full_logits(head: Head, weight: float | None, bias: bool) -> None:
+    hidden, output, labels = _inputs(bias)
+    teaching = None
+    if weight is not None:
+        teaching = Teaching(torch.randn(300, WIDTH), torch.nn.Linear(WIDTH, VOCAB, bias=bias), head, weight)
+    parameters = [hidden, *output.parameters()]
+    expected = _reference(hidden, output, labels, head, teaching)
+    expected_gradients = torch.autograd.grad(expected[0], parameters)
+    found = loss_sums(hidden, output, labels, head, teaching)
+    gradients = torch.autograd.grad(found[0], parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5, abs=1e-3)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_that_agrees_has_no_divergence() -> None:
+    hidden, output, labels = _inputs()
+    teaching = Teaching(hidden.detach().flatten(0, 1), output, Head(), 1.0)
+    loss, _, divergence = loss_sums(hidden, output, labels, Head(), teaching)
+    assert float(divergence.detach()) == pytest.approx(0.0, abs=1e-3)
+    assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-5
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None:
+    hidden, output, labels = _inputs()
+    expected = torch.autograd.grad(loss_sums(hidden, output, labels, Head())[0], hidden)[0]
+    output.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(loss_sums(hidden, output, labels, Head())[0], hidden)[0], expected)
+
+
+def test_an_unknown_way_to_logits_is_refused() -> None:
+    check_head(3.0, 3.001, "llama")
+    with pytest.raises(HealError, match=r"3\.0000, transformers' is 9\.0000"):
+        check_head(3.0, 9.0, "odd")
+    with pytest.raises(HealError):
+        check_head(3.0, math.nan, "odd")
+
+
+def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:
+    generator = torch.Generator().manual_seed(1)
+    step = 2.0**-7  # of bf16 at 1
+    value = torch.full((200_000,), 1.0 + 0.3 * step)
+    rounded = stochastically_rounded(value, generator)
+    assert rounded.dtype == torch.bfloat16
+    assert set(rounded.float().tolist()) == {1.0, 1.0 + step}
+    assert float(rounded.double().mean()) == pytest.approx(1.0 + 0.3 * step, abs=step / 100)
+    exact = torch.tensor([0.0, -1.5, 3.0e-5, 1e30], dtype=torch.bfloat16)
+    assert torch.equal(stochastically_rounded(exact.float(), generator), exact)
+
+
+def _recipe(**fields: Any) -> RecipePlan:
+    values: dict[str, Any] = {
+        "lr": 1e-3,
+        "gain_lr": 0.0,
+        "schedule": "wsd",
+        "warmup_steps": 4,
+        "decay_steps": 10,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.95),
+        "grad_clip": 1.0,
+        "seed": 0,
+        "phases": (PhasePlan(0, None),),
+        "distill_weight": 0.0,
+        "distill_steps": 100,
+        "max_skipped": 10,
+    }
+    return RecipePlan(**(values | fields))
+
+
+def test_wsd_warms_up_stays_and_falls_to_nothing_after_the_last_step() -> None:
+    rates = [schedule.rate_share(_recipe(), step, 100) for step in range(100)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:90] == [1.0] * 86
+    assert rates[90] == pytest.approx(10 / 11)
+    assert rates[99] == pytest.approx(1 / 11)
+
+
+def test_cosine_ends_at_a_tenth_and_constant_stays() -> None:
+    cosine = [schedule.rate_share(_recipe(schedule="cosine"), step, 100) for step in range(101)]
+    assert cosine[4] == 1.0
+    assert cosine[52] == pytest.approx(0.55)
+    assert cosine[100] == pytest.approx(0.1)
+    assert schedule.rate_share(_recipe(schedule="constant"), 99, 100) == 1.0
+
+
+def test_distillation_fades_out_where_it_was_told_to() -> None:
+    recipe = _recipe(distill_weight=0.5, distill_steps=40)
+    weights = [schedule.distill_weight(recipe, step) for step in (0, 20, 39, 40, 99)]
+    assert weights == pytest.approx([0.5, 0.25, 0.0125, 0.0, 0.0])
+
+
+def test_phases_follow_each_other() -> None:
+    recipe = _recipe(phases=(PhasePlan(0, (2, 3)), PhasePlan(10, None)))
+    assert [schedule.layers_at(recipe, step) for step in (0, 9, 10, 99)] == [(2, 3), (2, 3), None, None]

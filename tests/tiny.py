@@ -1,0 +1,246 @@
+"""A language model small enough to train in a test: four Llama layers over bytes, with a tokenizer, and text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from conftest import Run
+
+EOS = 256
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One id for each byte, and end-of-text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(letters)} | {"<eos>": EOS}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "model_max_length": 128}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_base(
+    folder: Path, num_layers: int = 4, seed: int = 0, *, model_type: str = "llama", shard: str = "5GB", **fields: Any
+) -> Path:
+    """A base with random weights, in bf16. `fields` change its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "eos_token_id": EOS,
+        "bos_token_id": EOS,
+        "initializer_range": 0.2,
+    }
+    config = AutoConfig.for_model(model_type, **(settings | fields))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=shard)
+    write_tokenizer(folder)
+    return folder
+
+
+def upscaled(base: Path, output: Path, trim: int = 1, *, shard: str = "5GB") -> Path:
+    """The base, deepened by the real command."""
+    options = ["-o", str(output), "--trim", str(trim), "--max-shard-size", shard, "-q"]
+    subprocess.run([sys.executable, "-m", "dus_cli", "upscale", str(base), *options], check=True)
+    return output
+
+
+def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
+    """JSONL of made-up sentences, which a small model learns something of in a few steps."""
+    chance = random.Random(seed)
+    words = "the seam joins one layer to another and the model heals when it reads more text".split()
+    lines = []
+    for number in range(num_documents):
+        text = " ".join(chance.choice(words) for _ in range(chance.randint(5, 60)))
+        lines.append(json.dumps({"id": number, "text": f"{text}."}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def train(folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64, shard: str = "5GB") -> Path:
+    """Teach a base something of the corpus, so that scaling has something to spoil."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = [[*json.loads(line)["text"].encode(), EOS] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    tokens = torch.tensor([token for document in text for token in document])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    chance = random.Random(0)
+    for _ in range(num_steps):
+        starts = [chance.randrange(len(tokens) - seq_length) for _ in range(8)]
+        ids = torch.stack([tokens[start : start + seq_length] for start in starts])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+# --- the command and its workers, without the wait for imports --------------------------------------
+
+# What every one of them imports first: several seconds, spent once in a server that forks.
+_PRELOADED = (
+    "dus_cli.cli dus_cli.heal.launcher dus_cli.heal.prepare dus_cli.heal.tokens dus_cli.heal.worker "
+    "dus_cli.heal.model dus_cli.heal.checkpoints dus_cli.heal.optimizer dus_cli.heal.publish dus_cli.heal.evaluate "
+    "dus_cli.heal.team pyarrow transformers.models.llama.modeling_llama"
+).split()
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _child(log: str, environment: dict[str, str], target: str, arguments: list[str]) -> None:
+    """In a forked process: output to `log` and `log`.err, then the program."""
+    for stream, path in ((sys.stdout, log), (sys.stderr, f"{log}.err")):
+        stream.flush()
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    if target == "dus":
+        from dus_cli.cli import main
+
+        sys.argv = ["dus", *arguments]
+        main()
+    elif target == "logits":
+        _save_logits(*map(Path, arguments))
+    else:
+        from dus_cli.heal import worker
+
+        sys.exit(worker.main(arguments))
+
+
+def _save_logits(run_path: Path, folder: Path) -> None:
+    """A worker that loads its part of a run's model and leaves what the whole says to some bytes."""
+    import torch
+
+    from dus_cli.heal.model import load
+    from dus_cli.heal.run import read_run
+    from dus_cli.heal.team import gathered
+
+    with gathered() as team, torch.no_grad():
+        decoder = load(read_run(run_path), team)
+        ids = torch.arange(48).reshape(2, 24)
+        logits = decoder.model(input_ids=ids, use_cache=False).logits
+        torch.save(logits, folder / f"logits-{team.size}-{team.rank}.pt")
+
+
+def _start(log: Path, environment: dict[str, str], target: str, arguments: list[str]) -> Any:
+    process = _context().Process(target=_child, args=(str(log), environment, target, arguments))
+    process.start()
+    return process
+
+
+def wait(process: Any, seconds: float = 240) -> int:
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return int(process.exitcode)
+
+
+def forked_dus(*arguments: str | Path, **environment: str) -> Run:
+    """`dus` in a process that was forked with everything imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        code = wait(_start(log, environment, "dus", [str(argument) for argument in arguments]))
+        return Run(arguments, code, log.read_text(encoding="utf-8"), Path(f"{log}.err").read_text(encoding="utf-8"))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def start_workers(
+    out: Path, size: int = 1, num_local: int | None = None, *, target: str = "worker", more: tuple[str, ...] = ()
+) -> list[Any]:
+    """The workers of OUT/run.json, started as Slurm would start them: by environment variables."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"}
+    logs = Path(tempfile.mkdtemp(prefix="dus-workers-"))
+    return [
+        _start(
+            logs / str(rank),
+            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % (num_local or size))},
+            target,
+            [str(out / "run.json"), *more],
+        )
+        for rank in range(size)
+    ]
+
+
+def logits(out: Path, size: int) -> list[Any]:
+    """What each worker's model says before the first step."""
+    import torch
+
+    codes = [wait(process) for process in start_workers(out, size, target="logits", more=(str(out),))]
+    assert not any(codes), codes
+    return [torch.load(out / f"logits-{size}-{rank}.pt") for rank in range(size)]
+
+
+def heal(model: Path, out: Path, *arguments: str | Path, workers: int = 1, num_local: int | None = None) -> str:
+    """Heal by the printed command's parts: run.json by the real command, then its workers. What failed, or ""."""
+    prepared = forked_dus("heal", model, "-o", out, *arguments, "--print-command", "-q")
+    if prepared.returncode:
+        return prepared.stderr
+    (out / "failure.json").unlink(missing_ok=True)
+    codes = [wait(process) for process in start_workers(out, workers, num_local)]
+    if any(codes):
+        failure = out / "failure.json"
+        return str(json.loads(failure.read_text())["error"]) if failure.is_file() else f"workers ended with {codes}"
+    return ""
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def curve(out: Path) -> list[tuple[Any, ...]]:
+    """What a run learned, step by step; equal for equal runs."""
+    names = ("step", "tokens", "loss", "eval_loss", "base_loss", "lr", "grad_norm", "kl", "phase", "skipped")
+    return [tuple(row.get(name) for name in names) for row in metrics(out)]
+
+
+def weights(out: Path) -> dict[str, Any]:
+    """All tensors of a checkpoint."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
