@@ -184,27 +184,24 @@ def free_port() -> int:
 
 def start_workers(
     out: Path, size: int = 1, num_local: int | None = None, *, target: str = "worker", more: tuple[str, ...] = ()
-) -> list[Any]:
-    """The workers of OUT/run.json, started as Slurm would start them: by environment variables."""
+) -> list[tuple[Any, Path]]:
+    """The workers of OUT/run.json and their logs, started as Slurm would start them: by environment variables."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"}
     logs = Path(tempfile.mkdtemp(prefix="dus-workers-"))
-    return [
-        _start(
-            logs / str(rank),
-            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % (num_local or size))},
-            target,
-            [str(out / "run.json"), *more],
-        )
-        for rank in range(size)
-    ]
+    workers = []
+    for rank in range(size):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % (num_local or size))}
+        log = logs / str(rank)
+        workers.append((_start(log, environment, target, [str(out / "run.json"), *more]), log))
+    return workers
 
 
 def logits(out: Path, size: int) -> list[Any]:
     """What each worker's model says before the first step."""
     import torch
 
-    codes = [wait(process) for process in start_workers(out, size, target="logits", more=(str(out),))]
+    codes = [wait(process) for process, _ in start_workers(out, size, target="logits", more=(str(out),))]
     assert not any(codes), codes
     return [torch.load(out / f"logits-{size}-{rank}.pt") for rank in range(size)]
 
@@ -215,11 +212,18 @@ def heal(model: Path, out: Path, *arguments: str | Path, workers: int = 1, num_l
     if prepared.returncode:
         return prepared.stderr
     (out / "failure.json").unlink(missing_ok=True)
-    codes = [wait(process) for process in start_workers(out, workers, num_local)]
-    if any(codes):
-        failure = out / "failure.json"
-        return str(json.loads(failure.read_text())["error"]) if failure.is_file() else f"workers ended with {codes}"
-    return ""
+    return ended(out, start_workers(out, workers, num_local))
+
+
+def ended(out: Path, workers: list[tuple[Any, Path]]) -> str:
+    """What failed, or "", once all workers have ended."""
+    codes = [wait(process) for process, _ in workers]
+    if not any(codes):
+        return ""
+    failure = out / "failure.json"
+    if failure.is_file():
+        return str(json.loads(failure.read_text())["error"])
+    return "\n".join(Path(f"{log}.err").read_text(encoding="utf-8") for _, log in workers)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -96,6 +96,8 @@ class Checkpoints:
             self._team.wait()
             future = self._begin(tensors, partial)
         except OSError as error:
+            if self._team.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
             raise _cannot_save(error) from error
         self._pending = _Pending(future, partial, self._folder / folders.name(step))
         self._saved = step

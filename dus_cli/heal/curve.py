@@ -83,7 +83,7 @@ def compare_curves(
 
 
 def _finite(points: Any) -> list[Point]:
-    return [(float(x), float(y)) for x, y in points if math.isfinite(y)]
+    return [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
 
 
 def _smoothed(points: list[Point]) -> list[Point]:

@@ -14,6 +14,7 @@ from dus_cli.heal.tokens import Row
 
 def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: int) -> float:
     """Mean cross-entropy in nats over the labelled tokens of the rows, which the workers share out."""
+    decoder.model.eval()
     total, count = 0.0, 0.0
     # Every worker makes the same number of forwards, as FSDP needs: spare ones count nothing.
     for start in range(0, len(rows), rows_at_once * team.size):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -31,9 +32,9 @@ from dus_cli.heal.live import MetricsFollower, View
 from dus_cli.heal.options import Launch
 from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
 from dus_cli.heal.run import NAME as RUN_NAME
-from dus_cli.heal.run import Run, changed_options, check_same, other_options, read_run
+from dus_cli.heal.run import Run, changed_options, check_same, disk_failure, other_options, read_run
 from dus_cli.model_config import decoder_config
-from dus_cli.staging import check_apart
+from dus_cli.staging import Staging, check_apart, free_bytes
 
 FAILURE = "failure.json"
 REPORT = "report.json"
@@ -46,6 +47,9 @@ _OURS = {RUN_NAME, "metrics.jsonl", "tokens", "checkpoints", LOGS, FAILURE, "ten
 _PATIENCE = 600
 
 _POLL = 0.2
+
+# With less free than this a disk is full: a failure or a log line may find no place.
+_NO_ROOM = 1 << 16
 
 
 @dataclass
@@ -153,6 +157,8 @@ def _finished(wishes: Wishes) -> dict[str, Any] | None:
             changed.append("the data")
     if changed:
         raise other_options(run, changed)
+    with Staging(wishes.output.resolve(), overwrite=True):
+        pass  # clears the run's folder, where a kill came between the rename and its removal
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return report
 
@@ -238,7 +244,7 @@ def torchrun_command(launch: Launch, run_path: Path) -> list[str]:
         ]
     command += [
         f"--max-restarts={launch.max_restarts}",
-        f"--log-dir={run_path.parent / LOGS}",
+        f"--log-dir={run_path.parent / LOGS / str(launch.node_rank)}",
         "--redirects=3",
         "-m",
         "dus_cli.heal.worker",
@@ -261,10 +267,11 @@ def printed_command(wishes: Wishes, view: View) -> str:
 def _launch(run: Run, launch: Launch, view: View) -> tuple[int, int | None]:
     """Run torchrun to its end: its exit code, and the signal that came meanwhile."""
     command = torchrun_command(launch, run.folder / RUN_NAME)
-    logs = run.folder / LOGS
+    logs = run.folder / LOGS / str(launch.node_rank)
     shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir()
-    (run.folder / FAILURE).unlink(missing_ok=True)
+    logs.mkdir(parents=True)
+    if launch.node_rank == 0:
+        (run.folder / FAILURE).unlink(missing_ok=True)
     follower = MetricsFollower(run.metrics_path)
     view.status("loading the model")
     with _relayed() as relay, (logs / "torchrun.log").open("wb") as log:
@@ -337,6 +344,8 @@ def _outcome(run: Run, code: int, signum: int | None) -> dict[str, Any]:
             f"ended by {signal.Signals(signum or signal.SIGTERM).name} {where}; the same command goes on from there",
             signum or signal.SIGTERM,
         )
+    if free_bytes(run.folder) < _NO_ROOM:  # then nobody could leave a word
+        raise OutputError(disk_failure(run.folder, os.strerror(errno.ENOSPC)))
     words = _last_words(run.folder / LOGS)
     raise HealError(
         f"a worker died{f' ({shown(words)})' if words else ', killed from outside or out of memory'}; "

@@ -39,21 +39,23 @@ class MetricsFollower:
         self.rows: list[Row] = []
 
     def poll(self) -> list[Row]:
-        """Rows that are new since the last call; after a restart, all that are left."""
+        """Rows that are new since the last call. Those that a replaced file has kept are not new."""
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset, self.rows = status.st_ino, 0, []
+                    self._inode, self._offset = status.st_ino, 0
                 file.seek(self._offset)
                 text = file.read()
         except FileNotFoundError:  # not begun, or the finished model has just taken the folder's name
             return []
         whole = text[: text.rfind(b"\n") + 1]  # a line that is being written is left for the next time
+        rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
+        before = self.rows if self._offset == 0 else []
+        kept = next((i for i, pair in enumerate(zip(before, rows, strict=False)) if pair[0] != pair[1]), len(before))
+        self.rows = rows if self._offset == 0 else self.rows + rows
         self._offset += len(whole)
-        new: list[Row] = [json.loads(line) for line in whole.splitlines()]
-        self.rows += new
-        return new
+        return rows[kept:]
 
 
 class View(Protocol):
@@ -116,9 +118,10 @@ class LineView(QuietView):
             self._say(f"tokenising: {human_bytes(done)} of {human_bytes(total)}")
 
     def update(self, follower: MetricsFollower) -> None:
-        for row in follower.poll():
+        new = follower.poll()
+        for count, row in enumerate(new, start=len(follower.rows) - len(new) + 1):
             if "eval_loss" in row or time.monotonic() - self._told >= _MINUTE:
-                self._say(f"step {row['step']:,}/{self._num_steps:,}: {'; '.join(figures(follower.rows, row))}")
+                self._say(f"step {row['step']:,}/{self._num_steps:,}: {'; '.join(figures(follower.rows[:count]))}")
 
     def _say(self, text: str) -> None:
         self._told = time.monotonic()
@@ -182,7 +185,7 @@ class LiveView(QuietView):
         left = time_left(self._rows, self._num_steps)
         top.add_row(bar, f"step {row['step']:,}/{self._num_steps:,}", "" if left is None else f"{clock(left)} left")
         lines: list[RenderableType] = [top]
-        losses = [each["loss"] for each in self._rows if "loss" in each]
+        losses = [math.nan if each["loss"] is None else each["loss"] for each in self._rows if "loss" in each]
         width = min(_SPARK_WIDTH, self._console.width - 20)
         if losses:
             lines.append(Text(f"loss     {losses[-1]:.4f}  {sparkline(losses, width)}", overflow="crop", no_wrap=True))
@@ -199,7 +202,7 @@ class LiveView(QuietView):
             skipped = sum(bool(each.get("skipped")) for each in self._rows)
             found.append(
                 f"{row['tokens_per_second']:,.0f} tokens/s  mfu {row['mfu']:.0%}  lr {row['lr']:.1e}  "
-                f"|g| {row['grad_norm']:.2f}  {human_bytes(row['peak_memory_bytes'])}"
+                f"|g| {row['grad_norm'] or math.nan:.2f}  {human_bytes(row['peak_memory_bytes'])}"
                 + (f"  {skipped} skipped" if skipped else "")
             )
         return found
@@ -212,10 +215,11 @@ def view_for(speaks: bool) -> View:
     return LiveView() if sys.stderr.isatty() else LineView()
 
 
-def figures(rows: Sequence[Row], row: Row) -> list[str]:
-    """A row in words."""
+def figures(rows: Sequence[Row]) -> list[str]:
+    """The last row in words."""
+    row = rows[-1]
     found = [f"{row['tokens']:,} tokens"]
-    if "loss" in row:
+    if row.get("loss") is not None:
         found.append(f"loss {row['loss']:.4f}")
     if "eval_loss" in row:
         found.append(f"held-out {heldout(rows)}")
@@ -232,7 +236,7 @@ def heldout(rows: Sequence[Row]) -> str:
     >>> heldout([{"eval_loss": 3.4, "base_loss": 2.9}, {"eval_loss": 3.0}])
     '3.0000 (scaled 3.4000 → base 2.9000, 80% of the way)'
     """
-    measured = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    measured = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     if not measured:
         return "not measured yet"
     now, scaled, base = measured[-1], measured[0], rows[0].get("base_loss")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -80,6 +81,7 @@ class Decoder:
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             theirs = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
             _, total, _ = loss_sums(self.hidden(input_ids, position_ids), self.output, labels, self.head)
+        _join_tied(self.model)
         check_head(float(total) / labels.numel(), float(theirs), self.model.config.model_type)
 
     @contextmanager
@@ -121,6 +123,31 @@ def _stack_name(inner: nn.Module, num_layers: int) -> str:
     raise HealError(f"{shown(type(inner).__name__)} has no list of {num_layers} layers; dus heal does not know it")
 
 
+def _join_tied(model: nn.Module) -> None:
+    """Give a tied weight one storage, after the first forward.
+
+    transformers ties after `fully_shard`, so FSDP manages the weight twice. Where its rows do not divide by
+    the workers FSDP pads each of the two into a copy of its own then, and the optimizer would update one only.
+    """
+    managed: dict[int, list[Any]] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:  # noqa: SLF001  (FSDP2 has no public name)
+                for held in group.fsdp_params:
+                    managed.setdefault(id(held.sharded_param), []).append(held)
+    for twins in managed.values():
+        if len(twins) == 1:
+            continue
+        storage = _storage(twins[0].sharded_param.to_local())
+        data = next(held._sharded_param_data for held in twins if _storage(held._sharded_param_data) == storage)  # noqa: SLF001
+        for held in twins:
+            held._sharded_param_data = data  # noqa: SLF001
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
     """The model of a run on this worker's device, split over the team by FSDP2 as its own plan says.
 
@@ -143,7 +170,7 @@ def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
         raise HealError(f"transformers cannot load {shown(run.model)}: {shown(str(error).splitlines()[0])}") from error
     if team.size == 1:
         model = model.to(team.device)
-    model.train()
+    model.eval()  # until a step is made: routers are noisy in training
     for module in model.modules():  # continued pretraining uses no dropout, and must be repeatable
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -40,6 +40,8 @@ def heal_text(report: dict[str, Any]) -> str:
         lines.append(f"{output} is finished already, with these options; nothing was done.")
     elif base is None:
         lines.append(f"Wrote {output}. No base stands in this model to compare it with.")
+    elif report["tokens_to_base"] == 0:
+        lines.append(f"Wrote {output}. It was no worse than its base to begin with.")
     elif report["reached_base"]:
         lines.append(
             f"Wrote {output}. It reached its base after {report['tokens_to_base']:,} tokens, "

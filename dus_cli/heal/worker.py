@@ -7,6 +7,8 @@ stop and a checkpoint is saved; 1 on a failure, which it leaves in one line in `
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -23,9 +25,12 @@ from types import FrameType
 from typing import Any
 
 from dus_cli.errors import DusError, HealError
-from dus_cli.heal.run import Run, read_run
+from dus_cli.heal.run import Run, disk_failure, read_run
 
 FAILURE = "failure.json"
+
+# What a disk does that no restart mends.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 # Weight of the past in the running mean and variance of the loss, and when they are trusted.
 _MEMORY = 0.98
@@ -198,6 +203,7 @@ class Training:
         from dus_cli.heal.batches import micro_batches
 
         run, team, step = self.run, self.team, self.progress.step
+        self.student.model.train()
         started = time.perf_counter()
         with self.clock("data"):
             batches = micro_batches(self.rows, step, run.rows_per_step, self.at_once, team)
@@ -417,11 +423,13 @@ def main(arguments: list[str]) -> int:
     _quiet_libraries()
     try:
         work(path)
-    except DusError as error:
-        if os.environ.get("DUS_DEBUG"):
+    except (DusError, OSError) as error:
+        is_known = isinstance(error, DusError) or error.errno in _OF_THE_DISK
+        if os.environ.get("DUS_DEBUG") or not is_known:
             raise
-        _leave(failure, launch, str(error))
-        sys.stderr.write(f"error: {error}\n")
+        text = str(error) if isinstance(error, DusError) else disk_failure(path.parent, error.strerror)
+        _leave(failure, launch, text)
+        sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
         os._exit(1)  # others may wait for this worker in a collective: no clean-up that waits for them
     return 0
@@ -429,11 +437,13 @@ def main(arguments: list[str]) -> int:
 
 def _leave(path: Path, launch: str, error: str) -> None:
     """Leave a failure for the launcher; the first one counts."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump({"launch": launch, "error": error}, file)
-    except OSError:
-        pass  # a full disk, or another worker was first; stderr has it
+    with contextlib.suppress(OSError), path.open("x", encoding="utf-8") as file:  # stderr has it in any case
+        try:
+            file.write(json.dumps({"launch": launch, "error": error}))
+            file.flush()
+        except OSError:  # a full disk: half a line would be worse than none
+            path.unlink()
+            raise
 
 
 if __name__ == "__main__":
