@@ -97,8 +97,7 @@ def test_a_log_has_a_line_for_each_measurement_with_the_base_to_reach(
         "3 steps of 512 tokens",
         "loading the model …",
         "step 0/3: 0 tokens; held-out 3.4000 (scaled 3.4000 → base 2.9000, 0% of the way)",
-        "step 2/3: 1,024 tokens; loss 3.2000; held-out 3.0000 (scaled 3.4000 → base 2.9000, 80% of the way); "
-        "900 tokens/s",
+        "step 2/3: 1,024 tokens; loss 3.2000; held-out 3.0000 (scaled 3.4000 → base 2.9000, 80% of the way); 900 tokens/s",  # noqa: E501
     ]
 
 
