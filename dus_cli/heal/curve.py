@@ -1,189 +1,376 @@
-"""Loss curves as SVG, for model cards and docs: no library, no font, no script, the same bytes each time."""
+"""Loss against tokens as SVG: of one run for its model card, of several runs for a comparison."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 Point = tuple[float, float]
 
-_WIDTH, _HEIGHT = 720, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 40, 44
+# The picture in pixels, and the four edges of the plot in it.
+_WIDTH, _HEIGHT = 690, 380
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 670, 64, 330
 
-# More points than this are told apart by nobody, and make a file of megabytes.
-_MOST_POINTS = 600
+# Advance of a 13 px monospace character, a little too wide rather than too narrow.
+_CHARACTER = 8.0
 
-_THEMES = {
-    False: {"text": "#1f2328", "grid": "#d1d9e0", "train": "#afb8c1", "heldout": "#0969da", "base": "#1a7f37"},
-    True: {"text": "#e6edf3", "grid": "#3d444d", "train": "#59636e", "heldout": "#4493f8", "base": "#3fb950"},
+# A run of a million steps is drawn with this many points: each is the mean of its neighbours.
+_MAX_POINTS = 600
+
+# Above this many, dots would hide their line.
+_MAX_DOTS = 60
+
+# As the pictures of the layer map have it; the page's own colour lies below, whichever theme the page is in.
+_COLOURS = {
+    False: {
+        "page": "#ffffff",
+        "text": "#1f2328",
+        "axis": "#59636e",
+        "grid": "#e4e8ec",
+        "training": "#afb8c1",
+        "heldout": "#0969da",
+        "base": "#1a7f37",
+        "scaled": "#cf222e",
+    },
+    True: {
+        "page": "#0d1117",
+        "text": "#e6edf3",
+        "axis": "#9198a1",
+        "grid": "#21262d",
+        "training": "#59636e",
+        "heldout": "#4493f8",
+        "base": "#3fb950",
+        "scaled": "#f85149",
+    },
 }
 
-# Okabe and Ito's colours, which the colour-blind tell apart; the last but one reads on light and dark.
-_SERIES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#b8a800")
+# Okabe and Ito's colours for all kinds of sight, without their yellow and black. Two of eight series that share
+# a colour differ in their dots (full, hollow) and their lines.
+_SERIES = {
+    False: ("#0072b2", "#d55e00", "#009e73", "#a34f86"),
+    True: ("#56b4e9", "#e8793a", "#2fc296", "#d68fb9"),
+}
+
+MAX_SERIES = 8
+
+_BASE_LINE = 'stroke-width="1.5" stroke-dasharray="6 4"'
 
 
-class _Frame(NamedTuple):
-    """From data to the picture: x in tokens from 0 to `right`, y in nats from `low` to `high`."""
+def loss_curve(rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, title: str, dark: bool = False) -> str:
+    """The picture of a run, from the rows of its metrics.jsonl.
 
-    right: float
-    low: float
-    high: float
-
-    def x(self, tokens: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * tokens / self.right, 1)
-
-    def y(self, loss: float) -> float:
-        share = (min(loss, self.high) - self.low) / (self.high - self.low)
-        return round(_HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * share, 1)
-
-
-def loss_curve(rows: Sequence[Mapping[str, Any]], *, base_loss: float | None, title: str, dark: bool = False) -> str:
-    """The picture of a run: training and held-out loss against tokens, with the base's line.
-
-    Args:
-        rows: of metrics.jsonl.
-        base_loss: the held-out loss to reach, in nats per token; None draws no line.
-        title: told above the picture.
-        dark: for a dark page.
+    Thin: training loss, smoothed where there are many steps. Thick: held-out loss, from right after scaling
+    to the end. Dashed: the base's held-out loss, with the first measurement that is at it or below it.
     """
-    theme = _THEMES[dark]
-    heldout = _finite((row["tokens"], row["eval_loss"]) for row in rows if "eval_loss" in row)
-    train = _smoothed(_finite((row["tokens"], row["loss"]) for row in rows if "loss" in row and not row.get("skipped")))
-    frame = _frame([*heldout, *train], base_loss)
-    parts = [_axes(frame, theme), _line(frame, train, theme["train"], 1.2)]
-    parts.append(_line(frame, heldout, theme["heldout"], 2.4))
-    parts += [f'<circle cx="{frame.x(x)}" cy="{frame.y(y)}" r="3" fill="{theme["heldout"]}"/>' for x, y in heldout]
+    ordered = [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+    training = _points((row["tokens"], row.get("loss")) for row in ordered if not row.get("skipped"))
+    heldout = _points((row["tokens"], row.get("eval_loss")) for row in ordered)
+    base_loss = _finite(base_loss)
+    reached = None if base_loss is None else next((p for p in heldout if p[1] <= base_loss), None)
+    smooth = _smoothed(_thinned(training))
+    plot = _Plot.around([*_without_outliers(smooth), *heldout], base_loss, dark)
+    colour = plot.colour
+    parts = [plot.frame(title)]
+    parts.append(plot.line(smooth, f'stroke="{colour["training"]}" stroke-width="1.3"'))
+    legend = [("training", colour["training"], 1.3)] * bool(training) + [("held-out", colour["heldout"], 2.5)]
+    parts.append(_legend_row(legend, colour))
     if base_loss is not None:
-        parts.append(_base_line(frame, base_loss, theme))
-        reached = next((point for point in heldout if point[1] <= base_loss), None)
-        if reached is not None:
-            at = f'cx="{frame.x(reached[0])}" cy="{frame.y(reached[1])}"'
-            parts.append(f'<circle {at} r="6" fill="none" stroke="{theme["base"]}" stroke-width="2"/>')
-    legend = [("training", theme["train"]), ("held-out", theme["heldout"])]
-    return _svg(title, [*parts, _legend(legend, theme)], theme, _described(heldout, base_loss))
+        parts.append(plot.base_line(base_loss, colour["base"]))
+        parts.append(plot.base_label(base_loss, heldout))
+    parts.append(plot.line(_ends_kept(heldout), f'stroke="{colour["heldout"]}" stroke-width="2.5"'))
+    parts += [plot.dot(point, f'r="3.2" fill="{colour["heldout"]}"') for point in _dotted(heldout)]
+    if heldout and heldout[0][0] == 0:
+        scaled = heldout[0]
+        parts.append(plot.dot(scaled, f'r="4.5" fill="{colour["scaled"]}"'))
+        name = "at the start" if base_loss is None else "scaled"
+        parts.append(plot.text(scaled, f"{name} {scaled[1]:.3f}", colour["scaled"], dx=10, dy=-6))
+    if reached is not None and reached[0] > 0:
+        parts.append(plot.reached(reached))
+    if not training and not heldout:
+        parts.append(plot.text((0, plot.low), "nothing measured yet", colour["axis"], dx=10, dy=-10))
+    return _svg(parts, title, _description(training, heldout, base_loss, reached), _HEIGHT, colour)
 
 
 def compare_curves(
     series: Mapping[str, Sequence[Point]], *, base_loss: float | None, title: str, dark: bool = False
 ) -> str:
-    """Several held-out curves, each (tokens, loss), in one picture with a legend."""
-    theme = _THEMES[dark]
-    curves = {name: _finite(points) for name, points in series.items()}
-    frame = _frame([point for points in curves.values() for point in points], base_loss)
-    colours = [_SERIES[index % len(_SERIES)] for index in range(len(curves))]
-    parts = [_axes(frame, theme)]
-    parts += [_line(frame, points, colour, 2) for points, colour in zip(curves.values(), colours, strict=True)]
+    """Held-out losses of several runs in one picture, each as (tokens, loss) under its name.
+
+    Raises:
+        ValueError: more series than can be told apart.
+    """
+    if len(series) > MAX_SERIES:
+        raise ValueError(f"{len(series)} series cannot be told apart; give at most {MAX_SERIES}")
+    curves = {name: sorted(_points(points)) for name, points in series.items()}
+    base_loss = _finite(base_loss)
+    plot = _Plot.around([point for points in curves.values() for point in points], base_loss, dark)
+    parts, legend = [plot.frame(title)], _Legend()
     if base_loss is not None:
-        parts.append(_base_line(frame, base_loss, theme))
-    parts.append(_legend(list(zip(curves, colours, strict=True)), theme))
-    ends = "; ".join(f"{name} ends at {points[-1][1]:.3f}" for name, points in curves.items() if points)
-    return _svg(title, parts, theme, ends)
+        parts.append(plot.base_line(base_loss, plot.colour["axis"]))
+        legend.add(f"base {base_loss:.3f}", f'stroke="{plot.colour["axis"]}" {_BASE_LINE}')
+    for index, (name, points) in enumerate(curves.items()):
+        colour, hollow = _SERIES[dark][index % 4], index >= 4
+        style = f'stroke="{colour}" stroke-width="2.2"' + hollow * ' stroke-dasharray="7 3"'
+        dot = f'r="3.2" fill="{plot.colour["page"] if hollow else colour}" stroke="{colour}" stroke-width="1.5"'
+        parts.append(plot.line(_ends_kept(points), style))
+        parts += [plot.dot(point, dot) for point in _dotted(points)]
+        legend.add(name, style, dot)
+    ends = "; ".join(f"{name} {points[-1][1]:.3f}" for name, points in curves.items() if points)
+    base = "" if base_loss is None else f" Base: {base_loss:.3f}."
+    description = f"Held-out loss at the end: {ends or 'none'}.{base}"
+    return _svg([*parts, *legend.parts], title, description, legend.bottom, plot.colour)
 
 
-def _finite(points: Any) -> list[Point]:
-    return [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
+def human_count(count: float) -> str:
+    """A count with a decimal unit, as --tokens takes it, to three digits.
 
-
-def _smoothed(points: list[Point]) -> list[Point]:
-    """At most 600 points, each the mean of its share."""
-    each = math.ceil(len(points) / _MOST_POINTS) or 1
-    groups = [points[i : i + each] for i in range(0, len(points), each)]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-
-
-def _frame(points: list[Point], base_loss: float | None) -> _Frame:
-    losses = [y for _, y in points] + ([] if base_loss is None else [base_loss])
-    low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
-    # A first step may be far above all that follows: what is cut off there is drawn at the upper edge.
-    ordered = sorted(losses)
-    if len(ordered) > 20:
-        high = min(high, ordered[int(len(ordered) * 0.98)] + (ordered[-1] - low) * 0.1)
-    room = (high - low) * 0.06 or 0.05
-    return _Frame(max([x for x, _ in points] or [0.0]) or 1.0, low - room, high + room)
-
-
-def _ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two bounds.
-
-    >>> _ticks(2.7, 3.5, 5)
-    [2.8, 3.0, 3.2, 3.4]
+    >>> human_count(1_843_200), human_count(950), human_count(999_999), human_count(15e12)
+    ('1.84M', '950', '1M', '15T')
     """
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
-    first = math.ceil(low / step)
-    return [round(index * step, 10) for index in range(first, math.floor(high / step) + 1)]
+    for unit in ("", "K", "M", "B"):
+        if float(f"{count:.3g}") < 1000:
+            return f"{float(f'{count:.3g}'):g}{unit}"
+        count /= 1000
+    return f"{float(f'{count:.3g}'):,g}T"
 
 
-def _count(tokens: float) -> str:
-    """A number of tokens, short.
-
-    >>> _count(2500.0), _count(3e9), _count(0.0)
-    ('2.5K', '3B', '0')
-    """
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if tokens >= size:
-            return f"{tokens / size:g}{unit}"
-    return f"{tokens:g}"
+# --- what is drawn --------------------------------------------------------------------------------
 
 
-def _axes(frame: _Frame, theme: Mapping[str, str]) -> str:
-    parts = []
-    for loss in _ticks(frame.low, frame.high, 6):
-        y = frame.y(loss)
-        parts.append(f'<path d="M{_LEFT} {y}H{_WIDTH - _RIGHT}" stroke="{theme["grid"]}" stroke-width="1"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{loss:g}</text>')
-    for tokens in _ticks(0.0, frame.right, 8):
-        anchor = "end" if frame.x(tokens) > _WIDTH - 30 else "middle"
-        parts.append(f'<text x="{frame.x(tokens)}" y="{_HEIGHT - 24}" text-anchor="{anchor}">{_count(tokens)}</text>')
-    parts.append(f'<text x="{(_WIDTH + _LEFT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">tokens</text>')
-    parts.append(f'<text x="10" y="{_TOP - 10}">nats</text>')
+@dataclass(frozen=True)
+class _Plot:
+    """The axes: tokens from 0 to `most`, loss from `low` to `high`."""
+
+    most: float
+    low: float
+    high: float
+    colour: dict[str, str]
+
+    @classmethod
+    def around(cls, points: Sequence[Point], base_loss: float | None, dark: bool) -> _Plot:
+        """Axes with all the points and the base's line inside, and air for the labels."""
+        losses = [loss for _, loss in points] + ([] if base_loss is None else [base_loss])
+        low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
+        middle, spread = (low + high) / 2, max(high - low, 0.02 * abs(high), 1e-3)  # a constant has a spread, too
+        most = max((tokens for tokens, _ in points), default=0.0)
+        return cls(most, middle - 0.62 * spread, middle + 0.62 * spread, _COLOURS[dark])
+
+    def x(self, tokens: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * (tokens / self.most if self.most else 0.0)
+
+    def y(self, loss: float) -> float:
+        """Pixels from the top. What is out of the plot, a spike, stops at its edge."""
+        share = (min(max(loss, self.low), self.high) - self.low) / (self.high - self.low)
+        return _BOTTOM - (_BOTTOM - _TOP) * share
+
+    def frame(self, title: str) -> str:
+        """Title, grid and ticks."""
+        colour = self.colour
+        shown = _escaped(_cut(title, int((_WIDTH - 40) / (_CHARACTER * 15 / 13))))
+        parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{shown}</text>']
+        parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss (nats per token)</text>')
+        step = _nice_step(self.high - self.low, 6)
+        decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+        for loss in _ticks(self.low, self.high, step):
+            y = self.y(loss)
+            parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
+            label = f"{loss:.{decimals}f}"
+            parts.append(_text(_LEFT - 8, y + 4.5, label, colour["axis"], anchor="end"))
+        parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
+        ticks = _ticks(0, self.most, _nice_step(self.most, 6, least=1.0)) if self.most else [0.0]
+        for tokens in ticks:
+            x = self.x(tokens)
+            parts.append(f'<path d="M{x:.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
+            parts.append(_text(x, _BOTTOM + 20, human_count(tokens), colour["axis"], anchor="middle"))
+        parts.append(_text(_RIGHT, _BOTTOM + 38, "tokens", colour["axis"], anchor="end"))
+        return "".join(parts)
+
+    def line(self, points: Sequence[Point], style: str) -> str:
+        if len(points) < 2:
+            return ""
+        path = " ".join(f"{self.x(tokens):.1f},{self.y(loss):.1f}" for tokens, loss in points)
+        return f'<polyline points="{path}" fill="none" stroke-linejoin="round" {style}/>'
+
+    def dot(self, point: Point, style: str) -> str:
+        return f'<circle cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" {style}/>'
+
+    def text(self, point: Point, text: str, fill: str, *, dx: float, dy: float, anchor: str = "start") -> str:
+        return _text(self.x(point[0]) + dx, self.y(point[1]) + dy, text, fill, anchor=anchor, halo=self.colour["page"])
+
+    def base_line(self, base_loss: float, colour: str) -> str:
+        return f'<path d="M{_LEFT} {self.y(base_loss):.1f}H{_RIGHT}" stroke="{colour}" {_BASE_LINE}/>'
+
+    def base_label(self, base_loss: float, points: Sequence[Point]) -> str:
+        """The base's loss at its line, where the held-out losses leave room."""
+        label, colour, start = f"base {base_loss:.3f}", self.colour["base"], (0.0, base_loss)
+        if points and points[0][1] < base_loss:  # they stay below
+            return self.text(start, label, colour, dx=10, dy=-6)
+        reached = next((tokens for tokens, loss in points if loss <= base_loss), math.inf)
+        if self.x(reached) < _LEFT + 120:  # they come down at once, and stay below
+            return self.text((self.most, base_loss), label, colour, dx=-4, dy=-6, anchor="end")
+        return self.text(start, label, colour, dx=10, dy=17)
+
+    def reached(self, point: Point) -> str:
+        """A ring where the base is reached, and a line up to its label: the curves are low by then."""
+        colour, x, y = self.colour["base"], self.x(point[0]), self.y(point[1])
+        label = f"at the base after {human_count(point[0])} tokens"
+        fits = x + 10 + len(label) * _CHARACTER < _RIGHT
+        anchor, dx = ("start", 6) if fits else ("end", -6)
+        return (
+            f'<path d="M{x:.1f} {_TOP + 36}V{y - 7:.1f}" stroke="{colour}" stroke-dasharray="1.5 3"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6.5" fill="none" stroke="{colour}" stroke-width="2"/>'
+            + _text(x + dx, _TOP + 48, label, colour, anchor=anchor, halo=self.colour["page"])
+        )
+
+
+class _Legend:
+    """Names of lines below the plot, in as many rows as they take."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self._x, self._y = float(_LEFT), _BOTTOM + 64
+
+    @property
+    def bottom(self) -> int:
+        return self._y + 16
+
+    def add(self, name: str, line: str, dot: str = "") -> None:
+        shown = _cut(name, int((_RIGHT - _LEFT - 34) / _CHARACTER))
+        width = 34 + len(shown) * _CHARACTER
+        if self._x > _LEFT and self._x + width > _RIGHT:
+            self._x, self._y = float(_LEFT), self._y + 20
+        x, y = self._x, self._y
+        self.parts.append(f'<path d="M{x:g} {y - 4}h26" fill="none" {line}/>')
+        if dot:
+            self.parts.append(f'<circle cx="{x + 13:g}" cy="{y - 4}" {dot}/>')
+        self.parts.append(f'<text x="{x + 34:g}" y="{y}">{_escaped(shown)}</text>')
+        self._x += width + 20
+
+
+def _legend_row(entries: Sequence[tuple[str, str, float]], colour: Mapping[str, str]) -> str:
+    """Names of lines, flush right above the plot."""
+    parts, x = [], float(_RIGHT)
+    for name, stroke, width in reversed(entries):
+        x -= len(name) * _CHARACTER
+        parts.append(_text(x, 50, name, colour["axis"]))
+        parts.append(f'<path d="M{x - 32:g} 46h26" stroke="{stroke}" stroke-width="{width}"/>')
+        x -= 32 + 18
     return "".join(parts)
 
 
-def _line(frame: _Frame, points: Sequence[Point], colour: str, width: float) -> str:
-    if len(points) < 2:
-        return ""
-    path = "L".join(f"{frame.x(x)} {frame.y(y)}" for x, y in points)
-    return f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-linejoin="round"/>'
+def _text(x: float, y: float, text: str, fill: str, *, anchor: str = "start", halo: str | None = None) -> str:
+    """A text; with a halo of the page's colour where lines may run below it."""
+    around = "" if halo is None else f' stroke="{halo}" stroke-width="4" stroke-linejoin="round" paint-order="stroke"'
+    at = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}"{at}{around}>{_escaped(text)}</text>'
 
 
-def _base_line(frame: _Frame, base_loss: float, theme: Mapping[str, str]) -> str:
-    y, right = frame.y(base_loss), _WIDTH - _RIGHT
+def _svg(parts: Iterable[str], title: str, description: str, height: int, colour: Mapping[str, str]) -> str:
     return (
-        f'<path d="M{_LEFT} {y}H{right}" stroke="{theme["base"]}" stroke-width="1.6" stroke-dasharray="6 4"/>'
-        f'<text x="{right}" y="{y - 5}" text-anchor="end" fill="{theme["base"]}">base {base_loss:.3f}</text>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
+        f'viewBox="0 0 {_WIDTH} {height}" role="img">'
+        f"<title>{_escaped(title)}</title><desc>{_escaped(description)}</desc>"
+        f'<rect width="{_WIDTH}" height="{height}" rx="6" fill="{colour["page"]}"/>'
+        f'<g font-family="ui-monospace, monospace" font-size="13" fill="{colour["text"]}">{"".join(parts)}</g></svg>\n'
     )
 
 
-def _legend(entries: Sequence[tuple[str, str]], theme: Mapping[str, str]) -> str:
-    """Upper right, a line for each entry."""
-    widest = max(len(name) for name, _ in entries) if entries else 0
-    x = _WIDTH - _RIGHT - 30 - 7.3 * min(widest, 40)
-    parts = []
-    for index, (name, colour) in enumerate(entries):
-        y = _TOP + 8 + 17 * index
-        text = name if len(name) <= 40 else name[:39] + "…"
-        parts.append(f'<path d="M{x:.0f} {y - 4}h20" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{x + 26:.0f}" y="{y}" fill="{theme["text"]}">{escape(text)}</text>')
-    return "".join(parts)
+def _description(
+    training: Sequence[Point], heldout: Sequence[Point], base_loss: float | None, reached: Point | None
+) -> str:
+    """What the picture shows, for those who do not see it."""
+    said = []
+    if training:
+        said.append(f"Training loss from {training[0][1]:.3f} to {training[-1][1]:.3f}.")
+    if heldout:
+        end = human_count(heldout[-1][0])
+        said.append(f"Held-out loss from {heldout[0][1]:.3f} to {heldout[-1][1]:.3f} after {end} tokens.")
+    if base_loss is not None:
+        when = "not reached" if reached is None else f"reached after {human_count(reached[0])} tokens"
+        said.append(f"Held-out loss of the base: {base_loss:.3f}, {when}.")
+    return " ".join(said) or "Nothing measured yet."
 
 
-def _described(heldout: list[Point], base_loss: float | None) -> str:
-    """The picture in words, for those who do not see it."""
-    if not heldout:
-        return "No held-out loss was measured."
-    text = f"Held-out loss from {heldout[0][1]:.3f} to {heldout[-1][1]:.3f} over {_count(heldout[-1][0])} tokens"
-    return text + ("." if base_loss is None else f"; the base's is {base_loss:.3f}.")
+def _escaped(text: str) -> str:
+    """Text for XML, which has no control characters at all."""
+    return html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
-def _svg(title: str, parts: Sequence[str], theme: Mapping[str, str], described: str) -> str:
-    short = title if len(title) <= 70 else title[:69] + "…"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
-        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
-        f"<title>{escape(title)}</title><desc>{escape(described)}</desc>"
-        f'<g font-family="ui-monospace, monospace" font-size="12" fill="{theme["text"]}">'
-        f'<text x="{_LEFT}" y="18" font-size="14">{escape(short)}</text>{"".join(parts)}</g></svg>\n'
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _points(pairs: Iterable[tuple[float, float | None]]) -> list[Point]:
+    """The pairs that have a loss: nothing missing, nothing NaN."""
+    return [(tokens, loss) for tokens, loss in pairs if loss is not None and math.isfinite(loss)]
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """At most _MAX_POINTS points, each the mean of as many neighbours.
+
+    >>> len(_thinned([(k, 1.0) for k in range(1_000_000)]))
+    600
+    """
+    count = min(len(points), _MAX_POINTS)
+    edges = [len(points) * k // count for k in range(count + 1)] if count else []
+    groups = [points[start:stop] for start, stop in pairwise(edges)]
+    return [(math.fsum(t for t, _ in g) / len(g), math.fsum(loss for _, loss in g) / len(g)) for g in groups]
+
+
+def _smoothed(points: Sequence[Point]) -> list[Point]:
+    """Losses as means over a fiftieth of the run. Below 100 points they stay as they are."""
+    losses, reach = [loss for _, loss in points], len(points) // 100
+    windows = [losses[max(0, k - reach) : k + reach + 1] for k in range(len(points))]
+    return [(tokens, math.fsum(w) / len(w)) for (tokens, _), w in zip(points, windows, strict=True)]
+
+
+def _without_outliers(points: Sequence[Point]) -> list[Point]:
+    """The points that set the scale. Of a long run the highest do not, so that a spike flattens nothing."""
+    if len(points) < 100:
+        return list(points)
+    limit = sorted(loss for _, loss in points)[-len(points) // 25]  # a smoothed spike is a fiftieth
+    return [point for point in points if point[1] <= limit]
+
+
+def _ends_kept(points: Sequence[Point]) -> list[Point]:
+    """Few enough of the measurements themselves, no means, and the first and last among them."""
+    if len(points) <= _MAX_POINTS:
+        return list(points)
+    return [points[(len(points) - 1) * k // (_MAX_POINTS - 1)] for k in range(_MAX_POINTS)]
+
+
+def _dotted(points: Sequence[Point]) -> list[Point]:
+    """The points that get a dot: all of them, or the two ends where that would be too many."""
+    return list(points) if len(points) <= _MAX_DOTS else [points[0], points[-1]]
+
+
+def _nice_step(spread: float, count: int, *, least: float = 0.0) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that cuts a spread into at most `count` pieces.
+
+    >>> _nice_step(0.73, 6), _nice_step(4_096_000, 6)
+    (0.2, 1000000.0)
+    """
+    power = 10.0 ** math.floor(math.log10(max(spread / count, least)))
+    return next(
+        (step for step in (power, 2 * power, 5 * power) if step >= max(spread / count, least) * (1 - 1e-9)), 10 * power
     )
+
+
+def _ticks(low: float, high: float, step: float) -> list[float]:
+    """Multiples of the step from low to high.
+
+    >>> _ticks(2.72, 3.5, 0.25)
+    [2.75, 3.0, 3.25, 3.5]
+    """
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -30,7 +30,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    size = 1024 if device.type == "cpu" else 8192
+    size = 2048 if device.type == "cpu" else 8192
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):

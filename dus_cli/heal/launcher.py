@@ -84,7 +84,7 @@ def heal(wishes: Wishes, view: View) -> dict[str, Any]:
     if finished is not None:
         return finished | {"status": "unchanged"}
     run = prepare_run(wishes, model, view)
-    view.begin(run.num_steps, run.tokens_per_step)
+    view.begin(run.num_steps, run.tokens_per_step, [phase.train for phase in wishes.recipe.phases])
     code, signum = _launch(run, wishes.launch, view)
     return _outcome(run, code, signum)
 
@@ -205,7 +205,7 @@ def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Pre
         on_bad_line=BadLine(data.on_bad_line),
         holdout=data.holdout,
         wait=wishes.launch.nnodes > 1,
-        say=view.status,
+        say=view.note,
         on_progress=view.tokenising,
     )
     rows = Rows(prepared, folder, resolve.seq_length(wishes, model), wishes.recipe.seed)

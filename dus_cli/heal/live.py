@@ -1,80 +1,114 @@
-"""What a person sees while a model heals: a few live lines on a terminal, plain lines elsewhere. All on stderr.
-
-The launcher learns how the run goes from metrics.jsonl alone, so a view can follow any run.
-"""
+"""What a person sees of a run: the rows of metrics.jsonl as they come, and how a terminal or a log shows them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dus_cli.heal.curve import human_count
 from dus_cli.report import human_bytes
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-Row = dict[str, Any]
+# Losses that the sparkline is drawn from, and steps whose pace tells the time left.
+_NUM_LOSSES, _NUM_PACED = 1000, 50
+
+# Seconds between two pictures on a terminal, and between two lines of a log that no measurement asks for.
+_REDRAW, _PLAIN_INTERVAL = 0.1, 60.0
+
+# Seconds after which a status says how long it has been true.
+_PATIENCE = 10.0
+
+# Columns of the labels on a terminal.
+_LABEL = 11
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARK_WIDTH = 40
 
-# Seconds between two plain lines that tell nothing but progress.
-_MINUTE = 60.0
+# For terminals whose encoding has no such characters.
+_ASCII = str.maketrans({"…": "...", "→": "->", "·": "|", "–": "-"})
 
 
 class MetricsFollower:
-    """The rows of a metrics.jsonl that grows, and that a restarted worker replaces by a shorter one."""
+    """Reads a metrics.jsonl that another process writes.
+
+    When workers start again they replace the file by one without the steps that are run again, and the finished
+    model comes with its own copy. `starts_over` tells, after each poll, that its rows are all that a file holds:
+    at the first look, or because the file was replaced. Whatever was made of earlier rows is void then.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.starts_over = False
         self._path = path
-        self._inode = -1
         self._offset = 0
-        self.rows: list[Row] = []
+        self._file_id: tuple[int, int] | None = None
+        self._is_first_poll = True
 
-    def poll(self) -> list[Row]:
-        """Rows that are new since the last call. Those that a replaced file has kept are not new."""
+    def poll(self) -> list[dict[str, Any]]:
+        """Rows that are new since the last time."""
+        self.starts_over, self._is_first_poll = self._is_first_poll, False
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset = status.st_ino, 0
+                file_id = (status.st_dev, status.st_ino)
+                if self._file_id is not None and (file_id != self._file_id or status.st_size < self._offset):
+                    self.starts_over, self._offset = True, 0
+                self._file_id = file_id
                 file.seek(self._offset)
-                text = file.read()
-        except FileNotFoundError:  # not begun, or the finished model has just taken the folder's name
-            return []
-        whole = text[: text.rfind(b"\n") + 1]  # a line that is being written is left for the next time
-        rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
-        before = self.rows if self._offset == 0 else []
-        kept = next((i for i, pair in enumerate(zip(before, rows, strict=False)) if pair[0] != pair[1]), len(before))
-        self.rows = rows if self._offset == 0 else self.rows + rows
-        self._offset += len(whole)
-        return rows[kept:]
+                whole, newline, _ = file.read().rpartition(b"\n")  # what follows is half a row, so far
+        except OSError:
+            return []  # not there yet, or a file system that hiccups: nothing to end a run for
+        self._offset += len(whole) + len(newline)
+        rows = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
 
 
 class View(Protocol):
-    """Told what happens. `update` is called several times a second."""
+    """Told what a run does while it does it. A context manager, so that a terminal is left as it was."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
 
-    def begin(self, num_steps: int, tokens_per_step: int) -> None: ...
+    def note(self, text: str) -> None:
+        """Something to keep in sight, in a line of its own."""
 
-    def status(self, text: str) -> None: ...
+    def status(self, text: str) -> None:
+        """What goes on until something else does, like "loading the model"."""
 
-    def tokenising(self, done: int, total: int) -> None: ...
+    def tokenising(self, done: int, total: int) -> None:
+        """How far the data are tokenised, in bytes."""
 
-    def update(self, follower: MetricsFollower) -> None: ...
+    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
+        """The size of the run, and the names of its phases where they are worth telling."""
+
+    def update(self, follower: MetricsFollower) -> None:
+        """Look for new rows, and show them. Called several times a second."""
 
 
-class QuietView:
+def view_for(speaks: bool) -> View:
+    """A view for stderr as it is: a terminal, a pipe or a log, or nothing for --quiet and --json."""
+    if not speaks:
+        return NoView()
+    is_terminal = sys.stderr.isatty() and os.environ.get("TERM") not in {None, "", "dumb", "unknown"}
+    return LiveView() if is_terminal else PlainView()
+
+
+class NoView:
     """Says nothing."""
 
     def __enter__(self) -> Self:
@@ -83,7 +117,7 @@ class QuietView:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def begin(self, num_steps: int, tokens_per_step: int) -> None:
+    def note(self, text: str) -> None:
         pass
 
     def status(self, text: str) -> None:
@@ -92,191 +126,345 @@ class QuietView:
     def tokenising(self, done: int, total: int) -> None:
         pass
 
+    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
+        pass
+
     def update(self, follower: MetricsFollower) -> None:
         pass
 
 
-class LineView(QuietView):
-    """For logs: a line for each held-out measurement and change of state, else one a minute at most."""
+class PlainView(NoView):
+    """For logs: a line for each held-out measurement and each new status, and otherwise one a minute."""
 
     def __init__(self) -> None:
-        self._num_steps = 0
-        self._status = ""
-        self._told = 0.0
+        self._standing = Standing(0, 0)
+        self._known = math.inf  # rows up to this step were told, also those that are there at the first look
+        self._said_at = time.monotonic()
 
-    def begin(self, num_steps: int, tokens_per_step: int) -> None:
-        self._num_steps = num_steps
-        self._say(f"{num_steps:,} steps of {tokens_per_step:,} tokens")
+    def note(self, text: str) -> None:
+        self._say(text)
 
     def status(self, text: str) -> None:
-        if text != self._status:
-            self._status = text
-            self._say(f"{text} …")
+        self._say(f"{text} …")
 
     def tokenising(self, done: int, total: int) -> None:
-        if time.monotonic() - self._told >= _MINUTE:
-            self._say(f"tokenising: {human_bytes(done)} of {human_bytes(total)}")
+        if total and self._is_due():
+            self._say(f"tokenising: {done / total:.0%}")
+
+    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
+        self._standing = Standing(num_steps, tokens_per_step, tuple(phases))
 
     def update(self, follower: MetricsFollower) -> None:
-        new = follower.poll()
-        for count, row in enumerate(new, start=len(follower.rows) - len(new) + 1):
-            if "eval_loss" in row or time.monotonic() - self._told >= _MINUTE:
-                self._say(f"step {row['step']:,}/{self._num_steps:,}: {'; '.join(figures(follower.rows[:count]))}")
+        rows = follower.poll()
+        known = self._known if follower.starts_over else -1
+        if follower.starts_over:
+            self._standing = self._standing.blank()
+        for row in rows:
+            self._standing.add(row)
+            if self._standing.is_measured and row["step"] > known:
+                self._say(self._standing.line())
+        self._known = self._standing.step
+        if 0 < self._standing.step < known < math.inf:
+            self._say(self._standing.resumed_text())
+        elif rows and self._standing.is_done and self._standing.step > known:
+            self.status("saving")
+        elif rows and self._is_due():
+            self._say(self._standing.line())
 
-    def _say(self, text: str) -> None:
-        self._told = time.monotonic()
-        sys.stderr.write(f"{text}\n")
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._said_at >= _PLAIN_INTERVAL
+
+    def _say(self, line: str) -> None:
+        is_utf8 = sys.stderr.encoding.lower().startswith("utf")
+        sys.stderr.write(f"{line if is_utf8 else line.translate(_ASCII)}\n")
         sys.stderr.flush()
+        self._said_at = time.monotonic()
 
 
-class LiveView(QuietView):
-    """For a terminal: progress, losses with a sparkline, the line to reach, speed, time left."""
+class LiveView:
+    """For terminals: a few lines that are drawn anew in place.
 
-    def __init__(self) -> None:
-        from rich.console import Console
+    Drawn by the calls alone: a thread that does it would be one too many when the launcher forks.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console as RichConsole
         from rich.live import Live
 
-        self._console = Console(stderr=True)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-        self._num_steps = 0
-        self._tokens_per_step = 0
-        self._status = ""
-        self._rows: list[Row] = []
+        self._console = console or RichConsole(stderr=True)
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._standing = Standing(0, 0)
+        self._status, self._status_passes, self._status_since = "", True, 0.0
+        self._is_training = False
+        self._tokenised: float | None = None
+        self._drawn_at = 0.0
 
     def __enter__(self) -> Self:
-        self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The last picture of a run stays above its report; a status that is over does not.
+        self._status, self._tokenised = "", None
+        self._live.update(self._picture())
+        self._live.transient = not self._standing.has_begun
         self._live.stop()
 
-    def begin(self, num_steps: int, tokens_per_step: int) -> None:
-        self._num_steps, self._tokens_per_step = num_steps, tokens_per_step
+    def note(self, text: str) -> None:
+        self._console.print(self._plain(text), markup=False, highlight=False)
 
     def status(self, text: str) -> None:
-        self._status = text
-        self._draw()
+        self._tokenised = None
+        # Until there are new rows a status says what to wait for. Later it is the end that has begun.
+        self._set_status(text, passes=not self._is_training)
+        self._draw(at_once=True)
 
     def tokenising(self, done: int, total: int) -> None:
-        self._status = f"tokenising {human_bytes(done)} of {human_bytes(total)}"
+        self._tokenised = min(1.0, done / total) if total else None
         self._draw()
 
-    def update(self, follower: MetricsFollower) -> None:
-        if follower.poll():
-            self._rows = follower.rows
-            if self._status == "loading the model":
-                self._status = ""
-            self._draw()
+    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
+        self._tokenised = None
+        self._standing = Standing(num_steps, tokens_per_step, tuple(phases))
 
-    def _draw(self) -> None:
-        self._live.update(self._picture())
+    def update(self, follower: MetricsFollower) -> None:
+        rows, before = follower.poll(), self._standing.step
+        if follower.starts_over:
+            self._standing = self._standing.blank()
+        for row in rows:
+            self._standing.add(row)
+        if rows and not follower.starts_over:
+            self._is_training = True
+        if self._status_passes:
+            if self._is_training and self._standing.step < before:
+                self._set_status(self._standing.resumed_text(), passes=True)
+            elif rows and not follower.starts_over:
+                self._status = ""
+        if self._standing.is_done and not self._status:
+            self._set_status("saving", passes=False)
+        self._draw()
+
+    def _set_status(self, text: str, *, passes: bool) -> None:
+        self._status, self._status_passes, self._status_since = text, passes, time.monotonic()
+
+    def _draw(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if at_once or now - self._drawn_at >= _REDRAW:
+            self._drawn_at = now
+            self._live.start()  # the first time; later it does nothing
+            self._live.update(self._picture(), refresh=True)
+
+    # --- the picture ------------------------------------------------------------------------------
 
     def _picture(self) -> RenderableType:
         from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
         from rich.text import Text
 
-        if not self._rows:
-            return Text(f"{self._status} …" if self._status else "")
-        row = self._rows[-1]
-        top = Table.grid(padding=(0, 1), expand=False)
-        bar = ProgressBar(total=self._num_steps, completed=row["step"], width=max(10, self._console.width - 44))
-        left = time_left(self._rows, self._num_steps)
-        top.add_row(bar, f"step {row['step']:,}/{self._num_steps:,}", "" if left is None else f"{clock(left)} left")
-        lines: list[RenderableType] = [top]
-        losses = [math.nan if each["loss"] is None else each["loss"] for each in self._rows if "loss" in each]
-        width = min(_SPARK_WIDTH, self._console.width - 20)
-        if losses:
-            lines.append(Text(f"loss     {losses[-1]:.4f}  {sparkline(losses, width)}", overflow="crop", no_wrap=True))
-        for label, text in zip(("held-out", "speed   "), self._details(), strict=False):
-            lines.append(Text(f"{label} {text}", overflow="ellipsis", no_wrap=True))
+        lines: list[RenderableType] = []
+        if self._tokenised is not None:
+            lines.append(self._bar(self._tokenised, ""))
+        if self._standing.has_begun:
+            now = self._standing
+            lines.append(self._bar(now.step / max(1, now.num_steps), now.time_left_text()))
+            lines += [self._row(*pair) for pair in self._rows()]
         if self._status:
-            lines.append(Text(f"{self._status} …", style="yellow"))
+            waited = time.monotonic() - self._status_since
+            text = f"{self._status} … {human_time(waited) if waited >= _PATIENCE else ''}"
+            frames = "-\\|/" if self._console.options.ascii_only else "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+            frame = frames[int(waited / _REDRAW) % len(frames)]
+            lines.append(Text(f"{frame} {self._plain(text)}", no_wrap=True, overflow="crop"))
         return Group(*lines)
 
-    def _details(self) -> list[str]:
-        row = self._rows[-1]
-        found = [heldout(self._rows)]
-        if "tokens_per_second" in row:
-            skipped = sum(bool(each.get("skipped")) for each in self._rows)
-            found.append(
-                f"{row['tokens_per_second']:,.0f} tokens/s  mfu {row['mfu']:.0%}  lr {row['lr']:.1e}  "
-                f"|g| {row['grad_norm'] or math.nan:.2f}  {human_bytes(row['peak_memory_bytes'])}"
-                + (f"  {skipped} skipped" if skipped else "")
-            )
-        return found
+    def _rows(self) -> list[tuple[str, str]]:
+        now = self._standing
+        rows = [("step", now.step_text(" · "))]
+        if now.phase_text():
+            rows.append(("phase", now.phase_text()))
+        if now.step:
+            width = self._console.width - _LABEL - 8
+            line = "" if self._console.options.ascii_only else sparkline(now.losses, min(width, 60))
+            rows.append(("loss", f"{_loss(now.loss):<7} {line}"))
+        rows.append(("held-out", now.heldout_text()))
+        if now.step:
+            rows.append(("speed", " · ".join(now.speed_texts())))
+            rows.append(("optimizer", " · ".join(now.optimizer_texts())))
+        return rows
+
+    def _row(self, label: str, value: str) -> RenderableType:
+        from rich.text import Text
+
+        return Text.assemble((f"{label:<{_LABEL}}", "dim"), self._plain(value), no_wrap=True, overflow="crop")
+
+    def _bar(self, share: float, left: str) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True)
+        grid.add_column(no_wrap=True)
+        grid.add_row(ProgressBar(total=1.0, completed=share), f"{math.floor(share * 100):>3}%", self._plain(left))
+        return grid
+
+    def _plain(self, text: str) -> str:
+        return text.translate(_ASCII) if self._console.options.ascii_only else text
 
 
-def view_for(speaks: bool) -> View:
-    """The view for this process's stderr."""
-    if not speaks:
-        return QuietView()
-    return LiveView() if sys.stderr.isatty() else LineView()
+@dataclass
+class Standing:
+    """What the rows so far come to, in numbers and in words."""
+
+    num_steps: int
+    tokens_per_step: int
+    phases: tuple[str, ...] = ()
+    has_begun: bool = False
+    row: dict[str, Any] = field(default_factory=dict)
+    base_loss: float | None = None
+    scaled_loss: float | None = None
+    eval_loss: float | None = None
+    is_measured: bool = False
+    num_skipped: int = 0
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PACED))
+
+    def blank(self) -> Standing:
+        """The same run without a row."""
+        return Standing(self.num_steps, self.tokens_per_step, self.phases)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.has_begun, self.row = True, row
+        self.is_measured = row.get("eval_loss") is not None
+        if self.is_measured:
+            self.eval_loss = row["eval_loss"]
+        if not row["step"]:
+            self.base_loss, self.scaled_loss = row.get("base_loss"), row.get("eval_loss")
+            return
+        self.num_skipped += bool(row.get("skipped"))
+        if not row.get("skipped") and math.isfinite(self.loss):
+            self.losses.append(self.loss)
+        seconds = sum((row.get("seconds") or {}).values())
+        if seconds > 0:
+            self.paces.append(seconds)
+
+    @property
+    def step(self) -> int:
+        return int(self.row.get("step", 0))
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.num_steps > 0
+
+    @property
+    def loss(self) -> float:
+        return self._number("loss")
+
+    def _number(self, name: str) -> float:
+        """A figure of the last row. What is not finite is null there, as JSON has it."""
+        value = self.row.get(name)
+        return math.nan if value is None else float(value)
+
+    def line(self) -> str:
+        """Everything that matters, in one line."""
+        if not self.step:
+            return self.start_text()
+        heldout = f"held-out {self.heldout_text()}" if self.is_measured else ""
+        parts = [f"step {self.step_text(', ')}", f"loss {_loss(self.loss)}", heldout, self.speed_texts()[0]]
+        return ", ".join(part for part in (*parts, self.time_left_text()) if part)
+
+    def step_text(self, separator: str) -> str:
+        done, budget = human_count(self.step * self.tokens_per_step), human_count(self.num_steps * self.tokens_per_step)
+        parts = [f"{self.step:,} of {self.num_steps:,}", f"{done} of {budget} tokens"]
+        return separator.join(parts + [f"{self.num_skipped:,} skipped"] * bool(self.num_skipped))
+
+    def resumed_text(self) -> str:
+        return f"going on from step {self.step:,}"
+
+    def phase_text(self) -> str:
+        """The phase, where the run has several."""
+        index = int(self.row.get("phase", 0))
+        if len(self.phases) > 1:
+            return f"{index + 1} of {len(self.phases)}: {self.phases[min(index, len(self.phases) - 1)]}"
+        return f"{index + 1}" if index else ""
+
+    def start_text(self) -> str:
+        if self.base_loss is None:
+            return f"held-out loss at the start: {_loss(self.eval_loss)}"
+        return f"held-out loss after scaling: {_loss(self.eval_loss)}, of the base: {_loss(self.base_loss)}"
+
+    def heldout_text(self) -> str:
+        """The held-out loss on its way from right after scaling to the base."""
+        now, scaled, base = self.eval_loss, self.scaled_loss, self.base_loss
+        if scaled is None or now is None:
+            return _loss(now)
+        if base is None:
+            return f"{_loss(now)} (at the start {_loss(scaled)})"
+        where = _way(scaled, now, base)
+        return f"{_loss(now)} (scaled {_loss(scaled)} → base {_loss(base)}{', ' if where else ''}{where})"
+
+    def speed_texts(self) -> list[str]:
+        texts = [f"{self._number('tokens_per_second'):,.0f} tokens/s"]
+        if self.row.get("mfu") is not None:
+            texts.append(f"MFU {self.row['mfu']:.1%}")
+        if self.row.get("peak_memory_bytes"):
+            texts.append(f"peak {human_bytes(self.row['peak_memory_bytes'])}")
+        return texts
+
+    def optimizer_texts(self) -> list[str]:
+        texts = [f"lr {self._number('lr'):.2e}", f"gradient norm {self._number('grad_norm'):.3g}"]
+        if self.row.get("kl") is not None:
+            texts.append(f"KL {self.row['kl']:.3f}")
+        return texts
+
+    def time_left_text(self) -> str:
+        """The steps that remain at the pace of the latest ones, measurements included."""
+        if not self.paces or self.is_done:
+            return ""
+        return f"{human_time((self.num_steps - self.step) * sum(self.paces) / len(self.paces))} left"
 
 
-def figures(rows: Sequence[Row]) -> list[str]:
-    """The last row in words."""
-    row = rows[-1]
-    found = [f"{row['tokens']:,} tokens"]
-    if row.get("loss") is not None:
-        found.append(f"loss {row['loss']:.4f}")
-    if "eval_loss" in row:
-        found.append(f"held-out {heldout(rows)}")
-    if "tokens_per_second" in row:
-        found.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-    if row.get("skipped"):
-        found.append("skipped: out of bounds")
-    return found
+# --- words ----------------------------------------------------------------------------------------
 
 
-def heldout(rows: Sequence[Row]) -> str:
-    """The newest held-out loss, and how much of the way from the scaled model's to the base's it is.
+def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
+    """The values as at most `width` blocks from lowest to highest, each the mean of its neighbours.
 
-    >>> heldout([{"eval_loss": 3.4, "base_loss": 2.9}, {"eval_loss": 3.0}])
-    '3.0000 (scaled 3.4000 → base 2.9000, 80% of the way)'
+    >>> sparkline([8, 7, 6, 5, 4, 3, 2, 1], width=8), sparkline([3, 1, 2, 2], width=2), sparkline([5, 5], width=9)
+    ('█▇▆▅▄▃▂▁', '▁▁', '▁▁')
     """
-    measured = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    if not measured:
-        return "not measured yet"
-    now, scaled, base = measured[-1], measured[0], rows[0].get("base_loss")
-    if base is None:
-        return f"{now:.4f} (before {scaled:.4f})"
-    way = f", {(scaled - now) / (scaled - base):.0%} of the way" if scaled > base else ""
-    return f"{now:.4f} (scaled {scaled:.4f} → base {base:.4f}{way})"
+    known = [value for value in values if math.isfinite(value)]
+    count = min(len(known), max(0, width))
+    edges = [len(known) * k // count for k in range(count + 1)] if count else []
+    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, spread = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
+    return "".join(_BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
 
 
-def time_left(rows: Sequence[Row], num_steps: int) -> float | None:
-    """Seconds to the last step, from the mean of the last fifty; evaluations counted in."""
-    recent = [float(sum(row["seconds"].values())) for row in rows[-50:] if row["step"]]
-    if not recent:
-        return None
-    return int(num_steps - rows[-1]["step"]) * sum(recent) / len(recent)
+def human_time(seconds: float) -> str:
+    """Seconds as a person says them.
 
-
-def clock(seconds: float) -> str:
-    """A time as on a clock.
-
-    >>> clock(59.6), clock(3725)
-    ('1:00', '1:02:05')
+    >>> human_time(42.0), human_time(3900.0), human_time(200_000)
+    ('42 s', '1 h 5 min', '2 d 8 h')
     """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The last values as a row of blocks, each column the mean of its share. What is not finite is a gap.
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
 
-    >>> sparkline([3.0, 2.0, 1.0, math.nan, 0.0], 5)
-    '█▆▃ ▁'
+
+def _way(scaled: float, now: float, base: float) -> str:
+    """How much of the way from scaled to base is done. It is all of it only where the base is reached.
+
+    >>> _way(3.417, 2.91, 2.85), _way(3.417, 2.8501, 2.85), _way(3.417, 2.85, 2.85), _way(2.8, 2.9, 2.85)
+    ('89% of the way', '99% of the way', 'reached', '')
     """
-    each = max(1, math.ceil(len(values) / max(1, width)))
-    groups = [[v for v in values[i : i + each] if math.isfinite(v)] for i in range(0, len(values), each)]
-    means = [sum(group) / len(group) if group else None for group in groups]
-    known = [mean for mean in means if mean is not None]
-    if not known:
+    if now <= base:
+        return "reached"
+    if not scaled > base or not math.isfinite(now):
         return ""
-    low, high = min(known), max(known)
-    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(" " if mean is None else _BLOCKS[round((mean - low) * scale)] for mean in means)
+    return f"{min(99, math.floor((scaled - now) / (scaled - base) * 100 + 1e-9))}% of the way"

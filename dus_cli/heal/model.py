@@ -82,7 +82,14 @@ class Decoder:
             theirs = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
             _, total, _ = loss_sums(self.hidden(input_ids, position_ids), self.output, labels, self.head)
         _join_tied(self.model)
+        self.reshard()
         check_head(float(total) / labels.numel(), float(theirs), self.model.config.model_type)
+
+    def reshard(self) -> None:
+        """Let go of gathered weights: what was changed since, by a checkpoint that was read, would not be seen."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @contextmanager
     def only(self, layers: Sequence[int]) -> Iterator[None]:

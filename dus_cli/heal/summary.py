@@ -8,6 +8,7 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.heal import estimate, launcher
 from dus_cli.heal.estimate import MemoryEstimate, Shape, num_shards
+from dus_cli.heal.live import human_time
 from dus_cli.heal.resolve import Wishes
 from dus_cli.heal.run import SCHEMA, Run
 from dus_cli.heal.tokens import Prepared
@@ -139,15 +140,3 @@ def _memory(run: Run, shape: Shape, wishes: Wishes) -> MemoryEstimate:
         activation_checkpointing=run.fit.activation_checkpointing,
         teacher_layers=len(run.base.layers) if run.base and run.recipe.distill_weight else 0,
     )
-
-
-def human_time(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> human_time(42.0), human_time(3900.0)
-    ('42 s', '1 h 5 min')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -160,7 +160,8 @@ class Training:
         )
         self.progress = self._resume()
         self._enter_phase()
-        self.metrics = MetricsFile(run.metrics_path, self.progress.step) if team.is_first else None
+        last = -1 if self.progress.scaled_loss is None else self.progress.step  # step 0 has a row too
+        self.metrics = MetricsFile(run.metrics_path, last) if team.is_first else None
         self.tracker = tracking.open_tracker(run.keeping.track if team.is_first else "none", run.folder, asdict(run))
         self.at_once = self._rows_at_once()
         self._saved_at = time.monotonic()
