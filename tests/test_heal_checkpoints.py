@@ -1,0 +1,107 @@
+"""Checkpoints of a run: complete or invisible, also when they are saved while training goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dus_cli.errors import HealError, OutputError  # noqa: E402
+from dus_cli.heal import checkpoints_folder as folders  # noqa: E402
+from dus_cli.heal import team as teams  # noqa: E402
+from dus_cli.heal.checkpoints import Checkpoints  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed.checkpoint warns of its own ways
+
+
+@pytest.fixture
+def team(monkeypatch: pytest.MonkeyPatch) -> Iterator[teams.Team]:
+    """A team of one."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with teams.gathered() as team:
+        yield team
+
+
+@pytest.fixture(params=["at once", "in the background"])
+def checkpoints(request: pytest.FixtureRequest, team: teams.Team, tmp_path: Path) -> Checkpoints:
+    made = Checkpoints(tmp_path / "checkpoints", team, keep=2)
+    made._in_background = request.param == "in the background"  # as from an accelerator
+    return made
+
+
+def tensors(value: float) -> dict[str, Any]:
+    return {"weight": torch.full((1000, 300), value), "step": torch.tensor(value)}
+
+
+def test_what_is_saved_is_the_moment_of_the_call_whatever_training_does_next(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    live = tensors(1.0)
+    checkpoints.save(3, live, {"step": 3})
+    for tensor in live.values():
+        tensor.fill_(2.0)
+    checkpoints.finish()
+    found = tensors(0.0)
+    checkpoints.load(3, found)
+    assert {float(tensor.mean()) for tensor in found.values()} == {1.0}
+    assert checkpoints.state(3) == {"step": 3}
+
+
+def test_the_newest_are_kept_and_a_step_is_saved_once(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for step in (1, 2, 2, 3):
+        checkpoints.save(step, tensors(float(step)), {"step": step})
+        checkpoints.poll()
+    checkpoints.finish()
+    assert folders.complete(tmp_path / "checkpoints") == [2, 3]
+    assert folders.newest(tmp_path / "checkpoints") == checkpoints.newest() == 3
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_until_it_is_complete_a_checkpoint_has_no_name(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoints.save(7, tensors(1.0), {"step": 7})
+    assert folders.complete(tmp_path / "checkpoints") == []
+    checkpoints.finish()
+    assert folders.complete(tmp_path / "checkpoints") == [7]
+    assert json.loads((tmp_path / "checkpoints" / "step-00000007" / "state.json").read_text()) == {"step": 7}
+
+
+def test_a_failed_save_is_one_line_and_leaves_the_one_before_whole(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save(1, tensors(1.0), {"step": 1})
+    checkpoints.finish()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full)
+    checkpoints.save(2, tensors(2.0), {"step": 2})
+    with pytest.raises(OutputError, match="No space left on device"):
+        checkpoints.finish()
+    monkeypatch.undo()
+    assert folders.complete(tmp_path / "checkpoints") == [1]
+    found = tensors(0.0)
+    checkpoints.load(1, found)
+    assert float(found["weight"][0, 0]) == 1.0
+
+
+def test_a_second_run_on_the_same_checkpoints_is_refused(
+    checkpoints: Checkpoints, team: teams.Team, tmp_path: Path
+) -> None:
+    assert folders.is_locked(tmp_path / "checkpoints")
+    with pytest.raises(HealError, match="another run"):
+        Checkpoints(tmp_path / "checkpoints", team, keep=1)
+
+
+def test_what_a_killed_run_had_half_written_is_cleared(team: teams.Team, tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / ".step-00000009"
+    half.mkdir(parents=True)
+    (half / "__0_0.distcp").write_bytes(b"half")
+    assert Checkpoints(tmp_path / "checkpoints", team, keep=1).newest() is None
+    assert not half.exists()
