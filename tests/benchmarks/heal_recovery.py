@@ -72,7 +72,8 @@ def trainer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, A
     extra = ["--eval-data", options.eval_data, "--eval-tokens", str(options.eval_tokens), "--seed", str(seed)]
     run = run_json(options.model, options.data, folder, "--seq-length", str(SEQUENCE), *extra)
     steps = options.trainer_tokens // 4096
-    command = [sys.executable, str(HERE / "trainer.py"), str(run), "--steps", str(steps), "--eval-every", "1"]
+    command = [sys.executable, str(HERE / "trainer.py"), str(run), "--steps", str(steps)]
+    command += ["--eval-every", str(max(1, steps // 2))]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     curve = [(row["tokens"], row["eval_loss"]) for row in rows if "eval_loss" in row]

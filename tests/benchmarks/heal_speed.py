@@ -28,11 +28,17 @@ def run_json(model: str, data: str, folder: Path, *extra: str) -> Path:
     return Path(shlex.split(done.stdout)[-1])
 
 
-def ours(model: str, data: str, folder: Path, steps: int) -> dict[str, Any]:
+def ours(model: str, data: str, folder: Path, steps: int, workers: int = 1) -> dict[str, Any]:
     command = [sys.executable, "-m", "dus_cli", "heal", model, "--data", data, "-o", str(folder / "healed")]
     command += ["--seq-length", "512", "--batch-tokens", "4096", "--steps", str(steps)]
-    command += ["--eval-tokens", "512", "--eval-every", str(10**6), "--json"]
+    command += ["--eval-tokens", "512", "--eval-every", str(10**6), "--nproc-per-node", str(workers), "--json"]
     report: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    rows = [json.loads(line) for line in (folder / "healed" / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows if row["step"] > 1]
+    report["shares"] = {
+        kind: sum(s[kind] for s in seconds) / sum(sum(s.values()) for s in seconds) for kind in seconds[0]
+    }
+    report["mfu"] = statistics.median(row["mfu"] for row in rows if row["step"] > 1)
     return report
 
 
@@ -49,6 +55,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workers", default="1,2")
     options = parser.parse_args()
     print("| round | tokens/s: dus | Trainer | ratio | peak memory: dus | Trainer | ratio |")
     print("|---|---|---|---|---|---|---|")
@@ -68,7 +75,13 @@ def main() -> None:
         )
     speeds, memories = zip(*ratios, strict=True)
     print(f"\nmedian: {statistics.median(speeds):.2f} × the speed, {statistics.median(memories):.2f} × the memory")
-    print(f"where a step's time goes: see `seconds` in metrics.jsonl; peak by {mine['peak_flops_source']}")
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in mine["shares"].items())
+    print(f"a step of ours: {shares}; {mine['mfu']:.0%} of {mine['peak_flops'] / 1e9:.0f} GFLOP/s")
+    print(f"({mine['peak_flops_source']})\n\n| workers | tokens/s |\n|---|---|")
+    for workers in map(int, options.workers.split(",")):
+        with tempfile.TemporaryDirectory() as name:
+            found = ours(options.model, options.data, Path(name), options.steps, workers)
+        print(f"| {workers} | {found['tokens_per_second']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

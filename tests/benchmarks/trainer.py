@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dus_cli.heal.run import Run, read_run
 from dus_cli.heal.tokens import HeldoutRows, Prepared, Rows, heldout_rows
@@ -106,6 +106,7 @@ def main() -> None:
             train_dataset=_Rows(rows, options.steps * options.batch_rows),
             callbacks=[watch],
         )
+        trainer.remove_callback(PrinterCallback)  # it prints what is no JSON
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     speed = options.steps * tokens / watch.seconds
