@@ -25,6 +25,8 @@ def _section(report: dict[str, Any]) -> str:
     base = report["base_loss"]
     if base is None:
         verdict = "**Continued pretraining** by `dus heal`. No base stands in this model to compare it with."
+    elif report["tokens_to_base"] == 0:
+        verdict = "**Continued pretraining** by `dus heal`. It was no worse than its base right after scaling."
     elif report["reached_base"]:
         verdict = (
             f"**This model is healed**: its held-out loss came down to its base's after {report['tokens_to_base']:,} "

@@ -60,8 +60,18 @@ class Checkpoints:
         return self._saved
 
     def state(self, step: int) -> dict[str, Any]:
-        """What `save` was given as state."""
-        state: dict[str, Any] = json.loads((self._folder / folders.name(step) / _STATE).read_text(encoding="utf-8"))
+        """What `save` was given as state.
+
+        Raises:
+            HealError: it cannot be read.
+        """
+        path = self._folder / folders.name(step)
+        try:
+            state: dict[str, Any] = dict(json.loads((path / _STATE).read_text(encoding="utf-8")))
+            if not state:
+                raise ValueError(f"{_STATE} is empty")
+        except (OSError, ValueError, TypeError) as error:
+            raise _cannot_read(path, error) from error
         return state
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -74,9 +84,7 @@ class Checkpoints:
         try:
             dcp.load(dict(tensors), checkpoint_id=path)  # type: ignore[attr-defined]
         except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
-            raise HealError(
-                f"{shown(path)} cannot be read ({shown(_reason(error))}); remove it to go on from the one before"
-            ) from error
+            raise _cannot_read(path, error) from error
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Begin to save, unless this step is saved. From an accelerator tensors are copied before it returns, and
@@ -157,6 +165,10 @@ def _sync(folder: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _cannot_read(path: Path, error: BaseException) -> HealError:
+    return HealError(f"{shown(path)} cannot be read ({shown(_reason(error))}); remove it to go on from the one before")
 
 
 def _cannot_save(error: BaseException | None) -> OutputError:

@@ -142,5 +142,6 @@ def memory_per_device(
         gathered=(2 * layer + shape.vocab_size * shape.hidden_size) * weight_bytes if is_sharded else 0.0,
         activations=activations * weight_bytes / 2,
         # the logits, their gradient, and the head's gradient in fp32
-        logits=3.0 * _LOGITS_BYTES_ELSEWHERE + 4.0 * shape.vocab_size * shape.hidden_size,
+        logits=3.0 * min(_LOGITS_BYTES_ELSEWHERE, 4 * micro_batch_tokens * shape.vocab_size)
+        + 4.0 * shape.vocab_size * shape.hidden_size,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dus_cli.errors import HealError, shown
@@ -19,6 +19,9 @@ from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.objective import Head, check_head, head_of
 from dus_cli.heal.run import Run
 from dus_cli.heal.team import Team
+
+# Of a norm: what two orders of the same sums may differ by in bf16.
+_ROUNDING = 0.01
 
 
 class Decoder:
@@ -85,8 +88,29 @@ class Decoder:
         self.reshard()
         check_head(float(total) / labels.numel(), float(theirs), self.model.config.model_type)
 
+    def check_documents(self, input_ids: Tensor) -> None:
+        """Hold that a document in a packed row is as it is alone.
+
+        Raises:
+            HealError: the architecture sees other documents, or other positions.
+        """
+        half = input_ids.shape[1] // 2
+        own = torch.arange(input_ids.shape[1] - half, device=input_ids.device)
+        positions = torch.cat([own[:half], own])[None]
+        changed = torch.cat([(input_ids[:, :half] + 1) % self.model.config.vocab_size, input_ids[:, half:]], 1)
+        with torch.no_grad():
+            first, other = (self.hidden(ids, positions)[:, half:].float() for ids in (input_ids, changed))
+            alone = self.hidden(input_ids[:, half:], own[None]).float()
+        self.reshard()
+        size = first.norm()
+        if not ((first - other).norm() <= _ROUNDING * size and (first - alone).norm() <= 10 * _ROUNDING * size):
+            raise HealError(
+                f"model_type {self.model.config.model_type!r} does not keep the documents of a row apart in "
+                "transformers; give --no-document-mask"
+            )
+
     def reshard(self) -> None:
-        """Let go of gathered weights: what was changed since, by a checkpoint that was read, would not be seen."""
+        """Let go of gathered weights. FSDP keeps some from a forward, and would not see what changes after it."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -95,16 +119,9 @@ class Decoder:
     def only(self, layers: Sequence[int]) -> Iterator[None]:
         """Run with these layers alone, each keeping its kind. At step 0 the base's layers give the base's loss."""
         whole, config = self.layers, self.inner.config
-        lists = {
-            key: value
-            for key, value in vars(config).items()
-            if isinstance(value, (list, tuple)) and len(value) == len(whole)
-        }
+        lists = _by_layer(config, len(whole))
         try:
-            setattr(self.inner, self._name, nn.ModuleList([whole[i] for i in layers]))
-            config.num_hidden_layers = len(layers)
-            for key, value in lists.items():
-                setattr(config, key, [value[i] for i in layers])
+            self._cut(layers)
             yield
         finally:
             setattr(self.inner, self._name, whole)
@@ -112,15 +129,30 @@ class Decoder:
             for key, value in lists.items():
                 setattr(config, key, value)
 
+    def _cut(self, layers: Sequence[int]) -> None:
+        whole, config = self.layers, self.inner.config
+        setattr(self.inner, self._name, nn.ModuleList([whole[i] for i in layers]))
+        for key, value in _by_layer(config, len(whole)).items():
+            setattr(config, key, [value[i] for i in layers])
+        config.num_hidden_layers = len(layers)
+
     def keep_only(self, layers: Sequence[int]) -> None:
         """Become the model of these layers, for good: the rest is freed."""
-        self.only(layers).__enter__()  # never left
+        self._cut(layers)
+        self.parameters = dict(self.model.named_parameters())
 
     def train_only(self, layers: Sequence[int] | None) -> None:
         """Let these layers learn, and nothing else; None is everything."""
+        self.reshard()  # FSDP asks what learns when it gathers
         learning = None if layers is None else {id(p) for i in layers for p in self.layers[i].parameters()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(learning is None or id(parameter) in learning)
+
+
+def _by_layer(config: Any, num_layers: int) -> dict[str, Sequence[Any]]:
+    """A config's fields with an entry for each layer."""
+    fields = vars(config).items()
+    return {key: value for key, value in fields if isinstance(value, (list, tuple)) and len(value) == num_layers}
 
 
 def _stack_name(inner: nn.Module, num_layers: int) -> str:
@@ -163,13 +195,17 @@ def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
     Raises:
         HealError: transformers cannot load it, or it is of an unknown structure.
     """
-    attention = _attention(run, team)
     try:
+        config = _without_dropout(AutoConfig.from_pretrained(run.model, local_files_only=True, trust_remote_code=False))
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        attention = _attention(run, team, skeleton)
         model = AutoModelForCausalLM.from_pretrained(
             run.model,
+            config=config,
             dtype=torch.bfloat16 if run.fit.precision == "bf16" else torch.float32,
             attn_implementation=attention,
-            distributed_config=_distribution(run, team),
+            distributed_config=_distribution(run, team, skeleton),
             local_files_only=True,
             trust_remote_code=False,
         )
@@ -178,11 +214,6 @@ def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
     if team.size == 1:
         model = model.to(team.device)
     model.eval()  # until a step is made: routers are noisy in training
-    for module in model.modules():  # continued pretraining uses no dropout, and must be repeatable
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
     decoder = Decoder(model, run.num_layers, packs_rows=attention == "flash_attention_2")
     if is_teacher:
         model.requires_grad_(False)
@@ -196,26 +227,50 @@ def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
     return decoder
 
 
-def _distribution(run: Run, team: Team) -> DistributedConfig | None:
+def _without_dropout(config: Any) -> Any:
+    """The config with every rate of dropout at 0: continued pretraining uses none, and must be repeatable."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return config
+
+
+def _distribution(run: Run, team: Team, skeleton: Any) -> DistributedConfig | None:
     if team.size == 1:
         return None
     shards = num_shards(run.fit.sharding, team.size, team.num_local)
     return DistributedConfig(
         fsdp_size=shards,
         dp_replicate_size=team.size // shards,
+        fsdp_plan=_plan(run, skeleton),
         fsdp_mixed_precision=run.fit.precision == "bf16",
         fsdp_cpu_offload=run.fit.offload,
     )
 
 
-def _attention(run: Run, team: Team) -> str:
-    """Varlen flash attention where it is installed, else flex attention for documents on a GPU, else SDPA."""
+def _plan(run: Run, skeleton: Any) -> dict[str, str] | None:
+    """Each layer by itself, for an architecture without a plan of its own (GPT-2).
+
+    With the root alone FSDP would never reduce a gradient: its hooks hang on the outputs, and we leave by the side.
+    """
+    inner = skeleton.get_decoder()
+    path = next(name for name, module in skeleton.named_modules() if module is inner)
+    layers = f"{path}.{_stack_name(inner, run.num_layers)}."
+    return None if any(key.startswith(layers) for key in skeleton.fsdp_plan) else {f"{layers}*": "free_full_weight"}
+
+
+def _attention(run: Run, team: Team, skeleton: Any) -> str:
+    """Varlen flash attention where it is installed, else flex attention for documents on a GPU, else SDPA.
+
+    Architectures that lack it (Gemma 2 caps its scores) compute attention step by step.
+    """
     if team.device.type == "cuda":
         if importlib.util.find_spec("flash_attn") is not None and run.fit.precision == "bf16":
             return "flash_attention_2"
-        if run.document_mask:
+        if run.document_mask and getattr(skeleton, "_supports_flex_attn", False):
             return "flex_attention"
-    return "sdpa"
+    return "sdpa" if getattr(skeleton, "_supports_sdpa", False) else "eager"
 
 
 def _checkpoint_activations(model: Any, how: str) -> None:

@@ -77,6 +77,8 @@ def open_model(folder: Path) -> Model:
     Raises:
         DusError: not a checkpoint of a decoder.
     """
+    if not folder.is_dir():
+        raise HealError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     checkpoint = open_checkpoint(folder)
     decoder = decoder_config(checkpoint.config)
     fields = decoder.fields

@@ -146,6 +146,8 @@ class Training:
         row = self.heldout[0]
         ids = torch.from_numpy(row.input_ids)[None, :64].to(team.device)
         self.student.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
+        if run.document_mask:
+            self.student.check_documents(ids)
         self.teacher = model.load(run, team, is_teacher=True) if run.recipe.distill_weight > 0 else None
         if self.teacher is not None:
             self.teacher.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
@@ -428,7 +430,7 @@ def main(arguments: list[str]) -> int:
         is_known = isinstance(error, DusError) or error.errno in _OF_THE_DISK
         if os.environ.get("DUS_DEBUG") or not is_known:
             raise
-        text = str(error) if isinstance(error, DusError) else disk_failure(path.parent, error.strerror)
+        text = str(error) if isinstance(error, DusError) else disk_failure(path.parent, error.strerror or "")
         _leave(failure, launch, text)
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
