@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from dus_cli.errors import HealError  # noqa: E402
 from dus_cli.heal import objective, schedule  # noqa: E402
+from dus_cli.heal.gains import Gains  # noqa: E402
 from dus_cli.heal.objective import Head, Teaching, check_head, loss_sums  # noqa: E402
 from dus_cli.heal.optimizer import stochastically_rounded  # noqa: E402
 from dus_cli.heal.run import PhasePlan, RecipePlan  # noqa: E402
@@ -139,6 +140,12 @@ def test_cosine_ends_at_a_tenth_and_constant_stays() -> None:
     assert schedule.rate_share(_recipe(schedule="constant"), 99, 100) == 1.0
 
 
+def test_gains_keep_their_rate_for_the_repair_and_then_fade() -> None:
+    recipe = _recipe(gain_lr=0.06)
+    assert [schedule.gain_rate(recipe, step) for step in (0, 31)] == [0.06, 0.06]
+    assert schedule.gain_rate(recipe, 3199) == pytest.approx(0.0006)
+
+
 def test_distillation_fades_out_where_it_was_told_to() -> None:
     recipe = _recipe(distill_weight=0.5, distill_steps=40)
     weights = [schedule.distill_weight(recipe, step) for step in (0, 20, 39, 40, 99)]
@@ -148,3 +155,11 @@ def test_distillation_fades_out_where_it_was_told_to() -> None:
 def test_phases_follow_each_other() -> None:
     recipe = _recipe(phases=(PhasePlan(0, (2, 3)), PhasePlan(10, None)))
     assert [schedule.layers_at(recipe, step) for step in (0, 9, 10, 99)] == [(2, 3), (2, 3), None, None]
+
+
+def test_gains_follow_adam_and_leave_what_does_not_learn() -> None:
+    gains = Gains(["a.o_proj.weight", "a.q_proj.weight", "b.down_proj.weight"])
+    assert gains.names == ["a.o_proj.weight", "b.down_proj.weight"]
+    # Adam's first step has the size of its rate whatever the gradient's, and goes against its sign.
+    assert gains.factors([5.0, None], lr=0.1) == pytest.approx([math.exp(-0.1), 1.0])
+    assert gains.factors([5.0, -3.0], lr=0.1) == pytest.approx([math.exp(-0.1), math.exp(0.1)])

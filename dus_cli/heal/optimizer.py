@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from dus_cli.heal.gains import Gains
 from dus_cli.heal.run import RecipePlan
+from dus_cli.heal.schedule import gain_rate
 from dus_cli.heal.team import Team
 
 _EPSILON = 1e-8
@@ -139,7 +140,7 @@ class Optimizer:
         learning = self._learning()
         device = learning[0].weight.device if learning else torch.device("cpu")  # not the team's, where it is offloaded
         rounding = torch.Generator(device).manual_seed(self._recipe.seed * 1_000_003 + step)
-        gains = self._gain_factors(factor, share)
+        gains = self._gain_factors(factor, share * gain_rate(self._recipe, step))
         for slot in learning:
             if factor < 1.0:
                 slot.gradient.mul_(factor)
@@ -153,7 +154,7 @@ class Optimizer:
                 slot.weight.copy_(master)
         self.clear()
 
-    def _gain_factors(self, clip: float, share: float) -> dict[int, float]:
+    def _gain_factors(self, clip: float, rate: float) -> dict[int, float]:
         """What each matrix that writes to the residual stream is multiplied by, by its slot's id."""
         if self._gains is None:
             return {}
@@ -164,7 +165,7 @@ class Optimizer:
         ]
         totals = [clip * total / self._num_replicas for total in self._team.sum(products)]
         known = [total if is_on else None for total, is_on in zip(totals, learn, strict=True)]
-        factors = self._gains.factors(known, share * self._recipe.gain_lr)
+        factors = self._gains.factors(known, rate)
         return {id(slot): factor for slot, factor in zip(slots, factors, strict=True)}
 
     def _product(self, slot: _Slot) -> float:

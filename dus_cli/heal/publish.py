@@ -236,7 +236,8 @@ def _parameter_names(source: Checkpoint, student: Decoder) -> dict[str, str]:
     prefix = f"{student.model.base_model_prefix}."
     names: dict[str, str] = {}
     for _, tensor in source.tensors():
-        for candidate in (tensor.name, prefix + tensor.name, tensor.name.removeprefix(prefix)):
+        head = tensor.name.replace("embed_out.", "lm_head.")  # GPT-NeoX, whose files keep the older name
+        for candidate in (tensor.name, prefix + tensor.name, tensor.name.removeprefix(prefix), head):
             if candidate in every and tensor.dtype in _DTYPES:
                 names[tensor.name] = every[candidate]
                 break

@@ -6,6 +6,8 @@ import math
 
 from dus_cli.heal.run import PhasePlan, RecipePlan
 
+_GAIN_STEPS = 32
+
 
 def rate_share(recipe: RecipePlan, step: int, num_steps: int) -> float:
     """The share of the recipe's learning rates at step `step`, counting from 0, of `num_steps`.
@@ -21,6 +23,15 @@ def rate_share(recipe: RecipePlan, step: int, num_steps: int) -> float:
         progress = (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps)
         return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
     return min(1.0, (num_steps - step) / (recipe.decay_steps + 1))
+
+
+def gain_rate(recipe: RecipePlan, step: int) -> float:
+    """The rate of the residual gains at a step, before the schedule's share.
+
+    It stays for 32 steps, in which the repair is done, and then falls as 1 / step: enough to go on
+    learning, and noise that stays finite however long the run (Robbins and Monro 1951).
+    """
+    return recipe.gain_lr * min(1.0, _GAIN_STEPS / (step + 1))
 
 
 def distill_weight(recipe: RecipePlan, step: int) -> float:
