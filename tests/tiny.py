@@ -123,6 +123,7 @@ def _child(log: str, environment: dict[str, str], target: str, arguments: list[s
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())
     os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
@@ -183,11 +184,17 @@ def free_port() -> int:
 
 
 def start_workers(
-    out: Path, size: int = 1, num_local: int | None = None, *, target: str = "worker", more: tuple[str, ...] = ()
+    out: Path,
+    size: int = 1,
+    num_local: int | None = None,
+    *,
+    target: str = "worker",
+    more: tuple[str, ...] = (),
+    **environment: str,
 ) -> list[tuple[Any, Path]]:
     """The workers of OUT/run.json and their logs, started as Slurm would start them: by environment variables."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"}
+    shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"} | environment
     logs = Path(tempfile.mkdtemp(prefix="dus-workers-"))
     workers = []
     for rank in range(size):
@@ -206,13 +213,15 @@ def logits(out: Path, size: int) -> list[Any]:
     return [torch.load(out / f"logits-{size}-{rank}.pt") for rank in range(size)]
 
 
-def heal(model: Path, out: Path, *arguments: str | Path, workers: int = 1, num_local: int | None = None) -> str:
+def heal(
+    model: Path, out: Path, *arguments: str | Path, workers: int = 1, num_local: int | None = None, **environment: str
+) -> str:
     """Heal by the printed command's parts: run.json by the real command, then its workers. What failed, or ""."""
-    prepared = forked_dus("heal", model, "-o", out, *arguments, "--print-command", "-q")
+    prepared = forked_dus("heal", model, "-o", out, *arguments, "--print-command", "-q", **environment)
     if prepared.returncode:
         return prepared.stderr
     (out / "failure.json").unlink(missing_ok=True)
-    return ended(out, start_workers(out, workers, num_local))
+    return ended(out, start_workers(out, workers, num_local, **environment))
 
 
 def ended(out: Path, workers: list[tuple[Any, Path]]) -> str:
