@@ -105,7 +105,7 @@ def train(folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64
 
 # What every one of them imports first: several seconds, spent once in a server that forks.
 _PRELOADED = (
-    "dus_cli.cli dus_cli.heal.launcher dus_cli.heal.prepare dus_cli.heal.tokens dus_cli.heal.worker "
+    "dus_cli.cli dus_cli.heal.launcher dus_cli.heal.prepare dus_cli.heal.tokens dus_cli.heal.training "
     "dus_cli.heal.model dus_cli.heal.checkpoints dus_cli.heal.optimizer dus_cli.heal.publish dus_cli.heal.evaluate "
     "dus_cli.heal.team pyarrow transformers.models.llama.modeling_llama"
 ).split()
@@ -190,11 +190,11 @@ def start_workers(
     *,
     target: str = "worker",
     more: tuple[str, ...] = (),
-    **environment: str,
+    extra: dict[str, str] | None = None,
 ) -> list[tuple[Any, Path]]:
     """The workers of OUT/run.json and their logs, started as Slurm would start them: by environment variables."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"} | environment
+    shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"} | (extra or {})
     logs = Path(tempfile.mkdtemp(prefix="dus-workers-"))
     workers = []
     for rank in range(size):
@@ -221,7 +221,7 @@ def heal(
     if prepared.returncode:
         return prepared.stderr
     (out / "failure.json").unlink(missing_ok=True)
-    return ended(out, start_workers(out, workers, num_local, **environment))
+    return ended(out, start_workers(out, workers, num_local, extra=environment))
 
 
 def ended(out: Path, workers: list[tuple[Any, Path]]) -> str:

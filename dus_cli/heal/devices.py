@@ -13,7 +13,7 @@ from dus_cli.heal.estimate import PEAK_FLOPS
 from dus_cli.heal.team import Team
 
 # Tokens at once where there is no accelerator: enough for the matrix products, little for the memory.
-_CPU_MICRO_BATCH_TOKENS = 1024
+_CPU_MICRO_BATCH_TOKENS = 512
 
 # Of a device's memory: the rest is for the allocator's fragments and the libraries' own.
 _USABLE = 0.85

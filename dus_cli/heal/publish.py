@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dus_cli.heal.model import Decoder
     from dus_cli.heal.run import Run
     from dus_cli.heal.team import Team
-    from dus_cli.heal.worker import Progress
+    from dus_cli.heal.training import Progress
 
 REPORT = "report.json"
 

@@ -1,0 +1,333 @@
+"""The training of a run on one worker, from the model's loading to the healed model: the loop to read first."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dus_cli.errors import HealError
+from dus_cli.heal import schedule
+from dus_cli.heal.batches import MicroBatch, micro_batches
+from dus_cli.heal.checkpoints import Checkpoints
+from dus_cli.heal.devices import peak_flops, peak_memory_bytes, rows_at_once
+from dus_cli.heal.estimate import num_shards
+from dus_cli.heal.evaluate import base_loss, mean_loss
+from dus_cli.heal.metrics import MetricsFile
+from dus_cli.heal.model import load
+from dus_cli.heal.objective import Teaching, loss_sums
+from dus_cli.heal.optimizer import Optimizer
+from dus_cli.heal.publish import Publication
+from dus_cli.heal.run import Run
+from dus_cli.heal.team import Team
+from dus_cli.heal.tokens import Prepared, Rows, heldout_rows
+from dus_cli.heal.tracking import open_tracker
+
+# Weight of the past in the running mean and variance of the loss, and when they are trusted.
+_MEMORY = 0.98
+_TRUSTED_AFTER = 20
+
+# A loss this many standard deviations and this many nats above its mean is a spike.
+_SPIKE_DEVIATIONS = 6.0
+_SPIKE_NATS = 1.0
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with each checkpoint. `step` counts finished steps, `seconds` all sessions' time."""
+
+    step: int = 0
+    seconds: float = 0.0
+    base_loss: float | None = None
+    scaled_loss: float | None = None
+    eval_loss: float | None = None
+    reached_at: int | None = None
+    evals_at_base: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+    adam_steps: dict[str, int] = field(default_factory=dict)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a loss is far above what the run has seen: its step would do more harm than good."""
+        if not math.isfinite(loss):
+            return True
+        if self.seen < _TRUSTED_AFTER:
+            return False
+        return loss > self.mean + max(_SPIKE_DEVIATIONS * math.sqrt(self.variance), _SPIKE_NATS)
+
+    def saw(self, loss: float) -> None:
+        """Take a loss into the running mean and variance (West 1979, exponentially weighted)."""
+        weight = max(1 - _MEMORY, 1 / (self.seen + 1))
+        difference = loss - self.mean
+        self.mean += weight * difference
+        self.variance = (1 - weight) * (self.variance + weight * difference**2)
+        self.seen += 1
+
+    def measured(self, loss: float) -> None:
+        """Take in a held-out loss."""
+        self.eval_loss = loss
+        if self.base_loss is None:
+            return
+        self.evals_at_base = self.evals_at_base + 1 if loss <= self.base_loss else 0
+        if self.evals_at_base and self.reached_at is None:
+            self.reached_at = self.step
+
+
+class _Clock:
+    """Seconds by kind of work, the device waited for."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self.seconds = dict.fromkeys(("data", "forward", "backward", "optimizer", "eval"), 0.0)
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._team.synchronize()
+        self.seconds[kind] += time.perf_counter() - started
+
+    def lap(self) -> dict[str, float]:
+        """The seconds since the last lap."""
+        seconds = {kind: round(value, 4) for kind, value in self.seconds.items()}
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        return seconds
+
+
+class Training:
+    """A run on one worker: what it holds, and the steps. Every method is called by every worker."""
+
+    def __init__(self, run: Run, team: Team, should_stop: Callable[[], bool]) -> None:
+        torch.manual_seed(run.recipe.seed)
+        self.run, self.team, self._should_stop = run, team, should_stop
+        self.clock = _Clock(team)
+        self.checkpoints = Checkpoints(run.checkpoints_folder, team, run.keeping.keep)
+        self.student = load(run, team)
+        self.publication = Publication(run, self.student, team)
+        data = Prepared.from_json(run.data)
+        self.rows = Rows(data, run.tokens_folder, run.seq_length, seed=run.recipe.seed, document_mask=run.document_mask)
+        self.heldout = heldout_rows(
+            data, run.tokens_folder, run.seq_length, document_mask=run.document_mask, max_tokens=run.keeping.eval_tokens
+        )
+        row = self.heldout[0]
+        ids = torch.from_numpy(row.input_ids)[None, :64].to(team.device)
+        self.student.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
+        if run.document_mask:
+            self.student.check_documents(ids)
+        self.teacher = load(run, team, is_teacher=True) if run.recipe.distill_weight > 0 else None
+        if self.teacher is not None:
+            self.teacher.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
+        shards = num_shards(run.fit.sharding, team.size, team.num_local)
+        self.optimizer = Optimizer(
+            self.student.parameters,
+            run.recipe,
+            team,
+            masters=run.fit.master_weights == "fp32",
+            num_replicas=team.size // shards,
+            stored=self.publication.stored,
+        )
+        self.progress = self._resume()
+        self._enter_phase()
+        last = -1 if self.progress.scaled_loss is None else self.progress.step  # step 0 has a row too
+        self.metrics = MetricsFile(run.metrics_path, last) if team.is_first else None
+        self.tracker = open_tracker(run.keeping.track if team.is_first else "none", run.folder, asdict(run))
+        self.at_once = self._rows_at_once()
+        self._saved_at = time.monotonic()
+        self._peak = self._peak_flops()
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def go(self) -> bool:
+        """Train until the budget, the goal or a signal ends it; whether the run is finished."""
+        progress = self.progress
+        if progress.step == 0 and progress.scaled_loss is None:
+            self._measure_start()
+        while not self._is_over():
+            started = time.perf_counter()
+            row = self._step()
+            if row is None:  # a signal
+                self._save()
+                self.checkpoints.finish()
+                return False
+            progress.step += 1
+            if self._evaluates():
+                row["eval_loss"] = self._evaluate()
+            progress.seconds += time.perf_counter() - started
+            row["seconds"] = self.clock.lap()
+            self._log(row)
+            self._check_streak(row)
+            self._save_when_due()
+            self._enter_phase()
+        self._save()
+        self.checkpoints.finish()
+        return True
+
+    def _is_over(self) -> bool:
+        reached = self.run.until == "base" and self.progress.evals_at_base >= 2
+        return reached or self.progress.step >= self.run.num_steps
+
+    def _step(self) -> dict[str, Any] | None:
+        """One step: gradients over all micro-batches, then the update, unless it would do harm. None to stop."""
+        run, team, step = self.run, self.team, self.progress.step
+        self.student.model.train()
+        started = time.perf_counter()
+        with self.clock("data"):
+            batches = micro_batches(self.rows, step, run.rows_per_step, self.at_once, team)
+            counted, stop = team.sum([sum(batch.num_labels for batch in batches), float(self._should_stop())])
+        if stop:
+            return None
+        kl_weight = schedule.distill_weight(run.recipe, step)
+        sums = [0.0, 0.0]
+        for batch in batches:
+            cross_entropy, divergence = self._backward(batch, counted, kl_weight)
+            sums = [sums[0] + cross_entropy, sums[1] + divergence]
+        with self.clock("optimizer"):
+            loss, divergence = (total / counted for total in team.sum(sums))
+            norm = self.optimizer.gradient_norm()
+            share = schedule.rate_share(run.recipe, step, run.num_steps)
+            skipped = self.progress.is_spike(loss) or not math.isfinite(norm)
+            if skipped:
+                self.optimizer.clear()
+            else:
+                self.optimizer.step(share, norm, step)
+                self.progress.saw(loss)
+        self.progress.skipped += skipped
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
+        per_second = run.tokens_per_step / (time.perf_counter() - started)
+        row: dict[str, Any] = {"step": step + 1, "tokens": (step + 1) * run.tokens_per_step}
+        row |= {"loss": loss, "lr": share * run.recipe.lr, "grad_norm": norm, "tokens_per_second": round(per_second, 1)}
+        if kl_weight:
+            row["kl"] = divergence
+        return row | {
+            "mfu": round(per_second * self.publication.flops_per_token / self._peak, 4),
+            "peak_memory_bytes": peak_memory_bytes(self.team.device),
+            "phase": schedule.phase_at(run.recipe, step),
+            "skipped": skipped,
+        }
+
+    def _backward(self, batch: MicroBatch, counted: float, kl_weight: float) -> tuple[float, float]:
+        """Forward and backward of a micro-batch; its sums of cross-entropy and of KL."""
+        teaching = None
+        with self.clock("forward"):
+            if kl_weight and self.teacher is not None:
+                with torch.no_grad():
+                    theirs = self.teacher.hidden(batch.input_ids, batch.position_ids).flatten(0, 1)
+                teaching = Teaching(theirs, self.teacher.output, self.teacher.head, kl_weight)
+            hidden = self.student.hidden(batch.input_ids, batch.position_ids)
+            loss, cross_entropy, divergence = loss_sums(
+                hidden, self.student.output, batch.labels, self.student.head, teaching
+            )
+        with self.clock("backward"):
+            # FSDP averages over the team what is a sum over its tokens.
+            (loss * (self.team.size / counted)).backward()  # type: ignore[no-untyped-call]
+        return float(cross_entropy), float(divergence)
+
+    # --- around the loop --------------------------------------------------------------------------
+
+    def _resume(self) -> Progress:
+        step = self.checkpoints.newest()
+        if step is None:
+            return Progress()
+        progress = Progress(**self.checkpoints.state(step))
+        self.optimizer.resume(progress.adam_steps)
+        self.checkpoints.load(step, self.optimizer.tensors())
+        return progress
+
+    def _enter_phase(self) -> None:
+        step = min(self.progress.step, self.run.num_steps - 1)
+        self.student.train_only(schedule.layers_at(self.run.recipe, step))
+        self.optimizer.prepare(name for name, p in self.student.parameters.items() if p.requires_grad)
+
+    def _rows_at_once(self) -> int:
+        run = self.run
+        if run.fit.micro_batch_rows is not None:
+            return run.fit.micro_batch_rows
+
+        def trial(rows: int) -> None:
+            batch = micro_batches(self.rows, 0, rows * self.team.size, rows, self.team)[0]
+            self._backward(batch, 1.0, run.recipe.distill_weight)
+            self.optimizer.clear()
+
+        return rows_at_once(self.team, run.seq_length, -(-run.rows_per_step // self.team.size), trial)
+
+    def _measure_start(self) -> None:
+        """The base's loss, from its layers inside the model, and the scaled model's: rows of step 0."""
+        with self.clock("eval"):
+            if self.run.base is not None:
+                self.progress.base_loss = base_loss(
+                    self.student, self.run.base.layers, self.heldout, self.team, self.at_once
+                )
+            self.progress.measured(self._mean_loss())
+        self.progress.scaled_loss = self.progress.eval_loss
+        row: dict[str, Any] = {"step": 0, "tokens": 0, "eval_loss": self.progress.eval_loss}
+        if self.progress.base_loss is not None:
+            row["base_loss"] = self.progress.base_loss
+        self._log(row | {"seconds": self.clock.lap()})
+
+    def _evaluates(self) -> bool:
+        return self.progress.step % self.run.keeping.eval_every == 0 or self.progress.step == self.run.num_steps
+
+    def _evaluate(self) -> float:
+        with self.clock("eval"):
+            loss = self._mean_loss()
+        self.progress.measured(loss)
+        return loss
+
+    def _mean_loss(self) -> float:
+        return mean_loss(self.student, self.heldout, self.team, self.at_once)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(row)
+            self.tracker.log(row)
+
+    def _check_streak(self, row: dict[str, Any]) -> None:
+        if self.progress.skipped_in_a_row < self.run.recipe.max_skipped:
+            return
+        last = row["step"] * self.run.rows_per_step
+        source, place = self.rows.order.locate(last - self.run.rows_per_step)
+        raise HealError(
+            f"{self.progress.skipped_in_a_row} steps in a row had a loss or gradient out of bounds, the last of them "
+            f"step {row['step']} (rows {last - self.run.rows_per_step} to {last - 1}, the first at token "
+            f"{place * self.run.seq_length:,} of source {source + 1}; loss "
+            f"{row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}); the last good checkpoint is kept: look at that "
+            "data, or lower --lr"
+        )
+
+    def _save_when_due(self) -> None:
+        self.checkpoints.poll()
+        if self.progress.skipped_in_a_row:
+            return  # a checkpoint is a state worth going back to
+        keeping = self.run.keeping
+        if keeping.save_every_steps is not None:
+            is_due = self.progress.step % keeping.save_every_steps == 0
+        else:
+            assert keeping.save_every_seconds is not None
+            is_due = self.team.first_says(time.monotonic() - self._saved_at >= keeping.save_every_seconds)
+        if is_due:
+            self._save()
+
+    def _save(self) -> None:
+        self.progress.adam_steps = self.optimizer.steps()
+        self.checkpoints.save(self.progress.step, self.optimizer.tensors(), asdict(self.progress))
+        self._saved_at = time.monotonic()
+
+    def _peak_flops(self) -> float:
+        dtype = next(iter(self.student.parameters.values())).dtype
+        self.peak, self.peak_source = peak_flops(self.team.device, dtype)
+        return self.peak * self.team.size
+
+    def publish(self) -> None:
+        """Write the healed model with its proof, and give it the run's place."""
+        if self.metrics is not None:
+            self.metrics.close()
+            self.tracker.close()
+        self.publication.publish(self.optimizer, self.progress, self.peak, self.peak_source)

@@ -1,0 +1,670 @@
+"""`dus heal`: what comes out, what it proves, and that nothing depends on how many work at it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import dus
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import tiny  # noqa: E402
+
+STEPS = 12
+RECIPE = ("--steps 12 --seq-length 64 --batch-tokens 512 --lr 3e-3 --holdout 10% --eval-every 4 --seed 3").split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that has learned its corpus a little, and two models scaled up from it."""
+    torch.set_num_threads(1)  # tiny products on a shared machine: threads only wait for each other
+    folder = tmp_path_factory.mktemp("heal")
+    corpus = tiny.write_corpus(folder / "corpus.jsonl")
+    base = tiny.train(tiny.write_base(folder / "base"), corpus)
+    tiny.upscaled(base, folder / "scaled")
+    untied = tiny.write_base(folder / "untied-base", shard="40KB", tie_word_embeddings=False)
+    tiny.upscaled(tiny.train(untied, corpus, num_steps=30, shard="40KB"), folder / "untied", shard="60KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def healed(home: Path) -> Path:
+    """The scaled model, healed with the defaults by the real command."""
+    before = tiny.digests(home / "scaled")
+    run = dus("heal", home / "scaled", "--data", home / "corpus.jsonl", *RECIPE, "--json", OMP_NUM_THREADS="1")
+    (home / "report").write_text(json.dumps(run.report))
+    assert tiny.digests(home / "scaled") == before, "the input was changed"
+    return home / "scaled-healed"
+
+
+def heal_in(
+    home: Path, name: str, *arguments: str, model: str = "scaled", workers: int = 1, num_local: int | None = None
+) -> Path:
+    """Heal in forked workers, into `name`; the output, once it is there."""
+    out = home / name
+    data = ("--data", home / "corpus.jsonl")
+    failure = tiny.heal(home / model, out, *data, *RECIPE, *arguments, workers=workers, num_local=num_local)
+    assert failure == ""
+    assert (out / "config.json").is_file()
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path) -> Path:
+    """One worker, fp32: what others are held against."""
+    return heal_in(home, "alone", "--precision", "fp32")
+
+
+def assert_same_curve(one: Path, other: Path, within: float = 1e-4) -> None:
+    """Losses and gradient norms of each step agree."""
+    for a, b in zip(tiny.metrics(one), tiny.metrics(other), strict=True):
+        names = {"loss", "eval_loss", "base_loss", "grad_norm", "lr", "kl"}
+        assert a.keys() & names == b.keys() & names
+        for name in a.keys() & names:
+            assert a[name] == pytest.approx(b[name], rel=within, abs=within), (a["step"], name)
+
+
+def assert_same_weights(one: Path, other: Path, within: float) -> None:
+    """Final models agree closely."""
+    ours, theirs = tiny.weights(one), tiny.weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor.float(), theirs[name].float(), atol=within), name
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+def test_held_out_loss_falls_and_the_report_says_from_where(home: Path, healed: Path) -> None:
+    report = json.loads((healed / "report.json").read_text())
+    assert report == json.loads((home / "report").read_text())
+    assert report["base_loss"] < report["scaled_loss"]
+    assert report["loss"] < report["scaled_loss"] - 0.2
+    rows = tiny.metrics(healed)
+    assert report["loss"] == rows[-1]["eval_loss"]
+    assert report["scaled_loss"] == rows[0]["eval_loss"]
+    assert report["base_loss"] == rows[0]["base_loss"]
+    assert (report["steps"], report["tokens"], report["num_workers"]) == (STEPS, STEPS * 512, 1)
+    assert report["skipped_steps"] == 0
+    assert report["train_tokens"] > 10 * report["heldout_tokens"] / 2 > 0
+    assert report["reached_base"] == (report["tokens_to_base"] is not None)
+
+
+def test_metrics_have_a_row_for_each_step_with_every_figure(healed: Path) -> None:
+    rows = tiny.metrics(healed)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [row["tokens"] for row in rows] == [512 * step for step in range(STEPS + 1)]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 8, 12]
+    for row in rows[1:]:
+        assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes"} <= row.keys()
+        assert set(row["seconds"]) == {"data", "forward", "backward", "optimizer", "eval"}
+        assert row["mfu"] > 0
+        assert row["peak_memory_bytes"] > 10_000_000
+
+
+def test_the_healed_model_loads_in_transformers_and_its_loss_is_the_reported_one(home: Path, healed: Path) -> None:
+    report = json.loads((healed / "report.json").read_text())
+    assert reference_loss(healed, heldout(home, healed), torch.bfloat16) == pytest.approx(report["loss"], abs=0.01)
+
+
+def test_a_healed_model_generates(healed: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(healed), AutoModelForCausalLM.from_pretrained(healed)
+    ids = model.generate(**tokenizer("the seam", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(ids[0]).startswith("the seam")
+
+
+@pytest.mark.parametrize(("source", "out"), [("scaled", "healed"), ("untied", "two")])
+def test_names_shapes_dtypes_and_shards_are_the_sources(
+    home: Path, source: str, out: str, request: pytest.FixtureRequest
+) -> None:
+    from dus_cli.checkpoint import open_checkpoint
+
+    ours, theirs = (open_checkpoint(folder) for folder in (request.getfixturevalue(out), home / source))
+    assert [(s.name, s.header.tensors) for s in ours.shards] == [(s.name, s.header.tensors) for s in theirs.shards]
+    assert len(theirs.shards) == (1 if source == "scaled" else 6), "the fixture's shards"
+
+
+@pytest.mark.parametrize(("source", "out"), [("scaled", "healed"), ("untied", "two")])
+def test_dus_verify_finds_it_sound(home: Path, source: str, out: str, request: pytest.FixtureRequest) -> None:
+    run = tiny.forked_dus("verify", request.getfixturevalue(out), "--json")
+    assert run.report["problems"] == []
+    assert run.report["warnings"] == []
+
+
+@pytest.mark.parametrize(("source", "out"), [("scaled", "healed"), ("untied", "two")])
+def test_every_file_is_carried_changed_or_new_and_nothing_is_left_over(
+    home: Path, source: str, out: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(out)
+    before, after = tiny.digests(home / source), tiny.digests(folder)
+    proof = {"run.json", "metrics.jsonl", "report.json", "healing-light.svg", "healing-dark.svg"}
+    assert after.keys() - before.keys() == proof
+    assert before.keys() <= after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"README.md", "dus.json", *(name for name in before if name.endswith(".safetensors"))}
+    assert not [path.name for path in folder.parent.glob(".*")]
+
+
+def test_dus_json_keeps_the_scaling_and_appends_the_healing(home: Path, healed: Path) -> None:
+    before, after = (json.loads((folder / "dus.json").read_text()) for folder in (home / "scaled", healed))
+    report = json.loads((healed / "report.json").read_text())
+    (healing,) = after.pop("healing")
+    assert after == before
+    assert {key: healing[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")} == {
+        key: report[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")
+    }
+    assert healing["recipe"]["lr"] == 3e-3
+
+
+def test_the_card_tells_of_the_healing_and_shows_the_curve(home: Path, healed: Path) -> None:
+    report, card = json.loads((healed / "report.json").read_text()), (healed / "README.md").read_text()
+    assert "This model is not healed.**" in (home / "scaled/README.md").read_text()
+    assert "This model is not healed.**" not in card
+    for name in ("base_loss", "scaled_loss", "loss"):
+        assert f"{report[name]:.4f}" in card
+    for name in ("healing-light.svg", "healing-dark.svg"):
+        assert name in card
+        assert "<svg" in (healed / name).read_text()
+
+
+# --- the base's loss for free --------------------------------------------------------------------
+
+
+def heldout(home: Path, out: Path, *, document_mask: bool = True) -> list[Any]:
+    """The held-out rows of a run, tokenised anew by the launcher's own functions: those of the run are gone."""
+    from dus_cli.heal.run import read_run
+    from dus_cli.heal.tokens import Prepared, heldout_rows
+
+    run = read_run(out / "run.json")
+    again = home / f"{out.name}-again"
+    if not again.exists():
+        mask = () if document_mask else ("--no-document-mask",)
+        data = ("--data", home / "corpus.jsonl")
+        done = tiny.forked_dus("heal", run.model, "-o", again, *data, *RECIPE, *mask, "--print-command", "-q")
+        assert done.returncode == 0, done.stderr
+    return list(
+        heldout_rows(
+            Prepared.from_json(run.data),
+            again / "tokens",
+            run.seq_length,
+            document_mask=document_mask,
+            max_tokens=run.keeping.eval_tokens,
+        )
+    )
+
+
+def reference_loss(model: Path, rows: list[Any], dtype: Any = None) -> float:
+    """Mean cross-entropy of full logits, each document run by itself: no mask, no packing, nothing of ours."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or torch.float32).eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            starts = [i for i, position in enumerate(row.position_ids) if position == 0]
+            for start, stop in zip(starts, [*starts[1:], len(row.input_ids)], strict=True):
+                ids, labels = (torch.from_numpy(array[start:stop]) for array in (row.input_ids, row.labels))
+                logits = network(input_ids=ids[None]).logits[0].float()
+                total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+                count += int((labels != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize(("base", "scaled", "out"), [("base", "scaled", "alone"), ("untied-base", "untied", "two")])
+def test_base_and_scaled_loss_are_those_of_the_two_models_in_transformers(
+    home: Path, base: str, scaled: str, out: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(out)
+    report, rows = json.loads((folder / "report.json").read_text()), heldout(home, folder)
+    assert report["base_loss"] == pytest.approx(reference_loss(home / base, rows), rel=1e-5)
+    assert report["scaled_loss"] == pytest.approx(reference_loss(home / scaled, rows), rel=1e-5)
+
+
+# --- how many work at it changes nothing ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(home: Path) -> Path:
+    """Two workers under the real command and torchrun, from a model in six shards with untied embeddings."""
+    out = home / "two"
+    arguments = [*RECIPE, "--precision", "fp32", "--nproc-per-node", "2", "-q"]
+    run = dus("heal", home / "untied", "-o", out, "--data", home / "corpus.jsonl", *arguments, OMP_NUM_THREADS="1")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    return out
+
+
+def test_two_workers_learn_what_one_learns_from_shards_with_untied_embeddings(home: Path, two: Path) -> None:
+    one = heal_in(home, "untied-one", "--precision", "fp32", model="untied")
+    assert_same_curve(one, two)
+    assert_same_weights(one, two, within=2e-3)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_workers_learn_together_what_one_learns_alone(home: Path, alone: Path, workers: int) -> None:
+    """Eight rows a step: three workers have three, three and two."""
+    out = heal_in(home, f"workers-{workers}", "--precision", "fp32", workers=workers)
+    assert_same_curve(alone, out)
+    assert_same_weights(alone, out, within=2e-3)
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(("sharding", "num_local"), [("none", 2), ("hsdp", 2), ("hsdp", 4)])
+def test_sharding_changes_nothing(home: Path, alone: Path, sharding: str, num_local: int) -> None:
+    name = f"{sharding}-{num_local}"
+    workers = 2 if sharding == "none" else 4
+    out = heal_in(home, name, "--precision", "fp32", "--sharding", sharding, workers=workers, num_local=num_local)
+    assert_same_curve(alone, out)
+    assert_same_weights(alone, out, within=2e-3)
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("model", ["scaled", "untied"])
+def test_before_step_1_a_sharded_models_logits_are_those_of_transformers(home: Path, model: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = home / f"logits-{model}"
+    data = ("--data", home / "corpus.jsonl")
+    done = tiny.forked_dus("heal", home / model, "-o", out, *data, *RECIPE, "--precision", "fp32", "--print-command")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        network = AutoModelForCausalLM.from_pretrained(home / model, dtype=torch.float32)
+        expected = network(input_ids=torch.arange(48).reshape(2, 24)).logits
+    for found in (*tiny.logits(out, 2), *tiny.logits(out, 1)):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("phases", [("seam:1,steps=4", "all"), ("all,steps=4", "seam:1")], ids=str)
+def test_a_phase_that_begins_after_a_measurement_is_the_same_for_two_workers(
+    home: Path, tmp_path: Path, phases: tuple[str, str]
+) -> None:
+    """FSDP keeps embeddings gathered after the measurement of step 4, and then learns late what learns now."""
+    arguments = ("--precision", "fp32", "--phase", phases[0], "--phase", phases[1])
+    one, two = (
+        heal_in(home, f"phases-{phases[1].partition(':')[0]}-{workers}", *arguments, workers=workers)
+        for workers in (1, 2)
+    )
+    assert [row["phase"] for row in tiny.metrics(one)[1:]] == [0] * 4 + [1] * 8
+    assert_same_curve(one, two)
+
+
+# --- what learns, and how ------------------------------------------------------------------------
+
+
+def changed_layers(home: Path, out: Path) -> set[str]:
+    """Layers of which a tensor changed; "rest" is what stands in none."""
+    before, after = tiny.weights(home / "scaled"), tiny.weights(out)
+    changed = [name.split(".") for name in before if not torch.equal(before[name], after[name])]
+    return {parts[2] if parts[1] == "layers" else "rest" for parts in changed}
+
+
+@pytest.mark.parametrize(
+    ("train", "layers"), [("new", {"3", "4"}), ("seam:1", {"2", "3"}), ("seam:2", {"1", "2", "3", "4"})]
+)
+def test_only_the_chosen_layers_change(home: Path, train: str, layers: set[str]) -> None:
+    """Base layers 0 1 2 1 2 3: the base is output layers 0 1 2 5, the seam lies between 2 and 3."""
+    workers = 2 if train == "new" else 1
+    out = heal_in(home, f"train-{train.replace(':', '-')}", "--train", train, "--steps", "4", workers=workers)
+    assert changed_layers(home, out) == layers
+    rows = tiny.metrics(out)
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+def test_all_layers_and_the_embeddings_change_by_default(home: Path, healed: Path) -> None:
+    assert changed_layers(home, healed) == {"rest", *"012345"}
+
+
+def first_rows(home: Path, out: Path, num_rows: int) -> list[Any]:
+    """The rows of a run's first step."""
+    from dus_cli.heal.run import read_run
+    from dus_cli.heal.tokens import Prepared, Rows
+
+    heldout(home, out)
+    run = read_run(out / "run.json")
+    folder = home / f"{out.name}-again/tokens"
+    rows = Rows(Prepared.from_json(run.data), folder, run.seq_length, seed=run.recipe.seed)
+    return [rows.row(i) for i in range(num_rows)]
+
+
+def logits_of(network: Any, row: Any) -> Any:
+    """Full logits of a row, (length, vocabulary), each document run by itself."""
+    starts = [i for i, position in enumerate(row.position_ids) if position == 0]
+    ids = torch.from_numpy(row.input_ids)
+    with torch.no_grad():
+        parts = [network(input_ids=part[None]).logits[0] for part in ids.tensor_split(starts[1:])]
+    return torch.cat(parts).float()
+
+
+def test_distillation_measures_the_kl_from_the_base_and_fades_away(home: Path, alone: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = heal_in(home, "distilled", "--precision", "fp32", "--distill", "0.8:50%", workers=2)
+    rows = tiny.metrics(out)
+    assert ["kl" in row for row in rows] == [False] + [True] * 6 + [False] * 6
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(home / name, dtype=torch.float32).eval() for name in ("base", "scaled")
+    )
+    divergence, cross_entropy, count = 0.0, 0.0, 0
+    for row in first_rows(home, out, 8):
+        labels = torch.from_numpy(row.labels)
+        counted = labels != -100
+        theirs, ours = (torch.log_softmax(logits_of(network, row), -1) for network in (teacher, student))
+        divergence += float((theirs.exp() * (theirs - ours)).sum(-1)[counted].sum())
+        cross_entropy -= float(ours[counted].gather(1, labels[counted][:, None]).sum())
+        count += int(counted.sum())
+    assert rows[1]["kl"] == pytest.approx(divergence / count, rel=1e-4)
+    assert rows[1]["loss"] == pytest.approx(cross_entropy / count, rel=1e-5)
+    assert rows[1]["loss"] == pytest.approx(tiny.metrics(alone)[1]["loss"], rel=1e-5)
+    assert rows[2]["loss"] != tiny.metrics(alone)[2]["loss"]
+
+
+def test_until_base_ends_after_two_measurements_at_or_under_it(home: Path) -> None:
+    out = heal_in(home, "until", "--until", "base", "--steps", "400", "--eval-every", "2", "--schedule", "constant")
+    report = json.loads((out / "report.json").read_text())
+    losses = [row["eval_loss"] for row in tiny.metrics(out) if "eval_loss" in row]
+    at_base = [loss <= report["base_loss"] for loss in losses]
+    twice = [index for index, pair in enumerate(itertools.pairwise(at_base)) if all(pair)]
+    assert twice == [len(at_base) - 2]
+    assert report["steps"] < 400
+    assert report["reached_base"]
+    assert report["status"] == "healed"
+    assert report["tokens_to_base"] == 2 * at_base.index(True) * 512
+    assert report["fraction_of_pretraining"] > 0
+    assert "This model is healed" in (out / "README.md").read_text()
+
+
+def test_a_model_without_dus_json_is_trained_and_has_no_base(home: Path) -> None:
+    out = heal_in(home, "plain", "--steps", "4", model="base")
+    report = json.loads((out / "report.json").read_text())
+    assert (report["base_loss"], report["reached_base"], report["status"]) == (None, None, "trained")
+    assert report["loss"] < report["scaled_loss"]
+    assert tiny.forked_dus("verify", out, "--json").report["problems"] == []
+    data = ("--data", home / "corpus.jsonl", "-q")
+    for option in (("--distill", "0.5"), ("--until", "base"), ("--train", "new"), ("--train", "seam:1")):
+        tiny.forked_dus("heal", home / "base", "-o", home / "no", *data, *option).assert_one_line_error("dus.json")
+    assert not (home / "no").exists()
+
+
+def test_a_healed_model_can_be_healed_again_with_no_base_in_it(home: Path, healed: Path) -> None:
+    out = heal_in(home, "again", "--steps", "2", model=healed.name)
+    assert len(json.loads((out / "dus.json").read_text())["healing"]) == 2
+    assert (out / "README.md").read_text().count("<!-- dus heal -->") == 1
+    assert tiny.forked_dus("verify", out, "--json").report["problems"] == []
+
+
+# --- how it fits changes nothing -----------------------------------------------------------------
+
+FITS = {
+    "rows by themselves": ("--micro-batch", "1"),
+    "three rows at once": ("--micro-batch", "3"),
+    "full checkpointing": ("--activation-checkpointing", "full"),
+    "selective checkpointing": ("--activation-checkpointing", "selective"),
+}
+
+
+@pytest.mark.parametrize("options", FITS.values(), ids=FITS.keys())
+def test_how_it_fits_changes_nothing(home: Path, alone: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    out = heal_in(home, f"fit{'-'.join(options)}", "--precision", "fp32", *options)
+    assert_same_curve(alone, out, within=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_learn_the_same(home: Path) -> None:
+    short = heal_in(home, "not-compiled", "--precision", "fp32", "--steps", "2", "--eval-every", "1")
+    out = heal_in(home, "compiled", "--precision", "fp32", "--compile", "--steps", "2", "--eval-every", "1")
+    assert_same_curve(short, out)
+
+
+@pytest.mark.parametrize("options", [(), ("--master-weights", "bf16")], ids=["masters", "no masters"])
+def test_bf16_learns_nearly_the_same_with_one_worker_and_with_two(
+    home: Path, alone: Path, options: tuple[str, ...]
+) -> None:
+    for workers in (1, 2):
+        out = heal_in(home, f"bf16-{len(options)}-{workers}", *options, workers=workers)
+        for a, b in zip(tiny.metrics(alone), tiny.metrics(out), strict=True):
+            for name in a.keys() & {"loss", "eval_loss"}:
+                assert a[name] == pytest.approx(b[name], abs=0.06), (workers, a["step"], name)
+
+
+def test_without_the_document_mask_attention_crosses_documents(home: Path, alone: Path) -> None:
+    out = heal_in(home, "unmasked", "--precision", "fp32", "--no-document-mask", "--steps", "2")
+    report, rows = json.loads((out / "report.json").read_text()), heldout(home, out, document_mask=False)
+    assert all((row.position_ids == range(64)).all() for row in rows)
+    assert report["base_loss"] == pytest.approx(reference_loss(home / "base", rows), rel=1e-5)
+    assert abs(report["base_loss"] - json.loads((alone / "report.json").read_text())["base_loss"]) > 1e-3
+
+
+def test_a_loss_that_cannot_be_helped_skips_steps_and_ends_the_run_with_the_batch_named(home: Path) -> None:
+    out, data = home / "spoiled", ("--data", home / "corpus.jsonl")
+    options = ("--lr", "1e30", "--max-skipped", "3", "--save-every", "1", "--warmup", "0", "--schedule", "constant")
+    failure = tiny.heal(home / "scaled", out, *data, *RECIPE, *options)
+    assert "3 steps in a row" in failure
+    assert "step 4 (rows 24 to 31" in failure
+    assert "last good checkpoint is kept" in failure
+    rows = tiny.metrics(out)
+    assert [row.get("skipped") for row in rows] == [None, False, True, True, True]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    assert not (out / "config.json").exists()
+
+
+# --- architectures -------------------------------------------------------------------------------
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 16},
+    "gemma2": {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "cohere": {"logit_scale": 0.25},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neox": {"tie_word_embeddings": False},
+    "phi": {"tie_word_embeddings": False},
+}
+
+# Why each is refused: its experts are stored one by one and computed as one tensor; it has no document mask.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "mixtral": ({"num_local_experts": 4}, "does not heal this architecture yet"),
+    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, "give --no-document-mask"),
+    "bloom": ({}, "give --no-document-mask"),
+}
+
+
+def scaled_up(home: Path, model_type: str, fields: dict[str, Any]) -> None:
+    tiny.write_base(home / f"{model_type}-base", model_type=model_type, **fields)
+    done = tiny.forked_dus("upscale", home / f"{model_type}-base", "-o", home / model_type, "--trim", "1", "-q")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_an_architecture_is_measured_as_in_transformers_and_learns_with_two_workers_as_with_one(
+    home: Path, model_type: str
+) -> None:
+    """Few steps: small gradients are all rounding, and Adam makes as much of them as of large ones."""
+    scaled_up(home, model_type, ARCHITECTURES[model_type])
+    options = ("--precision", "fp32", "--steps", "2", "--eval-every", "2")
+    one = heal_in(home, f"{model_type}-1", *options, model=model_type)
+    two = heal_in(home, f"{model_type}-2", *options, model=model_type, workers=2)
+    report, rows = json.loads((one / "report.json").read_text()), heldout(home, one)
+    assert report["base_loss"] == pytest.approx(reference_loss(home / f"{model_type}-base", rows), rel=1e-5)
+    assert report["scaled_loss"] == pytest.approx(reference_loss(home / model_type, rows), rel=1e-5)
+    assert report["loss"] == pytest.approx(reference_loss(one, rows), abs=0.03), "of weights that were rounded to bf16"
+    assert report["loss"] < report["scaled_loss"] - 0.1
+    assert_same_curve(one, two, within=1e-3)
+    assert tiny.forked_dus("verify", one, "--json").report["problems"] == []
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_an_architecture_that_would_be_healed_wrongly_is_refused_before_the_first_step(
+    home: Path, model_type: str
+) -> None:
+    fields, reason = REFUSED[model_type]
+    scaled_up(home, model_type, fields)
+    out = home / f"{model_type}-out"
+    failure = tiny.heal(home / model_type, out, "--data", home / "corpus.jsonl", *RECIPE)
+    assert reason in failure
+    assert "\n" not in failure
+    assert not (out / "metrics.jsonl").exists()
+
+
+# --- refused before a worker starts --------------------------------------------------------------
+
+
+def refuse(home: Path, *arguments: str | Path, code: int = 1, parts: tuple[str, ...], **environment: str) -> None:
+    """One line; and no output was begun, or no more than its token files."""
+    out = home / "refused"
+    done = tiny.forked_dus("heal", *arguments, "-o", out, "-q", **environment)
+    done.assert_one_line_error(*parts, code=code)
+    left = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    assert set(left) <= {"tokens", "run.json"}
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def test_what_cannot_be_healed_is_one_line(home: Path, tmp_path: Path) -> None:
+    data = ("--data", home / "corpus.jsonl")
+    scaled = home / "scaled"
+    refuse(home, home / "nowhere", *data, parts=("nowhere is not a directory",))
+    refuse(home, home, *data, parts=("no config.json",))
+    refuse(home, scaled, "--data", home / "no.jsonl", parts=("no.jsonl",))
+    refuse(home, scaled, *data, "--seq-length", "4096", parts=("--seq-length 4096", "128 positions"))
+    refuse(home, scaled, *data, "--batch-tokens", "64", parts=("--batch-tokens 64", "row of 128 tokens"))
+    refuse(home, scaled, *data, "--batch-tokens", "1M", parts=("give more text", "smaller --batch-tokens"))
+    refuse(home, scaled, *data, "--steps", "2", "--epochs", "1", parts=("--steps and --epochs",))
+    refuse(home, scaled, *data, "--phase", "seam:1", "--phase", "all", parts=("--phase seam:1", "needs a length"))
+    refuse(home, scaled, *data, "--nnodes", "2", parts=("--rdzv-endpoint",))
+    refuse(home, scaled, *data, "--node-rank", "1", parts=("--node-rank 1 of 1",))
+    refuse(home, scaled, *data, "--offload", parts=("--offload",))
+    refuse(home, scaled, *data, "--track", "wandb", parts=("--track wandb needs the package wandb",))
+    for text, part in (("", "no documents"), ('{"text": "a"}\n{"text": \n', "2"), ('{"txt": "a"}\n', "text")):
+        corpus = tmp_path / "bad.jsonl"
+        corpus.write_text(text)
+        refuse(home, scaled, "--data", corpus, parts=("bad.jsonl", part) if text else ("bad.jsonl",))
+
+
+def test_a_tokenizer_that_does_not_match_the_model_is_one_line(home: Path, tmp_path: Path) -> None:
+    small = tiny.write_base(tmp_path / "small", vocab_size=200, eos_token_id=None, bos_token_id=None)
+    refuse(home, small, "--data", home / "corpus.jsonl", parts=("gives id 256", "200 words"))
+
+
+def test_an_output_that_is_not_ours_or_not_apart_is_one_line(home: Path, tmp_path: Path) -> None:
+    data = ("--data", home / "corpus.jsonl", "-q")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    cases = {
+        tmp_path / "taken": "thesis.tex",
+        tmp_path / "file": "not a directory",
+        tmp_path / "no/parent": "create it first",
+        home / "scaled/out": "contain each other",
+        home / "scaled": "contain each other",
+    }
+    before = tiny.digests(home / "scaled")
+    for out, part in cases.items():
+        tiny.forked_dus("heal", home / "scaled", *data, "-o", out).assert_one_line_error(part)
+    assert tiny.digests(home / "scaled") == before
+    assert (tmp_path / "taken/thesis.tex").read_text() == "mine"
+
+
+def test_usage_errors_exit_with_2(home: Path) -> None:
+    data = ("--data", home / "corpus.jsonl")
+    refuse(home, home / "scaled", code=2, parts=("data",))
+    for option, value in (
+        ("--steps", "0"),
+        ("--tokens", "many"),
+        ("--train", "some"),
+        ("--phase", "all,for=ever"),  # named by its value, as --betas
+        ("--distill", "2"),
+        ("--betas", "1"),
+        ("--save-every", "soon"),
+        ("--holdout", "200%"),
+        ("--precision", "int8"),
+        ("--nproc-per-node", "0"),
+        ("--nonsense", "1"),
+    ):
+        refuse(
+            home,
+            home / "scaled",
+            *data,
+            option,
+            value,
+            code=2,
+            parts=({"--phase": value, "--betas": "betas"}.get(option, option),),
+        )
+
+
+def test_without_torch_it_says_what_to_install(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\nfind = importlib.util.find_spec\nsys.modules['torch'] = None\n"
+        "importlib.util.find_spec = lambda name, *_: None if name == 'torch' else find(name, *_)\n"
+    )
+    path = f"{tmp_path}:{Path(__file__).parent.parent}"
+    arguments = ("--data", home / "corpus.jsonl", "-o", home / "refused", "-q")
+    run = dus("heal", home / "scaled", *arguments, PYTHONPATH=path)
+    run.assert_one_line_error("needs torch", "pip install 'dus-cli[heal]'")
+
+
+# --- the dry run, and trackers -------------------------------------------------------------------
+
+
+def dry(home: Path, *arguments: str) -> dict[str, Any]:
+    out = home / "dry"
+    done = tiny.forked_dus(
+        "heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", *arguments, "--dry-run", "--json"
+    )
+    assert not out.exists()
+    return done.report
+
+
+def test_a_dry_run_counts_tokens_and_steps_and_writes_nothing(home: Path, tmp_path: Path) -> None:
+    length = ("--seq-length", "64", "--batch-tokens", "512")
+    whole = dry(home, *length)
+    assert whole["steps"] == (whole["train_tokens"] - 1) // 64 * 64 // 512
+    assert dry(home, *length, "--epochs", "2.5")["steps"] == int(2.5 * ((whole["train_tokens"] - 1) // 64) / 8)
+    assert dry(home, *length, "--tokens", "1025")["steps"] == 3
+    assert dry(home, *length, "--steps", "7")["tokens"] == 7 * 512
+    assert dry(home, *length)["base_layers"] == [0, 1, 2, 5]
+    held = dry(home, *length, "--holdout", "20%")
+    assert held["heldout_tokens"] > 3 * whole["heldout_tokens"]
+    other = tiny.write_corpus(tmp_path / "other.jsonl", 20, seed=9)
+    own = dry(home, *length, "--eval-data", str(other), "--holdout", "0")
+    assert own["heldout_documents"] == 20
+    assert own["train_documents"] == 200
+
+
+def test_tensorboard_gets_every_figure(home: Path) -> None:
+    pytest.importorskip("tensorboard")
+    out = heal_in(home, "boarded", "--track", "tensorboard", "--steps", "3")
+    (events,) = (out / "tensorboard").iterdir()
+    raw = events.read_bytes()
+    for name in (b"loss", b"eval_loss", b"base_loss", b"seconds/forward"):
+        assert name in raw
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_other_trackers_get_each_row_once(home: Path, tmp_path: Path, library: str) -> None:
+    (tmp_path / f"{library}.py").write_text(
+        "import json, os\n"
+        "def _note(*what):\n"
+        "    with open(os.environ['CALLS'], 'a') as file:\n"
+        "        file.write(json.dumps(what) + '\\n')\n"
+        "def init(**options): _note('init', options['project'], options['name'])\n"
+        "def log(figures, step): _note('log', step, figures.get('loss'))\n"
+        "def finish(): _note('finish')\n"
+    )
+    calls = tmp_path / "calls"
+    arguments = [*RECIPE, "--steps", "3", "--track", library]
+    where = {"PYTHONPATH": str(tmp_path), "CALLS": str(calls)}
+    data = ("--data", home / "corpus.jsonl")
+    failure = tiny.heal(home / "scaled", home / library, *data, *arguments, workers=1, num_local=None, **where)
+    assert failure == ""
+    noted = [json.loads(line) for line in calls.read_text().splitlines()]
+    rows = tiny.metrics(home / library)
+    assert noted[0] == ["init", "dus-heal", library]
+    assert noted[1:-1] == [["log", row["step"], row.get("loss")] for row in rows]
+    assert noted[-1] == ["finish"]
