@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dus_cli.heal.objective import IGNORED
 from dus_cli.heal.team import Team
-from dus_cli.heal.tokens import Row, Rows
+from dus_cli.heal.tokens import IGNORED, Row, Rows
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,15 @@ def _stacked(mine: list[Row], most: int, at_once: int, rows: Rows, first: int, t
     padded = [*mine, *([spare] * (most - len(mine)))]
     for start in range(0, most, at_once):
         group = [row for row in padded[start : start + at_once] if row is not None]
-        labels = np.stack([row.labels for row in group])
-        labels[max(0, len(mine) - start) :] = IGNORED
-        yield MicroBatch(
-            torch.from_numpy(np.stack([row.input_ids for row in group])).to(team.device),
-            torch.from_numpy(labels).to(team.device),
-            torch.from_numpy(np.stack([row.position_ids for row in group])).to(team.device),
-        )
+        yield stacked(group, max(0, len(mine) - start), team.device)
+
+
+def stacked(rows: Sequence[Row], num_labelled: int, device: torch.device) -> MicroBatch:
+    """Rows as a micro-batch on a device; the labels of those after the first `num_labelled` count nothing."""
+    labels = np.stack([row.labels for row in rows])
+    labels[num_labelled:] = IGNORED
+    return MicroBatch(
+        torch.from_numpy(np.stack([row.input_ids for row in rows])).to(device),
+        torch.from_numpy(labels).to(device),
+        torch.from_numpy(np.stack([row.position_ids for row in rows])).to(device),
+    )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from dus_cli.heal.batches import stacked
 from dus_cli.heal.model import Decoder
-from dus_cli.heal.objective import IGNORED, loss_sums
+from dus_cli.heal.objective import loss_sums
 from dus_cli.heal.team import Team
 from dus_cli.heal.tokens import Row
 
@@ -18,20 +19,14 @@ def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: i
     total, count = 0.0, 0.0
     # Every worker makes the same number of forwards, as FSDP needs: spare ones count nothing.
     for start in range(0, len(rows), rows_at_once * team.size):
-        mine = rows[start + team.rank * rows_at_once :][:rows_at_once]
-        if start + team.rank * rows_at_once >= len(rows):
-            mine = rows[:1]
-        ids, labels, positions = (
-            torch.stack([torch.from_numpy(getattr(row, field)) for row in mine]).to(team.device)
-            for field in ("input_ids", "labels", "position_ids")
-        )
-        if start + team.rank * rows_at_once >= len(rows):
-            labels = torch.full_like(labels, IGNORED)
+        first = start + team.rank * rows_at_once
+        mine = rows[first : first + rows_at_once]  # a slice reads its rows
+        batch = stacked(mine or rows[:1], len(mine), team.device)
         with torch.no_grad():
-            hidden = decoder.hidden(ids, positions)
-            _, loss, _ = loss_sums(hidden, decoder.output, labels, decoder.head)
+            hidden = decoder.hidden(batch.input_ids, batch.position_ids)
+            _, loss, _ = loss_sums(hidden, decoder.output, batch.labels, decoder.head)
         total += float(loss)
-        count += float((labels != IGNORED).sum())
+        count += batch.num_labels
     total, count = team.sum([total, count])
     return total / count
 

@@ -31,13 +31,11 @@ from dus_cli.heal.estimate import Shape, shape_of
 from dus_cli.heal.live import MetricsFollower, View
 from dus_cli.heal.options import Launch
 from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
+from dus_cli.heal.run import FAILURE, REPORT, Run, changed_options, check_same, disk_failure, other_options, read_run
 from dus_cli.heal.run import NAME as RUN_NAME
-from dus_cli.heal.run import Run, changed_options, check_same, disk_failure, other_options, read_run
 from dus_cli.model_config import decoder_config
 from dus_cli.staging import Staging, check_apart, free_bytes
 
-FAILURE = "failure.json"
-REPORT = "report.json"
 LOGS = "logs"
 
 # What a run that is under way may have in its folder; anything else is somebody's own.

@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from dus_cli.errors import HealError
 from dus_cli.heal.estimate import chunk_rows
-
-IGNORED = -100
+from dus_cli.heal.tokens import IGNORED
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from dus_cli.heal.team import Team
     from dus_cli.heal.training import Progress
 
-REPORT = "report.json"
-
 # The pictures that the card shows, for a light and a dark page.
 CURVES = {"healing-light.svg": False, "healing-dark.svg": True}
 
@@ -117,8 +115,9 @@ class Publication:
                 staging.copy_file(name, self._source.folder / name)
             for shard in self._source.shards:
                 self._write_shard(staging.folder / shard.name, shard, optimizer)
-            report = self._report(progress, peak, peak_source)
-            self._write_proof(staging, report)
+            rows = read_metrics(run.metrics_path)
+            report = self._report(progress, rows, peak, peak_source)
+            self._write_proof(staging, report, rows)
             found = verify(staging.folder)
             if not found.is_sound:
                 raise VerificationError(f"the healed model does not verify: {found.problems[0]}; nothing was published")
@@ -149,10 +148,10 @@ class Publication:
 
     # --- the proof --------------------------------------------------------------------------------
 
-    def _report(self, progress: Progress, peak: float, peak_source: str) -> dict[str, Any]:
+    def _report(self, progress: Progress, rows: list[dict[str, Any]], peak: float, peak_source: str) -> dict[str, Any]:
         """report.json; docs/layout.md describes each field."""
         run = self._run
-        rows = [row for row in read_metrics(run.metrics_path) if row["step"]]
+        rows = [row for row in rows if row["step"]]
         tokens = progress.step * run.tokens_per_step
         reached = None if progress.reached_at is None else progress.reached_at * run.tokens_per_step
         flops = tokens * self.flops_per_token
@@ -189,17 +188,16 @@ class Publication:
             "skipped_lines": data.skipped,
         }
 
-    def _write_proof(self, staging: Staging, report: dict[str, Any]) -> None:
+    def _write_proof(self, staging: Staging, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         run = self._run
         for name in (run_file.NAME, run.metrics_path.name):
             staging.copy_file(name, run.folder / name)
         if (run.folder / "tensorboard").is_dir():
             shutil.copytree(run.folder / "tensorboard", staging.folder / "tensorboard")
-        rows = read_metrics(run.metrics_path)
         title = f"Healing {Path(run.output).name}"
         for name, dark in CURVES.items():
             staging.write_text(name, loss_curve(rows, base_loss=report["base_loss"], title=title, dark=dark))
-        staging.write_text(REPORT, dump_json(report))
+        staging.write_text(run_file.REPORT, dump_json(report))
         staging.write_text(lineage.NAME, dump_json(self._lineage(report)))
         card = self._source.folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

@@ -16,6 +16,11 @@ from dus_cli.errors import HealError, shown, shown_list
 from dus_cli.headers import parse_json_object
 
 NAME = "run.json"
+
+# What a worker leaves beside it: a failure in one line, and at the end of the run the figures.
+FAILURE = "failure.json"
+REPORT = "report.json"
+
 SCHEMA = 1
 
 # What may change between a run and its resumption: nothing here changes what is learned, rounding aside.

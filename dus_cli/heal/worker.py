@@ -19,9 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from dus_cli.errors import DusError
-from dus_cli.heal.run import disk_failure, read_run
-
-FAILURE = "failure.json"
+from dus_cli.heal.run import FAILURE, disk_failure, read_run
 
 # What a disk does that no restart mends.
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
