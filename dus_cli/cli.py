@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Any, NoReturn, Optional, cast, get_args
 
 import typer
 
@@ -21,6 +21,7 @@ from dus_cli import __version__
 from dus_cli.errors import DusError, LayerMapError, StoppedError, shown
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
+from dus_cli.model_config import Assumption
 from dus_cli.plan import MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
@@ -72,6 +73,13 @@ def _layers(text: str) -> str:
     return text
 
 
+def _assumption(text: str) -> tuple[str, Assumption]:
+    field, _, value = text.partition("=")
+    if not field or value not in get_args(Assumption):
+        raise typer.BadParameter(f"{shown(text)!r} is not of the form FIELD=keep or FIELD=map")
+    return field, cast("Assumption", value)
+
+
 @app.command()
 def upscale(
     model: Annotated[
@@ -95,6 +103,15 @@ def upscale(
         ),
     ] = None,
     copies: Annotated[int, typer.Option("--copies", min=2, metavar="K", help="Copies to stack.")] = 2,
+    assume: Annotated[
+        Optional[list[Any]],  # noqa: UP045
+        typer.Option(
+            "--assume",
+            metavar="FIELD=keep|map",
+            parser=_assumption,
+            help="A field of config.json that dus does not know: keep it, or let its entries follow the layers.",
+        ),
+    ] = None,
     max_shard_size: Annotated[
         int,
         typer.Option(
@@ -124,7 +141,7 @@ def upscale(
     """
     if layers is not None and (trim is not None or copies != 2):
         raise typer.BadParameter("it says the whole map; leave out --trim and --copies", param_hint="--layers")
-    ref, request = ModelRef.parse(model), MapRequest(trim, layers, copies)
+    ref, request = ModelRef.parse(model), MapRequest(trim, layers, copies, tuple(assume or ()))
     speaks = not (quiet or as_json)
     if dry_run:
         report = run_preview(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import string
+from collections.abc import Mapping, Sequence
+
 from dus_cli.layers import LayerMap
 
 # More runs than this do not help a person see the map.
@@ -43,6 +46,46 @@ def draw_map(layer_map: LayerMap, width: int = 80) -> str:
     if len(seams) > _MAX_ROWS:
         seams = [*seams[: _MAX_ROWS - 1], f"…        {len(seams) - _MAX_ROWS + 1} seams more"]
     return "\n".join(lines + seams)
+
+
+def draw_kinds(kinds: Mapping[str, Sequence[str]], layer_map: LayerMap, width: int = 80) -> list[str]:
+    """What the output's layers are, a letter for each, with a bar at every seam; lines at most `width` wide.
+
+    >>> from dus_cli.layers import stack
+    >>> kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    >>> for line in draw_kinds({"layer_types": kinds + kinds[1:]}, stack(4, trim=1), 60): print(line)
+    layer_types: s sliding_attention, f full_attention
+           0 sss|ssf
+    """
+    above = {seam.output_layers[1] for seam in layer_map.seams}
+    lines = []
+    for name, found in kinds.items():
+        letters = _letters(found)
+        legend = ", ".join(f"{letter} {kind}" for kind, letter in letters.items())
+        lines.append(_cut(f"{name}: {legend}", width))
+        row, first = "", 0
+        for layer, kind in enumerate(found):
+            mark = ("|" if layer in above else "") + letters[kind]
+            if len(row) + len(mark) > width - 9:
+                lines.append(f"{first:8} {row}")
+                row, first = "", layer
+            row += mark
+        lines.append(f"{first:8} {row}")
+    return lines
+
+
+def _letters(kinds: Sequence[str]) -> dict[str, str]:
+    """A letter for each kind: one of its own while there is one, then any."""
+    letters: dict[str, str] = {}
+    for kind in dict.fromkeys(kinds):
+        own = [c for c in f"{kind.lower()}{kind.upper()}" if c.isalnum()]
+        free = (c for c in (*own, *string.ascii_letters, *string.digits) if c not in letters.values())
+        letters[kind] = next(free, "?")
+    return letters
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _span(first: int, last: int) -> str:

@@ -190,14 +190,14 @@ def typed_map(text: str, num_layers: int) -> LayerMap:
 
 @dataclass(frozen=True)
 class LayerName:
-    """A tensor's name split at its layer number: prefix + "." + index + "." + suffix."""
+    """A tensor's name split at its layer number: prefix + "." + index, and "." + suffix where there is one."""
 
     prefix: str
     index: int
     suffix: str
 
     def at(self, index: int) -> str:
-        return f"{self.prefix}.{index}.{self.suffix}"
+        return f"{self.prefix}.{index}.{self.suffix}" if self.suffix else f"{self.prefix}.{index}"
 
 
 def split_name(name: str) -> LayerName | None:
@@ -205,11 +205,13 @@ def split_name(name: str) -> LayerName | None:
 
     >>> split_name("model.layers.7.mlp.experts.3.up_proj.weight")
     LayerName(prefix='model.layers', index=7, suffix='mlp.experts.3.up_proj.weight')
+    >>> split_name("attn_res.mlp_queries.5")
+    LayerName(prefix='attn_res.mlp_queries', index=5, suffix='')
     >>> split_name("lm_head.weight") is None
     True
     """
     parts = name.split(".")
-    for position, part in enumerate(parts[1:-1], start=1):
+    for position, part in enumerate(parts[1:], start=1):
         # Canonical decimal numbers only: "007" or a non-ASCII digit is not how any library writes an index.
         if part.isdecimal() and part.isascii() and part == str(int(part[:9])):
             return LayerName(".".join(parts[:position]), int(part), ".".join(parts[position + 1 :]))

@@ -10,6 +10,7 @@ from dus_cli.checkpoint import Checkpoint, read_small_file
 from dus_cli.errors import CheckpointError
 from dus_cli.headers import limit_nesting, parse_json_object
 from dus_cli.layers import Seam
+from dus_cli.model_config import Assumption
 from dus_cli.plan import UpscalePlan
 from dus_cli.source_files import inside
 
@@ -48,6 +49,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "trim": layer_map.trim,
         "layers": str(layer_map),
         "layer_map": list(layer_map.sources),
+        "assume": dict(plan.assume),
         "layer_prefix": plan.stack.prefix,
         "max_shard_size": plan.max_shard_bytes,
         "seams": [seam_record(seam) for seam in layer_map.seams],
@@ -72,6 +74,18 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     if record.get("schema") != SCHEMA:
         raise CheckpointError(f"{NAME} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
     return record
+
+
+def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:
+    """What a person decided about fields that dus does not know, when this was made.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    assume = record.get("assume", {})
+    if not isinstance(assume, dict) or not all(value in ("keep", "map") for value in assume.values()):
+        raise CheckpointError(f"{NAME}: assume is no mapping of fields to keep or map; it was damaged or edited")
+    return assume
 
 
 def _chain(checkpoint: Checkpoint) -> list[Any]:

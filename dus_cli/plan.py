@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from dus_cli.errors import LayerMapError
 from dus_cli.layers import LayerMap, stack, typed_map
 from dus_cli.layout import ShardLayout, lay_out
-from dus_cli.model_config import decoder_config, deepen_config
+from dus_cli.model_config import Assumption, decoder_config, deepen_config, refuse_types
 from dus_cli.reference import ModelRef
+from dus_cli.rules import Kinds
 from dus_cli.source_files import carried_files
 from dus_cli.stacks import LayerStack, find_stack
 
@@ -40,11 +42,15 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class MapRequest:
-    """The layer map that was asked for, before the base's depth is known. `layers` excludes the others."""
+    """The layer map that was asked for, before the base's depth is known. `layers` excludes the others.
+
+    `assume` says how fields of config.json that dus does not know are to be carried, as (field, "keep" or "map").
+    """
 
     trim: int | None = None
     layers: str | None = None
     copies: int = 2
+    assume: tuple[tuple[str, Assumption], ...] = ()
 
     def resolve(self, num_layers: int) -> LayerMap:
         """The map for a base of this depth.
@@ -72,7 +78,8 @@ class UpscalePlan:
     """The whole output: shards, config, files, and the figures that the report gives.
 
     `shards` maps file names to layouts, in order. `files` are the source's other files, as
-    (path with "/", file).
+    (path with "/", file). `kinds` are what the config says of each base layer; `assume` is what a person
+    decided about fields that dus does not know.
     """
 
     base: Base
@@ -82,6 +89,8 @@ class UpscalePlan:
     max_shard_bytes: int
     stack: LayerStack
     config: dict[str, Any]
+    kinds: Kinds
+    assume: tuple[tuple[str, Assumption], ...]
     shards: dict[str, ShardLayout]
     files: tuple[tuple[str, Path], ...]
     warnings: tuple[str, ...]
@@ -93,9 +102,16 @@ class UpscalePlan:
         options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
         if self.copies != 2:
             options += f" --copies {self.copies}"
+        for field, assumption in self.assume:
+            options += f" --assume {shlex.quote(f'{field}={assumption}')}"
         if self.max_shard_bytes != DEFAULT_SHARD_BYTES:
             options += f" --max-shard-size {self.max_shard_bytes}B"
         return options
+
+    @property
+    def output_kinds(self) -> Kinds:
+        """What each output layer is: what its source is, by every field that tells the base's layers apart."""
+        return {name: [kinds[base] for base in self.layer_map.sources] for name, kinds in self.kinds.items()}
 
     @property
     def num_tensors(self) -> int:
@@ -150,10 +166,11 @@ def make_plan(
         ConfigError: a field of the config cannot follow the map.
         CheckpointError: tensors that the layer map does not account for.
     """
+    refuse_types(checkpoint.config)
     decoder = decoder_config(checkpoint.config)
     layer_map = request.resolve(decoder.num_layers)
+    deeper = deepen_config(checkpoint.config, layer_map, dict(request.assume))
     layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder)
-    config, config_warnings = deepen_config(checkpoint.config, layer_map)
     layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes)
     if len(layouts) == 1:
         shards = {SINGLE_NAME: layouts[0]}
@@ -161,7 +178,7 @@ def make_plan(
         width = max(5, len(str(len(layouts))))
         names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
         shards = dict(zip(names, layouts, strict=True))
-    warnings = [*stack_warnings, *config_warnings]
+    warnings = [*stack_warnings, *deeper.warnings]
     if not layer_map.is_deeper:
         warnings.append(
             f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
@@ -179,7 +196,9 @@ def make_plan(
         request.copies,
         max_shard_bytes,
         layers,
-        config,
+        deeper.config,
+        deeper.kinds,
+        request.assume,
         shards,
         files,
         tuple(warnings),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli import __version__
-from dus_cli.drawing import draw_map
+from dus_cli.drawing import draw_kinds, draw_map
 from dus_cli.lineage import seam_record
 from dus_cli.plan import UpscalePlan
 from dus_cli.transfer import Tally
@@ -56,6 +56,7 @@ class UpscaleReport:
             "layers": str(layer_map),
             "layer_map": list(layer_map.sources),
             "seams": [seam_record(seam) for seam in layer_map.seams],
+            "kinds": plan.output_kinds,
             "parameters": {"base": plan.checkpoint.num_parameters, "output": plan.num_parameters},
             "bytes": plan.num_data_bytes,
             "tensors": plan.num_tensors,
@@ -75,7 +76,8 @@ def plan_text(plan: UpscalePlan, width: int) -> str:
     layer_map = plan.layer_map
     trim = "" if layer_map.trim is None else f", trim {layer_map.trim}"
     title = f"{plan.base.ref.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}"
-    return f"{title}\n\n{draw_map(layer_map, width)}"
+    kinds = draw_kinds(plan.output_kinds, layer_map, width)
+    return "\n".join([title, "", draw_map(layer_map, width), *kinds])
 
 
 def upscale_text(report: UpscaleReport) -> str:

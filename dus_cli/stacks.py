@@ -16,17 +16,24 @@ from dus_cli.model_config import DecoderConfig
 class LayerStack:
     """Where the decoder's layers stand: tensors `prefix.0.…` to `prefix.n-1.…`.
 
-    `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3).
+    `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3). `beside` are other
+    prefixes that hold a tensor for each layer from some layer on, which is number 0 there (inkling2).
     """
 
     prefix: str
     num_layers: int
     num_extra: int = 0
+    beside: tuple[tuple[str, int], ...] = ()
 
     def output_names(self, name: str, layer_map: LayerMap) -> tuple[str, ...]:
         """The names under which a base tensor stands in the output: none where the map drops its layer."""
         split = split_name(name)
-        if split is None or split.prefix != self.prefix:
+        if split is None:
+            return (name,)
+        for prefix, first in self.beside:
+            if split.prefix == prefix:
+                return tuple(split.at(output - first) for output in layer_map.outputs[split.index + first])
+        if split.prefix != self.prefix:
             return (name,)
         if split.index >= self.num_layers:
             return (split.at(split.index - self.num_layers + len(layer_map)),)
@@ -41,6 +48,7 @@ def find_stack(names: Iterable[str], decoder: DecoderConfig) -> tuple[LayerStack
             that hold no tensor, or a second stack that dus does not understand.
     """
     indices: dict[str, set[int]] = defaultdict(set)
+    names = tuple(names)
     for name in names:
         split = split_name(name)
         if split is not None:
@@ -55,13 +63,37 @@ def find_stack(names: Iterable[str], decoder: DecoderConfig) -> tuple[LayerStack
             f"of the {depth} that config.json counts; shards are missing, download the checkpoint again"
         )
     num_extra = _count_extra(prefix, found, decoder)
-    _check_others(indices, prefix, decoder)
-    return LayerStack(prefix, depth, num_extra), warnings
+    beside = _beside(indices, decoder)
+    _check_others(indices, (prefix, *(name for name, _ in beside)), decoder)
+    needs = arch.architecture(decoder.model_type).needs
+    lacking = [need for need in needs if not any(name.endswith(need) for name in names)]
+    if lacking:
+        raise CheckpointError(
+            f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then makes them up from the layers' "
+            "numbers, which change; load and save the base once with a current transformers, which writes them"
+        )
+    return LayerStack(prefix, depth, num_extra, beside), warnings
+
+
+def _beside(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[tuple[str, int], ...]:
+    found = tuple(
+        (prefix, first)
+        for ending, first in arch.architecture(decoder.model_type).beside.items()
+        for prefix in indices
+        if prefix.endswith(ending)
+    )
+    for prefix, first in found:
+        if indices[prefix] != set(range(decoder.num_layers - first)):
+            raise CheckpointError(
+                f"{shown(prefix)} has {len(indices[prefix])} entries for {decoder.num_layers - first} layers; "
+                "shards are missing, download the checkpoint again"
+            )
+    return found
 
 
 def _choose(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[str, tuple[str, ...]]:
     depth = decoder.num_layers
-    known = [prefix for prefix in indices if prefix in arch.LAYER_STACKS]
+    known = [prefix for prefix in indices if prefix in arch.LAYER_STACKS or _is_bert_decoder(prefix, decoder)]
     if len(known) == 1:
         return known[0], ()
     if len(known) > 1:
@@ -86,6 +118,10 @@ def _choose(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[str, 
     return complete[0], (warning,)
 
 
+def _is_bert_decoder(prefix: str, decoder: DecoderConfig) -> bool:
+    return decoder.is_causal_bert and prefix.count(".") <= 2 and prefix.endswith(arch.DECODER_SUFFIX)
+
+
 def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
     beyond = sorted(index for index in found if index >= decoder.num_layers)
     if not beyond:
@@ -99,14 +135,16 @@ def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
     )
 
 
-def _check_others(indices: dict[str, set[int]], prefix: str, decoder: DecoderConfig) -> None:
+def _check_others(indices: dict[str, set[int]], known: tuple[str, ...], decoder: DecoderConfig) -> None:
     """Numbered names outside the decoder's layers: understood, or an error that names them.
 
     A multimodal model's encoders stand outside the language model and stay as they are. Inside it a
     numbered stack may be a table with one entry per layer (gemma3n's altup projections).
     """
+    prefix = known[0]
     language_model = prefix.rpartition(".")[0]
-    for other in sorted(indices.keys() - {prefix, *arch.MTP_STACKS}):
+    apart = arch.architecture(decoder.model_type).apart
+    for other in sorted(indices.keys() - {*known, *apart, *arch.MTP_STACKS}):
         is_inside = language_model not in ("", "model") and other.startswith(f"{language_model}.")
         if is_inside or not decoder.is_multimodal:
             raise CheckpointError(

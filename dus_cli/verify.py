@@ -25,7 +25,7 @@ from dus_cli.errors import DusError, VerificationError, shown, shown_list
 from dus_cli.headers import TensorInfo, read_header
 from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.layout import ShardLayout
-from dus_cli.model_config import DecoderConfig, decoder_config, deepen_config
+from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deepen_config
 from dus_cli.plan import UpscalePlan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.source_files import inside
@@ -173,7 +173,8 @@ def verify(
             progress.start("comparing twins", _num_bytes(pairs))
             _compare_all(found, pairs, jobs, progress)
     if base is not None:
-        pairs, problems = _against_base(tensors, base, config, layer_map)
+        assume = _gather(found, lambda: lineage.recorded_assumptions(record or {})) or {}
+        pairs, problems = _against_base(tensors, base, config, layer_map, assume)
         if all_readable:
             found.problems += problems
         progress.start("comparing with the base", _num_bytes(pairs))
@@ -296,7 +297,11 @@ def _duplicates(
 
 
 def _against_base(
-    tensors: dict[str, Place], base: Checkpoint, config: dict[str, Any] | None, layer_map: LayerMap | None
+    tensors: dict[str, Place],
+    base: Checkpoint,
+    config: dict[str, Any] | None,
+    layer_map: LayerMap | None,
+    assume: dict[str, Assumption],
 ) -> tuple[list[Comparison], list[str]]:
     """Names and config held against the base's: pairs that remain to be compared, and problems."""
     if layer_map is None:
@@ -318,7 +323,7 @@ def _against_base(
             else:
                 problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
     problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
-    planned, _ = deepen_config(base.config, layer_map)
+    planned = deepen_config(base.config, layer_map, assume).config
     if config is not None and config != planned:
         keys = sorted(k for k in {*config, *planned} if config.get(k) != planned.get(k))
         problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")

@@ -16,7 +16,7 @@ EIGHT = stack(8, trim=2)  # 0…5, 2…7: the shift is 4
 
 def deepen(layer_map: LayerMap = EIGHT, **fields: Any) -> dict[str, Any]:
     config = {k: v for k, v in (llama_config(8) | fields).items() if v is not ...}
-    return deepen_config(config, layer_map)[0]
+    return deepen_config(config, layer_map).config
 
 
 def kinds(text: str) -> list[str]:
@@ -36,7 +36,8 @@ def test_a_list_with_one_entry_per_layer_follows_the_map() -> None:
 
 
 def test_an_unknown_list_of_that_length_follows_and_is_reported() -> None:
-    after, warnings = deepen_config(llama_config(8) | {"rank_of_layer": list("abcdefgh")}, EIGHT)
+    deeper = deepen_config(llama_config(8) | {"rank_of_layer": list("abcdefgh")}, EIGHT)
+    after, warnings = deeper.config, deeper.warnings
     assert after["rank_of_layer"] == list("abcdefcdefgh")
     assert any("rank_of_layer" in warning for warning in warnings)
 
@@ -45,7 +46,7 @@ def test_a_nested_text_config_is_deepened_and_the_rest_untouched() -> None:
     text = llama_config(8) | {"layer_types": kinds("sssfsssf")}
     vision = {"num_hidden_layers": 8, "layer_types": [1] * 8}
     config = {"model_type": "llava", "text_config": text, "vision_config": vision, "z": 1}
-    after, _ = deepen_config(config, EIGHT)
+    after = deepen_config(config, EIGHT).config
     assert list(after) == list(config)
     assert after["text_config"]["num_hidden_layers"] == 12
     assert len(after["text_config"]["layer_types"]) == 12
@@ -54,7 +55,7 @@ def test_a_nested_text_config_is_deepened_and_the_rest_untouched() -> None:
 
 def test_a_wrapper_that_repeats_the_depth_repeats_the_new_one() -> None:
     config = {"model_type": "llava", "text_config": llama_config(8), "num_hidden_layers": 8}
-    after, _ = deepen_config(config, EIGHT)
+    after = deepen_config(config, EIGHT).config
     assert after["num_hidden_layers"] == 12
 
 
@@ -104,7 +105,6 @@ def test_kinds_that_the_class_would_derive_are_written_out() -> None:
     after = deepen(model_type="gemma3_text", sliding_window_pattern=3)
     assert after["layer_types"] == kinds("ssfssf" + "fssfss")
     assert after["sliding_window_pattern"] == 3
-    assert deepen(model_type="gemma2", layer_types=None)["layer_types"] == kinds("sfsfsf" + "sfsfsf")
 
 
 @pytest.mark.parametrize("period", [0, -1, "3", 2.5])
@@ -114,8 +114,65 @@ def test_a_period_that_is_none_is_refused(period: object) -> None:
 
 
 def test_a_pattern_that_dus_cannot_derive_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="lacks layer_types: exaone4"):
-        deepen(model_type="exaone4")
+    with pytest.raises(ConfigError, match="lacks layer_types"):
+        deepen(model_type="exaone4", sliding_window=None)
+
+
+def test_the_list_is_left_out_where_the_class_would_make_up_the_same() -> None:
+    after = deepen(stack(8, trim=1), model_type="gemma2", layer_types=None)  # the shift is 6
+    assert after["layer_types"] is None
+
+
+def test_a_text_with_a_character_per_layer_follows_the_map() -> None:
+    after = deepen(hybrid_override_pattern="M-M*M*E-")
+    assert after["hybrid_override_pattern"] == "M-M*M*" + "M*M*E-"
+
+
+def test_a_scale_that_the_model_divides_by_the_root_of_its_depth_grows_with_it() -> None:
+    assert deepen(model_type="minicpm3", scale_depth=1.4)["scale_depth"] == pytest.approx(1.4 * (12 / 8) ** 0.5)
+
+
+def test_a_layer_that_is_unlike_the_others_stands_only_in_its_place() -> None:
+    assert deepen(model_type="rwkv")["num_hidden_layers"] == 12
+    with pytest.raises(ConfigError, match=r"layer 0 is unlike the others .* --trim 1 or 2 or 3 would keep it"):
+        deepen(stack(8, trim=0), model_type="rwkv")
+    with pytest.raises(ConfigError, match="layer 7 is unlike the others"):
+        deepen(typed_map("0:8,7", 8), model_type="gpt_neox_japanese")
+
+
+def test_jamba_takes_another_period_where_one_fits() -> None:
+    fields: dict[str, Any] = {
+        "attn_layer_period": 8,
+        "attn_layer_offset": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    }
+    after = deepen(stack(8, trim=1), model_type="jamba", **fields)  # attention in layer 4, output layers 4 and 10
+    assert (after["attn_layer_period"], after["attn_layer_offset"]) == (6, 4)
+    with pytest.raises(ConfigError, match=r"attn_layer_period is 8, .* --trim 0 or 1 would keep it"):
+        deepen(model_type="jamba", **fields)
+
+
+def test_a_person_may_decide_about_a_field_that_dus_does_not_know() -> None:
+    config = llama_config(8) | {"attention_pattern": "SSFFSSFF", "skip_layers": [1, 5]}
+    deeper = deepen_config(config, EIGHT, {"attention_pattern": "map", "skip_layers": "keep"})
+    assert deeper.config["attention_pattern"] == "SSFFSS" + "FFSSFF"
+    assert deeper.config["skip_layers"] == [1, 5]
+    assert sum("as --assume says" in warning for warning in deeper.warnings) == 2
+
+
+@pytest.mark.parametrize(
+    ("assume", "message"),
+    [
+        ({"layer_types": "keep"}, "dus knows how this field follows"),
+        ({"nothing": "keep"}, "has no such field"),
+        ({"vocab_size": "map"}, "neither a list nor a text"),
+        ({"short_list": "map"}, "short_list has 2 entries for 8 layers"),
+    ],
+)
+def test_an_assumption_that_cannot_be_is_refused(assume: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        deepen_config(llama_config(8) | {"short_list": [1, 2]}, EIGHT, assume)
 
 
 def test_a_threshold_stays_while_nothing_below_it_is_repeated() -> None:
@@ -133,9 +190,8 @@ def test_max_window_layers_counts_only_when_windows_are_used() -> None:
     off = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=False)
     assert off["max_window_layers"] == 7
     on = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=True)
-    assert on["max_window_layers"] == 11  # base layer 7 alone has a window, and stands once, last
-    with pytest.raises(ConfigError, match="max_window_layers"):
-        deepen(model_type="qwen2", max_window_layers=4, use_sliding_window=True)
+    assert on["layer_types"] == kinds("ffffff" + "fffffs")  # base layer 7 alone has a window, and stands once, last
+    assert on["max_window_layers"] == 7  # not read where the list is
 
 
 @pytest.mark.parametrize(
@@ -150,7 +206,7 @@ def test_max_window_layers_counts_only_when_windows_are_used() -> None:
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"per_layer_config": {"3": {}}}, "per_layer_config"),
-        ({"hybrid_override_pattern": "M-M*-M-M"}, "hybrid_override_pattern"),
+        ({"hybrid_override_pattern": "M-M*-M-M-"}, "hybrid_override_pattern"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(fields: dict[str, Any], name: str) -> None:
@@ -158,14 +214,14 @@ def test_what_is_not_understood_is_refused_by_name(fields: dict[str, Any], name:
         deepen(**fields)
 
 
-@pytest.mark.parametrize("model_type", ["diffllama", "zamba2", "rwkv", "longcat_flash"])
+@pytest.mark.parametrize("model_type", ["diffllama", "zamba2", "beam", "gemma3n_text"])
 def test_types_that_copying_cannot_deepen_are_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match=f"'{model_type}' cannot be deepened"):
         deepen(model_type=model_type)
 
 
 def test_an_unknown_type_with_nothing_per_layer_goes_through_with_a_warning() -> None:
-    _, warnings = deepen_config(llama_config(8) | {"model_type": "our_own"}, EIGHT)
+    warnings = deepen_config(llama_config(8) | {"model_type": "our_own"}, EIGHT).warnings
     assert any("'our_own' is not one dus knows" in warning for warning in warnings)
 
 
@@ -179,7 +235,8 @@ def test_an_unknown_type_with_nothing_per_layer_goes_through_with_a_warning() ->
     ],
 )
 def test_what_says_nothing_about_layers_is_kept(fields: dict[str, Any]) -> None:
-    after, warnings = deepen_config(llama_config(8) | fields, EIGHT)
+    deeper = deepen_config(llama_config(8) | fields, EIGHT)
+    after, warnings = deeper.config, deeper.warnings
     assert after == llama_config(8) | fields | {"num_hidden_layers": 12}
     assert warnings == ()
 

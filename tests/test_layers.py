@@ -128,7 +128,7 @@ def test_the_first_number_in_a_name_is_the_layer(name: str, prefix: str, index: 
     assert split.at(index) == name
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "a.007.b", "a.²." + "b", "a.5", "5.a", ""])
+@pytest.mark.parametrize("name", ["lm_head.weight", "a.007.b", "a.²." + "b", "5.a", ""])
 def test_other_names_have_no_layer(name: str) -> None:
     assert split_name(name) is None
 

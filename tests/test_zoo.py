@@ -1,0 +1,157 @@
+"""The proof on every architecture: what was written computes what the base does with its layers rearranged.
+
+A model type of transformers' causal-LM mapping ends as equal or as refused by name; docs/architectures.md lists
+them all. `DUS_WRITE_TABLE=1 pytest tests/test_zoo.py` writes that table anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import llama_tensors, write_checkpoint
+from tiny import forked_dus as dus
+
+from dus_cli.architectures import ARCHITECTURES
+from dus_cli.layers import source_layers
+from dus_cli.rules import Derived
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import zoo  # noqa: E402  (it imports both)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
+
+TRIM = 2  # of seven layers: the shift is 3, out of step with patterns of 2, 4, 5 and 6
+DOCS = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+# Found by the tests below: the fields by which a type's layers are told apart.
+OUTCOMES: dict[str, str] = {}
+
+# What no map can deepen, and the words of the refusal.
+REFUSED = {
+    "beam": "its residual additions are scaled by the layer's number",
+    "blt": "it is made of several stacks of layers (patcher, encoder, global and local decoder)",
+    "diffllama": "a constant in its attention is computed from the layer's number",
+    "gemma3n": "its layers share keys and values counted from the last one, and take embeddings from one table",
+    "gemma3n_text": "its layers share keys and values counted from the last one, and take embeddings from one table",
+    "gemma4_assistant": "its layers read the keys and values of another model",
+    "gemma4_unified_assistant": "its layers read the keys and values of another model",
+    "hrm_text": "its layers form stacks that are run in cycles",
+    "xlm": "its layers are spread over several stacks of modules",
+    "zamba": "its layers share one attention block",
+    "zamba2": "its layers share attention blocks",
+}
+# Types that generate otherwise without the cache already before dus touched them, or not at all on text alone: sparse
+# attention picks other keys from a cache, xlstm's step wants other shapes, musicgen's decoder wants an encoder.
+OTHERWISE_WITHOUT_CACHE = frozenset(
+    "cpmant dots3_note dots3_note_text glm_moe_dsa hy_v4 moshi musicgen musicgen_melody rwkv xlstm".split()
+)
+EQUAL = [name for name in zoo.CAUSAL_TYPES if name not in REFUSED]
+
+
+def save_base(model_type: str, folder: Path) -> Path:
+    """A tiny model of this type, as transformers saves it."""
+    zoo.tiny_model(model_type).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def check_equality(model_type: str, folder: Path, trim: int = TRIM) -> dict[str, Any]:
+    """Up-scale folder/base with the real command: the logits must be those of the base rearranged. The report."""
+    report = dus("upscale", folder / "base", "-t", str(trim), "-o", folder / "out", "--json").report
+    base, complaints = zoo.load(model_type, folder / "base")
+    assert complaints == {}
+    written, complaints = zoo.load(model_type, folder / "out")
+    assert complaints == {}
+    tokens = zoo.tokens(base)
+    expected = zoo.expected_logits(base, source_layers(zoo.NUM_LAYERS, trim), tokens)
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(zoo.logits(written, tokens), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, zoo.logits(base, tokens), atol=1e-4)  # the comparison can fail
+    return report
+
+
+@pytest.mark.parametrize("model_type", EQUAL)
+def test_the_written_model_equals_the_base_rearranged(model_type: str, tmp_path: Path) -> None:
+    save_base(model_type, tmp_path)
+    report = check_equality(model_type, tmp_path)
+    assert report["warnings"] == []
+    if model_type not in OTHERWISE_WITHOUT_CACHE:
+        assert zoo.generates_alike_without_cache(zoo.load(model_type, tmp_path / "out")[0])
+    OUTCOMES[model_type] = ", ".join(f"`{name}`" for name in report["kinds"])
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_what_no_map_can_deepen_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
+    config = {"model_type": model_type, "text_config": {"model_type": f"{model_type}_text", "num_hidden_layers": 2}}
+    base = write_checkpoint(tmp_path / "base", llama_tensors(2), config)
+    run = dus("upscale", base, "-o", tmp_path / "out", "-q")
+    run.assert_one_line_error("cannot be deepened by copying layers", REFUSED[model_type])
+    OUTCOMES[model_type] = ""
+
+
+def test_the_table_in_the_docs_is_what_was_found() -> None:
+    if OUTCOMES.keys() != set(zoo.CAUSAL_TYPES):
+        pytest.skip("needs the whole zoo in one run")
+    rows = ["| model type | outcome | told apart by |", "|---|---|---|"]
+    for name in zoo.CAUSAL_TYPES:
+        outcome = f"refused: {REFUSED[name]}" if name in REFUSED else "equal"
+        rows.append(f"| {name} | {outcome} | {OUTCOMES[name]} |")
+    before, start, rest = DOCS.read_text().partition("<!-- the zoo -->\n")
+    _, end, after = rest.partition("<!-- end of the zoo -->")
+    text = f"{before}{start}\n{chr(10).join(rows)}\n\n{end}{after}"
+    if os.environ.get("DUS_WRITE_TABLE"):
+        DOCS.write_text(text)
+    assert DOCS.read_text() == text
+    assert len(EQUAL) >= 135
+
+
+# --- older files, that lack the lists ---------------------------------------------------------------
+
+# Per-layer lists that the class makes up where the file lacks them.
+LISTS = {
+    name: [rule.key for rule in entry.rules if isinstance(rule, Derived)]
+    for name, entry in ARCHITECTURES.items()
+    if entry.refused is None
+}
+OLDER = sorted(name for name in EQUAL if LISTS.get(name))
+
+
+@pytest.mark.parametrize("model_type", OLDER)
+def test_files_that_lack_the_lists_keep_each_layer_its_kind(
+    model_type: str, tmp_path: Path, edit_config: Callable[..., None]
+) -> None:
+    base = save_base(model_type, tmp_path)
+    edit_config(base, **dict.fromkeys(LISTS[model_type]))
+    check_equality(model_type, tmp_path)
+
+
+# --- trims over the whole span -----------------------------------------------------------------------
+
+PATTERNED = [
+    "gemma2",
+    "gemma3_text",
+    "qwen3_next",
+    "llama4_text",
+    "gpt_oss",
+    "jamba",
+    "granitemoehybrid",
+    "deepseek_v3",
+]
+
+
+@pytest.mark.parametrize("trim", range(4))
+@pytest.mark.parametrize("model_type", PATTERNED)
+def test_every_trim_is_equal_or_refused_by_name(model_type: str, trim: int, tmp_path: Path) -> None:
+    base = save_base(model_type, tmp_path)
+    run = dus("upscale", base, "-t", str(trim), "-o", tmp_path / "out", "-q")
+    if run.returncode == 0:
+        (tmp_path / "out").rename(tmp_path / "quiet")
+        check_equality(model_type, tmp_path, trim)
+    else:
+        field = {"jamba": "_layer_period", "deepseek_v3": "first_k_dense_replace"}[model_type]
+        run.assert_one_line_error(field)

@@ -1,0 +1,301 @@
+"""Tiny random models of every architecture in transformers' causal-LM mapping, and the base's layers replayed.
+
+The replay is the oracle of the golden tests, and knows nothing of how a config says what a layer is: the
+base runs once, every layer's arguments (masks, rotary angles, …) are kept, and the layers are called again
+in the order of the map, each with the arguments that it had in the base.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+# Sizes by the many names that configs have for them; a type takes those that it knows.
+TINY: dict[str, Any] = {
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "embed_dim": 32, "word_embed_proj_dim": 32, "emb_dim": 32,
+    "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 64, "shared_expert_intermediate_size": 48,
+    "moe_intermediate_size": 16, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "dff": 48,
+    "attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 64,
+    "n_positions": 64, "max_seq_len": 64, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "state_size": 8, "expand": 2, "rotary_dim": 4,
+    "sliding_window": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "n_groups": 2,
+    "query_pre_attn_scalar": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "attention_chunk_size": 6, "dropout": 0.0, "attention_dropout": 0.0,
+    "hidden_dropout": 0.0, "activation_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "dropout_p": 0.0, "is_decoder": True,
+    "is_encoder_decoder": False, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4, "encoder_layers": 7, "num_encoder_layers": 7, "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2,
+    "mamba_n_groups": 1, "dim_ff": 48, "dim_head": 8, "moe_num_experts": 4, "type_vocab_size": 2,
+    "max_target_positions": 64, "max_source_positions": 64, "hidden_act_dropout": 0.0, "classifier_dropout": 0.0,
+    "embedding_size": 32, "projection_dim": 32, "num_hidden_groups": 1, "norm_topk_prob": True,
+}  # fmt: skip
+
+# Encoders beside a multimodal decoder.
+VISION: dict[str, Any] = {
+    "num_hidden_layers": 2, "depth": 2, "num_layers": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 48,
+    "num_attention_heads": 4, "num_heads": 4, "image_size": 28, "patch_size": 14, "out_hidden_size": 32,
+    "num_position_embeddings": 16, "per_layer_config": {}, "adapter_in_dim": 32,
+}  # fmt: skip
+
+NUM_LAYERS = 7
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_GEMMA4 = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 96, "global_head_dim": 8}
+
+# What a type's class asks of its sizes, and kinds of layers where its defaults have only one.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 4]},
+    "bailing_hybrid": {"num_expert_group": 1, "num_experts_per_token": 2, "num_shared_experts": 1},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"first_k_dense_replace": 1},
+    "deepseek_v3": {"first_k_dense_replace": 2, "num_nextn_predict_layers": 0},
+    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "max_window_layers": 3},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 2,
+        "index_topk": 8, "num_key_value_heads": 4,
+    },
+    "ernie4_5_moe": {"moe_k": 2},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": _GEMMA4,
+    "glm4_moe": {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3], [["global"], 1]], "window_size": 6},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", *["linear_attention"] * 3,
+                                         "full_attention", "linear_attention"]},
+    "glm_moe_dsa": {"index_topk": 6, "index_topk_freq": 3, "index_head_dim": 16, "index_n_heads": 2},
+    "hy_v4": {"index_topk": 6, "index_head_dim": 16, "index_n_heads": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 3},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 3, "expert_layer_offset": 2},
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8, "num_expert_group": 1, "num_experts_per_token": 2},
+    "lfm2": {"full_attn_idxs": [1, 4]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]},
+    "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "mllama_text_model": {"cross_attention_layers": [1, 4]},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe", "mlp"],
+        "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+    },
+    "phi3": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 3},
+    "qwen2_moe": {"num_experts": 4, "use_sliding_window": True, "max_window_layers": 5, "mlp_only_layers": [1, 2]},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 3},
+    "qwen3_moe": {"mlp_only_layers": [0, 3]},
+    "qwen3_next": {"mlp_only_layers": [0, 3]},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+                       "indexer_compress_ratio": 2},
+    "reformer": {"attn_layers": ["local", "lsh", "local", "lsh", "local", "local", "lsh"],
+                 "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "num_buckets": 4},
+    "roc_bert": {"shape_vocab_size": 96, "shape_embed_dim": 16, "pronunciation_vocab_size": 96,
+                 "pronunciation_embed_dim": 16},
+    "rwkv": {"rescale_every": 0},
+    "smollm3": {"use_sliding_window": True},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+DEPTH_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def _sizes(model_type: str, known: dict[str, Any]) -> dict[str, Any]:
+    sizes = {key: value for key, value in TINY.items() if key in known}
+    depth = next((key for key in DEPTH_KEYS if key in known), None)
+    if depth is not None:
+        sizes[depth] = NUM_LAYERS
+    if "kv_lora_rank" in known and "num_key_value_heads" in known:
+        sizes["num_key_value_heads"] = 4  # latent attention has a key and a value for every head
+    for key, nested in known.items():
+        if isinstance(nested, dict) and key.endswith("_config") and "model_type" in nested:
+            if key == "text_config":
+                sizes[key] = _sizes(nested["model_type"], nested)
+            else:
+                sizes[key] = {name: value for name, value in VISION.items() if name in nested}
+            sizes[key]["model_type"] = nested["model_type"]
+    return sizes | SPECIAL.get(model_type, {})
+
+
+def model_class(model_type: str) -> Any:
+    """The causal language model of this type; of some wrappers, that of their decoder alone."""
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+
+
+def tiny_config(model_type: str) -> Any:
+    """A config of this type with seven layers and small sizes, kinds of layers as its class has them."""
+    config = model_class(model_type).config_class
+    config = config if config.model_type != model_type else transformers.CONFIG_MAPPING[model_type]
+    return config(**_sizes(config.model_type, config().to_dict()))
+
+
+def tiny_model(model_type: str) -> Any:
+    """A random model of this type, every parameter distinct.
+
+    Raises:
+        MemoryError: it would not be tiny.
+    """
+    config = tiny_config(model_type)
+    build = model_class(model_type)._from_config
+    with torch.device("meta"):
+        probe = build(copy.deepcopy(config), attn_implementation="eager")
+    count = sum(parameter.numel() for parameter in probe.parameters())
+    if count > 8_000_000:
+        largest = max(probe.named_parameters(), key=lambda named: named[1].numel())
+        raise MemoryError(f"{count} parameters, the largest {largest[0]} {tuple(largest[1].shape)}")
+    torch.manual_seed(0)
+    model = build(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_scale = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + is_scale)
+    return model
+
+
+def load(model_type: str, folder: Any) -> tuple[Any, dict[str, Any]]:
+    """The model as a user would load it, and what the loader complains of."""
+    model, info = model_class(model_type).from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    return model.eval(), {key: value for key, value in info.items() if value}
+
+
+def decoder_layers(model: Any, num_layers: int = NUM_LAYERS) -> tuple[Any, str]:
+    """The module that holds the decoder's layers, and the attribute's name."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == num_layers and list(child.parameters()):
+                return module, name
+    raise LookupError(f"no list of {num_layers} layers")
+
+
+def tokens(model: Any) -> torch.Tensor:
+    """Three rows of twenty, more than the window of 6; shape (3, 20). musicgen wants a row for each codebook."""
+    rows = model.config.num_codebooks if "musicgen" in model.config.model_type else 3
+    return torch.stack([torch.arange(20) * (2 * row + 1) % 89 + 3 for row in range(rows)])
+
+
+def generates_alike_without_cache(model: Any) -> bool:
+    """Whether greedy generation is the same with the cache and without it. Some types cannot generate at all."""
+    rows = tokens(model)
+    start = rows if "musicgen" in model.config.model_type else rows[:1]
+    found = []
+    for use_cache in (True, False):
+        with torch.no_grad():
+            try:
+                found.append(model.generate(start, max_new_tokens=4, do_sample=False, use_cache=use_cache))
+            except (TypeError, ValueError, IndexError):
+                return False
+    return torch.equal(*found)
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Shape (batch, tokens, vocabulary)."""
+    forward = inspect.signature(model.forward).parameters
+    takes_cache = "use_cache" in forward or any(p.kind is p.VAR_KEYWORD for p in forward.values())
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=tokens, **({"use_cache": False} if takes_cache else {})).logits.float()
+    return found
+
+
+# Types whose layers pass each other more than one hidden state: their layers are rearranged, not replayed.
+REARRANGED = frozenset(["glm_moe_dsa", "hy_v4", "inkling2_text", "reformer", "zaya"])
+
+
+def rearranged(model: Any, sources: Sequence[int]) -> Any:
+    """The model with its layers in another order: every layer's module, and in the config every per-layer list."""
+    stacked = copy.deepcopy(model)
+    holder, name = decoder_layers(stacked)
+    layers = getattr(holder, name)
+    setattr(holder, name, torch.nn.ModuleList([copy.deepcopy(layers[layer]) for layer in sources]))
+    config = stacked.config.get_text_config()
+    for key, value in config.to_dict().items():
+        if key in DEPTH_KEYS:
+            setattr(config, key, len(sources))
+        elif isinstance(value, list) and len(value) == len(layers):
+            setattr(config, key, [value[layer] for layer in sources])
+    return stacked
+
+
+def expected_logits(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+    """What the up-scaled model must compute; shape (batch, tokens, vocabulary)."""
+    if model.config.get_text_config().model_type in REARRANGED:
+        return logits(rearranged(model, sources), tokens)
+    return replayed(model, sources, tokens)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def _with_hidden(hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
+
+
+def _first(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
+
+
+@contextmanager
+def _forwards(layers: Sequence[Any], wrap: Any) -> Iterator[list[Any]]:
+    originals = [layer.forward for layer in layers]
+    for number, layer in enumerate(layers):
+        layer.forward = wrap(number, originals[number])
+    try:
+        yield originals
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the base with its layers called in the order of `sources`, each as it is called in the base."""
+    holder, name = decoder_layers(model)
+    layers = list(getattr(holder, name))
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
+
+    def record(number: int, forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            assert number not in calls, "a layer ran twice"
+            output = forward(*args, **kwargs)
+            calls[number] = (args, dict(kwargs), output)
+            return output
+
+        return call
+
+    with _forwards(layers, record):
+        logits(model, tokens)
+    assert 0 in calls
+
+    def replay(number: int, _forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            hidden = _hidden(args, kwargs)
+            if number == 0:
+                for base in sources:
+                    if base not in calls:  # mllama's cross-attention, where there is no image
+                        continue
+                    their_args, their_kwargs, _ = calls[base]
+                    with_args, with_kwargs = _with_hidden(hidden, their_args, their_kwargs)
+                    hidden = _first(originals[base](*with_args, **with_kwargs))
+            output = calls[number][2]
+            if isinstance(output, (tuple, list)):
+                return (hidden, *output[1:])
+            return hidden
+
+        return call
+
+    with _forwards(layers, replay) as originals:
+        return logits(model, tokens)
