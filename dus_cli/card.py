@@ -44,6 +44,7 @@ def model_card(plan: UpscalePlan) -> str:
         f"feeds base layer {seam.base_layers[1]}, distance {seam.distance}"
         for seam in layer_map.seams
     )
+    format_note = "The base's weights were pickled; these are safetensors, the same numbers.\n\n"
     warnings = "".join(f"\n> **Note:** {warning}\n" for warning in plan.warnings)
     base_parameters = plan.checkpoint.num_parameters
     return f"""---
@@ -67,7 +68,7 @@ Layer map: `{layer_map}` (half-open ranges of base layers).
 
 {seams or "No seam: every layer follows its neighbour in the base."}
 
-Made by [dus](https://pypi.org/project/dus-cli/) with
+{format_note if plan.checkpoint.is_pickled else ""}Made by [dus](https://pypi.org/project/dus-cli/) with
 
 ```
 {command_line(plan)}

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dus_cli import architectures as arch
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.headers import Header, TensorInfo, limit_nesting, parse_json_object, read_header
+from dus_cli.pickles import read_pickled
 from dus_cli.source_files import inside
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PICKLED_NAME = "pytorch_model.bin"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+
+# The output embedding in architectures that can tie it to the input's (`_tied_weights_keys` in transformers).
+_TIED_HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "proj_out.weight")
 
 # Larger than any real one by a factor of a hundred: a spike of memory is a denial of service.
 _MAX_CONFIG_BYTES = 16_000_000
@@ -35,9 +41,14 @@ def fingerprint(path: Path) -> Fingerprint | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def is_pickled(name: str) -> bool:
+    """Whether a file of weights is one of torch.save's, by its name."""
+    return name.endswith(".bin")
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file of a checkpoint. `name` is its path in the folder, with "/".
+    """One file of weights, safetensors or pickled. `name` is its path in the folder, with "/".
 
     `fingerprint` was taken before the header was read: see the function.
     """
@@ -47,10 +58,14 @@ class Shard:
     header: Header
     fingerprint: Fingerprint | None = None
 
+    @property
+    def is_pickled(self) -> bool:
+        return is_pickled(self.name)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoder checkpoint in safetensors, all headers checked and held against the index.
+    """A decoder checkpoint, all headers checked and held against the index.
 
     Tensors have distinct names over all shards. `config_sha256` and `index_sha256` are hexadecimal;
     the latter is None where the weights are one file.
@@ -61,6 +76,15 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     config_sha256: str
     index_sha256: str | None
+
+    @property
+    def is_pickled(self) -> bool:
+        return any(shard.is_pickled for shard in self.shards)
+
+    @property
+    def format(self) -> str:
+        """Of the weights, as lineage and reports call it: "safetensors" or "pickle"."""
+        return "pickle" if self.is_pickled else "safetensors"
 
     @property
     def num_tensors(self) -> int:
@@ -81,11 +105,12 @@ class Checkpoint:
                 yield shard, tensor
 
 
-HeaderReader = Callable[[str], Header]
+# From a shard's name to its header; None where there is no such file.
+HeaderReader = Callable[[str], "Header | None"]
 
 
 def open_checkpoint(folder: Path, absent: HeaderReader | None = None) -> Checkpoint:
-    """Open a folder as a decoder checkpoint in safetensors.
+    """Open a folder as a decoder checkpoint: in safetensors, or where it has none in torch.save's files.
 
     Args:
         folder: the directory.
@@ -102,17 +127,31 @@ def open_checkpoint(folder: Path, absent: HeaderReader | None = None) -> Checkpo
             f"{shown(folder)} {what}; give a checkpoint's directory, or a Hub id of the form org/name"
         )
     config, config_sha256 = read_config(folder)
-    index_path = inside(folder, INDEX_NAME)
-    if index_path.exists():
-        index = read_index(folder)
-        index_sha256 = index.sha256
-        shards = _open_shards(folder, index, absent)
-    elif (single := inside(folder, SINGLE_NAME)).exists() or absent is not None:
-        shards = (_open_shard(SINGLE_NAME, single, absent),)
-        index_sha256 = None
+    weights = find_weights(folder)
+    if isinstance(weights, Index):
+        shards = _open_shards(folder, weights, absent)
+    elif weights is not None:
+        shards = (_open_shard(weights, inside(folder, weights), absent),)
     else:
-        raise CheckpointError(_no_weights(folder))
-    return Checkpoint(folder, config, shards, config_sha256, index_sha256)
+        shards = _open_absent(folder, absent)
+    index_sha256 = weights.sha256 if isinstance(weights, Index) else None
+    return Checkpoint(folder, config, _without_tied_heads(shards, config), config_sha256, index_sha256)
+
+
+def find_weights(folder: Path) -> Index | str | None:
+    """The index of a folder's weights, or the name of the one file that holds them; None where it has neither.
+
+    safetensors come first, as in transformers.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    for index_name, single_name in ((INDEX_NAME, SINGLE_NAME), (PICKLED_INDEX_NAME, PICKLED_NAME)):
+        if inside(folder, index_name).exists():
+            return read_index(folder, index_name)
+        if inside(folder, single_name).exists():
+            return single_name
+    return None
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
@@ -143,8 +182,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
 
 @dataclass(frozen=True)
 class Index:
-    """model.safetensors.index.json: tensor name to shard name; what it says of the size; its own sha256."""
+    """An index file, by `name`: tensor name to shard name; what it says of the size; its own sha256."""
 
+    name: str
     weight_map: dict[str, str]
     total_size: object
     sha256: str
@@ -154,24 +194,25 @@ class Index:
         return sorted(set(self.weight_map.values()))
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
     """The index of a sharded checkpoint.
 
     Raises:
         CheckpointError: damaged, empty, or naming a file outside the folder.
     """
-    raw = read_small_file(inside(folder, INDEX_NAME), INDEX_NAME, _MAX_INDEX_BYTES)
-    index = parse_json_object(raw, INDEX_NAME)
+    raw = read_small_file(inside(folder, name), name, _MAX_INDEX_BYTES)
+    index = parse_json_object(raw, name)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX_NAME} has no weight_map; fetch it again")
-    for name in dict.fromkeys(map(str, weight_map.values())):
-        if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_NAME} names {shown(name)}, which is no safetensors file; fetch it again")
-    if not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{INDEX_NAME}: weight_map must map text to text; fetch it again")
+        raise CheckpointError(f"{name} has no weight_map; fetch it again")
+    kind, suffix = ("pickled", ".bin") if name == PICKLED_INDEX_NAME else ("safetensors", ".safetensors")
+    for shard in dict.fromkeys(map(str, weight_map.values())):
+        if not shard.endswith(suffix):
+            raise CheckpointError(f"{name} names {shown(shard)}, which is no {kind} file; fetch it again")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{name}: weight_map must map text to text; fetch it again")
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return Index(weight_map, total_size, hashlib.sha256(raw).hexdigest())
+    return Index(name, weight_map, total_size, hashlib.sha256(raw).hexdigest())
 
 
 def _open_shards(folder: Path, index: Index, absent: HeaderReader | None) -> tuple[Shard, ...]:
@@ -181,7 +222,7 @@ def _open_shards(folder: Path, index: Index, absent: HeaderReader | None) -> tup
         missing = [name for name, path in paths.items() if not path.is_file()]
         if missing:
             raise CheckpointError(
-                f"{INDEX_NAME} names {shown_list(missing)}, missing from {shown(folder)}; download the checkpoint again"
+                f"{index.name} names {shown_list(missing)}, missing from {shown(folder)}; download the checkpoint again"
             )
     shards: list[Shard] = []
     holder: dict[str, str] = {}
@@ -198,14 +239,14 @@ def _open_shards(folder: Path, index: Index, absent: HeaderReader | None) -> tup
                 where = weight_map.get(tensor.name)
                 said = f"places in {shown(where)}" if where else "does not name"
                 raise CheckpointError(
-                    f"{shown(name)} holds tensor {shown(tensor.name)}, which {INDEX_NAME} {said}; "
+                    f"{shown(name)} holds tensor {shown(tensor.name)}, which {index.name} {said}; "
                     "index and shards are of different checkpoints"
                 )
         shards.append(shard)
     if len(holder) != len(weight_map):
         missing = [tensor for tensor in weight_map if tensor not in holder]
         raise CheckpointError(
-            f"{INDEX_NAME} places {shown_list(missing)} in shards that do not hold them; "
+            f"{index.name} places {shown_list(missing)} in shards that do not hold them; "
             "index and shards are of different checkpoints"
         )
     return tuple(shards)
@@ -213,8 +254,45 @@ def _open_shards(folder: Path, index: Index, absent: HeaderReader | None) -> tup
 
 def _open_shard(name: str, path: Path, absent: HeaderReader | None) -> Shard:
     before = fingerprint(path)
-    header = read_header(path, shown(name)) if absent is None or before is not None else absent(name)
+    if absent is None or before is not None:
+        header: Header | None = (read_pickled if is_pickled(name) else read_header)(path, shown(name))
+    else:
+        header = absent(name)
+    if header is None:
+        raise CheckpointError(f"{shown(name)} is missing; download the checkpoint again")
     return Shard(name, path, header, before)
+
+
+def _open_absent(folder: Path, absent: HeaderReader | None) -> tuple[Shard, ...]:
+    """The one shard of a checkpoint whose weights are elsewhere."""
+    if absent is not None:
+        for name in (SINGLE_NAME, PICKLED_NAME):
+            if (header := absent(name)) is not None:
+                return (Shard(name, folder / name, header),)
+    raise CheckpointError(_no_weights(folder))
+
+
+def _without_tied_heads(shards: tuple[Shard, ...], config: dict[str, Any]) -> tuple[Shard, ...]:
+    """Leave out an output embedding that is the input's, where config.json ties the two.
+
+    torch.save keeps such a tensor under both names, with one storage; safetensors has no way to say so, and
+    transformers' save_pretrained leaves the output's out. Where the config is silent both are written.
+    """
+    sections = [config, config.get("text_config")]
+    if not any(isinstance(section, dict) and section.get("tie_word_embeddings") is True for section in sections):
+        return shards
+    kept = []
+    for shard in shards:
+        tensors = shard.header.tensors
+        if shard.is_pickled:
+            others = {_place(t) for t in tensors if not t.name.endswith(_TIED_HEADS)}
+            tensors = tuple(t for t in tensors if not (t.name.endswith(_TIED_HEADS) and _place(t) in others))
+        kept.append(replace(shard, header=replace(shard.header, tensors=tensors)))
+    return tuple(kept)
+
+
+def _place(tensor: TensorInfo) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.start, tensor.strides
 
 
 def read_small_file(path: Path, name: str, limit: int) -> bytes:
@@ -242,7 +320,7 @@ def _no_config(folder: Path) -> str:
     if (folder / "model_index.json").exists():
         return f"{shown(folder)} holds a diffusion pipeline; dus deepens decoder-only language models"
     if found := _other_weights(folder):
-        return f"{shown(folder)} holds {found} and no config.json; dus reads Hugging Face checkpoints in safetensors"
+        return f"{shown(folder)} holds {found} and no config.json; dus reads Hugging Face checkpoints"
     return f"{shown(folder)} has no config.json; give the directory of a Hugging Face checkpoint"
 
 
@@ -255,8 +333,14 @@ def _no_weights(folder: Path) -> str:
             f"{shown(folder)} holds {shown_list(names)} but neither {SINGLE_NAME} nor {INDEX_NAME}; "
             "the index is missing, download the checkpoint again"
         )
+    if any(folder.glob("pytorch_model*.bin")):
+        names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        return (
+            f"{shown(folder)} holds {shown_list(names)} but neither {PICKLED_NAME} nor {PICKLED_INDEX_NAME}; "
+            "the index is missing, download the checkpoint again"
+        )
     found = _other_weights(folder)
-    advice = "dus reads safetensors only; load the model in transformers and save_pretrained it"
+    advice = "dus reads safetensors and pytorch_model*.bin; load the model in transformers and save_pretrained it"
     return f"{shown(folder)} holds {found or 'no weights'}; {advice}"
 
 

@@ -17,7 +17,7 @@ class ModelNotFoundError(DusError):
 
 
 class CheckpointError(DusError):
-    """The checkpoint is damaged, incomplete, hostile, or not a decoder checkpoint in safetensors."""
+    """The checkpoint is damaged, incomplete, hostile, or not a decoder checkpoint that dus reads."""
 
 
 class LayerMapError(DusError):

@@ -60,13 +60,19 @@ DTYPE_BITS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as its header describes it. `start` and `end` are byte positions in the file."""
+    """A tensor as its header describes it. `start` and `end` are byte positions in the file.
+
+    `strides`, in elements, are those of a tensor whose bytes do not lie in row-major order, which only
+    a pickled checkpoint has (see `strided`): its first element is at `start`, and `end` is where it
+    would end if they did.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -79,7 +85,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A safetensors header: where the data starts and, in file order, which tensors lie there."""
+    """A header: where the data starts, the file's size and, in file order, which tensors lie there."""
 
     data_start: int
     end: int

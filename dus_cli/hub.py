@@ -11,13 +11,24 @@ import logging
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, HeaderReader, read_config, read_index
+from dus_cli.checkpoint import (
+    INDEX_NAME,
+    PICKLED_INDEX_NAME,
+    PICKLED_NAME,
+    SINGLE_NAME,
+    HeaderReader,
+    Index,
+    find_weights,
+    is_pickled,
+    read_config,
+)
 from dus_cli.errors import CheckpointError, ModelNotFoundError, shown
 from dus_cli.headers import Header, header_length, parse_header
+from dus_cli.pickles import parse_pickled
 from dus_cli.reference import ModelRef
 from dus_cli.source_files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS
 
@@ -29,7 +40,9 @@ _FIRST_BYTES = 100_000
 
 
 def fetch_small_files(ref: ModelRef, *, quiet: bool = False) -> tuple[Path, str]:
-    """Everything but weights, and the index of the safetensors: the snapshot's folder and its commit.
+    """Everything but weights, and the weights' index: the snapshot's folder and its commit.
+
+    The index of pickled weights comes only where there are no safetensors.
 
     The revision is resolved here, once; the snapshot's folder is named after the commit.
 
@@ -44,62 +57,89 @@ def fetch_small_files(ref: ModelRef, *, quiet: bool = False) -> tuple[Path, str]
     assert ref.repo_id is not None
     with _hub_errors(ref):
         folder = Path(snapshot_download(ref.repo_id, revision=ref.revision, ignore_patterns=ignored))
+    if find_weights(folder) is None:
+        _fetch_pickled_index(ref, folder.name)
     return folder, folder.name
 
 
+def _fetch_pickled_index(ref: ModelRef, commit: str) -> None:
+    from huggingface_hub import HfApi, snapshot_download
+
+    assert ref.repo_id is not None
+    # A Hub that cannot be reached is no failure yet: whoever needs the weights says so.
+    with suppress(ModelNotFoundError), _hub_errors(ref):
+        if not HfApi().file_exists(ref.repo_id, SINGLE_NAME, revision=commit):
+            snapshot_download(ref.repo_id, revision=commit, allow_patterns=[PICKLED_INDEX_NAME])
+
+
 def fetch_weights(ref: ModelRef, folder: Path, commit: str) -> None:
-    """The safetensors shards that the index names, or model.safetensors. Cached ones are not fetched again.
+    """The shards that the index names, or the one file of weights. Cached ones are not fetched again.
+
+    No other pickle is fetched: not training_args.bin, not the optimizer's state.
 
     Raises:
         ModelNotFoundError: the Hub cannot serve them.
-        CheckpointError: the repo has no safetensors.
+        CheckpointError: the repo has neither safetensors nor pickled weights.
     """
     from huggingface_hub import snapshot_download
 
     read_config(folder)  # says what it is where it is no decoder, before gigabytes are moved
-    names = _shard_names(folder)
     assert ref.repo_id is not None
-    with _hub_errors(ref):
-        snapshot_download(ref.repo_id, revision=commit, allow_patterns=names)
-    for name in names:
-        if not (folder / name).exists():
-            raise _not_there(ref, name)
+    weights = find_weights(folder)
+    if isinstance(weights, Index):
+        names = weights.shard_names
+        with _hub_errors(ref):
+            snapshot_download(ref.repo_id, revision=commit, allow_patterns=names)
+        for name in names:
+            if not (folder / name).exists():
+                raise _not_there(ref, name, weights.name)
+        return
+    for name in (SINGLE_NAME, PICKLED_NAME) if weights is None else (weights,):
+        with _hub_errors(ref):
+            snapshot_download(ref.repo_id, revision=commit, allow_patterns=[name])
+        if (folder / name).exists():
+            return
+    raise _no_weights(ref)
 
 
-def _not_there(ref: ModelRef, name: str) -> CheckpointError:
-    if name != SINGLE_NAME:
-        return CheckpointError(f"{ref} has no {shown(name)} on the Hub, which its {INDEX_NAME} names; tell its owner")
+def _not_there(ref: ModelRef, name: str, index_name: str) -> CheckpointError:
+    return CheckpointError(f"{ref} has no {shown(name)} on the Hub, which its {index_name} names; tell its owner")
+
+
+def _no_weights(ref: ModelRef) -> CheckpointError:
     return CheckpointError(
-        f"{ref} has no {SINGLE_NAME} and no {INDEX_NAME} on the Hub; dus reads safetensors only, look for a "
-        "conversion (the repo's refs/pr branches often hold one)"
+        f"{ref} has neither {SINGLE_NAME} nor {PICKLED_NAME} nor an index of either on the Hub; dus reads no other "
+        "weights, look for a conversion (the repo's refs/pr branches often hold one)"
     )
 
 
-def _shard_names(folder: Path) -> list[str]:
-    if not (folder / INDEX_NAME).exists():
-        return [SINGLE_NAME]
-    return read_index(folder).shard_names
-
-
 def remote_headers(ref: ModelRef, commit: str) -> HeaderReader:
-    """A reader of shard headers that fetches just those, by range request: at most some 100 kB a shard."""
+    """A reader of shard headers that fetches just those, by range request: at most some 100 kB a shard.
+
+    Of a pickled shard it fetches the zip's directory and the pickle, about as much.
+    """
     from huggingface_hub import HfFileSystem
 
     hub = HfFileSystem()
 
-    def read(name: str) -> Header:
+    def read(name: str) -> Header | None:
         with _hub_errors(ref):
-            return _read_remote(hub, ref, commit, name)
+            header = (_read_remote_pickle if is_pickled(name) else _read_remote)(hub, ref, commit, name)
+        if header is None and name == PICKLED_NAME:
+            raise _no_weights(ref)
+        if header is None and name != SINGLE_NAME:
+            raise _not_there(ref, name, PICKLED_INDEX_NAME if is_pickled(name) else INDEX_NAME)
+        return header
 
     return read
 
 
-def _read_remote(hub: HfFileSystem, ref: ModelRef, commit: str, name: str) -> Header:
+def _read_remote(hub: HfFileSystem, ref: ModelRef, commit: str, name: str) -> Header | None:
     remote = f"{ref.repo_id}@{commit}/{name}"
     try:
         size = int(hub.info(remote)["size"])
     except FileNotFoundError:
-        raise _not_there(ref, name) from None
+        return None
     first = _read_range(hub, remote, 0, min(size, _FIRST_BYTES))
     length = header_length(first[:8], size, shown(name))
     raw = first[8 : 8 + length]
@@ -108,6 +148,15 @@ def _read_remote(hub: HfFileSystem, ref: ModelRef, commit: str, name: str) -> He
     if len(raw) != length:
         raise CheckpointError(f"the Hub gave {len(raw)} bytes of {shown(name)}'s header of {length}; try again")
     return parse_header(raw, size, shown(name))
+
+
+def _read_remote_pickle(hub: HfFileSystem, ref: ModelRef, commit: str, name: str) -> Header | None:
+    try:
+        file = hub.open(f"{ref.repo_id}@{commit}/{name}", "rb", block_size=_FIRST_BYTES)
+    except FileNotFoundError:
+        return None
+    with file:
+        return parse_pickled(file, shown(name), at_hand=False)
 
 
 def _read_range(hub: HfFileSystem, remote: str, start: int, end: int) -> bytes:

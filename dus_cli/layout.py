@@ -83,11 +83,19 @@ class ShardLayout:
             start += placement.tensor.num_bytes
 
     def segments(self) -> Iterator[Segment]:
-        """The bytes to move, neighbours in both files joined: one segment may span many layers."""
+        """The bytes to move, neighbours in both files joined: one segment may span many layers.
+
+        Strided tensors are in none: their bytes are not moved as they lie.
+        """
         pending: Segment | None = None
         for placement, start in self.positions():
             tensor = placement.tensor
             if not tensor.num_bytes:
+                continue
+            if tensor.strides is not None:
+                if pending is not None:
+                    yield pending
+                pending = None
                 continue
             if (
                 pending is not None
@@ -168,7 +176,10 @@ def _pack(sequences: Iterable[Sequence[Placement]], max_shard_bytes: int) -> Ite
     phase: int | None = None  # of the long run that this shard was begun for
     for sequence in sequences:
         for run in _runs(sequence):
-            is_long = sum(placement.tensor.num_bytes for placement in run) >= worth_a_shard
+            # A pickled checkpoint has other data between any two tensors: its phase changes with each.
+            is_long = (
+                not run[0].shard.is_pickled and sum(placement.tensor.num_bytes for placement in run) >= worth_a_shard
+            )
             shift = (run[0].tensor.start - offset) % BLOCK
             if is_long and group and phase is not None and shift != phase:
                 yield group
@@ -214,7 +225,7 @@ def _best_phase(placements: Iterable[Placement]) -> int:
     offset = 0
     for placement in placements:
         phase = (placement.tensor.start - offset) % BLOCK
-        if phase % 8 == 0:  # the format's alignment of the data start
+        if phase % 8 == 0 and placement.tensor.strides is None:  # 8 is the format's alignment of the data start
             votes[phase] += placement.tensor.num_bytes
         offset += placement.tensor.num_bytes
     return max(votes, key=lambda phase: (votes[phase], -phase))

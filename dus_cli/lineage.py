@@ -40,6 +40,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
     else:
         base |= {"path": ref.text}
     base |= {"config_sha256": checkpoint.config_sha256, "index_sha256": checkpoint.index_sha256}
+    base["format"] = checkpoint.format
     base["shards"] = {shard.name: shard.header.end for shard in checkpoint.shards}
     return {
         "schema": SCHEMA,

@@ -50,6 +50,7 @@ class UpscaleReport:
             "dry_run": self.dry_run,
             "model": plan.base.ref.text,
             "commit": plan.base.commit,
+            "base_format": plan.checkpoint.format,
             "output": str(self.output),
             "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
             "trim": layer_map.trim,
@@ -89,6 +90,8 @@ def upscale_text(report: UpscaleReport) -> str:
         ("tensors", f"{plan.num_tensors:,} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}"),
         ("tensor data", f"{plan.num_data_bytes:,} bytes ({human_bytes(plan.num_data_bytes)})"),
     ]
+    if plan.checkpoint.is_pickled:
+        rows.append(("format", "safetensors (the base's weights are pickled)"))
     if report.dry_run:
         how = "reflinks share the rest with the base" if space.can_clone else "this file system has no reflinks"
         rows += [

@@ -23,8 +23,10 @@ from typing import NamedTuple
 
 from dus_cli.checkpoint import Shard, fingerprint
 from dus_cli.errors import CheckpointError, OutputError, shown
+from dus_cli.headers import TensorInfo
 from dus_cli.layout import BLOCK
 from dus_cli.plan import UpscalePlan
+from dus_cli.strided import tensor_pieces
 from dus_cli.workers import PIECE, workers
 
 # Four readers keep a disk busy; more changed nothing on two cores (docs/benchmarks.md).
@@ -51,11 +53,15 @@ class CopyMode(str, Enum):
 
 
 class Move(NamedTuple):
-    """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name, position)."""
+    """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name, position).
+
+    `strided` is the tensor whose bytes they are where these do not lie in order.
+    """
 
     source_start: int
     length: int
     targets: tuple[tuple[str, int], ...]
+    strided: TensorInfo | None = None
 
 
 @dataclass
@@ -78,9 +84,13 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
             targets = tuple(wanted.get(tensor.name, ()))
             if not targets or not tensor.num_bytes:
                 continue
+            if tensor.strides is not None:
+                joined.append(Move(tensor.start, tensor.num_bytes, targets, tensor))
+                continue
             last = joined[-1] if joined else None
             if (
                 last is not None
+                and last.strided is None
                 and last.source_start + last.length == tensor.start
                 and targets == tuple((name, start + last.length) for name, start in last.targets)
             ):
@@ -260,6 +270,9 @@ class _ShardMover:
                 move = next(queue, None)
             if move is None:
                 return
+            if move.strided is not None:
+                self._gather(move, move.strided)
+                continue
             if self.clone:
                 move = self._clone(move, buffer)
             self._copy(move, buffer)
@@ -295,7 +308,7 @@ class _ShardMover:
 
     def _copy(self, move: Move, view: memoryview) -> None:
         """Read each piece once, write it to every target."""
-        source_start, length, targets = move
+        source_start, length, targets, _ = move
         if not targets:
             return
         position = 0
@@ -314,6 +327,20 @@ class _ShardMover:
                 self._write(name, target, piece, direct=whole_blocks and target % BLOCK == 0)
             position += size
             self._done(copied=size * len(targets))
+
+    def _gather(self, move: Move, tensor: TensorInfo) -> None:
+        """Write a strided tensor row by row to every target."""
+        position = 0
+        try:
+            for piece in tensor_pieces(self.source.buffered, tensor):
+                if self.stop.is_set():
+                    return
+                for name, start in move.targets:
+                    self._write(name, start + position, memoryview(piece), direct=False)
+                position += len(piece)
+                self._done(copied=len(piece) * len(move.targets))
+        except OSError as error:  # of reading: `_write` has its own
+            raise _unreadable(self.shard, error) from error
 
     def _read(self, start: int, piece: memoryview, *, direct: bool) -> None:
         filled = 0
@@ -357,6 +384,9 @@ class _ShardMover:
 
 def _cut(move: Move) -> Iterator[Move]:
     """Pieces of at most _MOVE bytes that start at whole blocks of the source, but for the first."""
+    if move.strided is not None:
+        yield move
+        return
     position = 0
     while position < move.length:
         size = min(_MOVE - (move.source_start + position) % BLOCK, move.length - position)

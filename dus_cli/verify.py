@@ -31,8 +31,9 @@ from dus_cli.progress import NoProgress, Progress
 from dus_cli.source_files import inside
 from dus_cli.stacks import find_stack
 from dus_cli.staging import staged_files
+from dus_cli.strided import tensor_pieces
 from dus_cli.transfer import DEFAULT_JOBS
-from dus_cli.workers import PIECE, workers
+from dus_cli.workers import workers
 
 
 class VerifyMode(str, Enum):
@@ -354,16 +355,18 @@ def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threa
         return f"tensor {name} is {left.dtype} {list(left.shape)}, {pair.right_name} {right.dtype} {list(right.shape)}"
     try:
         with pair.left.path.open("rb", 0) as left_file, pair.right.path.open("rb", 0) as right_file:
-            for position in range(0, left.num_bytes, PIECE):
+            position = 0
+            for theirs in tensor_pieces(right_file.fileno(), right):
                 if stop.is_set():
                     return None
-                size = min(PIECE, left.num_bytes - position)
-                ours = os.pread(left_file.fileno(), size, left.start + position)
-                theirs = os.pread(right_file.fileno(), size, right.start + position)
-                if ours != theirs or len(ours) != size:
-                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+                ours = os.pread(left_file.fileno(), len(theirs), left.start + position)
+                if ours != theirs:
+                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
                     return f"tensor {name} differs from {pair.right_name} at byte {position + at}"
-                on_bytes(size)
+                position += len(theirs)
+                on_bytes(len(theirs))
+            if position != left.num_bytes:
+                return f"tensor {name} differs from {pair.right_name} at byte {position}: the file became shorter"
     except OSError as error:
         return f"tensor {name} cannot be read: {error.strerror or error}"
     return None

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import dus
 from hub_server import HANG_UP, READER, STRANGER, StandInHub, StandInRepo, commit_of
+from pickled import Payload, write_pickled
 
 SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md", ".gitattributes"}
 INDEX = "model.safetensors.index.json"
@@ -314,13 +316,67 @@ def test_encoder_is_refused_before_weights_are_fetched(
     assert hub.num_sent("*.safetensors") == 0
 
 
-def test_repo_without_safetensors_is_told_so(
+def write_pickled_repo(folder: Path, num_layers: int, *, num_shards: int = 1) -> Path:
+    """A repo of before safetensors, with the pickles of a training run beside the weights."""
+    write_pickled(folder, llama_tensors(num_layers), llama_config(num_layers), num_shards=num_shards)
+    for name in ("training_args.bin", "optimizer.pt", "tokenizer.json"):
+        (folder / name).write_text(f"a file named {name}")
+    return folder
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_pickled_repo_is_planned_from_headers_and_gives_what_its_directory_gives(
+    num_shards: int, hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
+) -> None:
+    folder = write_pickled_repo(tmp_path / "pickled", 8, num_shards=num_shards)
+    names = {path.name for path in folder.glob("pytorch_model*")}
+    repos["org/pickled"] = one_commit(folder)
+    command = ("upscale", "org/pickled", "--trim", "1", "--json", "--max-shard-size", "200KB", "-o", "out")
+    planned = dus(*command, "--dry-run").report
+    assert [r.path for r in hub.log if r.path.startswith("/cdn/") and r.byte_range is None] == []
+    done = dus(*command, "--verify", "full").report
+    for field in done.keys() - {"dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
+        assert planned[field] == done[field], field
+    # model.safetensors is asked for, and is not there; the pickles of the training run are left alone.
+    assert hub.files_asked_for == {"config.json", "tokenizer.json", "model.safetensors"} | names
+    dus("upscale", folder, "--trim", "1", "--max-shard-size", "200KB", "-o", "local", "-q")
+    for path in (desk / "local").glob("model*"):
+        assert path.read_bytes() == (desk / "out" / path.name).read_bytes()
+    hub.stop()
+    assert dus(*command[:-1], "again", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_safetensors_are_fetched_where_a_repo_has_both(
+    hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+) -> None:
+    folder = write_pickled_repo(tmp_path / "both", 8, num_shards=3)
+    shutil.copy(folders["single"] / "model.safetensors", folder)
+    repos["org/both"] = one_commit(folder)
+    assert dus("upscale", "org/both", "--trim", "1", "-o", "out", "--json").report["base_format"] == "safetensors"
+    assert not any(name.endswith(".bin") for name in hub.files_asked_for)
+
+
+def test_malicious_pickle_is_refused_before_weights_are_fetched(
+    hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
+) -> None:
+    folder = write_pickled_repo(tmp_path / "malicious", 4)
+    torch.save({"lm_head.weight": Payload(desk / "ran")}, folder / "pytorch_model.bin")
+    repos["org/malicious"] = one_commit(folder)
+    for option in ((), ("--dry-run",)):
+        run = dus("upscale", "org/malicious", "--trim", "1", "-o", "out", *option)
+        run.assert_one_line_error("pytorch_model.bin", "posix.system", "none of it was run")
+    assert list(desk.iterdir()) == []
+    assert [r.path for r in hub.log if r.path.startswith("/cdn/") and r.byte_range is None] == []
+
+
+def test_repo_without_weights_that_dus_reads_is_told_so(
     repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
 ) -> None:
-    ignored = shutil.ignore_patterns("*.safetensors*")
-    repos["org/pickled"] = one_commit(shutil.copytree(folders["llama"], tmp_path / "pickled", ignore=ignored))
-    run = dus("upscale", "org/pickled", "--trim", "1", "-o", "out")
-    run.assert_one_line_error("org/pickled has no model.safetensors", "dus reads safetensors only")
+    ignored = shutil.ignore_patterns("*.safetensors*", "*.bin")
+    repos["org/other"] = one_commit(shutil.copytree(folders["llama"], tmp_path / "other", ignore=ignored))
+    for option in ((), ("--dry-run",)):
+        run = dus("upscale", "org/other", "--trim", "1", "-o", "out", *option)
+        run.assert_one_line_error("org/other has neither model.safetensors nor pytorch_model.bin")
     assert list(desk.iterdir()) == []
 
 

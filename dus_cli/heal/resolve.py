@@ -80,6 +80,11 @@ def open_model(folder: Path) -> Model:
     if not folder.is_dir():
         raise HealError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     checkpoint = open_checkpoint(folder)
+    if checkpoint.is_pickled:
+        raise HealError(
+            f"{shown(folder)} holds pickled weights, and dus heal writes back the safetensors that it was given; "
+            "deepen it with dus upscale, which writes them, or load it in transformers and save_pretrained it"
+        )
     decoder = decoder_config(checkpoint.config)
     fields = decoder.fields
     record = lineage.read_lineage(folder)
