@@ -1,20 +1,13 @@
 """`pytorch_model*.bin`, the pickled checkpoints of torch.save: where each tensor's bytes lie. No weights are read.
 
-Format (torch/serialization.py, `_save`, since torch 1.6): a zip archive whose members lie in one folder,
-stored and not compressed:
-
-- `data.pkl`: a pickle of the state dict; it describes a tensor by its storage's key, dtype, shape,
-  strides and offset
-- `data/KEY`: the bytes of a storage; tensors may share one, or see only a part of it
-- `byteorder`: little or big (since torch 2.1)
-
-So a contiguous tensor is a range of the file, like in safetensors, and is moved by the same code.
+A storage's bytes stand in the file as they are (see `pickled_files`), so a contiguous tensor is a range
+of the file, like in safetensors, and is moved by the same code.
 
 A pickle is a program. This one is never run: its imports are read first and held against the few that
 plain weights need, then torch unpickles it `weights_only`, onto the meta device, which holds no data.
 What torch gets is an archive made here, with an empty member for each storage; the offset that torch
-notes for a storage (`_checkpoint_offset`, torch 2.6's "Layout Control" in its notes on serialization)
-then tells its key, and nothing of a hostile zip file reaches torch.
+notes for a storage (`_checkpoint_offset`, see `torch.load` under FakeTensorMode in its notes on
+serialization) then tells its key, and nothing else of a hostile file reaches torch.
 """
 
 from __future__ import annotations
@@ -24,27 +17,21 @@ import pickletools
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.headers import Header, TensorInfo
+from dus_cli.pickled_files import REMEDY, PickledFile, Places, legacy_places, read_pickled_file
 from dus_cli.strided import is_row_major, span
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Of the zip's directory and of data.pkl: each holds some 150 bytes a tensor. Reading takes about 30 times that.
-_MAX_BYTES = 16_000_000
-
 # safetensors counts with 64-bit machine words, torch with signed ones.
 _MAX_COUNT = 2**63 - 1
-
-# torch/serialization.py, MAGIC_NUMBER, as the first pickle of a file from before torch 1.6.
-_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 # https://docs.pytorch.org/docs/stable/tensor_attributes.html to safetensors' names (its torch.py, _TYPES).
 _DTYPES = {
@@ -83,16 +70,13 @@ _NAMES = frozenset(
     }
 )
 
-_REMEDY = "load the model in transformers and save_pretrained it"
 
+class _Described(NamedTuple):
+    """A tensor as the pickle describes it: on the meta device, and the key of its storage."""
 
-@dataclass(frozen=True)
-class _Archive:
-    """The members that matter: `pickle` is data.pkl, `storages` maps keys to (position in the file, bytes)."""
-
-    pickle: bytes
-    storages: Mapping[str, tuple[int, int]]
-    num_bytes: int
+    name: str
+    tensor: Tensor
+    key: str
 
 
 def read_pickled(path: Path, where: str) -> Header:
@@ -121,125 +105,15 @@ def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Heade
         CheckpointError: as `read_pickled`.
         OSError: the file cannot be read.
     """
-    archive = _read_archive(file, where, at_hand=at_hand)
-    _check_imports(archive.pickle, where)
-    tensors = _unpickle(archive, where)
-    return Header(0, archive.num_bytes, {}, tuple(sorted(tensors, key=lambda t: (t.start, t.end, t.name))))
-
-
-# --- the zip archive ----------------------------------------------------------------------------
-
-
-class _Bounded:
-    """A file that refuses to give more than `_MAX_BYTES` at once: zipfile believes any size it is told."""
-
-    def __init__(self, file: IO[bytes], where: str) -> None:
-        self._file, self._where = file, where
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int = -1) -> bytes:
-        if size > _MAX_BYTES:
-            raise CheckpointError(
-                f"{self._where} claims a directory of {size} bytes; it is damaged, copy or download it again"
-            )
-        return self._file.read(size if size >= 0 else _MAX_BYTES)
-
-
-def _read_archive(file: IO[bytes], where: str, *, at_hand: bool) -> _Archive:
-    members, directory_start, num_bytes = _members(file, where)
-    folders = {member.filename.partition("/")[0] for member in members}
-    if len(folders) != 1:
-        raise CheckpointError(f"{where} is a zip archive, but not one that torch.save wrote; {_REMEDY}")
-    found: dict[str, tuple[int, int]] = {}
-    for member in members:
-        name = member.filename.partition("/")[2]
-        if name == "constants.pkl":
-            raise CheckpointError(f"{where} is a TorchScript archive, a program; dus reads state dicts; {_REMEDY}")
-        if name not in ("data.pkl", "byteorder") and not name.startswith("data/"):
-            continue
-        if name in found:
-            raise CheckpointError(f"{where} holds {shown(name)} twice; which one counts is not defined, refusing it")
-        found[name] = _extent(file, member, directory_start, where, at_hand=at_hand)
-    _check_apart(found, where)
-    if "data.pkl" not in found:
-        raise CheckpointError(f"{where} is a zip archive without data.pkl, not what torch.save writes; {_REMEDY}")
-    order = _content(file, found, "byteorder", where) if "byteorder" in found else b"little"
-    if order != b"little":
-        raise CheckpointError(f"{where} was saved on a machine of other byte order ({shown(order)}); {_REMEDY}")
-    storages = {name.removeprefix("data/"): place for name, place in found.items() if name.startswith("data/")}
-    return _Archive(_content(file, found, "data.pkl", where), storages, num_bytes)
-
-
-def _members(file: IO[bytes], where: str) -> tuple[list[zipfile.ZipInfo], int, int]:
-    """The members, where the directory starts, and the file's size."""
-    num_bytes = file.seek(0, io.SEEK_END)
-    try:
-        with zipfile.ZipFile(cast("IO[bytes]", _Bounded(file, where))) as archive:
-            return archive.infolist(), archive.start_dir, num_bytes
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, IndexError) as error:
-        file.seek(0)
-        if file.read(len(_LEGACY_START)) == _LEGACY_START:
-            raise CheckpointError(
-                f"{where} is in the format of torch before 1.6, which cannot be read in pieces; load it with "
-                "torch.load(…, weights_only=True) and torch.save it again"
-            ) from None
-        raise CheckpointError(
-            f"{where} is no zip archive as torch.save writes it ({shown(error)}); it is truncated or damaged, copy "
-            "or download it again"
-        ) from None
-
-
-def _extent(
-    file: IO[bytes], member: zipfile.ZipInfo, directory_start: int, where: str, *, at_hand: bool
-) -> tuple[int, int]:
-    """(position, bytes) of a member's content."""
-    label = f"{where}: {shown(member.filename)}"
-    is_encrypted = member.flag_bits & 1
-    if member.compress_type != zipfile.ZIP_STORED or is_encrypted or member.compress_size != member.file_size:
-        raise CheckpointError(f"{label} is compressed or encrypted, which torch.save never does; refusing it")
-    position = member.header_offset
-    size = member.file_size
-    start = _usual_start(member)
-    if 0 <= position < directory_start and at_hand:
-        file.seek(position)
-        local = file.read(30)  # a local file header; it ends with the lengths of the name and the extra field
-        if len(local) < 30 or not local.startswith(b"PK\3\4"):
-            raise CheckpointError(f"{label} is not where the directory says; the file is damaged, fetch it again")
-        start = position + 30 + sum(struct.unpack("<HH", local[26:30]))
-    if not 0 <= position <= start <= start + size <= directory_start:
-        raise CheckpointError(f"{label} reaches beyond the data; the file is truncated or damaged, fetch it again")
-    return start, size
-
-
-def _usual_start(member: zipfile.ZipInfo) -> int:
-    """Where torch.save lets a member's content start: at a multiple of 64 (`getPadding` in caffe2/serialize)."""
-    start = member.header_offset + 30 + len(member.filename.encode()) + 4
-    limit = 0xFFFFFFFF  # from here on zip needs 64-bit fields, which stand before the padding
-    if member.file_size >= limit or member.header_offset >= limit:
-        start += 4 + 16 * (member.file_size >= limit) + 8 * (member.header_offset >= limit)
-    return -(-start // 64) * 64
-
-
-def _check_apart(found: Mapping[str, tuple[int, int]], where: str) -> None:
-    end = 0
-    for name, (start, size) in sorted(found.items(), key=lambda item: (item[1], item[0])):
-        if start < end:
-            raise CheckpointError(f"{where}: {shown(name)} overlaps the member before it; refusing it")
-        end = start + size
-
-
-def _content(file: IO[bytes], found: Mapping[str, tuple[int, int]], name: str, where: str) -> bytes:
-    start, size = found[name]
-    if size > _MAX_BYTES:
-        raise CheckpointError(f"{where}: {name} has {size} bytes, more than any state dict needs; refusing it")
-    file.seek(start)
-    raw = file.read(size)
-    if len(raw) != size:
-        raise CheckpointError(f"{where} became shorter while it was read; copy or download it again")
-    return raw
-
-
-# --- the pickle ---------------------------------------------------------------------------------
+    saved = read_pickled_file(file, where, at_hand=at_hand)
+    _check_imports(saved.pickle, where)
+    described = _unpickle(saved, where)
+    places = saved.places
+    if places is None:
+        sizes = {key: tensor.untyped_storage().nbytes() for _, tensor, key in described}
+        places = legacy_places(file if at_hand else None, saved, sizes, where)
+    tensors = [_tensor_info(one, places, where) for one in described]
+    return Header(0, saved.num_bytes, {}, tuple(sorted(tensors, key=lambda t: (t.start, t.end, t.name))))
 
 
 def _check_imports(raw: bytes, where: str) -> None:
@@ -257,7 +131,7 @@ def _check_imports(raw: bytes, where: str) -> None:
             elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
                 raise CheckpointError(
                     f"{where} is a pickle of a protocol that torch's weights_only does not read ({opcode.name}); "
-                    f"{_REMEDY}"
+                    f"{REMEDY}"
                 )
     except (ValueError, IndexError, struct.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
@@ -276,7 +150,7 @@ def _foreign(module: str, name: str, where: str) -> CheckpointError:
     what = shown(f"{module}.{name}")
     if module.split(".", maxsplit=1)[0] == "torch":
         return CheckpointError(
-            f"{where} holds more than plain tensors ({what}), which safetensors has no place for; {_REMEDY}"
+            f"{where} holds more than plain tensors ({what}), which safetensors has no place for; {REMEDY}"
         )
     return CheckpointError(
         f"{where} is a pickle that imports {what}, which weights have no need of: refused, and none of it was run; "
@@ -284,7 +158,7 @@ def _foreign(module: str, name: str, where: str) -> CheckpointError:
     )
 
 
-def _unpickle(archive: _Archive, where: str) -> Iterable[TensorInfo]:
+def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
     try:
         import torch
     except ImportError:
@@ -294,12 +168,14 @@ def _unpickle(archive: _Archive, where: str) -> Iterable[TensorInfo]:
         ) from None
     copy = io.BytesIO()
     keys: dict[int, str] = {}
-    with zipfile.ZipFile(copy, "w") as empty:
-        empty.writestr("archive/data.pkl", archive.pickle)
-        empty.writestr("archive/version", "3\n")
-        empty.writestr("archive/byteorder", "little")
-        for key in archive.storages:
-            empty.writestr(f"archive/data/{key}", b"")
+    with zipfile.ZipFile(copy, "w") as archive:
+        archive.writestr("archive/data.pkl", saved.pickle)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+        for key in dict.fromkeys(saved.keys):
+            if not (key.isascii() and key.isdigit()):
+                raise CheckpointError(f"{where} names a storage {shown(key)}, which torch numbers; refusing it")
+            archive.writestr(f"archive/data/{key}", b"")
             keys[copy.tell()] = key
     copy.seek(0)
     try:
@@ -309,9 +185,23 @@ def _unpickle(archive: _Archive, where: str) -> Iterable[TensorInfo]:
     except Exception as error:
         raise CheckpointError(
             f"{where} cannot be unpickled by torch's weights_only ({_first_line(error)}); it is damaged, or no plain "
-            f"state dict: fetch it again, or {_REMEDY}"
+            f"state dict: fetch it again, or {REMEDY}"
         ) from error
-    return [_tensor_info(name, tensor, archive, keys, where) for name, tensor in _state_dict(state, where).items()]
+    return [
+        _Described(name, tensor, _storage_key(name, tensor, keys, where))
+        for name, tensor in _state_dict(state, where).items()
+    ]
+
+
+def _storage_key(name: str, tensor: Tensor, keys: Mapping[int, str], where: str) -> str:
+    import torch
+
+    offset = None
+    if tensor.layout is torch.strided:
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None or offset not in keys:
+        raise CheckpointError(f"{where}: tensor {shown(name)} has no data of its own in the file; {REMEDY}")
+    return keys[offset]
 
 
 def _first_line(error: Exception) -> str:
@@ -323,19 +213,21 @@ def _state_dict(state: object, where: str) -> dict[str, Tensor]:
     import torch
 
     if not isinstance(state, dict):
-        raise CheckpointError(f"{where} holds a {type(state).__name__}, not a dict of tensors; {_REMEDY}")
+        raise CheckpointError(f"{where} holds a {type(state).__name__}, not a dict of tensors; {REMEDY}")
     if not state:
-        raise CheckpointError(f"{where} holds no tensors; {_REMEDY}")
-    nested = [str(name) for name, value in state.items() if isinstance(value, dict)]
+        raise CheckpointError(f"{where} holds no tensors; {REMEDY}")
+    nested = [name for name, value in state.items() if isinstance(name, str) and isinstance(value, dict)]
     if nested:
         raise CheckpointError(
             f"{where} holds dicts ({shown_list(nested)}), not the tensors themselves: it is a training checkpoint; "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(name, str):  # a hostile one may be too long, or too deep, to be shown
+            raise CheckpointError(f"{where} names a tensor with a {type(name).__name__}, not with text; {REMEDY}")
+        if not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{where}: {shown(name)} is a {type(value).__name__}; dus reads a dict of names and tensors; {_REMEDY}"
+                f"{where}: {shown(name)} is a {type(value).__name__}; dus reads a dict of names and tensors; {REMEDY}"
             )
         try:
             name.encode()
@@ -346,22 +238,15 @@ def _state_dict(state: object, where: str) -> dict[str, Tensor]:
     return state
 
 
-def _tensor_info(name: str, tensor: Tensor, archive: _Archive, keys: Mapping[int, str], where: str) -> TensorInfo:
-    import torch
-
+def _tensor_info(described: _Described, places: Places, where: str) -> TensorInfo:
+    name, tensor, key = described
     label = f"{where}: tensor {shown(name)}"
-    torch_dtype = str(tensor.dtype).removeprefix("torch.")
-    dtype = _DTYPES.get(torch_dtype)
-    if tensor.layout is not torch.strided or tensor.is_quantized or dtype is None:
-        kind = torch_dtype if tensor.layout is torch.strided else f"{tensor.layout}"
-        raise CheckpointError(f"{label} is {kind}, which safetensors has no name for; {_REMEDY}")
+    dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if tensor.is_quantized or dtype is None:
+        raise CheckpointError(f"{label} is {tensor.dtype}, which safetensors has no name for; {REMEDY}")
     if tensor.is_conj() or tensor.is_neg():
-        raise CheckpointError(f"{label} is stored conjugated or negated; {_REMEDY}")
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    key = keys.get(offset) if offset is not None else None
-    if key is None:
-        raise CheckpointError(f"{label} has no data in the file; {_REMEDY}")
-    storage_start, storage_bytes = archive.storages[key]
+        raise CheckpointError(f"{label} is stored conjugated or negated; {REMEDY}")
+    storage_start, storage_bytes = places[key]
     shape, strides, size = tuple(tensor.shape), tensor.stride(), tensor.element_size()
     num_bytes = prod(shape) * size
     if num_bytes > _MAX_COUNT:

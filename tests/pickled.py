@@ -32,24 +32,35 @@ def random_tensors(tensors: list[Tensor], seed: int = 0) -> dict[str, torch.Tens
 
 
 def save_pickled(
-    folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any], *, num_shards: int = 1
+    folder: Path,
+    state: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    num_shards: int = 1,
+    as_zip: bool = True,
 ) -> Path:
-    """A checkpoint of one file, or of several of about equal numbers of tensors with an index."""
+    """A checkpoint of one file, or of several of about equal numbers of tensors with an index.
+
+    Without `as_zip` in the format of before torch 1.6.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if num_shards == 1:
-        torch.save(dict(state), folder / "pytorch_model.bin")
+        torch.save(dict(state), folder / "pytorch_model.bin", _use_new_zipfile_serialization=as_zip)
         return folder
     weight_map: dict[str, str] = {}
     for number in range(num_shards):
         shard = f"pytorch_model-{number + 1:05}-of-{num_shards:05}.bin"
         names = list(state)[number * len(state) // num_shards : (number + 1) * len(state) // num_shards]
-        torch.save({name: state[name] for name in names}, folder / shard)
+        part = {name: state[name] for name in names}
+        torch.save(part, folder / shard, _use_new_zipfile_serialization=as_zip)
         weight_map |= dict.fromkeys(names, shard)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
-def write_pickled(folder: Path, tensors: list[Tensor], config: Mapping[str, Any], *, num_shards: int = 1) -> Path:
+def write_pickled(
+    folder: Path, tensors: list[Tensor], config: Mapping[str, Any], *, num_shards: int = 1, as_zip: bool = True
+) -> Path:
     """The same with random values."""
-    return save_pickled(folder, random_tensors(tensors), config, num_shards=num_shards)
+    return save_pickled(folder, random_tensors(tensors), config, num_shards=num_shards, as_zip=as_zip)

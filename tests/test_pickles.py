@@ -65,11 +65,11 @@ def rows_of(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_output_is_that_of_safetensors(folder: Path, state: dict[str, torch.Tensor], **fields: object) -> None:
+def assert_output_is_that_of_safetensors(folder: Path, state: dict[str, torch.Tensor], *, as_zip: bool = True) -> None:
     """The pickled state gives what the same tensors give when safetensors holds them row by row."""
-    config = llama_config(4) | fields
+    config = llama_config(4)
     root = folder.parent
-    save_pickled(folder, state, config)
+    save_pickled(folder, state, config, as_zip=as_zip)
     twin = root / "twin"
     twin.mkdir()
     (twin / "config.json").write_text(json.dumps(config))
@@ -92,8 +92,9 @@ def assert_output_is_that_of_safetensors(folder: Path, state: dict[str, torch.Te
 # --- what is read -------------------------------------------------------------------------------
 
 
-def test_pickled_base_gives_what_safetensors_give(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    assert_output_is_that_of_safetensors(tmp_path / "base", state)
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_pickled_base_gives_what_safetensors_give(as_zip: bool, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    assert_output_is_that_of_safetensors(tmp_path / "base", state, as_zip=as_zip)
 
 
 def test_shards_are_read_as_the_index_says(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -107,8 +108,9 @@ def test_shards_are_read_as_the_index_says(state: dict[str, torch.Tensor], tmp_p
     assert one.keys() == three.keys()
 
 
+@pytest.mark.parametrize("as_zip", [True, False])
 def test_views_and_every_order_of_elements_are_written_row_by_row(
-    state: dict[str, torch.Tensor], tmp_path: Path
+    as_zip: bool, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     whole = torch.randn(512, 64).bfloat16()
     state |= {
@@ -125,9 +127,7 @@ def test_views_and_every_order_of_elements_are_written_row_by_row(
         "model.layers.2.b": torch.arange(12).to(torch.uint16).view(3, 4),
         "model.layers.3.b": torch.nn.Parameter(torch.randn(3, 1, 4).transpose(0, 1)),
     }
-    for part in "ab":  # every layer has the same names
-        state |= {f"model.layers.{k}.{part}": state[f"model.layers.{k}.{part}"] for k in range(4)}
-    assert_output_is_that_of_safetensors(tmp_path / "base", state)
+    assert_output_is_that_of_safetensors(tmp_path / "base", state, as_zip=as_zip)
 
 
 def test_tensors_far_longer_than_a_piece_are_gathered(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -302,6 +302,27 @@ def test_pickle_that_calls_is_refused_by_name_and_not_run(
     assert not mark.exists()
 
 
+def test_pickle_of_the_older_format_that_calls_is_refused(tmp_path: Path) -> None:
+    content = {"lm_head.weight": Payload(tmp_path / "ran"), "x": torch.zeros(3)}
+    refuse_saved(tmp_path / "m", content, "posix.system", _use_new_zipfile_serialization=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damage_to_a_file_of_the_older_format_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    base = save_pickled(tmp_path / "m", state, llama_config(4), as_zip=False)
+    path, good = base / NAME, (base / NAME).read_bytes()
+    for raw, part in (
+        (good[:-1], "truncated"),
+        (good + b"x", "followed by other data"),
+        (good.replace(b"little_endian" + good[good.index(b"little_endian") + 13 :][:2] + b"\x88",
+                      b"little_endian" + good[good.index(b"little_endian") + 13 :][:2] + b"\x89"), "byte order"),
+        (good[:3000], NAME),
+        (good[:20], NAME),
+    ):  # fmt: skip
+        path.write_bytes(raw)
+        refuse(base, part)
+
+
 def test_pickle_in_one_shard_of_several_is_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     base = save_pickled(tmp_path / "m", state, llama_config(4), num_shards=3)
     torch.save({"x": Payload(tmp_path / "ran")}, base / "pytorch_model-00003-of-00003.bin")
@@ -318,8 +339,6 @@ def test_bare_pickles_and_old_formats_are_refused(tmp_path: Path) -> None:
     refuse(folder, "no zip archive as torch.save writes it")
     (folder / NAME).write_text("version https://git-lfs.github.com/spec/v1\n")
     refuse(folder, "no zip archive as torch.save writes it")
-    torch.save({"x": torch.zeros(3)}, folder / NAME, _use_new_zipfile_serialization=False)
-    refuse(folder, "torch before 1.6")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder / NAME)
     refuse(folder, "TorchScript")
     assert not (tmp_path / "ran").exists()
@@ -334,11 +353,14 @@ def test_bare_pickles_and_old_formats_are_refused(tmp_path: Path) -> None:
         (torch.zeros(3), ("holds a Tensor",)),
         ({}, ("holds no tensors",)),
         ({"lm_head.weight": torch.zeros(3), "epoch": 3}, ("epoch is a int",)),
-        ({3: torch.zeros(3)}, ("3 is a Tensor",)),
+        ({3: torch.zeros(3)}, ("names a tensor with a int",)),
         ({"\ud800": torch.zeros(3)}, ("not Unicode",)),
         ({"__metadata__": torch.zeros(3)}, ("__metadata__",)),
-        ({"x": torch.zeros(3, dtype=torch.complex128)}, ("tensor x is complex128",)),
-        ({"x": torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, ("tensor x is float4_e2m1fn_x2",)),
+        ({"x": torch.zeros(3, dtype=torch.complex128)}, ("tensor x is torch.complex128",)),
+        (
+            {"x": torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)},
+            ("tensor x is torch.float4_e2m1fn_x2",),
+        ),
         ({"x": torch.zeros(3, dtype=torch.complex64).conj()}, ("tensor x is stored conjugated",)),
         ({"x": torch.eye(3).to_sparse()}, ("torch._utils._rebuild_sparse_tensor",)),
         ({"x": torch.nn.Linear(2, 2)}, ("torch.nn.modules.linear.Linear",)),
