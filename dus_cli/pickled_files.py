@@ -82,7 +82,12 @@ class _Bounded:
         return self._file.read(size if size >= 0 else _MAX_BYTES)
 
     def readline(self) -> bytes:
-        return self._file.readline(_MAX_BYTES)
+        """At most 4096 bytes of a line: pickletools asks for names so, and files of fsspec take no limit."""
+        start = self.tell()
+        raw = self._file.read(4096)
+        length = raw.find(b"\n") + 1 or len(raw)
+        self.seek(start + length)
+        return raw[:length]
 
 
 # --- the zip archive ----------------------------------------------------------------------------
@@ -254,7 +259,8 @@ def legacy_places(file: IO[bytes] | None, saved: PickledFile, sizes: Mapping[str
         if file is not None:
             file.seek(position)
             (num_elements,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            if not (num_elements and size % num_elements == 0) and (num_elements or size):
+            is_whole = size % num_elements == 0 if num_elements else size == 0
+            if not is_whole:
                 raise CheckpointError(f"{where} is truncated or damaged, copy or download it again")
         places[key] = (position + 8, size)
         position += 8 + size

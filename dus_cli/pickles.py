@@ -105,9 +105,11 @@ def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Heade
         CheckpointError: as `read_pickled`.
         OSError: the file cannot be read.
     """
-    saved = read_pickled_file(file, where, at_hand=at_hand)
-    _check_imports(saved.pickle, where)
-    described = _unpickle(saved, where)
+    with warnings.catch_warnings():  # of torch, of odd text in a hostile pickle: what matters is an error
+        warnings.simplefilter("ignore")
+        saved = read_pickled_file(file, where, at_hand=at_hand)
+        _check_imports(saved.pickle, where)
+        described = _unpickle(saved, where)
     places = saved.places
     if places is None:
         sizes = {key: tensor.untyped_storage().nbytes() for _, tensor, key in described}
@@ -179,9 +181,7 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
             keys[copy.tell()] = key
     copy.seek(0)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(copy, map_location="meta", weights_only=True)
+        state = torch.load(copy, map_location="meta", weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{where} cannot be unpickled by torch's weights_only ({_first_line(error)}); it is damaged, or no plain "

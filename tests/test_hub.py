@@ -316,19 +316,19 @@ def test_encoder_is_refused_before_weights_are_fetched(
     assert hub.num_sent("*.safetensors") == 0
 
 
-def write_pickled_repo(folder: Path, num_layers: int, *, num_shards: int = 1) -> Path:
+def write_pickled_repo(folder: Path, num_layers: int, *, num_shards: int = 1, as_zip: bool = True) -> Path:
     """A repo of before safetensors, with the pickles of a training run beside the weights."""
-    write_pickled(folder, llama_tensors(num_layers), llama_config(num_layers), num_shards=num_shards)
+    write_pickled(folder, llama_tensors(num_layers), llama_config(num_layers), num_shards=num_shards, as_zip=as_zip)
     for name in ("training_args.bin", "optimizer.pt", "tokenizer.json"):
         (folder / name).write_text(f"a file named {name}")
     return folder
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize(("num_shards", "as_zip"), [(1, True), (3, True), (1, False)])
 def test_pickled_repo_is_planned_from_headers_and_gives_what_its_directory_gives(
-    num_shards: int, hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
+    num_shards: int, as_zip: bool, hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
 ) -> None:
-    folder = write_pickled_repo(tmp_path / "pickled", 8, num_shards=num_shards)
+    folder = write_pickled_repo(tmp_path / "pickled", 8, num_shards=num_shards, as_zip=as_zip)
     names = {path.name for path in folder.glob("pytorch_model*")}
     repos["org/pickled"] = one_commit(folder)
     command = ("upscale", "org/pickled", "--trim", "1", "--json", "--max-shard-size", "200KB", "-o", "out")
