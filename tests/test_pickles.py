@@ -28,8 +28,11 @@ from safetensors.torch import save_file
 from test_headers import mutate, one_line_problem
 
 from dus_cli import strided
+from dus_cli.checkpoint import open_checkpoint
 from dus_cli.headers import DTYPE_BITS, TensorInfo
 from dus_cli.pickles import read_pickled
+from dus_cli.plan import Base, MapRequest, make_plan
+from dus_cli.reference import ModelRef
 from dus_cli.strided import tensor_pieces
 
 NAME = "pytorch_model.bin"
@@ -120,7 +123,10 @@ def test_views_and_every_order_of_elements_are_written_row_by_row(
     as_zip: bool, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     whole = torch.randn(512, 64).bfloat16()
+    pair = torch.randn(24)
     state |= {
+        "model.layers.1.c": pair[:12].view(3, 4).t(),  # 12 elements, and the next begins 12 further
+        "model.layers.1.d": pair[12:],
         UP.format(0): state[UP.format(0)].t().contiguous().t(),  # transposed
         UP.format(1): whole[100:228],  # part of a storage
         UP.format(2): whole[::4],  # strided, and shared with the one above
@@ -135,6 +141,29 @@ def test_views_and_every_order_of_elements_are_written_row_by_row(
         "model.layers.3.b": torch.nn.Parameter(torch.randn(3, 1, 4).transpose(0, 1)),
     }
     assert_output_is_that_of_safetensors(tmp_path / "base", state, as_zip=as_zip)
+
+
+def test_what_can_be_cloned_leaves_out_views_and_is_not_joined_across_them(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    whole = torch.randn(40_000)
+    state |= {"model.layers.0.a": whole[:20_000], "model.layers.0.b": whole[::2], "model.layers.0.c": whole[20_000:]}
+    folder = save_pickled(tmp_path / "base", state, llama_config(4))
+    plan = make_plan(Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), MapRequest(layers="0:4"))
+    (layout,) = plan.shards.values()
+    segments, places = list(layout.segments()), list(layout.positions())
+    assert [placement.name[-1] for placement, _ in places if placement.name[-2:] in {".a", ".b", ".c"}] == [
+        "a",
+        "b",
+        "c",
+    ]
+    for placement, start in places:
+        inside = [s for s in segments if s.start <= start < s.start + s.length]
+        if placement.tensor.strides is None:
+            (segment,) = inside
+            assert segment.source_start + start - segment.start == placement.tensor.start
+        else:
+            assert not inside
 
 
 def test_tensors_far_longer_than_a_piece_are_gathered(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -324,6 +353,7 @@ def test_damage_to_a_file_of_the_older_format_is_named(state: dict[str, torch.Te
         (good + b"x", "followed by other data"),
         (good.replace(b"little_endian" + good[good.index(b"little_endian") + 13 :][:2] + b"\x88",
                       b"little_endian" + good[good.index(b"little_endian") + 13 :][:2] + b"\x89"), "byte order"),
+        (good.replace(struct.pack("<Q", 64 * 128), struct.pack("<Q", 64 * 128 - 1)), "truncated or damaged"),
         (good[:3000], NAME),
         (good[:20], NAME),
     ):  # fmt: skip
@@ -438,6 +468,17 @@ def test_damage_to_the_archive_is_named(state: dict[str, torch.Tensor], tmp_path
         path.write_bytes(good[:size])
         refuse_file(path)
     refuse(base, NAME)
+
+
+def test_storage_whose_key_is_no_number_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(3)}, tmp_path / NAME)
+    with zipfile.ZipFile(tmp_path / NAME) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / NAME, "w") as archive:
+        for name, raw in members.items():
+            key = struct.pack("<I", 1)
+            archive.writestr(name.replace("data/0", "data/?"), raw.replace(b"X" + key + b"0", b"X" + key + b"?"))
+    refuse_file(tmp_path / NAME, "names a storage ?")
 
 
 def directory_entry(raw: bytearray, name: str) -> int:
