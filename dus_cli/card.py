@@ -7,12 +7,18 @@ import shlex
 
 from dus_cli.drawing import draw_map
 from dus_cli.plan import UpscalePlan
+from dus_cli.recipes import RECIPES
 
-# What `dus heal` replaces in the card.
+# What `dus heal` replaces in the card: one of these two.
 NOT_HEALED = """\
 > **This model is not healed.** Its layers are copies of the base's, stacked by depthwise scaling; at the
 > seam layers meet that never met before, so it is worse than its base until it has had continued
 > pretraining: `dus heal OUT --data corpus.jsonl`."""
+
+NOT_TRAINED = """\
+> **The new layers of this model are not trained.** Their output projections are zeros, so they are
+> identities and it computes what its base does; continued pretraining makes use of them:
+> `dus heal OUT --data corpus.jsonl --train new`."""
 
 _CITATION = """\
 ```bibtex
@@ -30,6 +36,16 @@ def command_line(plan: UpscalePlan) -> str:
     ref = plan.base.ref
     model = ref.text if ref.repo_id is None else ref.repo_id + (f"@{plan.base.commit}" if plan.base.commit else "")
     return f"dus upscale {shlex.quote(model)} {plan.options} -o OUT"
+
+
+def _recipe(plan: UpscalePlan) -> str:
+    name = plan.request.recipe
+    return "" if name is None else f" It is the recipe `{name}`: {RECIPES[name].source}."
+
+
+def _dtype(plan: UpscalePlan) -> str:
+    dtype = plan.treatment.dtype
+    return "" if dtype is None else f" Its floating-point tensors are {dtype.value}; others of the base's were cast."
 
 
 def model_card(plan: UpscalePlan) -> str:
@@ -53,7 +69,7 @@ def model_card(plan: UpscalePlan) -> str:
 
 # {name}, depth up-scaled to {len(layer_map)} layers
 
-{NOT_HEALED}
+{NOT_TRAINED if plan.treatment.zeros else NOT_HEALED}
 {warnings}
 | | base | this model |
 |---|---|---|
@@ -64,7 +80,7 @@ def model_card(plan: UpscalePlan) -> str:
 {draw_map(layer_map, width=76)}
 ```
 
-Layer map: `{layer_map}` (half-open ranges of base layers).
+Layer map: `{layer_map}` (half-open ranges of base layers).{_recipe(plan)}{_dtype(plan)}
 
 {seams or "No seam: every layer follows its neighbour in the base."}
 

@@ -18,12 +18,14 @@ from typing import Annotated, Any, NoReturn, Optional, cast, get_args
 import typer
 
 from dus_cli import __version__
+from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, shown
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
 from dus_cli.model_config import Assumption
 from dus_cli.plan import MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
+from dus_cli.recipes import RECIPES
 from dus_cli.reference import ModelRef
 from dus_cli.report import upscale_text, verification_json, verification_text
 from dus_cli.terminal import BarProgress, PlainProgress, print_plan
@@ -73,6 +75,12 @@ def _layers(text: str) -> str:
     return text
 
 
+def _recipe(text: str) -> str:
+    if text not in RECIPES:
+        raise typer.BadParameter(f"there is no recipe {shown(text)!r}; there are {', '.join(RECIPES)}")
+    return text
+
+
 def _assumption(text: str) -> tuple[str, Assumption]:
     field, _, value = text.partition("=")
     if not field or value not in get_args(Assumption):
@@ -112,6 +120,30 @@ def upscale(
             help="A field of config.json that dus does not know: keep it, or let its entries follow the layers.",
         ),
     ] = None,
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            parser=_recipe,
+            help=f"A published map: {', '.join(RECIPES)}. Excludes --trim, --layers and --copies.",
+        ),
+    ] = None,
+    identity: Annotated[
+        bool,
+        typer.Option(
+            "--identity",
+            help="New layers start as identities (output projections zero): the model computes what MODEL does.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        Optional[Dtype],  # noqa: UP045
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="Cast floating-point tensors to bfloat16, float16 or float32, rounding as torch does (heal extra).",
+        ),
+    ] = None,
     max_shard_size: Annotated[
         int,
         typer.Option(
@@ -139,9 +171,15 @@ def upscale(
 
     The result is an ordinary checkpoint of 2(n − m) layers. Heal it before you use it.
     """
-    if layers is not None and (trim is not None or copies != 2):
-        raise typer.BadParameter("it says the whole map; leave out --trim and --copies", param_hint="--layers")
-    ref, request = ModelRef.parse(model), MapRequest(trim, layers, copies, tuple(assume or ()))
+    for given, hint in ((recipe, "--recipe"), (layers, "--layers")):
+        others = {"--trim": trim, "--layers": layers, "--copies": copies if copies != 2 else None}
+        if given is not None and any(value is not None for name, value in others.items() if name != hint):
+            raise typer.BadParameter(
+                f"it says the whole map; leave out {' and '.join(name for name in others if name != hint)}",
+                param_hint=hint,
+            )
+    ref = ModelRef.parse(model)
+    request = MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple(assume or ()))
     speaks = not (quiet or as_json)
     if dry_run:
         report = run_preview(
@@ -149,6 +187,7 @@ def upscale(
             output,
             request,
             max_shard_bytes=max_shard_size,
+            dtype=dtype,
             copy_mode=copy_mode,
             overwrite=overwrite,
             quiet=not speaks,
@@ -162,6 +201,7 @@ def upscale(
                 output,
                 request,
                 max_shard_bytes=max_shard_size,
+                dtype=dtype,
                 copy_mode=copy_mode,
                 jobs=jobs,
                 verify=verify,

@@ -36,6 +36,10 @@ class VerificationError(DusError):
     """What was written is not what was planned."""
 
 
+class MissingExtraError(DusError):
+    """A library that comes with an extra is not installed."""
+
+
 class HealError(DusError):
     """A run cannot start, cannot go on, or is taken."""
 

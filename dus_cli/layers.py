@@ -34,7 +34,7 @@ class Seam:
 class LayerMap:
     """The base layer that each output layer copies, in output order.
 
-    `trim` is None for a map that was typed with `--layers`.
+    `trim` is None for a map that was typed with `--layers`, or that is no depthwise scaling.
     """
 
     sources: tuple[int, ...]
@@ -69,6 +69,40 @@ class LayerMap:
         for output, base in enumerate(self.sources):
             copies[base].append(output)
         return tuple(map(tuple, copies))
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether the base stands in the output whole and in its order, with other layers between its own or not."""
+        return self._in_order() is not None
+
+    @property
+    def base_outputs(self) -> tuple[int | None, ...]:
+        """For every base layer the output layer that is its own; any others that copy it are new.
+
+        Where the base stands in the output in its order, these are the first layers that make it up: for depth
+        up-scaling the first n − m and the last m. Else each layer's first copy; None for a layer left out.
+
+        >>> stack(4, trim=1).base_outputs
+        (0, 1, 2, 5)
+        """
+        return self._in_order() or tuple(outputs[0] if outputs else None for outputs in self.outputs)
+
+    @property
+    def new_layers(self) -> tuple[int, ...]:
+        """The output layers that are none of the base's own: all that identities or training may change.
+
+        >>> stack(4, trim=1).new_layers
+        (3, 4)
+        """
+        return tuple(sorted(set(range(len(self))) - set(self.base_outputs)))
+
+    def _in_order(self) -> tuple[int, ...] | None:
+        """The earliest output layers that hold base layers 0, 1, …, n − 1 in this order; None where there are none."""
+        found: list[int] = []
+        for output, base in enumerate(self.sources):
+            if base == len(found):
+                found.append(output)
+        return tuple(found) if len(found) == self.num_base_layers else None
 
     def keeps_phase(self, period: int) -> bool:
         """Whether every output layer keeps its base layer's position in a pattern of this period."""

@@ -28,6 +28,7 @@ from dus_cli.errors import CheckpointError
 from dus_cli.headers import DTYPE_BITS, MAX_HEADER_BYTES, TensorInfo, encode_header, is_aligned
 from dus_cli.layers import LayerMap
 from dus_cli.stacks import LayerStack
+from dus_cli.treatment import Making, Treatment
 
 # Block of every common file system on x86 and Arm. Larger ones copy what does not agree with theirs.
 BLOCK = 4096
@@ -41,11 +42,23 @@ _FEW = 64
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """An output tensor: its name, the base tensor whose bytes it gets, and the shard that holds those."""
+    """An output tensor: its name and dtype, the base tensor that it comes from, the shard that holds that, and how."""
 
     name: str
     tensor: TensorInfo
     shard: Shard
+    making: Making
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """In the output."""
+        return self.tensor.num_elements * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def can_agree(self) -> bool:
+        """Whether position in source and output can agree: a cast tensor has another length, a strided one no order."""
+        return self.dtype == self.tensor.dtype and self.tensor.strides is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +93,20 @@ class ShardLayout:
         start = len(self.header)
         for placement in self.placements:
             yield placement, start
-            start += placement.tensor.num_bytes
+            start += placement.num_bytes
 
     def segments(self) -> Iterator[Segment]:
-        """The bytes to move, neighbours in both files joined: one segment may span many layers.
-
-        Strided tensors are in none: their bytes are not moved as they lie.
-        """
+        """The bytes to move as they are, neighbours in both files joined: one segment may span many layers."""
         pending: Segment | None = None
         for placement, start in self.positions():
             tensor = placement.tensor
-            if not tensor.num_bytes:
-                continue
-            if tensor.strides is not None:
-                if pending is not None:
-                    yield pending
-                pending = None
+            if placement.making is not Making.copied or tensor.strides is not None or not tensor.num_bytes:
                 continue
             if (
                 pending is not None
                 and pending.shard is placement.shard
                 and pending.source_start + pending.length == tensor.start
+                and pending.start + pending.length == start
             ):
                 pending = Segment(pending.shard, pending.source_start, pending.start, tensor.end - pending.source_start)
                 continue
@@ -112,23 +118,29 @@ class ShardLayout:
 
 
 def lay_out(
-    checkpoint: Checkpoint, stack: LayerStack, layer_map: LayerMap, max_shard_bytes: int
+    checkpoint: Checkpoint,
+    stack: LayerStack,
+    layer_map: LayerMap,
+    max_shard_bytes: int,
+    treatment: Treatment | None = None,
 ) -> tuple[ShardLayout, ...]:
     """Place every output tensor. Linear in the number of tensors.
 
-    A tensor larger than `max_shard_bytes` gets a shard to itself, as in transformers.
+    A tensor larger than `max_shard_bytes` gets a shard to itself, as in transformers. Without a treatment all
+    are copied as they are; zeros stand where the copies would.
 
     Raises:
         CheckpointError: the map leaves nothing, or a header would pass the format's limit.
     """
-    sequences = [s for shard in checkpoint.shards for s in _sequences(shard, stack, layer_map)]
+    treatment = treatment or Treatment()
+    sequences = [s for shard in checkpoint.shards for s in _sequences(shard, stack, layer_map, treatment)]
     placements = [placement for sequence in sequences for placement in sequence]
     if sum(map(_cost, placements)) <= max_shard_bytes:
         return (_finish(placements),)
     return tuple(_finish(group) for group in _pack(sequences, max_shard_bytes))
 
 
-def _sequences(shard: Shard, stack: LayerStack, layer_map: LayerMap) -> Iterator[list[Placement]]:
+def _sequences(shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: Treatment) -> Iterator[list[Placement]]:
     """The output tensors that come from one source shard, in orders that keep the source's distances."""
     waiting = [(tensor, stack.output_names(tensor.name, layer_map)) for tensor in shard.header.tensors]
     sequence: list[Placement] = []
@@ -136,7 +148,10 @@ def _sequences(shard: Shard, stack: LayerStack, layer_map: LayerMap) -> Iterator
         later: list[tuple[TensorInfo, tuple[str, ...]]] = []
         for tensor, names in waiting:
             together = len(names) if tensor.num_bytes % BLOCK == 0 else 1
-            sequence.extend(Placement(name, tensor, shard) for name in names[:together])
+            sequence.extend(
+                Placement(name, tensor, shard, treatment.making(name, tensor), treatment.dtype_of(tensor))
+                for name in names[:together]
+            )
             if names[together:]:
                 later.append((tensor, names[together:]))
         waiting = later
@@ -150,18 +165,18 @@ def _sequences(shard: Shard, stack: LayerStack, layer_map: LayerMap) -> Iterator
 
 def _cost(placement: Placement) -> int:
     """Bytes that a tensor adds to its shard: data, and an upper bound of its line in the header."""
-    tensor = placement.tensor
-    return tensor.num_bytes + 2 * len(placement.name) + 100 + 21 * len(tensor.shape)
+    return placement.num_bytes + 2 * len(placement.name) + 100 + 21 * len(placement.tensor.shape)
 
 
 def _runs(sequence: Sequence[Placement]) -> Iterator[list[Placement]]:
     """Split a sequence where the distance between position in source and in sequence changes."""
-    offset = 0
+    offset = value = 0
 
     def shift(placement: Placement) -> int:
-        nonlocal offset
-        value = (placement.tensor.start - offset) % BLOCK
-        offset += placement.tensor.num_bytes
+        nonlocal offset, value
+        if placement.can_agree:  # else it stays with the run before it
+            value = (placement.tensor.start - offset) % BLOCK
+        offset += placement.num_bytes
         return value
 
     for _, run in groupby(sequence, key=shift):
@@ -177,8 +192,8 @@ def _pack(sequences: Iterable[Sequence[Placement]], max_shard_bytes: int) -> Ite
     for sequence in sequences:
         for run in _runs(sequence):
             # A pickled checkpoint has other data between any two tensors: its phase changes with each.
-            is_long = (
-                not run[0].shard.is_pickled and sum(placement.tensor.num_bytes for placement in run) >= worth_a_shard
+            is_long = not run[0].shard.is_pickled and (
+                sum(placement.num_bytes for placement in run if placement.can_agree) >= worth_a_shard
             )
             shift = (run[0].tensor.start - offset) % BLOCK
             if is_long and group and phase is not None and shift != phase:
@@ -192,21 +207,21 @@ def _pack(sequences: Iterable[Sequence[Placement]], max_shard_bytes: int) -> Ite
                     phase = (placement.tensor.start - offset) % BLOCK
                 group.append(placement)
                 size += _cost(placement)
-                offset += placement.tensor.num_bytes
+                offset += placement.num_bytes
     if group:
         yield group
 
 
 def _finish(placements: list[Placement]) -> ShardLayout:
-    if not is_aligned((p.tensor.dtype, p.tensor.num_bytes) for p in placements):
+    if not is_aligned((p.dtype, p.num_bytes) for p in placements):
         # As the library orders them: then every tensor starts at a multiple of its element.
-        placements = sorted(placements, key=lambda p: -DTYPE_BITS[p.tensor.dtype])
+        placements = sorted(placements, key=lambda p: -DTYPE_BITS[p.dtype])
     metadata: dict[str, str] = {}
     for shard in {p.shard.name: p.shard for p in placements}.values():
         metadata = {**shard.header.metadata, **metadata}
     header = encode_header(
         {"format": "pt", **metadata},
-        ((p.name, p.tensor.dtype, p.tensor.shape, p.tensor.num_bytes) for p in placements),
+        ((p.name, p.dtype, p.tensor.shape, p.num_bytes) for p in placements),
         BLOCK,
         _best_phase(placements),
     )
@@ -215,7 +230,7 @@ def _finish(placements: list[Placement]) -> ShardLayout:
             f"an output shard would need a header of {len(header)} bytes, over the format's limit of "
             f"{MAX_HEADER_BYTES}; use a smaller --max-shard-size"
         )
-    num_bytes = len(header) + sum(placement.tensor.num_bytes for placement in placements)
+    num_bytes = len(header) + sum(placement.num_bytes for placement in placements)
     return ShardLayout(header, tuple(placements), num_bytes)
 
 
@@ -225,7 +240,7 @@ def _best_phase(placements: Iterable[Placement]) -> int:
     offset = 0
     for placement in placements:
         phase = (placement.tensor.start - offset) % BLOCK
-        if phase % 8 == 0 and placement.tensor.strides is None:  # 8 is the format's alignment of the data start
-            votes[phase] += placement.tensor.num_bytes
-        offset += placement.tensor.num_bytes
+        if placement.can_agree and phase % 8 == 0:  # the format's alignment of the data start
+            votes[phase] += placement.num_bytes
+        offset += placement.num_bytes
     return max(votes, key=lambda phase: (votes[phase], -phase))

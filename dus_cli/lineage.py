@@ -7,12 +7,14 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.checkpoint import Checkpoint, read_small_file
-from dus_cli.errors import CheckpointError
+from dus_cli.dtypes import Dtype
+from dus_cli.errors import CheckpointError, shown
 from dus_cli.headers import limit_nesting, parse_json_object
-from dus_cli.layers import Seam
+from dus_cli.layers import LayerMap, Seam
 from dus_cli.model_config import Assumption
 from dus_cli.plan import UpscalePlan
 from dus_cli.source_files import inside
+from dus_cli.treatment import Treatment
 
 NAME = "dus.json"
 SCHEMA = 1
@@ -50,7 +52,11 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "trim": layer_map.trim,
         "layers": str(layer_map),
         "layer_map": list(layer_map.sources),
-        "assume": dict(plan.assume),
+        "recipe": plan.request.recipe,
+        "new_layers": list(layer_map.new_layers),
+        "identity": sorted(plan.treatment.zeros) or None,
+        "dtype": None if plan.treatment.dtype is None else plan.treatment.dtype.value,
+        "assume": dict(plan.request.assume),
         "layer_prefix": plan.stack.prefix,
         "max_shard_size": plan.max_shard_bytes,
         "seams": [seam_record(seam) for seam in layer_map.seams],
@@ -75,6 +81,38 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     if record.get("schema") != SCHEMA:
         raise CheckpointError(f"{NAME} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
     return record
+
+
+def recorded_layers(record: dict[str, Any], layer_map: LayerMap) -> tuple[int, ...]:
+    """The output layers that dus.json calls new; where an older dus wrote none down, those of the map.
+
+    Raises:
+        CheckpointError: not rising numbers of output layers.
+    """
+    layers = record.get("new_layers", list(layer_map.new_layers))
+    if (
+        not isinstance(layers, list)
+        or not all(type(layer) is int and 0 <= layer < len(layer_map) for layer in layers)
+        or layers != sorted(set(layers))
+    ):
+        raise CheckpointError(f"{NAME}: new_layers is no list of output layers; it was damaged or edited")
+    return tuple(layers)
+
+
+def recorded_treatment(record: dict[str, Any], layer_map: LayerMap) -> Treatment:
+    """What dus.json says about how the output's bytes came to be from the base's.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    zeros = record.get("identity") or []
+    if not isinstance(zeros, list) or not all(isinstance(name, str) for name in zeros):
+        raise CheckpointError(f"{NAME}: identity is no list of tensor names; it was damaged or edited")
+    dtype = record.get("dtype")
+    if dtype is not None and dtype not in [choice.value for choice in Dtype]:
+        raise CheckpointError(f"{NAME}: dtype is {shown(dtype)}; it was damaged or edited")
+    new_layers = frozenset(recorded_layers(record, layer_map))
+    return Treatment(str(record.get("layer_prefix")), new_layers, frozenset(zeros), dtype and Dtype(dtype))
 
 
 def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:

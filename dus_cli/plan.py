@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dus_cli.architectures import KNOWN_TYPES
 from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from dus_cli.errors import LayerMapError
+from dus_cli.dtypes import Dtype, check_castable, config_with_dtype
+from dus_cli.errors import LayerMapError, shown
 from dus_cli.layers import LayerMap, stack, typed_map
-from dus_cli.layout import ShardLayout, lay_out
-from dus_cli.model_config import Assumption, decoder_config, deepen_config, refuse_types
+from dus_cli.layout import Placement, ShardLayout, lay_out
+from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deepen_config, refuse_types
+from dus_cli.projections import zero_patterns
+from dus_cli.recipes import RECIPES, recipe_map
 from dus_cli.reference import ModelRef
 from dus_cli.rules import Kinds
 from dus_cli.source_files import carried_files
 from dus_cli.stacks import LayerStack, find_stack
+from dus_cli.treatment import Treatment
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -42,15 +49,23 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class MapRequest:
-    """The layer map that was asked for, before the base's depth is known. `layers` excludes the others.
+    """The layer map that was asked for, before the base's depth is known.
 
+    `layers` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as identities.
     `assume` says how fields of config.json that dus does not know are to be carried, as (field, "keep" or "map").
     """
 
     trim: int | None = None
     layers: str | None = None
     copies: int = 2
+    recipe: str | None = None
+    identity: bool = False
     assume: tuple[tuple[str, Assumption], ...] = ()
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the new layers start as identities: as asked, or as the recipe has it."""
+        return self.identity or (self.recipe is not None and RECIPES[self.recipe].identity)
 
     def resolve(self, num_layers: int) -> LayerMap:
         """The map for a base of this depth.
@@ -58,11 +73,13 @@ class MapRequest:
         Raises:
             LayerMapError: not valid for this depth.
         """
-        if self.layers is None:
-            return stack(num_layers, self.trim, self.copies)
-        if self.trim is not None or self.copies != 2:
-            raise LayerMapError("--layers says the whole map; leave out --trim and --copies")
-        return typed_map(self.layers, num_layers)
+        given = [name for name in ("layers", "recipe") if getattr(self, name) is not None]
+        if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
+            others = " and ".join(f"--{name}" for name in ("layers", "recipe", "trim", "copies") if name != given[0])
+            raise LayerMapError(f"--{given[0]} says the whole map; leave out {others}")
+        if self.recipe is not None:
+            return recipe_map(self.recipe, num_layers)
+        return stack(num_layers, self.trim, self.copies) if self.layers is None else typed_map(self.layers, num_layers)
 
 
 @dataclass(frozen=True)
@@ -78,19 +95,18 @@ class UpscalePlan:
     """The whole output: shards, config, files, and the figures that the report gives.
 
     `shards` maps file names to layouts, in order. `files` are the source's other files, as
-    (path with "/", file). `kinds` are what the config says of each base layer; `assume` is what a person
-    decided about fields that dus does not know.
+    (path with "/", file). `kinds` are what the config says of each base layer.
     """
 
     base: Base
     checkpoint: Checkpoint
+    request: MapRequest
     layer_map: LayerMap
-    copies: int
     max_shard_bytes: int
     stack: LayerStack
+    treatment: Treatment
     config: dict[str, Any]
     kinds: Kinds
-    assume: tuple[tuple[str, Assumption], ...]
     shards: dict[str, ShardLayout]
     files: tuple[tuple[str, Path], ...]
     warnings: tuple[str, ...]
@@ -98,11 +114,18 @@ class UpscalePlan:
     @property
     def options(self) -> str:
         """The options that make this plan again, defaults that depend on the model written out."""
-        trim = self.layer_map.trim
-        options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
-        if self.copies != 2:
-            options += f" --copies {self.copies}"
-        for field, assumption in self.assume:
+        request, trim = self.request, self.layer_map.trim
+        if request.recipe is not None:
+            options = f"--recipe {request.recipe}"
+        else:
+            options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
+        if request.copies != 2:
+            options += f" --copies {request.copies}"
+        if request.identity:
+            options += " --identity"
+        if self.treatment.dtype is not None:
+            options += f" --dtype {self.treatment.dtype.value}"
+        for field, assumption in request.assume:
             options += f" --assume {shlex.quote(f'{field}={assumption}')}"
         if self.max_shard_bytes != DEFAULT_SHARD_BYTES:
             options += f" --max-shard-size {self.max_shard_bytes}B"
@@ -114,12 +137,17 @@ class UpscalePlan:
         return {name: [kinds[base] for base in self.layer_map.sources] for name, kinds in self.kinds.items()}
 
     @property
+    def placements(self) -> Iterator[Placement]:
+        """Every output tensor."""
+        return chain.from_iterable(layout.placements for layout in self.shards.values())
+
+    @property
     def num_tensors(self) -> int:
         return sum(len(layout.placements) for layout in self.shards.values())
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.tensor.num_elements for layout in self.shards.values() for p in layout.placements)
+        return sum(placement.tensor.num_elements for placement in self.placements)
 
     @property
     def num_data_bytes(self) -> int:
@@ -157,28 +185,33 @@ def dump_json(value: object) -> str:
 
 
 def make_plan(
-    base: Base, checkpoint: Checkpoint, request: MapRequest, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    base: Base,
+    checkpoint: Checkpoint,
+    request: MapRequest,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: Dtype | None = None,
 ) -> UpscalePlan:
-    """Decide everything that will be written. Reads headers and names only.
+    """Decide everything that will be written. Reads headers and names only. `dtype`: what floats are cast to.
 
     Raises:
         LayerMapError: the map is not valid for this model.
         ConfigError: a field of the config cannot follow the map.
-        CheckpointError: tensors that the layer map does not account for.
+        CheckpointError: tensors that the layer map, or an identity, does not account for; or that cannot be cast.
     """
     refuse_types(checkpoint.config)
     decoder = decoder_config(checkpoint.config)
     layer_map = request.resolve(decoder.num_layers)
     deeper = deepen_config(checkpoint.config, layer_map, dict(request.assume))
     layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder)
-    layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes)
+    treatment, treatment_warnings = _treatment(checkpoint, decoder, layers, layer_map, request, dtype)
+    layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes, treatment)
     if len(layouts) == 1:
         shards = {SINGLE_NAME: layouts[0]}
     else:
         width = max(5, len(str(len(layouts))))
         names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
         shards = dict(zip(names, layouts, strict=True))
-    warnings = [*stack_warnings, *deeper.warnings]
+    warnings = [*stack_warnings, *deeper.warnings, *treatment_warnings]
     if not layer_map.is_deeper:
         warnings.append(
             f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
@@ -192,14 +225,35 @@ def make_plan(
     return UpscalePlan(
         base,
         checkpoint,
+        request,
         layer_map,
-        request.copies,
         max_shard_bytes,
         layers,
-        deeper.config,
+        treatment,
+        config_with_dtype(deeper.config, dtype),
         deeper.kinds,
-        request.assume,
         shards,
         files,
         tuple(warnings),
     )
+
+
+def _treatment(
+    checkpoint: Checkpoint,
+    decoder: DecoderConfig,
+    layers: LayerStack,
+    layer_map: LayerMap,
+    request: MapRequest,
+    dtype: Dtype | None,
+) -> tuple[Treatment, list[str]]:
+    """What becomes of the base's tensors, and warnings."""
+    zeros: frozenset[str] = frozenset()
+    warnings = list(check_castable(checkpoint, dtype)) if dtype is not None else []
+    if request.starts_as_base:
+        zeros = zero_patterns(decoder, layers, (tensor for _, tensor in checkpoint.tensors()), layer_map)
+        if decoder.model_type not in KNOWN_TYPES:
+            warnings.append(
+                f"--identity went by the names of tensors alone for model type {shown(decoder.model_type)!r}; compare "
+                "the model's logits with its base's before you train it"
+            )
+    return Treatment(layers.prefix, frozenset(layer_map.new_layers), zeros, dtype), warnings

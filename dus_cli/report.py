@@ -19,6 +19,9 @@ SCHEMA = 1
 
 _VERIFIED = {"none": "no (--verify none)", "structure": "structure", "full": "structure and every byte"}
 
+_STATE = "It is not healed yet: the seam makes it worse than its base."
+_STATE_IDENTITY = "It computes what its base does, until its new layers are trained."
+
 
 @dataclass(frozen=True)
 class Space:
@@ -56,6 +59,10 @@ class UpscaleReport:
             "trim": layer_map.trim,
             "layers": str(layer_map),
             "layer_map": list(layer_map.sources),
+            "recipe": plan.request.recipe,
+            "new_layers": list(layer_map.new_layers),
+            "identity": sorted(plan.treatment.zeros) or None,
+            "dtype": None if plan.treatment.dtype is None else plan.treatment.dtype.value,
             "seams": [seam_record(seam) for seam in layer_map.seams],
             "kinds": plan.output_kinds,
             "parameters": {"base": plan.checkpoint.num_parameters, "output": plan.num_parameters},
@@ -66,6 +73,8 @@ class UpscaleReport:
             "space": {"needed": self.space.needed, "free": self.space.free, "can_clone": self.space.can_clone},
             "bytes_cloned": self.tally.cloned,
             "bytes_copied": self.tally.copied,
+            "bytes_cast": self.tally.cast,
+            "bytes_zeros": self.tally.zeros,
             "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "warnings": list(plan.warnings),
@@ -76,7 +85,10 @@ def plan_text(plan: UpscalePlan, width: int) -> str:
     """The drawing of copies and seams, under a line that names the model."""
     layer_map = plan.layer_map
     trim = "" if layer_map.trim is None else f", trim {layer_map.trim}"
-    title = f"{plan.base.ref.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}"
+    recipe = "" if plan.request.recipe is None else f", recipe {plan.request.recipe}"
+    title = f"{plan.base.ref.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}{recipe}"
+    if plan.treatment.zeros:
+        title += f"\n{len(layer_map.new_layers)} new layers start as identities"
     kinds = draw_kinds(plan.output_kinds, layer_map, width)
     return "\n".join([title, "", draw_map(layer_map, width), *kinds])
 
@@ -106,6 +118,8 @@ def upscale_text(report: UpscaleReport) -> str:
         rows += [
             ("cloned", human_bytes(tally.cloned)),
             ("copied", human_bytes(tally.copied)),
+            *([("cast", human_bytes(tally.cast))] if tally.cast else []),
+            *([("zeros", human_bytes(tally.zeros))] if tally.zeros else []),
             ("verified", _VERIFIED[report.verified]),
             ("time", f"{report.seconds:.2f} s"),
         ]
@@ -115,8 +129,8 @@ def upscale_text(report: UpscaleReport) -> str:
         lines.append(f"Dry run: nothing was written to {output_text}.")
     else:
         lines += [
-            f"Wrote {output_text}. It is not healed yet: the seam makes it worse than its base.",
-            f"next: dus heal {output_text} --data corpus.jsonl",
+            f"Wrote {output_text}. {_STATE_IDENTITY if plan.treatment.zeros else _STATE}",
+            f"next: dus heal {output_text} --data corpus.jsonl{' --train new' if plan.treatment.zeros else ''}",
         ]
     return "\n".join(lines)
 

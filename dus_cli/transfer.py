@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dus_cli.checkpoint import Shard, fingerprint
+from dus_cli.dtypes import Cast, overflow, require_torch
 from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.headers import TensorInfo
 from dus_cli.layout import BLOCK
 from dus_cli.plan import UpscalePlan
 from dus_cli.strided import tensor_pieces
+from dus_cli.treatment import Making
 from dus_cli.workers import PIECE, workers
 
 # Four readers keep a disk busy; more changed nothing on two cores (docs/benchmarks.md).
@@ -55,41 +57,74 @@ class CopyMode(str, Enum):
 class Move(NamedTuple):
     """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name, position).
 
+    They are copied as they are, or with `cast` as other numbers; then they are those of the tensor `name`.
     `strided` is the tensor whose bytes they are where these do not lie in order.
     """
 
     source_start: int
     length: int
     targets: tuple[tuple[str, int], ...]
+    cast: Cast | None = None
+    name: str = ""
     strided: TensorInfo | None = None
+
+    def written(self, length: int) -> int:
+        """How many bytes the first `length` ones are in the output."""
+        return length if self.cast is None else length // self.cast.source_size * self.cast.target_size
+
+    def part(self, position: int, length: int) -> Move:
+        """The move of `length` of its bytes from `position` on."""
+        targets = tuple((name, start + self.written(position)) for name, start in self.targets)
+        return self._replace(source_start=self.source_start + position, length=length, targets=targets)
+
+    def to_block(self, position: int) -> int:
+        """Bytes from `position` on up to the next whole block of the source, where direct I/O is possible.
+
+        0 also where numbers do not start at multiples of their size: no block begins with a whole one then.
+        """
+        if self.cast is not None and self.source_start % self.cast.source_size:
+            return 0
+        return -(self.source_start + position) % BLOCK
 
 
 @dataclass
 class Tally:
-    """Bytes of tensor data that were cloned, and that were copied."""
+    """Bytes of tensor data that were cloned, that were copied, that were cast, and that are zeros."""
 
     cloned: int = 0
     copied: int = 0
+    cast: int = 0
+    zeros: int = 0
 
 
 def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
-    """What each source shard has to give, in its own order; neighbours that stay neighbours are one move."""
+    """What each source shard has to give, in its own order; neighbours that stay neighbours are one move.
+
+    Zeros need no move: a file is as long as planned, and zeros, before anything is moved into it.
+    """
     wanted: dict[str, list[tuple[str, int]]] = {}
+    casts: dict[str, Cast] = {}
     for file_name, layout in plan.shards.items():
         for placement, start in layout.positions():
+            if placement.making is Making.zeros:
+                continue
             wanted.setdefault(placement.tensor.name, []).append((file_name, start))
+            if placement.making is Making.cast:
+                casts[placement.tensor.name] = Cast(placement.tensor.dtype, placement.dtype)
     for shard in plan.checkpoint.shards:
         joined: list[Move] = []
         for tensor in shard.header.tensors:
             targets = tuple(wanted.get(tensor.name, ()))
             if not targets or not tensor.num_bytes:
                 continue
-            if tensor.strides is not None:
-                joined.append(Move(tensor.start, tensor.num_bytes, targets, tensor))
+            cast, strided = casts.get(tensor.name), tensor if tensor.strides is not None else None
+            if cast is not None or strided is not None:
+                joined.append(Move(tensor.start, tensor.num_bytes, targets, cast, tensor.name, strided))
                 continue
             last = joined[-1] if joined else None
             if (
                 last is not None
+                and last.cast is None
                 and last.strided is None
                 and last.source_start + last.length == tensor.start
                 and targets == tuple((name, start + last.length) for name, start in last.targets)
@@ -150,7 +185,8 @@ def transfer(
 ) -> Tally:
     """Write every shard of the plan into `folder` and see it on the disk (fsync).
 
-    Memory is `jobs` pieces of 4 MiB, whatever the size of the model. One source shard is open at a time.
+    Memory is `jobs` pieces of 4 MiB, a few for each job where it casts, whatever the size of the model. One source
+    shard is open at a time.
 
     Args:
         plan: what to write.
@@ -161,9 +197,13 @@ def transfer(
         on_bytes: told the number of bytes of tensor data done, from several threads.
 
     Raises:
-        CheckpointError: a source shard is unreadable, or changed since its header was read.
+        CheckpointError: a source shard is unreadable, or changed since its header was read; a finite number is
+            beyond the dtype that it is cast to.
+        MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
+    if any(placement.making is Making.cast for placement in plan.placements):
+        require_torch("--dtype")
     for name, layout in plan.shards.items():
         with writing(name), open(folder / name, "xb") as file:
             file.write(layout.header)
@@ -177,6 +217,8 @@ def transfer(
             raise CheckpointError(
                 f"{shown(shard.name)} changed while it was read; start again when nobody writes to it"
             )
+    tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
+    on_bytes(tally.zeros)
     with workers(jobs) as (pool, _):
         list(pool.map(lambda name: sync_file(folder / name), plan.shards))
     return tally
@@ -240,9 +282,10 @@ class _ShardMover:
             names = dict.fromkeys(name for move in shard_moves for name, _ in move.targets)
             self.targets = {name: self._open(self.folder / name, os.O_RDWR, closing) for name in names}
             # Cloning is work for the file system's metadata alone: threads only contend for it.
-            pieces = shard_moves if self.clone else [p for move in shard_moves for p in _cut(move)]
+            casts = any(move.cast is not None for move in shard_moves)
+            pieces = [p for move in shard_moves for p in ([move] if self._clones(move) else _cut(move))]
             queue = iter(pieces)
-            num_threads = 1 if self.clone else jobs
+            num_threads = 1 if self.clone and not casts else jobs
             with workers(num_threads) as (pool, self.stop):
                 list(pool.map(lambda _: self._work(queue), range(num_threads)))
 
@@ -262,18 +305,22 @@ class _ShardMover:
             closing.callback(os.close, direct)
         return _Files(buffered, direct)
 
+    def _clones(self, move: Move) -> bool:
+        return self.clone and move.cast is None and move.strided is None
+
     def _work(self, queue: Iterator[Move]) -> None:
         # Page-aligned, for direct I/O. Never closed by hand: the traceback of an error still holds views of it.
-        buffer = memoryview(mmap.mmap(-1, PIECE))
+        # A piece, and room for what a cast makes of it; pages that nobody touches take no memory.
+        buffer = memoryview(mmap.mmap(-1, 3 * PIECE))
         while not self.stop.is_set():
             with self.lock:
                 move = next(queue, None)
             if move is None:
                 return
             if move.strided is not None:
-                self._gather(move, move.strided)
+                self._gather(move, move.strided, buffer)
                 continue
-            if self.clone:
+            if self._clones(move):
                 move = self._clone(move, buffer)
             self._copy(move, buffer)
 
@@ -307,38 +354,51 @@ class _ShardMover:
         return move._replace(targets=tuple(left))
 
     def _copy(self, move: Move, view: memoryview) -> None:
-        """Read each piece once, write it to every target."""
-        source_start, length, targets, _ = move
-        if not targets:
+        """Read each piece once, write it, or what a cast makes of it, to every target."""
+        if not move.targets:
             return
         position = 0
-        while position < length and not self.stop.is_set():
-            start = source_start + position
+        while position < move.length and not self.stop.is_set():
+            start = move.source_start + position
             # Up to the next whole block first: from there on direct I/O is possible.
-            head = -start % BLOCK
-            size = min(head or len(view), length - position)
-            whole_blocks = head == 0 and size >= BLOCK
+            head = move.to_block(position)
+            size = min(head or PIECE, move.length - position)
+            whole_blocks = start % BLOCK == 0 and size >= BLOCK
             if whole_blocks:
                 size -= size % BLOCK
             piece = view[:size]
             self._read(start, piece, direct=whole_blocks)
-            for name, target_start in targets:
-                target = target_start + position
-                self._write(name, target, piece, direct=whole_blocks and target % BLOCK == 0)
+            made = piece if move.cast is None else self._cast(move, piece, view[PIECE:])
+            for name, target_start in move.targets:
+                target = target_start + move.written(position)
+                direct = whole_blocks and target % BLOCK == 0 and len(made) % BLOCK == 0
+                self._write(name, target, made, direct=direct)
             position += size
-            self._done(copied=size * len(targets))
+            num_bytes = len(made) * len(move.targets)
+            self._done(**{"copied" if move.cast is None else "cast": num_bytes})
 
-    def _gather(self, move: Move, tensor: TensorInfo) -> None:
-        """Write a strided tensor row by row to every target."""
+    def _cast(self, move: Move, piece: memoryview, room: memoryview) -> memoryview:
+        assert move.cast is not None
+        made = room[: move.written(len(piece))]
+        if move.cast(piece, made):
+            raise overflow(move.name, move.cast)
+        return made
+
+    def _gather(self, move: Move, tensor: TensorInfo, view: memoryview) -> None:
+        """Write a strided tensor, or what a cast makes of it, row by row to every target."""
         position = 0
         try:
             for piece in tensor_pieces(self.source.buffered, tensor):
                 if self.stop.is_set():
                     return
+                gathered = view[: len(piece)]
+                gathered[:] = piece
+                made = gathered if move.cast is None else self._cast(move, gathered, view[PIECE:])
                 for name, start in move.targets:
-                    self._write(name, start + position, memoryview(piece), direct=False)
+                    self._write(name, start + move.written(position), made, direct=False)
                 position += len(piece)
-                self._done(copied=len(piece) * len(move.targets))
+                num_bytes = len(made) * len(move.targets)
+                self._done(**{"copied" if move.cast is None else "cast": num_bytes})
         except OSError as error:  # of reading: `_write` has its own
             raise _unreadable(self.shard, error) from error
 
@@ -375,11 +435,12 @@ class _ShardMover:
                     raise
             direct = direct and written % BLOCK == 0
 
-    def _done(self, cloned: int = 0, copied: int = 0) -> None:
+    def _done(self, cloned: int = 0, copied: int = 0, cast: int = 0) -> None:
         with self.lock:
             self.tally.cloned += cloned
             self.tally.copied += copied
-        self.on_bytes(cloned + copied)
+            self.tally.cast += cast
+        self.on_bytes(cloned + copied + cast)
 
 
 def _cut(move: Move) -> Iterator[Move]:
@@ -389,8 +450,8 @@ def _cut(move: Move) -> Iterator[Move]:
         return
     position = 0
     while position < move.length:
-        size = min(_MOVE - (move.source_start + position) % BLOCK, move.length - position)
-        yield Move(move.source_start + position, size, tuple((name, start + position) for name, start in move.targets))
+        size = min(_MOVE - (-move.to_block(position) % BLOCK), move.length - position)
+        yield move.part(position, size)
         position += size
 
 

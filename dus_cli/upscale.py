@@ -9,6 +9,7 @@ from pathlib import Path
 from dus_cli import checksums, hub, lineage
 from dus_cli.card import model_card
 from dus_cli.checkpoint import Checkpoint, open_checkpoint
+from dus_cli.dtypes import Dtype
 from dus_cli.errors import OutputError, shown
 from dus_cli.layout import BLOCK
 from dus_cli.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
@@ -25,6 +26,7 @@ def plan(
     request: MapRequest,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: Dtype | None = None,
     fetch: bool = True,
     quiet: bool = True,
 ) -> UpscalePlan:
@@ -34,6 +36,7 @@ def plan(
         ref: the base.
         request: the layer map.
         max_shard_bytes: the largest shard, in bytes.
+        dtype: what floating-point tensors are cast to.
         fetch: bring a Hub model's weights into the cache; without, only its headers are read.
         quiet: no progress bars from huggingface_hub.
 
@@ -41,15 +44,15 @@ def plan(
         DusError: any known failure; see `errors`.
     """
     if ref.path is not None:
-        return make_plan(Base(ref), open_checkpoint(ref.path), request, max_shard_bytes)
+        return make_plan(Base(ref), open_checkpoint(ref.path), request, max_shard_bytes, dtype)
     folder, commit = hub.fetch_small_files(ref, quiet=quiet)
     base = Base(ref, commit)
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
-    made = make_plan(base, open_checkpoint(folder, hub.remote_headers(ref, commit)), request, max_shard_bytes)
+    made = make_plan(base, open_checkpoint(folder, hub.remote_headers(ref, commit)), request, max_shard_bytes, dtype)
     if not fetch:
         return made
     hub.fetch_weights(ref, folder, commit)
-    return make_plan(base, open_checkpoint(folder), request, max_shard_bytes)
+    return make_plan(base, open_checkpoint(folder), request, max_shard_bytes, dtype)
 
 
 def open_base(ref: ModelRef, *, quiet: bool = True) -> Checkpoint:
@@ -71,6 +74,7 @@ def preview(
     request: MapRequest,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: Dtype | None = None,
     copy_mode: CopyMode = CopyMode.auto,
     overwrite: bool = False,
     quiet: bool = True,
@@ -81,7 +85,7 @@ def preview(
         DusError: as `plan`.
     """
     started = time.monotonic()
-    made = plan(ref, request, max_shard_bytes=max_shard_bytes, fetch=False, quiet=quiet)
+    made = plan(ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, fetch=False, quiet=quiet)
     folder = output.resolve().parent
     while not folder.is_dir():
         folder = folder.parent
@@ -106,6 +110,7 @@ def upscale(
     request: MapRequest,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: Dtype | None = None,
     copy_mode: CopyMode = CopyMode.auto,
     jobs: int = DEFAULT_JOBS,
     verify: VerifyMode = VerifyMode.structure,
@@ -121,12 +126,13 @@ def upscale(
 
     Raises:
         DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the base
-            is unreadable or changed meanwhile), VerificationError (what was written is not what was planned).
+            is unreadable or changed meanwhile, or a number is beyond `dtype`), MissingExtraError (a cast needs
+            torch), VerificationError (what was written is not what was planned).
     """
     started = time.monotonic()
     progress = progress or NoProgress()
     real = check_output(output, overwrite=overwrite)
-    made = plan(ref, request, max_shard_bytes=max_shard_bytes, quiet=quiet)
+    made = plan(ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, quiet=quiet)
     check_apart(output, made.checkpoint.folder)
     progress.planned(made)
     with Staging(real, overwrite=overwrite) as staging:

@@ -21,6 +21,7 @@ from dus_cli.checkpoint import (
     read_index,
 )
 from dus_cli.checksums import check_sums
+from dus_cli.dtypes import Cast, config_with_dtype, require_torch
 from dus_cli.errors import DusError, VerificationError, shown, shown_list
 from dus_cli.headers import TensorInfo, read_header
 from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
@@ -33,7 +34,11 @@ from dus_cli.stacks import find_stack
 from dus_cli.staging import staged_files
 from dus_cli.strided import tensor_pieces
 from dus_cli.transfer import DEFAULT_JOBS
-from dus_cli.workers import workers
+from dus_cli.treatment import Making, Treatment
+from dus_cli.workers import PIECE, workers
+
+# What a new layer's output projection is in an identity, in messages.
+_ZEROS = "an identity's zeros"
 
 
 class VerifyMode(str, Enum):
@@ -52,11 +57,16 @@ class Place(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two places that must hold the same bytes."""
+    """A place, and one from which its bytes come: they must be the same, or what `making` makes of them.
+
+    `dtype` is the left one's where it is not the right one's.
+    """
 
     left: Place
     right: Place
     right_name: str
+    making: Making = Making.copied
+    dtype: str | None = None
 
 
 @dataclass
@@ -103,7 +113,7 @@ def _check_shard(path: Path, name: str, layout: ShardLayout) -> None:
     except DusError as error:
         raise VerificationError(f"written shard is unsound: {error}") from error
     written = [(t.name, t.dtype, t.shape, t.start) for t in header.tensors if t.num_bytes]
-    planned = [(p.name, p.tensor.dtype, p.tensor.shape, start) for p, start in layout.positions() if p.tensor.num_bytes]
+    planned = [(p.name, p.dtype, p.tensor.shape, start) for p, start in layout.positions() if p.num_bytes]
     if written != planned or header.end != layout.num_bytes or len(header.tensors) != len(layout.placements):
         raise VerificationError(f"{name} is not what was planned; the disk or the file system failed")
 
@@ -118,9 +128,10 @@ def check_bytes_against_plan(plan: UpscalePlan, folder: Path, jobs: int, on_byte
     def comparisons() -> Iterator[Comparison]:
         for name, layout in plan.shards.items():
             for placement, start in layout.positions():
-                tensor = placement.tensor
-                written = TensorInfo(placement.name, tensor.dtype, tensor.shape, start, start + tensor.num_bytes)
-                yield Comparison(Place(folder / name, written), Place(placement.shard.path, tensor), "its source")
+                shape, end = placement.tensor.shape, start + placement.num_bytes
+                written = Place(folder / name, TensorInfo(placement.name, placement.dtype, shape, start, end))
+                source = Place(placement.shard.path, placement.tensor)
+                yield Comparison(written, source, "its source", placement.making, placement.dtype)
 
     for problem in compare(comparisons(), jobs, on_bytes):
         raise VerificationError(f"{problem}; the disk or its driver failed, nothing was published")
@@ -156,7 +167,8 @@ def verify(
     record = _gather(found, lambda: lineage.read_lineage(folder))
     is_healed = record is not None and bool(record.get("healing"))
     has_map = record is not None and not (is_healed and "layer_map" not in record)
-    layer_map = _gather(found, lambda: _recorded_map(record)) if has_map else None
+    recorded = _gather(found, lambda: _recorded(record)) if has_map else None
+    layer_map, treatment = recorded or (None, Treatment())
     if record is None and not found.problems:
         found.warnings.append(f"there is no {lineage.NAME}: which layers stand twice is not known, none were compared")
     if has_map and all_readable:
@@ -167,7 +179,7 @@ def verify(
         found.problems.append(f"{lineage.NAME} says the model was healed: its tensors are no base's; leave out --base")
         base = None
     if layer_map is not None and not is_healed:
-        pairs, problems = _duplicates(tensors, str(record["layer_prefix"]), layer_map)
+        pairs, problems = _duplicates(tensors, layer_map, treatment)
         if all_readable:  # else one bad shard would be told once for each of its tensors
             found.problems += problems
         if base is None:  # else the base says more: what equals it equals its twin
@@ -175,9 +187,11 @@ def verify(
             _compare_all(found, pairs, jobs, progress)
     if base is not None:
         assume = _gather(found, lambda: lineage.recorded_assumptions(record or {})) or {}
-        pairs, problems = _against_base(tensors, base, config, layer_map, assume)
+        pairs, problems = _against_base(tensors, base, config, layer_map, treatment, assume)
         if all_readable:
             found.problems += problems
+        if any(pair.making is Making.cast for pair in pairs):
+            require_torch("--base of a model that was cast")
         progress.start("comparing with the base", _num_bytes(pairs))
         _compare_all(found, pairs, jobs, progress)
     found.files_summed, problems = check_sums(folder, jobs)
@@ -242,7 +256,7 @@ def _check_total(index: Index, tensors: dict[str, Place]) -> list[str]:
     return [f"the index says total_size {shown(index.total_size)}, the shards hold {total} bytes of tensor data"]
 
 
-def _recorded_map(record: dict[str, Any]) -> LayerMap:
+def _recorded(record: dict[str, Any]) -> tuple[LayerMap, Treatment]:
     depths, sources = record.get("num_layers"), record.get("layer_map")
     num_base = depths.get("base") if isinstance(depths, dict) else None
     if (
@@ -254,7 +268,8 @@ def _recorded_map(record: dict[str, Any]) -> LayerMap:
         or not all(type(layer) is int and 0 <= layer < num_base for layer in sources)
     ):
         raise VerificationError(f"{lineage.NAME} holds no valid layer map; it was damaged or edited")
-    return LayerMap(tuple(sources), num_base, record.get("trim"))
+    layer_map = LayerMap(tuple(sources), num_base, record.get("trim"))
+    return layer_map, lineage.recorded_treatment(record, layer_map)
 
 
 def _check_counts(found: Verification, record: dict[str, Any]) -> None:
@@ -274,9 +289,13 @@ def _check_depth(decoder: DecoderConfig, layer_map: LayerMap) -> list[str]:
 
 
 def _duplicates(
-    tensors: dict[str, Place], layer_prefix: str, layer_map: LayerMap
+    tensors: dict[str, Place], layer_map: LayerMap, treatment: Treatment
 ) -> tuple[list[Comparison], list[str]]:
-    """Output layers with the same source: pairs to compare, and tensors that only one of them has."""
+    """Output layers with the same source: pairs to compare, and tensors that only one of them has.
+
+    Each new layer is held against the base's own; in an identity, output projections against zeros.
+    """
+    layer_prefix = treatment.layer_prefix
     layers: dict[int, dict[str, Place]] = {output: {} for output in range(len(layer_map))}
     for name, place in tensors.items():
         split = split_name(name)
@@ -284,16 +303,19 @@ def _duplicates(
             layers[split.index][split.suffix] = place
     pairs: list[Comparison] = []
     problems: list[str] = []
-    for outputs in layer_map.outputs:
-        for output in outputs[1:]:
-            first, other = layers[outputs[0]], layers[output]
-            for suffix in sorted(first.keys() ^ other.keys()):
-                lacking = output if suffix in first else outputs[0]
-                problems.append(f"{shown(layer_prefix)}.{lacking} lacks {shown(suffix)}, which its twin layer has")
-            pairs += [
-                Comparison(other[suffix], first[suffix], f"its twin {shown(first[suffix].tensor.name)}")
-                for suffix in sorted(first.keys() & other.keys())
-            ]
+    base_outputs = layer_map.base_outputs
+    for output in layer_map.new_layers:
+        own = base_outputs[layer_map.sources[output]]
+        assert own is not None  # what has a new copy has one of its own
+        first, other = layers[own], layers[output]
+        for suffix in sorted(first.keys() ^ other.keys()):
+            lacking = output if suffix in first else own
+            problems.append(f"{shown(layer_prefix)}.{lacking} lacks {shown(suffix)}, which its twin layer has")
+        for suffix in sorted(first.keys() & other.keys()):
+            twin, copy = first[suffix], other[suffix]
+            is_zero = treatment.is_zero(copy.tensor.name)
+            source = _ZEROS if is_zero else f"its twin {shown(twin.tensor.name)}"
+            pairs.append(Comparison(copy, twin, source, Making.zeros if is_zero else Making.copied))
     return pairs, problems
 
 
@@ -302,6 +324,7 @@ def _against_base(
     base: Checkpoint,
     config: dict[str, Any] | None,
     layer_map: LayerMap | None,
+    treatment: Treatment,
     assume: dict[str, Assumption],
 ) -> tuple[list[Comparison], list[str]]:
     """Names and config held against the base's: pairs that remain to be compared, and problems."""
@@ -320,11 +343,13 @@ def _against_base(
         for name in stack.output_names(tensor.name, layer_map):
             expected.add(name)
             if name in tensors:
-                pairs.append(Comparison(tensors[name], Place(shard.path, tensor), f"the base's {shown(tensor.name)}"))
+                making, dtype = treatment.making(name, tensor), treatment.dtype_of(tensor)
+                source = _ZEROS if making is Making.zeros else f"the base's {shown(tensor.name)}"
+                pairs.append(Comparison(tensors[name], Place(shard.path, tensor), source, making, dtype))
             else:
                 problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
     problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
-    planned = deepen_config(base.config, layer_map, assume).config
+    planned = config_with_dtype(deepen_config(base.config, layer_map, assume).config, treatment.dtype)
     if config is not None and config != planned:
         keys = sorted(k for k in {*config, *planned} if config.get(k) != planned.get(k))
         problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")
@@ -351,12 +376,13 @@ def compare(pairs: Iterable[Comparison], jobs: int, on_bytes: Callable[[int], ob
 def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threading.Event) -> str | None:
     left, right = pair.left.tensor, pair.right.tensor
     name = shown(left.name)
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return f"tensor {name} is {left.dtype} {list(left.shape)}, {pair.right_name} {right.dtype} {list(right.shape)}"
+    dtype = pair.dtype or right.dtype
+    if (left.dtype, left.shape) != (dtype, right.shape):
+        return f"tensor {name} is {left.dtype} {list(left.shape)}, {pair.right_name} {dtype} {list(right.shape)}"
     try:
         with pair.left.path.open("rb", 0) as left_file, pair.right.path.open("rb", 0) as right_file:
             position = 0
-            for theirs in tensor_pieces(right_file.fileno(), right):
+            for theirs in _expected(pair, right_file.fileno()):
                 if stop.is_set():
                     return None
                 ours = os.pread(left_file.fileno(), len(theirs), left.start + position)
@@ -370,3 +396,19 @@ def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threa
     except OSError as error:
         return f"tensor {name} cannot be read: {error.strerror or error}"
     return None
+
+
+def _expected(pair: Comparison, file: int) -> Iterator[bytes | memoryview]:
+    """The bytes that the left place must hold, piece by piece, of the right one in `file`."""
+    left, right = pair.left.tensor, pair.right.tensor
+    if pair.making is Making.zeros:
+        for position in range(0, left.num_bytes, PIECE):
+            yield bytes(min(PIECE, left.num_bytes - position))
+    elif pair.making is Making.copied:
+        yield from tensor_pieces(file, right)
+    else:
+        cast = Cast(right.dtype, left.dtype)
+        for piece in tensor_pieces(file, right):
+            made = bytearray(len(piece) // cast.source_size * cast.target_size)
+            cast(memoryview(bytearray(piece)), memoryview(made))
+            yield bytes(made)

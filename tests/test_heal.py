@@ -298,9 +298,9 @@ def test_a_phase_that_begins_after_a_measurement_is_the_same_for_two_workers(
 # --- what learns, and how ------------------------------------------------------------------------
 
 
-def changed_layers(home: Path, out: Path) -> set[str]:
+def changed_layers(home: Path, out: Path, model: str = "scaled") -> set[str]:
     """Layers of which a tensor changed; "rest" is what stands in none."""
-    before, after = tiny.weights(home / "scaled"), tiny.weights(out)
+    before, after = tiny.weights(home / model), tiny.weights(out)
     changed = [name.split(".") for name in before if not torch.equal(before[name], after[name])]
     return {parts[2] if parts[1] == "layers" else "rest" for parts in changed}
 
@@ -315,6 +315,37 @@ def test_only_the_chosen_layers_change(home: Path, train: str, layers: set[str])
     assert changed_layers(home, out) == layers
     rows = tiny.metrics(out)
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+
+
+def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_trained(home: Path) -> None:
+    """LLaMA Pro's recipe; and once more, for dus.json still tells the new layers of a model that was healed."""
+    done = dus("upscale", home / "base", "--recipe", "llama-pro", "-o", home / "pro", "-q")
+    assert done.returncode == 0, done.stderr
+    out = heal_in(home, "pro-healed", "--train", "new", model="pro")
+    rows = tiny.metrics(out)
+    assert rows[0]["eval_loss"] == rows[0]["base_loss"]
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    assert changed_layers(home, out, "pro") == {"4"}
+    assert "are not trained" not in (out / "README.md").read_text()
+    again = heal_in(home, "pro-again", "--train", "new", "--steps", "2", model="pro-healed")
+    assert changed_layers(home, again, "pro-healed") == {"4"}
+
+
+def test_the_new_layers_are_those_that_dus_json_names(home: Path, tmp_path: Path) -> None:
+    from dus_cli.errors import CheckpointError
+    from dus_cli.heal.resolve import open_model
+
+    folder = shutil.copytree(home / "scaled", tmp_path / "model")
+    record = json.loads((folder / "dus.json").read_text())
+    assert open_model(folder).new_layers == tuple(record["new_layers"]) == (3, 4)
+    (folder / "dus.json").write_text(json.dumps(record | {"new_layers": [4]}))
+    assert open_model(folder).new_layers == (4,)
+    del record["new_layers"]  # as an older dus wrote it
+    (folder / "dus.json").write_text(json.dumps(record))
+    assert open_model(folder).new_layers == (3, 4)
+    (folder / "dus.json").write_text(json.dumps(record | {"new_layers": [6]}))
+    with pytest.raises(CheckpointError, match="new_layers is no list of output layers"):
+        open_model(folder)
 
 
 def test_all_layers_and_the_embeddings_change_by_default(home: Path, healed: Path) -> None:

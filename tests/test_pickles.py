@@ -26,6 +26,8 @@ from pickled import INDEX, Payload, random_tensors, save_pickled, write_pickled
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_headers import mutate, one_line_problem
+from test_upscale import names_and_bytes
+from test_verify import problems
 
 from dus_cli import strided
 from dus_cli.checkpoint import open_checkpoint
@@ -586,3 +588,15 @@ def test_shards_are_full_although_every_tensor_starts_elsewhere_in_its_block(tmp
         for name in ("pickled", "plain")
     ]  # fmt: skip
     assert counts[0] <= counts[1]
+
+
+def test_transposed_tensors_are_cast_and_zeroed_on_the_way(tmp_path: Path) -> None:
+    state = random_tensors(llama_tensors(4, dtype="F32"))
+    state = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in state.items()}
+    base = save_pickled(tmp_path / "base", state, llama_config(4))
+    options = ["--trim", "1", "--identity", "--dtype", "bfloat16", "--verify", "full", "--json"]
+    report = dus("upscale", base, *options, "-o", tmp_path / "out").report
+    assert report["bytes_cast"] + report["bytes_zeros"] == report["bytes"]
+    embeddings = state["model.embed_tokens.weight"].bfloat16().contiguous().view(torch.uint8).numpy().tobytes()
+    assert names_and_bytes(tmp_path / "out")["model.embed_tokens.weight"][2] == embeddings
+    assert problems(tmp_path / "out", "--base", base) == []

@@ -32,26 +32,11 @@ DOCS = Path(__file__).parent.parent / "docs" / "architectures.md"
 # Found by the tests below: the fields by which a type's layers are told apart.
 OUTCOMES: dict[str, str] = {}
 
-# What no map can deepen, and the words of the refusal.
-REFUSED = {
-    "beam": "its residual additions are scaled by the layer's number",
-    "blt": "it is made of several stacks of layers (patcher, encoder, global and local decoder)",
-    "diffllama": "a constant in its attention is computed from the layer's number",
-    "gemma3n": "its layers share keys and values counted from the last one, and take embeddings from one table",
-    "gemma3n_text": "its layers share keys and values counted from the last one, and take embeddings from one table",
-    "gemma4_assistant": "its layers read the keys and values of another model",
-    "gemma4_unified_assistant": "its layers read the keys and values of another model",
-    "hrm_text": "its layers form stacks that are run in cycles",
-    "xlm": "its layers are spread over several stacks of modules",
-    "zamba": "its layers share one attention block",
-    "zamba2": "its layers share attention blocks",
-}
 # Types that generate otherwise without the cache already before dus touched them, or not at all on text alone: sparse
 # attention picks other keys from a cache, xlstm's step wants other shapes, musicgen's decoder wants an encoder.
 OTHERWISE_WITHOUT_CACHE = frozenset(
     "cpmant dots3_note dots3_note_text glm_moe_dsa hy_v4 moshi musicgen musicgen_melody rwkv xlstm".split()
 )
-EQUAL = [name for name in zoo.CAUSAL_TYPES if name not in REFUSED]
 
 
 def save_base(model_type: str, folder: Path) -> Path:
@@ -75,7 +60,7 @@ def check_equality(model_type: str, folder: Path, trim: int = TRIM) -> dict[str,
     return report
 
 
-@pytest.mark.parametrize("model_type", EQUAL)
+@pytest.mark.parametrize("model_type", zoo.EQUAL)
 def test_the_written_model_equals_the_base_rearranged(model_type: str, tmp_path: Path) -> None:
     save_base(model_type, tmp_path)
     report = check_equality(model_type, tmp_path)
@@ -85,12 +70,12 @@ def test_the_written_model_equals_the_base_rearranged(model_type: str, tmp_path:
     OUTCOMES[model_type] = ", ".join(f"`{name}`" for name in report["kinds"])
 
 
-@pytest.mark.parametrize("model_type", sorted(REFUSED))
+@pytest.mark.parametrize("model_type", sorted(zoo.REFUSED))
 def test_what_no_map_can_deepen_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
     config = {"model_type": model_type, "text_config": {"model_type": f"{model_type}_text", "num_hidden_layers": 2}}
     base = write_checkpoint(tmp_path / "base", llama_tensors(2), config)
     run = dus("upscale", base, "-o", tmp_path / "out", "-q")
-    run.assert_one_line_error("cannot be deepened by copying layers", REFUSED[model_type])
+    run.assert_one_line_error("cannot be deepened by copying layers", zoo.REFUSED[model_type])
     OUTCOMES[model_type] = ""
 
 
@@ -99,7 +84,7 @@ def test_the_table_in_the_docs_is_what_was_found() -> None:
         pytest.skip("needs the whole zoo in one run")
     rows = ["| model type | outcome | told apart by |", "|---|---|---|"]
     for name in zoo.CAUSAL_TYPES:
-        outcome = f"refused: {REFUSED[name]}" if name in REFUSED else "equal"
+        outcome = f"refused: {zoo.REFUSED[name]}" if name in zoo.REFUSED else "equal"
         rows.append(f"| {name} | {outcome} | {OUTCOMES[name]} |")
     before, start, rest = DOCS.read_text().partition("<!-- the zoo -->\n")
     _, end, after = rest.partition("<!-- end of the zoo -->")
@@ -107,7 +92,7 @@ def test_the_table_in_the_docs_is_what_was_found() -> None:
     if os.environ.get("DUS_WRITE_TABLE"):
         DOCS.write_text(text)
     assert DOCS.read_text() == text
-    assert len(EQUAL) >= 135
+    assert len(zoo.EQUAL) >= 135
 
 
 # --- older files, that lack the lists ---------------------------------------------------------------
@@ -118,7 +103,7 @@ LISTS = {
     for name, entry in ARCHITECTURES.items()
     if entry.refused is None
 }
-OLDER = sorted(name for name in EQUAL if LISTS.get(name))
+OLDER = sorted(name for name in zoo.EQUAL if LISTS.get(name))
 
 
 @pytest.mark.parametrize("model_type", OLDER)

@@ -19,6 +19,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
+# What no map can deepen, and the words of the refusal.
+REFUSED = {
+    "beam": "its residual additions are scaled by the layer's number",
+    "blt": "it is made of several stacks of layers (patcher, encoder, global and local decoder)",
+    "diffllama": "a constant in its attention is computed from the layer's number",
+    "gemma3n": "its layers share keys and values counted from the last one, and take embeddings from one table",
+    "gemma3n_text": "its layers share keys and values counted from the last one, and take embeddings from one table",
+    "gemma4_assistant": "its layers read the keys and values of another model",
+    "gemma4_unified_assistant": "its layers read the keys and values of another model",
+    "hrm_text": "its layers form stacks that are run in cycles",
+    "xlm": "its layers are spread over several stacks of modules",
+    "zamba": "its layers share one attention block",
+    "zamba2": "its layers share attention blocks",
+}
+EQUAL = tuple(name for name in CAUSAL_TYPES if name not in REFUSED)
+
 # Sizes by the many names that configs have for them; a type takes those that it knows.
 TINY: dict[str, Any] = {
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "embed_dim": 32, "word_embed_proj_dim": 32, "emb_dim": 32,

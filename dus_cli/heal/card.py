@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dus_cli.card import NOT_HEALED
+from dus_cli.card import NOT_HEALED, NOT_TRAINED
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
 
@@ -13,8 +13,9 @@ _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
 def healed_card(card: str, report: dict[str, Any], name: str) -> str:
     """The card with a section on the healing: after the warning's place, or at the end of a card without one."""
     section = f"{_START}\n{_section(report)}\n{_END}"
-    if NOT_HEALED in card:
-        return card.replace(NOT_HEALED, section)
+    for state in (NOT_HEALED, NOT_TRAINED):
+        if state in card:
+            return card.replace(state, section)
     earlier = re.compile(f"{re.escape(_START)}.*?{re.escape(_END)}", re.DOTALL)
     if earlier.search(card):
         return earlier.sub(lambda _: section, card, count=1)

@@ -202,7 +202,7 @@ def heal(
             "--train",
             metavar="LAYERS",
             parser=_parser(opt.parse_train),
-            help="all, new (layers the base does not need), or seam:K (K on each side of every seam).",
+            help="all, new (layers that are not the base's own), or seam:K (K on each side of every seam).",
             rich_help_panel=_RECIPE,
         ),
     ] = "all",

@@ -15,32 +15,19 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# Names of the matrices that write to the residual stream, by architecture family: Llama and all that
-# follow it, GPT-2, GPT-NeoX and Falcon, OPT and BART, Phi, BLOOM, Mixtral's experts.
-_WRITERS = (
-    "o_proj.weight",
-    "down_proj.weight",
-    "c_proj.weight",
-    "attention.dense.weight",
-    "self_attention.dense.weight",
-    "self_attn.dense.weight",
-    "dense_4h_to_h.weight",
-    "out_proj.weight",
-    "fc2.weight",
-    "w2.weight",
-)
+from dus_cli.projections import is_output_projection
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8
 
 
 def writes_to_the_stream(name: str) -> bool:
-    """Whether a parameter is an output projection of a block, by its name.
+    """Whether a parameter is the matrix of an output projection, by its name.
 
     >>> writes_to_the_stream("model.layers.3.mlp.down_proj.weight"), writes_to_the_stream("lm_head.weight")
     (True, False)
     """
-    return name.endswith(_WRITERS)
+    return name.endswith(".weight") and is_output_projection(name)
 
 
 class Gains:

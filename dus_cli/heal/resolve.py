@@ -55,7 +55,10 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Model:
-    """The model to heal: its checkpoint, where its base stands in it, and its seams."""
+    """The model to heal: its checkpoint, where its base stands in it, its seams.
+
+    `new_layers` are the output layers that are none of the base's own: () where dus.json tells of none.
+    """
 
     checkpoint: Checkpoint
     num_layers: int
@@ -63,12 +66,7 @@ class Model:
     vocab_size: int
     base: BasePlan | None
     seams: tuple[tuple[int, int], ...]
-
-    @property
-    def new_layers(self) -> tuple[int, ...]:
-        """The output layers that the base does not need."""
-        assert self.base is not None
-        return tuple(sorted(set(range(self.num_layers)) - set(self.base.layers)))
+    new_layers: tuple[int, ...]
 
 
 def open_model(folder: Path) -> Model:
@@ -100,6 +98,7 @@ def open_model(folder: Path) -> Model:
         int(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0),
         base,
         () if layer_map is None else tuple(seam.output_layers for seam in layer_map.seams),
+        () if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
     )
 
 
@@ -117,14 +116,12 @@ def _layer_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | Non
 
 
 def _base(record: dict[str, Any], layer_map: LayerMap) -> BasePlan | None:
-    """The output layers that are the base: of each base layer the first copy. None where a layer is left out.
-
-    For depth up-scaling these are the first n − m layers and the last m.
-    """
-    if not all(layer_map.outputs):
+    """The output layers that are the base (`LayerMap.base_outputs`). None where a layer is left out."""
+    layers = tuple(layer for layer in layer_map.base_outputs if layer is not None)
+    if len(layers) < layer_map.num_base_layers:
         return None
     name = record.get("base", {}).get("name")
-    return BasePlan(tuple(outputs[0] for outputs in layer_map.outputs), str(name or "base"))
+    return BasePlan(layers, str(name or "base"))
 
 
 def model_key(checkpoint: Checkpoint) -> str:
@@ -154,7 +151,6 @@ def check_wishes(wishes: Wishes, model: Model) -> None:
     needs = {
         "--until base": wishes.budget.until is not None,
         "--distill": wishes.recipe.distill is not None and wishes.recipe.distill.weight > 0,
-        "--train new": any(phase.train == "new" for phase in wishes.recipe.phases),
     }
     for option, is_asked in needs.items():
         if is_asked and model.base is None:
@@ -162,6 +158,8 @@ def check_wishes(wishes: Wishes, model: Model) -> None:
                 f"{option} needs the base inside the model, and {shown(wishes.model)} has no {lineage.NAME} that tells "
                 "its layers (or it was healed before); give one that dus upscale wrote, or leave the option out"
             )
+    if any(phase.train == "new" for phase in wishes.recipe.phases) and not model.new_layers:
+        raise HealError(f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of; use --train all")
     if any(phase.train.startswith("seam") for phase in wishes.recipe.phases) and not model.seams:
         raise HealError(f"{shown(wishes.model)} has no seam that {lineage.NAME} tells of; use --train all")
     unbounded = [phase for phase in wishes.recipe.phases[:-1] if phase.length is None]
