@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dus_cli import __version__
 from dus_cli.drawing import draw_kinds, draw_map
@@ -34,15 +34,22 @@ class Space:
 
 @dataclass(frozen=True)
 class UpscaleReport:
-    """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the planning)."""
+    """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the planning).
+
+    `status` is "written", "planned" (a dry run), or "unchanged": the output was already what would be written.
+    """
 
     plan: UpscalePlan
     output: Path
-    dry_run: bool
+    status: Literal["written", "planned", "unchanged"]
     space: Space
     tally: Tally
     verified: str
     seconds: float
+
+    @property
+    def dry_run(self) -> bool:
+        return self.status == "planned"
 
     def to_json(self) -> dict[str, Any]:
         """The report of `--json`; docs/layout.md describes each field."""
@@ -50,6 +57,7 @@ class UpscaleReport:
         return {
             "schema": SCHEMA,
             "version": __version__,
+            "status": self.status,
             "dry_run": self.dry_run,
             "model": plan.base.ref.text,
             "commit": plan.base.commit,
@@ -114,7 +122,7 @@ def upscale_text(report: UpscaleReport) -> str:
         if len(plan.shards) > 20:
             rows.append(("", f"… {len(plan.shards) - 20} more"))
         rows.append(("other files", ", ".join(name for name, _ in plan.files) or "none"))
-    else:
+    elif report.status == "written":
         rows += [
             ("cloned", human_bytes(tally.cloned)),
             ("copied", human_bytes(tally.copied)),
@@ -127,6 +135,8 @@ def upscale_text(report: UpscaleReport) -> str:
     output_text = shlex.quote(str(report.output))
     if report.dry_run:
         lines.append(f"Dry run: nothing was written to {output_text}.")
+    elif report.status == "unchanged":
+        lines.append(f"{output_text} is already what this command writes: nothing was done.")
     else:
         lines += [
             f"Wrote {output_text}. {_STATE_IDENTITY if plan.treatment.zeros else _STATE}",

@@ -87,10 +87,23 @@ class Staging:
     def __enter__(self) -> Self:
         try:
             self._claim()
-        except BaseException:
+        except Exception:
             self.__exit__()
             raise
+        except BaseException:  # a signal, perhaps between making the folder and locking it
+            self.__exit__()
+            self._drop_unclaimed()
+            raise
         return self
+
+    def _drop_unclaimed(self) -> None:
+        """Remove the folder if it is empty and nobody's: a run that was about to take it makes it anew."""
+        with contextlib.suppress(OSError, OutputError):
+            self._lock(self.folder)
+            if self._bears_the_name():
+                self.folder.rmdir()
+        while self._locks:
+            os.close(self._locks.pop())
 
     def _claim(self) -> None:
         while True:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from dus_cli import checksums, hub, lineage
 from dus_cli.card import model_card
 from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.dtypes import Dtype
-from dus_cli.errors import OutputError, shown
+from dus_cli.errors import DusError, OutputError, shown
 from dus_cli.layout import BLOCK
 from dus_cli.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
@@ -91,17 +93,21 @@ def preview(
         folder = folder.parent
     space = _space(made, folder, copy_mode, may_create=False)
     obstacles = []
-    for check in (
+    checks: list[Callable[[], object]] = [
         lambda: check_output(output, overwrite=overwrite),
         lambda: check_apart(output, made.checkpoint.folder),
         lambda: _check_space(space, copy_mode, output),
-    ):
+    ]
+    if not overwrite and _is_made(made, output, 1, VerifyMode.none, with_checksums=False):
+        checks.clear()
+        obstacles.append(f"{shown(output)} is already what this would write; the run would leave it as it is")
+    for check in checks:
         try:
             check()
         except OutputError as error:
             obstacles.append(str(error))
     made = replace(made, warnings=(*made.warnings, *obstacles))
-    return UpscaleReport(made, output, True, space, Tally(), "none", time.monotonic() - started)
+    return UpscaleReport(made, output, "planned", space, Tally(), "none", time.monotonic() - started)
 
 
 def upscale(
@@ -122,7 +128,7 @@ def upscale(
     """Write the deeper model beside `output`, verify it, and give it its name in one step.
 
     Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
-    is to replace untouched.
+    is to replace untouched. An output that is already what would be written, by its lineage, is left as it is.
 
     Raises:
         DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the base
@@ -131,6 +137,13 @@ def upscale(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
+    if not overwrite and (output / lineage.NAME).is_file():
+        made = plan(
+            ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, fetch=verify is VerifyMode.full, quiet=quiet
+        )
+        if _is_made(made, output, jobs, verify, with_checksums=with_checksums):
+            space = _space(made, output.resolve().parent, copy_mode, may_create=False)
+            return UpscaleReport(made, output, "unchanged", space, Tally(), verify.value, time.monotonic() - started)
     real = check_output(output, overwrite=overwrite)
     made = plan(ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, quiet=quiet)
     check_apart(output, made.checkpoint.folder)
@@ -147,7 +160,22 @@ def upscale(
         if with_checksums:
             staging.write_text(checksums.NAME, checksums.checksums(staging.folder, jobs))
         staging.publish()
-    return UpscaleReport(made, output, False, space, tally, verify.value, time.monotonic() - started)
+    return UpscaleReport(made, output, "written", space, tally, verify.value, time.monotonic() - started)
+
+
+def _is_made(made: UpscalePlan, output: Path, jobs: int, verify: VerifyMode, *, with_checksums: bool) -> bool:
+    """Whether `output` is what this plan would write: by its lineage, its headers and, on request, its bytes."""
+    try:
+        if lineage.read_lineage(output) != json.loads(dump_json(lineage.lineage(made))):
+            return False
+        if with_checksums and not (output / checksums.NAME).is_file():
+            return False
+        check_against_plan(made, output)
+        if verify is VerifyMode.full:
+            check_bytes_against_plan(made, output, jobs, lambda _: None)
+    except (DusError, OSError):
+        return False  # then it is in the way, and said to be
+    return True
 
 
 def _write(

@@ -26,6 +26,7 @@ from dus_cli.errors import CheckpointError, DusError, OutputError
 from dus_cli.plan import MapRequest, UpscalePlan
 from dus_cli.progress import NoProgress
 from dus_cli.reference import ModelRef
+from dus_cli.staging import Staging
 from dus_cli.verify import VerifyMode
 
 
@@ -108,11 +109,25 @@ def test_a_signal_cleans_up_and_exits_with_its_code(large: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signal_between_making_the_folder_and_locking_it_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "_lock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Staging(tmp_path / "out", overwrite=False).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_two_runs_at_once_one_wins_and_the_other_says_so(large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     processes = [start("upscale", large, "-o", out, "--copy-mode", "copy", "-q") for _ in range(4)]
     ends = [(process.communicate()[1], process.returncode) for process in processes]
-    assert sorted(code for _, code in ends) == [0, 1, 1, 1]
+    assert {code for _, code in ends} <= {0, 1}  # 0 also for one that came when all was done, and found it so
+    assert any(code == 0 for _, code in ends)
     for stderr, code in ends:
         if code:
             assert stderr.count("\n") == 1

@@ -263,10 +263,47 @@ def test_a_dry_run_writes_nothing_and_agrees_with_the_run(sharded: Path, tmp_pat
     plan = dus("upscale", sharded, *options, "--dry-run").report
     assert sorted(tmp_path.rglob("*")) == before
     done = dus("upscale", sharded, *options).report
-    changing = {"dry_run", "seconds", "bytes_cloned", "bytes_copied", "verified", "space"}
+    changing = {"dry_run", "status", "seconds", "bytes_cloned", "bytes_copied", "verified", "space"}
     assert {k: v for k, v in plan.items() if k not in changing} == {k: v for k, v in done.items() if k not in changing}
     assert plan["dry_run"]
     assert plan["space"]["needed"] > 0
+
+
+def test_the_same_command_again_leaves_a_finished_output_as_it_is(sharded: Path, tmp_path: Path) -> None:
+    command = ("upscale", sharded, "-o", tmp_path / "out", "--trim", "1")
+    assert dus(*command, "--json").report["status"] == "written"
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]}
+    again = dus(*command, "--json").report
+    assert (again["status"], again["bytes_copied"]) == ("unchanged", 0)
+    assert "nothing was done" in dus(*command).stdout
+    assert any("already what this" in warning for warning in dus(*command, "--dry-run", "--json").report["warnings"])
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]} == before
+    assert dus(*command, "--verify", "full", "--json").report["status"] == "unchanged"
+
+
+@pytest.mark.parametrize(
+    "change", ["other options", "a shard is gone", "a byte is another", "no sums yet", "no record"]
+)
+def test_an_output_that_is_not_what_the_command_writes_is_in_the_way(
+    change: str, sharded: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ["upscale", str(sharded), "-o", str(out), "-q"]
+    assert dus(*command).returncode == 0
+    shard = min(out.glob("*.safetensors"))
+    if change == "other options":
+        command += ["--trim", "1"]
+    elif change == "a shard is gone":
+        shard.unlink()
+    elif change == "a byte is another":
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        assert dus(*command).returncode == 0  # the headers are what they should be
+        command += ["--verify", "full"]
+    elif change == "no sums yet":
+        command += ["--checksums"]
+    else:
+        (out / "dus.json").unlink()
+    dus(*command).assert_one_line_error("not empty", "--overwrite")
 
 
 def test_a_dry_run_warns_of_what_would_stop_the_run(base: Path, tmp_path: Path) -> None:
