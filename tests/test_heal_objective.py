@@ -49,6 +49,7 @@ def _reference(hidden: Any, output: Any, labels: Any, head: Head, teaching: Teac
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objective, "chunk_rows", lambda *_: 64)  # 300 rows: four whole chunks and a part
+    monkeypatch.setattr(objective, "block_rows", lambda *_: 24)  # of each chunk: two whole blocks and a part
 
 
 @pytest.mark.parametrize("head", [Head(), Head(scale=0.25), Head(cap=3.0), Head(scale=2.0, cap=5.0)])

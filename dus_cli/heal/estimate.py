@@ -102,13 +102,21 @@ class MemoryEstimate:
 _ACTIVATION_BYTES = {"none": 34.0, "selective": 18.0, "full": 2.0}
 
 # Bytes of fp32 logits that exist at a time: enough rows for the matrix products to be efficient.
-_LOGITS_BYTES = {"cpu": 64 << 20}
+_LOGITS_BYTES = {"cpu": 128 << 20}
 _LOGITS_BYTES_ELSEWHERE = 512 << 20
+
+# Bytes of them that a CPU works on at a time: they fit its cache, memory is several times slower.
+_BLOCK_BYTES = {"cpu": 4 << 20}
 
 
 def chunk_rows(device_type: str, vocab_size: int) -> int:
     """Rows whose logits are held at a time by the loss."""
     return max(64, _LOGITS_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
+
+
+def block_rows(device_type: str, vocab_size: int) -> int:
+    """Rows of a chunk whose softmax is taken at a time, in fp32."""
+    return max(4, _BLOCK_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
 
 
 def memory_per_device(

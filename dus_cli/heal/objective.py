@@ -1,9 +1,9 @@
 """The loss, without the logits of a whole batch: cross-entropy, and the KL divergence from a teacher.
 
 At 49,152 words and 8 × 512 tokens full logits are 800 MB in fp32, and as much again for their gradient.
-Here a chunk of rows is multiplied, its loss and gradient are taken, and its logits are forgotten, as in
-Liger (arXiv:2410.10989). Both terms have the gradient "what the model says − what it should say", so
-they cost one pass.
+Here a chunk of rows is multiplied, its loss is taken, its gradient takes the place of its logits, and both are
+forgotten, as in Liger (arXiv:2410.10989). Both terms have the gradient "what the model says − what it should
+say", so they cost one pass. On a CPU that pass goes over a few rows at a time, which stay in its cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dus_cli.errors import HealError
-from dus_cli.heal.estimate import chunk_rows
+from dus_cli.heal.estimate import block_rows, chunk_rows
 from dus_cli.heal.tokens import IGNORED
 
 
@@ -27,9 +27,9 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Logits in fp32, (tokens, vocabulary), of hidden states (tokens, width)."""
-        logits = functional.linear(hidden, weight, bias).float()
+    def logits(self, products: Tensor) -> Tensor:
+        """Logits in fp32, (tokens, vocabulary), of h Wᵀ + b. They may take the place of products that are fp32."""
+        logits = products.float()
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
@@ -49,7 +49,7 @@ def head_of(config: Any) -> Head:
 
 
 class _Loss(torch.autograd.Function):
-    """Sums over tokens of (1 − w) · CE + w · KL, and of CE and KL alone. Gradients flow from the first only."""
+    """Sums over tokens of scale · ((1 − w) · CE + w · KL), and of CE and KL. Gradients flow from the first only."""
 
     @staticmethod
     def forward(
@@ -60,66 +60,77 @@ class _Loss(torch.autograd.Function):
         labels: Tensor,
         teacher: Teaching | None,
         head: Head,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         share = teacher.weight if teacher is not None else 0.0
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        weight_gradient: Tensor | None = None
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
-        cross_entropy = hidden.new_zeros((), dtype=torch.float32)
-        divergence = hidden.new_zeros((), dtype=torch.float32)
+        sums = hidden.new_zeros(2, dtype=torch.float32)
         at_once = chunk_rows(hidden.device.type, weight.shape[0])
         for start in range(0, len(hidden), at_once):
             rows = slice(start, start + at_once)
-            counted = labels[rows] != IGNORED
-            targets = labels[rows].clamp(min=0)[:, None]
-            logits = head.logits(hidden[rows], weight, bias)  # (chunk, vocabulary)
-            total = logits.logsumexp(-1, keepdim=True)
-            cross_entropy += ((total - logits.gather(1, targets))[:, 0] * counted).sum()
-            q: Tensor | None = None
-            if teacher is not None:
-                theirs = teacher.logits(rows)
-                their_total = theirs.logsumexp(-1, keepdim=True)
-                q = (theirs - their_total).exp_()
-                # KL = Σ q · (log q − log p), without a log-softmax of either kept
-                each = theirs.sub_(logits).mul_(q).sum(-1) + (total - their_total)[:, 0]
-                divergence += (each * counted).sum()
-                del theirs
-            if not (needs_hidden or needs_weight):
-                continue
-            capped = logits.clone() if head.cap is not None else logits
-            gradient = logits.sub_(total).exp_()  # p
-            if q is not None:
-                gradient.sub_(q, alpha=share)
-                del q
-            gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, share - 1.0))
-            gradient *= counted[:, None]
-            gradient = head.backward(gradient, capped).to(weight.dtype)
-            del logits, capped
+            products = functional.linear(hidden[rows], weight, bias)  # (chunk, vocabulary)
+            theirs = None if teacher is None else teacher.products(rows)
+            sums += _to_gradient(products, labels[rows], head, scale, teacher, theirs)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = gradient @ weight
-            if weight_gradient is not None:
-                weight_gradient += gradient.mT @ hidden[rows]
+                hidden_gradient[rows] = products @ weight
+            if needs_weight:
+                # One chunk's is rounded once, as any layer's; those of several are summed in fp32.
+                product = products.mT @ hidden[rows]
+                weight_gradient = product if weight_gradient is None else weight_gradient.float().add_(product)
             if bias_gradient is not None:
-                bias_gradient += gradient.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        loss = (1 - share) * cross_entropy + share * divergence
+                bias_gradient += products.sum(0, dtype=torch.float32)
+            del products, theirs
+        ctx.save_for_backward(
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
+        )
+        cross_entropy, divergence = sums.unbind()
+        cross_entropy, divergence = cross_entropy.clone(), divergence.clone()
+        loss = scale * ((1 - share) * cross_entropy + share * divergence)
         ctx.mark_non_differentiable(cross_entropy, divergence)
         return loss, cross_entropy, divergence
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
-        factor, (weight_dtype, bias_dtype) = gradients[0], ctx.dtypes
-        return (
-            None if hidden_gradient is None else hidden_gradient * factor.to(hidden_gradient.dtype),
-            None if weight_gradient is None else (weight_gradient * factor).to(weight_dtype),
-            None if bias_gradient is None else (bias_gradient * factor).to(bias_dtype),
-            None,
-            None,
-            None,
-        )
+        # In place: a head's gradient is large, and a second backward pass would raise.
+        found = (None if saved is None else saved.mul_(gradients[0]) for saved in ctx.saved_tensors)
+        return *found, None, None, None, None
+
+
+def _to_gradient(
+    products: Tensor, labels: Tensor, head: Head, scale: float, teacher: Teaching | None, theirs: Tensor | None
+) -> Tensor:
+    """Sums of CE and KL over the rows of h Wᵀ + b, (rows, vocabulary), which becomes its own gradient in place."""
+    share = teacher.weight if teacher is not None else 0.0
+    sums = products.new_zeros(2, dtype=torch.float32)
+    at_once = block_rows(products.device.type, products.shape[1])
+    for start in range(0, len(products), at_once):
+        rows = slice(start, start + at_once)
+        counted = labels[rows] != IGNORED
+        targets = labels[rows].clamp(min=0)[:, None]
+        logits = head.logits(products[rows])
+        total = logits.logsumexp(-1, keepdim=True)
+        sums[0] += ((total - logits.gather(1, targets))[:, 0] * counted).sum()
+        q: Tensor | None = None
+        if teacher is not None and theirs is not None:
+            other = teacher.head.logits(theirs[rows])
+            other_total = other.logsumexp(-1, keepdim=True)
+            q = (other - other_total).exp_()
+            # KL = Σ q · (log q − log p), without a log-softmax of either kept
+            each = other.sub_(logits).mul_(q).sum(-1) + (total - other_total)[:, 0]
+            sums[1] += (each * counted).sum()
+        capped = logits.clone() if head.cap is not None else logits
+        gradient = logits.sub_(total).exp_()  # p
+        if q is not None:
+            gradient.sub_(q, alpha=share)
+        gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, share - 1.0))
+        gradient *= counted[:, None] * scale
+        products[rows] = head.backward(gradient, capped)
+    return sums
 
 
 @dataclass(frozen=True)
@@ -131,12 +142,18 @@ class Teaching:
     head: Head
     weight: float
 
-    def logits(self, rows: slice) -> Tensor:
-        return self.head.logits(self.hidden[rows], self.output.weight, getattr(self.output, "bias", None))  # type: ignore[arg-type]
+    def products(self, rows: slice) -> Tensor:
+        """The teacher's h Wᵀ + b, (rows, vocabulary)."""
+        return functional.linear(self.hidden[rows], self.output.weight, getattr(self.output, "bias", None))  # type: ignore[arg-type]
 
 
 def loss_sums(
-    hidden: Tensor, output: nn.Module, labels: Tensor, head: Head, teaching: Teaching | None = None
+    hidden: Tensor,
+    output: nn.Module,
+    labels: Tensor,
+    head: Head,
+    teaching: Teaching | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the labelled tokens: what is minimised, cross-entropy, KL(teacher ‖ model), in nats, fp32.
 
@@ -146,6 +163,7 @@ def loss_sums(
         labels: next tokens, (rows, length); -100 where none counts.
         head: how logits are scaled.
         teaching: the teacher's view of the same rows; without it the KL term is 0.
+        scale: of what is minimised: 1 / tokens makes the sum a mean.
     """
     loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]),
@@ -154,6 +172,7 @@ def loss_sums(
         labels.reshape(-1),
         teaching,
         head,
+        scale,
     )
     return loss
 

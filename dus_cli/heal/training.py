@@ -222,12 +222,13 @@ class Training:
                     theirs = self.teacher.hidden(batch.input_ids, batch.position_ids).flatten(0, 1)
                 teaching = Teaching(theirs, self.teacher.output, self.teacher.head, kl_weight)
             hidden = self.student.hidden(batch.input_ids, batch.position_ids)
+            # FSDP averages over the team what is a sum over its tokens.
+            scale = self.team.size / counted
             loss, cross_entropy, divergence = loss_sums(
-                hidden, self.student.output, batch.labels, self.student.head, teaching
+                hidden, self.student.output, batch.labels, self.student.head, teaching, scale
             )
         with self.clock("backward"):
-            # FSDP averages over the team what is a sum over its tokens.
-            (loss * (self.team.size / counted)).backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
         return float(cross_entropy), float(divergence)
 
     # --- around the loop --------------------------------------------------------------------------

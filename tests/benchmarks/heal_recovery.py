@@ -1,10 +1,13 @@
 r"""Held-out loss against tokens: `dus heal` with several recipes, and transformers' Trainer, on the same rows.
 
     python tests/benchmarks/heal_recovery.py MODEL --data train.jsonl --eval-data heldout.jsonl \
-        --tokens 12288 --seeds 0,1,2 --results results.jsonl [--only default,plain] [--trainer-tokens 24576]
+        --tokens 12288 --seeds 0,1,2 --results results.jsonl [--only default,plain] [--trainer-tokens 24576] \
+        [--other docstrings.jsonl licences.jsonl] [--label control]
 
 One line of JSON for each run goes to --results as it ends, so a sweep can be stopped and gone on with. With
---table the results are printed as a table and drawn to --plot.
+--table the results are printed as a table and drawn to --plot. --other measures the healed model on texts of
+other domains too (see other_text.py), each before (as "start") and after; --label goes before the recipe's
+name, for a run on another MODEL (see zeroed.py).
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from heal_speed import HERE, run_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dus_cli.heal.curve import compare_curves
 
@@ -39,6 +44,8 @@ VARIANTS: dict[str, list[str]] = {
     "lr 3e-5": ["--lr", "3e-5"],
     "lr 3e-4": ["--lr", "3e-4"],
     "no document mask": ["--no-document-mask"],
+    "distill + constant": ["--distill", "0.5", "--schedule", "constant"],
+    "seam first + distill": ["--phase", "seam:8,share=25%", "--phase", "all", "--distill", "0.5"],
     # For checkpoints whose new layers start as identities: only those learn.
     "new layers": ["--train", "new"],
 }
@@ -64,7 +71,32 @@ def heal(options: argparse.Namespace, extra: list[str], seed: int, folder: Path)
     report = json.loads(subprocess.run([*command, *extra], check=True, capture_output=True).stdout)
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     curve = [(row["tokens"], row["eval_loss"]) for row in map(json.loads, lines) if "eval_loss" in row]
-    return {"base": report["base_loss"], "curve": curve, "tokens_per_second": report["tokens_per_second"]}
+    found = {"base": report["base_loss"], "curve": curve, "tokens_per_second": report["tokens_per_second"]}
+    if options.other:
+        found["other"] = {
+            "start": other_losses(Path(options.model), options),
+            "end": other_losses(folder / "out", options),
+        }
+    return found
+
+
+def other_losses(model: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Mean loss of a model on the first tokens of each of the other texts; documents are cut to a row."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    losses = {}
+    for path in options.other:
+        total, count = 0.0, 0
+        for line in path.read_text(encoding="utf-8").splitlines():
+            ids = tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :SEQUENCE]
+            with torch.no_grad():
+                logits = decoder(input_ids=ids).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+            if count >= options.eval_tokens:
+                break
+        losses[path.stem] = total / count
+    return losses
 
 
 def trainer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
@@ -73,7 +105,7 @@ def trainer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, A
     run = run_json(options.model, options.data, folder, "--seq-length", str(SEQUENCE), *extra)
     steps = options.trainer_tokens // 4096
     command = [sys.executable, str(HERE / "trainer.py"), str(run), "--steps", str(steps)]
-    command += ["--eval-every", str(max(1, steps // 2))]
+    command += ["--eval-every", str(max(1, options.every // 4096))]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     curve = [(row["tokens"], row["eval_loss"]) for row in rows if "eval_loss" in row]
@@ -119,6 +151,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=2048)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=",".join(["trainer", *VARIANTS]))
+    parser.add_argument("--other", type=Path, nargs="*", default=[])
+    parser.add_argument("--label", default="")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--plot", type=Path)
@@ -129,7 +163,8 @@ def main() -> None:
         return
     for seed in map(int, options.seeds.split(",")):
         for name in options.only.split(","):
-            if any((result["name"], result["seed"]) == (name, seed) for result in done):
+            label = f"{options.label}{name}"
+            if any((result["name"], result["seed"]) == (label, seed) for result in done):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 found = (
@@ -138,8 +173,8 @@ def main() -> None:
                     else heal(options, VARIANTS[name], seed, Path(folder))
                 )
             with options.results.open("a") as file:
-                file.write(json.dumps({"name": name, "seed": seed, **found}) + "\n")
-            print(name, seed, found["curve"][-1], flush=True)
+                file.write(json.dumps({"name": label, "seed": seed, **found}) + "\n")
+            print(label, seed, found["curve"][-1], flush=True)
 
 
 if __name__ == "__main__":
