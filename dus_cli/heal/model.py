@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from dus_cli.errors import HealError, shown
+from dus_cli.heal.documents import attend_by_document
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.objective import Head, check_head, head_of
 from dus_cli.heal.run import Run
@@ -200,6 +201,8 @@ def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         attention = _attention(run, team, skeleton)
+        if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:  # what it reads no compiler can
+            attend_by_document()
         model = AutoModelForCausalLM.from_pretrained(
             run.model,
             config=config,

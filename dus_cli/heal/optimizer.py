@@ -26,7 +26,10 @@ _EPSILON = 1e-8
 
 @dataclass
 class _Slot:
-    """One parameter's part on this worker. `master` is the weight itself where it is fp32 already."""
+    """One parameter's part on this worker. `master` is the weight itself where it is fp32 already.
+
+    `is_stale` says that `gradient` is of a step that is over: the next one takes its place instead of being added.
+    """
 
     parameter: nn.Parameter
     weight: Tensor
@@ -35,6 +38,7 @@ class _Slot:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+    is_stale: bool = False
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What a checkpoint must hold, as tensors of the whole parameter's shape where it is split."""
@@ -99,7 +103,11 @@ class Optimizer:
     def _collect(self, parameter: Any) -> None:
         """Add a micro-batch's gradient to the sum in fp32, and free it."""
         slot = self._slots[self._names[id(parameter)]]
-        slot.gradient.add_(local(parameter.grad))
+        if slot.is_stale:
+            slot.gradient.copy_(local(parameter.grad))
+            slot.is_stale = False
+        else:
+            slot.gradient.add_(local(parameter.grad))
         parameter.grad = None
 
     def prepare(self, names: Iterable[str]) -> None:
@@ -125,7 +133,12 @@ class Optimizer:
         return float((self._team.sum([squares])[0] / self._num_replicas) ** 0.5)
 
     def _learning(self) -> list[_Slot]:
-        return [slot for slot in self._slots.values() if slot.parameter.requires_grad and slot.gradient.numel()]
+        learning = [slot for slot in self._slots.values() if slot.parameter.requires_grad and slot.gradient.numel()]
+        for slot in learning:
+            if slot.is_stale:  # nothing of this step came here: an expert that no token went to
+                slot.gradient.zero_()
+                slot.is_stale = False
+        return learning
 
     def step(self, share: float, norm: float, step: int) -> None:
         """Update what learns.
@@ -141,11 +154,10 @@ class Optimizer:
         device = learning[0].weight.device if learning else torch.device("cpu")  # not the team's, where it is offloaded
         rounding = torch.Generator(device).manual_seed(self._recipe.seed * 1_000_003 + step)
         gains = self._gain_factors(factor, share * gain_rate(self._recipe, step))
+        divisor = None if factor == 1.0 else torch.tensor(1 / factor, device=device)
         for slot in learning:
-            if factor < 1.0:
-                slot.gradient.mul_(factor)
             master = slot.master if slot.master is not None else slot.weight.float()
-            self._update(slot, master, share * self._recipe.lr)
+            self._update(slot, master, share * self._recipe.lr, divisor)
             if (gain := gains.get(id(slot), 1.0)) != 1.0:
                 master.mul_(gain)
             if slot.master is None:
@@ -172,7 +184,7 @@ class Optimizer:
         weight = slot.master if slot.master is not None else slot.weight.float()
         return float(torch.dot(slot.gradient.flatten(), weight.flatten()))
 
-    def _update(self, slot: _Slot, master: Tensor, lr: float) -> None:
+    def _update(self, slot: _Slot, master: Tensor, lr: float, divisor: Tensor | None) -> None:
         adamw(
             [master],
             [slot.gradient],
@@ -181,6 +193,7 @@ class Optimizer:
             [],
             [slot.step],
             fused=True,
+            grad_scale=divisor,  # clips while it reads the gradient, which spares a pass over it
             amsgrad=False,
             beta1=self._recipe.betas[0],
             beta2=self._recipe.betas[1],
@@ -194,7 +207,7 @@ class Optimizer:
     def clear(self) -> None:
         """Forget the gradients."""
         for slot in self._slots.values():
-            slot.gradient.zero_()
+            slot.is_stale = True
 
     def trained(self, name: str) -> Tensor | None:
         """A parameter as it has been trained, in the best precision there is; None where it never learned."""
