@@ -91,7 +91,12 @@ def test_an_unknown_way_to_logits_is_refused() -> None:
     with pytest.raises(HealError, match=r"3\.0000, transformers' is 9\.0000"):
         check_head(3.0, 9.0, "odd")
     with pytest.raises(HealError):
-        check_head(3.0, math.nan, "odd")
+        check_head(math.nan, 3.0, "odd")
+
+
+def test_weights_that_give_no_loss_are_called_damaged() -> None:
+    with pytest.raises(HealError, match=r"loss before training is nan: its weights are damaged"):
+        check_head(math.nan, math.nan, "llama")
 
 
 def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:

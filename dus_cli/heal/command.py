@@ -16,8 +16,8 @@ from dus_cli.heal.corpus import BadLine, DataError, parse_holdout
 _T = TypeVar("_T")
 
 
-def _parser(parse: Callable[[str], _T]) -> Callable[[str], _T]:
-    """A typer parser: a value that is not understood is a usage error."""
+def _parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[str], _T]:
+    """A typer parser: a value that is not understood is a usage error. Outside of typer it must name its option."""
 
     def run(text: str) -> _T:
         if not isinstance(text, str):  # a default, parsed already
@@ -25,7 +25,7 @@ def _parser(parse: Callable[[str], _T]) -> Callable[[str], _T]:
         try:
             return parse(text)
         except (ValueError, DataError) as error:
-            raise typer.BadParameter(str(error)) from None
+            raise typer.BadParameter(str(error), param_hint=option) from None
 
     return run
 
@@ -346,7 +346,7 @@ def heal(
     """
     if phase and train != "all":
         raise typer.BadParameter("--phase says which layers learn; leave out --train", param_hint="--phase")
-    parse_phase, adam_betas = _parser(opt.parse_phase), _parser(opt.parse_betas)(betas)
+    parse_phase, adam_betas = _parser(opt.parse_phase, "--phase"), _parser(opt.parse_betas, "--betas")(betas)
     phases = tuple(parse_phase(text) for text in phase) if phase else (opt.Phase(train),)
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     from dus_cli.heal import launcher

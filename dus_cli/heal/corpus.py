@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dus_cli.errors import DusError, shown, shown_list
+from dus_cli.heal.options import parse_share
 from dus_cli.transfer import writing
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
@@ -96,10 +97,10 @@ def parse_holdout(text: str) -> float:
         DataError: not a share, or more than half.
     """
     try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        share = parse_share(text)
     except ValueError:
-        share = math.nan
-    if not 0 <= share <= 0.5:
+        share = 1.0
+    if share > 0.5:
         raise DataError(f"{shown(text)} is no share of documents to hold out; give 0% to 50%, such as 0.5% or 0.005")
     return share
 

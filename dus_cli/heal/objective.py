@@ -8,6 +8,7 @@ say", so they cost one pass. On a CPU that pass goes over a few rows at a time, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,8 +182,14 @@ def check_head(ours: float, theirs: float, model_type: str) -> None:
     """Hold that our loss is the model's own.
 
     Raises:
-        HealError: the architecture does something between hidden states and logits that we do not know.
+        HealError: the architecture does something between hidden states and logits that we do not know, or the
+            weights are damaged.
     """
+    if not math.isfinite(theirs):
+        raise HealError(
+            f"the model's loss before training is {theirs}: its weights are damaged; dus verify --base finds the "
+            "tensors that differ from the base's"
+        )
     if not abs(ours - theirs) <= 0.02 * max(1.0, abs(theirs)):
         raise HealError(
             f"the loss that dus computes for model_type {model_type!r} is {ours:.4f}, transformers' is {theirs:.4f}: "
