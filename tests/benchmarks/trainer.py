@@ -4,7 +4,7 @@
 
 RUN_JSON is of a `dus heal --print-command` with the same model and data. Its defaults otherwise: fp32
 weights under bf16 autocast, AdamW, full logits. Prints JSON lines: step, tokens, loss or eval_loss, and at
-the end tokens_per_second and peak_memory_bytes. The time of evaluations is not counted.
+the end tokens_per_second, tokens_per_cpu_second and peak_memory_bytes. The time of evaluations is not counted.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
 
     def __init__(self, run: Run, heldout: HeldoutRows, every: int, tokens: int) -> None:
         self._run, self._heldout, self._every, self._tokens = run, heldout, every, tokens
-        self.seconds = 0.0
-        self._started = 0.0
+        self.seconds, self.cpu_seconds = 0.0, 0.0
+        self._started, self._cpu_started = 0.0, 0.0
 
     def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
         self._evaluate(0, model)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, model: Any, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
+        self.cpu_seconds += time.process_time() - self._cpu_started
         if state.global_step % self._every == 0:
             self._evaluate(state.global_step, model)
 
@@ -109,8 +110,9 @@ def main() -> None:
         trainer.remove_callback(PrinterCallback)  # it prints what is no JSON
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    speed = options.steps * tokens / watch.seconds
-    print(json.dumps({"tokens_per_second": round(speed, 1), "peak_memory_bytes": peak}))
+    speeds = {"tokens_per_second": watch.seconds, "tokens_per_cpu_second": watch.cpu_seconds}
+    speeds = {name: round(options.steps * tokens / seconds, 1) for name, seconds in speeds.items()}
+    print(json.dumps(speeds | {"peak_memory_bytes": peak}))
 
 
 if __name__ == "__main__":
