@@ -339,7 +339,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "blenderbot": _BART,
     "blenderbot-small": _BART,
     "blt": _refused("it is made of several stacks of layers (patcher, encoder, global and local decoder)"),
-    "cohere2": Architecture(rules=(_full_and_sliding("sliding_window_pattern"),)),
+    "cohere2": Architecture(
+        rules=(
+            _full_and_sliding("sliding_window_pattern"),
+            Kept(("order_of_interleaved_layers",)),  # "local_attn_first" in published files; not read
+        )
+    ),
     "cohere2_moe": Architecture(
         rules=(
             Derived(
@@ -454,7 +459,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "longcat_flash": Architecture(depth=("num_layers",), rules=(Counts("num_hidden_layers", 2),)),
     "marian": _BART,
     "mbart": _BART,
-    "mimo_v2_flash": Architecture(rules=(Derived("layer_types", _mimo_v2_flash), _dense_first(1))),
+    "mimo_v2_flash": Architecture(
+        rules=(
+            Derived("layer_types", _mimo_v2_flash),
+            _dense_first(1),
+            # The published file's lists say the same to its own code; transformers does not read them.
+            PerLayer("hybrid_layer_pattern"),
+            PerLayer("moe_layer_freq"),
+        )
+    ),
     "minicpm3": Architecture(rules=(DepthScaled("scale_depth", 1.4),)),  # modeling: residual scale
     "minimax": Architecture(
         rules=(Derived("layer_types", every(2, "linear_attention", "full_attention")),),
@@ -589,10 +602,12 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Kept(
         tuple(
             """
-            num_nextn_predict_layers num_mtp_layers encoder_layers decoder_layers vocab_size_per_layer_input
-            attn_layer_offset expert_layer_offset architectures eos_token_id bos_token_id pad_token_id bad_words_ids
-            suppress_tokens begin_suppress_tokens forced_decoder_ids mrope_section time_step_limit ssm_multipliers
-            mlp_multipliers languages dtypes keys_to_ignore_at_inference mtp_layer_types mtp_mlp_layer_types
+                        num_nextn_predict_layers num_mtp_layers mtp_num_hidden_layers mtp_transformer_layers
+            encoder_layers decoder_layers vocab_size_per_layer_input             attn_layer_offset expert_layer_offset
+            architectures eos_token_id bos_token_id pad_token_id bad_words_ids             suppress_tokens
+            begin_suppress_tokens forced_decoder_ids mrope_section time_step_limit ssm_multipliers
+            rope_local_base_freq mlp_multipliers languages dtypes keys_to_ignore_at_inference mtp_layer_types
+            mtp_mlp_layer_types
             """.split()
         )
     ),

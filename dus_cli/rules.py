@@ -185,7 +185,7 @@ class Cycle(_OneField):
 
 @dataclass(frozen=True)
 class Period(_OneField):
-    """A pattern that repeats along the depth, and has to stay in phase.
+    """A pattern that repeats along the depth, and has to stay in phase; a list in its place follows the map.
 
     It is inert where the list `instead` is there. `default` is what the class takes where the file is silent;
     with it, `phase` draws the pattern: the layers where (i + phase) is a multiple of the period.
@@ -196,6 +196,8 @@ class Period(_OneField):
     phase: int = 1
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
+        if isinstance(fields.get(self.key), list):
+            return PerLayer(self.key).follow(fields, layer_map)
         period = self._period(fields)
         if period is None or layer_map.keeps_phase(period):
             return {}
@@ -205,6 +207,8 @@ class Period(_OneField):
         )
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
+        if isinstance(fields.get(self.key), list):
+            return PerLayer(self.key).kinds(fields, num_layers)
         period = self._period(fields) if self.default else None
         if period is None:
             return {}

@@ -21,6 +21,8 @@ from checkpoints import Tensor, num_bytes, write_checkpoint
 from tiny import forked_dus as dus
 
 from dus_cli.checkpoint import open_checkpoint
+from dus_cli.layers import stack
+from dus_cli.model_config import decoder_config, deepen_config
 from dus_cli.plan import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
 
@@ -423,3 +425,36 @@ def test_trims_that_would_repeat_a_dense_layer_are_refused(
     base = base_of(name)
     run = dus("upscale", base, "-t", str(trim), "-o", tmp_path / "out", "--dry-run", "-q")
     run.assert_one_line_error("first_k_dense_replace is 3", "repeats some of them", "use a trim of 3 or more")
+
+
+# Of further published files, the fields whose names speak of layers, and what becomes of them with a trim of 5.
+_HYBRID = [0, 1, 1, 1, 1] + [0, 1, 1, 1, 1, 1] * 7 + [0]
+NAMED_LIKE_LAYERS: dict[str, tuple[Config, Config]] = {
+    # google/gemma-3-1b-it: the frequency of a rotary embedding, written as a whole number.
+    "gemma3_text": ({"num_hidden_layers": 26, "rope_local_base_freq": 10000, "sliding_window_pattern": 6},
+                    {"rope_local_base_freq": 10000, "sliding_window_pattern": 6}),
+    # CohereLabs/c4ai-command-r7b-12-2024
+    "cohere2": ({"num_hidden_layers": 32, "layer_switch": 4, "order_of_interleaved_layers": "local_attn_first"},
+                {"order_of_interleaved_layers": "local_attn_first"}),
+    # MiniMaxAI/MiniMax-M2: its modules for multi-token prediction are not in the files.
+    "minimax_m2": ({"num_hidden_layers": 62, "attn_type_list": [1] * 62, "mtp_transformer_layers": 1,
+                    "num_mtp_modules": 3, "qk_norm_type": "per_layer"},
+                   {"attn_type_list": [1] * 114, "mtp_transformer_layers": 1}),
+    # Qwen/Qwen3.5-27B
+    "qwen3_5_text": ({"num_hidden_layers": 64, "full_attention_interval": 4, "mtp_num_hidden_layers": 1},
+                     {"mtp_num_hidden_layers": 1}),
+    # XiaomiMiMo/MiMo-V2-Flash: lists under names that elsewhere hold a period.
+    "mimo_v2_flash": ({"num_hidden_layers": 48, "hybrid_layer_pattern": _HYBRID, "moe_layer_freq": [0] + [1] * 47},
+                      {"hybrid_layer_pattern": _HYBRID[:43] + _HYBRID[5:], "moe_layer_freq": [0] + [1] * 85}),
+    # A type in no table: the list follows just the same.
+    "mimo_v2": ({"num_hidden_layers": 48, "moe_layer_freq": [0] + [1] * 47}, {"moe_layer_freq": [0] + [1] * 85}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", NAMED_LIKE_LAYERS)
+def test_fields_of_published_files_that_are_named_like_layers_are_no_obstacle(model_type: str) -> None:
+    fields, wanted = NAMED_LIKE_LAYERS[model_type]
+    layer_map = stack(fields["num_hidden_layers"], trim=5)
+    deeper = deepen_config({"model_type": model_type, **fields}, layer_map)
+    assert decoder_config(deeper.config).num_layers == 2 * (fields["num_hidden_layers"] - 5)
+    assert wanted.items() <= deeper.config.items()
