@@ -602,12 +602,11 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Kept(
         tuple(
             """
-                        num_nextn_predict_layers num_mtp_layers mtp_num_hidden_layers mtp_transformer_layers
-            encoder_layers decoder_layers vocab_size_per_layer_input             attn_layer_offset expert_layer_offset
-            architectures eos_token_id bos_token_id pad_token_id bad_words_ids             suppress_tokens
-            begin_suppress_tokens forced_decoder_ids mrope_section time_step_limit ssm_multipliers
-            rope_local_base_freq mlp_multipliers languages dtypes keys_to_ignore_at_inference mtp_layer_types
-            mtp_mlp_layer_types
+            num_nextn_predict_layers num_mtp_layers mtp_num_hidden_layers mtp_transformer_layers encoder_layers
+            decoder_layers vocab_size_per_layer_input attn_layer_offset expert_layer_offset architectures eos_token_id
+            bos_token_id pad_token_id bad_words_ids suppress_tokens begin_suppress_tokens forced_decoder_ids
+            mrope_section time_step_limit ssm_multipliers rope_local_base_freq mlp_multipliers languages dtypes
+            keys_to_ignore_at_inference mtp_layer_types mtp_mlp_layer_types
             """.split()
         )
     ),

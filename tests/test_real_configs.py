@@ -405,7 +405,8 @@ def test_the_dry_run_of_a_well_known_model(name: str, base_of: Callable[[str], P
     assert real.base_bytes in (None, base_bytes)
     # What transformers builds of the deeper config asks for the planned tensors, shape by shape, and no others …
     planned = {p.name: (p.tensor.dtype, p.tensor.shape) for shard in plan.shards.values() for p in shard.placements}
-    assert differing(planned, stored_tensors(plan.config)) == []
+    wrong = differing(planned, stored_tensors(plan.config))
+    assert wrong == []
     # … and reads each layer to be what its source is in the base.
     before, after = (parsed(config).get_text_config() for config in (real.config, plan.config))
     for key in ("layer_types", "no_rope_layers"):
