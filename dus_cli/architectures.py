@@ -7,6 +7,7 @@ is adding lines here. What stands in no table is refused by name or reported, ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -80,9 +81,10 @@ LAYER_STACKS = (
 # The BERT family's decoders (config.json says `is_decoder`): bert.encoder.layer, roberta.encoder.layer, ….
 DECODER_SUFFIX = "encoder.layer"
 
-# Numbered stacks that belong to the decoder but not to its depth: multi-token prediction beside the
-# layers (qwen3_next and others). Depth up-scaling leaves them as they are.
-MTP_STACKS = ("mtp.layers", "model.mtp.layers")
+# Numbered stacks that belong to the decoder but not to its depth: multi-token prediction beside the layers, a part of
+# the name being "mtp" or beginning with "mtp_" (mtp.layers in qwen3_next, model.mtp_block and model.mtp_linear_proj in
+# ernie4_5_moe, model.mtp_layers in hy_v4). Depth up-scaling leaves them as they are.
+MTP_STACK = re.compile(r"(^|\.)mtp(_|\.|$)")
 
 # --- lists that a class makes up where the file lacks them -----------------------------------------
 

@@ -144,7 +144,9 @@ def _check_others(indices: dict[str, set[int]], known: tuple[str, ...], decoder:
     prefix = known[0]
     language_model = prefix.rpartition(".")[0]
     apart = arch.architecture(decoder.model_type).apart
-    for other in sorted(indices.keys() - {*known, *apart, *arch.MTP_STACKS}):
+    for other in sorted(indices.keys() - {*known, *apart}):
+        if arch.MTP_STACK.search(other):
+            continue
         is_inside = language_model not in ("", "model") and other.startswith(f"{language_model}.")
         if is_inside or not decoder.is_multimodal:
             raise CheckpointError(

@@ -25,6 +25,7 @@ from dus_cli.layers import stack
 from dus_cli.model_config import decoder_config, deepen_config
 from dus_cli.plan import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
+from dus_cli.stacks import find_stack
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -459,3 +460,23 @@ def test_fields_of_published_files_that_are_named_like_layers_are_no_obstacle(mo
     deeper = deepen_config({"model_type": model_type, **fields}, layer_map)
     assert decoder_config(deeper.config).num_layers == 2 * (fields["num_hidden_layers"] - 5)
     assert wanted.items() <= deeper.config.items()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_next", "mtp.layers.0.mlp.experts.3.up_proj.weight"),  # Qwen/Qwen3-Next-80B-A3B-Instruct
+        ("qwen3_5_text", "mtp.layers.0.self_attn.q_proj.weight"),  # Qwen/Qwen3.5-27B
+        ("longcat_flash", "model.mtp.layers.0.eh_proj.weight"),  # meituan-longcat/LongCat-Flash-Chat
+        ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),  # baidu/ERNIE-4.5-21B-A3B-PT
+        ("ernie4_5_moe", "model.mtp_linear_proj.0.weight"),
+        ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
+        ("hy_v4", "model.mtp_layers.0.eh_proj.weight"),  # transformers: _keys_to_ignore_on_load_unexpected
+    ],
+)
+def test_modules_for_multi_token_prediction_beside_the_layers_stay_as_they_are(model_type: str, name: str) -> None:
+    depth = {"num_layers" if model_type == "longcat_flash" else "num_hidden_layers": 8}
+    layers = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(8)]
+    found, warnings = find_stack([*layers, name], decoder_config({"model_type": model_type, **depth}))
+    assert (found.prefix, warnings) == ("model.layers", ())
+    assert found.output_names(name, stack(8, trim=2)) == (name,)
