@@ -8,7 +8,7 @@ is adding lines here. What stands in no table is refused by name or reported, ne
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,14 +21,17 @@ from dus_cli.rules import (
     Derivation,
     Derived,
     Fields,
+    FirstStay,
     Groups,
     IndexSet,
     Inside,
     Kept,
     LastLayerIs,
+    OwnSource,
     Period,
     PeriodAndOffset,
     PerLayer,
+    Places,
     Refused,
     Rule,
     SparseStep,
@@ -47,8 +50,13 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # The part of a multimodal model's config that describes its decoder.
 DECODER_KEYS = ("text_config", "llm_config", "language_config")
 
+# And those that describe what stands beside it.
+ENCODER_KEYS = ("vision_config", "audio_config", "vq_config")
+
 # Where the decoder's layers stand in tensor names. `h`, `layers` and `blocks` alone occur in files
-# that were saved from the base model, without its language-modelling head (gpt2 on the Hub).
+# that were saved from the base model, without its language-modelling head (gpt2 on the Hub). What transformers 5.23
+# saves of kimi_k25 and qianfan_ocr has `language_model.model.blocks` and `….encoder.layers`: it turns its renames of
+# the vision tower's tensors back in the decoder's names too (conversion_mapping.py).
 LAYER_STACKS = (
     "model.layers",
     "layers",
@@ -69,6 +77,8 @@ LAYER_STACKS = (
     "backbone.layers",
     "backbone.blocks",
     "language_model.model.layers",
+    "language_model.model.blocks",
+    "language_model.model.encoder.layers",
     "model.language_model.layers",
     "language_model.layers",
     "model.text_model.layers",
@@ -76,6 +86,10 @@ LAYER_STACKS = (
     "model.llm.layers",
     "decoder.model.layers",
     "git.encoder.layer",
+    "text_model.model.layers",
+    "model.transformer.blocks",
+    "language_model.backbone.layers",
+    "language_model.model.decoder.layers",
 )
 
 # The BERT family's decoders (config.json says `is_decoder`): bert.encoder.layer, roberta.encoder.layer, ….
@@ -177,6 +191,28 @@ def _deepseek_v4(fields: Fields, num_layers: int) -> list[str]:
     if isinstance(ratios, list):
         return [names.get(ratio, "") for ratio in ratios[:num_layers]]
     return [names[128] if layer < 2 or layer % 2 == 0 else names[4] for layer in range(num_layers)]
+
+
+def _backward(kind: Any, others: Any) -> Callable[[int], list[Any]]:
+    """muse_glimmer, muse_spark: `kind` in every fourth layer, counted backward from the last."""
+    return lambda num_layers: [others if (num_layers - 1 - layer) % 4 else kind for layer in range(num_layers)]
+
+
+def _muse_kinds(fields: Fields, num_layers: int) -> list[str]:
+    return _backward("full_attention", "sliding_attention")(num_layers)
+
+
+def _muse_theta(fields: Fields, num_layers: int) -> list[Any]:
+    """Where the file does not give the base of its rotary angles, the list stays unknown."""
+    theta = (fields.get("rope_parameters") or {}).get("rope_theta")
+    return [] if theta is None else _backward(0, theta)(num_layers)
+
+
+def _step3p5(fields: Fields, num_layers: int) -> list[str]:
+    listed = fields.get("moe_layers_enum")
+    numbers = listed.split(",") if isinstance(listed, str) else listed
+    sparse = range(3, num_layers) if numbers is None else {int(number) for number in numbers if str(number).strip()}
+    return ["sparse" if layer in sparse else "dense" for layer in range(num_layers)]
 
 
 def _dots1(fields: Fields, num_layers: int) -> list[str]:
@@ -281,7 +317,8 @@ class Architecture(NamedTuple):
     lists (or texts) whose length is the depth instead. `needs` are tensors that the layers' file must bring, as the
     class would make them up from the layer's number. `beside` are endings of prefixes under which a tensor stands for
     each layer, outside the layers, and the layer that is number 0 there; `apart` are prefixes of numbered tensors that
-    have nothing to do with layers. `refused` is why it cannot be deepened at all.
+    have nothing to do with layers. `refused` is why it cannot be deepened at all. `wrapper` are rules for the whole
+    config.json of a multimodal model of this type, whose decoder has an entry of its own.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -291,6 +328,7 @@ class Architecture(NamedTuple):
     beside: Mapping[str, int] = MappingProxyType({})
     apart: tuple[str, ...] = ()
     refused: str | None = None
+    wrapper: tuple[Rule, ...] = ()
 
 
 def _refused(why: str) -> Architecture:
@@ -317,6 +355,11 @@ _GEMMA4 = Architecture(
         Refused("hidden_size_per_layer_input", "its per-layer embeddings stand in one table outside the layers", 256),
     )
 )
+_QWEN2_VL = Architecture(rules=(_windows_from("max_window_layers", 80),))
+_DEEPSTACK = FirstStay(("vision_config", "deepstack_visual_indexes"), 3, "visual features are added after each of them")
+_DEEP_VISION = Architecture(wrapper=(_DEEPSTACK,))
+_ENCODER_DECODER = _refused("it is an encoder-decoder model, and dus deepens decoder-only language models")
+_MUSE = Architecture(rules=(Derived("layer_types", _muse_kinds), Derived("layer_rope_theta", _muse_theta)))
 _QWEN35 = Architecture(rules=(_full_and_linear("full_attention_interval"),))
 _GRANITE_SWA = Architecture(rules=(_full_and_sliding(phase=0),))
 
@@ -340,6 +383,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "bigbird_pegasus": _BART,
     "blenderbot": _BART,
     "blenderbot-small": _BART,
+    "blip": _refused("its text decoder reads the image through cross-attention in every layer, it is no decoder alone"),
     "blt": _refused("it is made of several stacks of layers (patcher, encoder, global and local decoder)"),
     "cohere2": Architecture(
         rules=(
@@ -357,7 +401,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             _dense_first(0, "first_k_dense_replace"),
         )
     ),
+    "cohere_compass": _DEEP_VISION,
+    "cosmos3_omni": Architecture(wrapper=(_DEEPSTACK,), apart=("blocks",)),
     "cwm": Architecture(rules=(_full_and_sliding(phase=0),)),
+    "deepseek_ocr2_text": Architecture(rules=(Threshold("first_k_dense_replace", instead="mlp_layer_types"),)),
     "deepseek_v2": Architecture(rules=(Threshold("first_k_dense_replace"),)),
     "deepseek_v3": Architecture(rules=(Threshold("first_k_dense_replace", default=3),)),
     "deepseek_v32": Architecture(rules=(_dense_first(3, "first_k_dense_replace"),)),
@@ -369,6 +416,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         )
     ),
     "diffllama": _refused("a constant in its attention is computed from the layer's number"),
+    "diffusion_gemma": _refused(
+        "it denoises blocks of text, with an encoder and a decoder that share one stack of layers"
+    ),
     "dots1": Architecture(
         rules=(
             Derived("layer_types", _dots1, ("max_window_layers",)),
@@ -383,6 +433,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         )
     ),
     "ernie4_5_moe": Architecture(rules=(Stretch(),)),  # modeling: Ernie4_5_MoeDecoderLayer.__init__
+    "ernie4_5_vl_moe_text": Architecture(rules=(_dense_first(1), Kept(("moe_intermediate_size",)))),
+    "evolla": _refused(
+        "its adapters stand in every (depth / aligner_num_add_layers)-th layer, which changes with the depth"
+    ),
     "exaone4": Architecture(rules=(Derived("layer_types", _exaone4, ("sliding_window_pattern",)),)),
     "exaone_moe": Architecture(
         rules=(
@@ -391,6 +445,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         )
     ),
     "flint": Architecture(rules=(Derived("layer_types", _flint), SparseStep(default_dense=(0, 1)))),
+    "florence2": _ENCODER_DECODER,
     "gemma2": Architecture(rules=(_full_and_sliding(period=2),)),
     "gemma3_text": Architecture(
         rules=(_full_and_sliding("sliding_window_pattern", 6), Kept(("_sliding_window_pattern",)))
@@ -404,6 +459,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma4_unified_text": _GEMMA4,
     "glm4_moe": Architecture(rules=(Threshold("first_k_dense_replace", default=1),)),
     "glm4_moe_lite": Architecture(rules=(_dense_first(1),)),
+    "glm4v_moe_text": Architecture(rules=(Threshold("first_k_dense_replace", default=1),)),
+    "glm5_next_text": Architecture(
+        rules=(
+            Derived("layer_types", every(4, "indexed_attention", "linear_attention")),
+            Derived("indexer_types", _glm_moe_dsa, ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")),
+            _dense_first(3),
+        )
+    ),
     "glm_moe_dsa": Architecture(
         rules=(
             Derived("indexer_types", _glm_moe_dsa, ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")),
@@ -413,11 +476,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt_neo": Architecture(rules=(Groups("attention_types"), PerLayer("attention_layers"))),
     "gpt_neox_japanese": Architecture(rules=(Unlike(-1, "only its attention has a bias"),)),  # modeling: use_bias
     "gpt_oss": Architecture(rules=(_full_and_sliding(period=2),)),
+    "granite4_vision": Architecture(
+        wrapper=(
+            Places("deepstack_layer_map", in_pairs=True),
+            Places("spatial_target_layers", default=(12, 15, 18, 21)),
+        )
+    ),
+    "granite_docling": _DEEP_VISION,
     "granite_swa": _GRANITE_SWA,
     "granitemoe_swa": _GRANITE_SWA,
     "hrm_text": _refused("its layers form stacks that are run in cycles"),
     "hy_v3": Architecture(rules=(_dense_first(1),)),
     "hy_v4": Architecture(rules=(_dense_first(1), Derived("indexer_types", _hy_v4))),
+    "idefics": _refused("its cross-attention stands in a stack of its own, found by the layer's number"),
     "inkling2_text": Architecture(  # modeling: is_block_boundary, attention_input
         rules=(
             Derived("layer_types", every(6, "hybrid", "hybrid_sliding")),
@@ -448,6 +519,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         )
     ),
     "kolibri1": Architecture(rules=(_full_and_sliding(period=5),)),
+    "kosmos_2_5_text_model": Architecture(depth=("layers",)),
+    "kosmos_2_text_model": Architecture(depth=("layers",)),
     "laguna": Architecture(rules=(_dense_first(1),)),
     "lfm2_moe": Architecture(rules=(Threshold("num_dense_layers", default=2),)),
     "lfm3": Architecture(rules=(Derived("layer_types", _lfm3),)),
@@ -482,12 +555,24 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             PerLayer("moe_layer_freq"),
         )
     ),
+    "mistral4": Architecture(rules=(Threshold("first_k_dense_replace"),)),
+    "mistral_large4_text": Architecture(
+        rules=(
+            Derived("no_rope_layers", _NO_ROPE, ("no_rope_layer_interval",)),
+            Derived("indexer_types", _glm_moe_dsa, ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")),
+            _dense_first(1, "first_k_dense_replace"),
+            OwnSource("kv_source_layers"),
+        )
+    ),
     "modernbert-decoder": Architecture(
         rules=(
             _full_and_sliding("global_attn_every_n_layers", 3, phase=0),
             Unlike(0, "only it has no norm before its attention"),  # modeling: attn_norm
         )
     ),
+    "molmo2_text": Architecture(rules=(IndexSet("rope_scaling_layers"),)),
+    "muse_glimmer_text": _MUSE,
+    "muse_spark_text": _MUSE,
     "musicgen_decoder": _MUSICGEN,
     "musicgen_melody_decoder": _MUSICGEN,
     "mvp": _BART,
@@ -498,18 +583,29 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo3": Architecture(rules=(_full_and_sliding(),)),
     "olmo_hybrid": Architecture(rules=(Derived("layer_types", _olmo_hybrid),)),
     "pegasus": _BART,
+    "pi0": _refused("it is two models, a language model and an action expert, layer by layer side by side"),
+    "pix2struct": _ENCODER_DECODER,
     "plbart": _BART,
+    "pp_formulanet": _ENCODER_DECODER,
     "prophetnet": Architecture(
         depth=("num_decoder_layers",),
         rules=(Counts("num_hidden_layers", may_differ=True), Counts("num_encoder_layers", may_differ=True)),
     ),
     "qwen2": Architecture(rules=(_windows_from("max_window_layers", 28),)),
+    "qwen2_5_omni_text": Architecture(rules=(_windows_from("max_window_layers", 28),)),
+    "qwen2_5_vl_text": _QWEN2_VL,
     "qwen2_moe": Architecture(rules=(Derived("layer_types", _qwen2_moe, ("max_window_layers",)), _EXPERT_STEP)),
+    "qwen2_vl_text": _QWEN2_VL,
     "qwen3": Architecture(rules=(_windows_from("max_window_layers", 28),)),
     "qwen3_5_moe_text": _QWEN35,
     "qwen3_5_text": _QWEN35,
     "qwen3_moe": Architecture(rules=(_EXPERT_STEP, Kept(("max_window_layers",)))),  # read by no layer
     "qwen3_next": Architecture(rules=(_full_and_linear("full_attention_interval"), _EXPERT_STEP)),
+    "qwen3_omni_moe_text": Architecture(rules=(_EXPERT_STEP,)),
+    "qwen3_omni_moe_thinker": _DEEP_VISION,
+    "qwen3_vl": _DEEP_VISION,
+    "qwen3_vl_moe": _DEEP_VISION,
+    "qwen3_vl_moe_text": Architecture(rules=(_EXPERT_STEP,)),
     "qwen4_exp_text": Architecture(
         rules=(
             Derived(
@@ -533,8 +629,24 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             Derived("layer_types", _smollm3),
         )
     ),
+    "step3p5": Architecture(
+        rules=(
+            PerLayer("layer_types", beyond="num_nextn_predict_layers"),
+            Derived("mlp_layer_types", _step3p5, ("moe_layers_enum",)),
+            *(
+                PerLayer(key, beyond="num_nextn_predict_layers")
+                for key in ("swiglu_limits", "swiglu_limits_shared", "rope_theta", "partial_rotary_factors")
+            ),
+            ByLayer("per_layer_config"),
+        )
+    ),
+    "t5": _ENCODER_DECODER,  # beside an image encoder: blip-2, instructblip
+    "t5gemma2": _ENCODER_DECODER,
     "trocr": _BART,
+    "udop": _ENCODER_DECODER,
+    "unlimited_ocr_text": Architecture(rules=(_dense_first(1, "first_k_dense_replace"),)),
     "vaultgemma": Architecture(rules=(_full_and_sliding(period=2),)),
+    "vision-encoder-decoder": _ENCODER_DECODER,
     "whisper": _BART,
     "xlm": _refused("its layers are spread over several stacks of modules"),
     "xlstm": Architecture(depth=("num_blocks", "num_hidden_layers")),
@@ -543,18 +655,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "zaya": Architecture(rules=(Unlike(0, "only its router takes nothing from the layer below"),)),  # modeling: use_eda
 }
 
-# Model types whose layers follow from the general rules alone, as tests/test_zoo.py holds. Any type in no table
+# Model types whose layers follow from the general rules alone, as tests/test_zoo.py and
+# tests/test_wrappers.py hold. Any type in no table
 # goes through with a warning if nothing per-layer is in sight.
 PLAIN_TYPES = frozenset(
     """
-    apertus arcee aria_text bamba bert bert-generation big_bird biogpt bitnet bloom camembert codegen cohere
-    cohere_compass_text cpmant ctrl data2vec-text dbrx doge electra emu3_text_model ernie ernie4_5 falcon falcon_h1
-    falcon_mamba flex_olmo gemma git glm glm4 gpt2 gpt_bigcode gpt_neox gptj granite granitemoe granitemoehybrid
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 iquestcoder jais2 jetmoe lfm2
-    llama mamba mamba2 megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral mllama_text_model moshi
-    mpt nanochat nemotron olmo olmo2 olmoe openai-gpt opt persimmon phi phi3 phi4_multimodal phimoe rembert roberta
-    roberta-prelayernorm roc_bert roformer seed_oss solar_open stablelm starcoder2 xglm xlm-roberta xlm-roberta-xl
-    xlnet xmod youtu
+    apertus arcee aria_text bamba bert bert-generation big_bird biogpt bitnet bloom camembert chameleon codegen
+    cohere cohere_compass_text cosmos3_edge_text cpmant ctrl data2vec-text dbrx doge electra emu3_text_model
+    ernie ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma git glm glm4 glm4v_text glm_ocr_text gpt2
+    gpt_bigcode gpt_neox gptj granite granite4_vision_text granite_docling_text granitemoe granitemoehybrid
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl_text hyperclovax internlm3 iquestcoder
+    jais2 jetmoe lfm2 llama mamba mamba2 megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral
+    mllama_text_model moshi mpt nanochat nemotron olmo olmo2 olmoe openai-gpt opt paddleocr_vl_text persimmon
+    phi phi3 phi4_multimodal phimoe qwen3_vl_text rembert roberta roberta-prelayernorm roc_bert roformer
+    seed_oss solar_open stablelm starcoder2 xglm xlm-roberta xlm-roberta-xl xlnet xmod youtu
     """.split()
 )
 KNOWN_TYPES = PLAIN_TYPES | {name for name, entry in ARCHITECTURES.items() if entry.refused is None}

@@ -28,8 +28,14 @@ Assumption = Literal["keep", "map"]
 _ASSUMED = {"keep": "was kept", "map": "followed the map"}
 _NOTHING: Mapping[str, Assumption] = MappingProxyType({})
 
-# A regular expression (it has a backslash, star, bracket, …) in which a layer number stands.
-_NUMBERED_EXPRESSION = re.compile(r"^(?=.*[\\\\*\[(+^$|]).*(layers?|blocks?|\bh)\W{1,3}\d")
+# Where a config lists modules by name for a quantiser (compressed-tensors wrote the second before transformers did).
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+# Expressions over module names: `re:` (compressed-tensors, torchao), `+:` and `-:` (GPTQModel's `dynamic`), or shell
+# patterns (quark, modelopt). What says "any number" or counts inside a name (w1, w[13]) names no layer.
+_EXPRESSION = re.compile(r"^(re|[+-]):|[\\*?\[\](){}+^$|]")
+_ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)([+*]|\{1,\d*\})\??|(?<=[A-Za-z_])(\[[\d-]+\]|\d+)")
+_SINGLE_NUMBER = re.compile(r"\d|\\d")
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,11 @@ class DecoderConfig:
     """The part of config.json that describes the decoder: the whole of it, or its `text_config`.
 
     `depth_keys` are the fields that hold the depth as a number; where there are none, a list's length does.
+    `wrapper_type` is the `model_type` of the whole.
     """
 
     model_type: str
+    wrapper_type: str
     fields: dict[str, Any]
     depth_keys: tuple[str, ...]
     num_layers: int
@@ -60,7 +68,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     """
     nested_in = next((key for key in arch.DECODER_KEYS if isinstance(config.get(key), dict)), None)
     fields: dict[str, Any] = config[nested_in] if nested_in else config
-    model_type = _model_type(config, nested_in)
+    model_type, wrapper_type = _model_type(config, nested_in), str(config.get("model_type") or "")
     entry = arch.architecture(model_type)
     if nested_in and not entry.depth_of and not any(key in fields for key in (*entry.depth, *arch.DEPTH_KEYS)):
         if not any(config.get(key) is not None for key in arch.DEPTH_KEYS):
@@ -71,11 +79,11 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         nested_in, fields = None, config
         model_type = _model_type(config, None)
         entry = arch.architecture(model_type)
-    is_multimodal = nested_in is not None or any(config.get(key) for key in ("vision_config", "audio_config"))
+    is_multimodal = nested_in is not None or any(config.get(key) for key in arch.ENCODER_KEYS)
     listed = next((key for key in entry.depth_of if fields.get(key)), None)
     if listed is not None:
         keys = tuple(key for key in ("num_hidden_layers",) if fields.get(key) is not None)
-        return DecoderConfig(model_type, fields, keys, len(fields[listed]), nested_in, is_multimodal)
+        return DecoderConfig(model_type, wrapper_type, fields, keys, len(fields[listed]), nested_in, is_multimodal)
     names = entry.depth or arch.DEPTH_KEYS
     keys = tuple(key for key in names if fields.get(key) is not None)
     if not keys:
@@ -92,16 +100,20 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     if len(set(depths.values())) > 1:
         said = ", ".join(f"{key} {depth}" for key, depth in depths.items())
         raise ConfigError(f"config.json gives several depths that disagree ({said}); refusing to guess")
-    return DecoderConfig(model_type, fields, keys, fields[keys[0]], nested_in, is_multimodal)
+    return DecoderConfig(model_type, wrapper_type, fields, keys, fields[keys[0]], nested_in, is_multimodal)
 
 
 def _model_type(config: dict[str, Any], nested_in: str | None) -> str:
-    """The decoder's type: of older multimodal files, that leave it out of `text_config`, the wrapper's with "_text"."""
+    """The decoder's type: of older multimodal files, that do not give it or have no `text_config`, the wrapper's with
+    "_text".
+    """
     outer = str(config.get("model_type") or "")
-    if nested_in is None:
-        return outer
-    inner = config[nested_in].get("model_type")
-    return str(inner) if inner else f"{outer}_text" if f"{outer}_text" in arch.ARCHITECTURES else outer
+    inner = config[nested_in].get("model_type") if nested_in else None
+    if inner:
+        return str(inner)
+    entry = arch.ARCHITECTURES.get(outer)
+    is_decoder = outer in arch.KNOWN_TYPES and not (entry and entry.wrapper)
+    return outer if is_decoder or f"{outer}_text" not in arch.KNOWN_TYPES else f"{outer}_text"
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,9 @@ def deepen_config(
             f"model type {shown(decoder.model_type)!r} is not one dus knows; nothing per-layer was found in "
             "its config, but check the result before you spend compute on it"
         )
+    of_wrapper: dict[str, Any] = {}
+    for rule in arch.architecture(decoder.wrapper_type).wrapper:
+        of_wrapper |= rule.follow(config, layer_map)
     changed: dict[str, Any] = {}
     kinds: Kinds = {}
     for rule in rules:
@@ -155,6 +170,7 @@ def deepen_config(
     if decoder.nested_in:
         repeated = {key: len(layer_map) for key in arch.DEPTH_KEYS if config.get(key) is not None}
         deeper = _with_quantization(config | {decoder.nested_in: deeper} | repeated, layer_map)
+    deeper |= of_wrapper
     several = {name: found for name, found in kinds.items() if len(set(found)) > 1}
     return DeeperConfig(deeper, several, tuple(warnings))
 
@@ -212,11 +228,12 @@ def _unknown_field(
 
 
 def _with_quantization(config: dict[str, Any], layer_map: LayerMap) -> dict[str, Any]:
-    """Lists of module names in `quantization_config` (`modules_to_not_convert`, `ignore`) follow their layers."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return config
-    return config | {"quantization_config": _follow_names(quantization, layer_map)}
+    """Lists of module names in `quantization_config` (`modules_to_not_convert`, `ignore`, …) follow their layers.
+
+    Whatever the field is called: transformers' utils/quantization_config.py knows a dozen names for them.
+    """
+    found = {key: config[key] for key in _QUANTIZATION_KEYS if isinstance(config.get(key), dict)}
+    return config | {key: _follow_names(value, layer_map) for key, value in found.items()}
 
 
 def _follow_names(value: Any, layer_map: LayerMap) -> Any:
@@ -234,6 +251,9 @@ def _follow_names(value: Any, layer_map: LayerMap) -> Any:
             else:
                 follows_list.append(_follow_names(entry, layer_map))
         return follows_list
+    if isinstance(value, str) and "." in value:  # auto-round's names of blocks, with commas between them
+        names = [output for name in value.split(",") for output in _output_names(name.strip(), layer_map)]
+        return value if names == [name.strip() for name in value.split(",")] else ",".join(names)
     return value
 
 
@@ -241,7 +261,7 @@ def _output_names(name: str, layer_map: LayerMap) -> list[str]:
     """A module name with a layer number, once for each output layer that copies that layer."""
     split = split_name(name)
     if split is None or split.prefix not in arch.LAYER_STACKS:
-        if _NUMBERED_EXPRESSION.search(name):
+        if _EXPRESSION.search(name) and _SINGLE_NUMBER.search(_ANY_NUMBER.sub("", name)):
             raise ConfigError(
                 f"quantization_config: the expression {shown(name)!r} names single layers, and dus cannot "
                 "rewrite expressions; list the modules by their full names instead"
@@ -249,4 +269,5 @@ def _output_names(name: str, layer_map: LayerMap) -> list[str]:
         return [name]
     if split.index >= layer_map.num_base_layers:  # multi-token prediction: keeps its place after the last
         return [split.at(split.index - layer_map.num_base_layers + len(layer_map))]
-    return [split.at(output) for output in layer_map.outputs[split.index]]
+    end = "." if name.endswith(".") and not split.suffix else ""  # "layers.1." is not the beginning of "layers.10."
+    return [split.at(output) + end for output in layer_map.outputs[split.index]]

@@ -561,6 +561,93 @@ class Unlike:
 
 
 @dataclass(frozen=True)
+class FirstStay:
+    """The model does something after each of its first k layers, found by number: they stay first, and stand once.
+
+    k is the length of the list at `path` in the whole config.json, `default` where the file is silent.
+    """
+
+    path: tuple[str, str]
+    default: int
+    why: str
+
+    reads: tuple[str, ...] = ()
+
+    def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
+        outer, key = self.path
+        value = (fields.get(outer) or {}).get(key)
+        if value is not None and not isinstance(value, list):
+            raise ConfigError(f"config.json: {outer}.{key} is {shown(value)}, not a list")
+        count = min(self.default if value is None else len(value), layer_map.num_base_layers)
+        if not self._stay(count, layer_map):
+            raise ConfigError(
+                f"config.json: {outer}.{key} has {count} entries: layers 0 to {count - 1} are known by their numbers "
+                f"({self.why}), so they can only stand there, and once"
+                f"{trims_that_would(layer_map, lambda other: self._stay(count, other))}"
+            )
+        return {}
+
+    @staticmethod
+    def _stay(count: int, layer_map: LayerMap) -> bool:
+        return all(layer_map.outputs[base] == (base,) for base in range(count))
+
+    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
+        return {}
+
+
+@dataclass(frozen=True)
+class Places(_OneField):
+    """A list of layers at which the model does something once each: they may move, and not be repeated or dropped.
+
+    With `in_pairs` it is a list of [something, layer] (granite4_vision).
+    """
+
+    in_pairs: bool = False
+    default: tuple[int, ...] = ()
+
+    def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
+        value = fields.get(self.key)
+        value = list(self.default) if value is None else value
+        layers = self._layers(value, layer_map.num_base_layers)
+        if not self._are_single(layers, layer_map):
+            raise ConfigError(
+                f"config.json: {self.key} is {shown(value)}, layers at which something happens once, and this map "
+                "repeats or drops one of them"
+                f"{trims_that_would(layer_map, lambda other: self._are_single(layers, other))}"
+            )
+        moved = [layer_map.outputs[layer][0] for layer in layers]
+        if moved == layers:
+            return {}
+        return {self.key: [[*pair[:1], to] for pair, to in zip(value, moved, strict=True)] if self.in_pairs else moved}
+
+    @staticmethod
+    def _are_single(layers: list[int], layer_map: LayerMap) -> bool:
+        return all(len(layer_map.outputs[layer]) == 1 for layer in layers)
+
+    def _layers(self, value: Any, num_layers: int) -> list[int]:
+        try:
+            layers = [entry[1] for entry in value] if self.in_pairs else list(value)
+        except (TypeError, IndexError, KeyError):
+            layers = [None]
+        if not all(type(layer) is int and 0 <= layer < num_layers for layer in layers):
+            raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a list of {num_layers} layers' numbers")
+        return layers
+
+
+@dataclass(frozen=True)
+class OwnSource(_OneField):
+    """For each layer the number of the one whose keys and values it takes (mistral_large4): its own, or refused."""
+
+    def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
+        if value != list(range(layer_map.num_base_layers)):
+            raise ConfigError(
+                f"config.json: {self.key} cannot follow the layer map: layers take keys and values from one that "
+                "the map may repeat or drop"
+            )
+        return list(range(len(layer_map)))
+
+
+@dataclass(frozen=True)
 class Refused(_OneField):
     """A field that cannot follow a map, whatever the map, unless it is off (absent, null, false, 0, empty)."""
 

@@ -94,6 +94,7 @@ def _beside(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[tuple
 def _choose(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[str, tuple[str, ...]]:
     depth = decoder.num_layers
     known = [prefix for prefix in indices if prefix in arch.LAYER_STACKS or _is_bert_decoder(prefix, decoder)]
+    known = [prefix for prefix in known if prefix not in _apart(decoder)]
     if len(known) == 1:
         return known[0], ()
     if len(known) > 1:
@@ -116,6 +117,10 @@ def _choose(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[str, 
         )
     warning = f"the layers were taken to be {shown(complete[0])}.0 to {depth - 1}, a place dus does not know"
     return complete[0], (warning,)
+
+
+def _apart(decoder: DecoderConfig) -> tuple[str, ...]:
+    return (*arch.architecture(decoder.model_type).apart, *arch.architecture(decoder.wrapper_type).apart)
 
 
 def _is_bert_decoder(prefix: str, decoder: DecoderConfig) -> bool:
@@ -143,8 +148,7 @@ def _check_others(indices: dict[str, set[int]], known: tuple[str, ...], decoder:
     """
     prefix = known[0]
     language_model = prefix.rpartition(".")[0]
-    apart = arch.architecture(decoder.model_type).apart
-    for other in sorted(indices.keys() - {*known, *apart}):
+    for other in sorted(indices.keys() - {*known, *_apart(decoder)}):
         if arch.MTP_STACK.search(other):
             continue
         is_inside = language_model not in ("", "model") and other.startswith(f"{language_model}.")

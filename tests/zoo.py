@@ -15,9 +15,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+# Models of images and text, whole. Some of their types stand for the decoder alone in the causal mapping.
+WRAPPERS: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 # What no map can deepen, and the words of the refusal.
 REFUSED = {
@@ -126,6 +131,106 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+
+# Where the class asks for an encoder of a library that is not installed here (timm).
+_CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "image_size": 28, "patch_size": 14}  # fmt: skip
+
+# What the classes of whole multimodal models ask of their sizes, merged into those that fit by name.
+WRAPPER_SPECIAL: dict[str, dict[str, Any]] = {
+    "blip-2": {"num_query_tokens": 4, "image_token_index": 90},
+    "chameleon": {"vocabulary_map": {"<image>": 90},
+                  "vq_config": {"embed_dim": 16, "num_embeddings": 16, "latent_channels": 16, "resolution": 32,
+                                "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1}},
+    "cohere2_vision": {"alignment_intermediate_size": 64, "downsample_factor": 2},
+    "cosmos3_edge": {"text_config": {"rope_parameters": _MROPE}, "projector_hidden_size": 64},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", *["sparse"] * 6]},
+        "vision_config": {
+            "sam_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "output_channels": 8,
+                           "image_size": 64, "global_attn_indexes": [1], "downsample_channels": [16, 32]},
+            "encoder_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 8,
+                               "num_attention_heads": 4, "num_key_value_heads": 2},
+        },
+    },
+    "dots3_note": {"audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+                   "vision_config": {"adapter_out_dim": 32}},
+    "emu3": {"vocabulary_map": {"<image>": 90},
+             "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2], "attn_resolutions": [1],
+                           "num_res_blocks": 1, "codebook_size": 16, "hidden_size": 32}},
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [16, 16], "moe_k": 2,
+                                        "rope_parameters": _MROPE | {"mrope_section": [1, 1, 2]}}},
+    "fast_vlm": {"vision_config": _CLIP},
+    "glm46v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v": {"text_config": {"rope_parameters": _MROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _MROPE | {"partial_rotary_factor": 1.0}}},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_topk": 8, "index_kpool": 2, "index_head_dim": 16,
+                                  "index_n_heads": 2, "linear_num_heads": 4, "linear_head_dim": 8}},
+    "glm_ocr": {"text_config": {"rope_parameters": _MROPE}},
+    "glmga": {"text_config": {"rope_parameters": _MROPE}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 1, 5, 6],
+                        "downsample_rate": "1/2", "qformer_config": {"num_hidden_layers": 1},
+                        "vision_config": {"hidden_size": 64}},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                                       "mrope_section": [1, 1, 1, 1]}}},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}, "audio_config": {"text_hidden_size": 32}},
+    "inkling_mm_model": {"vision_config": {"text_hidden_size": 32, "patch_size": 4, "num_hidden_layers": 2},
+                         "audio_config": {"text_hidden_size": 32}},
+    "instructblip": {"num_query_tokens": 4, "image_token_index": 90, "qformer_config": {"vocab_size": 96}},
+    "instructblipvideo": {"num_query_tokens": 4, "video_token_index": 90, "qformer_config": {"vocab_size": 96}},
+    "janus": {"vq_config": {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "base_channels": 32,
+                            "channel_multiplier": [1, 1], "projection_dim": 32, "image_token_embed_dim": 32},
+              "vision_config": {"projection_dim": 32}},
+    "kosmos-2": {"latent_query_num": 4, "text_config": {"layers": 7, "embed_dim": 32}},
+    "kosmos-2.5": {"latent_query_num": 4, "text_config": {"layers": 7, "embed_dim": 32}},
+    "llama4": {"vision_config": {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}},
+    "mistral_large4": {"text_config": {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}},
+    "mistral4": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1,
+                                     "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5},
+                 "first_k_dense_replace": 2},
+    "molmo2": {"text_config": {"rope_scaling_layers": [1, 2, 5]}, "vision_config": {"image_size": [28, 28]},
+               "adapter_config": {"vision_feature_layer": [1], "hidden_size": 32, "intermediate_size": 48,
+                                  "text_hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4,
+                                  "head_dim": 8}},
+    "muse_glimmer": {"projector_hidden_size": 64},
+    "muse_spark": {"projector_hidden_size": 64, "out_hidden_size": 128,
+                   "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}},
+    "nemotron_h_omni": {"projector_hidden_size": 32, "vision_hidden_size": 32,
+                        "vision_config": {"video_temporal_patch_size": 2}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _MROPE}},
+    "perception_lm": {"vision_config": _CLIP | {"model_args": {"embed_dim": 32}}},
+    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _MROPE},
+                             "audio_config": {"d_model": 32, "encoder_layers": 2, "encoder_ffn_dim": 48,
+                                              "encoder_attention_heads": 4, "output_dim": 32}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE, "use_sliding_window": True, "max_window_layers": 3}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _MROPE, "use_sliding_window": True, "max_window_layers": 3},
+                 "vision_config": {"hidden_size": 32}},
+    "qwen3_omni_moe_thinker": {
+        "text_config": {"rope_parameters": _MROPE, "mlp_only_layers": [0, 3]},
+        "vision_config": {"deepstack_visual_indexes": [0, 1]},
+        "audio_config": {"d_model": 32, "encoder_layers": 2, "encoder_ffn_dim": 48, "encoder_attention_heads": 4,
+                         "output_dim": 32, "downsample_hidden_size": 16},
+    },
+    "cohere_compass": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "cosmos3_omni": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "granite_docling": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "qwen3_vl_moe": {"text_config": {"mlp_only_layers": [0, 3]}, "vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "step3p7": {"text_config": {"layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 5],
+                                "num_sliding_attention_heads": 2, "swiglu_limits": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+                                "sliding_window": 6}},
+    "unlimited_ocr": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {
+            "sam_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "output_channels": 8,
+                           "image_size": 64, "global_attn_indexes": [1], "downsample_channels": [16, 32]},
+            "encoder_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                               "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+        },
+    },
+}  # fmt: skip
+
 DEPTH_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -146,26 +251,37 @@ def _sizes(model_type: str, known: dict[str, Any]) -> dict[str, Any]:
     return sizes | SPECIAL.get(model_type, {})
 
 
-def model_class(model_type: str) -> Any:
-    """The causal language model of this type; of some wrappers, that of their decoder alone."""
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+def _merged(sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(sizes)
+    for key, value in special.items():
+        is_part = isinstance(value, dict) and isinstance(sizes.get(key), dict) and key.endswith("_config")
+        merged[key] = _merged(sizes[key], value) if is_part else value
+    return merged
 
 
-def tiny_config(model_type: str) -> Any:
+def model_class(model_type: str, *, whole: bool = False) -> Any:
+    """The causal language model of this type (of some wrappers, that of their decoder alone), or the whole wrapper."""
+    return getattr(transformers, (WRAPPERS if whole else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[model_type])
+
+
+def tiny_config(model_type: str, *, whole: bool = False) -> Any:
     """A config of this type with seven layers and small sizes, kinds of layers as its class has them."""
-    config = model_class(model_type).config_class
+    config = model_class(model_type, whole=whole).config_class
+    if whole:
+        known = config().to_dict()
+        return config(**_merged(_sizes(config.model_type, known), WRAPPER_SPECIAL.get(model_type, {})))
     config = config if config.model_type != model_type else transformers.CONFIG_MAPPING[model_type]
     return config(**_sizes(config.model_type, config().to_dict()))
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, *, whole: bool = False) -> Any:
     """A random model of this type, every parameter distinct.
 
     Raises:
         MemoryError: it would not be tiny.
     """
-    config = tiny_config(model_type)
-    build = model_class(model_type)._from_config
+    config = tiny_config(model_type, whole=whole)
+    build = model_class(model_type, whole=whole)._from_config
     with torch.device("meta"):
         probe = build(copy.deepcopy(config), attn_implementation="eager")
     count = sum(parameter.numel() for parameter in probe.parameters())
@@ -181,9 +297,10 @@ def tiny_model(model_type: str) -> Any:
     return model
 
 
-def load(model_type: str, folder: Any) -> tuple[Any, dict[str, Any]]:
+def load(model_type: str, folder: Any, *, whole: bool = False) -> tuple[Any, dict[str, Any]]:
     """The model as a user would load it, and what the loader complains of."""
-    model, info = model_class(model_type).from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    build = model_class(model_type, whole=whole).from_pretrained
+    model, info = build(folder, output_loading_info=True, attn_implementation="eager")
     return model.eval(), {key: value for key, value in info.items() if value}
 
 
@@ -199,7 +316,26 @@ def decoder_layers(model: Any, num_layers: int = NUM_LAYERS) -> tuple[Any, str]:
 def tokens(model: Any) -> torch.Tensor:
     """Three rows of twenty, more than the window of 6; shape (3, 20). musicgen wants a row for each codebook."""
     rows = model.config.num_codebooks if "musicgen" in model.config.model_type else 3
-    return torch.stack([torch.arange(20) * (2 * row + 1) % 89 + 3 for row in range(rows)])
+    found = torch.stack([torch.arange(20) * (2 * row + 1) % 87 + 3 for row in range(rows)])
+    if model.config.model_type in _WITH_IMAGES:
+        found[:, :4] = 90
+    return found
+
+
+# Wrappers that do not run on text alone; an image stands for the first four tokens.
+_WITH_IMAGES = frozenset(["blip-2", "instructblip", "instructblipvideo", "kosmos-2"])
+
+
+def _image(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
+    model_type, rows = model.config.model_type, len(tokens)
+    if model_type == "kosmos-2":
+        embeds = torch.linspace(-1, 1, rows * 4 * 32).reshape(rows, 4, 32)
+        return {"image_embeds": embeds, "image_embeds_position_mask": tokens == 90}
+    if model_type not in _WITH_IMAGES:
+        return {}
+    frames = (1,) if model_type == "instructblipvideo" else ()
+    pixels = torch.linspace(-1, 1, rows * 3 * 28 * 28).reshape(rows, *frames, 3, 28, 28)
+    return {"pixel_values": pixels} | ({} if model_type == "blip-2" else {"qformer_input_ids": tokens[:, 4:]})
 
 
 def generates_alike_without_cache(model: Any) -> bool:
@@ -220,8 +356,9 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Shape (batch, tokens, vocabulary)."""
     forward = inspect.signature(model.forward).parameters
     takes_cache = "use_cache" in forward or any(p.kind is p.VAR_KEYWORD for p in forward.values())
+    settings = {"use_cache": False} if takes_cache else {}
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=tokens, **({"use_cache": False} if takes_cache else {})).logits.float()
+        found: torch.Tensor = model(input_ids=tokens, **_image(model, tokens), **settings).logits.float()
     return found
 
 

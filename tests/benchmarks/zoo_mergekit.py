@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 import zoo
-from test_zoo import EQUAL, TRIM, save_base
+from test_zoo import TRIM, save_base
+from zoo import EQUAL
 
 from dus_cli.layers import source_layers
 
