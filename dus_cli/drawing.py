@@ -52,8 +52,8 @@ def draw_kinds(kinds: Mapping[str, Sequence[str]], layer_map: LayerMap, width: i
     """What the output's layers are, a letter for each, with a bar at every seam; lines at most `width` wide.
 
     >>> from dus_cli.layers import stack
-    >>> kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    >>> for line in draw_kinds({"layer_types": kinds + kinds[1:]}, stack(4, trim=1), 60): print(line)
+    >>> kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    >>> for line in draw_kinds({"layer_types": kinds}, stack(4, trim=1), 60): print(line)
     layer_types: s sliding_attention, f full_attention
            0 sss|ssf
     """

@@ -201,7 +201,7 @@ def test_dry_run_fetches_headers_only_and_plans_what_the_run_does(hub: StandInHu
     assert fetched_whole(hub) == []
     assert 0 < hub.num_sent("*.safetensors") <= 2 * 100_000  # of 17 MB
     done = dus(*command).report
-    for field in done.keys() - {"dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
+    for field in done.keys() - {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
         assert planned[field] == done[field], field
     assert len(done["shards"]) > 2
 
@@ -335,7 +335,7 @@ def test_pickled_repo_is_planned_from_headers_and_gives_what_its_directory_gives
     planned = dus(*command, "--dry-run").report
     assert [r.path for r in hub.log if r.path.startswith("/cdn/") and r.byte_range is None] == []
     done = dus(*command, "--verify", "full").report
-    for field in done.keys() - {"dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
+    for field in done.keys() - {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
         assert planned[field] == done[field], field
     # model.safetensors is asked for, and is not there; the pickles of the training run are left alone.
     assert hub.files_asked_for == {"config.json", "tokenizer.json", "model.safetensors"} | names
