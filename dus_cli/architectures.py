@@ -112,8 +112,7 @@ def every(
     """
 
     def of(fields: Fields, num_layers: int) -> list[Any]:
-        found = fields.get(key) if key else None
-        p = period if found is None or key is None else check_period(key, found)
+        p = _period(fields, key, period) if key else period
         kinds = [others if (layer + phase) % p else kind for layer in range(num_layers)]
         return [*kinds[:-1], kind] if last else kinds
 
@@ -166,10 +165,17 @@ def _number(fields: Fields, key: str, default: int) -> int:
     return value
 
 
+def _period(fields: Fields, key: str, default: int) -> int:
+    value = fields.get(key)
+    return default if value is None else check_period(key, value)
+
+
 def _sparse_after(fields: Fields, num_layers: int) -> list[str]:
     """axk1, dots3_note: experts after the first k layers, in every p-th or where a list says so."""
-    k, freq = _number(fields, "first_k_dense_replace", 1), fields.get("moe_layer_freq", 1)
-    listed = freq if isinstance(freq, list) else [layer % (freq or 1) == 0 for layer in range(num_layers)]
+    k, listed = _number(fields, "first_k_dense_replace", 1), fields.get("moe_layer_freq")
+    if not isinstance(listed, list):
+        freq = _period(fields, "moe_layer_freq", 1)
+        listed = [layer % freq == 0 for layer in range(num_layers)]
     if len(listed) != num_layers:
         return []
     return ["sparse" if layer >= k and listed[layer] else "dense" for layer in range(num_layers)]
@@ -177,10 +183,8 @@ def _sparse_after(fields: Fields, num_layers: int) -> list[str]:
 
 def _cohere2_moe(fields: Fields, num_layers: int) -> list[str]:
     k = _number(fields, "first_k_dense_replace", 0)
-    first, rest = (
-        _number(fields, "prefix_dense_sliding_window_pattern", 1),
-        _number(fields, "sliding_window_pattern", 4),
-    )
+    first = _period(fields, "prefix_dense_sliding_window_pattern", 1)
+    rest = _period(fields, "sliding_window_pattern", 4)
     places = [(i + 1) % first for i in range(k)] + [(i + 1) % rest for i in range(num_layers - k)]
     return ["sliding_attention" if place else "full_attention" for place in places]
 
@@ -273,7 +277,7 @@ def _lfm3(fields: Fields, num_layers: int) -> list[str]:
 
 
 def _llama4_experts(fields: Fields, num_layers: int) -> list[int]:
-    step = _number(fields, "interleave_moe_layer_step", 1)
+    step = _period(fields, "interleave_moe_layer_step", 1)
     return list(range(step - 1, num_layers, step))
 
 

@@ -281,14 +281,14 @@ def _without_tied_heads(shards: tuple[Shard, ...], config: dict[str, Any]) -> tu
     sections = [config, config.get("text_config")]
     if not any(isinstance(section, dict) and section.get("tie_word_embeddings") is True for section in sections):
         return shards
-    kept = []
-    for shard in shards:
-        tensors = shard.header.tensors
-        if shard.is_pickled:
-            others = {_place(t) for t in tensors if not t.name.endswith(_TIED_HEADS)}
-            tensors = tuple(t for t in tensors if not (t.name.endswith(_TIED_HEADS) and _place(t) in others))
-        kept.append(replace(shard, header=replace(shard.header, tensors=tensors)))
-    return tuple(kept)
+    return tuple(_without_tied_head(shard) if shard.is_pickled else shard for shard in shards)
+
+
+def _without_tied_head(shard: Shard) -> Shard:
+    tensors = shard.header.tensors
+    others = {_place(t) for t in tensors if not t.name.endswith(_TIED_HEADS)}
+    kept = tuple(t for t in tensors if not (t.name.endswith(_TIED_HEADS) and _place(t) in others))
+    return replace(shard, header=replace(shard.header, tensors=kept))
 
 
 def _place(tensor: TensorInfo) -> tuple[object, ...]:

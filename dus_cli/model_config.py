@@ -66,7 +66,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     Raises:
         ConfigError: no depth, several that disagree, or one that is no number of layers.
     """
-    nested_in = next((key for key in arch.DECODER_KEYS if isinstance(config.get(key), dict)), None)
+    nested_in = _nested_in(config)
     fields: dict[str, Any] = config[nested_in] if nested_in else config
     model_type, wrapper_type = _model_type(config, nested_in), str(config.get("model_type") or "")
     entry = arch.architecture(model_type)
@@ -82,8 +82,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     is_multimodal = nested_in is not None or any(config.get(key) for key in arch.ENCODER_KEYS)
     listed = next((key for key in entry.depth_of if fields.get(key)), None)
     if listed is not None:
-        keys = tuple(key for key in ("num_hidden_layers",) if fields.get(key) is not None)
-        return DecoderConfig(model_type, wrapper_type, fields, keys, len(fields[listed]), nested_in, is_multimodal)
+        counted = ("num_hidden_layers",) if fields.get("num_hidden_layers") is not None else ()
+        return DecoderConfig(model_type, wrapper_type, fields, counted, len(fields[listed]), nested_in, is_multimodal)
     names = entry.depth or arch.DEPTH_KEYS
     keys = tuple(key for key in names if fields.get(key) is not None)
     if not keys:
@@ -101,6 +101,11 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         said = ", ".join(f"{key} {depth}" for key, depth in depths.items())
         raise ConfigError(f"config.json gives several depths that disagree ({said}); refusing to guess")
     return DecoderConfig(model_type, wrapper_type, fields, keys, fields[keys[0]], nested_in, is_multimodal)
+
+
+def _nested_in(config: dict[str, Any]) -> str | None:
+    """The field that holds the decoder's config in a multimodal model's."""
+    return next((key for key in arch.DECODER_KEYS if isinstance(config.get(key), dict)), None)
 
 
 def _model_type(config: dict[str, Any], nested_in: str | None) -> str:
@@ -181,8 +186,7 @@ def refuse_types(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: it is.
     """
-    nested_in = next((key for key in arch.DECODER_KEYS if isinstance(config.get(key), dict)), None)
-    for model_type in (_model_type(config, None), _model_type(config, nested_in)):
+    for model_type in (_model_type(config, None), _model_type(config, _nested_in(config))):
         refused = arch.architecture(model_type).refused
         if refused is not None:
             raise ConfigError(f"model type {model_type!r} cannot be deepened by copying layers: {refused}")

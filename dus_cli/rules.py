@@ -38,8 +38,19 @@ class Rule(Protocol):
         """What is said of each base layer; nothing where all are alike."""
 
 
+class _Quiet:
+    """A rule that reads no field of its own and tells no layers apart: a condition on the map."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ()
+
+    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
+        return {}
+
+
 @dataclass(frozen=True)
-class _OneField:
+class _OneField(_Quiet):
     """A rule about one field, that does nothing where the field is absent, null, empty or false."""
 
     key: str
@@ -53,9 +64,6 @@ class _OneField:
         if value in (None, [], {}, "") or value is False:
             return {}
         return {self.key: self.carry(value, fields, layer_map)}
-
-    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
-        return {}
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         raise NotImplementedError
@@ -514,14 +522,12 @@ class Counts(_OneField):
 
 
 @dataclass(frozen=True)
-class LastLayerIs:
+class LastLayerIs(_Quiet):
     """The class forces the last layer to a kind: a map that ends in another one cannot be said."""
 
     key: str
     kind: str
     of: Derivation
-
-    reads: tuple[str, ...] = ()
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
         n, last = layer_map.num_base_layers, layer_map.sources[-1]
@@ -533,18 +539,13 @@ class LastLayerIs:
             )
         return {}
 
-    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
-        return {}
-
 
 @dataclass(frozen=True)
-class Unlike:
+class Unlike(_Quiet):
     """The base's first (0) or last (-1) layer is built unlike the others, by its place."""
 
     layer: int
     why: str
-
-    reads: tuple[str, ...] = ()
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
         unlike = self.layer % layer_map.num_base_layers
@@ -556,12 +557,9 @@ class Unlike:
             )
         return {}
 
-    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
-        return {}
-
 
 @dataclass(frozen=True)
-class FirstStay:
+class FirstStay(_Quiet):
     """The model does something after each of its first k layers, found by number: they stay first, and stand once.
 
     k is the length of the list at `path` in the whole config.json, `default` where the file is silent.
@@ -570,8 +568,6 @@ class FirstStay:
     path: tuple[str, str]
     default: int
     why: str
-
-    reads: tuple[str, ...] = ()
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
         outer, key = self.path
@@ -590,9 +586,6 @@ class FirstStay:
     @staticmethod
     def _stay(count: int, layer_map: LayerMap) -> bool:
         return all(layer_map.outputs[base] == (base,) for base in range(count))
-
-    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
-        return {}
 
 
 @dataclass(frozen=True)
@@ -662,15 +655,16 @@ class Refused(_OneField):
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(_Quiet):
     """Fields that say nothing about single layers, whatever their names suggest."""
 
-    reads: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.keys
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
-        return {}
-
-    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         return {}
 
 

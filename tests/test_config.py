@@ -113,6 +113,21 @@ def test_a_period_that_is_none_is_refused(period: object) -> None:
         deepen(model_type="gemma3_text", sliding_window_pattern=period)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("cohere2_moe", "sliding_window_pattern"),
+        ("llama4_text", "interleave_moe_layer_step"),
+        ("axk1", "moe_layer_freq"),
+        ("gemma3_text", "sliding_window_pattern"),
+    ],
+)
+@pytest.mark.parametrize("period", [0, "3"])
+def test_a_period_that_no_list_can_be_made_up_from_is_refused(model_type: str, key: str, period: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is {period}, not a number of layers"):
+        deepen(EIGHT, **{"model_type": model_type, key: period})
+
+
 def test_a_pattern_that_dus_cannot_derive_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="lacks layer_types"):
         deepen(model_type="exaone4", sliding_window=None)
