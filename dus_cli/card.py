@@ -6,7 +6,7 @@ import json
 import shlex
 
 from dus_cli.drawing import draw_map
-from dus_cli.plan import UpscalePlan
+from dus_cli.planning import UpscalePlan
 from dus_cli.recipes import RECIPES
 
 # What `dus heal` replaces in the card: one of these two.

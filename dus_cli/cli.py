@@ -23,18 +23,18 @@ from dus_cli.errors import DusError, LayerMapError, StoppedError, shown
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
 from dus_cli.model_config import Assumption
-from dus_cli.plan import MapRequest, parse_size
+from dus_cli.planning import MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.recipes import RECIPES
 from dus_cli.reference import ModelRef
 from dus_cli.report import upscale_text, verification_json, verification_text
 from dus_cli.terminal import BarProgress, PlainProgress, print_plan
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode
-from dus_cli.upscale import open_base
-from dus_cli.upscale import preview as run_preview
-from dus_cli.upscale import upscale as run_upscale
-from dus_cli.verify import VerifyMode
-from dus_cli.verify import verify as run_verify
+from dus_cli.upscaling import open_base
+from dus_cli.upscaling import preview as run_preview
+from dus_cli.upscaling import upscale as run_upscale
+from dus_cli.verification import VerifyMode
+from dus_cli.verification import verify as run_verify
 
 app = typer.Typer(
     name="dus",

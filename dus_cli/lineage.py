@@ -12,7 +12,7 @@ from dus_cli.errors import CheckpointError, shown
 from dus_cli.headers import limit_nesting, parse_json_object
 from dus_cli.layers import LayerMap, Seam
 from dus_cli.model_config import Assumption
-from dus_cli.plan import UpscalePlan
+from dus_cli.planning import UpscalePlan
 from dus_cli.source_files import inside
 from dus_cli.treatment import Treatment
 

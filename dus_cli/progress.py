@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from dus_cli.plan import UpscalePlan
+    from dus_cli.planning import UpscalePlan
 
 
 class Progress(Protocol):

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from dus_cli import __version__
 from dus_cli.drawing import draw_kinds, draw_map
 from dus_cli.lineage import seam_record
-from dus_cli.plan import UpscalePlan
+from dus_cli.planning import UpscalePlan
 from dus_cli.transfer import Tally
-from dus_cli.verify import Verification
+from dus_cli.verification import Verification
 
 # Raised when a field is removed or changes its meaning; new fields do not raise it.
 SCHEMA = 1

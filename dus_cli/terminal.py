@@ -6,7 +6,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from dus_cli.plan import UpscalePlan
+from dus_cli.planning import UpscalePlan
 from dus_cli.report import human_bytes, plan_text
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from dus_cli.dtypes import Cast, overflow, require_torch
 from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.headers import TensorInfo
 from dus_cli.layout import BLOCK
-from dus_cli.plan import UpscalePlan
+from dus_cli.planning import UpscalePlan
 from dus_cli.strided import tensor_pieces
 from dus_cli.treatment import Making
 from dus_cli.workers import PIECE, workers

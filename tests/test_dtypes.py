@@ -22,9 +22,9 @@ from dus_cli import transfer
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.dtypes import Dtype
 from dus_cli.layout import BLOCK
-from dus_cli.plan import Base, MapRequest, make_plan
+from dus_cli.planning import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
-from dus_cli.verify import check_bytes_against_plan
+from dus_cli.verification import check_bytes_against_plan
 
 torch = pytest.importorskip("torch")
 

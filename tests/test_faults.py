@@ -21,13 +21,13 @@ from checkpoints import Tensor, fill_randomly, header_bytes, llama_config, llama
 from conftest import DUS, dus
 
 from dus_cli import staging, transfer
-from dus_cli import upscale as verb
+from dus_cli import upscaling as verb
 from dus_cli.errors import CheckpointError, DusError, OutputError
-from dus_cli.plan import MapRequest, UpscalePlan
+from dus_cli.planning import MapRequest, UpscalePlan
 from dus_cli.progress import NoProgress
 from dus_cli.reference import ModelRef
 from dus_cli.staging import Staging
-from dus_cli.verify import VerifyMode
+from dus_cli.verification import VerifyMode
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.errors import CheckpointError, DusError
 from dus_cli.headers import DTYPE_BITS, encode_header, is_aligned, read_header
-from dus_cli.plan import Base, MapRequest, make_plan
+from dus_cli.planning import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
 
 GOOD: dict[str, Any] = {

@@ -14,7 +14,7 @@ from conftest import dus
 
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.layout import BLOCK
-from dus_cli.plan import Base, MapRequest, UpscalePlan, make_plan
+from dus_cli.planning import Base, MapRequest, UpscalePlan, make_plan
 from dus_cli.reference import ModelRef
 from dus_cli.transfer import moves
 

@@ -33,7 +33,7 @@ from dus_cli import strided
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.headers import DTYPE_BITS, TensorInfo
 from dus_cli.pickles import read_pickled
-from dus_cli.plan import Base, MapRequest, make_plan
+from dus_cli.planning import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
 from dus_cli.strided import tensor_pieces
 

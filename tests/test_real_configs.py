@@ -23,7 +23,7 @@ from tiny import forked_dus as dus
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.layers import stack
 from dus_cli.model_config import decoder_config, deepen_config
-from dus_cli.plan import Base, MapRequest, make_plan
+from dus_cli.planning import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
 from dus_cli.stacks import find_stack
 

@@ -17,7 +17,7 @@ import checkpoints
 
 from dus_cli.checkpoint import open_checkpoint
 from dus_cli.headers import TensorInfo, read_header
-from dus_cli.plan import Base, MapRequest, make_plan
+from dus_cli.planning import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
 
 _PIECE = 8 << 20

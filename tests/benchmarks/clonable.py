@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 
 from dus_cli.checkpoint import open_checkpoint
-from dus_cli.plan import Base, MapRequest, make_plan
+from dus_cli.planning import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
 
 SHAPES = [  # hidden, intermediate, key/value and vocabulary sizes; source shards

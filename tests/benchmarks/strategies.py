@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dus_cli.checkpoint import open_checkpoint
-from dus_cli.plan import Base, MapRequest, UpscalePlan, make_plan
+from dus_cli.planning import Base, MapRequest, UpscalePlan, make_plan
 from dus_cli.reference import ModelRef
 
 Copy = Callable[[int, int, int, int, int], None]  # source, target, source position, position, length

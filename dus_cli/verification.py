@@ -27,7 +27,7 @@ from dus_cli.headers import TensorInfo, read_header
 from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.layout import ShardLayout
 from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deepen_config
-from dus_cli.plan import UpscalePlan
+from dus_cli.planning import UpscalePlan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.source_files import inside
 from dus_cli.stacks import find_stack

@@ -14,13 +14,13 @@ from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, OutputError, shown
 from dus_cli.layout import BLOCK
-from dus_cli.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
+from dus_cli.planning import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
 from dus_cli.report import Space, UpscaleReport, human_bytes
 from dus_cli.staging import Staging, check_apart, check_output, free_bytes
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode, Tally, can_clone, transfer
-from dus_cli.verify import VerifyMode, check_against_plan, check_bytes_against_plan
+from dus_cli.verification import VerifyMode, check_against_plan, check_bytes_against_plan
 
 
 def plan(
