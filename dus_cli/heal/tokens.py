@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +108,14 @@ class Prepared:
         return cls(**{**data, "sources": sources, "eval_parts": eval_parts})
 
 
+class Tokens(Protocol):
+    """Tokens of documents one behind the other, wherever they are kept."""
+
+    def read(self, start: int, stop: int) -> Ids: ...
+
+    def document_starts(self, start: int, stop: int) -> Ids: ...
+
+
 class Stream:
     """The training or the held-out tokens of several parts, one behind the other. Files are opened when needed.
 
@@ -194,7 +202,7 @@ class Row(NamedTuple):
     position_ids: Ids
 
 
-def _row(stream: Stream, start: int, length: int, stop: int, eos: int, *, document_mask: bool) -> Row:
+def row_at(stream: Tokens, start: int, length: int, stop: int, eos: int, *, document_mask: bool) -> Row:
     """Tokens start…start + length − 1 and the next ones. From `stop` on there are none: eos, without labels.
 
     With the mask a document's last token predicts nothing, and positions begin anew with each document.
@@ -243,7 +251,7 @@ class Rows:
         """The run's row `index` = 0, 1, …, without an end."""
         source, place = self.order.locate(index)
         stream, start = self._streams[source], place * self.seq_length
-        return _row(stream, start, self.seq_length, stream.num_tokens, self._eos, document_mask=self.document_mask)
+        return row_at(stream, start, self.seq_length, stream.num_tokens, self._eos, document_mask=self.document_mask)
 
 
 class HeldoutRows(Sequence[Row]):
@@ -272,7 +280,7 @@ class HeldoutRows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = range(len(self))[index] * self._seq_length
-        return _row(self._stream, start, self._seq_length, self._stop, self._eos, document_mask=self._document_mask)
+        return row_at(self._stream, start, self._seq_length, self._stop, self._eos, document_mask=self._document_mask)
 
 
 def heldout_rows(

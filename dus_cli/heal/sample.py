@@ -1,0 +1,181 @@
+"""Text for a measurement without a run: the first documents of some data, tokenised and packed in memory.
+
+`dus heal` keeps its data in token files, because it may be terabytes. A measurement takes some thousand tokens, so
+it reads no further than it must and writes nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from dus_cli.errors import shown_list
+from dus_cli.heal.corpus import DataError, Source, Tally, documents, parse_sources
+from dus_cli.heal.tokenise import Reading, Split, Tokeniser, text_hash
+from dus_cli.heal.tokens import IGNORED, Ids, Row, row_at
+
+# A document is not tokenised further than this many characters for each token that is wanted.
+_LONGEST_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Documents in reading order, the last one of each source cut where the number of tokens is reached.
+
+    `skipped` counts lines and documents that were left out, by reason.
+    """
+
+    texts: tuple[str, ...]
+    skipped: dict[str, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of UTF-8."""
+        return sum(len(text.encode()) for text in self.texts)
+
+
+def read_sample(
+    files: Sequence[str],
+    tokeniser: Tokeniser,
+    max_tokens: int,
+    *,
+    reading: Reading | None = None,
+    holdout: float | None = None,
+) -> Sample:
+    """The first documents of the data, up to about `max_tokens` tokens with their ends of text: never more.
+
+    Args:
+        files: as `--data` takes them. Of sources with weights each gives its share of the tokens; without, the
+            first ones are read first.
+        tokeniser: counts tokens. Other tokenizers give other numbers of tokens for the same texts.
+        max_tokens: where reading ends.
+        reading: how documents are found in files.
+        holdout: only documents that `dus heal --holdout SHARE` holds out; None takes every document.
+
+    Raises:
+        DataError: nothing there, not readable, or no document.
+    """
+    tally, texts = Tally(), list[str]()
+    with tempfile.TemporaryDirectory(prefix="dus-sample-") as spool:  # for standard input
+        sources = parse_sources(files, Path(spool))
+        weights = [source.weight or 0.0 for source in sources]
+        left = max_tokens
+        for source, weight in zip(sources, weights, strict=True):
+            budget = round(max_tokens * weight / sum(weights)) if weight else left
+            found, count = _first_documents(_documents(source, reading or Reading(), holdout, tally), tokeniser, budget)
+            texts += found
+            left -= count
+    if not texts:
+        raise DataError(f"{shown_list(list(files))} has no documents to measure on: {_why(tally, holdout)}")
+    return Sample(tuple(texts), dict(sorted(tally.skipped.items())))
+
+
+def _why(tally: Tally, holdout: float | None) -> str:
+    if tally.documents and holdout is not None:
+        return f"none of {tally.documents} falls into the held-out share of {holdout:.2%}; raise --holdout"
+    if tally.documents:
+        return "they have no tokens"
+    if tally.skipped:
+        left_out = shown_list([f"{count} {reason}" for reason, count in tally.skipped.items()])
+        return f"left out: {left_out}; check the data"
+    return "the files are empty; choose others"
+
+
+def _documents(source: Source, reading: Reading, holdout: float | None, tally: Tally) -> Iterator[str]:
+    split = None if holdout is None else Split(holdout)
+    for path in source.paths:
+        for text in documents(path, reading.text_field, reading.on_bad_line, tally):
+            if split is None or split.holds_out(text_hash(text.encode())):
+                yield text
+
+
+def _first_documents(texts: Iterator[str], tokeniser: Tokeniser, max_tokens: int) -> tuple[list[str], int]:
+    """Documents of at most `max_tokens` tokens, and how many they have."""
+    found: list[str] = []
+    total = 0
+    for whole in texts:
+        room = max_tokens - total - 1  # each document ends with an end-of-text
+        if room < 1:
+            break
+        text = whole[: room * _LONGEST_TOKEN]
+        (ids,) = tokeniser.encode([text])
+        if len(ids) > room:
+            text = _beginning(text, tokeniser, room)
+            (ids,) = tokeniser.encode([text])
+        if ids:
+            tokeniser.check_ids(max(ids))
+            found.append(text)
+            total += len(ids) + 1
+        if len(text) < len(whole):
+            break
+    return found, total
+
+
+def _beginning(text: str, tokeniser: Tokeniser, max_tokens: int) -> str:
+    """The beginning of a text that has at most `max_tokens` tokens and hardly fewer, found by halving."""
+    low, high = 0, len(text)
+    while high - low > max(1, low >> 6):
+        middle = (low + high) // 2
+        (ids,) = tokeniser.encode([text[:middle]])
+        low, high = (middle, high) if len(ids) <= max_tokens else (low, middle)
+    return text[:low]
+
+
+class Packed(Sequence[Row]):
+    """Documents in rows, one behind the other, as `dus heal` packs its held-out set. The last row is filled up."""
+
+    def __init__(
+        self, texts: Sequence[str], tokeniser: Tokeniser, seq_length: int, *, document_mask: bool = True
+    ) -> None:
+        ids, ends = list[int](), list[int]()
+        for document in tokeniser.encode(texts):
+            ids += [*document, tokeniser.eos]
+            ends.append(len(ids))
+        self._ids, self._ends = np.array(ids, np.int64), np.array(ends, np.int64)
+        tokeniser.check_ids(int(self._ids.max(initial=0)))
+        self._seq_length, self._eos, self._document_mask = seq_length, tokeniser.eos, document_mask
+
+    @property
+    def num_tokens(self) -> int:
+        """Ends of text counted."""
+        return len(self._ids)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._ends)
+
+    def read(self, start: int, stop: int) -> Ids:
+        """Tokens start…stop − 1."""
+        return self._ids[start:stop]
+
+    def document_starts(self, start: int, stop: int) -> Ids:
+        """Positions in start…stop − 1 at which a document begins."""
+        starts = np.concatenate([[0], self._ends[:-1]])
+        return starts[(starts >= start) & (starts < stop)]
+
+    def document_numbers(self, index: int) -> Ids:
+        """The document, counted from 0, that each label of row `index` belongs to; -1 where none counts."""
+        row = self[index]
+        first = range(len(self))[index] * self._seq_length + 1
+        numbers = np.searchsorted(self._ends, np.arange(first, first + self._seq_length), side="right")
+        return np.where(row.labels == IGNORED, -1, numbers)
+
+    def __len__(self) -> int:
+        return (max(1, self.num_tokens) + self._seq_length - 2) // self._seq_length
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self._seq_length
+        return row_at(self, start, self._seq_length, self.num_tokens, self._eos, document_mask=self._document_mask)
