@@ -19,10 +19,11 @@ import typer
 
 from dus_cli import __version__
 from dus_cli.dtypes import Dtype
-from dus_cli.errors import DusError, LayerMapError, StoppedError, shown
+from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
 from dus_cli.model_config import Assumption
+from dus_cli.options import Revision, Token
 from dus_cli.planning import MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.recipes import RECIPES
@@ -97,6 +98,8 @@ def upscale(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write; must not exist, or be empty.")
     ],
+    revision: Revision = None,
+    token: Token = None,
     trim: Annotated[
         Optional[int],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
         typer.Option("--trim", "-t", min=0, metavar="M", help="Layers trimmed from each copy. Default: a quarter."),
@@ -178,7 +181,7 @@ def upscale(
                 f"it says the whole map; leave out {' and '.join(name for name in others if name != hint)}",
                 param_hint=hint,
             )
-    ref = ModelRef.parse(model)
+    ref = ModelRef.parse(model, revision=revision, token=token)
     request = MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple(assume or ()))
     speaks = not (quiet or as_json)
     if dry_run:
@@ -223,6 +226,7 @@ def verify(
         Optional[str],  # noqa: UP045
         typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),
     ] = None,
+    token: Token = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel reads.")] = DEFAULT_JOBS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
@@ -234,7 +238,7 @@ def verify(
     if not model.is_dir():
         raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
     speaks = not (quiet or as_json)
-    checkpoint = open_base(ModelRef.parse(base), quiet=not speaks) if base is not None else None
+    checkpoint = open_base(ModelRef.parse(base, token=token), quiet=not speaks) if base is not None else None
     with _progress(speaks) as progress:
         found = run_verify(model, checkpoint, jobs=jobs, progress=progress)
     if as_json:
@@ -297,7 +301,7 @@ def main() -> NoReturn:
     except DusError as error:
         if os.environ.get("DUS_DEBUG"):
             raise
-        fail(str(error), 1)
+        fail(str(error), 2 if isinstance(error, UsageError) else 1)
     except _UsageError as error:
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         if not message:  # `dus` alone: the help was printed

@@ -12,6 +12,10 @@ class DusError(Exception):
     """A known failure. Its text is the whole message; `cli` prints it and exits 1."""
 
 
+class UsageError(DusError):
+    """What was asked for contradicts itself, whatever the model is. `cli` exits 2, as for an unknown option."""
+
+
 class ModelNotFoundError(DusError):
     """MODEL names neither a directory nor a Hub id, or the Hub cannot serve it."""
 

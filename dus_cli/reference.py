@@ -3,46 +3,79 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
-from dus_cli.errors import ModelNotFoundError, shown
+from dus_cli.errors import ModelNotFoundError, UsageError, shown
 
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w./+%-]+))?", re.ASCII)
+
+# How huggingface_hub writes places on the Hub (utils/_hf_uris.py); of its types only models are of use here.
+_URI, _URI_OF_A_MODEL = "hf://", "models/"
+
+# git-check-ref-format(1): what no branch, tag or commit has in its name. The name becomes a path in the Hub's cache.
+_NO_REVISION = re.compile(r"[\0-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[/-]|[/.]$|^$")
 
 
 @dataclass(frozen=True)
 class ModelRef:
     """Where a model is: exactly one of `path` and `repo_id` is set.
 
-    `text` is what the user typed; reports and lineage repeat it.
+    `text` is what the user typed; reports and lineage repeat it. `token` is the one given for this model, which nothing
+    prints; without it huggingface_hub takes HF_TOKEN or the stored login.
     """
 
     text: str
     path: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
+    token: str | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def parse(cls, text: str) -> ModelRef:
+    def parse(cls, text: str, *, revision: str | None = None, token: str | None = None) -> ModelRef:
         """Tell a Hub id from a directory by its form alone, so that a pipeline means the same everywhere.
 
-        `org/name` and `org/name@revision` are Hub ids, also where a directory of that name exists:
-        write `./org/name` for the directory. Everything else is a directory.
+        `org/name`, `org/name@revision` and either behind `hf://` are Hub ids, also where a directory of that name
+        exists: write `./org/name` for the directory. Everything else is a directory.
 
         >>> ModelRef.parse("mistralai/Mistral-7B-v0.1@main").revision
         'main'
+        >>> ModelRef.parse("hf://mistralai/Mistral-7B-v0.1", revision="main").repo_id
+        'mistralai/Mistral-7B-v0.1'
         >>> ModelRef.parse("./models/base").repo_id is None
         True
 
+        Args:
+            text: what the user typed.
+            revision: a branch, tag or commit, where `text` has none.
+            token: of the Hub.
+
         Raises:
-            ModelNotFoundError: the text is empty, or cannot be a path.
+            ModelNotFoundError: the text is empty, cannot be a path, or is an address of something else.
+            UsageError: a revision of a directory, a second one, or one that git does not allow; no token's characters.
         """
-        match = _HUB_ID.fullmatch(text)
+        if token is not None and re.fullmatch(r"[!-~]+", token) is None:
+            raise UsageError("--token is empty or holds characters that no token has; it is not shown here")
+        id_text = text.removeprefix(_URI).removeprefix(_URI_OF_A_MODEL) if text.startswith(_URI) else text
+        match = _HUB_ID.fullmatch(id_text)
         if match is not None:
-            return cls(text, repo_id=match["repo"], revision=match["revision"])
+            given = match["revision"]
+            if given is not None and revision is not None:
+                raise UsageError(f"--revision {shown(revision)}: {shown(text)} names a revision already; give one")
+            revision = unquote(given) if given is not None else revision
+            if revision is not None and _NO_REVISION.search(revision):
+                raise UsageError(f"{shown(revision)!r} cannot be a revision; give a branch, a tag or a commit")
+            return cls(text, repo_id=match["repo"], revision=revision, token=token)
+        if "://" in text:
+            raise ModelNotFoundError(
+                f"{shown(text)} is no address of a model; give hf://org/name, hf://org/name@revision or org/name"
+            )
         if not text or "\0" in text:
             raise ModelNotFoundError(f"MODEL is {shown(text)!r}; give a directory or a Hub id such as org/name")
+        if revision is not None:
+            raise UsageError(f"--revision is for a Hub id such as org/name, and {shown(text)} is a directory")
         return cls(text, path=Path(text).expanduser())
 
     @property
@@ -54,4 +87,7 @@ class ModelRef:
         return self.path.resolve().name
 
     def __str__(self) -> str:
-        return self.text
+        """In messages: a directory as typed, org/name or org/name@revision."""
+        if self.repo_id is None:
+            return self.text
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"

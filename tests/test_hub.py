@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
+import socket
+import struct
+import subprocess
+import termios
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from conftest import DUS
+from forked import dus, stop
 from hub_server import HANG_UP, READER, STRANGER, StandInHub, StandInRepo, commit_of
 from pickled import Payload, write_pickled
+
+from dus_cli.reference import ModelRef
 
 SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md", ".gitattributes"}
 INDEX = "model.safetensors.index.json"
@@ -43,6 +54,12 @@ def write_repo(folder: Path, num_layers: int, *, num_shards: int = 3) -> Path:
 def one_commit(folder: Path) -> StandInRepo:
     commit = commit_of(folder.name)
     return StandInRepo({commit: folder}, {"main": commit})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server() -> Iterator[None]:
+    yield
+    stop()
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +264,8 @@ def test_token_opens_private_and_gated_models(model: str, desk: Path) -> None:
         ("org/none", {"HF_TOKEN": READER}, ("org/none is not on the Hub",)),
         ("org/private", {}, ("org/private is not on the Hub, or is private", "HF_TOKEN")),
         ("org/private", {"HF_TOKEN": STRANGER}, ("org/private is not on the Hub, or is private",)),
-        ("org/gated", {}, ("org/gated is gated", "ask for access")),
-        ("org/gated", {"HF_TOKEN": STRANGER}, ("org/gated is gated", "ask for access")),
+        ("org/gated", {}, ("org/gated is gated: ask for access at http://127.0.0.1:", "/org/gated, then", "--token")),
+        ("org/gated", {"HF_TOKEN": STRANGER}, ("org/gated is gated: ask for access",)),
         ("org/llama", {"HF_TOKEN": "hf_expired"}, ("answered 401 for org/llama", "renew the token")),
         ("org/llama@v9", {}, ("org/llama has no revision v9",)),
         (f"org/llama@{'0' * 40}", {}, (f"org/llama has no revision {'0' * 40}",)),
@@ -401,6 +418,142 @@ def test_damaged_header_on_the_hub_is_refused_before_weights_are_fetched(
     dus("upscale", "org/damaged", "--trim", "1", "-o", "out").assert_one_line_error(damaged)
     assert fetched_whole(hub) == []
     assert list(desk.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "revision"),
+    [
+        ("org/llama", None),
+        ("org/llama@v0.1", "v0.1"),
+        ("hf://org/llama", None),
+        ("hf://models/org/llama", None),
+        ("hf://org/llama@refs/pr/1", "refs/pr/1"),
+        ("hf://org/llama@refs%2Fpr%2F1", "refs/pr/1"),
+    ],
+)
+def test_a_hub_id_is_told_by_its_form(typed: str, revision: str | None) -> None:
+    ref = ModelRef.parse(typed)
+    assert (ref.path, ref.repo_id, ref.revision, ref.name) == (None, "org/llama", revision, "llama")
+    if revision is None:
+        assert ModelRef.parse(typed, revision="x+y").revision == "x+y"
+
+
+def test_an_address_with_a_revision_option_is_resolved_and_written_down(desk: Path) -> None:
+    done = dus("upscale", "hf://org/llama", "--revision", "v0.1", "--trim", "1", "-o", "out", "--json").report
+    assert (done["model"], done["commit"]) == ("hf://org/llama", commit_of("earlier"))
+    base = json.loads((desk / "out/dus.json").read_text())["base"]
+    assert (base["repo_id"], base["revision"], base["commit"]) == ("org/llama", "v0.1", commit_of("earlier"))
+    assert f"dus upscale org/llama@{commit_of('earlier')} " in (desk / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("org/llama@v0.1", "--revision", "main"), "names a revision already"),
+        (("./org/llama", "--revision", "main"), "is a directory"),
+        (("llama", "--revision", "main"), "is a directory"),
+        (("org/llama", "--revision", ""), "cannot be a revision"),
+        (("org/llama", "--revision", "../../escape"), "cannot be a revision"),
+        (("org/llama", "--token", ""), "--token is empty"),
+        (("org/llama", "--token", "hf_sec ret"), "--token is empty or holds characters"),
+    ],
+)
+def test_what_contradicts_itself_is_a_usage_error(arguments: tuple[str, ...], part: str, hub: StandInHub) -> None:
+    run = dus("upscale", *arguments, "-o", "out")
+    run.assert_one_line_error(part, code=2)
+    assert "hf_sec" not in run.stderr
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("text", ["hf://datasets/org/data", "hf://org", "https://huggingface.co/org/llama", ""])
+def test_an_address_of_something_else_is_a_one_line_error(text: str, hub: StandInHub) -> None:
+    dus("upscale", text, "-o", "out").assert_one_line_error("org/name")
+    assert hub.log == []
+
+
+def test_the_tokens_option_comes_before_the_environment_and_that_before_the_login(tmp_path: Path, desk: Path) -> None:
+    command = ("upscale", "org/gated", "--trim", "1", "--dry-run", "-q", "-o", "out")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/token").write_text(READER)
+    assert dus(*command).returncode == 0
+    dus(*command, HF_TOKEN=STRANGER).assert_one_line_error("org/gated is gated")
+    assert dus(*command, "--token", READER, HF_TOKEN=STRANGER).returncode == 0
+    assert dus("upscale", "org/gated", "--trim", "1", "-q", "-o", "out", "--token", READER).returncode == 0
+    (tmp_path / "hf/token").unlink()
+    shutil.rmtree(tmp_path / "hf/hub")
+    dus("verify", "out", "--base", "org/gated").assert_one_line_error("org/gated is gated")
+    assert dus("verify", "out", "--base", "org/gated", "--token", READER).returncode == 0
+
+
+def test_a_token_is_nowhere_in_what_is_said_or_written(hub: StandInHub, desk: Path) -> None:
+    done = dus("upscale", "org/gated", "--trim", "1", "-o", "out", "--json", "--token", READER)
+    said = done.stdout + done.stderr + "".join(path.read_text("latin-1") for path in (desk / "out").rglob("*.*"))
+    hub.failures["GET /api/models/*"] = 500
+    for options in (("--token", READER), ("--token", STRANGER), ("--token", "hf_unknown")):
+        run = dus("upscale", "org/private", "--trim", "1", "-o", "other", *options, DUS_DEBUG="1", HF_DEBUG="0")
+        assert "Traceback" in run.stderr
+        said += run.stderr
+    said += repr(ModelRef.parse("org/private", token=READER))
+    assert not any(token in said for token in (READER, STRANGER, "hf_unknown"))
+
+
+def test_a_damaged_token_of_the_environment_is_told_without_it(hub: StandInHub, desk: Path) -> None:
+    run = dus("upscale", "org/llama", "--trim", "1", "-o", "out", HF_TOKEN="hf_\x01damaged")
+    run.assert_one_line_error("the Hub's token has characters")
+    assert "damaged" not in run.stderr
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_CACHE", "HF_HOME"])
+def test_the_cache_is_where_the_environment_says(name: str, tmp_path: Path, desk: Path) -> None:
+    place = tmp_path / "elsewhere"
+    environment: dict[str, Any] = {name: str(place)}
+    assert dus("upscale", "org/single", "--trim", "1", "-o", "out", "-q", **environment).returncode == 0
+    cache = place if name == "HF_HUB_CACHE" else place / "hub"
+    assert [path.name for path in cache.glob("models--*")] == ["models--org--single"]
+    assert (tmp_path / "hf/hub").exists() is False
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_on_a_terminal_bars_and_colours_are_as_the_environment_says(disabled: str, desk: Path) -> None:
+    settings = {"HF_HUB_DISABLE_PROGRESS_BARS": disabled, "TERM": "xterm-256color"} | (
+        {"NO_COLOR": "1"} if disabled == "1" else {}
+    )
+    terminal, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [*DUS, "upscale", "org/single", "--trim", "1", "-o", "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, **settings}) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal reads
+            while piece := os.read(terminal, 4096):
+                said += piece
+        os.close(terminal)
+    assert process.returncode == 0, said
+    assert (b"Fetching" in said) is (disabled == "0")
+    assert (re.search(rb"\x1b\[[\d;]*3[0-8]", said) is not None) is (disabled == "0")
+
+
+def test_a_server_that_never_answers_is_given_up(desk: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        run = dus("upscale", "org/llama", "-o", "out", HF_ENDPOINT=endpoint, HF_HUB_ETAG_TIMEOUT="1")
+    run.assert_one_line_error("org/llama is not (wholly) in the cache and the Hub cannot be reached")
+
+
+@pytest.mark.parametrize(("status", "waits"), [(503, [1, 2, 4, 8, 8]), (429, [1, 2, 4, 8, 8])])
+def test_the_clients_own_back_off_ends_in_one_line_that_says_how_long(
+    status: int, waits: list[int], hub: StandInHub, desk: Path
+) -> None:
+    """The list of files is asked for with back-off."""
+    hub.failures["GET /api/models/*/tree/*"] = status
+    first = "import time; real = time.monotonic; waited = []\ntime.sleep = waited.append\n"
+    first += "time.monotonic = lambda: real() + sum(waited)\nimport atexit; atexit.register(lambda: print(waited))"
+    run = dus("upscale", "org/llama", "-o", "out", first=first)
+    assert json.loads(run.stdout) == waits
+    assert run.stderr == f"error: the Hub answered {status} for org/llama (tried for 23 s); try again later\n"
 
 
 def test_hub_id_means_the_hub_where_a_directory_has_that_name(desk: Path) -> None:

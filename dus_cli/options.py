@@ -1,0 +1,17 @@
+"""Options that several commands share, by the names that they have everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+Revision = Annotated[
+    Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
+    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id, as org/name@REV says it."),
+]
+
+Token = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--token", metavar="TOKEN", help="Of the Hub. Default: HF_TOKEN, or the stored login."),
+]
