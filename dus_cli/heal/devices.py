@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 from dus_cli.heal.estimate import PEAK_FLOPS
 from dus_cli.heal.team import Team
 
 # Tokens at once where there is no accelerator: enough for the matrix products, little for the memory.
 _CPU_MICRO_BATCH_TOKENS = 512
+
+# Seconds: a product that takes longer is large enough to measure with.
+_LONG_PRODUCT = 0.05
 
 # Of a device's memory: the rest is for the allocator's fragments and the libraries' own.
 _USABLE = 0.85
@@ -30,15 +34,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    size = 2048 if device.type == "cpu" else 8192
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    """The best of a few products of growing size, as a layer makes them.
+
+    It stops growing where a product takes long: a CPU without instructions for bf16 is a hundred times slower in it.
+    """
     best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        product = left @ right
-        if device.type != "cpu":
-            product.sum().item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    for size in (256, 512, 1024, 2048) if device.type == "cpu" else (8192,):
+        hidden, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(5):
+            started = time.perf_counter()
+            product = functional.linear(hidden, weight)
+            if device.type != "cpu":
+                product.sum().item()
+            seconds = time.perf_counter() - started
+            best = max(best, 2 * size**3 / seconds)
+            if seconds > _LONG_PRODUCT:
+                return best
     return best
 
 
