@@ -10,13 +10,10 @@ from typing import Any
 import typer
 
 from dus_cli.cli import app
+from dus_cli.layers import stack
+from dus_cli.picture import PICTURES, layer_map_svg
 
 DOCS = Path(__file__).parent
-
-COLOURS = {
-    "light": {"text": "#1f2328", "base": "#afb8c1", "first": "#0969da", "second": "#1a7f37", "seam": "#cf222e"},
-    "dark": {"text": "#e6edf3", "base": "#59636e", "first": "#4493f8", "second": "#3fb950", "seam": "#f85149"},
-}
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 SIGTERM, "
@@ -63,39 +60,9 @@ def _options(command: Any) -> str:
     return "\n".join(rows)
 
 
-def layer_map_svg(theme: str) -> str:
-    """SOLAR's map, 32 layers to 48: a square for each layer, the seam marked."""
-    colour, pitch, left, size = COLOURS[theme], 15, 96, 13
-    rows = [
-        ("base", [(k, colour["base"]) for k in range(32)], "32 layers"),
-        ("copy 1", [(k, colour["first"]) for k in range(24)], "layers 0–23"),
-        ("copy 2", [(k, colour["second"]) for k in range(8, 32)], "layers 8–31"),
-    ]
-    parts = []
-    for row, (label, cells, note) in enumerate(rows):
-        y = 20 + row * 34
-        parts.append(f'<text x="8" y="{y + 11}">{label}</text>')
-        parts += [f'<rect x="{left + k * pitch}" y="{y}" width="{size}" height="{size}" fill="{c}"/>' for k, c in cells]
-        parts.append(f'<text x="{left + 32 * pitch + 12}" y="{y + 11}">{note}</text>')
-    y = 20 + 3 * 34 + 10
-    for output in range(48):
-        fill = colour["first"] if output < 24 else colour["second"]
-        parts.append(f'<rect x="{left + output * 10}" y="{y}" width="8.5" height="{size}" fill="{fill}"/>')
-    parts.append(f'<text x="8" y="{y + 11}">output</text>')
-    parts.append(f'<text x="{left + 32 * pitch + 12}" y="{y + 11}">48 layers</text>')
-    seam = left + 24 * 10 - 0.75
-    parts.append(f'<path d="M{seam} {y - 5}v24" stroke="{colour["seam"]}" stroke-width="2"/>')
-    text = "the seam: layer 23 feeds layer 8"
-    parts.append(f'<text x="{seam}" y="{y + 36}" text-anchor="middle" fill="{colour["seam"]}">{text}</text>')
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="690" height="180" viewBox="0 0 690 180" role="img">'
-        "<title>Depthwise scaling: base layers 0 to 23, then 8 to 31, make 48 layers</title>"
-        f'<g font-family="ui-monospace, monospace" font-size="13" fill="{colour["text"]}">{"".join(parts)}</g></svg>\n'
-    )
-
-
 def main() -> None:
-    pages = {"cli.md": cli_reference()} | {f"layer-map-{theme}.svg": layer_map_svg(theme) for theme in COLOURS}
+    solar = stack(32, trim=8)
+    pages = {"cli.md": cli_reference()} | {name: layer_map_svg(solar, dark=dark) for name, dark in PICTURES.items()}
     stale = [
         name
         for name, text in pages.items()

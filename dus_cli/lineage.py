@@ -63,7 +63,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
         "total_size": plan.num_data_bytes,
-        "chain": _chain(checkpoint),
+        "chain": base_chain(checkpoint),
     }
 
 
@@ -127,7 +127,12 @@ def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:
     return assume
 
 
-def _chain(checkpoint: Checkpoint) -> list[Any]:
+def base_chain(checkpoint: Checkpoint) -> list[Any]:
+    """The lineage of a base, oldest first; empty where dus did not make it.
+
+    Raises:
+        CheckpointError: as `read_lineage`.
+    """
     record = read_lineage(checkpoint.folder)
     if record is None:
         return []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli.architectures import KNOWN_TYPES
+from dus_cli.base_card import BaseCard, read_base_card
 from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from dus_cli.dtypes import Dtype, check_castable, config_with_dtype
 from dus_cli.errors import LayerMapError, shown
@@ -95,7 +96,8 @@ class UpscalePlan:
     """The whole output: shards, config, files, and the figures that the report gives.
 
     `shards` maps file names to layouts, in order. `files` are the source's other files, as
-    (path with "/", file). `kinds` are what the config says of each base layer.
+    (path with "/", file). `kinds` are what the config says of each base layer. `base_card` is what the base's
+    model card says that ours repeats.
     """
 
     base: Base
@@ -110,6 +112,7 @@ class UpscalePlan:
     shards: dict[str, ShardLayout]
     files: tuple[tuple[str, Path], ...]
     warnings: tuple[str, ...]
+    base_card: BaseCard
 
     @property
     def options(self) -> str:
@@ -222,6 +225,9 @@ def make_plan(
             f"{layers.prefix}.{len(layer_map)} and on"
         )
     files = tuple(carried_files(checkpoint.folder))
+    base_card = read_base_card(checkpoint.folder)
+    if base_card.problem is not None:
+        warnings.append(base_card.problem)
     return UpscalePlan(
         base,
         checkpoint,
@@ -235,6 +241,7 @@ def make_plan(
         shards,
         files,
         tuple(warnings),
+        base_card,
     )
 
 

@@ -54,8 +54,8 @@ OTHER_FORMAT_FOLDERS = (
     "*.mlmodelc",
 )
 
-# Written anew for the deeper model; README.md is the card.
-WRITTEN_ANEW = ("README.md", "dus.json", "SHA256SUMS", "config.json")
+# Written anew for the deeper model; README.md is the card, and shows the pictures.
+WRITTEN_ANEW = ("README.md", "layer-map-light.svg", "layer-map-dark.svg", "dus.json", "SHA256SUMS", "config.json")
 
 # The record of a healing (`dus heal`): of that model, not of one made from it.
 OF_A_HEALING = ("run.json", "metrics.jsonl", "report.json", "healing-*.svg", "tensorboard", "tokens", "checkpoints")

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dus_cli import checksums, hub, lineage
-from dus_cli.card import model_card
+from dus_cli import card, checksums, hub, lineage
 from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, OutputError, shown
@@ -194,7 +193,8 @@ def _write(
     )
     for name, text in made.text_files().items():
         staging.write_text(name, text)
-    staging.write_text("README.md", model_card(made))
+    for name, text in {**card.pictures(made), card.NAME: card.model_card(made)}.items():
+        staging.write_text(name, text)
     staging.write_text(lineage.NAME, dump_json(lineage.lineage(made)))
     return tally
 

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dus_cli import lineage
+from dus_cli import card, lineage
 from dus_cli.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -27,6 +27,7 @@ from dus_cli.headers import TensorInfo, read_header
 from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.layout import ShardLayout
 from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deepen_config
+from dus_cli.picture import PICTURES
 from dus_cli.planning import UpscalePlan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.source_files import inside
@@ -101,7 +102,8 @@ def check_against_plan(plan: UpscalePlan, folder: Path) -> None:
     for name, text in plan.text_files().items():
         if (folder / name).read_text(encoding="utf-8") != text:
             raise VerificationError(f"{name} is not what was planned; the disk or the file system failed")
-    expected = {*plan.shards, *plan.text_files(), *(name for name, _ in plan.files)}
+    records = (card.NAME, *PICTURES, lineage.NAME)  # their text may be edited later
+    expected = {*plan.shards, *plan.text_files(), *records, *(name for name, _ in plan.files)}
     missing = sorted(expected - set(staged_files(folder)))
     if missing:
         raise VerificationError(f"{shown_list(missing)} was written and is gone; does something clean this folder?")

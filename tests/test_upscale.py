@@ -183,7 +183,8 @@ def test_other_files_come_along_and_other_weights_do_not(base: Path, tmp_path: P
         (base / name).write_text(name)
     report = dus("upscale", base, "-o", tmp_path / "out", "--json").report
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert written == {*carried, "README.md", "dus.json", "config.json", "model.safetensors"}
+    pictures = {"layer-map-light.svg", "layer-map-dark.svg"}
+    assert written == {*carried, *pictures, "README.md", "dus.json", "config.json", "model.safetensors"}
     assert set(report["files"]) == set(carried)
     assert "not healed" in (tmp_path / "out/README.md").read_text()
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dus_cli.card import NOT_HEALED, NOT_TRAINED
+from dus_cli.card import HEAL_END, HEAL_START, HEALED, NOT_HEALED, NOT_TRAINED, SCALED
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
 
 
 def healed_card(card: str, report: dict[str, Any], name: str) -> str:
-    """The card with a section on the healing: after the warning's place, or at the end of a card without one."""
+    """The card with a section on the healing: in the warning's place, or at the end of a card without one.
+
+    To the Hub a model that was trained is a finetune of its base; one that has reached it need not be told how to heal.
+    """
+    card = re.sub(f"^{SCALED}$", HEALED, card, count=1, flags=re.MULTILINE)
+    if report["reached_base"] is not False:
+        card = re.sub(f"{re.escape(HEAL_START)}.*?{re.escape(HEAL_END)}\n*", "", card, count=1, flags=re.DOTALL)
     section = f"{_START}\n{_section(report)}\n{_END}"
     for state in (NOT_HEALED, NOT_TRAINED):
         if state in card:

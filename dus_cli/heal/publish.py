@@ -28,6 +28,7 @@ from dus_cli.heal.estimate import flops_per_token, pretraining_flops, shape_of
 from dus_cli.heal.metrics import read_metrics
 from dus_cli.heal.optimizer import Optimizer, local
 from dus_cli.heal.tokens import Prepared
+from dus_cli.picture import PICTURES
 from dus_cli.planning import dump_json
 from dus_cli.source_files import carried_files
 from dus_cli.staging import Staging
@@ -254,7 +255,7 @@ def _not_written_back(student: Decoder, what: str) -> HealError:
 
 def _unchanged(source: Checkpoint) -> Iterator[str]:
     """Files of the source that stay as they are and that an upscale would write anew."""
-    for name in ("config.json", "model.safetensors.index.json"):
+    for name in ("config.json", "model.safetensors.index.json", *PICTURES):
         if (source.folder / name).is_file():
             yield name
 
