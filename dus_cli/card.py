@@ -71,7 +71,7 @@ def model_card(plan: UpscalePlan) -> str:
 {_metadata(plan, chain)}
 ---
 
-# {shown(plan.base.ref.repo_id or plan.base.ref.name)}, depth up-scaled to {len(layer_map)} layers
+# {shown(plan.base.ref.repo_id or plan.base.name)}, depth up-scaled to {len(layer_map)} layers
 
 {NOT_TRAINED if plan.treatment.zeros else NOT_HEALED}
 {warnings}
@@ -253,7 +253,7 @@ def _lineage(plan: UpscalePlan, count: int) -> str:
         at = f" at commit `{plan.base.commit}`" if plan.base.commit else ""
         base = f"[{ref.repo_id}](https://huggingface.co/{ref.repo_id}){at}"
     else:
-        base = f"`{shown(ref.name)}`, a directory"
+        base = f"`{shown(plan.base.name)}`, a directory"
     made = f", itself made by dus in {count} step{'s' * (count != 1)} (`chain` in `dus.json`)" if count else ""
     pickled = "\n\nThe base's weights were pickled; these are safetensors, the same numbers."
     return (

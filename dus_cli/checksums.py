@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dus_cli.checkpoint import read_small_file
@@ -17,38 +18,54 @@ NAME = "SHA256SUMS"
 _MAX_BYTES = 16_000_000
 
 
-def file_sum(path: Path, stop: threading.Event) -> str:
+def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object] = lambda _: None) -> str:
     """SHA-256 of a file, hexadecimal, in memory that does not grow. Of no use once `stop` is set."""
     digest = hashlib.sha256()
     with path.open("rb", 0) as file:
         while not stop.is_set() and (piece := file.read(PIECE)):
             digest.update(piece)
+            on_bytes(len(piece))
     return digest.hexdigest()
 
 
-def checksums(folder: Path, jobs: int) -> str:
-    """The content of SHA256SUMS for every file in a folder. `inside` admits no name that needs escaping."""
+def folder_sums(folder: Path, jobs: int) -> dict[str, str]:
+    """The sum of every file in a folder, by its path with "/"; of SHA256SUMS itself none."""
     names = [name for name in staged_files(folder) if name != NAME]
     with workers(jobs) as (pool, stop):
-        sums = pool.map(lambda name: file_sum(folder / name, stop), names)
-        return "".join(f"{total}  {name}\n" for total, name in zip(sums, names, strict=True))
+        return dict(zip(names, pool.map(lambda name: file_sum(folder / name, stop), names), strict=True))
 
 
-def check_sums(folder: Path, jobs: int) -> tuple[int, list[str]]:
-    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and problems."""
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS. `inside` admits no name that needs escaping."""
+    return "".join(f"{total}  {name}\n" for name, total in sums.items())
+
+
+def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """What a folder's SHA256SUMS says, by file name, where it has one; and problems."""
     problems: list[str] = []
     expected: dict[str, str] = {}
     try:
         path = inside(folder, NAME)
         lines = read_small_file(path, NAME, _MAX_BYTES).decode("utf-8", "replace").splitlines() if path.exists() else []
     except DusError as error:
-        return 0, [str(error)]
+        return {}, [str(error)]
     for line in lines:
         total, separator, name = line.partition("  ")
         if not separator or len(total) != 64:
             problems.append(f"{NAME} has a line that is no sum: {shown(line)}")
         else:
             expected[name] = total
+    return expected, problems
+
+
+def different_files(sums: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """The files whose sums are not the expected ones, and those that only one of the two has."""
+    return sorted(name for name in sums.keys() | expected.keys() if sums.get(name) != expected.get(name))
+
+
+def check_sums(folder: Path, jobs: int) -> tuple[int, list[str]]:
+    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and problems."""
+    expected, problems = expected_sums(folder)
     with workers(jobs) as (pool, stop):
         found = pool.map(lambda item: _problem(folder, item[0], item[1], stop), expected.items())
         problems += [problem for problem in found if problem]

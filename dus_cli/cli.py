@@ -28,6 +28,7 @@ from dus_cli.planning import MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.recipes import RECIPES
 from dus_cli.reference import ModelRef
+from dus_cli.remaking import read_remaking
 from dus_cli.report import upscale_text, verification_json, verification_text
 from dus_cli.terminal import BarProgress, PlainProgress, print_plan
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode
@@ -89,19 +90,43 @@ def _assumption(text: str) -> tuple[str, Assumption]:
     return field, cast("Assumption", value)
 
 
+# Parameters of `upscale` that a lineage records.
+_RECORDED = ("revision", "trim", "layers", "copies", "assume", "recipe", "identity", "dtype", "max_shard_size")
+
+
+def _refuse_beside_from(context: typer.Context) -> None:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in _RECORDED
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise UsageError(f"--from says {' and '.join(given)} already, as it was; leave it out")
+
+
 @app.command()
 def upscale(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A checkpoint's directory, or a Hub id: org/name or org/name@revision."),
-    ],
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write; must not exist, or be empty.")
     ],
+    model: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
+        typer.Argument(metavar="MODEL", help="A checkpoint's directory, or a Hub id: org/name or org/name@revision."),
+    ] = None,
+    lineage: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--from",
+            metavar="DUS.JSON",
+            help="Make a release again from its dus.json, and compare with the SHA256SUMS beside it. MODEL then says "
+            "where the base is now.",
+        ),
+    ] = None,
     revision: Revision = None,
     token: Token = None,
     trim: Annotated[
-        Optional[int],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
+        Optional[int],  # noqa: UP045
         typer.Option("--trim", "-t", min=0, metavar="M", help="Layers trimmed from each copy. Default: a quarter."),
     ] = None,
     layers: Annotated[
@@ -181,8 +206,16 @@ def upscale(
                 f"it says the whole map; leave out {' and '.join(name for name in others if name != hint)}",
                 param_hint=hint,
             )
-    ref = ModelRef.parse(model, revision=revision, token=token)
-    request = MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple(assume or ()))
+    remaking = None
+    if lineage is not None:
+        _refuse_beside_from(context)
+        remaking = read_remaking(lineage, model, token=token)
+        ref, request, max_shard_size, dtype = remaking.parts
+    elif model is not None:
+        ref = ModelRef.parse(model, revision=revision, token=token)
+        request = MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple(assume or ()))
+    else:
+        raise UsageError("which model? give MODEL, a directory or a Hub id; see dus upscale --help")
     speaks = not (quiet or as_json)
     if dry_run:
         report = run_preview(
@@ -191,6 +224,7 @@ def upscale(
             request,
             max_shard_bytes=max_shard_size,
             dtype=dtype,
+            remaking=remaking,
             copy_mode=copy_mode,
             overwrite=overwrite,
             quiet=not speaks,
@@ -205,6 +239,7 @@ def upscale(
                 request,
                 max_shard_bytes=max_shard_size,
                 dtype=dtype,
+                remaking=remaking,
                 copy_mode=copy_mode,
                 jobs=jobs,
                 verify=verify,

@@ -36,7 +36,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
     `chain` holds the lineage of the base, oldest first, where the base is itself a product of dus.
     """
     ref, checkpoint, layer_map = plan.base.ref, plan.checkpoint, plan.layer_map
-    base: dict[str, Any] = {"name": ref.name}
+    base: dict[str, Any] = {"name": plan.base.name}
     if ref.repo_id is not None:
         base |= {"repo_id": ref.repo_id, "revision": ref.revision, "commit": plan.base.commit}
     else:
@@ -76,10 +76,19 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     path = inside(folder, NAME)
     if not path.exists():
         return None
-    record = parse_json_object(read_small_file(path, NAME, _MAX_BYTES), NAME)
-    limit_nesting(record, NAME)
+    return parse_lineage(read_small_file(path, NAME, _MAX_BYTES), NAME)
+
+
+def parse_lineage(raw: bytes, name: str) -> dict[str, Any]:
+    """The content of a dus.json, called `name` in messages.
+
+    Raises:
+        CheckpointError: as `read_lineage`.
+    """
+    record = parse_json_object(raw, name)
+    limit_nesting(record, name)
     if record.get("schema") != SCHEMA:
-        raise CheckpointError(f"{NAME} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
+        raise CheckpointError(f"{name} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
     return record
 
 

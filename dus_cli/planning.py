@@ -85,10 +85,18 @@ class MapRequest:
 
 @dataclass(frozen=True)
 class Base:
-    """The base as lineage records it: what was typed, and the commit where it came from the Hub."""
+    """The base as lineage records it: what was typed, and the commit where it came from the Hub.
+
+    `recorded_name` is its name where that was recorded before, and the directory may have another now.
+    """
 
     ref: ModelRef
     commit: str | None = None
+    recorded_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.recorded_name or self.ref.name
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class UpscalePlan:
             options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
         if request.copies != 2:
             options += f" --copies {request.copies}"
-        if request.identity:
+        if request.identity and not (request.recipe is not None and RECIPES[request.recipe].identity):
             options += " --identity"
         if self.treatment.dtype is not None:
             options += f" --dtype {self.treatment.dtype.value}"

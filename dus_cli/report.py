@@ -11,6 +11,7 @@ from dus_cli import __version__
 from dus_cli.drawing import draw_kinds, draw_map
 from dus_cli.lineage import seam_record
 from dus_cli.planning import UpscalePlan
+from dus_cli.remaking import Remaking
 from dus_cli.transfer import Tally
 from dus_cli.verification import Verification
 
@@ -46,6 +47,18 @@ class UpscaleReport:
     tally: Tally
     verified: str
     seconds: float
+    notes: tuple[str, ...] = ()
+    remaking: Remaking | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of the plan, which the card repeats, and those of this run."""
+        return (*self.plan.warnings, *self.notes)
+
+    @property
+    def reproduced(self) -> bool | None:
+        """True: every file is what the sums beside --from's lineage say. None where nothing was compared."""
+        return True if self.remaking and self.remaking.sums is not None and not self.dry_run else None
 
     @property
     def dry_run(self) -> bool:
@@ -85,7 +98,9 @@ class UpscaleReport:
             "bytes_zeros": self.tally.zeros,
             "verified": self.verified,
             "seconds": round(self.seconds, 3),
-            "warnings": list(plan.warnings),
+            "from": None if self.remaking is None else str(self.remaking.path),
+            "reproduced": self.reproduced,
+            "warnings": list(self.warnings),
         }
 
 
@@ -94,7 +109,7 @@ def plan_text(plan: UpscalePlan, width: int) -> str:
     layer_map = plan.layer_map
     trim = "" if layer_map.trim is None else f", trim {layer_map.trim}"
     recipe = "" if plan.request.recipe is None else f", recipe {plan.request.recipe}"
-    title = f"{plan.base.ref.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}{recipe}"
+    title = f"{plan.base.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}{recipe}"
     if plan.treatment.zeros:
         title += f"\n{len(layer_map.new_layers)} new layers start as identities"
     kinds = draw_kinds(plan.output_kinds, layer_map, width)
@@ -129,9 +144,10 @@ def upscale_text(report: UpscaleReport) -> str:
             *([("cast", human_bytes(tally.cast))] if tally.cast else []),
             *([("zeros", human_bytes(tally.zeros))] if tally.zeros else []),
             ("verified", _VERIFIED[report.verified]),
+            *([("reproduced", "every file is what the sums say")] if report.reproduced else []),
             ("time", f"{report.seconds:.2f} s"),
         ]
-    lines = _table(rows) + [f"warning: {warning}" for warning in plan.warnings]
+    lines = _table(rows) + [f"warning: {warning}" for warning in report.warnings]
     output_text = shlex.quote(str(report.output))
     if report.dry_run:
         lines.append(f"Dry run: nothing was written to {output_text}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from dus_cli import card, checksums, hub, lineage
@@ -16,6 +15,7 @@ from dus_cli.layout import BLOCK
 from dus_cli.planning import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
+from dus_cli.remaking import Remaking
 from dus_cli.report import Space, UpscaleReport, human_bytes
 from dus_cli.staging import Staging, check_apart, check_output, free_bytes
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode, Tally, can_clone, transfer
@@ -28,6 +28,7 @@ def plan(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: Dtype | None = None,
+    remaking: Remaking | None = None,
     fetch: bool = True,
     quiet: bool = True,
 ) -> UpscalePlan:
@@ -38,6 +39,7 @@ def plan(
         request: the layer map.
         max_shard_bytes: the largest shard, in bytes.
         dtype: what floating-point tensors are cast to.
+        remaking: the lineage that is followed again: what it records of the base is recorded again.
         fetch: bring a Hub model's weights into the cache; without, only its headers are read.
         quiet: no progress bars from huggingface_hub.
 
@@ -45,15 +47,23 @@ def plan(
         DusError: any known failure; see `errors`.
     """
     if ref.path is not None:
-        return make_plan(Base(ref), open_checkpoint(ref.path), request, max_shard_bytes, dtype)
+        base = Base(ref) if remaking is None else remaking.base()
+        return _checked(make_plan(base, open_checkpoint(ref.path), request, max_shard_bytes, dtype), remaking)
     folder, commit = hub.fetch_small_files(ref, quiet=quiet)
-    base = Base(ref, commit)
+    base = Base(ref, commit) if remaking is None else remaking.base()
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
     made = make_plan(base, open_checkpoint(folder, hub.remote_headers(ref, commit)), request, max_shard_bytes, dtype)
+    _checked(made, remaking)
     if not fetch:
         return made
     hub.fetch_weights(ref, folder, commit)
-    return make_plan(base, open_checkpoint(folder), request, max_shard_bytes, dtype)
+    return _checked(make_plan(base, open_checkpoint(folder), request, max_shard_bytes, dtype), remaking)
+
+
+def _checked(made: UpscalePlan, remaking: Remaking | None) -> UpscalePlan:
+    if remaking is not None:
+        remaking.check(made)
+    return made
 
 
 def open_base(ref: ModelRef, *, quiet: bool = True) -> Checkpoint:
@@ -76,6 +86,7 @@ def preview(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: Dtype | None = None,
+    remaking: Remaking | None = None,
     copy_mode: CopyMode = CopyMode.auto,
     overwrite: bool = False,
     quiet: bool = True,
@@ -86,7 +97,7 @@ def preview(
         DusError: as `plan`.
     """
     started = time.monotonic()
-    made = plan(ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, fetch=False, quiet=quiet)
+    made = plan(ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, remaking=remaking, fetch=False, quiet=quiet)
     folder = output.resolve().parent
     while not folder.is_dir():
         folder = folder.parent
@@ -105,8 +116,10 @@ def preview(
             check()
         except OutputError as error:
             obstacles.append(str(error))
-    made = replace(made, warnings=(*made.warnings, *obstacles))
-    return UpscaleReport(made, output, "planned", space, Tally(), "none", time.monotonic() - started)
+    warnings = (*(remaking.warnings if remaking else ()), *obstacles)
+    return UpscaleReport(
+        made, output, "planned", space, Tally(), "none", time.monotonic() - started, warnings, remaking
+    )
 
 
 def upscale(
@@ -116,6 +129,7 @@ def upscale(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: Dtype | None = None,
+    remaking: Remaking | None = None,
     copy_mode: CopyMode = CopyMode.auto,
     jobs: int = DEFAULT_JOBS,
     verify: VerifyMode = VerifyMode.structure,
@@ -128,6 +142,7 @@ def upscale(
 
     Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
     is to replace untouched. An output that is already what would be written, by its lineage, is left as it is.
+    With `remaking`, from which the other arguments come, it is also held against the recorded sums.
 
     Raises:
         DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the base
@@ -136,15 +151,25 @@ def upscale(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
-    if not overwrite and (output / lineage.NAME).is_file():
-        made = plan(
-            ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, fetch=verify is VerifyMode.full, quiet=quiet
+    sums_wanted = remaking is not None and remaking.sums is not None
+    with_checksums = with_checksums or sums_wanted
+    warnings = tuple(remaking.warnings) if remaking is not None else ()
+
+    def planned(*, fetch: bool = True) -> UpscalePlan:
+        return plan(
+            ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, remaking=remaking, fetch=fetch, quiet=quiet
         )
+
+    if not overwrite and (output / lineage.NAME).is_file():
+        made = planned(fetch=verify is VerifyMode.full)
         if _is_made(made, output, jobs, verify, with_checksums=with_checksums):
+            if sums_wanted and remaking is not None:
+                remaking.check_sums(checksums.folder_sums(output, jobs))
             space = _space(made, output.resolve().parent, copy_mode, may_create=False)
-            return UpscaleReport(made, output, "unchanged", space, Tally(), verify.value, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            return UpscaleReport(made, output, "unchanged", space, Tally(), verify.value, seconds, warnings, remaking)
     real = check_output(output, overwrite=overwrite)
-    made = plan(ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, quiet=quiet)
+    made = planned()
     check_apart(output, made.checkpoint.folder)
     progress.planned(made)
     with Staging(real, overwrite=overwrite) as staging:
@@ -157,9 +182,13 @@ def upscale(
             progress.start("verifying", made.num_data_bytes)
             check_bytes_against_plan(made, staging.folder, jobs, progress.advance)
         if with_checksums:
-            staging.write_text(checksums.NAME, checksums.checksums(staging.folder, jobs))
+            sums = checksums.folder_sums(staging.folder, jobs)
+            if remaking is not None:
+                remaking.check_sums(sums)
+            staging.write_text(checksums.NAME, checksums.sums_text(sums))
         staging.publish()
-    return UpscaleReport(made, output, "written", space, tally, verify.value, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return UpscaleReport(made, output, "written", space, tally, verify.value, seconds, warnings, remaking)
 
 
 def _is_made(made: UpscalePlan, output: Path, jobs: int, verify: VerifyMode, *, with_checksums: bool) -> bool:
