@@ -27,6 +27,8 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
+from dus_cli.heal.devices import computes_in_bf16  # noqa: E402
+
 STEPS = 90
 RECIPE = (
     "--steps 90 --seq-length 32 --batch-tokens 128 --micro-batch 2 --lr 1e-3 --holdout 5% "
@@ -449,8 +451,8 @@ def half(stopped: Path, tmp_path: Path) -> Path:
 
 
 IN_BF16 = {
-    "with masters": ("--schedule", "cosine", "--weight-decay", "0.1"),
-    "without masters": ("--master-weights", "bf16", "--train", "seam:1"),
+    "with masters": ("--precision", "bf16", "--schedule", "cosine", "--weight-decay", "0.1"),
+    "without masters": ("--precision", "bf16", "--master-weights", "bf16", "--train", "seam:1"),
 }
 
 
@@ -481,6 +483,22 @@ def test_a_run_may_go_on_with_another_number_of_workers(home: Path, finished: Pa
     for a, b in zip(tiny.metrics(finished), tiny.metrics(half), strict=True):
         for name in a.keys() & {"loss", "eval_loss", "grad_norm"}:
             assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+
+
+def test_a_run_keeps_the_precision_that_auto_chose_also_on_a_machine_where_it_chooses_otherwise(
+    home: Path, tmp_path: Path
+) -> None:
+    out, default = tmp_path / "auto", "bf16" if computes_in_bf16() else "fp32"
+    prepare: list[str | Path] = ["heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", *SHORT]
+    prepare += ["--print-command", "-q"]
+    assert tiny.forked_dus(*prepare).returncode == 0
+    run = json.loads((out / "run.json").read_text())
+    assert (run["options"]["fit.precision"], run["fit"]["precision"]) == ("auto", default)
+    (other,) = {"bf16", "fp32"} - {default}
+    run["fit"]["precision"] = other
+    (out / "run.json").write_text(json.dumps(run))
+    assert tiny.forked_dus(*prepare).returncode == 0
+    assert json.loads((out / "run.json").read_text())["fit"]["precision"] == other
 
 
 def test_options_that_change_nothing_of_what_is_learned_may_change(home: Path, finished: Path, half: Path) -> None:

@@ -246,8 +246,13 @@ def heal(
         ),
     ] = "auto",  # type: ignore[assignment]
     precision: Annotated[
-        opt.Precision, typer.Option("--precision", help="Of weights and activations.", rich_help_panel=_FIT)
-    ] = opt.Precision.bf16,
+        opt.Precision,
+        typer.Option(
+            "--precision",
+            help="Of weights and activations; auto is bf16, and fp32 on a CPU that has no instructions for bf16.",
+            rich_help_panel=_FIT,
+        ),
+    ] = opt.Precision.auto,
     master_weights: Annotated[
         opt.MasterWeights,
         typer.Option(

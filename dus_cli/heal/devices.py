@@ -23,6 +23,14 @@ _LONG_PRODUCT = 0.05
 _USABLE = 0.85
 
 
+def computes_in_bf16() -> bool:
+    """Whether this machine has instructions for bf16: any accelerator, or a CPU for which oneDNN has kernels.
+
+    Without them, as on x86 before AVX-512, torch computes bf16 many times slower than fp32 (docs/healing.md).
+    """
+    return torch.accelerator.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s of one device at its best, and where the number comes from: a data sheet, or a measurement here."""
     if device.type == "cuda":

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -174,7 +174,9 @@ def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
     data = prepare_data(wishes, model, output / "tokens", view)
     run = resolve.make_run(wishes, model, data.record, data.rows_per_epoch)
     if (output / RUN_NAME).exists():
-        check_same(read_run(output / RUN_NAME), run)
+        begun = read_run(output / RUN_NAME)
+        check_same(begun, run)
+        run = replace(run, fit=replace(run.fit, precision=begun.fit.precision))  # auto, on whatever it goes on
     if wishes.launch.node_rank == 0 or not (output / RUN_NAME).exists():
         run.write()
     return run

@@ -24,8 +24,9 @@ class Schedule(str, Enum):
 
 
 class Precision(str, Enum):
-    """The dtype of the weights in forward and backward."""
+    """The dtype of the weights in forward and backward; auto is bf16 where the device has instructions for it."""
 
+    auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
 
@@ -292,7 +293,7 @@ class Fit:
     """How it fits the devices. None of these changes what is learned, rounding aside."""
 
     micro_batch: int | None = None
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
     master_weights: MasterWeights = MasterWeights.fp32
     activation_checkpointing: Checkpointing = Checkpointing.none
     compile: bool = False

@@ -14,7 +14,7 @@ from dus_cli import __version__, lineage
 from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.errors import HealError, shown
 from dus_cli.heal import run as run_file
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Precision, Recipe, Span
 from dus_cli.heal.run import BasePlan, FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
 from dus_cli.layers import LayerMap
 from dus_cli.model_config import decoder_config
@@ -294,13 +294,21 @@ def _fit(fit: Fit, launch: Launch) -> FitPlan:
         sharding = "hsdp" if launch.nnodes > 1 else "fsdp"
     return FitPlan(
         micro_batch_rows=fit.micro_batch,
-        precision=fit.precision.value,
+        precision=_precision(fit.precision),
         master_weights=fit.master_weights.value,
         activation_checkpointing=fit.activation_checkpointing.value,
         compile=fit.compile,
         sharding=sharding,
         offload=fit.offload,
     )
+
+
+def _precision(precision: Precision) -> str:
+    if precision is not Precision.auto:
+        return str(precision.value)
+    from dus_cli.heal.devices import computes_in_bf16
+
+    return "bf16" if computes_in_bf16() else "fp32"
 
 
 def _keeping(keeping: Keeping, steps: int) -> KeepingPlan:
