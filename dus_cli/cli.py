@@ -20,6 +20,7 @@ import typer
 from dus_cli import __version__
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
+from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
 from dus_cli.model_config import Assumption
@@ -232,7 +233,7 @@ def upscale(
         if speaks:
             print_plan(report.plan)
     else:
-        with _progress(speaks) as progress:
+        with progress_for(speaks) as progress:
             report = run_upscale(
                 ref,
                 output,
@@ -274,7 +275,7 @@ def verify(
         raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
     speaks = not (quiet or as_json)
     checkpoint = open_base(ModelRef.parse(base, token=token), quiet=not speaks) if base is not None else None
-    with _progress(speaks) as progress:
+    with progress_for(speaks) as progress:
         found = run_verify(model, checkpoint, jobs=jobs, progress=progress)
     if as_json:
         print(json.dumps(verification_json(found)))
@@ -285,9 +286,10 @@ def verify(
 
 
 app.command()(heal)
+app.command("eval")(evaluate)
 
 
-def _progress(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
+def progress_for(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
     if not speaks:
         return contextlib.nullcontext(NoProgress())
     return BarProgress() if sys.stderr.isatty() else contextlib.nullcontext(PlainProgress())

@@ -48,6 +48,14 @@ class HealError(DusError):
     """A run cannot start, cannot go on, or is taken."""
 
 
+class EvaluationError(DusError):
+    """A model cannot be evaluated, or its result cannot be kept."""
+
+
+class GateError(EvaluationError):
+    """A model was evaluated and misses what was asked of it."""
+
+
 class StoppedError(DusError):
     """A signal ended a run in good order; what it had done is saved. `cli` exits with 128 + the signal."""
 
