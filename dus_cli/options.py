@@ -6,6 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from dus_cli.heal.corpus import BadLine
+
 Revision = Annotated[
     Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
     typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id, as org/name@REV says it."),
@@ -14,4 +16,13 @@ Revision = Annotated[
 Token = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--token", metavar="TOKEN", help="Of the Hub. Default: HF_TOKEN, or the stored login."),
+]
+
+# How documents are found in --data.
+TextField = Annotated[
+    str, typer.Option("--text-field", metavar="NAME", help="The field or column with the text.", rich_help_panel="Data")
+]
+
+OnBadLine = Annotated[
+    BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel="Data")
 ]

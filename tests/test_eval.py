@@ -25,6 +25,7 @@ from dus_cli.evaluation.evaluating import losses  # noqa: E402
 from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions  # noqa: E402
 from dus_cli.evaluation.report import LossReport  # noqa: E402
 from dus_cli.evaluation.windows import Window, batches, windows  # noqa: E402
+from dus_cli.heal.objective import Head  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
 from dus_cli.reference import ModelRef  # noqa: E402
 
@@ -70,7 +71,8 @@ def zoo_model(folder: Path, model_type: str, **tokenizer: Any) -> Path:
 
 def found(models: list[Path], data: Path, *, text: dict[str, Any] | None = None, **options: Any) -> LossReport:
     """The verb, in this process, in fp32."""
-    scoring = ScoringOptions(**({"precision": Precision.fp32, "seq_length": 16} | options))
+    settings: dict[str, Any] = {"precision": Precision.fp32, "seq_length": 16} | options
+    scoring = ScoringOptions(**settings)
     refs = [ModelRef.parse(str(model)) for model in models]
     with_base = (text or {}).pop("with_base", False)
     return losses(refs, TextOptions((str(data),), **(text or {})), scoring, NoProgress(), with_base=with_base)
@@ -130,7 +132,7 @@ def test_the_fast_way_to_the_loss_is_taken_and_a_strange_one_goes_by_the_logits(
     usual = found([folder], data).models[0].loss.value
     loaded = model.load(folder, "model", "fp32", torch.device("cpu"))
     assert model.Scorer(loaded, 7, BOS)._decoder is not None
-    monkeypatch.setattr("dus_cli.heal.model.head_of", lambda _: model.Head(scale=3.0))
+    monkeypatch.setattr("dus_cli.heal.model.head_of", lambda _: Head(scale=3.0))
     assert model.Scorer(loaded, 7, BOS)._decoder is None
     assert model.Scorer(loaded, 99, BOS)._decoder is None
     assert found([folder], data).models[0].loss.value == pytest.approx(usual, rel=1e-6)
@@ -318,7 +320,7 @@ def test_a_table_puts_models_side_by_side_and_the_rest_goes_to_stderr(home: Path
 
 
 def test_json_is_one_object_with_figures_that_agree(home: Path, run: Callable[..., Run]) -> None:
-    done = run(home / "base", home / "scaled", "--json", "--seq-length", "64")
+    done = run(home / "base", home / "scaled", "--json", "--seq-length", "64", "--precision", "bf16")
     report = done.report
     assert done.stderr == ""
     assert (report["documents"], report["units"], report["baseline"]) == (20, 20, "base")

@@ -13,10 +13,11 @@ from dus_cli.errors import GateError, MissingExtraError
 from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions
 from dus_cli.heal.corpus import BadLine
 from dus_cli.heal.options import parse_count
+from dus_cli.options import OnBadLine, TextField, Token
 from dus_cli.reference import ModelRef
 
 # The groups in which --help lists the options.
-_TEXT, _RUN, _GATES = "Text", "Running", "What must hold"
+_TEXT, _RUN, _GATES = "Data", "Running", "What must hold"
 
 
 def _count(text: str) -> int:
@@ -43,13 +44,8 @@ def evaluate(
             rich_help_panel=_TEXT,
         ),
     ] = None,
-    text_field: Annotated[
-        str,
-        typer.Option("--text-field", metavar="NAME", help="The field or column with the text.", rich_help_panel=_TEXT),
-    ] = "text",
-    on_bad_line: Annotated[
-        BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel=_TEXT)
-    ] = BadLine.error,
+    text_field: TextField = "text",
+    on_bad_line: OnBadLine = BadLine.error,
     max_documents: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--max-documents", min=1, metavar="N", help="The first N documents.", rich_help_panel=_TEXT),
@@ -127,11 +123,17 @@ def evaluate(
         ),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option("--precision", help="Of weights and activations.", rich_help_panel=_RUN)
-    ] = Precision.bf16,
+        Precision,
+        typer.Option(
+            "--precision",
+            help="Of weights and activations: auto is bf16, or fp32 on a CPU that is slow at bf16.",
+            rich_help_panel=_RUN,
+        ),
+    ] = Precision.auto,
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="cpu, cuda:0, …; auto is a GPU's.", rich_help_panel=_RUN)
     ] = "auto",
+    token: Token = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
@@ -139,7 +141,7 @@ def evaluate(
 
     Directories or Hub ids side by side: a base, the model scaled up from it, the healed one.
     """
-    refs = _in_order([ModelRef.parse(text) for text in models], baseline)
+    refs = _in_order(models, baseline, token)
     if not data:
         raise typer.BadParameter("there is nothing to evaluate on; give --data heldout.jsonl", param_hint="--data")
     _check_gates(refs, min_improvement, max_loss, baseline, with_base=with_base, confident=confident)
@@ -167,11 +169,11 @@ def evaluate(
         raise GateError("; ".join(report.missed))
 
 
-def _in_order(refs: list[ModelRef], baseline: str | None) -> list[ModelRef]:
+def _in_order(models: list[str], baseline: str | None, token: str | None) -> list[ModelRef]:
     """The baseline first: one of the models, or one more."""
-    if baseline is None:
-        return refs
-    return [ModelRef.parse(baseline), *(ref for ref in refs if ref.text != baseline)]
+    if baseline is not None:
+        models = [baseline, *(text for text in models if text != baseline)]
+    return [ModelRef.parse(text, token=token) for text in models]
 
 
 def _check_gates(

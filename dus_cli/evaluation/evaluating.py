@@ -14,7 +14,7 @@ from typing import Any
 
 from dus_cli.errors import EvaluationError, MissingExtraError, shown
 from dus_cli.evaluation.candidates import Candidate, base_layers, check_there, find_candidates
-from dus_cli.evaluation.options import ScoringOptions, TextOptions
+from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions
 from dus_cli.evaluation.report import LossReport, ModelResult
 from dus_cli.evaluation.scores import Scores
 from dus_cli.evaluation.text import Text, open_text
@@ -59,7 +59,7 @@ def losses(
         model = import_model()
         device = model.device_of(options.device)
         candidates = find_candidates(refs, quiet=quiet)
-        options = resolved(options, candidates, device.type)
+        options = resolved(options, candidates, device.type, is_quick_in_bf16=model.is_quick_in_bf16(device))
         inner = base_layers(candidates[0]) if with_base else None
         results: list[ModelResult] = []
         first: Scores | None = None
@@ -107,7 +107,9 @@ def import_model() -> Any:
     return model
 
 
-def resolved(options: ScoringOptions, candidates: Sequence[Candidate], device_type: str) -> ScoringOptions:
+def resolved(
+    options: ScoringOptions, candidates: Sequence[Candidate], device_type: str, *, is_quick_in_bf16: bool
+) -> ScoringOptions:
     """The options with every number filled in: one window for all models, which each of them can see.
 
     Raises:
@@ -122,7 +124,10 @@ def resolved(options: ScoringOptions, candidates: Sequence[Candidate], device_ty
     if stride > length:
         raise EvaluationError(f"--stride {stride} is longer than the window of {length} tokens, and would skip text")
     batch = options.batch_tokens or _BATCH_TOKENS.get(device_type, _BATCH_TOKENS_ELSEWHERE)
-    return replace(options, seq_length=length, stride=stride, batch_tokens=batch)
+    precision = options.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if is_quick_in_bf16 else Precision.fp32
+    return replace(options, seq_length=length, stride=stride, batch_tokens=batch, precision=precision)
 
 
 def _pass(

@@ -9,8 +9,9 @@ from dus_cli.heal.corpus import BadLine
 
 
 class Precision(str, Enum):
-    """The dtype of weights and activations, the same for every model."""
+    """The dtype of weights and activations, the same for every model: auto is bf16 where the device is quick at it."""
 
+    auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
 
@@ -33,5 +34,5 @@ class ScoringOptions:
     seq_length: int | None = None
     stride: int | None = None
     batch_tokens: int | None = None
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
     device: str = "auto"
