@@ -13,19 +13,18 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, Optional, cast, get_args
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
 from dus_cli import __version__
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
-from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
-from dus_cli.model_config import Assumption
-from dus_cli.options import Revision, Token
+from dus_cli.options import Revision, Token, parse_assumption
 from dus_cli.planning import MapRequest, parse_size
+from dus_cli.probe.command import probe
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.recipes import RECIPES
 from dus_cli.reference import ModelRef
@@ -84,13 +83,6 @@ def _recipe(text: str) -> str:
     return text
 
 
-def _assumption(text: str) -> tuple[str, Assumption]:
-    field, _, value = text.partition("=")
-    if not field or value not in get_args(Assumption):
-        raise typer.BadParameter(f"{shown(text)!r} is not of the form FIELD=keep or FIELD=map")
-    return field, cast("Assumption", value)
-
-
 # Parameters of `upscale` that a lineage records.
 _RECORDED = ("revision", "trim", "layers", "copies", "assume", "recipe", "identity", "dtype", "max_shard_size")
 
@@ -145,7 +137,7 @@ def upscale(
         typer.Option(
             "--assume",
             metavar="FIELD=keep|map",
-            parser=_assumption,
+            parser=parse_assumption,
             help="A field of config.json that dus does not know: keep it, or let its entries follow the layers.",
         ),
     ] = None,
@@ -233,7 +225,7 @@ def upscale(
         if speaks:
             print_plan(report.plan)
     else:
-        with progress_for(speaks) as progress:
+        with _progress(speaks) as progress:
             report = run_upscale(
                 ref,
                 output,
@@ -275,7 +267,7 @@ def verify(
         raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
     speaks = not (quiet or as_json)
     checkpoint = open_base(ModelRef.parse(base, token=token), quiet=not speaks) if base is not None else None
-    with progress_for(speaks) as progress:
+    with _progress(speaks) as progress:
         found = run_verify(model, checkpoint, jobs=jobs, progress=progress)
     if as_json:
         print(json.dumps(verification_json(found)))
@@ -286,10 +278,10 @@ def verify(
 
 
 app.command()(heal)
-app.command("eval")(evaluate)
+app.command()(probe)
 
 
-def progress_for(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
+def _progress(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
     if not speaks:
         return contextlib.nullcontext(NoProgress())
     return BarProgress() if sys.stderr.isatty() else contextlib.nullcontext(PlainProgress())

@@ -17,9 +17,6 @@ class Progress(Protocol):
 
     def advance(self, num_bytes: int) -> None: ...
 
-    def note(self, text: str) -> None:
-        """Something worth a line of its own."""
-
 
 class NoProgress:
     """Says nothing."""
@@ -31,7 +28,4 @@ class NoProgress:
         pass
 
     def advance(self, num_bytes: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
         pass

@@ -119,6 +119,11 @@ def block_rows(device_type: str, vocab_size: int) -> int:
     return max(4, _BLOCK_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
 
 
+def block_words(device_type: str, num_rows: int) -> int:
+    """Words of the vocabulary whose logits are held at a time where no gradient is wanted, in fp32."""
+    return max(1024, _BLOCK_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * max(1, num_rows)))
+
+
 def memory_per_device(
     shape: Shape,
     *,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dus_cli.errors import HealError
-from dus_cli.heal.estimate import block_rows, chunk_rows
+from dus_cli.heal.estimate import block_rows, block_words, chunk_rows
 from dus_cli.heal.tokens import IGNORED
 
 
@@ -178,31 +178,26 @@ def loss_sums(
     return loss
 
 
-@torch.no_grad()
-def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
-    """Cross-entropy of each token in nats, fp32, (tokens,): of hidden states (tokens, width) and next tokens (tokens,).
+def cross_entropy(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
+    """The sum over the labelled tokens of cross-entropy in nats, without a gradient: what a measurement needs.
 
-    Without a gradient, and like the sums without the logits of all tokens at once.
+    The vocabulary is taken in blocks with a running log-sum-exp (online softmax, arXiv:1805.02867): each weight is
+    read once, and no more logits exist at a time than a CPU's cache holds. Arguments as of `loss_sums`.
     """
     weight: Tensor = output.weight  # type: ignore[assignment]
-    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    at_once = chunk_rows(hidden.device.type, weight.shape[0])
-    for start in range(0, len(hidden), at_once):
-        rows = slice(start, start + at_once)
-        products = functional.linear(hidden[rows], weight, getattr(output, "bias", None))  # (chunk, vocabulary)
-        losses[rows] = cross_entropies(products, labels[rows], head)
-    return losses
-
-
-def cross_entropies(products: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Of each token, fp32, (tokens,): from h Wᵀ + b, (tokens, vocabulary), which may be overwritten."""
-    losses = torch.empty(len(products), dtype=torch.float32, device=products.device)
-    at_once = block_rows(products.device.type, products.shape[1])
-    for start in range(0, len(products), at_once):
-        rows = slice(start, start + at_once)
-        logits = head.logits(products[rows])
-        losses[rows] = logits.logsumexp(-1) - logits.gather(1, labels[rows, None])[:, 0]
-    return losses
+    bias: Tensor | None = getattr(output, "bias", None)
+    counted = labels.reshape(-1) != IGNORED
+    rows, targets = hidden.reshape(-1, hidden.shape[-1])[counted], labels.reshape(-1)[counted]
+    at_once = block_words(rows.device.type, len(rows))
+    total: Tensor | None = None
+    for start in range(0, len(weight), at_once):
+        words = slice(start, start + at_once)
+        products = functional.linear(rows, weight[words], None if bias is None else bias[words])
+        part = head.logits(products).logsumexp(-1)
+        total = part if total is None else torch.logaddexp(total, part)
+    assert total is not None
+    theirs = (rows.float() * weight[targets].float()).sum(-1)
+    return (total - head.logits(theirs if bias is None else theirs + bias[targets].float())).sum()
 
 
 def check_head(ours: float, theirs: float, model_type: str) -> None:

@@ -1,0 +1,90 @@
+"""Memory on paper, before anything is loaded, and how many rows go through the layers together. Pure but for /proc."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from dus_cli.checkpoint import Checkpoint
+from dus_cli.errors import ProbeError
+from dus_cli.layers import split_name
+from dus_cli.report import human_bytes
+from dus_cli.stacks import LayerStack
+
+# Python with torch and transformers, before any weight.
+_LIBRARIES = 500_000_000
+
+# Of what is free: the rest is for buffers that no formula knows, and for others.
+_USABLE = 0.85
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose. `states` are hidden states of all rows that go through the layers together."""
+
+    weights: int
+    states: int
+    others: int
+    batches_at_once: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.states + self.others
+
+
+def weight_bytes(checkpoint: Checkpoint, stack: LayerStack, itemsize: int, *, streams: bool) -> int:
+    """Bytes of weights that are held at a time: all, or with streaming the largest layer and all that is no layer's."""
+    layers = [0] * stack.num_layers
+    rest = 0
+    for _, tensor in checkpoint.tensors():
+        split = split_name(tensor.name)
+        if split is not None and split.prefix == stack.prefix and split.index < stack.num_layers:
+            layers[split.index] += tensor.num_elements * itemsize
+        else:
+            rest += tensor.num_elements * itemsize
+    # A layer is read as it is stored and then cast, so it may be there twice.
+    return rest + (2 * max(layers) if streams else sum(layers))
+
+
+def plan_memory(
+    weights: int, most_states: int, batch_bytes: int, num_batches: int, others: int, available: int, *, streams: bool
+) -> Memory:
+    """How many batches go through the layers together: as many as the memory takes.
+
+    Args:
+        weights: bytes of weights held at a time.
+        most_states: hidden states of each batch that are held at a time.
+        batch_bytes: of one hidden state of one batch.
+        num_batches: all there are.
+        others: bytes for a batch's own work, the head's logits, distances.
+        available: bytes that may be used.
+        streams: whether layers are read one at a time.
+
+    Raises:
+        ProbeError: not even one batch fits.
+    """
+    others += _LIBRARIES
+    each = (most_states + 1) * batch_bytes
+    room = available - weights - others
+    if room < each:
+        way_out = "a smaller --seq-length, or a larger machine" if streams else "--stream-layers, or a larger machine"
+        raise ProbeError(
+            f"this takes {human_bytes(weights + others + each)} of memory ({human_bytes(weights)} of weights) and "
+            f"{human_bytes(max(0, available))} may be used; try {way_out}, or --max-memory if you know better"
+        )
+    at_once = min(num_batches, room // each)
+    return Memory(weights, at_once * each, others, at_once)
+
+
+def available_bytes() -> int:
+    """Bytes that a new process can use: what the kernel calls available, within the container's limit."""
+    free = 1 << 62
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))  # "max" is no number
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        free = min(free, max(0, limit - used))
+    return int(free * _USABLE)

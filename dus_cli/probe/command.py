@@ -1,0 +1,227 @@
+"""The command `dus probe`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from typing import Annotated, Any, Optional
+
+import typer
+
+from dus_cli.errors import LayerMapError
+from dus_cli.heal import options as opt
+from dus_cli.heal.command import _parser as parser
+from dus_cli.heal.corpus import BadLine, parse_holdout
+from dus_cli.layers import parse_layers
+from dus_cli.options import Revision, Token, parse_assumption
+from dus_cli.planning import parse_size
+from dus_cli.probe.listener import Listener
+from dus_cli.probe.maps import parse_trims
+from dus_cli.reference import ModelRef
+
+
+class Precision(str, Enum):
+    """The dtype of weights and activations."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class _Lines(Listener):
+    """A line when measuring starts, and one for each tenth of it."""
+
+    def start(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+
+    def advance(self, count: int) -> None:
+        before, self._done = self._done, self._done + count
+        if self._done * 10 // self._total > before * 10 // self._total:
+            sys.stderr.write(f"{self._what}: {self._done} of {self._total} layer passes\n")
+            sys.stderr.flush()
+
+
+_DATA, _MAPS, _FIT = "Data", "Maps", "Memory and speed"
+
+
+def _layers(text: str) -> str:
+    try:
+        parse_layers(text)
+    except LayerMapError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+def probe(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A checkpoint's directory, or a Hub id: org/name or org/name@revision."),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Text that the model was not trained on, as dus heal takes it: .jsonl (.gz, .zst), .txt, .parquet; "
+            "files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
+            rich_help_panel=_DATA,
+        ),
+    ],
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            parser=parser(opt.parse_count),
+            help="How many tokens of the data are read, at most.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "20480",  # type: ignore[assignment]  # the parser makes it an int
+    seq_length: Annotated[
+        Optional[int],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
+        typer.Option(
+            "--seq-length",
+            min=2,
+            metavar="T",
+            help="Tokens of a row. Default: min(512, the model's).",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    text_field: Annotated[
+        str,
+        typer.Option("--text-field", metavar="NAME", help="The field or column with the text.", rich_help_panel=_DATA),
+    ] = "text",
+    on_bad_line: Annotated[
+        BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel=_DATA)
+    ] = BadLine.error,
+    holdout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--holdout",
+            metavar="SHARE",
+            parser=parser(parse_holdout),
+            help="Read only documents that dus heal --holdout SHARE holds out of this data. Default: all.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    trims: Annotated[
+        Optional[Any],  # noqa: UP045
+        typer.Option(
+            "--trims",
+            metavar="FIRST:END",
+            parser=parser(parse_trims),
+            help="Trims to measure, half-open: 4:12 is 4 to 11. Default: all, unless there are --layers.",
+            rich_help_panel=_MAPS,
+        ),
+    ] = None,
+    layers: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--layers",
+            metavar="MAP",
+            parser=parser(_layers),
+            help="Any other map, as dus upscale takes it: 0:28,12:32. Repeat for more.",
+            rich_help_panel=_MAPS,
+        ),
+    ] = None,
+    copies: Annotated[
+        int,
+        typer.Option("--copies", min=2, metavar="K", help="Copies to stack, of each trim.", rich_help_panel=_MAPS),
+    ] = 2,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search",
+            help="Look beyond symmetric trims, [0,a)+[b,n) for all a, b: by distance first, the best by loss.",
+            rich_help_panel=_MAPS,
+        ),
+    ] = False,
+    best: Annotated[
+        int,
+        typer.Option("--best", min=1, metavar="K", help="Maps of a search that are measured.", rich_help_panel=_MAPS),
+    ] = 10,
+    assume: Annotated[
+        Optional[list[Any]],  # noqa: UP045
+        typer.Option(
+            "--assume",
+            metavar="FIELD=keep|map",
+            parser=parse_assumption,
+            help="As of dus upscale: what becomes of a field of config.json that dus does not know.",
+            rich_help_panel=_MAPS,
+        ),
+    ] = None,
+    within: Annotated[
+        float,
+        typer.Option(
+            "--within",
+            metavar="SHARE",
+            parser=parser(opt.parse_share),
+            help="Recommend the largest model whose loss is at most this much above the base's.",
+        ),
+    ] = "20%",  # type: ignore[assignment]
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            "--precision",
+            help="Of weights and activations; auto is fp32 on a CPU, bf16 elsewhere.",
+            rich_help_panel=_FIT,
+        ),
+    ] = Precision.auto,
+    stream_layers: Annotated[
+        bool,
+        typer.Option(
+            "--stream-layers",
+            help="Read each layer from disk when its turn comes: memory for one layer, not for the model.",
+            rich_help_panel=_FIT,
+        ),
+    ] = False,
+    max_memory: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            parser=parser(parse_size),
+            help="Memory to use (8GB). Rows that do not fit go through the layers later. Default: 85% of what is free.",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the maps, what they cost and the memory needed; measure nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Measure what loss layer maps would have right after scaling, and write no model.
+
+    The layers of one loaded model are called in the order of each map, on the same held-out text; what several maps
+    begin with is computed once. Recommends a map and prints the line for dus upscale.
+    """
+    # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
+    from dus_cli.probe.maps import Asked
+    from dus_cli.probe.summary import probe_json, probe_text
+    from dus_cli.probe.verb import Options
+    from dus_cli.probe.verb import probe as run
+
+    ref = ModelRef.parse(model, revision=revision, token=token)
+    asked = Asked(trims, tuple(layers or ()), copies, search, best, tuple(assume or ()))
+    options = Options(
+        tuple(data),
+        tokens,
+        seq_length,
+        text_field,
+        on_bad_line,
+        holdout,
+        precision.value,
+        stream_layers,
+        max_memory,
+        within,
+    )
+    speaks = not (quiet or as_json)
+    found = run(ref, asked, options, _Lines() if speaks else Listener(), dry_run=dry_run, quiet=not speaks)
+    if as_json:
+        sys.stdout.write(json.dumps(probe_json(found)) + "\n")
+    elif speaks:
+        sys.stdout.write(probe_text(found) + "\n")

@@ -1,0 +1,84 @@
+"""How far apart the base's hidden states are at every two depths: what a seam has to bridge.
+
+Angular distance (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv:2403.17887, section 3):
+d(x, y) = arccos(x · y / |x||y|) / π, between 0 and 1. They take the last token of many sequences; here it is the mean
+over tokens, because a probe has few sequences.
+
+Block influence (Men et al., "ShortGPT", arXiv:2403.03853, section 2): BI = 1 − E[x · y / |x||y|], the mean over tokens;
+theirs is of one layer, here of whatever stands between two depths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dus_cli.heal.tokens import IGNORED
+from dus_cli.layers import Seam
+
+# Bytes of hidden states that are kept of all depths together, in fp32.
+KEPT_BYTES = 512 << 20
+
+# However wide the model: the mean over fewer tokens would say little.
+_FEWEST = 256
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Means over `num_tokens` tokens for every two depths 0…n: depth d is before layer d, n behind the last."""
+
+    angular: list[list[float]]
+    influence: list[list[float]]
+    num_tokens: int
+
+    def of(self, seam: Seam) -> tuple[float, float]:
+        """Angular distance and block influence between what a seam's lower layer puts out, and what its upper layer
+        was handed in the base.
+        """
+        below, above = seam.base_layers
+        return self.angular[below + 1][above], self.influence[below + 1][above]
+
+
+class Depths:
+    """Directions of the base's hidden states at every depth, for tokens spread evenly over the text.
+
+    Args:
+        num_layers: of the base.
+        width: of a hidden state.
+        labels: of all batches; tokens that predict nothing count nothing.
+    """
+
+    def __init__(self, num_layers: int, width: int, labels: Sequence[Tensor]) -> None:
+        most = max(_FEWEST, KEPT_BYTES // (4 * width * (num_layers + 1)))
+        share = min(1.0, most / sum(int((each != IGNORED).sum()) for each in labels))
+        self._places = [_spread((each.flatten() != IGNORED).nonzero()[:, 0], share) for each in labels]
+        self._kept: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
+
+    def add(self, depth: int, hidden: Tensor) -> None:
+        """Hidden states (rows, length, width) of the next batch at a depth."""
+        places = self._places[len(self._kept[depth])]
+        rows = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]
+        self._kept[depth].append(functional.normalize(rows.float(), dim=-1))
+
+    def distances(self) -> Distances:
+        """Every depth against every other."""
+        states = [torch.cat(kept) for kept in self._kept]
+        size = len(states)
+        angular, influence = ([[0.0] * size for _ in states] for _ in range(2))
+        for i, lower in enumerate(states):
+            for j in range(i):
+                cosine = (lower * states[j]).sum(-1).clamp(-1, 1)
+                angular[i][j] = angular[j][i] = float(cosine.arccos().mean()) / math.pi
+                influence[i][j] = influence[j][i] = 1 - float(cosine.mean())
+        return Distances(angular, influence, len(states[0]))
+
+
+def _spread(places: Tensor, share: float) -> Tensor:
+    """About this share of the places, evenly spread."""
+    count = max(1, round(len(places) * share)) if len(places) else 0
+    return places[torch.linspace(0, len(places) - 1, count).long()] if count else places

@@ -1,0 +1,143 @@
+"""Which maps are measured, each held to what `dus upscale` would say of it. Reads headers only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dus_cli.checkpoint import Checkpoint
+from dus_cli.errors import ConfigError, LayerMapError
+from dus_cli.heal.estimate import flops_per_token, shape_of
+from dus_cli.layers import LayerMap, largest_trim, stack
+from dus_cli.model_config import Assumption, decoder_config
+from dus_cli.planning import MapRequest, UpscalePlan, make_plan
+
+Assumptions = tuple[tuple[str, Assumption], ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured: trims (None is all of them, unless maps are typed), typed maps, and a search.
+
+    `best` is how many maps a search measures.
+    """
+
+    trims: tuple[int, int | None] | None = None
+    layers: tuple[str, ...] = ()
+    copies: int = 2
+    search: bool = False
+    best: int = 10
+    assume: Assumptions = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model of some depth takes: FLOPs are of a forward pass, for one token of a row."""
+
+    num_layers: int
+    num_parameters: int
+    num_bytes: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A map, the options that make it, and what it costs; or the reason for which `dus upscale` refuses it."""
+
+    layer_map: LayerMap
+    options: str
+    cost: Cost | None
+    refused: str | None = None
+
+
+def parse_trims(text: str) -> tuple[int, int | None]:
+    """A range of trims, half-open like those of --layers: the first, and the end or None.
+
+    >>> parse_trims("4:12"), parse_trims("7"), parse_trims("4:")
+    ((4, 12), (7, 8), (4, None))
+
+    Raises:
+        ValueError: not of the form M or FIRST:END, or empty.
+    """
+    match = re.fullmatch(r"(\d{1,6})?(:)?(\d{1,6})?", text.strip(), re.ASCII)
+    if match and any(match.groups()):
+        first = int(match[1] or 0)
+        end = (int(match[3]) if match[3] else None) if match[2] else first + 1
+        if end is None or first < end:
+            return first, end
+    raise ValueError(f"{text!r} is no range of trims; write 4:12 for 4 to 11, 4: for all from 4 on, or 7")
+
+
+def wanted_requests(asked: Asked, num_layers: int) -> list[MapRequest]:
+    """The maps that were asked for, but for those of a search.
+
+    Raises:
+        LayerMapError: no trim of the range makes this model deeper.
+    """
+    requests = [MapRequest(layers=text, assume=asked.assume) for text in asked.layers]
+    if requests and asked.trims is None:
+        return requests
+    most = largest_trim(num_layers)
+    first, end = asked.trims or (0, None)
+    span = range(first, min(most + 1, most + 1 if end is None else end))
+    if not span:
+        raise LayerMapError(f"--trims {first}: would leave {num_layers} layers no deeper; use 0:{most + 1}")
+    return [*(MapRequest(trim, copies=asked.copies, assume=asked.assume) for trim in span), *requests]
+
+
+def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candidate:
+    """A map as `dus upscale` sees it.
+
+    Raises:
+        LayerMapError: it is no map of this base at all.
+    """
+    layer_map = request.resolve(of_base.layer_map.num_base_layers)
+    options = options_of(layer_map, request)
+    try:
+        plan = make_plan(of_base.base, of_base.checkpoint, request)
+    except ConfigError as error:
+        return Candidate(layer_map, options, None, str(error))
+    return Candidate(layer_map, options, cost_of(plan, seq_length))
+
+
+def options_of(layer_map: LayerMap, request: MapRequest) -> str:
+    """The options of `dus upscale` that say this map."""
+    copies = f" --copies {request.copies}" if request.copies != 2 else ""
+    assume = "".join(f" --assume {field}={value}" for field, value in request.assume)
+    said = f"--layers {layer_map}" if layer_map.trim is None else f"--trim {layer_map.trim}"
+    return f"{said}{copies}{assume}"
+
+
+def cost_of(plan: UpscalePlan, seq_length: int) -> Cost:
+    """What the plan's model takes."""
+    decoder = decoder_config(plan.config)
+    shape = shape_of(decoder.fields, plan.num_parameters, len(plan.layer_map))
+    # A third of a training step's: forward is one of three products.
+    return Cost(len(plan.layer_map), plan.num_parameters, plan.num_data_bytes, flops_per_token(shape, seq_length) / 3)
+
+
+def nearest(distances: Sequence[Sequence[float]], best: int) -> list[LayerMap]:
+    """Of all [0,a)+[b,n) those to measure, by the distances between depths, (n + 1, n + 1).
+
+    Of each depth the one whose layers meet at the smallest distance; of these the `best` that gain most on
+    the depthwise scaling of that depth, or of the depth below it where there is none. Depthwise scalings are left out.
+    """
+    n = len(distances) - 1
+    closest: dict[int, tuple[float, int, int]] = {}
+    for a in range(1, n + 1):
+        for b in range(a):
+            if a + b != n:
+                closest[a - b] = min(closest.get(a - b, (float("inf"), 0, 0)), (distances[a][b], a, b))
+    ranked = []
+    for extra, (distance, a, b) in closest.items():
+        trim = (n - extra + 1) // 2
+        other = stack(n, trim) if trim * 2 < n else None
+        usual = distances[n - trim][trim] if other is not None else distance
+        ranked.append((distance / usual if usual else 1.0, a, b))
+    return [LayerMap((*range(a), *range(b, n)), n) for _, a, b in sorted(ranked)[:best]]
+
+
+def width_of(checkpoint: Checkpoint) -> int:
+    """The size of a hidden state; where config.json has no name for it that dus knows, a large one's."""
+    return shape_of(decoder_config(checkpoint.config).fields, 0, 0).hidden_size or 8192

@@ -1,0 +1,136 @@
+"""Losses of many maps in sweeps over the base's layers; see `tree` for what is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dus_cli.probe.distances import Depths
+from dus_cli.probe.replay import Ready, Replay
+from dus_cli.probe.tail import Tail
+from dus_cli.probe.tree import Node, grow, sweeps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and labels, both int64 (rows, length), labels -100 where none counts."""
+
+    ids: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.labels.to(device))
+
+
+class Meter:
+    """Measures maps of one model.
+
+    Args:
+        model: of transformers, in evaluation mode.
+        num_layers: of its decoder.
+        batches: all of one shape.
+        ready: a context in which the numbered layer has its weights.
+        batches_at_once: how many are taken through the layers together; memory grows with it.
+
+    Raises:
+        ProbeError: the model cannot be measured in parts.
+    """
+
+    def __init__(
+        self, model: object, num_layers: int, batches: Sequence[Batch], ready: Ready, batches_at_once: int
+    ) -> None:
+        self._num_layers, self._batches, self._ready = num_layers, batches, ready
+        self._at_once = batches_at_once
+        with torch.no_grad():
+            self._replay = Replay(model, num_layers, batches[0].ids, ready)
+            self._tail = Tail(self._replay, batches[0].ids, batches[0].labels)
+        self._is_checked = False
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of batches that go through the layers one after the other."""
+        return -(-len(self._batches) // self._at_once)
+
+    def losses(
+        self,
+        maps: Sequence[Sequence[int]],
+        depths: Depths | None = None,
+        on_layer: Callable[[], object] = lambda: None,
+    ) -> list[float]:
+        """Sums of cross-entropy over all labelled tokens, one for each map, in nats.
+
+        Args:
+            maps: base layers in the order of each map. The first is the base itself.
+            depths: told the base's hidden states.
+            on_layer: told after each layer of each map, or of several that share it.
+
+        Raises:
+            ProbeError: the base's layers, called one by one, do not give the base's loss.
+        """
+        totals = [0.0] * len(maps)
+        with torch.no_grad():
+            for start in range(0, len(self._batches), self._at_once):
+                self._sweep(maps, self._batches[start : start + self._at_once], totals, depths, on_layer)
+        return totals
+
+    def _sweep(
+        self,
+        maps: Sequence[Sequence[int]],
+        batches: Sequence[Batch],
+        totals: list[float],
+        depths: Depths | None,
+        on_layer: Callable[[], object],
+    ) -> None:
+        root = grow(maps)
+        of_base = _chain(root, self._num_layers)
+        self._replay.take([batch.ids for batch in batches])
+        states: dict[Node, list[Tensor | None]] = {root: self._replay.starts}
+        if depths is not None:
+            for start in self._replay.starts:
+                assert start is not None
+                depths.add(0, start)
+        waiting = {root: len(root.children)}
+        for layer, nodes in sweeps(root, self._num_layers):
+            with self._ready(layer):
+                for node in nodes:
+                    assert node.parent is not None
+                    waiting[node.parent] -= 1
+                    is_last = not waiting[node.parent]
+                    source = states.pop(node.parent) if is_last else states[node.parent]
+                    behind: list[Tensor | None] = []
+                    for index, batch in enumerate(batches):
+                        before = source[index]
+                        assert before is not None
+                        if is_last:
+                            source[index] = None  # its place is taken by what comes behind
+                        hidden = self._replay.layer(layer, index, before)
+                        del before
+                        if depths is not None and node in of_base:
+                            depths.add(of_base[node], hidden)
+                        if node.ends:
+                            self._end(node, batch, hidden, totals)
+                        behind.append(hidden if node.children else None)
+                    if node.children:
+                        states[node], waiting[node] = behind, len(node.children)
+                    on_layer()
+
+    def _end(self, node: Node, batch: Batch, hidden: Tensor, totals: list[float]) -> None:
+        if 0 in node.ends and not self._is_checked:
+            self._tail.check(hidden)
+            self._is_checked = True
+        loss = self._tail.loss(batch.ids, batch.labels, hidden)
+        for number in node.ends:
+            totals[number] += loss
+
+
+def _chain(root: Node, num_layers: int) -> dict[Node, int]:
+    """The base's own nodes, each with the depth behind it."""
+    found: dict[Node, int] = {}
+    node = root
+    for layer in range(num_layers):
+        node = node.children[layer]
+        found[node] = layer + 1
+    return found

@@ -1,0 +1,286 @@
+"""A model's layers called one by one, each as the model calls it in its own place.
+
+The model's own forward says what a layer is handed besides the hidden states: masks, rotary angles, its kind. That
+is written down once for each batch of rows; then any layer can be called on any hidden states. What comes before
+the layers and behind them is left to the model's forward as well, with stand-ins for the layers.
+
+Two things must hold for that to mean anything, and are held at run time: between two layers nothing happens to the
+hidden states, and nothing else passes from layer to layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dus_cli.errors import ProbeError, shown
+
+# Positions of a row on which ways to the same loss are compared.
+COMPARED = 64
+
+# A context in which the numbered layer has its weights.
+Ready = Callable[[int], AbstractContextManager[object]]
+
+# What may stand in a call and says nothing of tensors.
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a layer is called, its hidden states aside: they are the first argument, or `hidden_states`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_positional: bool
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return cls(
+            args[1:], {key: value for key, value in kwargs.items() if args or key != "hidden_states"}, bool(args)
+        )
+
+    def on(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
+        if self.is_positional:
+            return forward(hidden, *self.args, **self.kwargs)
+        return forward(hidden_states=hidden, **self.kwargs)
+
+
+@dataclass
+class _Interned:
+    """Tensors, each kept once however many batches and layers are handed an equal one."""
+
+    known: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            alike = self.known.setdefault((value.shape, value.dtype, value.device), [])
+            same = next((other for other in alike if other is value or torch.equal(other, value)), None)
+            if same is None:
+                alike.append(value)
+            return value if same is None else same
+        if isinstance(value, dict):
+            return {key: self(entry) for key, entry in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self(entry) for entry in value)
+        return value
+
+
+class Replay:
+    """A causal language model of transformers whose layers are called by number.
+
+    Args:
+        model: in evaluation mode.
+        num_layers: of the decoder.
+        example: token ids (rows, length); every batch has this shape.
+        ready: a context in which the numbered layer has its weights.
+
+    Attributes:
+        behind: of the example, the hidden states behind the last layer.
+        logits: of the example, as the model gives them for the last positions.
+        starts: of each batch, the hidden states before the first layer.
+
+    Raises:
+        ProbeError: the model cannot be taken apart like this. A wrong loss is never measured instead.
+    """
+
+    def __init__(self, model: Any, num_layers: int, example: Tensor, ready: Ready) -> None:
+        self.model = model
+        self.layers = layers_of(model, num_layers)
+        self._forwards = [layer.forward for layer in self.layers]
+        parameters = inspect.signature(model.forward).parameters
+        takes_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._settings: dict[str, Any] = {"use_cache": False} if takes_cache else {}
+        self._returns: list[Any] = [None] * num_layers
+        self._works_in_place: set[int] = set()
+        self._batches: list[Tensor] = []
+        self._calls: list[list[Call | None]] = []
+        self.starts: list[Tensor | None] = []
+        calls, self.behind, self.logits = self._watch(example, ready)
+        self._hold_apart(calls, self._stand_in(example)[1])
+
+    def take(self, batches: Sequence[Tensor]) -> None:
+        """Go over to other rows: where each batch starts, and how layers are called on it."""
+        intern = _Interned()
+        self._batches, self.starts, self._calls = list(batches), [], []
+        for batch in batches:
+            start, calls = self._stand_in(batch)
+            self.starts.append(start)
+            self._calls.append([c and replace(c, args=intern(c.args), kwargs=intern(c.kwargs)) for c in calls])
+
+    @property
+    def model_type(self) -> str:
+        return shown(self.model.config.get_text_config().model_type)
+
+    def layer(self, number: int, batch: int, hidden: Tensor) -> Tensor:
+        """The hidden states behind layer `number`, called as it is in the model, on hidden states of that batch."""
+        call = self._calls[batch][number]
+        if number in self._works_in_place:
+            hidden = hidden.clone()
+        return hidden if call is None else _hidden_of(call.on(self._forwards[number], hidden))
+
+    def finish(self, ids: Tensor, hidden: Tensor) -> Any:
+        """The model's own output for these ids, with these hidden states behind the last layer."""
+
+        def standing(number: int) -> Callable[..., Any]:
+            return lambda *_args, **_kwargs: self._output(number, hidden)
+
+        with self._replaced([standing(number) for number in self._numbers]):
+            return self._run(ids)
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.layers))
+
+    def _output(self, number: int, hidden: Tensor) -> Any:
+        """What a layer returns, with these hidden states in it. All else that it would return is zeros."""
+        returned = self._returns[number]
+        if returned is None:
+            return hidden
+        return type(returned)((hidden, *_zeros(list(returned[1:]))))
+
+    def _run(self, ids: Tensor) -> Any:
+        try:
+            return self.model(input_ids=ids, **self._settings)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ProbeError(
+                f"transformers cannot run model_type {self.model_type} on text alone: {shown(reason)}"
+            ) from error
+
+    @contextmanager
+    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        try:
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                layer.forward = forward
+            yield
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
+
+    def _watch(self, ids: Tensor, ready: Ready) -> tuple[list[Call | None], Tensor, Tensor]:
+        """The model as it is, on one batch: how each layer was called, what is behind the last one, logits."""
+        calls: list[Call | None] = [None] * len(self.layers)
+        behind: list[Tensor] = []
+
+        def watched(number: int) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs.get("hidden_states")
+                if not isinstance(hidden, Tensor):
+                    raise self._refusal(f"layer {number} is not handed hidden states alone")
+                if behind and not torch.equal(behind[-1], hidden):
+                    raise self._refusal(f"something happens to the hidden states before layer {number}")
+                if any(calls[number:]):
+                    raise self._refusal(f"layer {number} is not called once and in its turn")
+                calls[number], before = Call.of(args, kwargs), hidden.clone()
+                with ready(number):
+                    output = self._forwards[number](*args, **kwargs)
+                if not torch.equal(before, hidden):
+                    self._works_in_place.add(number)
+                if not isinstance(_hidden_of(output), Tensor) or type(output) not in (Tensor, tuple, list):
+                    raise self._refusal(f"layer {number} returns something else than hidden states")
+                self._returns[number] = None if isinstance(output, Tensor) else output
+                behind[:] = [_hidden_of(output)]
+                return output
+
+            return call
+
+        with self._replaced([watched(number) for number in self._numbers]), last_positions(self.model):
+            logits: Tensor = self._run(ids).logits
+        if not behind:
+            raise self._refusal("its layers are not called")
+        return calls, behind[0], logits
+
+    def _stand_in(self, ids: Tensor) -> tuple[Tensor, list[Call | None]]:
+        """The model without its layers: what stands before the first, and how each would be called."""
+        calls: list[Call | None] = [None] * len(self.layers)
+        start: list[Tensor] = []
+
+        def standing(number: int) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                start.append(hidden)
+                calls[number] = Call.of(args, kwargs)
+                return self._output(number, hidden)
+
+            return call
+
+        with self._replaced([standing(number) for number in self._numbers]):
+            self._run(ids)
+        return start[0], calls
+
+    def _hold_apart(self, real: Sequence[Call | None], without: Sequence[Call | None]) -> None:
+        """Hold that what layers are handed comes from no other layer."""
+        for number, (mine, other) in enumerate(zip(real, without, strict=True)):
+            if (mine is None) != (other is None):
+                raise self._refusal(f"whether layer {number} is called depends on other layers")
+            if (
+                mine is not None
+                and other is not None
+                and not _same([mine.args, mine.kwargs], [other.args, other.kwargs])
+            ):
+                raise self._refusal(f"layer {number} is handed more from other layers than hidden states")
+
+    def _refusal(self, what: str) -> ProbeError:
+        return ProbeError(
+            f"dus probe cannot measure maps of model_type {self.model_type}: {what}; write the models with dus upscale "
+            "and measure those"
+        )
+
+
+@contextmanager
+def last_positions(model: Any) -> Iterator[None]:
+    """The model gives logits for its last few positions only: those of all would be gigabytes."""
+    output = model.get_output_embeddings()
+    if output is None:
+        yield
+        return
+    project = output.forward
+    output.forward = lambda hidden: project(hidden[:, -COMPARED:])
+    try:
+        yield
+    finally:
+        del output.forward
+
+
+def layers_of(model: Any, num_layers: int) -> list[Any]:
+    """The decoder's layers: the first list of as many modules that have parameters."""
+    inner = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for whole in (inner, model):
+        for module in whole.modules():
+            for child in module.children():
+                if isinstance(child, nn.ModuleList) and len(child) == num_layers and list(child.parameters()):
+                    return list(child)
+    raise ProbeError(
+        f"{shown(type(model).__name__)} has no list of {num_layers} layers; dus probe does not know this model_type"
+    )
+
+
+def _hidden_of(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
+
+
+def _zeros(value: Any) -> Any:
+    """The same shape of things, all tensors zero: what a map's layers may not hand on must not go unnoticed."""
+    if isinstance(value, Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, dict):
+        return {key: _zeros(entry) for key, entry in value.items()}
+    return type(value)(_zeros(entry) for entry in value) if type(value) in (tuple, list) else value
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two arguments say the same. Objects of which nothing is known do not."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, (tuple, list)) and type(left) is type(right):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return isinstance(left, _PLAIN) and type(left) is type(right) and bool(left == right)

@@ -1,0 +1,87 @@
+"""Layer maps as a tree of their beginnings, so that what several maps begin with is computed once. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Node:
+    """A beginning of one or more maps, known by its last layer. `ends` are the numbers of the maps that end here."""
+
+    layer: int
+    parent: Node | None
+    children: dict[int, Node] = field(default_factory=dict)
+    ends: list[int] = field(default_factory=list)
+
+
+def grow(maps: Sequence[Sequence[int]]) -> Node:
+    """The root of the tree of these maps; it stands for the embeddings."""
+    root = Node(-1, None)
+    for number, layers in enumerate(maps):
+        node = root
+        for layer in layers:
+            if layer not in node.children:
+                node.children[layer] = Node(layer, node)
+            node = node.children[layer]
+        node.ends.append(number)
+    return root
+
+
+def count_nodes(root: Node) -> int:
+    """Layer passes that the tree takes.
+
+    >>> count_nodes(grow([(0, 1, 2, 3), (0, 1, 2, 1, 2, 3)]))
+    7
+    """
+    count, waiting = 0, list(root.children.values())
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        waiting += node.children.values()
+    return count
+
+
+def sweeps(root: Node, num_layers: int) -> Iterator[tuple[int, list[Node]]]:
+    """Layers in the order in which they are called, each with the nodes that it is called for.
+
+    A sweep goes once over the base's layers and takes every node along whose beginning is known by then; a map
+    of two copies is done in two sweeps. So a layer that is read from disk is read once for all maps.
+
+    >>> [(layer, len(nodes)) for layer, nodes in sweeps(grow([(0, 1, 2), (0, 1, 1, 2)]), 3)]
+    [(0, 1), (1, 1), (2, 1), (1, 1), (2, 1)]
+    """
+    ready: list[list[Node]] = [[] for _ in range(num_layers)]
+    for child in root.children.values():
+        ready[child.layer].append(child)
+    while any(ready):
+        for layer in range(num_layers):
+            nodes, ready[layer] = ready[layer], []
+            if nodes:
+                yield layer, nodes
+                for node in nodes:
+                    for child in node.children.values():
+                        ready[child.layer].append(child)
+
+
+def most_states(root: Node, num_layers: int) -> int:
+    """How many hidden states of every token exist at a time, at most.
+
+    >>> most_states(grow([(0, 1, 2, 3), (0, 1, 2, 1, 2, 3)]), 4)
+    2
+    """
+    waiting = {root: len(root.children)}
+    most = 1
+    for _, nodes in sweeps(root, num_layers):
+        for node in nodes:
+            parent = node.parent
+            assert parent is not None
+            waiting[parent] -= 1
+            # The last child takes its parent's place, a batch of rows at a time.
+            if not waiting[parent]:
+                del waiting[parent]
+            if node.children:
+                waiting[node] = len(node.children)
+            most = max(most, len(waiting))
+    return most

@@ -1,0 +1,192 @@
+"""A model in memory, or one whose layers' weights are read from disk when their turn comes and let go after it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dus_cli.checkpoint import Checkpoint, Shard
+from dus_cli.errors import ProbeError, shown, shown_list
+from dus_cli.headers import TensorInfo
+from dus_cli.layers import split_name
+from dus_cli.probe.replay import Ready, layers_of
+from dus_cli.stacks import LayerStack
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[Any, Ready]:
+    """The whole model as transformers loads it, in evaluation mode.
+
+    Raises:
+        ProbeError: transformers cannot load it, or finds no tensor for some of its parameters.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _loading(checkpoint):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    if found["missing_keys"]:
+        raise _missing(checkpoint, sorted(found["missing_keys"]))
+    return model.to(device).eval(), lambda _: nullcontext()
+
+
+def stream(checkpoint: Checkpoint, stack: LayerStack, dtype: torch.dtype, device: torch.device) -> tuple[Any, Ready]:
+    """The model with all but its layers' weights, and a way to give a layer its own for a while.
+
+    Raises:
+        ProbeError: as `load`; or the weights are pickled or quantised.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if checkpoint.is_pickled:
+        raise ProbeError("--stream-layers reads safetensors, and these weights are pickled; leave it out")
+    if "quantization_config" in checkpoint.config:
+        raise ProbeError("--stream-layers does not read quantised weights; leave it out")
+    with _loading(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    streamed = _Streamed(checkpoint, stack, model.eval(), dtype, device)
+    return model, streamed.layer
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file, read when it is asked for its content."""
+
+    shard: Shard
+    tensor: TensorInfo
+
+    def __getitem__(self, _whole: object) -> Tensor:
+        dtype = _DTYPES.get(self.tensor.dtype)
+        if dtype is None:
+            raise ProbeError(f"{shown(self.tensor.name)} is {self.tensor.dtype}, which --stream-layers does not read")
+        content = bytearray(self.tensor.num_bytes)
+        with self.shard.path.open("rb", buffering=0) as file:
+            file.seek(self.tensor.start)
+            view = memoryview(content)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ProbeError(f"{shown(self.shard.name)} was cut short while it was read; fetch it again")
+                view = view[count:]
+        return torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape) if content else torch.empty(0)
+
+
+class _Streamed:
+    """Tensors by layer. transformers' own loading renames and merges them as the architecture wants it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, stack: LayerStack, model: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._checkpoint, self._model, self._dtype, self._device = checkpoint, model, dtype, device
+        self._layers: Sequence[nn.Module] = layers_of(model, stack.num_layers)
+        self._mapping = get_model_conversion_mapping(model)
+        self._stored: list[dict[str, _Stored]] = [{} for _ in self._layers]
+        rest: dict[str, _Stored] = {}
+        for shard, tensor in checkpoint.tensors():
+            split = split_name(tensor.name)
+            is_layer = split is not None and split.prefix == stack.prefix
+            if split is None or not is_layer:
+                rest[tensor.name] = _Stored(shard, tensor)
+            elif split.index < stack.num_layers:
+                self._stored[split.index][tensor.name] = _Stored(shard, tensor)
+        self._load_rest(rest)
+
+    def _load_rest(self, rest: dict[str, _Stored]) -> None:
+        missing = self._load(rest)
+        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        of_layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
+        lacking = [n for n, p in self._model.named_parameters() if p.is_meta and id(p) not in of_layers]
+        if lacking:
+            raise _missing(self._checkpoint, lacking)
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[None]:
+        """Layer `number` has its weights."""
+        layer = self._layers[number]
+        empty = [(module, name, p) for module in layer.modules() for name, p in module.named_parameters(recurse=False)]
+        try:
+            self._load(self._stored[number])
+            lacking = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
+            if lacking:
+                raise _missing(self._checkpoint, [f"layer {number}: {name}" for name in lacking])
+            yield
+        finally:
+            for module, name, parameter in empty:
+                module.register_parameter(name, parameter)
+
+    def _load(self, stored: dict[str, _Stored]) -> set[str]:
+        """Put tensors in their places; the names that have none yet."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        plan = self._model._get_dtype_plan(self._dtype)  # noqa: SLF001  (what stays in fp32; it has no public name)
+        settings = LoadStateDictConfig(
+            dtype=self._dtype, dtype_plan=plan, device_map={"": self._device}, weight_mapping=self._mapping
+        )
+        with _loading(self._checkpoint):
+            found, _ = convert_and_load_state_dict_in_model(self._model, stored, settings)
+        wrong = [*(name for name, *_ in found.mismatched_keys), *found.conversion_errors]
+        if wrong:
+            raise ProbeError(
+                f"transformers cannot place {shown_list(sorted(wrong))} by itself; leave out --stream-layers"
+            )
+        missing: set[str] = found.missing_keys
+        return missing
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made here have parameters without memory. Buffers are made as ever: they are computed, not loaded."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Let transformers work: its bars and remarks are not shown, what it refuses is one line."""
+    from transformers.utils import logging as theirs
+
+    level, has_bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ProbeError(f"transformers cannot load {shown(checkpoint.folder)}: {shown(reason)}") from error
+    finally:
+        theirs.set_verbosity(level)
+        if has_bars:
+            theirs.enable_progress_bar()
+
+
+def _missing(checkpoint: Checkpoint, names: list[str]) -> ProbeError:
+    return ProbeError(
+        f"transformers finds no tensor in {shown(checkpoint.folder)} for {shown_list(names)}; the checkpoint is "
+        "incomplete, or written for another version of transformers"
+    )
