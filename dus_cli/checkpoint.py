@@ -11,8 +11,10 @@ from typing import Any
 from dus_cli import architectures as arch
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.headers import Header, TensorInfo, limit_nesting, parse_json_object, read_header
+from dus_cli.incomplete import check_whole
 from dus_cli.pickles import read_pickled
 from dus_cli.source_files import inside
+from dus_cli.storage import mount_of
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -33,11 +35,19 @@ Fingerprint = tuple[int, int, int, int]
 
 
 def fingerprint(path: Path) -> Fingerprint | None:
-    """What changes when a file is replaced or written to; None where there is no such file."""
+    """What changes when a file is replaced or written to; None where there is no such file.
+
+    On FUSE that is its size and the second of its last modification: object stores give a file another inode number
+    whenever they like (Mountpoint for Amazon S3, gcsfuse), and a list of objects tells times finer than a request for
+    one of them does. What is written to an object later than a second after its last change has another second.
+    """
     try:
         status = path.stat()
     except OSError:
         return None
+    mount = mount_of(status.st_dev)
+    if mount is not None and mount.is_fuse:
+        return status.st_dev, 0, status.st_size, status.st_mtime_ns // 10**9 * 10**9
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -126,6 +136,7 @@ def open_checkpoint(folder: Path, absent: HeaderReader | None = None) -> Checkpo
         raise CheckpointError(
             f"{shown(folder)} {what}; give a checkpoint's directory, or a Hub id of the form org/name"
         )
+    check_whole(folder)
     config, config_sha256 = read_config(folder)
     weights = find_weights(folder)
     if isinstance(weights, Index):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from dus_cli import incomplete
 from dus_cli.checkpoint import read_small_file
 from dus_cli.errors import DusError, shown
 from dus_cli.source_files import inside
@@ -28,11 +29,20 @@ def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object
     return digest.hexdigest()
 
 
-def folder_sums(folder: Path, jobs: int) -> dict[str, str]:
-    """The sum of every file in a folder, by its path with "/"; of SHA256SUMS itself none."""
-    names = [name for name in staged_files(folder) if name != NAME]
+def folder_sums(folder: Path, jobs: int, held: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The sum of every file in a folder, by its path with "/", and of the `held` texts that are yet to be written.
+
+    Of SHA256SUMS itself there is none.
+    """
+    texts = held or {}
+    there = [name for name in staged_files(folder) if name not in (NAME, incomplete.NAME)]
+    names = sorted({*there, *texts}, key=PurePosixPath)
+
+    def sum_of(name: str) -> str:
+        return hashlib.sha256(texts[name].encode()).hexdigest() if name in texts else file_sum(folder / name, stop)
+
     with workers(jobs) as (pool, stop):
-        return dict(zip(names, pool.map(lambda name: file_sum(folder / name, stop), names), strict=True))
+        return dict(zip(names, pool.map(sum_of, names), strict=True))
 
 
 def sums_text(sums: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ import typer
 from dus_cli import __version__
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
+from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
 from dus_cli.options import Revision, Token, parse_assumption
@@ -225,7 +226,7 @@ def upscale(
         if speaks:
             print_plan(report.plan)
     else:
-        with _progress(speaks) as progress:
+        with progress_for(speaks) as progress:
             report = run_upscale(
                 ref,
                 output,
@@ -267,7 +268,7 @@ def verify(
         raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
     speaks = not (quiet or as_json)
     checkpoint = open_base(ModelRef.parse(base, token=token), quiet=not speaks) if base is not None else None
-    with _progress(speaks) as progress:
+    with progress_for(speaks) as progress:
         found = run_verify(model, checkpoint, jobs=jobs, progress=progress)
     if as_json:
         print(json.dumps(verification_json(found)))
@@ -278,10 +279,11 @@ def verify(
 
 
 app.command()(heal)
+app.command("eval")(evaluate)
 app.command()(probe)
 
 
-def _progress(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
+def progress_for(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
     if not speaks:
         return contextlib.nullcontext(NoProgress())
     return BarProgress() if sys.stderr.isatty() else contextlib.nullcontext(PlainProgress())

@@ -48,6 +48,14 @@ class HealError(DusError):
     """A run cannot start, cannot go on, or is taken."""
 
 
+class EvaluationError(DusError):
+    """A model cannot be evaluated, or its result cannot be kept."""
+
+
+class GateError(EvaluationError):
+    """A model was evaluated and misses what was asked of it."""
+
+
 class ProbeError(DusError):
     """A model cannot be measured in parts, or not on this machine."""
 

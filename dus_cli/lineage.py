@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,11 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "total_size": plan.num_data_bytes,
         "chain": base_chain(checkpoint),
     }
+
+
+def digest(record: dict[str, Any]) -> str:
+    """By which two runs know that they write the same."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Optional, cast, get_args
 import typer
 
 from dus_cli.errors import shown
+from dus_cli.heal.corpus import BadLine
 from dus_cli.model_config import Assumption
 
 Revision = Annotated[
@@ -17,6 +18,15 @@ Revision = Annotated[
 Token = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--token", metavar="TOKEN", help="Of the Hub. Default: HF_TOKEN, or the stored login."),
+]
+
+# How documents are found in --data.
+TextField = Annotated[
+    str, typer.Option("--text-field", metavar="NAME", help="The field or column with the text.", rich_help_panel="Data")
+]
+
+OnBadLine = Annotated[
+    BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel="Data")
 ]
 
 

@@ -17,6 +17,9 @@ class Progress(Protocol):
 
     def advance(self, num_bytes: int) -> None: ...
 
+    def note(self, text: str) -> None:
+        """Something worth a line of its own."""
+
 
 class NoProgress:
     """Says nothing."""
@@ -28,4 +31,7 @@ class NoProgress:
         pass
 
     def advance(self, num_bytes: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass

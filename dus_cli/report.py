@@ -26,10 +26,10 @@ _STATE_IDENTITY = "It computes what its base does, until its new layers are trai
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes of disk that the output needs, reflinks counted, and that are free."""
+    """Bytes of disk that the output needs, reflinks counted, and that are free: None where that is not known."""
 
     needed: int
-    free: int
+    free: int | None
     can_clone: bool
 
 
@@ -38,6 +38,7 @@ class UpscaleReport:
     """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the planning).
 
     `status` is "written", "planned" (a dry run), or "unchanged": the output was already what would be written.
+    `published` is how it got its name: "rename", or "index last"; None where nothing was written.
     """
 
     plan: UpscalePlan
@@ -49,6 +50,7 @@ class UpscaleReport:
     seconds: float
     notes: tuple[str, ...] = ()
     remaking: Remaking | None = None
+    published: str | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ class UpscaleReport:
             "bytes_cast": self.tally.cast,
             "bytes_zeros": self.tally.zeros,
             "verified": self.verified,
+            "published": self.published,
             "seconds": round(self.seconds, 3),
             "from": None if self.remaking is None else str(self.remaking.path),
             "reproduced": self.reproduced,
@@ -131,7 +134,7 @@ def upscale_text(report: UpscaleReport) -> str:
         how = "reflinks share the rest with the base" if space.can_clone else "this file system has no reflinks"
         rows += [
             ("disk needed", f"{human_bytes(space.needed)} ({how})"),
-            ("disk free", human_bytes(space.free)),
+            ("disk free", "not known" if space.free is None else human_bytes(space.free)),
             ("shards", "\n".join(f"{n}  {human_bytes(s.num_bytes)}" for n, s in list(plan.shards.items())[:20])),
         ]
         if len(plan.shards) > 20:

@@ -2,7 +2,7 @@
 
 `.<name>.partial` beside OUT holds the work. A run locks it (flock, released by the kernel however the
 process ends), so a second run with the same OUT is told at once, and what a killed run left is
-recognised and cleared.
+recognised and cleared. Where no folder can be renamed (`storage`) the work is done in OUT itself: see `in_place`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dus_cli import incomplete
 from dus_cli.errors import OutputError, shown
+from dus_cli.in_place import LAST, InPlace, clear_left, in_place_warning
+from dus_cli.storage import Storage, ask, remove
 from dus_cli.transfer import sync_file, writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
+
+# Tries to lock a folder that is another one by the time it is locked. After that many its inode numbers change by
+# themselves, as in some object stores.
+_TRIES = 20
 
 # Linux's renameat2(2): exchange two names in one step.
 _RENAME_EXCHANGE = 2
@@ -66,6 +73,8 @@ def _check_free_name(output: Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{shown(output)} exists and is not a directory; choose another name for -o")
+    if incomplete.owner(output) is not None:
+        return  # whether it may be cleared is decided under the lock
     if not overwrite and any(output.iterdir()):
         raise OutputError(f"{shown(output)} exists and is not empty; choose another name, or --overwrite to replace it")
 
@@ -73,16 +82,29 @@ def _check_free_name(output: Path, *, overwrite: bool) -> None:
 class Staging:
     """The locked directory beside OUT in which an output is made. Use as a context manager.
 
-    `folder` is gone when the context ends, unless `publish` gave it the final name.
+    `folder` is gone when the context ends, unless `publish` gave it the final name. It is OUT itself where no folder
+    can be renamed; then `held` has the texts that are to be written last, and `warnings` says what that means.
+    `key` is a digest of what is written: only for the same one is a half-written OUT cleared without `overwrite`.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool) -> None:
+    def __init__(self, output: Path, *, overwrite: bool, key: str = "") -> None:
         self.output = output
         self.overwrite = overwrite
+        self.key = key
         self.folder = output.parent / f".{output.name}.partial"
+        self.storage = Storage()
+        self.held: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self._partial = self.folder
         self._aside = output.parent / f".{output.name}.replaced"
+        self._in_place: InPlace | None = None
         self._locks: list[int] = []
         self._is_ours = False
+
+    @property
+    def published(self) -> str:
+        """How the output gets its final name: "rename", or "index last" where it has it from the start."""
+        return "rename" if self._in_place is None else "index last"
 
     def __enter__(self) -> Self:
         try:
@@ -99,14 +121,14 @@ class Staging:
     def _drop_unclaimed(self) -> None:
         """Remove the folder if it is empty and nobody's: a run that was about to take it makes it anew."""
         with contextlib.suppress(OSError, OutputError):
-            self._lock(self.folder)
+            self._lock(self._partial)
             if self._bears_the_name():
-                self.folder.rmdir()
+                self._partial.rmdir()
         while self._locks:
             os.close(self._locks.pop())
 
     def _claim(self) -> None:
-        while True:
+        for _ in range(_TRIES):
             with writing(self.folder.name):
                 self.folder.mkdir(exist_ok=True)
                 try:
@@ -115,15 +137,30 @@ class Staging:
                     continue  # the run that had it just ended
             if self._bears_the_name():
                 break
+        else:
+            with writing(self.folder.name):
+                self.folder.mkdir(exist_ok=True)
+                self._lock(self.folder)
         self._is_ours = True
         if self._aside.exists():  # a killed run was replacing OUT on a file system that cannot exchange names
             if self.output.exists():
-                _remove(self._aside)
+                remove(self._aside)
             else:
                 self._aside.rename(self.output)
-        _check_free_name(self.output, overwrite=self.overwrite)  # the run that had the lock may have published
         for left in self.folder.iterdir():
-            _remove(left)
+            remove(left)
+        note = clear_left(self.output, self.key, overwrite=self.overwrite)
+        self.warnings += [] if note is None else [note]
+        _check_free_name(self.output, overwrite=self.overwrite)  # the run that had the lock may have published
+        self.storage = ask(self.folder)
+        if self.storage.no_rename is not None:
+            self._go_in_place(self.storage.no_rename)
+
+    def _go_in_place(self, why: str) -> None:
+        self._in_place = InPlace(self.output, self.key)
+        self._in_place.claim(why)
+        self.folder = self.output
+        self.warnings.append(in_place_warning(self.output, why))
 
     def _lock(self, folder: Path) -> None:
         self._locks.append(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
@@ -139,18 +176,32 @@ class Staging:
     def _bears_the_name(self) -> bool:
         """Whether the locked directory is still the one at `folder`; the lock is released where it is not."""
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(self.folder.stat(), os.fstat(self._locks[-1])):
+            if os.path.samestat(self._partial.stat(), os.fstat(self._locks[-1])):
                 return True
         os.close(self._locks.pop())
         return False
 
     def __exit__(self, *_: object) -> None:
+        if self._in_place is not None:
+            self._in_place.abandon()
         if self._is_ours:
-            _remove(self.folder)
+            remove(self._partial)
         while self._locks:
             os.close(self._locks.pop())
 
+    def check_ours(self) -> None:
+        """Hold that no run on another host has taken OUT, which only a run in place need ask.
+
+        Raises:
+            OutputError: one has.
+        """
+        if self._in_place is not None:
+            self._in_place.check_ours()
+
     def write_text(self, name: str, text: str) -> None:
+        if self._in_place is not None and name in LAST:
+            self.held[name] = text
+            return
         with writing(name):
             (self.folder / name).write_text(text, encoding="utf-8")
         sync_file(self.folder / name)
@@ -164,11 +215,14 @@ class Staging:
         sync_file(target)
 
     def publish(self) -> None:
-        """Give the finished directory its final name, in one step.
+        """Give the finished directory its final name, in one step; in place, write what makes it a model.
 
         Raises:
             OutputError: the name was taken meanwhile, or the file system refuses the rename.
         """
+        if self._in_place is not None:
+            self._in_place.finish(self.held)
+            return
         with writing(self.folder.name):
             for root, _, _ in os.walk(self.folder):
                 _sync_folder(Path(root))
@@ -198,7 +252,7 @@ class Staging:
             self._aside.rename(self.output)
             raise
         self._is_ours = False
-        _remove(self._aside)
+        remove(self._aside)
 
 
 def _exchange(new: Path, old: Path) -> bool:
@@ -216,19 +270,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(file)
     finally:
         os.close(file)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes that an ordinary user may still write to the file system of this folder."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
 
 
 def staged_files(folder: Path) -> Iterator[str]:

@@ -62,7 +62,11 @@ def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]
         return
     position = 0
     while position < tensor.num_bytes:
-        piece = os.pread(file, min(PIECE, tensor.num_bytes - position), tensor.start + position)
+        start, length = tensor.start + position, min(PIECE, tensor.num_bytes - position)
+        piece = os.pread(file, length, start)
+        # A mount may give less than was asked for, and whoever casts needs whole numbers.
+        while len(piece) < length and (more := os.pread(file, length - len(piece), start + len(piece))):
+            piece += more
         if not piece:
             return
         yield piece

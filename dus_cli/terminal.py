@@ -26,6 +26,9 @@ class PlainProgress:
     def planned(self, plan: UpscalePlan) -> None:
         print_plan(plan)
 
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     def start(self, what: str, total: int) -> None:
         print(f"{what} {human_bytes(total)} …", file=sys.stderr, flush=True)
 
@@ -66,6 +69,9 @@ class BarProgress:
 
     def planned(self, plan: UpscalePlan) -> None:
         print_plan(plan)
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start(self, what: str, total: int) -> None:
         self._bar.start()  # not earlier: huggingface_hub's own bars come before

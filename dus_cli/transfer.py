@@ -27,6 +27,7 @@ from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.headers import TensorInfo
 from dus_cli.layout import BLOCK
 from dus_cli.planning import UpscalePlan
+from dus_cli.storage import sync
 from dus_cli.strided import tensor_pieces
 from dus_cli.treatment import Making
 from dus_cli.workers import PIECE, workers
@@ -213,15 +214,22 @@ def transfer(
         if shard_moves:
             worker = _ShardMover(shard, folder, clone, must_clone, on_bytes, tally)
             worker.run(shard_moves, jobs)
-        if fingerprint(shard.path) != shard.fingerprint:
-            raise CheckpointError(
-                f"{shown(shard.name)} changed while it was read; start again when nobody writes to it"
-            )
+        check_unchanged(shard)
     tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
     on_bytes(tally.zeros)
     with workers(jobs) as (pool, _):
         list(pool.map(lambda name: sync_file(folder / name), plan.shards))
     return tally
+
+
+def check_unchanged(shard: Shard) -> None:
+    """Hold that a source shard is still the one whose header was read.
+
+    Raises:
+        CheckpointError: it was written to or replaced.
+    """
+    if fingerprint(shard.path) != shard.fingerprint:
+        raise CheckpointError(f"{shown(shard.name)} changed while it was read; start again when nobody writes to it")
 
 
 def sync_file(path: Path) -> None:
@@ -233,7 +241,7 @@ def sync_file(path: Path) -> None:
     with writing(path.name):
         file = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(file)
+            sync(file)
         finally:
             os.close(file)
 
@@ -294,15 +302,15 @@ class _ShardMover:
             buffered = os.open(path, flags)
         except OSError as error:
             raise (
-                _unreadable(self.shard, error)
+                unreadable(self.shard, error)
                 if flags == os.O_RDONLY
                 else OutputError(f"cannot write {shown(path.name)}: {error.strerror}")
             ) from error
-        closing.callback(os.close, buffered)
+        closing.callback(_close, buffered, path.name)
         direct = None
         with contextlib.suppress(OSError, AttributeError):  # tmpfs, some network file systems, macOS
             direct = os.open(path, flags | os.O_DIRECT)
-            closing.callback(os.close, direct)
+            closing.callback(_close, direct, path.name)
         return _Files(buffered, direct)
 
     def _clones(self, move: Move) -> bool:
@@ -400,7 +408,7 @@ class _ShardMover:
                 num_bytes = len(made) * len(move.targets)
                 self._done(**{"copied" if move.cast is None else "cast": num_bytes})
         except OSError as error:  # of reading: `_write` has its own
-            raise _unreadable(self.shard, error) from error
+            raise unreadable(self.shard, error) from error
 
     def _read(self, start: int, piece: memoryview, *, direct: bool) -> None:
         filled = 0
@@ -412,7 +420,7 @@ class _ShardMover:
                 if error.errno == errno.EINVAL and file == self.source.direct:
                     self.source = replace(self.source, direct=None)  # opened, but not for blocks of 4096
                     continue
-                raise _unreadable(self.shard, error) from error
+                raise unreadable(self.shard, error) from error
             if count == 0:
                 raise CheckpointError(
                     f"{shown(self.shard.name)} became shorter while it was read; copy or download it again"
@@ -443,6 +451,12 @@ class _ShardMover:
         self.on_bytes(cloned + copied + cast)
 
 
+def _close(file: int, name: str) -> None:
+    """A mount's last word on what was written to a file may come here."""
+    with writing(name):
+        os.close(file)
+
+
 def _cut(move: Move) -> Iterator[Move]:
     """Pieces of at most _MOVE bytes that start at whole blocks of the source, but for the first."""
     if move.strided is not None:
@@ -455,7 +469,8 @@ def _cut(move: Move) -> Iterator[Move]:
         position += size
 
 
-def _unreadable(shard: Shard, error: OSError) -> CheckpointError:
+def unreadable(shard: Shard, error: OSError) -> CheckpointError:
+    """The error for a source shard that the operating system cannot read."""
     return CheckpointError(
         f"cannot read {shown(shard.name)}: {error.strerror or error}; check the disk or the network mount"
     )

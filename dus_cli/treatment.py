@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from dus_cli.dtypes import Dtype, cast_dtype
-from dus_cli.headers import TensorInfo
+from dus_cli.dtypes import Cast, Dtype, cast_dtype, overflow
+from dus_cli.headers import DTYPE_BITS, TensorInfo
 from dus_cli.layers import split_name
 from dus_cli.projections import pattern
+from dus_cli.strided import tensor_pieces
+from dus_cli.workers import PIECE
 
 
 class Making(Enum):
     """How a tensor's bytes come to be.
 
-    A further kind is a line here, its writer in `transfer` and what is expected of it in `verify`.
+    A further kind is a line here and in `made_pieces`, and its writer in `transfer`.
     """
 
     copied = "copied"
@@ -55,3 +58,27 @@ class Treatment:
             and split.index in self.new_layers
             and pattern(split.suffix) in self.zeros
         )
+
+
+def made_pieces(file: int, tensor: TensorInfo, making: Making, dtype: str) -> Iterator[bytes | memoryview]:
+    """An output tensor's bytes in order, at most 8 MiB at a time, from the base tensor that lies in `file`.
+
+    A piece is valid until the next is asked for. They end early where the file does.
+
+    Raises:
+        OSError: the file cannot be read.
+        CheckpointError: a finite number is beyond `dtype`, or a strided tensor lies beyond the file's end.
+    """
+    if making is Making.zeros:
+        num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8
+        for position in range(0, num_bytes, PIECE):
+            yield bytes(min(PIECE, num_bytes - position))
+    elif making is Making.copied:
+        yield from tensor_pieces(file, tensor)
+    else:
+        cast = Cast(tensor.dtype, dtype)
+        for piece in tensor_pieces(file, tensor):
+            made = bytearray(len(piece) // cast.source_size * cast.target_size)
+            if cast(memoryview(bytearray(piece)), memoryview(made)):
+                raise overflow(tensor.name, cast)
+            yield bytes(made)

@@ -7,17 +7,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dus_cli import card, checksums, hub, lineage
+from dus_cli import card, checksums, hub, incomplete, lineage
 from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, OutputError, shown
+from dus_cli.in_place import check_empty, check_left, in_place_warning
 from dus_cli.layout import BLOCK
 from dus_cli.planning import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
 from dus_cli.remaking import Remaking
 from dus_cli.report import Space, UpscaleReport, human_bytes
-from dus_cli.staging import Staging, check_apart, check_output, free_bytes
+from dus_cli.sequential import transfer_in_order
+from dus_cli.staging import Staging, check_apart, check_output
+from dus_cli.storage import free_bytes, known
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode, Tally, can_clone, transfer
 from dus_cli.verification import VerifyMode, check_against_plan, check_bytes_against_plan
 
@@ -103,8 +106,11 @@ def preview(
         folder = folder.parent
     space = _space(made, folder, copy_mode, may_create=False)
     obstacles = []
+    why = storage.no_rename if (storage := known(folder)) is not None else None
     checks: list[Callable[[], object]] = [
         lambda: check_output(output, overwrite=overwrite),
+        lambda: check_left(output, lineage.digest(lineage.lineage(made)), overwrite=overwrite),
+        lambda: None if why is None or not overwrite else check_empty(output, why),
         lambda: check_apart(output, made.checkpoint.folder),
         lambda: _check_space(space, copy_mode, output),
     ]
@@ -116,6 +122,8 @@ def preview(
             check()
         except OutputError as error:
             obstacles.append(str(error))
+    if why is not None:
+        obstacles.append(in_place_warning(output, why))
     warnings = (*(remaking.warnings if remaking else ()), *obstacles)
     return UpscaleReport(
         made, output, "planned", space, Tally(), "none", time.monotonic() - started, warnings, remaking
@@ -140,6 +148,7 @@ def upscale(
 ) -> UpscaleReport:
     """Write the deeper model beside `output`, verify it, and give it its name in one step.
 
+    Where no folder can be renamed it is written in place, marked as incomplete until it is whole (`in_place`).
     Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
     is to replace untouched. An output that is already what would be written, by its lineage, is left as it is.
     With `remaking`, from which the other arguments come, it is also held against the recorded sums.
@@ -172,28 +181,34 @@ def upscale(
     made = planned()
     check_apart(output, made.checkpoint.folder)
     progress.planned(made)
-    with Staging(real, overwrite=overwrite) as staging:
-        space = _space(made, staging.folder, copy_mode, may_create=True)
+    with Staging(real, overwrite=overwrite, key=lineage.digest(lineage.lineage(made))) as staging:
+        for warning in staging.warnings:
+            progress.note(f"warning: {warning}")
+        way = copy_mode if staging.storage.writes_anywhere else CopyMode.copy
+        space = _space(made, staging.folder, way, may_create=True)
         _check_space(space, copy_mode, output)
         tally = _write(made, staging, space, copy_mode, jobs, progress)
         if verify is not VerifyMode.none:
-            check_against_plan(made, staging.folder)
+            check_against_plan(made, staging.folder, staging.held)
         if verify is VerifyMode.full:
             progress.start("verifying", made.num_data_bytes)
             check_bytes_against_plan(made, staging.folder, jobs, progress.advance)
         if with_checksums:
-            sums = checksums.folder_sums(staging.folder, jobs)
+            sums = checksums.folder_sums(staging.folder, jobs, staging.held)
             if remaking is not None:
                 remaking.check_sums(sums)
             staging.write_text(checksums.NAME, checksums.sums_text(sums))
         staging.publish()
-    seconds = time.monotonic() - started
-    return UpscaleReport(made, output, "written", space, tally, verify.value, seconds, warnings, remaking)
+    seconds, notes = time.monotonic() - started, (*warnings, *staging.warnings)
+    return UpscaleReport(
+        made, output, "written", space, tally, verify.value, seconds, notes, remaking, staging.published
+    )
 
 
 def _is_made(made: UpscalePlan, output: Path, jobs: int, verify: VerifyMode, *, with_checksums: bool) -> bool:
     """Whether `output` is what this plan would write: by its lineage, its headers and, on request, its bytes."""
     try:
+        incomplete.check_whole(output)
         if lineage.read_lineage(output) != json.loads(dump_json(lineage.lineage(made))):
             return False
         if with_checksums and not (output / checksums.NAME).is_file():
@@ -212,14 +227,19 @@ def _write(
     for name, path in made.files:
         staging.copy_file(name, path)
     progress.start("writing", made.num_data_bytes)
-    tally = transfer(
-        made,
-        staging.folder,
-        clone=space.can_clone,
-        must_clone=copy_mode is CopyMode.clone,
-        jobs=jobs,
-        on_bytes=progress.advance,
-    )
+    if staging.storage.writes_anywhere:
+        tally = transfer(
+            made,
+            staging.folder,
+            clone=space.can_clone,
+            must_clone=copy_mode is CopyMode.clone,
+            jobs=jobs,
+            on_bytes=progress.advance,
+        )
+    else:
+        tally = transfer_in_order(
+            made, staging.folder, jobs=jobs, before_shard=staging.check_ours, on_bytes=progress.advance
+        )
     for name, text in made.text_files().items():
         staging.write_text(name, text)
     for name, text in {**card.pictures(made), card.NAME: card.model_card(made)}.items():
@@ -250,7 +270,7 @@ def _check_space(space: Space, copy_mode: CopyMode, output: Path) -> None:
             f"--copy-mode clone: the file system of {shown(output)} cannot share blocks with the model's (reflinks "
             "need XFS or btrfs, and both on the same one); use --copy-mode auto"
         )
-    if space.needed > space.free:
+    if space.free is not None and space.needed > space.free:
         raise OutputError(
             f"{shown(output)} needs {human_bytes(space.needed)} and its file system has {human_bytes(space.free)} "
             "free; free some space or choose another place for -o"

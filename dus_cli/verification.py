@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -21,9 +21,10 @@ from dus_cli.checkpoint import (
     read_index,
 )
 from dus_cli.checksums import check_sums
-from dus_cli.dtypes import Cast, config_with_dtype, require_torch
-from dus_cli.errors import DusError, VerificationError, shown, shown_list
+from dus_cli.dtypes import config_with_dtype, require_torch
+from dus_cli.errors import CheckpointError, DusError, VerificationError, shown, shown_list
 from dus_cli.headers import TensorInfo, read_header
+from dus_cli.incomplete import check_whole
 from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.layout import ShardLayout
 from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deepen_config
@@ -33,10 +34,9 @@ from dus_cli.progress import NoProgress, Progress
 from dus_cli.source_files import inside
 from dus_cli.stacks import find_stack
 from dus_cli.staging import staged_files
-from dus_cli.strided import tensor_pieces
 from dus_cli.transfer import DEFAULT_JOBS
-from dus_cli.treatment import Making, Treatment
-from dus_cli.workers import PIECE, workers
+from dus_cli.treatment import Making, Treatment, made_pieces
+from dus_cli.workers import workers
 
 # What a new layer's output projection is in an identity, in messages.
 _ZEROS = "an identity's zeros"
@@ -91,8 +91,10 @@ class Verification:
 # --- before publishing: against the plan -------------------------------------------------------
 
 
-def check_against_plan(plan: UpscalePlan, folder: Path) -> None:
+def check_against_plan(plan: UpscalePlan, folder: Path, held: Container[str] = ()) -> None:
     """Headers, sizes, index and config of what was written, against what was planned. Reads no data.
+
+    `held` are files that will be written, and read back, later.
 
     Raises:
         VerificationError: the first difference.
@@ -100,11 +102,11 @@ def check_against_plan(plan: UpscalePlan, folder: Path) -> None:
     for name, layout in plan.shards.items():
         _check_shard(folder / name, name, layout)
     for name, text in plan.text_files().items():
-        if (folder / name).read_text(encoding="utf-8") != text:
+        if name not in held and (folder / name).read_text(encoding="utf-8") != text:
             raise VerificationError(f"{name} is not what was planned; the disk or the file system failed")
     records = (card.NAME, *PICTURES, lineage.NAME)  # their text may be edited later
     expected = {*plan.shards, *plan.text_files(), *records, *(name for name, _ in plan.files)}
-    missing = sorted(expected - set(staged_files(folder)))
+    missing = sorted(name for name in expected - set(staged_files(folder)) if name not in held)
     if missing:
         raise VerificationError(f"{shown_list(missing)} was written and is gone; does something clean this folder?")
 
@@ -154,7 +156,11 @@ def verify(
     Every header, the index against the headers, the config against the tensors; with dus.json the
     layers that stand twice against each other, byte by byte; with `base` every tensor against its
     source and the config against the base's; with SHA256SUMS every file's sum.
+
+    Raises:
+        CheckpointError: a run is writing it in place, or left it half-written.
     """
+    check_whole(folder)
     found = Verification(str(folder))
     progress = progress or NoProgress()
     config = _gather(found, lambda: read_config(folder)[0])
@@ -384,7 +390,7 @@ def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threa
     try:
         with pair.left.path.open("rb", 0) as left_file, pair.right.path.open("rb", 0) as right_file:
             position = 0
-            for theirs in _expected(pair, right_file.fileno()):
+            for theirs in made_pieces(right_file.fileno(), right, pair.making, dtype):
                 if stop.is_set():
                     return None
                 ours = os.pread(left_file.fileno(), len(theirs), left.start + position)
@@ -397,20 +403,6 @@ def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threa
                 return f"tensor {name} differs from {pair.right_name} at byte {position}: the file became shorter"
     except OSError as error:
         return f"tensor {name} cannot be read: {error.strerror or error}"
+    except CheckpointError as error:
+        return str(error)
     return None
-
-
-def _expected(pair: Comparison, file: int) -> Iterator[bytes | memoryview]:
-    """The bytes that the left place must hold, piece by piece, of the right one in `file`."""
-    left, right = pair.left.tensor, pair.right.tensor
-    if pair.making is Making.zeros:
-        for position in range(0, left.num_bytes, PIECE):
-            yield bytes(min(PIECE, left.num_bytes - position))
-    elif pair.making is Making.copied:
-        yield from tensor_pieces(file, right)
-    else:
-        cast = Cast(right.dtype, left.dtype)
-        for piece in tensor_pieces(file, right):
-            made = bytearray(len(piece) // cast.source_size * cast.target_size)
-            cast(memoryview(bytearray(piece)), memoryview(made))
-            yield bytes(made)

@@ -808,7 +808,7 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path, m
     readme = Path(__file__).parent.parent / "README.md"
     text = "\n\n".join([readme.read_text(), Path(__file__).read_text()])
     monkeypatch.setattr(tokenise, "_LONGEST_PIECE", 500)
-    pieces = list(tokenise._pieces(text))
+    pieces = list(tokenise.pieces_of(text))
     assert len(pieces) > len(text) // 500
     assert "".join(piece for piece, _ in pieces) == text
     assert [is_last for _, is_last in pieces] == [False] * (len(pieces) - 1) + [True]

@@ -264,7 +264,7 @@ def test_a_dry_run_writes_nothing_and_agrees_with_the_run(sharded: Path, tmp_pat
     plan = dus("upscale", sharded, *options, "--dry-run").report
     assert sorted(tmp_path.rglob("*")) == before
     done = dus("upscale", sharded, *options).report
-    changing = {"dry_run", "status", "seconds", "bytes_cloned", "bytes_copied", "verified", "space"}
+    changing = {"dry_run", "status", "seconds", "bytes_cloned", "bytes_copied", "verified", "published", "space"}
     assert {k: v for k, v in plan.items() if k not in changing} == {k: v for k, v in done.items() if k not in changing}
     assert plan["dry_run"]
     assert plan["space"]["needed"] > 0

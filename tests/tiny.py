@@ -107,7 +107,8 @@ def train(folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64
 _PRELOADED = (
     "dus_cli.cli dus_cli.heal.launcher dus_cli.heal.prepare dus_cli.heal.tokens dus_cli.heal.training "
     "dus_cli.heal.model dus_cli.heal.checkpoints dus_cli.heal.optimizer dus_cli.heal.publish dus_cli.heal.evaluate "
-    "dus_cli.heal.team pyarrow transformers.models.llama.modeling_llama"
+    "dus_cli.heal.team dus_cli.evaluation.evaluating dus_cli.evaluation.model pyarrow "
+    "transformers.models.llama.modeling_llama"
 ).split()
 
 

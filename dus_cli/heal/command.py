@@ -12,6 +12,7 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, DataError, parse_holdout
+from dus_cli.options import OnBadLine, TextField
 
 _T = TypeVar("_T")
 
@@ -65,13 +66,8 @@ def heal(
         Optional[Path],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
         typer.Option("--output", "-o", metavar="OUT", help="Where the healed model goes. Default: MODEL-healed."),
     ] = None,
-    text_field: Annotated[
-        str,
-        typer.Option("--text-field", metavar="NAME", help="The field or column with the text.", rich_help_panel=_DATA),
-    ] = "text",
-    on_bad_line: Annotated[
-        BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel=_DATA)
-    ] = BadLine.error,
+    text_field: TextField = "text",
+    on_bad_line: OnBadLine = BadLine.error,
     eval_data: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--eval-data", metavar="FILE", help="Held-out text of its own.", rich_help_panel=_DATA),

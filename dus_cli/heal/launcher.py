@@ -34,7 +34,8 @@ from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
 from dus_cli.heal.run import FAILURE, REPORT, Run, changed_options, check_same, disk_failure, other_options, read_run
 from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.model_config import decoder_config
-from dus_cli.staging import Staging, check_apart, free_bytes
+from dus_cli.staging import Staging, check_apart
+from dus_cli.storage import Storage, ask, free_bytes, known, remove
 
 LOGS = "logs"
 
@@ -99,11 +100,25 @@ def check(wishes: Wishes) -> Model:
     resolve.check_wishes(wishes, model)
     resolve.rows_per_step(wishes, model)
     check_tracker(wishes.keeping.track.value)
-    _check_torch()
-    _check_devices(wishes)
     check_apart(wishes.output, wishes.model)
     _check_output(wishes.output)
+    check_renames(wishes.output, known(wishes.output.resolve().parent))
+    _check_torch()
+    _check_devices(wishes)
     return model
+
+
+def check_renames(output: Path, found: Storage | None) -> None:
+    """Hold that folders can be renamed where the output will be: a checkpoint is complete by its name.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    if found is not None and found.no_rename is not None:
+        raise OutputError(
+            f"{shown(output)} cannot be healed into, because {found.no_rename}: each checkpoint, and the model at the "
+            "end, gets its name by one rename; heal on a disk (-o), and copy the result"
+        )
 
 
 def _check_torch() -> None:
@@ -168,6 +183,11 @@ def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
         DusError: the data cannot be used, or the run is another one.
     """
     output = wishes.output.resolve()
+    probe = Path(tempfile.mkdtemp(prefix=f".{output.name}.probe-", dir=output.parent))
+    try:
+        check_renames(wishes.output, ask(probe))
+    finally:
+        remove(probe)
     output.mkdir(exist_ok=True)
     if wishes.launch.node_rank == 0 and folders.is_locked(output / "checkpoints"):
         raise HealError(f"another run is healing into {shown(wishes.output)} at this moment; wait for it")
@@ -344,7 +364,8 @@ def _outcome(run: Run, code: int, signum: int | None) -> dict[str, Any]:
             f"ended by {signal.Signals(signum or signal.SIGTERM).name} {where}; the same command goes on from there",
             signum or signal.SIGTERM,
         )
-    if free_bytes(run.folder) < _NO_ROOM:  # then nobody could leave a word
+    free = free_bytes(run.folder)
+    if free is not None and free < _NO_ROOM:  # then nobody could leave a word
         raise OutputError(disk_failure(run.folder, os.strerror(errno.ENOSPC)))
     words = _last_words(run.folder / LOGS)
     raise HealError(

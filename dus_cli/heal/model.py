@@ -49,17 +49,19 @@ class Decoder:
         layers: nn.ModuleList = getattr(self.inner, self._name)
         return layers
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The last hidden states, (rows, length, width), of token ids and positions (rows, length).
 
         Attention is masked per document where positions start again (transformers reads it from them).
+        Without positions each row is one document, from its first token on.
         """
         rows, length = input_ids.shape
-        if self._packs_rows:
-            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        if self._packs_rows and position_ids is not None:
+            input_ids, positions = input_ids.reshape(1, -1), {"position_ids": position_ids.reshape(1, -1)}
         self.output.forward = self._keep
         try:
-            self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            self.model(input_ids=input_ids, **positions, use_cache=False)
         finally:
             self.output.forward = self._project
         hidden, self._hidden = self._hidden, None

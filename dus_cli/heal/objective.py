@@ -178,6 +178,33 @@ def loss_sums(
     return loss
 
 
+@torch.no_grad()
+def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
+    """Cross-entropy of each token in nats, fp32, (tokens,): of hidden states (tokens, width) and next tokens (tokens,).
+
+    Without a gradient, and like the sums without the logits of all tokens at once.
+    """
+    weight: Tensor = output.weight  # type: ignore[assignment]
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    at_once = chunk_rows(hidden.device.type, weight.shape[0])
+    for start in range(0, len(hidden), at_once):
+        rows = slice(start, start + at_once)
+        products = functional.linear(hidden[rows], weight, getattr(output, "bias", None))  # (chunk, vocabulary)
+        losses[rows] = cross_entropies(products, labels[rows], head)
+    return losses
+
+
+def cross_entropies(products: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """Of each token, fp32, (tokens,): from h Wᵀ + b, (tokens, vocabulary), which may be overwritten."""
+    losses = torch.empty(len(products), dtype=torch.float32, device=products.device)
+    at_once = block_rows(products.device.type, products.shape[1])
+    for start in range(0, len(products), at_once):
+        rows = slice(start, start + at_once)
+        logits = head.logits(products[rows])
+        losses[rows] = logits.logsumexp(-1) - logits.gather(1, labels[rows, None])[:, 0]
+    return losses
+
+
 def cross_entropy(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
     """The sum over the labelled tokens of cross-entropy in nats, without a gradient: what a measurement needs.
 

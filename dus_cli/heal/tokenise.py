@@ -105,7 +105,10 @@ def tokenizer_identity(folder: Path) -> str:
 
 
 class Tokeniser:
-    """The tokenizer in a model's folder. `eos` is the id of its end-of-text token.
+    """The tokenizer in a model's folder.
+
+    `eos` is the id of its end-of-text token; `bos` and `unknown` are those of its beginning of text and of what it
+    cannot say, None where it has none.
 
     Raises:
         DataError: it cannot be loaded, has no end-of-text token, or one beyond the model's vocabulary.
@@ -134,6 +137,8 @@ class Tokeniser:
                 " eos_token in tokenizer_config.json"
             )
         self.eos = int(eos)
+        self.bos: int | None = self._tokenizer.bos_token_id
+        self.unknown: int | None = self._tokenizer.unk_token_id
         self.check_ids(self.eos)
 
     def check_ids(self, highest: int) -> None:
@@ -279,7 +284,7 @@ def _batches(
                 hashes.append(number)
             summary.lowest_hash = min(summary.lowest_hash, number)
             summary.highest_hash = max(summary.highest_hash, number)
-            for piece, is_last in _pieces(text):
+            for piece, is_last in pieces_of(text):
                 pieces.append(_Piece(piece, split.holds_out(number), is_last))
                 num_bytes += len(encoded) * len(piece) // len(text)
                 if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
@@ -290,7 +295,7 @@ def _batches(
         pieces, num_bytes, position = [], 0, start + size
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+def pieces_of(text: str) -> Iterator[tuple[str, bool]]:
     """A long document in pieces, and whether each is the last.
 
     Cut before a space behind a letter or digit: there a byte-level tokenizer begins a new word anyway, so

@@ -1,0 +1,105 @@
+"""The models that are compared: found, fetched, and their tokenizers opened, before the first of them is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dus_cli.errors import ConfigError, EvaluationError, ModelNotFoundError, shown
+from dus_cli.heal import run as heal_run
+from dus_cli.heal.resolve import open_model
+from dus_cli.heal.tokenise import Tokeniser
+from dus_cli.model_config import decoder_config
+from dus_cli.reference import ModelRef
+from dus_cli.upscaling import open_base
+
+# Fields of config.json, by age of the architecture, that say how many tokens a model sees at once.
+_LENGTHS = "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length".split()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model at hand.
+
+    `name` is unlike the others'. `max_length` are the positions that it knows, None where config.json does not say.
+    """
+
+    ref: ModelRef
+    name: str
+    folder: Path
+    commit: str | None
+    num_layers: int
+    max_length: int | None
+    tokeniser: Tokeniser
+
+    @property
+    def prefix(self) -> int:
+        """The token that stands before a document: beginning of text, or end of text where there is none."""
+        return self.tokeniser.eos if self.tokeniser.bos is None else self.tokeniser.bos
+
+
+def check_there(refs: Sequence[ModelRef]) -> None:
+    """Hold what can be known about the models at once.
+
+    Raises:
+        DusError: one of them is given twice, is not there, or is a healing that goes on.
+    """
+    texts = [ref.text for ref in refs]
+    for ref in refs:
+        if texts.count(ref.text) > 1:
+            raise EvaluationError(f"{shown(ref)} is given twice; name each model once")
+        if ref.path is None:
+            continue
+        if not ref.path.is_dir():
+            what = "is not a directory" if ref.path.exists() else "does not exist"
+            raise ModelNotFoundError(f"{shown(ref)} {what}; give a model's directory or a Hub id such as org/name")
+        if (ref.path / heal_run.NAME).is_file() and not (ref.path / "config.json").exists():
+            raise EvaluationError(
+                f"{shown(ref)} is a healing that has not finished; end it with the same dus heal command, then evaluate"
+            )
+
+
+def find_candidates(refs: Sequence[ModelRef], *, quiet: bool) -> list[Candidate]:
+    """Every model with its weights, from its directory or by way of the Hub's cache.
+
+    Raises:
+        DusError: one of them cannot be had, is damaged, or has no tokenizer.
+    """
+    names = [ref.name for ref in refs]
+    return [_candidate(ref, ref.name if names.count(ref.name) == 1 else ref.text, quiet=quiet) for ref in refs]
+
+
+def _candidate(ref: ModelRef, name: str, *, quiet: bool) -> Candidate:
+    checkpoint = open_base(ref, quiet=quiet)
+    try:
+        decoder = decoder_config(checkpoint.config)
+        fields, num_layers = decoder.fields, decoder.num_layers
+    except ConfigError:  # transformers may know it all the same
+        fields, num_layers = checkpoint.config, 0
+    lengths = [fields[key] for key in _LENGTHS if isinstance(fields.get(key), int)]
+    vocab_size = fields.get("vocab_size") or checkpoint.config.get("vocab_size")
+    return Candidate(
+        ref,
+        name,
+        checkpoint.folder,
+        checkpoint.folder.name if ref.repo_id is not None else None,
+        num_layers,
+        next((length for length in lengths if length > 1), None),
+        Tokeniser(checkpoint.folder, vocab_size if isinstance(vocab_size, int) else 1 << 32),
+    )
+
+
+def base_layers(candidate: Candidate) -> tuple[int, ...]:
+    """The layers of an up-scaled model that are its base, by its dus.json.
+
+    Raises:
+        DusError: it is not an up-scaled model that has not been trained since.
+    """
+    base = open_model(candidate.folder).base
+    if base is None:
+        raise EvaluationError(
+            f"--with-base: no base stands in {shown(candidate.name)} (only a model as dus upscale wrote it, not healed "
+            "since, holds its base); give the base as the first MODEL"
+        )
+    return base.layers

@@ -1,0 +1,188 @@
+"""The verb: every model over the same text, one after the other, in memory that does not grow with the text."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dus_cli.errors import EvaluationError, MissingExtraError, shown
+from dus_cli.evaluation.candidates import Candidate, base_layers, check_there, find_candidates
+from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions
+from dus_cli.evaluation.report import LossReport, ModelResult
+from dus_cli.evaluation.scores import Scores
+from dus_cli.evaluation.text import Text, open_text
+from dus_cli.evaluation.windows import Window, batches, windows
+from dus_cli.heal.corpus import DataError
+from dus_cli.heal.tokenise import pieces_of
+from dus_cli.progress import Progress
+from dus_cli.reference import ModelRef
+
+_LONGEST_WINDOW = 2048
+
+# Tokens run at once, where nothing was asked for.
+_BATCH_TOKENS = {"cpu": 2048}
+_BATCH_TOKENS_ELSEWHERE = 16_384
+
+
+def losses(
+    refs: Sequence[ModelRef],
+    text_options: TextOptions,
+    options: ScoringOptions,
+    progress: Progress,
+    *,
+    with_base: bool = False,
+    quiet: bool = True,
+) -> LossReport:
+    """Loss, perplexity and bits per byte of each model, the first being the one that others are held against.
+
+    With `with_base` the first is an up-scaled model, and the base inside it comes before it.
+
+    Raises:
+        DusError: any known failure; see `errors`.
+    """
+    check_there(refs)  # what is known without torch is said before it is loaded
+    with tempfile.TemporaryDirectory(prefix="dus-eval-") as spool:
+        text = open_text(
+            text_options.data,
+            Path(spool),
+            text_field=text_options.text_field,
+            on_bad_line=text_options.on_bad_line,
+            max_documents=text_options.max_documents,
+        )
+        model = import_model()
+        device = model.device_of(options.device)
+        candidates = find_candidates(refs, quiet=quiet)
+        options = resolved(options, candidates, device.type, is_quick_in_bf16=model.is_quick_in_bf16(device))
+        inner = base_layers(candidates[0]) if with_base else None
+        results: list[ModelResult] = []
+        first: Scores | None = None
+        for candidate in candidates:
+            with model.out_of_memory(candidate.name):
+                loaded = model.load(candidate.folder, candidate.name, options.precision.value, device)
+                scorer = model.Scorer(loaded, candidate.num_layers, candidate.prefix)
+                for is_base in (True, False) if with_base and candidate is candidates[0] else (False,):
+                    name = f"base of {candidate.name}" if is_base else candidate.name
+                    budget = text_options.max_tokens if first is None else None
+                    with scorer.only(inner) if is_base else contextlib.nullcontext():
+                        scores = _pass(scorer, candidate, name, text, options, budget, progress)
+                    if first is None:
+                        first = scores
+                        text = replace(text, max_documents=scores.num_documents)
+                    _check_same_text(first, scores)
+                    others = None if scores is first else first
+                    results.append(ModelResult.of(candidate, name, scores, others, is_base=is_base))
+                del loaded, scorer  # before the next one is there
+    assert first is not None
+    return LossReport(
+        text.name,
+        text_options.data,
+        first.num_documents,
+        int(first.text_bytes.total),
+        first.skipped,
+        len(first.text_bytes),
+        options,
+        str(device),
+        tuple(results),
+    )
+
+
+def import_model() -> Any:
+    """`dus_cli.evaluation.model`, with torch below it.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+    """
+    try:
+        model = import_module("dus_cli.evaluation.model")
+    except ImportError as error:
+        raise MissingExtraError("dus eval needs torch and transformers; pip install 'dus-cli[heal]'") from error
+    model.quiet_libraries()
+    return model
+
+
+def resolved(
+    options: ScoringOptions, candidates: Sequence[Candidate], device_type: str, *, is_quick_in_bf16: bool
+) -> ScoringOptions:
+    """The options with every number filled in: one window for all models, which each of them can see.
+
+    Raises:
+        EvaluationError: a window longer than a model knows positions, or a stride longer than the window.
+    """
+    known = [(candidate.max_length, candidate.name) for candidate in candidates if candidate.max_length is not None]
+    shortest, name = min(known, default=(_LONGEST_WINDOW, ""))
+    length = options.seq_length or min(_LONGEST_WINDOW, shortest)
+    if known and length > shortest:
+        raise EvaluationError(f"--seq-length {length} is longer than the {shortest} positions that {shown(name)} knows")
+    stride = options.stride or max(1, length // 2)
+    if stride > length:
+        raise EvaluationError(f"--stride {stride} is longer than the window of {length} tokens, and would skip text")
+    batch = options.batch_tokens or _BATCH_TOKENS.get(device_type, _BATCH_TOKENS_ELSEWHERE)
+    precision = options.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if is_quick_in_bf16 else Precision.fp32
+    return replace(options, seq_length=length, stride=stride, batch_tokens=batch, precision=precision)
+
+
+def _pass(
+    scorer: Any,
+    candidate: Candidate,
+    name: str,
+    text: Text,
+    options: ScoringOptions,
+    budget: int | None,
+    progress: Progress,
+) -> Scores:
+    """One model over the text."""
+    assert options.batch_tokens is not None
+    scores, started = Scores(), time.monotonic()
+    progress.start(f"evaluating {shown(name)}:", text.num_file_bytes)
+    cut = _windows(scores, candidate, text, options, budget, progress.advance)
+    for batch in batches(cut, options.batch_tokens):
+        for window, nats in zip(batch, scorer.losses(batch), strict=True):
+            if not math.isfinite(nats):
+                raise EvaluationError(
+                    f"{shown(name)}: its loss on document {window.document + 1} is {nats}; the weights are damaged, or "
+                    "overflow in bf16 (--precision fp32); dus verify --base finds tensors that differ from a base's"
+                )
+            scores.nats.add(window.document, nats)
+    if not scores.tokens.total:
+        raise DataError("--data holds no text; check the files, and --text-field")
+    scores.seconds = time.monotonic() - started
+    return scores
+
+
+def _windows(
+    scores: Scores,
+    candidate: Candidate,
+    text: Text,
+    options: ScoringOptions,
+    budget: int | None,
+    on_bytes: Callable[[int], object],
+) -> Iterator[Window]:
+    """The windows of all documents, up to the document with which the budget of tokens is reached."""
+    assert options.seq_length is not None
+    assert options.stride is not None
+    num_tokens, tokeniser = 0, candidate.tokeniser
+    for documents in text.batches(scores.skipped, on_bytes):
+        parts = [[piece for piece, _ in pieces_of(document)] for document in documents]
+        encoded = tokeniser.encode([piece for document in parts for piece in document])
+        for document, own in zip(documents, parts, strict=True):
+            ids = [token for _ in own for token in next(encoded)]
+            tokeniser.check_ids(max(ids, default=0))
+            number = scores.add_document(document.encode(), ids, tokeniser.unknown)
+            yield from windows(number, ids, options.seq_length, options.stride)
+            num_tokens += len(ids)
+            if budget is not None and num_tokens >= budget:
+                return
+
+
+def _check_same_text(first: Scores, other: Scores) -> None:
+    if first.text_digest.digest() != other.text_digest.digest():
+        raise DataError("--data changed while it was read, so the models saw different text; run it again")

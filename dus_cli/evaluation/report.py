@@ -1,0 +1,289 @@
+"""What `dus eval` says: as one JSON object, as a table, and as what a model misses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dus_cli import __version__
+from dus_cli.errors import shown
+from dus_cli.evaluation.intervals import LEVEL, Estimate, ratio
+from dus_cli.evaluation.options import ScoringOptions
+from dus_cli.evaluation.scores import Scores
+
+if TYPE_CHECKING:
+    from dus_cli.evaluation.candidates import Candidate
+
+SCHEMA = 1
+
+_NATS_PER_BIT = math.log(2)
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """A model's figures on the text.
+
+    `difference` is to the baseline (None for itself): nats on the same bytes, per token of the baseline's
+    tokenizer, so that it is the difference of the two losses where both have the same tokens.
+    """
+
+    name: str
+    model: str
+    commit: str | None
+    is_base: bool
+    tokens: int
+    unknown_tokens: int
+    loss: Estimate
+    bits_per_byte: Estimate
+    difference: Estimate | None
+    difference_bits: Estimate | None
+    has_same_tokens: bool
+    seconds: float
+
+    @classmethod
+    def of(cls, candidate: Candidate, name: str, scores: Scores, first: Scores | None, *, is_base: bool) -> ModelResult:
+        """The result of a pass, beside the baseline's where it is another."""
+        nats, difference, bits = list(scores.nats), None, None
+        if first is not None:
+            paired = [a - b for a, b in zip(nats, first.nats, strict=True)]
+            difference = ratio(paired, list(first.tokens))
+            bits = ratio(paired, list(first.text_bytes)).times(1 / _NATS_PER_BIT)
+        return cls(
+            name,
+            candidate.ref.text,
+            candidate.commit,
+            is_base,
+            int(scores.tokens.total),
+            scores.unknown_tokens,
+            ratio(nats, list(scores.tokens)),
+            ratio(nats, list(scores.text_bytes)).times(1 / _NATS_PER_BIT),
+            difference,
+            bits,
+            first is None or scores.token_digest.digest() == first.token_digest.digest(),
+            scores.seconds,
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where a float cannot hold it."""
+        return math.exp(self.loss.value) if self.loss.value < 700 else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `models`; docs/layout.md describes each field."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "commit": self.commit,
+            "is_base_within": self.is_base,
+            "tokens": self.tokens,
+            "unknown_tokens": self.unknown_tokens,
+            "same_tokens": self.has_same_tokens,
+            **_with_interval("loss", self.loss),
+            "perplexity": None if math.isinf(self.perplexity) else self.perplexity,
+            **_with_interval("bits_per_byte", self.bits_per_byte),
+            **_with_interval("difference", self.difference),
+            **_with_interval("difference_bits_per_byte", self.difference_bits),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def _with_interval(name: str, estimate: Estimate | None) -> dict[str, Any]:
+    interval = None if estimate is None or estimate.interval is None else list(estimate.interval)
+    return {name: None if estimate is None else estimate.value, f"{name}_interval": interval}
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """All models on the same text; the first is the baseline of the others.
+
+    `num_units` are the observations of the intervals: documents, or neighbouring ones together.
+    """
+
+    text_name: str
+    data: tuple[str, ...]
+    num_documents: int
+    num_bytes: int
+    skipped: dict[str, int]
+    num_units: int
+    options: ScoringOptions
+    device: str
+    models: tuple[ModelResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that the losses have in the report; docs/layout.md describes each."""
+        return {
+            "data": list(self.data),
+            "documents": self.num_documents,
+            "bytes": self.num_bytes,
+            "skipped_lines": self.skipped,
+            "units": self.num_units,
+            "level": LEVEL,
+            "seq_length": self.options.seq_length,
+            "stride": self.options.stride,
+            "precision": self.options.precision.value,
+            "device": self.device,
+            "baseline": self.models[0].name,
+            "models": [model.to_json() for model in self.models],
+        }
+
+
+# --- what must hold -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What every model but the baseline must reach, and a model alone. None asks for nothing.
+
+    `is_confident` asks it of the whole interval, not of the measured value.
+    """
+
+    min_improvement: float | None = None
+    max_loss: float | None = None
+    is_confident: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"min_improvement": self.min_improvement, "max_loss": self.max_loss, "confident": self.is_confident}
+
+    def missed(self, report: LossReport) -> list[str]:
+        """What is missed, model by model, in words."""
+        judged = report.models[1:] or report.models
+        return [text for model in judged for text in (self._loss(model), self._improvement(model, report)) if text]
+
+    def _loss(self, model: ModelResult) -> str | None:
+        worst = self._worst(model.loss)
+        if self.max_loss is None or worst <= self.max_loss:
+            return None
+        return f"{shown(model.name)}: loss {_number(model.loss, worst)} is above --max-loss {self.max_loss:g}"
+
+    def _improvement(self, model: ModelResult, report: LossReport) -> str | None:
+        if self.min_improvement is None or model.difference is None:
+            return None
+        worst = self._worst(model.difference)
+        if -worst >= self.min_improvement:
+            return None
+        return (
+            f"{shown(model.name)}: improvement {_number(model.difference.times(-1), -worst)} over "
+            f"{shown(report.models[0].name)} is below --min-improvement {self.min_improvement:g}"
+        )
+
+    def _worst(self, estimate: Estimate) -> float:
+        """The value that is judged. With --confident and no interval nothing is certain."""
+        if not self.is_confident:
+            return estimate.value
+        return math.inf if estimate.margin is None else estimate.value + estimate.margin
+
+
+def _number(estimate: Estimate, judged: float) -> str:
+    """The measured value, and where the interval is judged how far it reaches."""
+    if judged == estimate.value:
+        return f"{estimate.value:.4f}"
+    return f"{estimate.value:.4f} (by its interval {judged:.4f})"
+
+
+# --- for a person ---------------------------------------------------------------------------------
+
+
+def losses_text(report: LossReport, width: int = 80) -> str:
+    """A row for each model, at most `width` wide."""
+    options, first = report.options, report.models[0]
+    documents = f"{report.num_documents:,} document{'s' * (report.num_documents != 1)}"
+    lines = [
+        f"{shown(report.text_name)}: {documents}, {report.num_bytes:,} bytes",
+        f"windows of {options.seq_length} tokens every {options.stride}, {options.precision.value} on {report.device}",
+        "",
+    ]
+    rows = [_row(model, is_alone=len(report.models) == 1) for model in report.models]
+    header = ["", "tokens", "loss", "perplexity", "bits/byte", *(["difference"] if len(report.models) > 1 else [])]
+    lines += table([header, *rows], width)
+    lines.append("")
+    if len(report.models) > 1:
+        lines.append(f"difference: to {shown(first.name)}, nats per token of its tokenizer on the same bytes;")
+        lines.append(f"±: {_interval_text(report)}")
+    else:
+        loss = first.loss
+        margin = "" if loss.margin is None else f"loss ± {loss.margin:.4f}: {_interval_text(report)}"
+        lines += [margin] if margin else []
+    others = [shown(model.name) for model in report.models if not model.has_same_tokens]
+    if others:
+        lines.append(f"other tokens than {shown(first.name)}: {', '.join(others)}; compare bits per byte")
+    lines += [
+        f"warning: {model.unknown_tokens:,} tokens of {shown(model.name)} stand for text that its tokenizer does not "
+        "know; its figures flatter it"
+        for model in report.models
+        if model.unknown_tokens
+    ]
+    if report.skipped:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items())
+        lines.append(f"left out of the text: {left_out}")
+    return "\n".join(lines).rstrip()
+
+
+def _interval_text(report: LossReport) -> str:
+    if report.num_units < 2:
+        return "none, for one document has no interval"
+    each = "documents" if report.num_units == report.num_documents else "blocks of documents"
+    paired = ", paired" * (len(report.models) > 1)
+    return f"{LEVEL:.0%} interval over {report.num_units:,} {each}{paired}"
+
+
+def _row(model: ModelResult, *, is_alone: bool) -> list[str]:
+    perplexity = f"{model.perplexity:,.2f}" if model.perplexity < 1e7 else f"{model.perplexity:.2e}"
+    row = [model.name, f"{model.tokens:,}", f"{model.loss.value:.4f}", perplexity, f"{model.bits_per_byte.value:.4f}"]
+    return row if is_alone else [*row, "baseline" if model.difference is None else signed(model.difference)]
+
+
+def signed(estimate: Estimate) -> str:
+    """A difference with its sign.
+
+    >>> signed(Estimate(-0.0123, 0.004))
+    '-0.0123 ± 0.0040'
+    """
+    return f"{estimate.value:+.4f}" + ("" if estimate.margin is None else f" ± {estimate.margin:.4f}")
+
+
+def table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Columns two spaces apart, numbers to the right. The first gives way where a line would be too long."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    room = max(8, width - sum(widths[1:]) - 2 * (len(widths) - 1))
+    widths[0] = min(widths[0], room)
+    return [
+        "  ".join(
+            [_fitted(row[0], room).ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def _fitted(name: str, width: int) -> str:
+    """A model's name cut in the middle: both of its ends tell models apart.
+
+    >>> _fitted("SmolLM2-135M-Instruct", 12)
+    'SmolLM…truct'
+    """
+    text = shown(name)
+    left = width // 2
+    return text if len(text) <= width else f"{text[:left]}…{text[len(text) - (width - left - 1) :]}"
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """All that one command found."""
+
+    losses: LossReport | None
+    gates: Gates = field(default_factory=Gates)
+
+    @property
+    def missed(self) -> list[str]:
+        return [] if self.losses is None else self.gates.missed(self.losses)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report of `--json`; docs/layout.md describes each field."""
+        return {
+            "schema": SCHEMA,
+            "version": __version__,
+            **({} if self.losses is None else self.losses.to_json()),
+            "gates": self.gates.to_json(),
+            "missed": self.missed,
+        }
