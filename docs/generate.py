@@ -17,7 +17,8 @@ DOCS = Path(__file__).parent
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 SIGTERM, "
-    "129 SIGHUP. stdout carries results only. `DUS_DEBUG=1` shows the traceback of a known failure."
+    "129 SIGHUP, 141 when nobody reads the results (`dus … | head`; quiet). stdout carries results only. Nothing ever "
+    "asks. `DUS_DEBUG=1` shows the traceback of a known failure."
 )
 
 

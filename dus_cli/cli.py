@@ -1,12 +1,11 @@
 """The command line: parse, call, print. The one place that knows the terminal and exit codes.
 
 Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 SIGTERM,
-129 SIGHUP. stdout carries results only.
+129 SIGHUP, 141 a closed pipe on stdout. stdout carries results only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -17,27 +16,20 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from dus_cli import __version__
+from dus_cli import __version__, api, events
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
 from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
-from dus_cli.options import Revision, Token, parse_assumption
-from dus_cli.planning import MapRequest, parse_size
+from dus_cli.options import AsJson, Quiet, Revision, ShowProgress, Token, parse_assumption, progress_for
+from dus_cli.planning import parse_size
 from dus_cli.probe.command import probe
-from dus_cli.progress import NoProgress, Progress
+from dus_cli.progress import ProgressMode
 from dus_cli.recipes import RECIPES
-from dus_cli.reference import ModelRef
-from dus_cli.remaking import read_remaking
-from dus_cli.report import upscale_text, verification_json, verification_text
-from dus_cli.terminal import BarProgress, PlainProgress, print_plan
+from dus_cli.terminal import say, silence
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode
-from dus_cli.upscaling import open_base
-from dus_cli.upscaling import preview as run_preview
-from dus_cli.upscaling import upscale as run_upscale
 from dus_cli.verification import VerifyMode
-from dus_cli.verification import verify as run_verify
 
 app = typer.Typer(
     name="dus",
@@ -84,23 +76,8 @@ def _recipe(text: str) -> str:
     return text
 
 
-# Parameters of `upscale` that a lineage records.
-_RECORDED = ("revision", "trim", "layers", "copies", "assume", "recipe", "identity", "dtype", "max_shard_size")
-
-
-def _refuse_beside_from(context: typer.Context) -> None:
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in _RECORDED
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise UsageError(f"--from says {' and '.join(given)} already, as it was; leave it out")
-
-
 @app.command()
 def upscale(
-    context: typer.Context,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write; must not exist, or be empty.")
     ],
@@ -186,66 +163,42 @@ def upscale(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing OUT, once the new one is whole.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    progress: ShowProgress = ProgressMode.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a deeper model: base layers 0…n−m−1, then m…n−1.
 
     The result is an ordinary checkpoint of 2(n − m) layers. Heal it before you use it.
     """
-    for given, hint in ((recipe, "--recipe"), (layers, "--layers")):
-        others = {"--trim": trim, "--layers": layers, "--copies": copies if copies != 2 else None}
-        if given is not None and any(value is not None for name, value in others.items() if name != hint):
-            raise typer.BadParameter(
-                f"it says the whole map; leave out {' and '.join(name for name in others if name != hint)}",
-                param_hint=hint,
-            )
-    remaking = None
-    if lineage is not None:
-        _refuse_beside_from(context)
-        remaking = read_remaking(lineage, model, token=token)
-        ref, request, max_shard_size, dtype = remaking.parts
-    elif model is not None:
-        ref = ModelRef.parse(model, revision=revision, token=token)
-        request = MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple(assume or ()))
-    else:
+    if model is None and lineage is None:
         raise UsageError("which model? give MODEL, a directory or a Hub id; see dus upscale --help")
-    speaks = not (quiet or as_json)
-    if dry_run:
-        report = run_preview(
-            ref,
-            output,
-            request,
-            max_shard_bytes=max_shard_size,
-            dtype=dtype,
-            remaking=remaking,
-            copy_mode=copy_mode,
-            overwrite=overwrite,
-            quiet=not speaks,
-        )
-        if speaks:
-            print_plan(report.plan)
-    else:
-        with progress_for(speaks) as progress:
-            report = run_upscale(
-                ref,
-                output,
-                request,
-                max_shard_bytes=max_shard_size,
-                dtype=dtype,
-                remaking=remaking,
-                copy_mode=copy_mode,
-                jobs=jobs,
-                verify=verify,
-                with_checksums=checksums,
-                overwrite=overwrite,
-                quiet=not speaks,
-                progress=progress,
-            )
+    says = not (quiet or as_json)
+    options: dict[str, Any] = {
+        "lineage": lineage,
+        "revision": revision,
+        "token": token,
+        "trim": trim,
+        "layers": layers,
+        "copies": copies,
+        "recipe": recipe,
+        "identity": identity,
+        "assume": dict(assume or ()),
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "copy_mode": copy_mode,
+        "overwrite": overwrite,
+    }
+    with progress_for(progress, quiet=not says) as told:
+        if dry_run:
+            report = api.plan(model, output, **options)
+            told.planned(report.plan)
+        else:
+            report = api.upscale(model, output, **options, jobs=jobs, verify=verify, checksums=checksums, progress=told)
     if as_json:
         print(json.dumps(report.to_json()))
-    elif speaks:
-        print(upscale_text(report))
+    elif says:
+        print(report)
 
 
 @app.command()
@@ -257,23 +210,21 @@ def verify(
     ] = None,
     token: Token = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel reads.")] = DEFAULT_JOBS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    progress: ShowProgress = ProgressMode.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
 
     Lists every problem it finds, and exits 1 if there is any.
     """
-    if not model.is_dir():
-        raise DusError(f"{shown(model)} is not a directory; give the one that dus upscale wrote")
-    speaks = not (quiet or as_json)
-    checkpoint = open_base(ModelRef.parse(base, token=token), quiet=not speaks) if base is not None else None
-    with progress_for(speaks) as progress:
-        found = run_verify(model, checkpoint, jobs=jobs, progress=progress)
+    says = not (quiet or as_json)
+    with progress_for(progress, quiet=not says) as told:
+        found = api.verify(model, base=base, token=token, jobs=jobs, progress=told)
     if as_json:
-        print(json.dumps(verification_json(found)))
-    elif speaks or not found.is_sound:
-        print(verification_text(found))
+        print(json.dumps(found.to_json()))
+    elif says or not found.is_sound:
+        print(found)
     if not found.is_sound:
         raise typer.Exit(1)
 
@@ -281,12 +232,6 @@ def verify(
 app.command()(heal)
 app.command("eval")(evaluate)
 app.command()(probe)
-
-
-def progress_for(speaks: bool) -> contextlib.AbstractContextManager[Progress]:
-    if not speaks:
-        return contextlib.nullcontext(NoProgress())
-    return BarProgress() if sys.stderr.isatty() else contextlib.nullcontext(PlainProgress())
 
 
 # typer vendors click, so its usage errors have no public name: it is the parent of BadParameter.
@@ -311,43 +256,68 @@ def _handle_signals() -> None:
         signal.signal(signum, handle)
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, then exit."""
-    print(f"error: {message}", file=sys.stderr)
+def main() -> NoReturn:
+    """The entry point of `dus`: turns outcomes into exit codes. DUS_DEBUG=1 shows tracebacks."""
+    _open_streams()
+    _handle_signals()
+    code, message = _run()
+    if events.are_wanted(sys.argv[1:]):
+        events.emit("exit", exit_code=code, error=message)
+    elif message is not None:
+        say(f"error: {message}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # was told already; Python would tell it again
+        silence(sys.stdout.fileno())
     sys.exit(code)
 
 
-def main() -> NoReturn:
-    """The entry point of `dus`: turns outcomes into exit codes. DUS_DEBUG=1 shows tracebacks."""
+def _open_streams() -> None:
+    """Standard streams that can be written to: what `>&-` closed becomes /dev/null, before a file gets its number."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            setattr(sys, name, open(os.devnull, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets question marks, no traceback
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    _handle_signals()
+
+
+def _run() -> tuple[int, str | None]:
+    """Run the command line: its exit code, and the one line that says what went wrong."""
     try:
         code = app(prog_name="dus", standalone_mode=False)
         sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
     except StoppedError as error:
-        fail(str(error), 128 + error.signum)
+        return 128 + error.signum, str(error)
     except DusError as error:
         if os.environ.get("DUS_DEBUG"):
             raise
-        fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        return 2 if isinstance(error, UsageError) else 1, str(error)
     except _UsageError as error:
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
-        if not message:  # `dus` alone: the help was printed
-            sys.exit(2)
         command = getattr(getattr(error, "ctx", None), "command_path", "dus")
-        fail(f"{message.rstrip('.')}; see {command} --help", 2)
-    except BrokenPipeError:  # dus … | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 2, f"{message.rstrip('.')}; see {command} --help" if message else None  # `dus` alone printed the help
     except _Terminated as error:
-        fail(f"ended by {signal.Signals(error.signum).name}; nothing was left behind", 128 + error.signum)
+        return 128 + error.signum, f"ended by {signal.Signals(error.signum).name}; nothing was left behind"
+    except BrokenPipeError:
+        return _closed_pipe()
     except OSError as error:  # whatever the operating system refuses that no module foresaw
         if os.environ.get("DUS_DEBUG"):
             raise
         where = f"{shown(error.filename)}: " if error.filename else ""
-        fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk", 1)
+        return 1, f"{where}{error.strerror or error}; check the path, its permissions and the disk"
     except MemoryError:
-        fail("out of memory; nothing was left behind", 1)
+        return 1, "out of memory; nothing was left behind"
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):  # which typer makes an exit of 1
+            raise
+        return _closed_pipe()
+    return code if isinstance(code, int) else 0, None
+
+
+def _closed_pipe() -> tuple[int, None]:
+    """The end of `dus … | head`: quiet, and with the code that a shell gives to SIGPIPE."""
+    silence(sys.stdout.fileno())
+    return 128 + signal.SIGPIPE, None

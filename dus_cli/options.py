@@ -1,14 +1,18 @@
-"""Options that several commands share, by the names that they have everywhere."""
+"""Options that several commands share, by the names that they have everywhere, and what follows from them."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Optional, cast, get_args
 
 import typer
 
 from dus_cli.errors import shown
+from dus_cli.events import JsonProgress
 from dus_cli.heal.corpus import BadLine
 from dus_cli.model_config import Assumption
+from dus_cli.progress import NoProgress, Progress, ProgressMode
+from dus_cli.terminal import BarProgress, PlainProgress, is_live
 
 Revision = Annotated[
     Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
@@ -28,6 +32,38 @@ TextField = Annotated[
 OnBadLine = Annotated[
     BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel="Data")
 ]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+ShowProgress = Annotated[
+    ProgressMode,
+    typer.Option(
+        "--progress",
+        help="On stderr: a bar on a terminal and lines elsewhere (auto, none with --json or -q), or JSON Lines.",
+    ),
+]
+
+
+def effective_mode(mode: ProgressMode, *, quiet: bool) -> ProgressMode:
+    """What `--progress` comes to: auto is none with --json or -q; what was asked for by name stays."""
+    return ProgressMode.none if quiet and mode is ProgressMode.auto else mode
+
+
+def progress_for(mode: ProgressMode, *, quiet: bool) -> AbstractContextManager[Progress]:
+    """What a command tells while it works. `quiet` is `-q` or `--json`.
+
+    >>> with progress_for(ProgressMode.auto, quiet=True) as told:
+    ...     told.start("writing", 8)
+    ...     told.advance(8)
+    """
+    mode = effective_mode(mode, quiet=quiet)
+    if mode is ProgressMode.json:
+        return JsonProgress()
+    if mode is ProgressMode.none:
+        return nullcontext(NoProgress())
+    return BarProgress() if mode is ProgressMode.auto and is_live() else PlainProgress()
 
 
 def parse_assumption(text: str) -> tuple[str, Assumption]:

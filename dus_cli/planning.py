@@ -15,8 +15,8 @@ from dus_cli.architectures import KNOWN_TYPES
 from dus_cli.base_card import BaseCard, read_base_card
 from dus_cli.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from dus_cli.dtypes import Dtype, check_castable, config_with_dtype
-from dus_cli.errors import LayerMapError, shown
-from dus_cli.layers import LayerMap, stack, typed_map
+from dus_cli.errors import UsageError, shown
+from dus_cli.layers import LayerMap, parse_layers, stack, typed_map
 from dus_cli.layout import Placement, ShardLayout, lay_out
 from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deepen_config, refuse_types
 from dus_cli.projections import zero_patterns
@@ -54,6 +54,10 @@ class MapRequest:
 
     `layers` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as identities.
     `assume` says how fields of config.json that dus does not know are to be carried, as (field, "keep" or "map").
+
+    Raises:
+        UsageError: options that exclude each other, or no such recipe.
+        LayerMapError: `layers` is not of its grammar.
     """
 
     trim: int | None = None
@@ -62,6 +66,16 @@ class MapRequest:
     recipe: str | None = None
     identity: bool = False
     assume: tuple[tuple[str, Assumption], ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("layers", "recipe") if getattr(self, name) is not None]
+        if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
+            others = [f"--{name}" for name in ("trim", "layers", "recipe", "copies") if name != given[-1]]
+            raise UsageError(f"--{given[-1]} says the whole map; leave out {' and '.join(others)}")
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise UsageError(f"there is no recipe {shown(self.recipe)!r}; there are {', '.join(RECIPES)}")
+        if self.layers is not None:
+            parse_layers(self.layers)
 
     @property
     def starts_as_base(self) -> bool:
@@ -74,10 +88,6 @@ class MapRequest:
         Raises:
             LayerMapError: not valid for this depth.
         """
-        given = [name for name in ("layers", "recipe") if getattr(self, name) is not None]
-        if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
-            others = " and ".join(f"--{name}" for name in ("layers", "recipe", "trim", "copies") if name != given[0])
-            raise LayerMapError(f"--{given[0]} says the whole map; leave out {others}")
         if self.recipe is not None:
             return recipe_map(self.recipe, num_layers)
         return stack(num_layers, self.trim, self.copies) if self.layers is None else typed_map(self.layers, num_layers)

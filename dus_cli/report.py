@@ -1,9 +1,9 @@
-"""What an upscale or a verification has to say: as JSON with a documented schema, and for a person."""
+"""What an upscale has to say: as JSON with a documented schema, and for a person."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from dus_cli.lineage import seam_record
 from dus_cli.planning import UpscalePlan
 from dus_cli.remaking import Remaking
 from dus_cli.transfer import Tally
-from dus_cli.verification import Verification
 
 # Raised when a field is removed or changes its meaning; new fields do not raise it.
 SCHEMA = 1
@@ -38,10 +37,11 @@ class UpscaleReport:
     """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the planning).
 
     `status` is "written", "planned" (a dry run), or "unchanged": the output was already what would be written.
-    `published` is how it got its name: "rename", or "index last"; None where nothing was written.
+    `verified` is the `--verify` that it passed. `published` is how it got its name: "rename", or "index last"; None
+    where nothing was written. As text it is the summary for a person.
     """
 
-    plan: UpscalePlan
+    plan: UpscalePlan = field(repr=False)  # every tensor of the output
     output: Path
     status: Literal["written", "planned", "unchanged"]
     space: Space
@@ -65,6 +65,9 @@ class UpscaleReport:
     @property
     def dry_run(self) -> bool:
         return self.status == "planned"
+
+    def __str__(self) -> str:
+        return upscale_text(self)
 
     def to_json(self) -> dict[str, Any]:
         """The report of `--json`; docs/layout.md describes each field."""
@@ -164,36 +167,6 @@ def upscale_text(report: UpscaleReport) -> str:
     return "\n".join(lines)
 
 
-def verification_json(found: Verification) -> dict[str, Any]:
-    """The report of `dus verify --json`; docs/layout.md describes each field."""
-    return {
-        "schema": SCHEMA,
-        "version": __version__,
-        "model": found.model,
-        "sound": found.is_sound,
-        "num_layers": found.num_layers,
-        "tensors": found.num_tensors,
-        "parameters": found.num_parameters,
-        "bytes_compared": found.bytes_compared,
-        "files_summed": found.files_summed,
-        "problems": found.problems,
-        "warnings": found.warnings,
-    }
-
-
-def verification_text(found: Verification) -> str:
-    """The findings for a person, a line for each problem."""
-    lines = [f"problem: {problem}" for problem in found.problems]
-    lines += [f"warning: {warning}" for warning in found.warnings]
-    layers = "" if found.num_layers is None else f"{found.num_layers} layers, "
-    compared = f"{human_bytes(found.bytes_compared)} compared byte by byte"
-    sums = f", {found.files_summed} checksums" if found.files_summed else ""
-    count = len(found.problems)
-    verdict = "sound" if found.is_sound else f"{count} problem{'s' * (count != 1)}"
-    lines.append(f"{found.model}: {verdict} ({layers}{found.num_tensors:,} tensors, {compared}{sums})")
-    return "\n".join(lines)
-
-
 def human_bytes(count: float) -> str:
     """Decimal units, as --max-shard-size counts.
 
@@ -205,6 +178,21 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> human_time(42.0), human_time(3900.0), human_time(200_000)
+    ('42 s', '1 h 5 min', '2 d 8 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dus_cli import card, lineage
+from dus_cli import __version__, card, lineage
 from dus_cli.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -31,6 +31,7 @@ from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deep
 from dus_cli.picture import PICTURES
 from dus_cli.planning import UpscalePlan
 from dus_cli.progress import NoProgress, Progress
+from dus_cli.report import SCHEMA, human_bytes
 from dus_cli.source_files import inside
 from dus_cli.stacks import find_stack
 from dus_cli.staging import staged_files
@@ -72,7 +73,7 @@ class Comparison(NamedTuple):
 
 @dataclass
 class Verification:
-    """What `dus verify` found. `problems` is empty where all is well."""
+    """What `dus verify` found, a line for each of `problems` and `warnings`. As text it is the summary for a person."""
 
     model: str
     problems: list[str] = field(default_factory=list)
@@ -86,6 +87,33 @@ class Verification:
     @property
     def is_sound(self) -> bool:
         return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """The report of `--json`; docs/layout.md describes each field."""
+        return {
+            "schema": SCHEMA,
+            "version": __version__,
+            "model": self.model,
+            "sound": self.is_sound,
+            "num_layers": self.num_layers,
+            "tensors": self.num_tensors,
+            "parameters": self.num_parameters,
+            "bytes_compared": self.bytes_compared,
+            "files_summed": self.files_summed,
+            "problems": self.problems,
+            "warnings": self.warnings,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"problem: {problem}" for problem in self.problems]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        layers = "" if self.num_layers is None else f"{self.num_layers} layers, "
+        compared = f"{human_bytes(self.bytes_compared)} compared byte by byte"
+        sums = f", {self.files_summed} checksums" if self.files_summed else ""
+        count = len(self.problems)
+        verdict = "sound" if self.is_sound else f"{count} problem{'s' * (count != 1)}"
+        lines.append(f"{self.model}: {verdict} ({layers}{self.num_tensors:,} tensors, {compared}{sums})")
+        return "\n".join(lines)
 
 
 # --- before publishing: against the plan -------------------------------------------------------

@@ -20,6 +20,7 @@ from rich.console import Console
 from dus_cli.heal.curve import MAX_SERIES, compare_curves, loss_curve
 from dus_cli.heal.live import LiveView, MetricsFollower, NoView, PlainView, sparkline, view_for
 from dus_cli.heal.metrics import MetricsFile
+from dus_cli.progress import ProgressMode
 
 Rows = list[dict[str, Any]]
 
@@ -344,24 +345,25 @@ def test_notes_stay_in_sight_and_a_waiting_line_does_not(metrics: Path) -> None:
 
 
 def test_a_pipe_gets_lines_and_quiet_gets_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert type(view_for(speaks=False)) is NoView
-    assert type(view_for(speaks=True)) is PlainView
+    assert type(view_for(ProgressMode.none)) is NoView
+    assert type(view_for(ProgressMode.auto)) is PlainView
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")
-    assert type(view_for(speaks=True)) is PlainView
+    assert type(view_for(ProgressMode.auto)) is PlainView
     monkeypatch.setenv("TERM", "xterm")
-    assert type(view_for(speaks=True)) is LiveView
+    assert type(view_for(ProgressMode.auto)) is LiveView
 
 
 def test_views_for_logs_do_without_rich() -> None:
     code = (
         "import sys; from dus_cli.heal.live import view_for, MetricsFollower\n"
         "from pathlib import Path\n"
-        "view_for(True).update(MetricsFollower(Path('/nowhere')))\n"
+        "from dus_cli.progress import ProgressMode\n"
+        "view_for(ProgressMode.auto).update(MetricsFollower(Path('/nowhere')))\n"
         "sys.exit('rich' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -21,10 +21,10 @@ from dus_cli.errors import ProbeError  # noqa: E402
 from dus_cli.heal.sample import Packed, read_sample  # noqa: E402
 from dus_cli.heal.tokenise import Tokeniser  # noqa: E402
 from dus_cli.planning import MapRequest  # noqa: E402
-from dus_cli.probe.listener import Listener  # noqa: E402
 from dus_cli.probe.maps import Asked  # noqa: E402
 from dus_cli.probe.replay import Replay  # noqa: E402
 from dus_cli.probe.verb import Options, Probe, probe  # noqa: E402
+from dus_cli.progress import NoProgress  # noqa: E402
 from dus_cli.reference import ModelRef  # noqa: E402
 from dus_cli.upscaling import upscale  # noqa: E402
 
@@ -70,7 +70,7 @@ def measured(model: Path, corpus: Path, asked: Asked | None = None, **options: A
     for name, value in options.items():
         object.__setattr__(settings, name, value)
     ref = ModelRef.parse(str(model))
-    return probe(ref, asked or Asked((2, 3)), settings, Listener(), dry_run=False, quiet=True)
+    return probe(ref, asked or Asked((2, 3)), settings, NoProgress(), dry_run=False, quiet=True)
 
 
 def own_loss(folder: Path, corpus: Path) -> float:

@@ -13,7 +13,8 @@ from dus_cli.errors import GateError, MissingExtraError
 from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions
 from dus_cli.heal.corpus import BadLine
 from dus_cli.heal.options import parse_count
-from dus_cli.options import OnBadLine, TextField, Token
+from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, Token, progress_for
+from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
 
 # The groups in which --help lists the options.
@@ -134,8 +135,9 @@ def evaluate(
         str, typer.Option("--device", metavar="NAME", help="cpu, cuda:0, …; auto is a GPU's.", rich_help_panel=_RUN)
     ] = "auto",
     token: Token = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    progress: ShowProgress = ProgressMode.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare models on the same held-out text: loss, perplexity, bits per byte, paired intervals.
 
@@ -146,7 +148,6 @@ def evaluate(
         raise typer.BadParameter("there is nothing to evaluate on; give --data heldout.jsonl", param_hint="--data")
     _check_gates(refs, min_improvement, max_loss, baseline, with_base=with_base, confident=confident)
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
-    from dus_cli import cli
     from dus_cli.evaluation.report import EvalReport, Gates, losses_text
 
     try:
@@ -154,15 +155,15 @@ def evaluate(
     except ImportError as error:  # numpy
         raise MissingExtraError("dus eval needs torch and transformers; pip install 'dus-cli[heal]'") from error
 
-    speaks = not (quiet or as_json)
+    says = not (quiet or as_json)
     text = TextOptions(tuple(data), text_field, on_bad_line, max_documents, tokens)
     scoring = ScoringOptions(seq_length, stride, batch_tokens, precision, device)
-    with cli.progress_for(speaks) as progress:
-        found = losses(refs, text, scoring, progress, with_base=with_base, quiet=not speaks)
+    with progress_for(progress, quiet=not says) as told:
+        found = losses(refs, text, scoring, told, with_base=with_base, quiet=not told.is_live)
     report = EvalReport(found, Gates(min_improvement, max_loss, confident))
     if as_json:
         sys.stdout.write(json.dumps(report.to_json()) + "\n")
-    elif speaks:
+    elif says:
         sys.stdout.write(losses_text(found, shutil.get_terminal_size().columns) + "\n")
     sys.stdout.flush()
     if report.missed:

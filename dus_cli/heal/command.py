@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, DataError, parse_holdout
-from dus_cli.options import OnBadLine, TextField
+from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, effective_mode
+from dus_cli.progress import ProgressMode
 
 _T = TypeVar("_T")
 
@@ -337,8 +339,9 @@ def heal(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count tokens and steps, estimate memory and FLOPs; write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    progress: ShowProgress = ProgressMode.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Heal an up-scaled model by continued pretraining, and prove that it healed.
 
@@ -353,7 +356,7 @@ def heal(
     from dus_cli.heal import launcher
     from dus_cli.heal.live import view_for
     from dus_cli.heal.resolve import Wishes
-    from dus_cli.heal.summary import dry_run_json, dry_run_text, heal_text
+    from dus_cli.heal.summary import command_json, dry_run_json, dry_run_text, heal_text
 
     wishes = Wishes(
         model=model,
@@ -389,8 +392,8 @@ def heal(
         launch=opt.Launch(nproc_per_node, nnodes, node_rank, rdzv_endpoint, max_restarts),
         keeping=opt.Keeping(eval_every, eval_tokens, save_every, keep, track),
     )
-    speaks = not (quiet or as_json)
-    with view_for(speaks) as view:
+    says = not (quiet or as_json)
+    with view_for(effective_mode(progress, quiet=not says)) as view:
         if dry_run:
             run, model_shape = launcher.preview(wishes, view)
             shown = (
@@ -399,9 +402,10 @@ def heal(
                 else dry_run_text(run, model_shape, wishes)
             )
         elif print_command:
-            shown = launcher.printed_command(wishes, view)
+            command = launcher.prepared_command(wishes, view)
+            shown = json.dumps(command_json(command, wishes)) if as_json else shlex.join(command)
         else:
             report = launcher.heal(wishes, view)
             shown = json.dumps(report) if as_json else heal_text(report)
-    if as_json or speaks or print_command:
+    if as_json or says or print_command:
         sys.stdout.write(shown + "\n")

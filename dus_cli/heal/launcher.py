@@ -10,7 +10,6 @@ import ctypes
 import errno
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -273,15 +272,14 @@ def torchrun_command(launch: Launch, run_path: Path) -> list[str]:
     return command
 
 
-def printed_command(wishes: Wishes, view: View) -> str:
-    """The line of `--print-command`, for a shell, a batch job or a container. Data and run.json are made first.
+def prepared_command(wishes: Wishes, view: View) -> list[str]:
+    """What `--print-command` prints: torchrun's line for a batch job or a container. Data and run.json are made first.
 
     Raises:
         DusError: as `heal`.
     """
     prepare_run(wishes, check(wishes), view)
-    command = torchrun_command(wishes.launch, wishes.output.resolve() / RUN_NAME)
-    return " ".join(shlex.quote(part) for part in command)
+    return torchrun_command(wishes.launch, wishes.output.resolve() / RUN_NAME)
 
 
 def _launch(run: Run, launch: Launch, view: View) -> tuple[int, int | None]:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dus_cli.heal.curve import human_count
-from dus_cli.report import human_bytes
+from dus_cli.progress import ProgressMode
+from dus_cli.report import human_bytes, human_time
+from dus_cli.terminal import is_live, say
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -82,7 +84,7 @@ class View(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def note(self, text: str) -> None:
         """Something to keep in sight, in a line of its own."""
@@ -100,12 +102,15 @@ class View(Protocol):
         """Look for new rows, and show them. Called several times a second."""
 
 
-def view_for(speaks: bool) -> View:
-    """A view for stderr as it is: a terminal, a pipe or a log, or nothing for --quiet and --json."""
-    if not speaks:
+def view_for(mode: ProgressMode) -> View:
+    """The view of `--progress`: for auto a terminal's or a log's, as stderr is."""
+    if mode is ProgressMode.none:
         return NoView()
-    is_terminal = sys.stderr.isatty() and os.environ.get("TERM") not in {None, "", "dumb", "unknown"}
-    return LiveView() if is_terminal else PlainView()
+    if mode is ProgressMode.json:
+        from dus_cli.heal.events import EventView
+
+        return EventView()
+    return LiveView() if mode is ProgressMode.auto and is_live() else PlainView()
 
 
 class NoView:
@@ -176,8 +181,7 @@ class PlainView(NoView):
 
     def _say(self, line: str) -> None:
         is_utf8 = sys.stderr.encoding.lower().startswith("utf")
-        sys.stderr.write(f"{line if is_utf8 else line.translate(_ASCII)}\n")
-        sys.stderr.flush()
+        say(line if is_utf8 else line.translate(_ASCII))
         self._said_at = time.monotonic()
 
 
@@ -414,11 +418,16 @@ class Standing:
             texts.append(f"KL {self.row['kl']:.3f}")
         return texts
 
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The mean of the latest steps, measurements included; None before the first."""
+        return sum(self.paces) / len(self.paces) if self.paces else None
+
     def time_left_text(self) -> str:
         """The steps that remain at the pace of the latest ones, measurements included."""
         if not self.paces or self.is_done:
             return ""
-        return f"{human_time((self.num_steps - self.step) * sum(self.paces) / len(self.paces))} left"
+        return f"{human_time((self.num_steps - self.step) * (self.seconds_per_step or 0))} left"
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -436,21 +445,6 @@ def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
     means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, spread = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
     return "".join(_BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
-
-
-def human_time(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> human_time(42.0), human_time(3900.0), human_time(200_000)
-    ('42 s', '1 h 5 min', '2 d 8 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _loss(loss: float | None) -> str:

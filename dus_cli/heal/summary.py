@@ -8,11 +8,10 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.heal import estimate, launcher
 from dus_cli.heal.estimate import MemoryEstimate, Shape, num_shards
-from dus_cli.heal.live import human_time
 from dus_cli.heal.resolve import Wishes
 from dus_cli.heal.run import SCHEMA, Run
 from dus_cli.heal.tokens import Prepared
-from dus_cli.report import human_bytes
+from dus_cli.report import human_bytes, human_time
 
 # What a well-tuned run reaches of a GPU's peak; the time in a dry run is told for it.
 _TYPICAL_MFU = 0.45
@@ -51,6 +50,17 @@ def heal_text(report: dict[str, Any]) -> str:
     else:
         lines.append(f"Wrote {output}. It has not reached its base yet: give it more tokens (--tokens, --until base).")
     return "\n".join(lines)
+
+
+def command_json(command: list[str], wishes: Wishes) -> dict[str, Any]:
+    """The report of `--print-command --json`; docs/layout.md describes each field."""
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": str(wishes.model.resolve()),
+        "output": str(wishes.output.resolve()),
+        "command": command,
+    }
 
 
 def dry_run_json(run: Run, shape: Shape, wishes: Wishes) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from dus_cli.heal import options as opt
 from dus_cli.heal.command import _parser as parser
 from dus_cli.heal.corpus import BadLine, parse_holdout
 from dus_cli.layers import parse_layers
-from dus_cli.options import Revision, Token, parse_assumption
+from dus_cli.options import AsJson, Quiet, Revision, ShowProgress, Token, parse_assumption, progress_for
 from dus_cli.planning import parse_size
-from dus_cli.probe.listener import Listener
 from dus_cli.probe.maps import parse_trims
+from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
 
 
@@ -27,19 +27,6 @@ class Precision(str, Enum):
     auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
-
-
-class _Lines(Listener):
-    """A line when measuring starts, and one for each tenth of it."""
-
-    def start(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
-
-    def advance(self, count: int) -> None:
-        before, self._done = self._done, self._done + count
-        if self._done * 10 // self._total > before * 10 // self._total:
-            sys.stderr.write(f"{self._what}: {self._done} of {self._total} layer passes\n")
-            sys.stderr.flush()
 
 
 _DATA, _MAPS, _FIT = "Data", "Maps", "Memory and speed"
@@ -191,8 +178,9 @@ def probe(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the maps, what they cost and the memory needed; measure nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    progress: ShowProgress = ProgressMode.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure what loss layer maps would have right after scaling, and write no model.
 
@@ -219,9 +207,10 @@ def probe(
         max_memory,
         within,
     )
-    speaks = not (quiet or as_json)
-    found = run(ref, asked, options, _Lines() if speaks else Listener(), dry_run=dry_run, quiet=not speaks)
+    says = not (quiet or as_json)
+    with progress_for(progress, quiet=not says) as told:
+        found = run(ref, asked, options, told, dry_run=dry_run, quiet=not told.is_live)
     if as_json:
         sys.stdout.write(json.dumps(probe_json(found)) + "\n")
-    elif speaks:
+    elif says:
         sys.stdout.write(probe_text(found) + "\n")

@@ -16,9 +16,9 @@ from dus_cli.planning import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
 from dus_cli.probe.budget import Memory, available_bytes, plan_memory, weight_bytes
-from dus_cli.probe.listener import Listener
 from dus_cli.probe.maps import Asked, Candidate, Cost
 from dus_cli.probe.tree import count_nodes, grow, most_states
+from dus_cli.progress import Progress
 from dus_cli.reference import ModelRef
 from dus_cli.upscaling import plan as run_plan
 
@@ -108,7 +108,7 @@ class Options:
     bound: float = 0.2
 
 
-def probe(ref: ModelRef, asked: Asked, options: Options, listener: Listener, *, dry_run: bool, quiet: bool) -> Probe:
+def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, dry_run: bool, quiet: bool) -> Probe:
     """Measure maps of a model, or say what that would take.
 
     Raises:
@@ -150,7 +150,7 @@ def probe(ref: ModelRef, asked: Asked, options: Options, listener: Listener, *, 
         return found
     if ref.repo_id is not None:
         of_base = run_plan(ref, _WHOLE, quiet=quiet)
-    return _measure(found, of_base, asked, options, plan, listener, started)
+    return _measure(found, of_base, asked, options, plan, progress, started)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _measure(
     asked: Asked,
     options: Options,
     plan: _Plan,
-    listener: Listener,
+    progress: Progress,
     started: float,
 ) -> Probe:
     from dus_cli.heal.devices import peak_memory_bytes
@@ -232,8 +232,8 @@ def _measure(
         maps = _layers(of_base, about)
         count = count_nodes(grow(maps))
         passes += count
-        listener.start("measuring", count * meter.num_groups)
-        return [total / num_labels for total in meter.losses(maps, depths, lambda: listener.advance(1))]
+        progress.start("measuring", count * meter.num_groups, "layer passes")
+        return [total / num_labels for total in meter.losses(maps, depths, lambda: progress.advance(1))]
 
     if asked.search:  # the distances say which maps are worth a loss
         losses([], depths)

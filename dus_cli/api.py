@@ -1,0 +1,256 @@
+"""The Python API: `from dus_cli import upscale, plan, verify`. The commands of the same names call exactly these.
+
+They take what a person types, return what `--json` prints as typed objects, and raise `DusError` with one line for
+each known failure. They print nothing, ask nothing, and set no signal handlers: a KeyboardInterrupt leaves nothing
+behind. docs/api.md describes the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+from dus_cli import upscaling, verification
+from dus_cli.dtypes import Dtype
+from dus_cli.errors import DusError, UsageError, shown
+from dus_cli.model_config import Assumption
+from dus_cli.planning import DEFAULT_SHARD_BYTES, MapRequest, parse_size
+from dus_cli.progress import NoProgress, Progress
+from dus_cli.reference import ModelRef
+from dus_cli.remaking import Remaking, read_remaking
+from dus_cli.report import UpscaleReport
+from dus_cli.transfer import DEFAULT_JOBS, CopyMode
+from dus_cli.verification import Verification, VerifyMode
+
+_E = TypeVar("_E", bound=Enum)
+
+_MOST_JOBS = 64
+
+
+def upscale(
+    model: str | Path | None,
+    output: str | Path,
+    *,
+    lineage: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trim: int | None = None,
+    layers: str | None = None,
+    copies: int = 2,
+    recipe: str | None = None,
+    identity: bool = False,
+    assume: Mapping[str, Assumption] | None = None,
+    dtype: Dtype | Literal["bfloat16", "float16", "float32"] | None = None,
+    max_shard_size: int | str = "5GB",
+    copy_mode: CopyMode | Literal["auto", "clone", "copy"] = CopyMode.auto,
+    jobs: int = DEFAULT_JOBS,
+    verify: VerifyMode | Literal["none", "structure", "full"] = VerifyMode.structure,
+    checksums: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> UpscaleReport:
+    """Write a deeper model: two copies of the base's layers, trimmed where they meet, or any other map.
+
+    `output` appears whole and verified, or not at all. Where it is already what this call would write, the
+    report's `status` is "unchanged" and nothing is done.
+
+    Args:
+        model: a Hub id (`org/name`, `org/name@revision`) or a directory. A `Path` is always a directory. None: the
+            base that `lineage` records.
+        output: the directory to write; it must not exist, or be empty.
+        lineage: a release's dus.json, to make it again as it was; `model` then says where the base is now.
+        revision: of a Hub id: a branch, tag or commit.
+        token: of the Hub; HF_TOKEN or the stored login by default.
+        trim: layers trimmed from each copy; a quarter of the base's by default.
+        layers: any other map, as half-open ranges of base layers, such as "0:24,8:32".
+        copies: how many copies are stacked.
+        recipe: a published map by name. It excludes `trim`, `layers` and `copies`, as `layers` does the others.
+        identity: new layers start as identities, so that the model computes what its base does.
+        assume: for fields of config.json that dus does not know, "keep" or "map".
+        dtype: what floating-point tensors are cast to (takes the heal extra).
+        max_shard_size: of the largest file of weights: bytes, or text such as "5GB" in decimal units.
+        copy_mode: how bytes move; "auto" clones where the file system can.
+        jobs: parallel copies, 1 to 64.
+        verify: what is checked before publishing.
+        checksums: also write SHA256SUMS.
+        overwrite: replace an existing output, once the new one is whole.
+        progress: told what happens while it happens, from several threads.
+
+    Raises:
+        UsageError: an argument that no model could make right.
+        DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
+    """
+    told = progress or NoProgress()
+    wanted = _wanted(
+        model, lineage, revision, token, trim, layers, copies, recipe, assume, dtype, max_shard_size, identity=identity
+    )
+    return upscaling.upscale(
+        wanted.ref,
+        Path(output),
+        wanted.request,
+        max_shard_bytes=wanted.max_shard_bytes,
+        dtype=wanted.dtype,
+        remaking=wanted.remaking,
+        copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
+        jobs=_jobs(jobs),
+        verify=_choice(VerifyMode, verify, "verify"),
+        with_checksums=checksums,
+        overwrite=overwrite,
+        quiet=not told.is_live,
+        progress=told,
+    )
+
+
+def plan(
+    model: str | Path | None,
+    output: str | Path,
+    *,
+    lineage: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trim: int | None = None,
+    layers: str | None = None,
+    copies: int = 2,
+    recipe: str | None = None,
+    identity: bool = False,
+    assume: Mapping[str, Assumption] | None = None,
+    dtype: Dtype | Literal["bfloat16", "float16", "float32"] | None = None,
+    max_shard_size: int | str = "5GB",
+    copy_mode: CopyMode | Literal["auto", "clone", "copy"] = CopyMode.auto,
+    overwrite: bool = False,
+) -> UpscaleReport:
+    """What `upscale` with the same arguments would write, as its dry run: nothing is written, no weights are read.
+
+    The report's `status` is "planned"; its `plan` has every tensor, and its warnings what would stop the run.
+
+    Raises:
+        UsageError: an argument that no model could make right.
+        DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
+    """
+    wanted = _wanted(
+        model, lineage, revision, token, trim, layers, copies, recipe, assume, dtype, max_shard_size, identity=identity
+    )
+    return upscaling.preview(
+        wanted.ref,
+        Path(output),
+        wanted.request,
+        max_shard_bytes=wanted.max_shard_bytes,
+        dtype=wanted.dtype,
+        remaking=wanted.remaking,
+        copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
+        overwrite=overwrite,
+    )
+
+
+def verify(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    token: str | None = None,
+    jobs: int = DEFAULT_JOBS,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
+
+    Problems are no exceptions: the result lists every one, and `is_sound` where there is none.
+
+    Args:
+        folder: the directory to check.
+        base: also hold every tensor against this base, a Hub id or a directory.
+        token: of the Hub, for the base; HF_TOKEN or the stored login by default.
+        jobs: parallel reads, 1 to 64.
+        progress: told what happens while it happens, from several threads.
+
+    Raises:
+        UsageError: an argument that no model could make right.
+        DusError: the folder is not there, or the base cannot be read.
+    """
+    told = progress or NoProgress()
+    if not Path(folder).is_dir():
+        raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
+    checkpoint = (
+        None if base is None else upscaling.open_base(ModelRef.parse(_text(base), token=token), quiet=not told.is_live)
+    )
+    return verification.verify(Path(folder), checkpoint, jobs=_jobs(jobs), progress=told)
+
+
+class _Wanted(NamedTuple):
+    """What decides the bytes that are written."""
+
+    ref: ModelRef
+    request: MapRequest
+    max_shard_bytes: int
+    dtype: Dtype | None
+    remaking: Remaking | None = None
+
+
+def _wanted(
+    model: str | Path | None,
+    lineage: str | Path | None,
+    revision: str | None,
+    token: str | None,
+    trim: int | None,
+    layers: str | None,
+    copies: int,
+    recipe: str | None,
+    assume: Mapping[str, Assumption] | None,
+    dtype: Dtype | str | None,
+    max_shard_size: int | str,
+    *,
+    identity: bool,
+) -> _Wanted:
+    size = _size(max_shard_size)
+    if lineage is not None:
+        given = {
+            "revision": revision,
+            "trim": trim,
+            "layers": layers,
+            "copies": copies != 2,
+            "assume": assume or None,
+            "recipe": recipe,
+            "identity": identity,
+            "dtype": dtype,
+            "max-shard-size": size != DEFAULT_SHARD_BYTES,
+        }
+        names = [f"--{name}" for name, value in given.items() if value is not None and value is not False]
+        if names:
+            raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
+        remaking = read_remaking(Path(lineage), None if model is None else _text(model), token=token)
+        return _Wanted(*remaking.parts, remaking)
+    if model is None:
+        raise UsageError("which model? give a directory or a Hub id, or lineage")
+    return _Wanted(
+        ModelRef.parse(_text(model), revision=revision, token=token),
+        MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple((assume or {}).items())),
+        size,
+        None if dtype is None else _choice(Dtype, dtype, "dtype"),
+    )
+
+
+def _text(model: str | Path) -> str:
+    """A path's text is one that means a directory too, where lineage and card repeat it."""
+    return str(model) if isinstance(model, str) or model.is_absolute() else f"./{model}"
+
+
+def _size(size: int | str) -> int:
+    try:
+        return parse_size(str(size))
+    except ValueError as error:
+        raise UsageError(f"max_shard_size: {error}") from None
+
+
+def _choice(kind: type[_E], value: _E | str, name: str) -> _E:
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(
+            f"{name}: {shown(value)!r} is not one of {', '.join(choice.value for choice in kind)}"
+        ) from None
+
+
+def _jobs(jobs: int) -> int:
+    if not 1 <= jobs <= _MOST_JOBS:
+        raise UsageError(f"jobs: {jobs} is not between 1 and {_MOST_JOBS}")
+    return jobs

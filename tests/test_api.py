@@ -1,0 +1,236 @@
+"""The Python API, frozen: names, signatures, results. A change here is one that its users must hear of."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
+from conftest import dus
+
+import dus_cli
+from dus_cli import DusError, UpscaleReport, UsageError, Verification, plan, upscale, verify
+from dus_cli.progress import NoProgress
+
+ROOT = Path(__file__).parent.parent
+
+MAP = (
+    "lineage: 'str | Path | None' = None, revision: 'str | None' = None, token: 'str | None' = None, "
+    "trim: 'int | None' = None, layers: 'str | None' = None, copies: 'int' = 2, recipe: 'str | None' = None, "
+    "identity: 'bool' = False, assume: 'Mapping[str, Assumption] | None' = None, "
+    "dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32'] | None\" = None, "
+    "max_shard_size: 'int | str' = '5GB', "
+    "copy_mode: \"CopyMode | Literal['auto', 'clone', 'copy']\" = <CopyMode.auto: 'auto'>, "
+)
+
+SIGNATURES: dict[Any, str] = {
+    upscale: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}jobs: 'int' = 4, "
+    "verify: \"VerifyMode | Literal['none', 'structure', 'full']\" = <VerifyMode.structure: 'structure'>, "
+    "checksums: 'bool' = False, overwrite: 'bool' = False, progress: 'Progress | None' = None) -> 'UpscaleReport'",
+    plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}overwrite: 'bool' = False) -> 'UpscaleReport'",
+    verify: "(folder: 'str | Path', *, base: 'str | Path | None' = None, token: 'str | None' = None, jobs: 'int' = 4, "
+    "progress: 'Progress | None' = None) -> 'Verification'",
+}
+
+FIELDS: dict[Any, dict[str, str]] = {
+    UpscaleReport: {
+        "plan": "UpscalePlan",
+        "output": "Path",
+        "status": "Literal['written', 'planned', 'unchanged']",
+        "space": "Space",
+        "tally": "Tally",
+        "verified": "str",
+        "seconds": "float",
+        "notes": "tuple[str, ...]",
+        "remaking": "Remaking | None",
+        "published": "str | None",
+    },
+    Verification: {
+        "model": "str",
+        "problems": "list[str]",
+        "warnings": "list[str]",
+        "num_tensors": "int",
+        "num_parameters": "int",
+        "num_layers": "int | None",
+        "bytes_compared": "int",
+        "files_summed": "int",
+    },
+}
+
+
+def test_the_package_exports_these_names() -> None:
+    names = ["DusError", "Progress", "UpscaleReport", "UsageError", "Verification"]
+    assert dus_cli.__all__ == [*names, "__version__", "plan", "upscale", "verify"]
+    assert set(dus_cli.__all__) <= set(dir(dus_cli))
+    with pytest.raises(AttributeError, match="no attribute 'downscale'"):
+        _ = dus_cli.downscale  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__name__)
+def test_a_signature_is_what_it_was(function: Any) -> None:
+    assert str(inspect.signature(function)) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("result", FIELDS, ids=lambda result: result.__name__)
+def test_a_result_has_the_fields_that_it_had(result: Any) -> None:
+    assert {field.name: field.type for field in dataclasses.fields(result)} == FIELDS[result]
+
+
+def test_importing_the_package_loads_nothing_and_the_functions_nothing_heavy() -> None:
+    code = (
+        "import sys, dus_cli\n"
+        "assert not [name for name in sys.modules if name.startswith('dus_cli.')]\n"
+        "from dus_cli import upscale, plan, verify\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "numpy", "huggingface_hub", "typer", "rich"}
+
+
+def test_the_functions_return_what_the_commands_print(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planned = plan(base, tmp_path / "out", trim=1, max_shard_size="200KB")
+    assert (planned.status, planned.dry_run) == ("planned", True)
+    assert not (tmp_path / "out").exists()
+    written = upscale(base, tmp_path / "out", trim=1, max_shard_size=200_000, verify="full", checksums=True)
+    assert written.status == "written"
+    assert written.plan.layer_map.sources == (*range(7), *range(1, 8))
+    again = upscale(str(base), str(tmp_path / "out"), trim=1, max_shard_size="200KB")
+    assert again.status == "unchanged"
+    sound = verify(tmp_path / "out", base=base)
+    assert sound.is_sound
+    assert capfd.readouterr() == ("", "")
+    typed = dus("upscale", base, "-o", tmp_path / "out", "--trim", "1", "--max-shard-size", "200KB", "--json").report
+    assert typed == again.to_json() | {"seconds": typed["seconds"], "space": typed["space"]}
+    found = dus("verify", tmp_path / "out", "--base", base, "--json").report
+    assert found["bytes_compared"] == sound.bytes_compared
+    assert set(planned.to_json()) == set(written.to_json()) == set(typed)
+
+
+def test_problems_are_listed_and_no_exception(base: Path, tmp_path: Path) -> None:
+    upscale(base, tmp_path / "out")
+    (tmp_path / "out/config.json").write_text("{}")
+    found = verify(tmp_path / "out")
+    assert not found.is_sound
+    assert found.problems
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "why"),
+    [
+        ({"trim": 4}, DusError, "use 0 to 3"),
+        ({"trim": 1, "recipe": "solar"}, UsageError, "--recipe says the whole map"),
+        ({"layers": "0:8", "copies": 3}, UsageError, "--layers says the whole map"),
+        ({"recipe": "lunar"}, UsageError, "there is no recipe 'lunar'"),
+        ({"layers": "a:b"}, DusError, "neither START:END nor a layer number"),
+        ({"dtype": "bf17"}, UsageError, "dtype: 'bf17' is not one of bfloat16, float16, float32"),
+        ({"max_shard_size": "much"}, UsageError, "max_shard_size: 'much' is not a size"),
+        ({"copy_mode": "teleport"}, UsageError, "copy_mode: 'teleport' is not one of auto, clone, copy"),
+    ],
+    ids=str,
+)
+def test_known_failures_raise_one_line(
+    base: Path, tmp_path: Path, options: Any, kind: type[DusError], why: str
+) -> None:
+    for function in (plan, upscale):
+        with pytest.raises(kind) as raised:
+            function(base, tmp_path / "out", **options)
+        assert why in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="jobs: 0 is not between 1 and 64"):
+        upscale(base, tmp_path / "out", jobs=0)
+
+
+def test_a_path_is_a_directory_also_where_its_text_would_be_a_hub_id(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org").mkdir()
+    base.rename(tmp_path / "org/name")
+    monkeypatch.chdir(tmp_path)
+    report = upscale(Path("org/name"), Path("out"))
+    assert report.to_json()["model"] == "./org/name"
+    assert verify("out", base=report.to_json()["model"]).is_sound
+    with pytest.raises(DusError, match="org/none does not exist"):
+        plan(Path("org/none"), "out")
+
+
+def test_progress_is_told_what_happens(base: Path, tmp_path: Path) -> None:
+    class Heard(NoProgress):
+        stages: list[tuple[str, int | None]]
+        num_bytes = 0
+
+        def __init__(self) -> None:
+            self.stages = []
+
+        def start(self, what: str, total: int | None, unit: str = "bytes") -> None:
+            self.stages.append((f"{what} {unit}", total))
+
+        def advance(self, amount: int) -> None:
+            self.num_bytes += amount
+
+    heard = Heard()
+    report = upscale(base, tmp_path / "out", jobs=1, progress=heard)
+    assert heard.stages == [("writing bytes", report.plan.num_data_bytes)]
+    assert heard.num_bytes == report.plan.num_data_bytes
+
+
+def test_a_result_is_short_in_a_notebook_and_a_summary_as_text(base: Path, tmp_path: Path) -> None:
+    report = plan(base, tmp_path / "out")
+    assert len(repr(report)) < 500
+    assert "Dry run: nothing was written" in str(report)
+    upscale(base, tmp_path / "out")
+    assert ": sound (12 layers" in str(verify(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("num_times", [1, 3])
+def test_ctrl_c_in_a_notebook_leaves_nothing_behind(tmp_path: Path, num_times: int) -> None:
+    tensors = llama_tensors(8, hidden=1024, intermediate=2048, kv=256, vocab=256)
+    write_checkpoint(tmp_path / "base", tensors, llama_config(8), fill=fill_randomly)
+    code = (
+        "import signal, sys\n"
+        "from dus_cli import upscale\n"
+        "before = signal.getsignal(signal.SIGINT)\n"
+        "try: upscale('./base', 'out', copy_mode='copy', verify='full', checksums=True)\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+        "assert signal.getsignal(signal.SIGINT) is before\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / ".out.partial").exists():
+        time.sleep(0.001)
+        assert process.poll() is None
+    for _ in range(num_times):
+        process.send_signal(signal.SIGINT)
+    assert process.communicate()[0] == "interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_the_example_of_the_docs_runs(base: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    code = "\n".join(block.split("```")[0] for block in page.split("```python\n")[1:])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 12
+
+
+def test_every_field_and_argument_is_documented() -> None:
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    for function in SIGNATURES:
+        assert f"`{function.__name__}(" in page
+        for name in inspect.signature(function).parameters:
+            assert f"`{name}`" in page, name
+    for result, fields in FIELDS.items():
+        assert f"`{result.__name__}`" in page
+        for name in fields:
+            assert f"`{name}`" in page, name
