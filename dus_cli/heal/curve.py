@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from dus_cli.svg import (
+    CHARACTER,
+    COLOURS,
+    DASHED,
+    SERIES,
+    WIDTH,
+    cut,
+    document,
+    escaped,
+    human_count,
+    nice_step,
+    text_at,
+    ticks,
+)
+
 Point = tuple[float, float]
 
 # The picture in pixels, and the four edges of the plot in it.
-_WIDTH, _HEIGHT = 690, 380
+_HEIGHT = 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 670, 64, 330
-
-# Advance of a 13 px monospace character, a little too wide rather than too narrow.
-_CHARACTER = 8.0
 
 # A run of a million steps is drawn with this many points: each is the mean of its neighbours.
 _MAX_POINTS = 600
@@ -24,40 +35,7 @@ _MAX_POINTS = 600
 # Above this many, dots would hide their line.
 _MAX_DOTS = 60
 
-# As the pictures of the layer map have it; the page's own colour lies below, whichever theme the page is in.
-_COLOURS = {
-    False: {
-        "page": "#ffffff",
-        "text": "#1f2328",
-        "axis": "#59636e",
-        "grid": "#e4e8ec",
-        "training": "#afb8c1",
-        "heldout": "#0969da",
-        "base": "#1a7f37",
-        "scaled": "#cf222e",
-    },
-    True: {
-        "page": "#0d1117",
-        "text": "#e6edf3",
-        "axis": "#9198a1",
-        "grid": "#21262d",
-        "training": "#59636e",
-        "heldout": "#4493f8",
-        "base": "#3fb950",
-        "scaled": "#f85149",
-    },
-}
-
-# Okabe and Ito's colours for all kinds of sight, without their yellow and black. Two of eight series that share
-# a colour differ in their dots (full, hollow) and their lines.
-_SERIES = {
-    False: ("#0072b2", "#d55e00", "#009e73", "#a34f86"),
-    True: ("#56b4e9", "#e8793a", "#2fc296", "#d68fb9"),
-}
-
 MAX_SERIES = 8
-
-_BASE_LINE = 'stroke-width="1.5" stroke-dasharray="6 4"'
 
 
 def loss_curve(rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, title: str, dark: bool = False) -> str:
@@ -92,7 +70,7 @@ def loss_curve(rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, ti
         parts.append(plot.reached(reached))
     if not training and not heldout:
         parts.append(plot.text((0, plot.low), "nothing measured yet", colour["axis"], dx=10, dy=-10))
-    return _svg(parts, title, _description(training, heldout, base_loss, reached), _HEIGHT, colour)
+    return document(parts, title, _description(training, heldout, base_loss, reached), _HEIGHT, colour)
 
 
 def compare_curves(
@@ -111,9 +89,9 @@ def compare_curves(
     parts, legend = [plot.frame(title)], _Legend()
     if base_loss is not None:
         parts.append(plot.base_line(base_loss, plot.colour["axis"]))
-        legend.add(f"base {base_loss:.3f}", f'stroke="{plot.colour["axis"]}" {_BASE_LINE}')
+        legend.add(f"base {base_loss:.3f}", f'stroke="{plot.colour["axis"]}" {DASHED}')
     for index, (name, points) in enumerate(curves.items()):
-        colour, hollow = _SERIES[dark][index % 4], index >= 4
+        colour, hollow = SERIES[dark][index % 4], index >= 4
         style = f'stroke="{colour}" stroke-width="2.2"' + hollow * ' stroke-dasharray="7 3"'
         dot = f'r="3.2" fill="{plot.colour["page"] if hollow else colour}" stroke="{colour}" stroke-width="1.5"'
         parts.append(plot.line(_ends_kept(points), style))
@@ -122,20 +100,7 @@ def compare_curves(
     ends = "; ".join(f"{name} {points[-1][1]:.3f}" for name, points in curves.items() if points)
     base = "" if base_loss is None else f" Base: {base_loss:.3f}."
     description = f"Held-out loss at the end: {ends or 'none'}.{base}"
-    return _svg([*parts, *legend.parts], title, description, legend.bottom, plot.colour)
-
-
-def human_count(count: float) -> str:
-    """A count with a decimal unit, as --tokens takes it, to three digits.
-
-    >>> human_count(1_843_200), human_count(950), human_count(999_999), human_count(15e12)
-    ('1.84M', '950', '1M', '15T')
-    """
-    for unit in ("", "K", "M", "B"):
-        if float(f"{count:.3g}") < 1000:
-            return f"{float(f'{count:.3g}'):g}{unit}"
-        count /= 1000
-    return f"{float(f'{count:.3g}'):,g}T"
+    return document([*parts, *legend.parts], title, description, legend.bottom, plot.colour)
 
 
 # --- what is drawn --------------------------------------------------------------------------------
@@ -157,7 +122,7 @@ class _Plot:
         low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
         middle, spread = (low + high) / 2, max(high - low, 0.02 * abs(high), 1e-3)  # a constant has a spread, too
         most = max((tokens for tokens, _ in points), default=0.0)
-        return cls(most, middle - 0.62 * spread, middle + 0.62 * spread, _COLOURS[dark])
+        return cls(most, middle - 0.62 * spread, middle + 0.62 * spread, COLOURS[dark])
 
     def x(self, tokens: float) -> float:
         return _LEFT + (_RIGHT - _LEFT) * (tokens / self.most if self.most else 0.0)
@@ -170,23 +135,22 @@ class _Plot:
     def frame(self, title: str) -> str:
         """Title, grid and ticks."""
         colour = self.colour
-        shown = _escaped(_cut(title, int((_WIDTH - 40) / (_CHARACTER * 15 / 13))))
+        shown = escaped(cut(title, int((WIDTH - 40) / (CHARACTER * 15 / 13))))
         parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{shown}</text>']
         parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss (nats per token)</text>')
-        step = _nice_step(self.high - self.low, 6)
+        step = nice_step(self.high - self.low, 6)
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-        for loss in _ticks(self.low, self.high, step):
+        for loss in ticks(self.low, self.high, step):
             y = self.y(loss)
             parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
             label = f"{loss:.{decimals}f}"
-            parts.append(_text(_LEFT - 8, y + 4.5, label, colour["axis"], anchor="end"))
+            parts.append(text_at(_LEFT - 8, y + 4.5, label, colour["axis"], anchor="end"))
         parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
-        ticks = _ticks(0, self.most, _nice_step(self.most, 6, least=1.0)) if self.most else [0.0]
-        for tokens in ticks:
+        for tokens in ticks(0, self.most, nice_step(self.most, 6, least=1.0)) if self.most else [0.0]:
             x = self.x(tokens)
             parts.append(f'<path d="M{x:.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
-            parts.append(_text(x, _BOTTOM + 20, human_count(tokens), colour["axis"], anchor="middle"))
-        parts.append(_text(_RIGHT, _BOTTOM + 38, "tokens", colour["axis"], anchor="end"))
+            parts.append(text_at(x, _BOTTOM + 20, human_count(tokens), colour["axis"], anchor="middle"))
+        parts.append(text_at(_RIGHT, _BOTTOM + 38, "tokens", colour["axis"], anchor="end"))
         return "".join(parts)
 
     def line(self, points: Sequence[Point], style: str) -> str:
@@ -199,10 +163,12 @@ class _Plot:
         return f'<circle cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" {style}/>'
 
     def text(self, point: Point, text: str, fill: str, *, dx: float, dy: float, anchor: str = "start") -> str:
-        return _text(self.x(point[0]) + dx, self.y(point[1]) + dy, text, fill, anchor=anchor, halo=self.colour["page"])
+        return text_at(
+            self.x(point[0]) + dx, self.y(point[1]) + dy, text, fill, anchor=anchor, halo=self.colour["page"]
+        )
 
     def base_line(self, base_loss: float, colour: str) -> str:
-        return f'<path d="M{_LEFT} {self.y(base_loss):.1f}H{_RIGHT}" stroke="{colour}" {_BASE_LINE}/>'
+        return f'<path d="M{_LEFT} {self.y(base_loss):.1f}H{_RIGHT}" stroke="{colour}" {DASHED}/>'
 
     def base_label(self, base_loss: float, points: Sequence[Point]) -> str:
         """The base's loss at its line, where the held-out losses leave room."""
@@ -218,12 +184,12 @@ class _Plot:
         """A ring where the base is reached, and a line up to its label: the curves are low by then."""
         colour, x, y = self.colour["base"], self.x(point[0]), self.y(point[1])
         label = f"at the base after {human_count(point[0])} tokens"
-        fits = x + 10 + len(label) * _CHARACTER < _RIGHT
+        fits = x + 10 + len(label) * CHARACTER < _RIGHT
         anchor, dx = ("start", 6) if fits else ("end", -6)
         return (
             f'<path d="M{x:.1f} {_TOP + 36}V{y - 7:.1f}" stroke="{colour}" stroke-dasharray="1.5 3"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6.5" fill="none" stroke="{colour}" stroke-width="2"/>'
-            + _text(x + dx, _TOP + 48, label, colour, anchor=anchor, halo=self.colour["page"])
+            + text_at(x + dx, _TOP + 48, label, colour, anchor=anchor, halo=self.colour["page"])
         )
 
 
@@ -239,15 +205,15 @@ class _Legend:
         return self._y + 16
 
     def add(self, name: str, line: str, dot: str = "") -> None:
-        shown = _cut(name, int((_RIGHT - _LEFT - 34) / _CHARACTER))
-        width = 34 + len(shown) * _CHARACTER
+        shown = cut(name, int((_RIGHT - _LEFT - 34) / CHARACTER))
+        width = 34 + len(shown) * CHARACTER
         if self._x > _LEFT and self._x + width > _RIGHT:
             self._x, self._y = float(_LEFT), self._y + 20
         x, y = self._x, self._y
         self.parts.append(f'<path d="M{x:g} {y - 4}h26" fill="none" {line}/>')
         if dot:
             self.parts.append(f'<circle cx="{x + 13:g}" cy="{y - 4}" {dot}/>')
-        self.parts.append(f'<text x="{x + 34:g}" y="{y}">{_escaped(shown)}</text>')
+        self.parts.append(f'<text x="{x + 34:g}" y="{y}">{escaped(shown)}</text>')
         self._x += width + 20
 
 
@@ -255,28 +221,11 @@ def _legend_row(entries: Sequence[tuple[str, str, float]], colour: Mapping[str, 
     """Names of lines, flush right above the plot."""
     parts, x = [], float(_RIGHT)
     for name, stroke, width in reversed(entries):
-        x -= len(name) * _CHARACTER
-        parts.append(_text(x, 50, name, colour["axis"]))
+        x -= len(name) * CHARACTER
+        parts.append(text_at(x, 50, name, colour["axis"]))
         parts.append(f'<path d="M{x - 32:g} 46h26" stroke="{stroke}" stroke-width="{width}"/>')
         x -= 32 + 18
     return "".join(parts)
-
-
-def _text(x: float, y: float, text: str, fill: str, *, anchor: str = "start", halo: str | None = None) -> str:
-    """A text; with a halo of the page's colour where lines may run below it."""
-    around = "" if halo is None else f' stroke="{halo}" stroke-width="4" stroke-linejoin="round" paint-order="stroke"'
-    at = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}"{at}{around}>{_escaped(text)}</text>'
-
-
-def _svg(parts: Iterable[str], title: str, description: str, height: int, colour: Mapping[str, str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'viewBox="0 0 {_WIDTH} {height}" role="img">'
-        f"<title>{_escaped(title)}</title><desc>{_escaped(description)}</desc>"
-        f'<rect width="{_WIDTH}" height="{height}" rx="6" fill="{colour["page"]}"/>'
-        f'<g font-family="ui-monospace, monospace" font-size="13" fill="{colour["text"]}">{"".join(parts)}</g></svg>\n'
-    )
 
 
 def _description(
@@ -293,15 +242,6 @@ def _description(
         when = "not reached" if reached is None else f"reached after {human_count(reached[0])} tokens"
         said.append(f"Held-out loss of the base: {base_loss:.3f}, {when}.")
     return " ".join(said) or "Nothing measured yet."
-
-
-def _escaped(text: str) -> str:
-    """Text for XML, which has no control characters at all."""
-    return html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -353,24 +293,3 @@ def _ends_kept(points: Sequence[Point]) -> list[Point]:
 def _dotted(points: Sequence[Point]) -> list[Point]:
     """The points that get a dot: all of them, or the two ends where that would be too many."""
     return list(points) if len(points) <= _MAX_DOTS else [points[0], points[-1]]
-
-
-def _nice_step(spread: float, count: int, *, least: float = 0.0) -> float:
-    """The smallest of 1, 2 and 5 times a power of ten that cuts a spread into at most `count` pieces.
-
-    >>> _nice_step(0.73, 6), _nice_step(4_096_000, 6)
-    (0.2, 1000000.0)
-    """
-    power = 10.0 ** math.floor(math.log10(max(spread / count, least)))
-    return next(
-        (step for step in (power, 2 * power, 5 * power) if step >= max(spread / count, least) * (1 - 1e-9)), 10 * power
-    )
-
-
-def _ticks(low: float, high: float, step: float) -> list[float]:
-    """Multiples of the step from low to high.
-
-    >>> _ticks(2.72, 3.5, 0.25)
-    [2.75, 3.0, 3.25, 3.5]
-    """
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -173,6 +174,12 @@ def probe(
             rich_help_panel=_FIT,
         ),
     ] = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--plot", metavar="FILE.svg", help="Also draw losses and distances; FILE-dark.svg for dark pages."
+        ),
+    ] = None,
     revision: Revision = None,
     token: Token = None,
     dry_run: Annotated[
@@ -189,6 +196,7 @@ def probe(
     """
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     from dus_cli.probe.maps import Asked
+    from dus_cli.probe.picture import check_picture, write_pictures
     from dus_cli.probe.summary import probe_json, probe_text
     from dus_cli.probe.verb import Options
     from dus_cli.probe.verb import probe as run
@@ -208,8 +216,12 @@ def probe(
         within,
     )
     says = not (quiet or as_json)
+    if plot is not None:
+        check_picture(plot)
     with progress_for(progress, quiet=not says) as told:
         found = run(ref, asked, options, told, dry_run=dry_run, quiet=not told.is_live)
+    if plot is not None and not dry_run:
+        write_pictures(plot, found)
     if as_json:
         sys.stdout.write(json.dumps(probe_json(found)) + "\n")
     elif says:

@@ -1,0 +1,298 @@
+"""A probe as SVG: losses against the trim, and below them how far apart the base's depths are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dus_cli.errors import OutputError, shown
+from dus_cli.probe.verb import Measured, Probe
+from dus_cli.svg import COLOURS, DASHED, SERIES, WIDTH, cut, document, escaped, human_count, nice_step, text_at, ticks
+from dus_cli.transfer import writing
+
+# The edges of the upper plot, and of the heat map below it, in pixels.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 64, 330
+_MAP_TOP, _MAP_SIZE = 428, 372
+_SCALE_LEFT, _SCALE_WIDTH = 500, 16
+_HEIGHT = 850
+
+# From near to far: a light page goes from pale to deep blue, a dark one from deep to bright. By lightness alone, so
+# that every kind of sight reads it.
+_NEAR_TO_FAR = {
+    False: ((247, 251, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107)),
+    True: ((13, 27, 42), (29, 78, 125), (75, 150, 205), (214, 236, 255)),
+}
+
+# Wider heat maps leave depths out: their cells would be thinner than a pixel or two.
+_MOST_CELLS = 80
+
+_SHADES = 64
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Trims from left to right, loss on the left, parameters on the right."""
+
+    xs: tuple[float, float]
+    losses: tuple[float, float]
+    sizes: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        low, high = self.xs
+        return _LEFT + 14 + (_RIGHT - _LEFT - 28) * ((value - low) / (high - low) if high > low else 0.5)
+
+    @staticmethod
+    def _y(value: float, span: tuple[float, float]) -> float:
+        low, high = span
+        return _BOTTOM - (_BOTTOM - _TOP) * (value - low) / (high - low)
+
+    def loss_y(self, loss: float) -> float:
+        return self._y(loss, self.losses)
+
+    def size_y(self, size: float) -> float:
+        return self._y(size, self.sizes)
+
+
+def check_picture(path: Path) -> None:
+    """Hold that a picture can be written, before anything is measured.
+
+    Raises:
+        OutputError: no .svg, or no place for it.
+    """
+    if path.suffix.lower() != ".svg":
+        raise OutputError(f"--plot {shown(path)}: dus draws SVG; give a name that ends in .svg")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise OutputError(f"--plot {shown(path)} is no place for a file; give a name in a folder that exists")
+
+
+def dark_twin(path: Path) -> Path:
+    """Where the picture for a dark page goes.
+
+    >>> dark_twin(Path("probe.svg")).name
+    'probe-dark.svg'
+    """
+    return path.with_name(f"{path.stem}-dark{path.suffix}")
+
+
+def write_pictures(path: Path, found: Probe) -> None:
+    """FILE.svg for a light page and FILE-dark.svg for a dark one, each under its name once it is whole.
+
+    Raises:
+        OutputError: writing failed.
+    """
+    for target, dark in ((path, False), (dark_twin(path), True)):
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            with writing(target.name):
+                partial.write_text(probe_svg(found, dark=dark), encoding="utf-8")
+                partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def probe_svg(found: Probe, *, dark: bool = False) -> str:
+    """The picture of a finished probe. Depthwise scalings are a line over the trim, other maps dots at their depth."""
+    assert found.base_loss is not None
+    colour, series = COLOURS[dark], SERIES[dark]
+    measured = [m for m in found.maps if m.loss is not None]
+    title = f"{found.name}: loss right after scaling, {found.num_layers} layers"
+    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(cut(title, 70))}</text>']
+    parts += _losses(found, measured, colour, series)
+    parts += _heat_map(found, colour, dark=dark)
+    return document(parts, title, _description(found, measured), _HEIGHT, colour)
+
+
+def _trim_of(measured: Measured, num_layers: int) -> float:
+    """The trim, of other maps that of a depthwise scaling of the same depth: a half one where there is none."""
+    layer_map = measured.candidate.layer_map
+    return layer_map.trim if layer_map.trim is not None else num_layers - len(layer_map) / 2
+
+
+def _losses(found: Probe, measured: Sequence[Measured], colour: dict[str, str], series: Sequence[str]) -> list[str]:
+    assert found.base_loss is not None
+    points = sorted(
+        (
+            _trim_of(m, found.num_layers),
+            m.loss or 0.0,
+            m.candidate.cost.num_parameters,
+            m.candidate.layer_map.trim is None,
+        )
+        for m in measured
+        if m.candidate.cost is not None
+    )
+    axes = _axes(points, found)
+    loss_colour, size_colour = series[0], series[1]
+    parts = [
+        f'<text x="20" y="50" fill="{loss_colour}">loss (nats per token)</text>',
+        text_at(WIDTH - 20, 50, "parameters", size_colour, anchor="end"),
+    ]
+    step = nice_step(axes.losses[1] - axes.losses[0], 6)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    for loss in ticks(*axes.losses, step):
+        y = axes.loss_y(loss)
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
+        parts.append(text_at(_LEFT - 8, y + 4.5, f"{loss:.{decimals}f}", colour["axis"], anchor="end"))
+    for size in ticks(*axes.sizes, nice_step(axes.sizes[1] - axes.sizes[0], 5)):
+        y = axes.size_y(size)
+        parts.append(f'<path d="M{_RIGHT} {y:.1f}h5" stroke="{size_colour}"/>')
+        parts.append(text_at(_RIGHT + 10, y + 4.5, human_count(size), colour["axis"]))
+    parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
+    for trim in ticks(*axes.xs, nice_step(axes.xs[1] - axes.xs[0], 15, least=1.0)):
+        x = axes.x(trim)
+        parts.append(f'<path d="M{x:.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
+        parts.append(text_at(x, _BOTTOM + 20, f"{trim:g}", colour["axis"], anchor="middle"))
+    parts.append(text_at(_RIGHT, _BOTTOM + 38, "trim (layers left out of each copy)", colour["axis"], anchor="end"))
+    scaled = [point for point in points if not point[3]]
+    others = [point for point in points if point[3]]
+    sizes = " ".join(f"{axes.x(trim):.1f},{axes.size_y(size):.1f}" for trim, _, size, _ in scaled)
+    line = " ".join(f"{axes.x(trim):.1f},{axes.loss_y(loss):.1f}" for trim, loss, _, _ in scaled)
+    parts.append(
+        f'<polyline points="{sizes}" fill="none" stroke="{size_colour}" stroke-width="1.8" stroke-dasharray="2 3"/>'
+    )
+    base_y = axes.loss_y(found.base_loss)
+    parts.append(f'<path d="M{_LEFT} {base_y:.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
+    parts.append(text_at(_LEFT + 8, base_y + 17, f"base {found.base_loss:.3f}", colour["base"], halo=colour["page"]))
+    parts.append(f'<polyline points="{line}" fill="none" stroke="{loss_colour}" stroke-width="2.5"/>')
+    parts += [
+        f'<circle cx="{axes.x(trim):.1f}" cy="{axes.loss_y(loss):.1f}" r="3.2" fill="{loss_colour}"/>'
+        for trim, loss, *_ in scaled
+    ]
+    parts += [
+        f'<circle cx="{axes.x(trim):.1f}" cy="{axes.loss_y(loss):.1f}" r="4" fill="{colour["page"]}" '
+        f'stroke="{series[3]}" stroke-width="2"/>'
+        for trim, loss, *_ in others
+    ]
+    if others:
+        parts.append(text_at(_LEFT, _BOTTOM + 38, "○ other maps of that depth", series[3]))
+    return parts + _marks(found, axes, colour)
+
+
+def _axes(points: Sequence[tuple[float, float, int, bool]], found: Probe) -> _Axes:
+    losses = [loss for _, loss, _, _ in points] + [found.base_loss or 0.0]
+    sizes = [size for _, _, size, _ in points] or [found.base_cost.num_parameters]
+    trims = [trim for trim, *_ in points] or [0.0]
+    low, high = min(losses), max(losses)
+    spread = max(high - low, 0.02 * abs(high), 1e-3)
+    span = max(max(sizes) - min(sizes), 0.02 * max(sizes), 1)
+    # Air below the base's line for its label, and above for the marks.
+    return _Axes(
+        (min(trims), max(trims)),
+        (low - 0.14 * spread, high + 0.1 * spread),
+        (min(sizes) - 0.14 * span, max(sizes) + 0.1 * span),
+    )
+
+
+def _marks(found: Probe, axes: _Axes, colour: dict[str, str]) -> list[str]:
+    """A ring around what is recommended, with its name above it."""
+    parts = []
+    names: dict[int, list[str]] = {}
+    for number, name in ((found.within, f"within {found.bound:.0%}"), (found.knee, "knee")):
+        if number is not None:
+            names.setdefault(number, []).append(name)
+    for row, (number, words) in enumerate(names.items()):
+        measured = found.maps[number]
+        x, y = axes.x(_trim_of(measured, found.num_layers)), axes.loss_y(measured.loss or 0.0)
+        top = _TOP + 26 + 44 * row
+        layers = len(measured.candidate.layer_map)
+        anchor, dx = ("start", 6) if x < (_LEFT + _RIGHT) / 2 else ("end", -6)
+        parts.append(f'<path d="M{x:.1f} {top}V{y - 8:.1f}" stroke="{colour["axis"]}" stroke-dasharray="1.5 3"/>')
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7.5" fill="none" stroke="{colour["text"]}" stroke-width="2"/>'
+        )
+        label = f"{', '.join(words)}: {layers} layers, {measured.loss:.3f}"
+        parts.append(text_at(x + dx, top + 6, label, colour["text"], anchor=anchor, halo=colour["page"]))
+    return parts
+
+
+def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
+    """Angular distance of every two depths: a seam is a cell below the diagonal, (out of a, into b)."""
+    assert found.distances is not None
+    table = found.distances.angular
+    size = len(table)
+    every = -(-size // _MOST_CELLS)
+    depths = range(0, size, every)
+    cell = _MAP_SIZE / len(depths)
+    most = max(max(row) for row in table) or 1.0
+    left, top = _LEFT, _MAP_TOP
+    parts = [
+        f'<text x="20" y="{top - 26}" font-size="15" font-weight="600">Angular distance of the base\'s depths</text>'
+    ]
+    shades: dict[int, list[str]] = {}
+    for row, above in enumerate(depths):
+        for column, below in enumerate(depths):
+            where = f"M{left + column * cell:.1f} {top + row * cell:.1f}"
+            shades.setdefault(round(_SHADES * table[above][below] / most), []).append(where)
+    # A hair wider than the cell: else the page shows between two of them.
+    square = f"h{cell + 0.4:.1f}v{cell + 0.4:.1f}h-{cell + 0.4:.1f}z"
+    for shade, places in sorted(shades.items()):
+        path = "".join(f"{where}{square}" for where in places)
+        parts.append(f'<path d="{path}" fill="{_mixed(shade / _SHADES, dark=dark)}"/>')
+    step = nice_step(size - 1, 8, least=1.0)
+    for depth in ticks(0, size - 1, step):
+        at = (depth / every + 0.5) * cell
+        parts.append(text_at(left - 8, top + at + 4.5, f"{depth:g}", colour["axis"], anchor="end"))
+        parts.append(text_at(left + at, top + _MAP_SIZE + 18, f"{depth:g}", colour["axis"], anchor="middle"))
+    parts.append(text_at(left, top + _MAP_SIZE + 38, "depth d: before layer d", colour["axis"]))
+    parts += _seams_on_map(found, left, top, cell / every, colour)
+    return parts + _scale(most, colour, dark=dark)
+
+
+def _seams_on_map(found: Probe, left: float, top: float, cell: float, colour: dict[str, str]) -> list[str]:
+    """A ring on each seam of what is recommended."""
+    parts = []
+    for number in dict.fromkeys(n for n in (found.within, found.knee) if n is not None):
+        for seam in found.maps[number].candidate.layer_map.seams:
+            below, above = seam.base_layers
+            x, y = left + (above + 0.5) * cell, top + (below + 1.5) * cell
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{max(4.0, cell * 0.45):.1f}" fill="none" '
+                f'stroke="{colour["scaled"]}" stroke-width="2"/>'
+            )
+    return parts
+
+
+def _scale(most: float, colour: dict[str, str], *, dark: bool) -> list[str]:
+    """What the colours mean, and what the rings are."""
+    parts = []
+    height = 220
+    each = height / _SHADES
+    for shade in range(_SHADES):
+        y, fill = _MAP_TOP + height - (shade + 1) * each, _mixed((shade + 0.5) / _SHADES, dark=dark)
+        parts.append(
+            f'<path d="M{_SCALE_LEFT} {y:.1f}h{_SCALE_WIDTH}v{each + 0.4:.1f}h-{_SCALE_WIDTH}z" fill="{fill}"/>'
+        )
+    for value in ticks(0, most, nice_step(most, 5)):
+        y = _MAP_TOP + height - value / most * height
+        parts.append(text_at(_SCALE_LEFT + _SCALE_WIDTH + 8, y + 4.5, f"{value:g}", colour["axis"]))
+    y = _MAP_TOP + height + 34
+    parts.append(
+        f'<circle cx="{_SCALE_LEFT + 8}" cy="{y - 4}" r="5" fill="none" stroke="{colour["scaled"]}" stroke-width="2"/>'
+    )
+    for row, words in enumerate(("seam of what is", "recommended:", "row out of a,", "column into b")):
+        parts.append(text_at(_SCALE_LEFT + 24, y + 18 * row, words, colour["axis"]))
+    return parts
+
+
+def _mixed(share: float, *, dark: bool) -> str:
+    """A colour of the ramp, 0 near and 1 far."""
+    stops = _NEAR_TO_FAR[dark]
+    place = min(max(share, 0.0), 1.0) * (len(stops) - 1)
+    index = min(int(place), len(stops) - 2)
+    red, green, blue = (
+        round(a + (b - a) * (place - index)) for a, b in zip(stops[index], stops[index + 1], strict=True)
+    )
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _description(found: Probe, measured: Sequence[Measured]) -> str:
+    """What the picture shows, for those who do not see it."""
+    scaled = [m for m in measured if m.candidate.layer_map.trim is not None]
+    said = [f"Base: {found.base_loss:.3f}."]
+    said += [f"Trim {m.candidate.layer_map.trim}: {m.loss:.3f}." for m in scaled]
+    if found.within is not None:
+        said.append(f"Largest within {found.bound:.0%}: {found.maps[found.within].candidate.options}.")
+    if found.knee is not None:
+        said.append(f"Knee: {found.maps[found.knee].candidate.options}.")
+    return " ".join(said)
