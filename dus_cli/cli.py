@@ -22,7 +22,7 @@ from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, sh
 from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
-from dus_cli.options import AsJson, Quiet, Revision, ShowProgress, Token, parse_assumption, progress_for
+from dus_cli.options import AsJson, Assume, Quiet, Revision, ShowProgress, Token, progress_for
 from dus_cli.planning import parse_size
 from dus_cli.probe.command import probe
 from dus_cli.progress import ProgressMode
@@ -110,15 +110,7 @@ def upscale(
         ),
     ] = None,
     copies: Annotated[int, typer.Option("--copies", min=2, metavar="K", help="Copies to stack.")] = 2,
-    assume: Annotated[
-        Optional[list[Any]],  # noqa: UP045
-        typer.Option(
-            "--assume",
-            metavar="FIELD=keep|map",
-            parser=parse_assumption,
-            help="A field of config.json that dus does not know: keep it, or let its entries follow the layers.",
-        ),
-    ] = None,
+    assume: Assume = None,
     recipe: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Optional, cast, get_args
+from typing import Annotated, Any, Optional, TypeVar, cast, get_args
 
 import typer
 
-from dus_cli.errors import shown
+from dus_cli.errors import DusError, shown
 from dus_cli.events import JsonProgress
 from dus_cli.heal.corpus import BadLine
 from dus_cli.model_config import Assumption
@@ -18,6 +19,8 @@ Revision = Annotated[
     Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
     typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id, as org/name@REV says it."),
 ]
+
+_T = TypeVar("_T")
 
 Token = Annotated[
     Optional[str],  # noqa: UP045
@@ -66,9 +69,34 @@ def progress_for(mode: ProgressMode, *, quiet: bool) -> AbstractContextManager[P
     return BarProgress() if mode is ProgressMode.auto and is_live() else PlainProgress()
 
 
+def parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[str], _T]:
+    """A typer parser: a value that is not understood is a usage error. Outside of typer it must name its option."""
+
+    def run(text: str) -> _T:
+        if not isinstance(text, str):  # a default, parsed already
+            return text
+        try:
+            return parse(text)
+        except (ValueError, DusError) as error:
+            raise typer.BadParameter(str(error), param_hint=option) from None
+
+    return run
+
+
 def parse_assumption(text: str) -> tuple[str, Assumption]:
     """What `--assume` says of a field of config.json."""
     field, _, value = text.partition("=")
     if not field or value not in get_args(Assumption):
         raise typer.BadParameter(f"{shown(text)!r} is not of the form FIELD=keep or FIELD=map")
     return field, cast("Assumption", value)
+
+
+Assume = Annotated[
+    Optional[list[Any]],  # noqa: UP045
+    typer.Option(
+        "--assume",
+        metavar="FIELD=keep|map",
+        parser=parse_assumption,
+        help="A field of config.json that dus does not know: keep it, or let its entries follow the layers.",
+    ),
+]

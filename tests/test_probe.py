@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import tiny
@@ -16,12 +18,17 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import zoo  # noqa: E402  (it imports both)
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dus_cli.errors import ProbeError  # noqa: E402
 from dus_cli.heal.sample import Packed, read_sample  # noqa: E402
 from dus_cli.heal.tokenise import Tokeniser  # noqa: E402
+from dus_cli.layers import source_layers  # noqa: E402
 from dus_cli.planning import MapRequest  # noqa: E402
+from dus_cli.probe import recommend  # noqa: E402
+from dus_cli.probe.budget import plan_memory  # noqa: E402
 from dus_cli.probe.maps import Asked  # noqa: E402
+from dus_cli.probe.measure import Batch, Meter  # noqa: E402
 from dus_cli.probe.replay import Replay  # noqa: E402
 from dus_cli.probe.verb import Options, Probe, probe  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
@@ -174,9 +181,108 @@ def test_what_happens_between_layers_is_noticed() -> None:
         Replay(model, 7, ids, lambda _: nullcontext())
 
 
-def test_rows_that_do_not_fit_at_once_give_the_same_figures(model: Path, corpus: Path) -> None:
-    whole, parts = measured(model, corpus), measured(model, corpus, max_memory=900_000_000, tokens=100)
-    assert whole.base_loss == parts.base_loss
+def test_rows_that_do_not_fit_at_once_give_the_same_figures() -> None:
+    model = zoo.tiny_model("llama")
+    rows = zoo.tokens(model)
+    batches = [Batch(row[None], row.roll(-1)[None]) for row in rows]
+    maps = [tuple(range(7)), source_layers(7, 1), source_layers(7, 2)]
+    found = [Meter(model, 7, batches, lambda _: nullcontext(), at_once).losses(maps) for at_once in (1, 2, 3)]
+    assert found[0] == pytest.approx(found[2], abs=1e-4)
+    assert found[1] == pytest.approx(found[2], abs=1e-4)
+
+
+def test_memory_is_counted_before_anything_is_loaded() -> None:
+    memory = plan_memory(10**9, 16, 10**8, 40, 0, 5 * 10**9, streams=False)
+    assert memory.batches_at_once == 2  # 17 states of 0.1 GB for each
+    with pytest.raises(ProbeError, match="--stream-layers, or a larger machine"):
+        plan_memory(10**10, 16, 10**8, 40, 0, 5 * 10**9, streams=False)
+    with pytest.raises(ProbeError, match="a smaller --seq-length"):
+        plan_memory(10**10, 16, 10**8, 40, 0, 5 * 10**9, streams=True)
+
+
+def test_the_largest_within_a_bound_and_the_knee_are_recommended() -> None:
+    """By the losses of SmolLM2's trims."""
+    losses = [7.81, 6.07, 5.41, 5.14, 5.32, 5.19, 3.69, 3.41, 3.26, 3.17, 3.10, 3.05, 3.01, 2.97, 2.94]
+    points = [(loss, 2 * (30 - trim)) for trim, loss in enumerate(losses)]
+    assert recommend.within(points, 1.2 * 2.845) == 7
+    assert recommend.within(points, 2.9) is None
+    assert recommend.knee(points) == 6
+    assert recommend.knee(points[:2]) is None
+    assert recommend.knee([(1.0, 6), (2.0, 5), (3.0, 4)]) is None  # more trimming is worse: there is no knee
+
+
+def test_a_search_measures_the_maps_whose_layers_meet_closest(model: Path, corpus: Path) -> None:
+    found = measured(model, corpus, Asked(search=True, best=3))
+    assert [m.candidate.layer_map.trim for m in found.maps] == [0, 1, 2, 3, None, None, None]
+    assert found.distances is not None
+    for m in found.maps[4:]:
+        first, second = m.candidate.layer_map.runs
+        assert (first.start, second.stop) == (0, 7)
+        of_that_depth = [
+            found.distances.angular[a][b]
+            for a in range(1, 8)
+            for b in range(a)
+            if a - b == first.stop - second.start and a + b != 7
+        ]
+        assert found.distances.angular[first.stop][second.start] == min(of_that_depth)
+        (alone,) = measured(model, corpus, Asked(layers=(str(m.candidate.layer_map),))).maps
+        assert m.loss == pytest.approx(alone.loss, abs=1e-6)
+
+
+def test_streaming_reads_what_it_must_or_says_why_not(model: Path, corpus: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    path = next(broken.glob("*.safetensors"))
+    tensors = {k: v for k, v in load_file(path).items() if k != "model.layers.3.mlp.up_proj.weight"}
+    save_file(tensors, path, {"format": "pt"})
+    for streams in (False, True):
+        with pytest.raises(ProbeError, match=r"finds no tensor in .* for .*mlp.up_proj.weight"):
+            measured(broken, corpus, stream_layers=streams)
+
+
+def test_the_picture_shows_what_was_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
+    options = ("--data", corpus, "--tokens", "100", "--seq-length", "24", "--layers", "0:5,2:7", "--trims", ":")
+    run = forked_dus("probe", model, *options, "--plot", tmp_path / "p.svg", "-q", "--within", "100%")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p-dark.svg", "p.svg"]
+    for path in tmp_path.iterdir():
+        root = ET.parse(path).getroot()  # noqa: S314  (our own)
+        texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert any(text.startswith("base ") for text in texts)
+        assert {"0", "1", "2", "3", "loss (nats per token)", "parameters", "within 100%"} <= {
+            t.split(":")[0] for t in texts
+        }
+    before = (tmp_path / "p.svg").read_bytes()
+    refused = forked_dus("probe", model, *options, "--plot", tmp_path / "none" / "p.svg")
+    refused.assert_one_line_error("is no place for a file")
+    forked_dus("probe", model, *options, "--plot", tmp_path / "p.png").assert_one_line_error("ends in .svg")
+    assert (tmp_path / "p.svg").read_bytes() == before
+
+
+def test_what_cannot_be_is_one_line(model: Path, corpus: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    forked_dus("probe", model, "--data", empty).assert_one_line_error("has no documents to measure on")
+    forked_dus("probe", model, "--data", tmp_path / "no").assert_one_line_error("is no file or folder")
+    forked_dus("probe", tmp_path / "no", "--data", corpus).assert_one_line_error("does not exist")
+    for option, value, said, code in (
+        ("--trims", "4:9", "use 0:4", 1),
+        ("--trims", "3:1", "is no range of trims", 2),
+        ("--layers", "0-3", "half-open", 2),
+        ("--layers", "0:9", "beyond the base", 1),
+        ("--seq-length", "100", "the model's 64 positions", 1),
+        ("--max-memory", "1MB", "1.00 MB may be used; try --stream-layers", 1),
+    ):
+        forked_dus("probe", model, "--data", corpus, option, value).assert_one_line_error(said, code=code)
+
+
+def test_a_dry_run_loads_nothing(corpus: Path, base: Path) -> None:
+    """Of a checkpoint whose bytes are no sensible weights, and that has no tokenizer."""
+    report = forked_dus("probe", base, "--data", corpus, "--dry-run", "--json").report
+    assert [found["num_layers"] for found in report["maps"]] == [16, 14, 12, 10]
+    assert report["maps"][0]["loss"] is None
+    assert report["memory"]["weights"] == 4 * report["base"]["parameters"]
+    assert report["memory"]["estimate"] > report["memory"]["weights"]
 
 
 def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> None:

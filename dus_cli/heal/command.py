@@ -5,32 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional, TypeVar
+from typing import Annotated, Optional
 
 import typer
 
 from dus_cli.heal import options as opt
-from dus_cli.heal.corpus import BadLine, DataError, parse_holdout
+from dus_cli.heal.corpus import BadLine, parse_holdout
 from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, effective_mode
+from dus_cli.options import parser as _parser
 from dus_cli.progress import ProgressMode
-
-_T = TypeVar("_T")
-
-
-def _parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[str], _T]:
-    """A typer parser: a value that is not understood is a usage error. Outside of typer it must name its option."""
-
-    def run(text: str) -> _T:
-        if not isinstance(text, str):  # a default, parsed already
-            return text
-        try:
-            return parse(text)
-        except (ValueError, DataError) as error:
-            raise typer.BadParameter(str(error), param_hint=option) from None
-
-    return run
 
 
 def _workers(text: str) -> int | None:

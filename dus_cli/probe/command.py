@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from dus_cli.errors import LayerMapError
 from dus_cli.heal import options as opt
-from dus_cli.heal.command import _parser as parser
 from dus_cli.heal.corpus import BadLine, parse_holdout
 from dus_cli.layers import parse_layers
-from dus_cli.options import AsJson, Quiet, Revision, ShowProgress, Token, parse_assumption, progress_for
+from dus_cli.options import (
+    AsJson,
+    Assume,
+    OnBadLine,
+    Quiet,
+    Revision,
+    ShowProgress,
+    TextField,
+    Token,
+    parser,
+    progress_for,
+)
 from dus_cli.planning import parse_size
 from dus_cli.probe.maps import parse_trims
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
 
-
-class Precision(str, Enum):
-    """The dtype of weights and activations."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
 _DATA, _MAPS, _FIT = "Data", "Maps", "Memory and speed"
 
 
 def _layers(text: str) -> str:
-    try:
-        parse_layers(text)
-    except LayerMapError as error:
-        raise ValueError(str(error)) from None
+    parse_layers(text)
     return text
 
 
@@ -56,6 +52,10 @@ def probe(
             rich_help_panel=_DATA,
         ),
     ],
+    more_data: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
+        typer.Argument(metavar="[FILE]...", help="More --data, as a shell makes of --data *.jsonl."),
+    ] = None,
     tokens: Annotated[
         int,
         typer.Option(
@@ -76,13 +76,8 @@ def probe(
             rich_help_panel=_DATA,
         ),
     ] = None,
-    text_field: Annotated[
-        str,
-        typer.Option("--text-field", metavar="NAME", help="The field or column with the text.", rich_help_panel=_DATA),
-    ] = "text",
-    on_bad_line: Annotated[
-        BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel=_DATA)
-    ] = BadLine.error,
+    text_field: TextField = "text",
+    on_bad_line: OnBadLine = BadLine.error,
     holdout: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -129,16 +124,7 @@ def probe(
         int,
         typer.Option("--best", min=1, metavar="K", help="Maps of a search that are measured.", rich_help_panel=_MAPS),
     ] = 10,
-    assume: Annotated[
-        Optional[list[Any]],  # noqa: UP045
-        typer.Option(
-            "--assume",
-            metavar="FIELD=keep|map",
-            parser=parse_assumption,
-            help="As of dus upscale: what becomes of a field of config.json that dus does not know.",
-            rich_help_panel=_MAPS,
-        ),
-    ] = None,
+    assume: Assume = None,
     within: Annotated[
         float,
         typer.Option(
@@ -149,13 +135,13 @@ def probe(
         ),
     ] = "20%",  # type: ignore[assignment]
     precision: Annotated[
-        Precision,
+        opt.Precision,
         typer.Option(
             "--precision",
-            help="Of weights and activations; auto is fp32 on a CPU, bf16 elsewhere.",
+            help="Of weights and activations; auto is bf16, or fp32 on a CPU that is slow at bf16.",
             rich_help_panel=_FIT,
         ),
-    ] = Precision.auto,
+    ] = opt.Precision.auto,
     stream_layers: Annotated[
         bool,
         typer.Option(
@@ -191,8 +177,8 @@ def probe(
 ) -> None:
     """Measure what loss layer maps would have right after scaling, and write no model.
 
-    The layers of one loaded model are called in the order of each map, on the same held-out text; what several maps
-    begin with is computed once. Recommends a map and prints the line for dus upscale.
+    The layers of one model are called in the order of each map, all on the same text. Recommends a map and prints the
+    line for dus upscale.
     """
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     from dus_cli.probe.maps import Asked
@@ -204,13 +190,13 @@ def probe(
     ref = ModelRef.parse(model, revision=revision, token=token)
     asked = Asked(trims, tuple(layers or ()), copies, search, best, tuple(assume or ()))
     options = Options(
-        tuple(data),
+        (*data, *(more_data or ())),
         tokens,
         seq_length,
         text_field,
         on_bad_line,
         holdout,
-        precision.value,
+        precision,
         stream_layers,
         max_memory,
         within,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dus_cli.checkpoint import Checkpoint
 from dus_cli.errors import MissingExtraError, ProbeError, shown_list
 from dus_cli.heal.corpus import BadLine, DataError
+from dus_cli.heal.options import Precision
 from dus_cli.model_config import decoder_config
 from dus_cli.planning import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
@@ -94,7 +95,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Options:
-    """How it is measured. `precision` is "auto", "bf16" or "fp32"; `bound` a share above the base's loss."""
+    """How it is measured. `bound` is a share above the base's loss."""
 
     files: tuple[str, ...]
     tokens: int = 20_480
@@ -102,7 +103,7 @@ class Options:
     text_field: str = "text"
     on_bad_line: BadLine = BadLine.error
     holdout: float | None = None
-    precision: str = "auto"
+    precision: Precision = Precision.auto
     stream_layers: bool = False
     max_memory: int | None = None
     bound: float = 0.2
@@ -168,6 +169,7 @@ def _plan(
 ) -> _Plan:
     import torch
 
+    from dus_cli.heal.devices import computes_in_bf16
     from dus_cli.probe.distances import KEPT_BYTES
 
     device = torch.device("cpu")
@@ -175,7 +177,7 @@ def _plan(
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or device
         available = int(0.85 * torch.accelerator.get_memory_info()[0])
-    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type != "cpu")
+    bf16 = options.precision is Precision.bf16 or (options.precision is Precision.auto and computes_in_bf16())
     dtype = torch.bfloat16 if bf16 else torch.float32
     checkpoint, num_layers = of_base.checkpoint, len(of_base.layer_map)
     width = wanted.width_of(checkpoint)

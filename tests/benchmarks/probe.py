@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM
 from dus_cli.heal.sample import Packed, read_sample
 from dus_cli.heal.tokenise import Tokeniser
 from dus_cli.layers import largest_trim, source_layers
-from dus_cli.probe.listener import Listener
 from dus_cli.probe.maps import Asked
 from dus_cli.probe.verb import Options, probe
+from dus_cli.progress import NoProgress
 from dus_cli.reference import ModelRef
 
 SEQUENCE = 512
@@ -78,7 +78,7 @@ def compare(folder: str, data: str, tokens: int) -> None:
     del model, layers
     start = clock()
     options = Options((data,), tokens, SEQUENCE)
-    found = probe(ModelRef.parse(folder), Asked(), options, Listener(), dry_run=False, quiet=True)
+    found = probe(ModelRef.parse(folder), Asked(), options, NoProgress(), dry_run=False, quiet=True)
     mine = since(start)
     print("| trim | loss: dus probe | transformers |\n|---|---|---|")
     for trim, measured in zip(trims, found.maps, strict=True):
