@@ -23,11 +23,15 @@ _MAX_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that writes. `key` is a digest of what it writes, `token` tells this run from any other."""
+    """The run that writes. `key` is a digest of what it writes, `token` tells this run from any other.
+
+    `started` tells its process from a later one of the same number: clock ticks after the system's start.
+    """
 
     key: str
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
+    started: str = field(default_factory=lambda: _started(os.getpid()))
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     about: str = _ABOUT
 
@@ -40,19 +44,18 @@ class Owner:
 
     @property
     def is_running_here(self) -> bool:
-        """Whether a process of that number runs on this host. Ours is not it: a restarted container counts anew."""
-        if not self.is_of_this_host or self.pid == os.getpid() or self.pid <= 0:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except (ProcessLookupError, OverflowError, ValueError):
-            return False
-        except PermissionError:
-            return True
-        return True
+        """Whether that very process runs on this host. Where the system does not tell its start it counts as gone."""
+        return self.is_of_this_host and bool(self.started) and _started(self.pid) == self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {shown(self.host)}"
+
+
+def _started(pid: int) -> str:
+    """When a process began, as proc_pid_stat(5) has it in field 22; "" where there is none, or no /proc."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    return ""
 
 
 def owner(folder: Path) -> Owner | None:
@@ -71,8 +74,9 @@ def owner(folder: Path) -> Owner | None:
         raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     with contextlib.suppress(ValueError, TypeError, KeyError):
         record = json.loads(raw)
-        return Owner(str(record["key"]), str(record["host"]), int(record["pid"]), str(record["token"]))
-    return Owner("", "an unknown host", 0, "")
+        texts = {name: str(record[name]) for name in ("key", "host", "started", "token")}
+        return Owner(pid=int(record["pid"]), **texts)
+    return Owner("", "an unknown host", 0, "", "")
 
 
 def check_whole(folder: Path) -> None:

@@ -89,6 +89,8 @@ def ask(folder: Path) -> Storage:
     """
     probe, renamed = folder / "probe", folder / "renamed"
     found = known(folder) or Storage(writes_anywhere=True)
+    if probe.exists():  # of a run before, and it could not be removed
+        raise _not_removed(probe, errno.EPERM)
     try:
         probe.mkdir()
         with (probe / "in-order").open("xb") as file:
@@ -104,13 +106,17 @@ def ask(folder: Path) -> Storage:
             f"{shown(folder.parent)} cannot be written to ({error.strerror or error}); choose another place for -o"
         ) from error
     finally:
-        left = [error for error in map(_remove_probe, (probe, renamed)) if error]
-    if left:
-        raise OutputError(
-            f"files below {shown(folder.parent)} cannot be removed ({left[0]}), and a run that fails must take away "
-            "what it wrote; mount it with deletion allowed (mount-s3 --allow-delete), or write to a disk and copy"
-        )
+        codes = [code for code in map(_remove_probe, (probe, renamed)) if code is not None]
+    if codes:
+        raise _not_removed(probe, codes[0])
     return found
+
+
+def _not_removed(probe: Path, code: int) -> OutputError:
+    return OutputError(
+        f"{shown(probe)} cannot be removed ({os.strerror(code)}), and a run that fails must take away what it wrote; "
+        "mount the store with deletion allowed (mount-s3 --allow-delete), or write to a disk and copy"
+    )
 
 
 def _writes_anywhere(path: Path) -> bool:
@@ -129,15 +135,15 @@ def _writes_anywhere(path: Path) -> bool:
     return True
 
 
-def _remove_probe(folder: Path) -> str | None:
-    """Why a folder of ours cannot be removed. Where folders vanish with their last file it is gone already."""
+def _remove_probe(folder: Path) -> int | None:
+    """The error for which a folder of ours cannot be removed. Where folders vanish with their last file it is gone."""
     try:
         for path in folder.iterdir() if folder.exists() else ():
             path.unlink()
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
     except OSError as error:
-        return error.strerror or str(error)
+        return error.errno or errno.EIO
     return None
 
 

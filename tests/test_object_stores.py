@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from dus_cli.checkpoint import fingerprint, open_checkpoint
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import CheckpointError, OutputError
 from dus_cli.heal import launcher
-from dus_cli.heal.resolve import open_model
+from dus_cli.heal.live import NoView
+from dus_cli.heal.options import DataOptions
+from dus_cli.heal.resolve import Wishes, open_model
 from dus_cli.planning import MapRequest
 from dus_cli.progress import NoProgress
 from dus_cli.reference import ModelRef
@@ -280,6 +283,19 @@ def test_of_two_hosts_the_one_whose_mark_is_gone_gives_way(mounted: Mounting, mo
     assert contents(two / "out") == {"README.md": b"second", "config.json": b"{}"}
 
 
+def test_a_run_whose_mark_is_replaced_while_it_writes_fails_and_leaves_the_rest_to_the_other(
+    base: Path, mounted: Mounting
+) -> None:
+    out = mounted(IN_PLACE) / "out"
+    with pytest.raises(OutputError, match="was taken meanwhile by another run"):
+        run(
+            base, out, progress=Meddler(lambda: (out / "INCOMPLETE").write_text(incomplete.Owner("").to_text())), jobs=1
+        )
+    assert (out / "INCOMPLETE").exists()
+    assert any(out.glob("*.safetensors"))
+    assert not (out / "config.json").exists()
+
+
 @pytest.mark.parametrize("key", ["same", "other"])
 def test_a_run_on_this_host_is_noticed_without_locks(
     mounted: Mounting, monkeypatch: pytest.MonkeyPatch, key: str
@@ -291,7 +307,10 @@ def test_a_run_on_this_host_is_noticed_without_locks(
     mount = mounted(IN_PLACE)
     (mount / "out").mkdir()
     with subprocess.Popen(["sleep", "60"]) as living:
-        (mount / "out/INCOMPLETE").write_text(incomplete.Owner("same", pid=living.pid).to_text())
+        started = Path(f"/proc/{living.pid}/stat").read_text().split()[21]
+        owner = incomplete.Owner("same", pid=living.pid, started=started)
+        assert not replace(owner, started="1").is_running_here  # a later process of the same number
+        (mount / "out/INCOMPLETE").write_text(owner.to_text())
         with pytest.raises(OutputError, match=f"another run is writing .*process {living.pid}"):
             Staging(mount / "out", overwrite=True, key=key).__enter__()
         living.kill()
@@ -305,10 +324,11 @@ def test_a_damaged_mark_is_nobodys(tmp_path: Path) -> None:
         (tmp_path / "INCOMPLETE").write_bytes(raw)
         with pytest.raises(CheckpointError, match="not whole"):
             incomplete.check_whole(tmp_path)
-        with pytest.raises(OutputError, match="left half-written by another command"):
+        with pytest.raises(OutputError, match=r"left half-written by another command \(process 0 on an unknown host\)"):
             in_place.clear_left(tmp_path, "key", overwrite=False)
     for pid in (0, -1, 2**70):
         assert not incomplete.Owner("key", pid=pid).is_running_here
+    assert incomplete.Owner("key").is_running_here
 
 
 # --- errors that stores report late ---------------------------------------------------------------
@@ -341,6 +361,8 @@ def test_a_store_that_lets_nothing_be_removed_is_refused_before_the_first_byte(b
     mount = mounted(Refusals(rename_folder="ENOSYS", sequential=True, unlink="EPERM"))
     dus("upscale", base, "-o", mount / "out", "-q").assert_one_line_error("cannot be removed", "--allow-delete")
     assert not (mount / "out").exists()
+    with pytest.raises(OutputError, match=r"probe cannot be removed \(Operation not permitted\)"):
+        run(base, mount / "out")  # also where the first try has left something
 
 
 def test_blocks_are_not_cloned_into_objects(base: Path, mounted: Mounting) -> None:
@@ -441,6 +463,7 @@ def test_healing_where_checkpoints_could_not_get_their_names_is_refused_at_once(
     done = dus("heal", tmp_path / "out", "--data", data, "-o", known / "healed")
     done.assert_one_line_error("cannot be healed into", "s3fs", "heal on a disk")
     asked = mounted(IN_PLACE, "asked")
-    with pytest.raises(OutputError, match="cannot be healed into"):
-        launcher.check_renames(asked / "healed", storage.ask(asked))
+    wishes = Wishes(model=tmp_path / "out", output=asked / "healed", data=DataOptions((str(data),)))
+    with pytest.raises(OutputError, match=r"cannot be healed into.*Function not implemented"):
+        launcher.prepare_run(wishes, open_model(tmp_path / "out"), NoView())
     assert [*known.iterdir(), *asked.iterdir()] == []
