@@ -48,7 +48,8 @@ class Refusals:
     `kind` is the mount's type; with "fuse" alone its source is mountpoint-s3, as that one's is. `rename_folder` is
     answered for any folder, `rename_full_folder` for one that holds something (goofys).
     `sequential`: a file is written once, from its first byte to its last, and cannot be read or removed before it
-    is closed (Mountpoint for Amazon S3). `close`: the upload of files whose names end so fails, told by close(2).
+    is closed (Mountpoint for Amazon S3). `close`: the upload of files whose names end so fails, told by close(2), where
+    more than `close_beyond` bytes of the file were reached. `fsync` is answered for names that end in `fsync_of`.
     `unstable_inodes`: a new inode number for every answer. `vague_times`: mtimes that lose their fraction of a second
     every other time (a list and a HEAD request). `space`: blocks free, and blocks in all. `read`: reading beyond the
     first bytes of such files fails. `delay`: seconds that each write takes. `journal`: a file that gets a line for
@@ -60,6 +61,7 @@ class Refusals:
     rename_full_folder: str | None = None
     unlink: str | None = None
     fsync: str | None = None
+    fsync_of: str = ""
     direct: str | None = None
     sequential: bool = False
     vanishing_folders: bool = False
@@ -67,6 +69,7 @@ class Refusals:
     vague_times: bool = False
     space: tuple[int, int] | None = None
     close: dict[str, str] = field(default_factory=dict)
+    close_beyond: int = -1
     read: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     journal: str | None = None
@@ -367,7 +370,11 @@ class Server:
     def flush(self, node: int, body: bytes) -> bytes:
         opened = self.files[struct.unpack_from("<Q", body)[0]]
         for ending, code in self.refusals.close.items():
-            if opened.writes and self.paths.get(node, "").endswith(ending):
+            if (
+                opened.written > self.refusals.close_beyond
+                and opened.writes
+                and self.paths.get(node, "").endswith(ending)
+            ):
                 raise RefusedError(code)
         return b""
 
@@ -378,8 +385,8 @@ class Server:
             self.note("written", self.paths.get(node, ""))
         return b""
 
-    def fsync(self, _node: int, _body: bytes) -> bytes:
-        if self.refusals.fsync:
+    def fsync(self, node: int, _body: bytes) -> bytes:
+        if self.refusals.fsync and self.paths.get(node, "").endswith(self.refusals.fsync_of):
             raise RefusedError(self.refusals.fsync)
         return b""
 

@@ -292,7 +292,7 @@ def test_a_run_whose_mark_is_replaced_while_it_writes_fails_and_leaves_the_rest_
             base, out, progress=Meddler(lambda: (out / "INCOMPLETE").write_text(incomplete.Owner("").to_text())), jobs=1
         )
     assert (out / "INCOMPLETE").exists()
-    assert any(out.glob("*.safetensors"))
+    assert len(list(out.glob("*.safetensors"))) == 1
     assert not (out / "config.json").exists()
 
 
@@ -306,7 +306,7 @@ def test_a_run_on_this_host_is_noticed_without_locks(
     monkeypatch.setattr(fcntl, "flock", refused)
     mount = mounted(IN_PLACE)
     (mount / "out").mkdir()
-    with subprocess.Popen(["sleep", "60"]) as living:
+    with subprocess.Popen(["sleep", "10"]) as living:
         started = Path(f"/proc/{living.pid}/stat").read_text().split()[21]
         owner = incomplete.Owner("same", pid=living.pid, started=started)
         assert not replace(owner, started="1").is_running_here  # a later process of the same number
@@ -334,14 +334,21 @@ def test_a_damaged_mark_is_nobodys(tmp_path: Path) -> None:
 # --- errors that stores report late ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refusals", [Refusals(), IN_PLACE], ids=["rename", "in place"])
+@pytest.mark.parametrize("refusals", [Refusals(), replace(IN_PLACE, unstable_inodes=True)], ids=["rename", "in place"])
 @pytest.mark.parametrize("ending", [".safetensors", "notes.txt", "README.md", "config.json"])
 def test_an_upload_that_fails_at_close_is_one_line_and_nothing_stays(
     base: Path, mounted: Mounting, refusals: Refusals, ending: str
 ) -> None:
     with_small_files(base)
-    mount = mounted(Refusals(**{**vars(refusals), "close": {ending: "EIO"}}))
+    mount = mounted(replace(refusals, close={ending: "EIO"}))
     with pytest.raises(OutputError, match=r"cannot write .*Input/output error; nothing was left behind"):
+        run(base, mount / "out")
+    assert list(mount.iterdir()) == []
+
+
+def test_an_upload_that_fails_when_the_last_piece_was_written_is_one_line(base: Path, mounted: Mounting) -> None:
+    mount = mounted(Refusals(close={".safetensors": "EIO"}, close_beyond=50_000))
+    with pytest.raises(OutputError, match=r"cannot write .*safetensors: Input/output error"):
         run(base, mount / "out")
     assert list(mount.iterdir()) == []
 
@@ -355,10 +362,26 @@ def test_a_sync_that_fails_is_not_one_that_is_refused(base: Path, mounted: Mount
             assert list(mount.iterdir()) == []
         else:
             assert run(base, mount / "out").published == "rename"
+    mount = mounted(replace(IN_PLACE, fsync="EIO", fsync_of=".safetensors"), backing="in place")
+    with pytest.raises(OutputError, match=r"cannot write .*safetensors: Input/output error"):
+        run(base, mount / "out")
+
+
+def test_a_number_beyond_the_dtype_is_found_where_shards_are_written_in_order(
+    tmp_path: Path, mounted: Mounting
+) -> None:
+    huge = b"\x00\x00\x7f\x7f"  # 3.39e38, finite in float32
+    base = write_checkpoint(
+        tmp_path / "base", llama_tensors(4, dtype="F32"), llama_config(4), fill=lambda _, size: huge * (size // 4)
+    )
+    mount = mounted(IN_PLACE)
+    with pytest.raises(CheckpointError, match="beyond float16's range"):
+        verb.upscale(ModelRef(str(base), path=base), mount / "out", MapRequest(1), dtype=Dtype.float16)
+    assert list(mount.iterdir()) == []
 
 
 def test_a_store_that_lets_nothing_be_removed_is_refused_before_the_first_byte(base: Path, mounted: Mounting) -> None:
-    mount = mounted(Refusals(rename_folder="ENOSYS", sequential=True, unlink="EPERM"))
+    mount = mounted(replace(STORES["mountpoint-s3"], unlink="EPERM"))
     dus("upscale", base, "-o", mount / "out", "-q").assert_one_line_error("cannot be removed", "--allow-delete")
     assert not (mount / "out").exists()
     with pytest.raises(OutputError, match=r"probe cannot be removed \(Operation not permitted\)"):
@@ -460,7 +483,7 @@ def test_healing_where_checkpoints_could_not_get_their_names_is_refused_at_once(
     known = mounted(STORES["s3fs"], "known")
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n')
-    done = dus("heal", tmp_path / "out", "--data", data, "-o", known / "healed")
+    done = dus("heal", tmp_path / "out", "--data", data, "-o", known / "healed", "--dry-run")
     done.assert_one_line_error("cannot be healed into", "s3fs", "heal on a disk")
     asked = mounted(IN_PLACE, "asked")
     wishes = Wishes(model=tmp_path / "out", output=asked / "healed", data=DataOptions((str(data),)))
