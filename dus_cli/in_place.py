@@ -74,8 +74,8 @@ def check_empty(output: Path, why: str) -> None:
 def in_place_warning(output: Path, why: str) -> str:
     """What a person should know of an output that is written in place."""
     return (
-        f"{shown(output)} is written in place, because {why}: it is whole once {CONFIG_NAME} is there and "
-        f"{incomplete.NAME} is gone"
+        f"{shown(output)}: written in place, because {why}; whole once {CONFIG_NAME} is there and {incomplete.NAME} "
+        "is gone"
     )
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from dus_cli import incomplete
 from dus_cli.errors import OutputError, shown
-from dus_cli.in_place import LAST, InPlace, clear_left, in_place_warning
-from dus_cli.storage import Storage, ask, remove
+from dus_cli.in_place import LAST, InPlace, check_empty, clear_left, in_place_warning
+from dus_cli.storage import Storage, ask, known, remove
 from dus_cli.transfer import sync_file, writing
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def _check_free_name(output: Path, *, overwrite: bool) -> None:
         return  # whether it may be cleared is decided under the lock
     if not overwrite and any(output.iterdir()):
         raise OutputError(f"{shown(output)} exists and is not empty; choose another name, or --overwrite to replace it")
+    if (storage := known(output.parent)) is not None and storage.no_rename is not None:
+        check_empty(output, storage.no_rename)
 
 
 class Staging:

@@ -11,7 +11,7 @@ from dus_cli import card, checksums, hub, incomplete, lineage
 from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, OutputError, shown
-from dus_cli.in_place import check_empty, check_left, in_place_warning
+from dus_cli.in_place import check_left, in_place_warning
 from dus_cli.layout import BLOCK
 from dus_cli.planning import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
@@ -110,7 +110,6 @@ def preview(
     checks: list[Callable[[], object]] = [
         lambda: check_output(output, overwrite=overwrite),
         lambda: check_left(output, lineage.digest(lineage.lineage(made)), overwrite=overwrite),
-        lambda: None if why is None or not overwrite else check_empty(output, why),
         lambda: check_apart(output, made.checkpoint.folder),
         lambda: _check_space(space, copy_mode, output),
     ]

@@ -105,7 +105,7 @@ def test_the_output_on_a_store_has_the_bytes_of_one_on_a_disk(
     mount = mounted(STORES[store])
     report = run(base, mount / "out", with_checksums=True, verify=VerifyMode.full)
     assert report.published == "index last"
-    assert any("is written in place" in warning for warning in report.to_json()["warnings"])
+    assert any("written in place" in warning for warning in report.to_json()["warnings"])
     assert contents(mount / "out") == contents(tmp_path / "local")
     assert [path.name for path in mount.iterdir()] == ["out"]
     assert run(base, mount / "out", with_checksums=True).status == "unchanged"
@@ -140,7 +140,7 @@ def test_the_command_says_on_stderr_and_in_its_report_that_it_writes_in_place(ba
     mount = mounted(IN_PLACE)
     done = dus("upscale", base, "-o", mount / "out")
     assert done.returncode == 0
-    assert "is written in place, because folders cannot be renamed there (Function not implemented)" in done.stderr
+    assert "written in place, because folders cannot be renamed there (Function not implemented)" in done.stderr
     report = dus("upscale", base, "-o", mount / "again", "--json").report
     assert report["published"] == "index last"
 
@@ -195,7 +195,7 @@ def test_before_the_last_file_nothing_takes_the_folder_for_a_model(
     shutil.copyfile(mount / "out/config.json", prefix / "config.json")
     with pytest.raises(CheckpointError, match="not whole"):
         verify(prefix)
-    assert AutoModelForCausalLM.from_pretrained(prefix).config.num_hidden_layers == 6
+    assert AutoModelForCausalLM.from_pretrained(mount / "out").config.num_hidden_layers == 6
 
 
 # --- killed, failed, raced ------------------------------------------------------------------------
@@ -261,6 +261,15 @@ def test_a_finished_output_is_not_replaced_where_it_could_not_stay_until_then(ba
         run(base, mount / "out", trim=1)
     assert contents(mount / "out") == before
     assert [path.name for path in mount.iterdir()] == ["out"]
+
+
+def test_on_a_known_store_that_is_said_before_the_model_is_looked_at(base: Path, mounted: Mounting) -> None:
+    out = mounted(STORES["gcsfuse"]) / "out"
+    run(base, out)
+    command = ("upscale", "no/such", "-o", out, "--overwrite", "-q")
+    dus(*command, HF_HUB_OFFLINE="1").assert_one_line_error("cannot be replaced in one step", "gcsfuse")
+    report = dus("upscale", base, "-o", out, "--trim", "1", "--overwrite", "--dry-run", "--json").report
+    assert any("cannot be replaced in one step" in warning for warning in report["warnings"])
 
 
 def test_of_two_hosts_the_one_whose_mark_is_gone_gives_way(mounted: Mounting, monkeypatch: pytest.MonkeyPatch) -> None:
