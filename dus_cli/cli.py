@@ -10,22 +10,25 @@ import json
 import os
 import signal
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from dus_cli import __version__, api, events
+from dus_cli import __version__, api, events, push
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
 from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
-from dus_cli.options import AsJson, Assume, Quiet, Revision, ShowProgress, Token, progress_for
+from dus_cli.options import AsJson, Assume, Branch, Private, Quiet, Revision, ShowProgress, Token, progress_for
 from dus_cli.planning import parse_size
 from dus_cli.probe.command import probe
 from dus_cli.progress import ProgressMode
+from dus_cli.push_command import prepare_and_run, push_command
 from dus_cli.recipes import RECIPES
 from dus_cli.terminal import say, silence
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode
@@ -74,6 +77,19 @@ def _recipe(text: str) -> str:
     if text not in RECIPES:
         raise typer.BadParameter(f"there is no recipe {shown(text)!r}; there are {', '.join(RECIPES)}")
     return text
+
+
+def _target(
+    push_to: str | None, branch: str | None, token: str | None, verify: VerifyMode, *, private: bool
+) -> push.Target | None:
+    """Where --push-to pushes; None without it."""
+    if push_to is None:
+        if private or branch is not None:
+            raise UsageError("--private and --branch are of --push-to; say where to push")
+        return None
+    if verify is VerifyMode.none:
+        raise UsageError("--push-to pushes what was verified: leave out --verify none")
+    return push.Target.parse(push_to, branch=branch, private=private, token=token)
 
 
 @app.command()
@@ -147,6 +163,12 @@ def upscale(
     ] = CopyMode.auto,
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel copies.")] = DEFAULT_JOBS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan and write nothing.")] = False,
+    push_to: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--push-to", metavar="REPO", help="Push OUT to the Hub once it is verified: org/name."),
+    ] = None,
+    private: Private = False,
+    branch: Branch = None,
     verify: Annotated[
         VerifyMode,
         typer.Option("--verify", help="What to check before publishing: structure, or full (every byte)."),
@@ -181,12 +203,19 @@ def upscale(
         "copy_mode": copy_mode,
         "overwrite": overwrite,
     }
+    target = _target(push_to, branch, token, verify, private=private)
+    if target is not None and not dry_run:
+        push.look(target)  # what is in the way is said before gigabytes are written
     with progress_for(progress, quiet=not says) as told:
         if dry_run:
             report = api.plan(model, output, **options)
             told.planned(report.plan)
         else:
             report = api.upscale(model, output, **options, jobs=jobs, verify=verify, checksums=checksums, progress=told)
+    if target is not None and dry_run:
+        report = replace(report, push=push.preview(report.plan, target, with_checksums=checksums))
+    elif target is not None:
+        report = replace(report, push=prepare_and_run(output, target, jobs, progress, says=says, is_verified=True))
     if as_json:
         print(json.dumps(report.to_json()))
     elif says:
@@ -224,6 +253,7 @@ def verify(
 app.command()(heal)
 app.command("eval")(evaluate)
 app.command()(probe)
+app.command("push")(push_command)
 
 
 # typer vendors click, so its usage errors have no public name: it is the parent of BadParameter.
@@ -261,6 +291,8 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except OSError:  # was told already; Python would tell it again
         silence(sys.stdout.fileno())
+    if code > 128 and threading.active_count() > 1:  # a signal came, and a library still has threads at work
+        os._exit(code)
     sys.exit(code)
 
 

@@ -40,6 +40,10 @@ class VerificationError(DusError):
     """What was written is not what was planned."""
 
 
+class PushError(DusError):
+    """The Hub does not take the output, or holds something else afterwards."""
+
+
 class MissingExtraError(DusError):
     """A library that comes with an extra is not installed."""
 

@@ -55,7 +55,7 @@ def fetch_small_files(ref: ModelRef, *, quiet: bool = False) -> tuple[Path, str]
     Raises:
         ModelNotFoundError: the Hub cannot serve it; one line for each reason.
     """
-    _silence(quiet)
+    silence(quiet=quiet)
     ignored = [case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
     folder = _snapshot(ref, ref.revision, ignored=ignored)
@@ -183,7 +183,8 @@ def _read_range(hub: HfFileSystem, remote: str, start: int, end: int) -> bytes:
     return raw
 
 
-def _silence(quiet: bool) -> None:
+def silence(*, quiet: bool) -> None:
+    """No chatter from huggingface_hub; its progress bars only for a person who did not ask for quiet."""
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -205,20 +206,20 @@ def _prepare(ref: ModelRef) -> None:
     if not (token.isascii() and token.isprintable()):
         raise ModelNotFoundError("the Hub's token has characters that no token has: set HF_TOKEN, or log in, again")
     hooks = get_session().event_hooks["request"]
-    if _limit_time not in hooks:
-        hooks.append(_limit_time)
+    if limit_time not in hooks:
+        hooks.append(limit_time)
 
 
-def _limit_time(request: Any) -> None:
+def limit_time(request: Any, seconds: float | None = None) -> None:
     """Let no request wait for ever, as huggingface_hub's for a commit and for a list of files would."""
     from huggingface_hub import constants
 
-    limit = constants.HF_HUB_ETAG_TIMEOUT
+    limit = constants.HF_HUB_ETAG_TIMEOUT if seconds is None else seconds
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {what: limit if limits.get(what) is None else limits[what] for what in _WAITS}
 
 
-def _tried(started: float) -> str:
+def tried(started: float) -> str:
     """How long it was tried, where that was more than a moment."""
     seconds = time.monotonic() - started
     return f" (tried for {seconds:.0f} s)" if seconds > 2 else ""
@@ -252,12 +253,12 @@ def _hub_errors(ref: ModelRef) -> Iterator[None]:
         answer = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
         if not isinstance(answer, errors.HfHubHTTPError):
             raise ModelNotFoundError(
-                f"{ref} is not (wholly) in the cache and the Hub cannot be reached{_tried(started)}; check the "
+                f"{ref} is not (wholly) in the cache and the Hub cannot be reached{tried(started)}; check the "
                 f"network, HF_ENDPOINT and HF_HUB_OFFLINE{here}"
             ) from error
         status = answer.response.status_code
         advice = "renew the token: --token, HF_TOKEN or `hf auth login`" if status == 401 else "try again later"
-        raise ModelNotFoundError(f"the Hub answered {status} for {ref}{_tried(started)}; {advice}{here}") from error
+        raise ModelNotFoundError(f"the Hub answered {status} for {ref}{tried(started)}; {advice}{here}") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ModelNotFoundError(
@@ -266,7 +267,7 @@ def _hub_errors(ref: ModelRef) -> Iterator[None]:
         raise ModelNotFoundError(f"cannot fetch {ref} from the Hub: {shown(error)}{here}") from error
     except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's; hf_xet's
         raise ModelNotFoundError(
-            f"the connection to the Hub failed for {ref}{_tried(started)}: {shown(error).rstrip('.')}; try again, or "
+            f"the connection to the Hub failed for {ref}{tried(started)}: {shown(error).rstrip('.')}; try again, or "
             f"check HF_ENDPOINT{here}"
         ) from error
     except (struct.error, ValueError) as error:

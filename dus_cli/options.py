@@ -22,6 +22,13 @@ Revision = Annotated[
 
 _T = TypeVar("_T")
 
+Private = Annotated[bool, typer.Option("--private", help="The repo is private; refused where it is a public one.")]
+
+Branch = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--branch", metavar="NAME", help="Branch to push to, made where it is not there. Default: main."),
+]
+
 Token = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--token", metavar="TOKEN", help="Of the Hub. Default: HF_TOKEN, or the stored login."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dus_cli import __version__
 from dus_cli.drawing import draw_kinds, draw_map
@@ -13,6 +13,9 @@ from dus_cli.lineage import seam_record
 from dus_cli.planning import UpscalePlan
 from dus_cli.remaking import Remaking
 from dus_cli.transfer import Tally
+
+if TYPE_CHECKING:
+    from dus_cli.push import PushReport
 
 # Raised when a field is removed or changes its meaning; new fields do not raise it.
 SCHEMA = 1
@@ -51,6 +54,7 @@ class UpscaleReport:
     notes: tuple[str, ...] = ()
     remaking: Remaking | None = None
     published: str | None = None
+    push: PushReport | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -106,6 +110,7 @@ class UpscaleReport:
             "seconds": round(self.seconds, 3),
             "from": None if self.remaking is None else str(self.remaking.path),
             "reproduced": self.reproduced,
+            "push": None if self.push is None else self.push.to_json(),
             "warnings": list(self.warnings),
         }
 
@@ -153,6 +158,8 @@ def upscale_text(report: UpscaleReport) -> str:
             *([("reproduced", "every file is what the sums say")] if report.reproduced else []),
             ("time", f"{report.seconds:.2f} s"),
         ]
+    if report.push is not None:
+        rows.append(("push", push_text(report.push)))
     lines = _table(rows) + [f"warning: {warning}" for warning in report.warnings]
     output_text = shlex.quote(str(report.output))
     if report.dry_run:
@@ -165,6 +172,28 @@ def upscale_text(report: UpscaleReport) -> str:
             f"next: dus heal {output_text} --data corpus.jsonl{' --train new' if plan.treatment.zeros else ''}",
         ]
     return "\n".join(lines)
+
+
+def push_text(report: PushReport) -> str:
+    """What was pushed, or would be, for a person."""
+    target, remote = report.target, report.remote
+    what = f"{report.num_files} files, {human_bytes(report.num_bytes)}"
+    if report.status == "planned":
+        kind = "private " if (remote.private if remote.exists else target.private) else ""
+        repo = f"the {kind}repo is there" if remote.exists else f"the {kind}repo would be created"
+        branch = f", branch {target.branch}{'' if remote.head else ' would be created'}" * (target.branch != "main")
+        token = "the token may write" if remote.can_write else "whether the token may write shows when it is tried"
+        return f"{target.url}: {what}; {repo}{branch}; {token}"
+    commit = (report.commit or "")[:12]
+    if report.status == "unchanged":
+        return f"{target.url} already holds these {what}, at commit {commit}"
+    removed = f"; {len(report.removed)} of an earlier model removed" if report.removed else ""
+    return f"{target.url} holds {what}, at commit {commit}, each compared with what was verified{removed}"
+
+
+def folder_push_json(output: Path, report: PushReport) -> dict[str, Any]:
+    """The report of `dus push --json`; docs/layout.md describes each field."""
+    return {"schema": SCHEMA, "version": __version__, "model": str(output), "push": report.to_json()}
 
 
 def human_bytes(count: float) -> str:

@@ -239,12 +239,15 @@ def _write(
         tally = transfer_in_order(
             made, staging.folder, jobs=jobs, before_shard=staging.check_ours, on_bytes=progress.advance
         )
-    for name, text in made.text_files().items():
+    for name, text in written_texts(made).items():
         staging.write_text(name, text)
-    for name, text in {**card.pictures(made), card.NAME: card.model_card(made)}.items():
-        staging.write_text(name, text)
-    staging.write_text(lineage.NAME, dump_json(lineage.lineage(made)))
     return tally
+
+
+def written_texts(made: UpscalePlan) -> dict[str, str]:
+    """Every file that is made up rather than copied, by name: config, index, card, pictures, lineage."""
+    records = {card.NAME: card.model_card(made), lineage.NAME: dump_json(lineage.lineage(made))}
+    return {**made.text_files(), **card.pictures(made), **records}
 
 
 def _space(made: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: bool) -> Space:

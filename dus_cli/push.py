@@ -1,0 +1,569 @@
+"""The verb `push`: a verified output to the Hub, by huggingface_hub's upload of large folders, and the proof.
+
+Everything in the folder is summed before it goes, and afterwards the Hub's own list of files, one request, is held
+against these sums: what was pushed is what was verified. A push that was cut off goes on with the same command: what
+the Hub has already (files of the branch, and objects uploaded for a commit that never came) is not sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from dus_cli import __version__, checksums, hub
+from dus_cli.checkpoint import Fingerprint, fingerprint
+from dus_cli.errors import PushError, StoppedError, UsageError, VerificationError, shown, shown_list
+from dus_cli.planning import UpscalePlan
+from dus_cli.progress import NoProgress, Progress
+from dus_cli.reference import ModelRef
+from dus_cli.report import human_bytes
+from dus_cli.source_files import LEFT_BEHIND, OF_A_HEALING, WRITTEN_ANEW, inside
+from dus_cli.staging import staged_files
+from dus_cli.transfer import DEFAULT_JOBS
+from dus_cli.upscaling import written_texts
+from dus_cli.verification import verify
+from dus_cli.workers import workers
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+# The Hub takes no larger file (huggingface.co/docs/hub/storage-limits).
+LARGEST_FILE = 50_000_000_000
+
+# What an earlier push may have left that would be loaded beside this model's weights, or instead of them (transformers
+# takes model.safetensors before an index), or that records another model.
+_OF_A_MODEL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
+# Seconds that a request may wait for an answer: a commit of many files takes the Hub minutes.
+_LONGEST_WAIT = 300.0
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to push: a repo and a branch of it. `private` is asked for, and refused where the repo is public."""
+
+    repo_id: str
+    branch: str = "main"
+    private: bool = False
+    token: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, branch: str | None = None, private: bool = False, token: str | None = None) -> Target:
+        """`org/name`, also behind hf:// or before @branch.
+
+        Raises:
+            UsageError: no Hub id, or a branch that git does not allow.
+        """
+        try:
+            ref = ModelRef.parse(text, revision=branch, token=token)
+        except UsageError as error:
+            raise UsageError(
+                str(error).replace("--revision", "--branch").replace("names a revision", "names one")
+            ) from None
+        name = (ref.repo_id or "").rpartition("/")[2]
+        # The Hub's own rules (huggingface_hub's validate_repo_id), before anything is written.
+        if ref.repo_id is None or re.search(r"--|\.\.|[-.]$|\.git$|\.ipynb$", name) or len(ref.repo_id) > 96:
+            raise UsageError(f"{shown(text)} is no id that a repo on the Hub can have; give org/name")
+        return cls(ref.repo_id, ref.revision or "main", private, token)
+
+    @property
+    def url(self) -> str:
+        from huggingface_hub import constants
+
+        tree = "" if self.branch == "main" else f"/tree/{self.branch}"
+        return f"{constants.ENDPOINT}/{self.repo_id}{tree}"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the Hub says before a push. `head` is the branch's commit; None without a branch or a repo.
+
+    `parent` is the commit that a push adds to: the head, or for a branch that is not there the one of main.
+
+    `can_write`: whether the token may push there; None where the Hub does not say beforehand.
+    """
+
+    exists: bool
+    private: bool | None
+    head: str | None
+    parent: str | None
+    can_write: bool | None
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """The result of a push, or of its dry run.
+
+    `status` is "pushed", "planned", or "unchanged": the branch already held every file. `removed` are files of an
+    earlier model. `uploaded` counts the files that the branch did not hold.
+    """
+
+    target: Target
+    status: Literal["pushed", "planned", "unchanged"]
+    remote: Remote
+    num_files: int
+    num_bytes: int
+    commit: str | None = None
+    uploaded: int | None = None
+    removed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `push` of the reports; docs/layout.md describes each field."""
+        return {
+            "repo_id": self.target.repo_id,
+            "branch": self.target.branch,
+            "url": self.target.url,
+            "commit": self.commit,
+            "status": self.status,
+            "exists": self.remote.exists,
+            "private": self.remote.private if self.remote.exists else self.target.private,
+            "can_write": self.remote.can_write,
+            "files": self.num_files,
+            "bytes": self.num_bytes,
+            "uploaded": self.uploaded,
+            "removed": list(self.removed),
+            "compared": self.status != "planned",
+            "seconds": round(self.seconds, 3),
+            "warnings": list(self.warnings),
+        }
+
+
+# --- before -------------------------------------------------------------------------------------
+
+
+def look(target: Target) -> Remote:
+    """Ask the Hub what would be in the way, before gigabytes are written, summed or sent.
+
+    Raises:
+        PushError: no token, one that may not write there, a public repo where a private one was asked for, no Hub.
+    """
+    from huggingface_hub import errors, get_token
+
+    hub.silence(quiet=False)
+    with _push_errors(target):
+        if target.token is None and get_token() is None:
+            raise PushError(
+                f"no token to push to {target.repo_id} with; give --token, set HF_TOKEN or run `hf auth login`"
+            )
+        api = _api(target)
+        user = api.whoami()
+        try:
+            info = api.model_info(target.repo_id)
+        except errors.RepositoryNotFoundError:
+            remote = Remote(exists=False, private=None, head=None, parent=None, can_write=_may_create(user, target))
+        else:
+            head = info.sha if target.branch == "main" else _head(api, target)
+            remote = Remote(True, info.private, head, head or info.sha, _may_write(api, user, target))
+    if target.private and remote.private is False:
+        raise PushError(
+            f"{target.repo_id} exists and is public, and --private makes no repo private; change it in its settings, "
+            "or choose another name"
+        )
+    if remote.can_write is False:
+        raise PushError(
+            f"the token of {shown(user.get('name'))} may not write to {target.repo_id}: it reads only, or the name is "
+            "no organisation of theirs; give one that may, with --token or HF_TOKEN"
+        )
+    return remote
+
+
+def _may_create(user: Mapping[str, Any], target: Target) -> bool | None:
+    """Whether a token may make a repo in this name's space, as far as /whoami-v2 says."""
+    space = target.repo_id.partition("/")[0]
+    role = _role(user)
+    if role == "fineGrained":
+        scopes = user["auth"]["accessToken"].get("fineGrained", {}).get("scoped", [])
+        owned = [s for s in scopes if s.get("entity", {}).get("name") == space]
+        return True if any("repo.write" in scope.get("permissions", []) for scope in owned) else None
+    roles = {org.get("name"): org.get("roleInOrg") for org in user.get("orgs", [])}
+    is_ours = space == user.get("name") or (space in roles and roles[space] != "read")
+    return None if role is None else role != "read" and is_ours
+
+
+def _may_write(api: HfApi, user: Mapping[str, Any], target: Target) -> bool | None:
+    """Whether a token may push to a repo that is there."""
+    from huggingface_hub import errors
+
+    try:
+        api.auth_check(target.repo_id, write=True)
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            return False
+        return False if _role(user) == "read" else None  # a Hub that does not know the question
+    return True
+
+
+def _role(user: Mapping[str, Any]) -> str | None:
+    access = user.get("auth", {}).get("accessToken", {})
+    return access.get("role") if isinstance(access, dict) else None
+
+
+def _head(api: HfApi, target: Target) -> str | None:
+    from huggingface_hub import errors
+
+    try:
+        return api.model_info(target.repo_id, revision=target.branch).sha
+    except errors.RevisionNotFoundError:
+        return None
+
+
+def preview(plan: UpscalePlan, target: Target, *, with_checksums: bool = False) -> PushReport:
+    """What `--push-to` would do with the output of a plan. Creates nothing.
+
+    Raises:
+        PushError: as `look`, and a shard that is too large.
+    """
+    sizes = {name: layout.num_bytes for name, layout in plan.shards.items()}
+    sizes |= {name: path.stat().st_size for name, path in plan.files}
+    sizes |= {name: len(text.encode()) for name, text in written_texts(plan).items()}
+    if with_checksums:
+        sizes[checksums.NAME] = len(checksums.sums_text(dict.fromkeys(sizes, "0" * 64)))
+    _check_sizes(sizes)
+    return PushReport(target, "planned", look(target), len(sizes), sum(sizes.values()))
+
+
+def preview_folder(output: Path, target: Target) -> PushReport:
+    """What `dus push` would do with a directory, which is verified. Creates nothing.
+
+    Raises:
+        PushError: as `look`; VerificationError: it is not sound.
+    """
+    started = time.monotonic()
+    _verify(output)
+    sizes = _sizes(output)
+    return PushReport(
+        target, "planned", look(target), len(sizes), sum(sizes.values()), seconds=time.monotonic() - started
+    )
+
+
+# --- the push -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Push:
+    """A push that is ready to go: what is in the folder, and what of it the branch has otherwise or not."""
+
+    output: Path
+    target: Target
+    remote: Remote
+    sizes: dict[str, int]
+    sums: dict[str, str]
+    fingerprints: dict[str, Fingerprint | None]
+    differing: list[str]
+    stale: list[str]
+    started: float
+
+    @property
+    def num_lacking_bytes(self) -> int:
+        """Bytes of the files that the branch does not hold."""
+        return sum(self.sizes[name] for name in self.differing)
+
+    def run(self) -> PushReport:
+        """Send what is lacking, and hold what the Hub then has against the sums.
+
+        Raises:
+            PushError: see `errors`; what was uploaded stays, and the same push goes on.
+            StoppedError: a signal came while bytes were sent.
+        """
+        target, commit, remarks = self.target, self.remote.head, list[str]()
+        with _push_errors(target):
+            if commit is None or self.differing or self.stale:
+                commit, remarks = _until_signalled(self._upload)
+            there = _listed(target, commit)
+        now = _fingerprints(self.output)
+        if changed := sorted(name for name in now | self.fingerprints if now.get(name) != self.fingerprints.get(name)):
+            raise PushError(
+                f"{shown_list(changed)} changed while it was pushed: commit {commit[:12]} of {target.repo_id} is not "
+                "what was verified; let nothing write to the folder, and push again"
+            )
+        if lacking := _differences(self.output, self.sums, there):
+            raise PushError(
+                f"the Hub holds other bytes of {shown_list(lacking)} in commit {commit[:12]} of {target.repo_id} than "
+                "were verified here; push again, and tell the Hub if it stays so"
+            )
+        return PushReport(
+            target,
+            "unchanged" if commit == self.remote.head else "pushed",
+            self.remote,
+            len(self.sizes),
+            sum(self.sizes.values()),
+            commit,
+            len(self.differing),
+            tuple(self.stale),
+            tuple(remarks),
+            time.monotonic() - self.started,
+        )
+
+    def _upload(self) -> tuple[str, list[str]]:
+        """Create what is lacking, upload and commit: the commit, and what the Hub remarked."""
+        target, api = self.target, _api(self.target)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if not self.remote.exists:
+                api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+            if target.branch != "main" and self.remote.head is None:
+                api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=target.repo_id,
+                folder_path=self.output,
+                revision=target.branch,
+                allow_patterns=[escape(name) for name in self.sums],
+                delete_patterns=[escape(name) for name in self.stale] or None,
+                commit_message=f"Upload {self.output.resolve().name} with dus {__version__}",
+            )
+        return done.oid, [shown(" ".join(str(warning.message).split())) for warning in caught]
+
+
+def prepare(
+    output: Path,
+    target: Target,
+    *,
+    jobs: int = DEFAULT_JOBS,
+    progress: Progress | None = None,
+    quiet: bool = True,
+    is_verified: bool = False,
+) -> Push:
+    """Look, verify and sum; nothing is changed yet, here or on the Hub.
+
+    Args:
+        output: a directory that dus upscale or dus heal wrote, or any checkpoint.
+        target: the repo and branch.
+        jobs: parallel reads.
+        progress: told of the sums; huggingface_hub draws the upload itself.
+        quiet: no progress bars from huggingface_hub.
+        is_verified: it was a moment ago.
+
+    Raises:
+        VerificationError: not sound.
+        PushError: as `look`; the directory holds no model; a file is too large.
+    """
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    hub.silence(quiet=quiet)
+    remote = look(target)
+    if not is_verified:
+        _verify(output)
+    sizes, fingerprints = _sizes(output), _fingerprints(output)
+    sums = _sums(output, sizes, jobs, progress)
+    with _push_errors(target):
+        there = {} if remote.parent is None else _listed(target, remote.parent)
+    differing, stale = _differences(output, sums, there), _stale(sums, there)
+    return Push(output, target, remote, sizes, sums, fingerprints, differing, stale, started)
+
+
+def _verify(output: Path) -> None:
+    if not output.is_dir():
+        raise PushError(f"{shown(output)} is not a directory; give the one that dus upscale or dus heal wrote")
+    if (output / "run.json").exists() and not (output / "config.json").exists():
+        raise PushError(
+            f"{shown(output)} is a run of dus heal that has not ended, and no model yet; the same dus heal command "
+            "goes on with it"
+        )
+    found = verify(output, deep=False)
+    if not found.is_sound:
+        more = len(found.problems) - 1
+        rest = f" (and {more} more: dus verify lists them)" if more else ""
+        raise VerificationError(f"{shown(output)} does not verify: {found.problems[0]}{rest}; nothing was pushed")
+
+
+def _files(output: Path) -> list[str]:
+    """What is pushed: all but what git and the Hub's own caches leave in folders."""
+
+    def is_left(name: str) -> bool:
+        return any(fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in LEFT_BEHIND)
+
+    return [name for name in staged_files(output) if not is_left(name) and inside(output, name)]
+
+
+def _sizes(output: Path) -> dict[str, int]:
+    sizes = {name: (output / name).stat().st_size for name in _files(output)}
+    _check_sizes(sizes)
+    return sizes
+
+
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if size > LARGEST_FILE:
+            raise PushError(
+                f"{shown(name)} has {human_bytes(size)} and the Hub takes no file over {human_bytes(LARGEST_FILE)}; "
+                "make the model again with a smaller --max-shard-size, such as 5GB"
+            )
+
+
+def _fingerprints(output: Path) -> dict[str, Fingerprint | None]:
+    return {name: fingerprint(output / name) for name in _files(output)}
+
+
+def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress) -> dict[str, str]:
+    """SHA-256 of every file, held against SHA256SUMS where there is one."""
+    progress.start("summing", sum(sizes.values()))
+    with workers(jobs) as (pool, stop):
+        found = pool.map(lambda name: checksums.file_sum(output / name, stop, progress.advance), sizes)
+        sums = dict(zip(sizes, found, strict=True))
+    expected, problems = checksums.expected_sums(output)
+    wrong = [name for name, total in expected.items() if sums.get(name) != total]
+    if wrong or problems:
+        what = f"{shown_list(wrong)} does not match its sum in {checksums.NAME}" if wrong else problems[0]
+        raise VerificationError(f"{shown(output)} does not verify: {what}; nothing was pushed")
+    return sums
+
+
+# --- what the Hub has ----------------------------------------------------------------------------
+
+
+def _listed(target: Target, commit: str) -> dict[str, RepoFile]:
+    """Every file of a commit, by its path."""
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = _api(target).list_repo_tree(target.repo_id, recursive=True, revision=commit)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _differences(output: Path, sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
+    """The files that the Hub has otherwise, or not: by SHA-256 of large files, by git's own sum of small ones."""
+
+    def is_there(name: str) -> bool:
+        entry = there.get(name)
+        if entry is None:
+            return False
+        return entry.blob_id == _git_sum(output / name) if entry.lfs is None else entry.lfs.sha256 == sums[name]
+
+    return [name for name in sums if not is_there(name)]
+
+
+def _git_sum(path: Path) -> str:
+    """What git calls a file of this content: a SHA-1 over its length and bytes (git-hash-object(1))."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _stale(sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
+    """Files of an earlier model on the branch: its weights, records and pictures. Others are nobody's business."""
+    ours = (*_OF_A_MODEL, *WRITTEN_ANEW, *OF_A_HEALING)
+
+    def is_ours(name: str) -> bool:
+        return any(fnmatch(PurePosixPath(name).parts[0], pattern) for pattern in ours)
+
+    return sorted(name for name in there if name not in sums and is_ours(name))
+
+
+# --- the client ----------------------------------------------------------------------------------
+
+
+def _api(target: Target) -> HfApi:
+    from huggingface_hub import HfApi, get_session
+
+    hooks = get_session().event_hooks["request"]
+    hooks[:] = [hook for hook in hooks if hook not in (hub.limit_time, _limit_time)] + [_limit_time]
+    return HfApi(token=target.token, library_name=hub.LIBRARY, library_version=__version__)
+
+
+def _limit_time(request: Any) -> None:
+    hub.limit_time(request, _LONGEST_WAIT)
+
+
+def _until_signalled(work: Callable[[], _Result]) -> _Result:
+    """The work's result. A signal ends the wait at once, in whatever the library's threads are at that moment.
+
+    Raises:
+        StoppedError: a signal came. What the Hub has stays there.
+    """
+    results: list[_Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():  # not one long wait: a signal that another thread is given would not end it
+            thread.join(0.1)
+    except BaseException as error:
+        signum = getattr(error, "signum", None)
+        if signum is None:
+            raise
+        raise StoppedError(
+            f"ended by {signal.Signals(signum).name}; what was sent stays on the Hub, and the same command goes on",
+            signum,
+        ) from None
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from: huggingface_hub wraps a thread's in one without a reason."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def _push_errors(target: Target) -> Iterator[None]:
+    """Turn huggingface_hub's errors into one line each."""
+    from huggingface_hub import errors
+
+    started = time.monotonic()
+    try:
+        yield
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]  # httpx's
+        causes = list(_causes(error))
+        answer = next((e for e in causes if isinstance(e, errors.HfHubHTTPError)), None)
+        if any(isinstance(e, errors.OfflineModeIsEnabled) for e in causes):
+            message = f"HF_HUB_OFFLINE is set, and a push to {target.repo_id} needs the Hub; unset it"
+        elif answer is not None:
+            message = _answered(target, answer.response.status_code, answer.server_message, hub.tried(started))
+        elif isinstance(error, FileNotFoundError):
+            message = (
+                f"{shown(error.filename)} is gone while it was pushed; let nothing write to the folder, and push again"
+            )
+        elif isinstance(error, errors.HFValidationError):
+            message = f"{shown(target.repo_id)} is no id that a repo on the Hub can have: {shown(error)}"
+        elif isinstance(error, ValueError) and "metadata" in str(error):
+            message = f"the Hub does not take README.md: {shown(' '.join(str(error).split()))}; correct its metadata"
+        else:
+            reason = shown(str(causes[-1] if str(causes[-1]) else error).rstrip("."))
+            message = (
+                f"the connection to the Hub failed for {target.repo_id}{hub.tried(started)}: {reason}; check the "
+                "network and HF_ENDPOINT, and run the same command again: it goes on"
+            )
+        raise PushError(message) from error
+
+
+def _answered(target: Target, status: int, said: str | None, tried: str) -> str:
+    reason = f" ({shown(' '.join(said.split()))})" if said else ""
+    if status == 401:
+        return f"the Hub does not know this token{reason}; renew it: --token, HF_TOKEN or `hf auth login`"
+    if status == 403:
+        return (
+            f"the token may not write to {target.repo_id}{reason}; give one with write permission for "
+            f"{target.repo_id.partition('/')[0]}"
+        )
+    if status == 404:
+        return f"{target.repo_id} or its owner is not on the Hub, or the token may not see it{reason}; check the name"
+    if status in (429, 500, 502, 503, 504):
+        return f"the Hub answered {status} for {target.repo_id}{tried}{reason}; run the same command later: it goes on"
+    return f"the Hub answered {status} for {target.repo_id}{reason}; nothing more was pushed"
