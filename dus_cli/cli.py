@@ -79,6 +79,18 @@ def _recipe(text: str) -> str:
     return text
 
 
+# Parameters of `upscale` that a lineage records.
+_RECORDED = ("revision", "trim", "layers", "copies", "assume", "recipe", "identity", "dtype", "max_shard_size")
+
+
+def _refuse_beside_from(context: typer.Context, lineage: Path | None) -> None:
+    """The API refuses what differs from a default; here also a default that was typed."""
+    sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in _RECORDED}
+    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source == "COMMANDLINE"]
+    if lineage is not None and given:
+        raise UsageError(f"--from says {' and '.join(given)} already, as it was; leave it out")
+
+
 def _target(
     push_to: str | None, branch: str | None, token: str | None, verify: VerifyMode, *, private: bool
 ) -> push.Target | None:
@@ -94,6 +106,7 @@ def _target(
 
 @app.command()
 def upscale(
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write; must not exist, or be empty.")
     ],
@@ -185,6 +198,7 @@ def upscale(
 
     The result is an ordinary checkpoint of 2(n − m) layers. Heal it before you use it.
     """
+    _refuse_beside_from(context, lineage)
     if model is None and lineage is None:
         raise UsageError("which model? give MODEL, a directory or a Hub id; see dus upscale --help")
     says = not (quiet or as_json)
@@ -204,16 +218,16 @@ def upscale(
         "overwrite": overwrite,
     }
     target = _target(push_to, branch, token, verify, private=private)
-    if target is not None and not dry_run:
-        push.look(target)  # what is in the way is said before gigabytes are written
+    # What is in the way is said before gigabytes are written.
+    remote = push.look(target) if target is not None else None
     with progress_for(progress, quiet=not says) as told:
         if dry_run:
             report = api.plan(model, output, **options)
             told.planned(report.plan)
         else:
             report = api.upscale(model, output, **options, jobs=jobs, verify=verify, checksums=checksums, progress=told)
-    if target is not None and dry_run:
-        report = replace(report, push=push.preview(report.plan, target, with_checksums=checksums))
+    if target is not None and remote is not None and dry_run:
+        report = replace(report, push=push.preview(report.plan, target, remote, with_checksums=checksums))
     elif target is not None:
         report = replace(report, push=prepare_and_run(output, target, jobs, progress, says=says, is_verified=True))
     if as_json:

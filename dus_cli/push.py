@@ -223,11 +223,11 @@ def _head(api: HfApi, target: Target) -> str | None:
         return None
 
 
-def preview(plan: UpscalePlan, target: Target, *, with_checksums: bool = False) -> PushReport:
+def preview(plan: UpscalePlan, target: Target, remote: Remote, *, with_checksums: bool = False) -> PushReport:
     """What `--push-to` would do with the output of a plan. Creates nothing.
 
     Raises:
-        PushError: as `look`, and a shard that is too large.
+        PushError: a shard is too large.
     """
     sizes = {name: layout.num_bytes for name, layout in plan.shards.items()}
     sizes |= {name: path.stat().st_size for name, path in plan.files}
@@ -235,7 +235,7 @@ def preview(plan: UpscalePlan, target: Target, *, with_checksums: bool = False) 
     if with_checksums:
         sizes[checksums.NAME] = len(checksums.sums_text(dict.fromkeys(sizes, "0" * 64)))
     _check_sizes(sizes)
-    return PushReport(target, "planned", look(target), len(sizes), sum(sizes.values()))
+    return PushReport(target, "planned", remote, len(sizes), sum(sizes.values()))
 
 
 def preview_folder(output: Path, target: Target) -> PushReport:
@@ -534,6 +534,8 @@ def _push_errors(target: Target) -> Iterator[None]:
         answer = next((e for e in causes if isinstance(e, errors.HfHubHTTPError)), None)
         if any(isinstance(e, errors.OfflineModeIsEnabled) for e in causes):
             message = f"HF_HUB_OFFLINE is set, and a push to {target.repo_id} needs the Hub; unset it"
+        elif isinstance(error, ValueError) and "metadata" in str(error):
+            message = f"the Hub does not take README.md: {shown(' '.join(str(error).split()))}; correct its metadata"
         elif answer is not None:
             message = _answered(target, answer.response.status_code, answer.server_message, hub.tried(started))
         elif isinstance(error, FileNotFoundError):
@@ -542,8 +544,6 @@ def _push_errors(target: Target) -> Iterator[None]:
             )
         elif isinstance(error, errors.HFValidationError):
             message = f"{shown(target.repo_id)} is no id that a repo on the Hub can have: {shown(error)}"
-        elif isinstance(error, ValueError) and "metadata" in str(error):
-            message = f"the Hub does not take README.md: {shown(' '.join(str(error).split()))}; correct its metadata"
         else:
             reason = shown(str(causes[-1] if str(causes[-1]) else error).rstrip("."))
             message = (

@@ -40,6 +40,7 @@ def test_help_version_upscale_and_verify_import_nothing_heavy(base: Path, tmp_pa
         ("upscale", str(base), "-o", out + "2", "--dry-run"),
         ("verify", out, "--base", str(base)),
         ("heal", "--help"),
+        ("push", "--help"),
         ("eval", "--help"),
         ("probe", "--help"),
     ):
@@ -63,7 +64,9 @@ def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_in_the_docs_exists(page: Path) -> None:
     known = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/cli.md").read_text()))
-    for line in re.findall(r"^\s*(?:\$ )?dus (?:upscale|verify|heal|eval|probe).*$", page.read_text(), re.MULTILINE):
+    for line in re.findall(
+        r"^\s*(?:\$ )?dus (?:upscale|verify|heal|eval|probe|push).*$", page.read_text(), re.MULTILINE
+    ):
         used = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", line.split("|")[0]))
         assert used <= known, (line, used - known)
 
@@ -85,7 +88,7 @@ def test_the_readme_draws_every_module() -> None:
 
 
 def test_every_command_and_option_has_help() -> None:
-    for command in ((), ("upscale",), ("verify",), ("heal",), ("eval",), ("probe",)):
+    for command in ((), ("upscale",), ("verify",), ("heal",), ("eval",), ("probe",), ("push",)):
         text = subprocess.run(
             [*DUS, *command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
         ).stdout

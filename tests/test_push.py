@@ -80,6 +80,8 @@ def test_a_push_makes_the_repo_and_holds_every_file_against_it(out: Path, hub: W
     assert (pushed["status"], pushed["private"], pushed["compared"]) == ("pushed", False, True)
     assert pushed["files"] == pushed["uploaded"] == len(before)
     assert not hub.repos["org/model"].private
+    layout = (Path(__file__).parent.parent / "docs/layout.md").read_text()
+    assert [field for field in pushed if f"`{field}`" not in layout] == []
 
 
 def test_the_same_push_again_sends_nothing(out: Path, hub: WritableHub) -> None:
@@ -223,7 +225,7 @@ def test_what_does_not_verify_is_not_pushed(
     upscale(ref, out, MapRequest(2), max_shard_bytes=250_000, with_checksums=True)
     change, message = UNSOUND[what]
     change(out)
-    dus("push", out, "org/model").assert_one_line_error(message)
+    dus("push", out, "org/model", "-q").assert_one_line_error(message)
     assert hub.repos == {}
 
 
@@ -324,7 +326,7 @@ def test_a_card_that_the_hub_refuses_is_told(folders: dict[str, Path], hub: Writ
     out = tmp_path / "out"
     upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
     (out / "README.md").write_text("---\nlicense: [mit\n---\n")
-    dus("push", out, "org/model").assert_one_line_error("README.md", "metadata")
+    dus("push", out, "org/model", "-q").assert_one_line_error("README.md", "metadata")
     assert hub.files("org/model") == {}
 
 
