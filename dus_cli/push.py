@@ -274,6 +274,11 @@ class Push:
         """Bytes of the files that the branch does not hold."""
         return sum(self.sizes[name] for name in self.differing)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the branch holds every file, and none of an earlier model."""
+        return self.remote.head is not None and not (self.differing or self.stale)
+
     def run(self) -> PushReport:
         """Send what is lacking, and hold what the Hub then has against the sums.
 
@@ -283,7 +288,7 @@ class Push:
         """
         target, commit, remarks = self.target, self.remote.head, list[str]()
         with _push_errors(target):
-            if commit is None or self.differing or self.stale:
+            if commit is None or not self.is_done:
                 commit, remarks = _until_signalled(self._upload)
             there = _listed(target, commit)
         now = _fingerprints(self.output)
@@ -319,6 +324,8 @@ class Push:
                 api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
             if target.branch != "main" and self.remote.head is None:
                 api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
+            if self.remote.parent is not None and not (self.differing or self.stale):
+                return self.remote.parent, []  # the new branch holds what main does
             done = api.upload_folder(
                 repo_id=target.repo_id,
                 folder_path=self.output,
@@ -327,7 +334,9 @@ class Push:
                 delete_patterns=[escape(name) for name in self.stale] or None,
                 commit_message=f"Upload {self.output.resolve().name} with dus {__version__}",
             )
-        return done.oid, [shown(" ".join(str(warning.message).split())) for warning in caught]
+        # Those that huggingface_hub gives a user; libraries below it have others for each other.
+        remarks = [str(warning.message) for warning in caught if warning.category is UserWarning]
+        return done.oid, [shown(" ".join(remark.split())) for remark in remarks]
 
 
 def prepare(

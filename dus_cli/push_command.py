@@ -53,7 +53,7 @@ def prepare_and_run(
     """
     with progress_for(mode, quiet=not says) as told:
         ready = prepare(output, target, jobs=jobs, progress=told, quiet=not told.is_live, is_verified=is_verified)
-        if not told.is_live:
+        if not told.is_live and not ready.is_done:
             told.start("uploading", ready.num_lacking_bytes)
             report = ready.run()
             told.advance(ready.num_lacking_bytes)

@@ -59,7 +59,7 @@ class UpscaleReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Those of the plan, which the card repeats, and those of this run."""
-        return (*self.plan.warnings, *self.notes)
+        return (*self.plan.warnings, *self.notes, *(self.push.warnings if self.push else ()))
 
     @property
     def reproduced(self) -> bool | None:

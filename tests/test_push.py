@@ -145,6 +145,12 @@ def test_a_branch_is_made_from_main_and_main_stays(folders: dict[str, Path], hub
     assert hub.repos["org/model"].revisions == {"main": main, "v0.2": pushed["commit"]}
     assert pushed["url"].endswith("/org/model/tree/v0.2")
     assert hub.files("org/model", "v0.2") == content(folders["out"])
+    count = len(hub.log)
+    same = dus("push", folders["single"], "org/model", "--branch", "copy", "--json").report["push"]
+    assert (same["status"], same["commit"], same["uploaded"]) == ("pushed", main, 0)
+    assert [request.path for request in hub.log[count:] if request.method == "POST"] == [
+        "/api/models/org/model/branch/copy"
+    ]
 
 
 def test_files_of_an_earlier_model_go_and_others_stay(folders: dict[str, Path], hub: WritableHub) -> None:
@@ -369,6 +375,10 @@ def test_without_quiet_a_log_gets_lines_and_stdout_the_result(out: Path, hub: Wr
     assert "\x1b" not in done.stderr + done.stdout
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["summing", "uploading"]
     assert done.stdout.startswith(f"{hub.endpoint}/org/model holds ")
+    assert done.stdout.count("\n") == 1
+    again = dus("push", out, "org/model")
+    assert [line.split()[0] for line in again.stderr.splitlines()] == ["summing"]
+    assert "already holds these" in again.stdout
     dry = dus("push", out, "org/model", "--dry-run")
     assert "the repo is there" in dry.stdout
 
