@@ -181,6 +181,21 @@ def sync(file: int) -> None:
             raise
 
 
+def sync_refusal(folder: Path) -> str | None:
+    """Why a file below this folder cannot be synced; None where it can. The file is removed again."""
+    path = folder / "synced"
+    try:
+        with path.open("xb") as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        path.unlink(missing_ok=True)
+    return None
+
+
 def free_bytes(folder: Path) -> int | None:
     """Bytes that an ordinary user may still write to this folder's file system; None where it does not say."""
     status = os.statvfs(folder)

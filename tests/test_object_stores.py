@@ -498,4 +498,7 @@ def test_healing_where_checkpoints_could_not_get_their_names_is_refused_at_once(
     wishes = Wishes(model=tmp_path / "out", output=asked / "healed", data=DataOptions((str(data),)))
     with pytest.raises(OutputError, match=r"cannot be healed into.*Function not implemented"):
         launcher.prepare_run(wishes, open_model(tmp_path / "out"), NoView())
-    assert [*known.iterdir(), *asked.iterdir()] == []
+    unsynced = mounted(Refusals(fsync="EINVAL"), "unsynced")
+    with pytest.raises(OutputError, match=r"files cannot be synced there \(Invalid argument\)"):
+        launcher.prepare_run(replace(wishes, output=unsynced / "healed"), open_model(tmp_path / "out"), NoView())
+    assert [*known.iterdir(), *asked.iterdir(), *unsynced.iterdir()] == []

@@ -23,6 +23,7 @@ from torch import Tensor
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.team import Team
+from dus_cli.storage import sync
 
 _STATE = "state.json"
 
@@ -156,13 +157,13 @@ def _write(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def _sync(folder: Path) -> None:
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(file)
+        sync(file)
     finally:
         os.close(file)
 

@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 
 from dus_cli.errors import DusError, shown, shown_list
 from dus_cli.heal.options import parse_share
+from dus_cli.storage import sync
 from dus_cli.transfer import writing
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
@@ -206,7 +207,7 @@ def _spooled(spool: Path) -> Path:
             with open(partial, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file, _BUFFER)
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
                 if not file.tell():  # also where it was read before: that must not be lost
                     raise DataError("standard input is empty, or was read already; pipe data in, and give - once")
             partial.replace(path)

@@ -34,7 +34,7 @@ from dus_cli.heal.run import FAILURE, REPORT, Run, changed_options, check_same, 
 from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.model_config import decoder_config
 from dus_cli.staging import Staging, check_apart
-from dus_cli.storage import Storage, ask, free_bytes, known, remove
+from dus_cli.storage import Storage, ask, free_bytes, known, remove, sync_refusal
 
 LOGS = "logs"
 
@@ -185,6 +185,11 @@ def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
     probe = Path(tempfile.mkdtemp(prefix=f".{output.name}.probe-", dir=output.parent))
     try:
         check_renames(wishes.output, ask(probe))
+        if (refusal := sync_refusal(probe)) is not None:  # torch's checkpoints insist on it
+            raise OutputError(
+                f"{shown(wishes.output)} cannot be healed into, because files cannot be synced there ({refusal}), and "
+                "a checkpoint must be; heal on a disk (-o), and copy the result"
+            )
     finally:
         remove(probe)
     output.mkdir(exist_ok=True)
