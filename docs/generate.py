@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the code, and the two pictures of the layer map. `--check` only compares."""
+"""Write docs/cli.md and docs/dus.1 from the code, and the two pictures of the layer map. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from manpage import Command, Option, man_page
 
 from dus_cli.cli import app
 from dus_cli.layers import stack
@@ -22,29 +23,22 @@ _EXIT_CODES = (
 )
 
 
-def cli_reference() -> str:
-    """Markdown of every command, argument and option, as typer knows them."""
+def commands() -> list[Command]:
+    """`dus` itself and every command, as typer knows them."""
     group: Any = typer.main.get_command(app)
-    parts = [
-        "# CLI reference",
-        "Generated from the code by `make docs`; a test fails when it is stale.",
-        _EXIT_CODES,
-        "## dus",
-        group.help,
-        _options(group),
-    ]
+    found = [Command("dus", group.help, _options(group))]
     for name, command in group.commands.items():
         usage = " ".join(["dus", name, "[OPTIONS]", *(p.metavar for p in command.params if _is_argument(p))])
-        parts += [f"## dus {name}", f"```\n{usage}\n```", command.help.strip(), _options(command)]
-    return "\n\n".join(parts) + "\n"
+        found.append(Command(usage, command.help.strip(), _options(command)))
+    return found
 
 
 def _is_argument(parameter: Any) -> bool:
     return not parameter.opts[0].startswith("-")
 
 
-def _options(command: Any) -> str:
-    rows = ["| option | meaning | default |", "|---|---|---|"]
+def _options(command: Any) -> tuple[Option, ...]:
+    options = []
     for parameter in command.params:
         default, is_flag = parameter.default, getattr(parameter, "is_flag", False)
         value = parameter.metavar
@@ -57,13 +51,36 @@ def _options(command: Any) -> str:
             default = "required"
         elif is_flag or default is None:
             default = ""
-        rows.append(f"| `{shown}` | {parameter.help or ''} | {default} |")
-    return "\n".join(rows)
+        options.append(Option(shown, parameter.help or "", str(default)))
+    return tuple(options)
+
+
+def cli_reference(root: Command, others: list[Command]) -> str:
+    """Every command, argument and option, in Markdown."""
+    parts = [
+        "# CLI reference",
+        "Generated from the code by `make docs`, like the manual page [dus.1](dus.1); a test fails when it is stale.",
+        _EXIT_CODES,
+        "## dus",
+        root.help,
+        _table(root.options),
+    ]
+    for command in others:
+        name = " ".join(command.usage.split()[:2])
+        parts += [f"## {name}", f"```\n{command.usage}\n```", command.help, _table(command.options)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(options: tuple[Option, ...]) -> str:
+    rows = [f"| `{option.spelling}` | {option.meaning} | {option.default} |" for option in options]
+    return "\n".join(["| option | meaning | default |", "|---|---|---|", *rows])
 
 
 def main() -> None:
     solar = stack(32, trim=8)
-    pages = {"cli.md": cli_reference()} | {name: layer_map_svg(solar, dark=dark) for name, dark in PICTURES.items()}
+    root, *others = commands()
+    pages = {"cli.md": cli_reference(root, others), "dus.1": man_page(root, others)}
+    pages |= {name: layer_map_svg(solar, dark=dark) for name, dark in PICTURES.items()}
     stale = [
         name
         for name, text in pages.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_help_version_upscale_and_verify_import_nothing_heavy(base: Path, tmp_pa
 def test_the_cli_reference_is_what_the_code_says() -> None:
     done = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], check=False, capture_output=True)
     assert done.returncode == 0, "run `make docs` and commit the result"
+
+
+def test_the_manual_page_has_every_option_and_roff_has_nothing_to_say() -> None:
+    page = ROOT / "docs/dus.1"
+    source = page.read_text(encoding="ascii")
+    for option in set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/cli.md").read_text())):
+        assert option.replace("-", "\\-") in source, option
+    assert '"docs/dus.1" = "share/man/man1/dus.1"' in (ROOT / "pyproject.toml").read_text()
+    if shutil.which("groff") is None:
+        pytest.skip("the words are there; that roff reads them takes groff")
+    done = subprocess.run(["groff", "-man", "-ww", "-Tutf8", page], capture_output=True, check=True)
+    assert done.stderr == b""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
