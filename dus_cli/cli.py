@@ -146,6 +146,7 @@ def upscale(
             "--recipe",
             metavar="NAME",
             parser=_recipe,
+            autocompletion=lambda: list(RECIPES),
             help=f"A published map: {', '.join(RECIPES)}. Excludes --trim, --layers and --copies.",
         ),
     ] = None,
