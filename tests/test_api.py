@@ -52,6 +52,7 @@ FIELDS: dict[Any, dict[str, str]] = {
         "notes": "tuple[str, ...]",
         "remaking": "Remaking | None",
         "published": "str | None",
+        "push": "PushReport | None",
     },
     Verification: {
         "model": "str",

@@ -13,7 +13,7 @@ import pytest
 from conftest import DUS, dus
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # What `dus upscale` of a local model must not import: each takes longer than a reflinked upscale.
 HEAVY = {"torch", "transformers", "numpy", "huggingface_hub", "httpx", "httpx2", "requests", "tqdm"}
