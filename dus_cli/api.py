@@ -45,6 +45,7 @@ def upscale(
     dtype: Dtype | Literal["bfloat16", "float16", "float32"] | None = None,
     max_shard_size: int | str = "5GB",
     copy_mode: CopyMode | Literal["auto", "clone", "copy"] = CopyMode.auto,
+    stream: bool = False,
     jobs: int = DEFAULT_JOBS,
     verify: VerifyMode | Literal["none", "structure", "full"] = VerifyMode.structure,
     checksums: bool = False,
@@ -72,6 +73,8 @@ def upscale(
         dtype: what floating-point tensors are cast to (takes the heal extra).
         max_shard_size: of the largest file of weights: bytes, or text such as "5GB" in decimal units.
         copy_mode: how bytes move; "auto" clones where the file system can.
+        stream: weights come from the Hub straight into the output, without a copy in the cache. What a killed run has
+            fetched is kept beside it, and the same call goes on from there.
         jobs: parallel copies, 1 to 64.
         verify: what is checked before publishing.
         checksums: also write SHA256SUMS.
@@ -94,6 +97,7 @@ def upscale(
         dtype=wanted.dtype,
         remaking=wanted.remaking,
         copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
+        stream=stream,
         jobs=_jobs(jobs),
         verify=_choice(VerifyMode, verify, "verify"),
         with_checksums=checksums,
@@ -119,6 +123,7 @@ def plan(
     dtype: Dtype | Literal["bfloat16", "float16", "float32"] | None = None,
     max_shard_size: int | str = "5GB",
     copy_mode: CopyMode | Literal["auto", "clone", "copy"] = CopyMode.auto,
+    stream: bool = False,
     overwrite: bool = False,
 ) -> UpscaleReport:
     """What `upscale` with the same arguments would write, as its dry run: nothing is written, no weights are read.
@@ -140,6 +145,7 @@ def plan(
         dtype=wanted.dtype,
         remaking=wanted.remaking,
         copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
+        stream=stream,
         overwrite=overwrite,
     )
 

@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -25,11 +27,13 @@ from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
 from dus_cli.options import AsJson, Assume, Branch, Private, Quiet, Revision, ShowProgress, Token, progress_for
+from dus_cli.outputs import KEPT
 from dus_cli.planning import parse_size
 from dus_cli.probe.command import probe
 from dus_cli.progress import ProgressMode
 from dus_cli.push_command import prepare_and_run, push_command
 from dus_cli.recipes import RECIPES
+from dus_cli.staging import has_kept
 from dus_cli.terminal import say, silence
 from dus_cli.transfer import DEFAULT_JOBS, CopyMode
 from dus_cli.verification import VerifyMode
@@ -175,7 +179,16 @@ def upscale(
         CopyMode,
         typer.Option("--copy-mode", help="How bytes move: auto clones (reflinks) where the file system can."),
     ] = CopyMode.auto,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel copies.")] = DEFAULT_JOBS,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Weights come from the Hub straight into OUT, without a copy in the cache. Killed, it goes on.",
+        ),
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel copies, or requests of --stream.")
+    ] = DEFAULT_JOBS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan and write nothing.")] = False,
     push_to: Annotated[
         Optional[str],  # noqa: UP045
@@ -185,7 +198,11 @@ def upscale(
     branch: Branch = None,
     verify: Annotated[
         VerifyMode,
-        typer.Option("--verify", help="What to check before publishing: structure, or full (every byte)."),
+        typer.Option(
+            "--verify",
+            help="What to check before publishing: structure, or full (every byte; with --stream copies against each "
+            "other, and whole files against the Hub's sha256).",
+        ),
     ] = VerifyMode.structure,
     checksums: Annotated[bool, typer.Option("--checksums", help="Also write SHA256SUMS.")] = False,
     overwrite: Annotated[
@@ -217,11 +234,12 @@ def upscale(
         "max_shard_size": max_shard_size,
         "copy_mode": copy_mode,
         "overwrite": overwrite,
+        "stream": stream,
     }
     target = _target(push_to, branch, token, verify, private=private)
     # What is in the way is said before gigabytes are written.
     remote = push.look(target) if target is not None else None
-    with progress_for(progress, quiet=not says) as told:
+    with _kept_if_streamed(output, stream=stream), progress_for(progress, quiet=not says) as told:
         if dry_run:
             report = api.plan(model, output, **options)
             told.planned(report.plan)
@@ -280,6 +298,17 @@ class _Terminated(BaseException):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
+
+
+@contextlib.contextmanager
+def _kept_if_streamed(output: Path, *, stream: bool) -> Iterator[None]:
+    """Say of a streamed run that a signal ended that nothing is lost."""
+    try:
+        yield
+    except _Terminated as ended:
+        if stream and has_kept(output):
+            raise StoppedError(f"ended by {signal.Signals(ended.signum).name}; {KEPT}", ended.signum) from None
+        raise
 
 
 def _handle_signals() -> None:

@@ -6,17 +6,15 @@ takes to run. It reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_O
 
 from __future__ import annotations
 
-import errno
-import struct
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dus_cli import __version__
+from dus_cli.base_card import NAME as CARD_NAME
 from dus_cli.checkpoint import (
+    CONFIG_NAME,
     INDEX_NAME,
     PICKLED_INDEX_NAME,
     PICKLED_NAME,
@@ -29,26 +27,31 @@ from dus_cli.checkpoint import (
 )
 from dus_cli.errors import CheckpointError, ModelNotFoundError, shown
 from dus_cli.headers import Header, header_length, parse_header
+from dus_cli.hub_errors import LIBRARY, hub_errors, prepare
 from dus_cli.pickles import parse_pickled
 from dus_cli.reference import ModelRef
-from dus_cli.source_files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfFileSystem
+from dus_cli.remote import RemoteFile
+from dus_cli.source_files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS, is_carried
+from dus_cli.workers import workers
 
 # Most headers fit: one request then gives the length and the JSON (huggingface_hub does the same).
 _FIRST_BYTES = 100_000
-
-# What an HTTP client waits for, by the names in httpx's requests.
-_WAITS = ("connect", "read", "write", "pool")
-
-LIBRARY = "dus"  # who asks, in the Hub's logs
+_HEADERS_AT_ONCE = 8
 
 
-def fetch_small_files(ref: ModelRef, *, quiet: bool = False) -> tuple[Path, str]:
+class Fetch(Enum):
+    """What of a model comes into the cache: all; all but weights; or what a plan is made from."""
+
+    weights = "weights"
+    files = "files"
+    headers = "headers"
+
+
+def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool = False) -> tuple[Path, str]:
     """Everything but weights, and the weights' index: the snapshot's folder and its commit.
 
-    The index of pickled weights comes only where there are no safetensors.
+    The index of pickled weights comes only where there are no safetensors. With `Fetch.headers` config, card and index
+    alone: a tokenizer may have 30 MB.
 
     The revision is resolved here, once; the snapshot's folder is named after the commit.
 
@@ -58,10 +61,24 @@ def fetch_small_files(ref: ModelRef, *, quiet: bool = False) -> tuple[Path, str]
     silence(quiet=quiet)
     ignored = [case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
-    folder = _snapshot(ref, ref.revision, ignored=ignored)
+    only = [CONFIG_NAME, CARD_NAME, INDEX_NAME] if fetch is Fetch.headers else None
+    folder = _snapshot(ref, ref.revision, only=only, ignored=ignored)
     if find_weights(folder) is None:
         _fetch_pickled_index(ref, folder.name)
     return folder, folder.name
+
+
+def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
+    """Files that go along to the deeper model and are not in the cache: paths and sizes, by the list of that commit."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    assert ref.repo_id is not None
+    try:
+        listed = get_cached_repo_tree(ref.repo_id, revision=commit)
+    except CachedRepoTreeNotFoundError:  # cached by another program, and the Hub cannot be reached
+        return {}
+    return {file.path: file.size for file in listed if is_carried(file.path) and not (folder / file.path).exists()}
 
 
 def _snapshot(
@@ -71,8 +88,8 @@ def _snapshot(
     from huggingface_hub import snapshot_download
 
     assert ref.repo_id is not None
-    with _hub_errors(ref):
-        _prepare(ref)
+    with hub_errors(ref):
+        prepare(ref)
         folder = snapshot_download(
             ref.repo_id,
             revision=revision,
@@ -90,7 +107,7 @@ def _fetch_pickled_index(ref: ModelRef, commit: str) -> None:
 
     assert ref.repo_id is not None
     # A Hub that cannot be reached is no failure yet: whoever needs the weights says so.
-    with suppress(ModelNotFoundError), _hub_errors(ref):
+    with suppress(ModelNotFoundError), hub_errors(ref):
         if not HfApi(token=ref.token).file_exists(ref.repo_id, SINGLE_NAME, revision=commit):
             _snapshot(ref, commit, only=[PICKLED_INDEX_NAME])
 
@@ -131,18 +148,24 @@ def _no_weights(ref: ModelRef) -> CheckpointError:
     )
 
 
-def remote_headers(ref: ModelRef, commit: str) -> HeaderReader:
+def remote_headers(ref: ModelRef, commit: str, folder: Path) -> HeaderReader:
     """A reader of shard headers that fetches just those, by range request: at most some 100 kB a shard.
 
-    Of a pickled shard it fetches the zip's directory and the pickle, about as much.
+    The first call fetches those of all shards that the index names and `folder` lacks, several at a time. Of a pickled
+    shard it fetches the zip's directory and the pickle, about as much.
     """
-    from huggingface_hub import HfFileSystem
+    fetched: dict[str, Header | None] = {}
+
+    def fetch_all(index: Index) -> None:
+        absent = [name for name in index.shard_names if not (folder / name).exists()]
+        with workers(_HEADERS_AT_ONCE) as (pool, _):
+            fetched.update(zip(absent, pool.map(lambda name: _read_remote(ref, commit, name), absent), strict=True))
 
     def read(name: str) -> Header | None:
-        with _hub_errors(ref):
-            _prepare(ref)
-            hub = HfFileSystem(token=ref.token)
-            header = (_read_remote_pickle if is_pickled(name) else _read_remote)(hub, ref, commit, name)
+        weights = None if fetched else find_weights(folder)
+        if isinstance(weights, Index):
+            fetch_all(weights)
+        header = fetched[name] if name in fetched else _read_remote(ref, commit, name)
         if header is None and name == PICKLED_NAME:
             raise _no_weights(ref)
         if header is None and name != SINGLE_NAME:
@@ -152,35 +175,32 @@ def remote_headers(ref: ModelRef, commit: str) -> HeaderReader:
     return read
 
 
-def _read_remote(hub: HfFileSystem, ref: ModelRef, commit: str, name: str) -> Header | None:
-    remote = f"{ref.repo_id}@{commit}/{name}"
-    try:
-        size = int(hub.info(remote)["size"])
-    except FileNotFoundError:
+def _read_remote(ref: ModelRef, commit: str, name: str) -> Header | None:
+    if is_pickled(name):
+        return _read_remote_pickle(ref, commit, name)
+    file = RemoteFile.open(ref, commit, name)
+    if file is None:
         return None
-    first = _read_range(hub, remote, 0, min(size, _FIRST_BYTES))
-    length = header_length(first[:8], size, shown(name))
+    first = file.read(0, min(file.size, _FIRST_BYTES))
+    length = header_length(first[:8], file.size, shown(name))
     raw = first[8 : 8 + length]
     if len(raw) < length:
-        raw += _read_range(hub, remote, len(first), 8 + length)
-    if len(raw) != length:
-        raise CheckpointError(f"the Hub gave {len(raw)} bytes of {shown(name)}'s header of {length}; try again")
-    return parse_header(raw, size, shown(name))
+        raw += file.read(len(first), 8 + length)
+    return parse_header(raw, file.size, shown(name))
 
 
-def _read_remote_pickle(hub: HfFileSystem, ref: ModelRef, commit: str, name: str) -> Header | None:
-    try:
-        file = hub.open(f"{ref.repo_id}@{commit}/{name}", "rb", block_size=_FIRST_BYTES)
-    except FileNotFoundError:
-        return None
-    with file:
-        return parse_pickled(file, shown(name), at_hand=False)
+def _read_remote_pickle(ref: ModelRef, commit: str, name: str) -> Header | None:
+    from huggingface_hub import HfFileSystem
 
-
-def _read_range(hub: HfFileSystem, remote: str, start: int, end: int) -> bytes:
-    raw = hub.cat_file(remote, start=start, end=end, cache_type="none")  # its default reads 5 MiB further
-    assert isinstance(raw, bytes)
-    return raw
+    with hub_errors(ref):
+        prepare(ref)
+        hub = HfFileSystem(token=ref.token)
+        try:
+            file = hub.open(f"{ref.repo_id}@{commit}/{name}", "rb", block_size=_FIRST_BYTES)
+        except FileNotFoundError:
+            return None
+        with file:
+            return parse_pickled(file, shown(name), at_hand=False)
 
 
 def silence(*, quiet: bool) -> None:
@@ -191,84 +211,3 @@ def silence(*, quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
-def _prepare(ref: ModelRef) -> None:
-    """Before a request: refuse a token whose text an HTTP library would show in its own error; limit the time.
-
-    Raises:
-        ModelNotFoundError: the token of the environment, or the stored one, is damaged.
-    """
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # it exports lazily
-
-    token = build_hf_headers(token=ref.token).get("authorization", "").removeprefix("Bearer ")
-    if not (token.isascii() and token.isprintable()):
-        raise ModelNotFoundError("the Hub's token has characters that no token has: set HF_TOKEN, or log in, again")
-    hooks = get_session().event_hooks["request"]
-    if limit_time not in hooks:
-        hooks.append(limit_time)
-
-
-def limit_time(request: Any, seconds: float | None = None) -> None:
-    """Let no request wait for ever, as huggingface_hub's for a commit and for a list of files would."""
-    from huggingface_hub import constants
-
-    limit = constants.HF_HUB_ETAG_TIMEOUT if seconds is None else seconds
-    limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {what: limit if limits.get(what) is None else limits[what] for what in _WAITS}
-
-
-def tried(started: float) -> str:
-    """How long it was tried, where that was more than a moment."""
-    seconds = time.monotonic() - started
-    return f" (tried for {seconds:.0f} s)" if seconds > 2 else ""
-
-
-@contextmanager
-def _hub_errors(ref: ModelRef) -> Iterator[None]:
-    """Turn huggingface_hub's errors into one line each."""
-    from huggingface_hub import constants, errors
-
-    started = time.monotonic()
-    here = f"; a directory of that name exists here: write ./{ref.repo_id} for it" if Path(str(ref)).is_dir() else ""
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{ref.repo_id} is gated: ask for access at {constants.ENDPOINT}/{ref.repo_id}, then give --token, set "
-            "HF_TOKEN or run `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{ref.repo_id} is not on the Hub, or is private and the token, if there is one, may not read it: give "
-            f"--token, set HF_TOKEN or run `hf auth login`{here}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelNotFoundError(f"{ref.repo_id} has no revision {shown(ref.revision)}; see its branches") from error
-    except errors.HFValidationError as error:
-        raise ModelNotFoundError(f"{shown(ref)} is not a valid Hub id: {shown(error)}{here}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
-        # After a bad answer snapshot_download looks into the cache, and then says only that it is not there.
-        answer = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
-        if not isinstance(answer, errors.HfHubHTTPError):
-            raise ModelNotFoundError(
-                f"{ref} is not (wholly) in the cache and the Hub cannot be reached{tried(started)}; check the "
-                f"network, HF_ENDPOINT and HF_HUB_OFFLINE{here}"
-            ) from error
-        status = answer.response.status_code
-        advice = "renew the token: --token, HF_TOKEN or `hf auth login`" if status == 401 else "try again later"
-        raise ModelNotFoundError(f"the Hub answered {status} for {ref}{tried(started)}; {advice}{here}") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ModelNotFoundError(
-                f"the disk of the Hub's cache is full while fetching {ref}; free some space or set HF_HOME elsewhere"
-            ) from error
-        raise ModelNotFoundError(f"cannot fetch {ref} from the Hub: {shown(error)}{here}") from error
-    except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's; hf_xet's
-        raise ModelNotFoundError(
-            f"the connection to the Hub failed for {ref}{tried(started)}: {shown(error).rstrip('.')}; try again, or "
-            f"check HF_ENDPOINT{here}"
-        ) from error
-    except (struct.error, ValueError) as error:
-        raise ModelNotFoundError(f"the Hub's answer for {ref} makes no sense: {shown(error)}{here}") from error

@@ -15,8 +15,8 @@ from dus_cli import incomplete
 from dus_cli.checkpoint import CONFIG_NAME, INDEX_NAME
 from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.incomplete import Owner
+from dus_cli.outputs import writing
 from dus_cli.storage import remove, sync
-from dus_cli.transfer import writing
 
 # Written after all else, in this order.
 LAST = (INDEX_NAME, CONFIG_NAME)

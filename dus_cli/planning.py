@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from dus_cli.projections import zero_patterns
 from dus_cli.recipes import RECIPES, recipe_map
 from dus_cli.reference import ModelRef
 from dus_cli.rules import Kinds
-from dus_cli.source_files import carried_files
+from dus_cli.source_files import carried_files, walk_order
 from dus_cli.stacks import LayerStack, find_stack
 from dus_cli.treatment import Treatment
 
@@ -114,8 +114,8 @@ class UpscalePlan:
     """The whole output: shards, config, files, and the figures that the report gives.
 
     `shards` maps file names to layouts, in order. `files` are the source's other files, as
-    (path with "/", file). `kinds` are what the config says of each base layer. `base_card` is what the base's
-    model card says that ours repeats.
+    (path with "/", file); those that were not fetched have `num_absent_bytes`. `kinds` are what the config says of each
+    base layer. `base_card` is what the base's model card says that ours repeats.
     """
 
     base: Base
@@ -131,6 +131,7 @@ class UpscalePlan:
     files: tuple[tuple[str, Path], ...]
     warnings: tuple[str, ...]
     base_card: BaseCard
+    num_absent_bytes: int = 0
 
     @property
     def options(self) -> str:
@@ -183,7 +184,7 @@ class UpscalePlan:
     @property
     def num_file_bytes(self) -> int:
         """Bytes of the files that are copied along."""
-        return sum(path.stat().st_size for _, path in self.files)
+        return self.num_absent_bytes + sum(path.stat().st_size for _, path in self.files if path.exists())
 
     def index(self) -> dict[str, Any] | None:
         """The content of model.safetensors.index.json, None where one file holds everything."""
@@ -211,8 +212,11 @@ def make_plan(
     request: MapRequest,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: Dtype | None = None,
+    absent: Mapping[str, int] | None = None,
 ) -> UpscalePlan:
-    """Decide everything that will be written. Reads headers and names only. `dtype`: what floats are cast to.
+    """Decide everything that will be written. Reads headers and names only.
+
+    `dtype`: what floats are cast to. `absent`: files that go along and are not in the checkpoint's folder, with sizes.
 
     Raises:
         LayerMapError: the map is not valid for this model.
@@ -242,7 +246,9 @@ def make_plan(
             f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last layer, as "
             f"{layers.prefix}.{len(layer_map)} and on"
         )
-    files = tuple(carried_files(checkpoint.folder))
+    absent = absent or {}
+    here = [*carried_files(checkpoint.folder), *((name, checkpoint.folder / name) for name in absent)]
+    files = tuple(sorted(here, key=lambda file: walk_order(file[0])))
     base_card = read_base_card(checkpoint.folder)
     if base_card.problem is not None:
         warnings.append(base_card.problem)
@@ -260,6 +266,7 @@ def make_plan(
         files,
         tuple(warnings),
         base_card,
+        sum(absent.values()),
     )
 
 

@@ -21,7 +21,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from dus_cli import __version__, checksums, hub
+from dus_cli import __version__, checksums, hub, hub_errors
 from dus_cli.checkpoint import Fingerprint, fingerprint
 from dus_cli.errors import PushError, StoppedError, UsageError, VerificationError, shown, shown_list
 from dus_cli.planning import UpscalePlan
@@ -482,12 +482,12 @@ def _api(target: Target) -> HfApi:
     from huggingface_hub import HfApi, get_session
 
     hooks = get_session().event_hooks["request"]
-    hooks[:] = [hook for hook in hooks if hook not in (hub.limit_time, _limit_time)] + [_limit_time]
-    return HfApi(token=target.token, library_name=hub.LIBRARY, library_version=__version__)
+    hooks[:] = [hook for hook in hooks if hook not in (hub_errors.limit_time, _limit_time)] + [_limit_time]
+    return HfApi(token=target.token, library_name=hub_errors.LIBRARY, library_version=__version__)
 
 
 def _limit_time(request: Any) -> None:
-    hub.limit_time(request, _LONGEST_WAIT)
+    hub_errors.limit_time(request, _LONGEST_WAIT)
 
 
 def _until_signalled(work: Callable[[], _Result]) -> _Result:
@@ -546,7 +546,7 @@ def _push_errors(target: Target) -> Iterator[None]:
         elif isinstance(error, ValueError) and "metadata" in str(error):
             message = f"the Hub does not take README.md: {shown(' '.join(str(error).split()))}; correct its metadata"
         elif answer is not None:
-            message = _answered(target, answer.response.status_code, answer.server_message, hub.tried(started))
+            message = _answered(target, answer.response.status_code, answer.server_message, hub_errors.tried(started))
         elif isinstance(error, FileNotFoundError):
             message = (
                 f"{shown(error.filename)} is gone while it was pushed; let nothing write to the folder, and push again"
@@ -556,8 +556,8 @@ def _push_errors(target: Target) -> Iterator[None]:
         else:
             reason = shown(str(causes[-1] if str(causes[-1]) else error).rstrip("."))
             message = (
-                f"the connection to the Hub failed for {target.repo_id}{hub.tried(started)}: {reason}; check the "
-                "network and HF_ENDPOINT, and run the same command again: it goes on"
+                f"the connection to the Hub failed for {target.repo_id}{hub_errors.tried(started)}: {reason}; check "
+                "the network and HF_ENDPOINT, and run the same command again: it goes on"
             )
         raise PushError(message) from error
 

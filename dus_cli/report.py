@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dus_cli import __version__
 from dus_cli.drawing import draw_kinds, draw_map
 from dus_cli.lineage import seam_record
+from dus_cli.outputs import Tally
 from dus_cli.planning import UpscalePlan
 from dus_cli.remaking import Remaking
-from dus_cli.transfer import Tally
+from dus_cli.streaming import Streamed
 
 if TYPE_CHECKING:
     from dus_cli.push import PushReport
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 _VERIFIED = {"none": "no (--verify none)", "structure": "structure", "full": "structure and every byte"}
+
+_VERIFIED_STREAM = "structure, what stands twice, whole files by sha256"
 
 _STATE = "It is not healed yet: the seam makes it worse than its base."
 _STATE_IDENTITY = "It computes what its base does, until its new layers are trained."
@@ -55,6 +58,7 @@ class UpscaleReport:
     remaking: Remaking | None = None
     published: str | None = None
     push: PushReport | None = None
+    streamed: Streamed | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -105,6 +109,7 @@ class UpscaleReport:
             "bytes_copied": self.tally.copied,
             "bytes_cast": self.tally.cast,
             "bytes_zeros": self.tally.zeros,
+            "streamed": None if self.streamed is None else asdict(self.streamed),
             "verified": self.verified,
             "published": self.published,
             "seconds": round(self.seconds, 3),
@@ -149,12 +154,14 @@ def upscale_text(report: UpscaleReport) -> str:
             rows.append(("", f"… {len(plan.shards) - 20} more"))
         rows.append(("other files", ", ".join(name for name, _ in plan.files) or "none"))
     elif report.status == "written":
+        streams_full = report.streamed is not None and report.verified == "full"
         rows += [
             ("cloned", human_bytes(tally.cloned)),
             ("copied", human_bytes(tally.copied)),
             *([("cast", human_bytes(tally.cast))] if tally.cast else []),
             *([("zeros", human_bytes(tally.zeros))] if tally.zeros else []),
-            ("verified", _VERIFIED[report.verified]),
+            *_streamed_rows(report.streamed),
+            ("verified", _VERIFIED_STREAM if streams_full else _VERIFIED[report.verified]),
             *([("reproduced", "every file is what the sums say")] if report.reproduced else []),
             ("time", f"{report.seconds:.2f} s"),
         ]
@@ -194,6 +201,16 @@ def push_text(report: PushReport) -> str:
 def folder_push_json(output: Path, report: PushReport) -> dict[str, Any]:
     """The report of `dus push --json`; docs/layout.md describes each field."""
     return {"schema": SCHEMA, "version": __version__, "model": str(output), "push": report.to_json()}
+
+
+def _streamed_rows(streamed: Streamed | None) -> list[tuple[str, str]]:
+    if streamed is None:
+        return []
+    earlier = f"; {human_bytes(streamed.resumed)} were here from an earlier run" if streamed.resumed else ""
+    num_files = len(streamed.checked) + len(streamed.unchecked)
+    sums = f"of {len(streamed.checked)} of {num_files} file{'s' * (num_files != 1)}, as the Hub has it"
+    notes = [f"not of {name}: {why}" for name, why in list(streamed.unchecked.items())[:3]]
+    return [("fetched", human_bytes(streamed.fetched) + earlier), ("sha256", "\n".join([sums, *notes]))]
 
 
 def human_bytes(count: float) -> str:

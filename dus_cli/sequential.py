@@ -15,9 +15,10 @@ from dus_cli.checkpoint import Shard
 from dus_cli.dtypes import require_torch
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.layout import Placement, ShardLayout
+from dus_cli.outputs import Tally, writing
 from dus_cli.planning import UpscalePlan
 from dus_cli.storage import sync
-from dus_cli.transfer import DEFAULT_JOBS, Tally, check_unchanged, unreadable, writing
+from dus_cli.transfer import DEFAULT_JOBS, check_unchanged, unreadable
 from dus_cli.treatment import Making, made_pieces
 from dus_cli.workers import PIECE, Workers, workers
 

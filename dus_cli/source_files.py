@@ -116,6 +116,16 @@ def inside(folder: Path, relative: str) -> Path:
     return path
 
 
+def walk_order(relative: str) -> list[tuple[bool, str]]:
+    """Sorts paths as `carried_files` finds them: by name, a folder's own files before those in folders below it.
+
+    >>> sorted(["b/c", "a/d", "z"], key=walk_order)
+    ['z', 'a/d', 'b/c']
+    """
+    *folders, name = PurePosixPath(relative).parts
+    return [*((True, folder) for folder in folders), (False, name)]
+
+
 def carried_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files that go along, as (path with "/", file), sorted so that two runs write the same.
 

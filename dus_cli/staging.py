@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dus_cli import incomplete
-from dus_cli.errors import OutputError, shown
+from dus_cli import incomplete, journal
+from dus_cli.errors import CheckpointError, OutputError, VerificationError, shown
 from dus_cli.in_place import LAST, InPlace, check_empty, clear_left, in_place_warning
+from dus_cli.outputs import sync_file, writing
 from dus_cli.storage import Storage, ask, known, remove
-from dus_cli.transfer import sync_file, writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -87,12 +87,16 @@ class Staging:
     `folder` is gone when the context ends, unless `publish` gave it the final name. It is OUT itself where no folder
     can be renamed; then `held` has the texts that are to be written last, and `warnings` says what that means.
     `key` is a digest of what is written: only for the same one is a half-written OUT cleared without `overwrite`.
+    Where `resumes`, what a run with a journal of that key has left is not cleared; and while `keeps` is set, what this
+    one has written stays when the context ends.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool, key: str = "") -> None:
+    def __init__(self, output: Path, *, overwrite: bool, key: str = "", resumes: bool = False) -> None:
         self.output = output
         self.overwrite = overwrite
         self.key = key
+        self.resumes = resumes
+        self.keeps = False
         self.folder = output.parent / f".{output.name}.partial"
         self.storage = Storage()
         self.held: dict[str, str] = {}
@@ -149,8 +153,9 @@ class Staging:
                 remove(self._aside)
             else:
                 self._aside.rename(self.output)
-        for left in self.folder.iterdir():
-            remove(left)
+        if not (self.resumes and journal.belongs(self.folder, self.key)):
+            for left in self.folder.iterdir():
+                remove(left)
         note = clear_left(self.output, self.key, overwrite=self.overwrite)
         self.warnings += [] if note is None else [note]
         _check_free_name(self.output, overwrite=self.overwrite)  # the run that had the lock may have published
@@ -183,10 +188,12 @@ class Staging:
         os.close(self._locks.pop())
         return False
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object = None, error: BaseException | None = None, *_: object) -> None:
+        if isinstance(error, (CheckpointError, VerificationError)):
+            self.keeps = False  # it would be as wrong the next time
         if self._in_place is not None:
             self._in_place.abandon()
-        if self._is_ours:
+        if self._is_ours and not self.keeps:
             remove(self._partial)
         while self._locks:
             os.close(self._locks.pop())
@@ -236,6 +243,7 @@ class Staging:
                 self._lock(self.output)  # it is about to bear our name: nobody may take it before it is gone
                 if not _exchange(self.folder, self.output):
                     self._replace()
+                self.keeps = False  # from here on the folder is the old output
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise OutputError(
@@ -274,8 +282,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(file)
 
 
+def has_kept(output: Path) -> bool:
+    """Whether a streamed run has left something with which the same command goes on."""
+    real = output.resolve()
+    return journal.is_in(real.parent / f".{real.name}.partial")
+
+
 def staged_files(folder: Path) -> Iterator[str]:
-    """The files below a folder, as sorted paths with "/"."""
+    """The files below a folder, as sorted paths with "/"; a journal is none of the output's."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != folder / journal.NAME:
             yield path.relative_to(folder).as_posix()

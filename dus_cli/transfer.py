@@ -16,18 +16,18 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
 from dus_cli.checkpoint import Shard, fingerprint
-from dus_cli.dtypes import Cast, overflow, require_torch
+from dus_cli.dtypes import require_torch
 from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.headers import TensorInfo
 from dus_cli.layout import BLOCK
+from dus_cli.moves import Move, moves
+from dus_cli.outputs import Outputs, Tally, create_shards, open_twice, sync_file, writing
 from dus_cli.planning import UpscalePlan
-from dus_cli.storage import sync
 from dus_cli.strided import tensor_pieces
 from dus_cli.treatment import Making
 from dus_cli.workers import PIECE, workers
@@ -53,87 +53,6 @@ class CopyMode(str, Enum):
     auto = "auto"
     clone = "clone"
     copy = "copy"
-
-
-class Move(NamedTuple):
-    """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name, position).
-
-    They are copied as they are, or with `cast` as other numbers; then they are those of the tensor `name`.
-    `strided` is the tensor whose bytes they are where these do not lie in order.
-    """
-
-    source_start: int
-    length: int
-    targets: tuple[tuple[str, int], ...]
-    cast: Cast | None = None
-    name: str = ""
-    strided: TensorInfo | None = None
-
-    def written(self, length: int) -> int:
-        """How many bytes the first `length` ones are in the output."""
-        return length if self.cast is None else length // self.cast.source_size * self.cast.target_size
-
-    def part(self, position: int, length: int) -> Move:
-        """The move of `length` of its bytes from `position` on."""
-        targets = tuple((name, start + self.written(position)) for name, start in self.targets)
-        return self._replace(source_start=self.source_start + position, length=length, targets=targets)
-
-    def to_block(self, position: int) -> int:
-        """Bytes from `position` on up to the next whole block of the source, where direct I/O is possible.
-
-        0 also where numbers do not start at multiples of their size: no block begins with a whole one then.
-        """
-        if self.cast is not None and self.source_start % self.cast.source_size:
-            return 0
-        return -(self.source_start + position) % BLOCK
-
-
-@dataclass
-class Tally:
-    """Bytes of tensor data that were cloned, that were copied, that were cast, and that are zeros."""
-
-    cloned: int = 0
-    copied: int = 0
-    cast: int = 0
-    zeros: int = 0
-
-
-def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
-    """What each source shard has to give, in its own order; neighbours that stay neighbours are one move.
-
-    Zeros need no move: a file is as long as planned, and zeros, before anything is moved into it.
-    """
-    wanted: dict[str, list[tuple[str, int]]] = {}
-    casts: dict[str, Cast] = {}
-    for file_name, layout in plan.shards.items():
-        for placement, start in layout.positions():
-            if placement.making is Making.zeros:
-                continue
-            wanted.setdefault(placement.tensor.name, []).append((file_name, start))
-            if placement.making is Making.cast:
-                casts[placement.tensor.name] = Cast(placement.tensor.dtype, placement.dtype)
-    for shard in plan.checkpoint.shards:
-        joined: list[Move] = []
-        for tensor in shard.header.tensors:
-            targets = tuple(wanted.get(tensor.name, ()))
-            if not targets or not tensor.num_bytes:
-                continue
-            cast, strided = casts.get(tensor.name), tensor if tensor.strides is not None else None
-            if cast is not None or strided is not None:
-                joined.append(Move(tensor.start, tensor.num_bytes, targets, cast, tensor.name, strided))
-                continue
-            last = joined[-1] if joined else None
-            if (
-                last is not None
-                and last.cast is None
-                and last.strided is None
-                and last.source_start + last.length == tensor.start
-                and targets == tuple((name, start + last.length) for name, start in last.targets)
-            ):
-                joined[-1] = last._replace(length=last.length + tensor.num_bytes)
-            else:
-                joined.append(Move(tensor.start, tensor.num_bytes, targets))
-        yield shard, joined
 
 
 def clone_range(source: int, source_start: int, target: int, start: int, length: int) -> None:
@@ -205,14 +124,11 @@ def transfer(
     """
     if any(placement.making is Making.cast for placement in plan.placements):
         require_torch("--dtype")
-    for name, layout in plan.shards.items():
-        with writing(name), open(folder / name, "xb") as file:
-            file.write(layout.header)
-            file.truncate(layout.num_bytes)
+    create_shards(plan, folder)
     tally = Tally()
     for shard, shard_moves in moves(plan):
         if shard_moves:
-            worker = _ShardMover(shard, folder, clone, must_clone, on_bytes, tally)
+            worker = ShardMover(shard, folder, clone, must_clone, on_bytes, tally)
             worker.run(shard_moves, jobs)
         check_unchanged(shard)
     tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
@@ -232,42 +148,7 @@ def check_unchanged(shard: Shard) -> None:
         raise CheckpointError(f"{shown(shard.name)} changed while it was read; start again when nobody writes to it")
 
 
-def sync_file(path: Path) -> None:
-    """See a file's content on the disk.
-
-    Raises:
-        OutputError: the disk failed, or was full after all.
-    """
-    with writing(path.name):
-        file = os.open(path, os.O_RDONLY)
-        try:
-            sync(file)
-        finally:
-            os.close(file)
-
-
-@contextlib.contextmanager
-def writing(name: str) -> Iterator[None]:
-    """Turn a failure to write into one line."""
-    try:
-        yield
-    except OSError as error:
-        advice = {
-            errno.ENOSPC: "; free some space or choose another place, nothing was left behind",
-            errno.EDQUOT: "; raise the quota or choose another place, nothing was left behind",
-        }.get(error.errno or 0, "; nothing was left behind")
-        raise OutputError(f"cannot write {shown(name)}: {error.strerror or error}{advice}") from error
-
-
-@dataclass
-class _Files:
-    """A file opened twice: through the page cache, and past it where the file system allows."""
-
-    buffered: int
-    direct: int | None
-
-
-class _ShardMover:
+class ShardMover:
     """Moves the bytes of one source shard, with several threads."""
 
     def __init__(
@@ -286,9 +167,12 @@ class _ShardMover:
 
     def run(self, shard_moves: Sequence[Move], jobs: int) -> None:
         with contextlib.ExitStack() as closing:
-            self.source = self._open(self.shard.path, os.O_RDONLY, closing)
-            names = dict.fromkeys(name for move in shard_moves for name, _ in move.targets)
-            self.targets = {name: self._open(self.folder / name, os.O_RDWR, closing) for name in names}
+            try:
+                self.source = open_twice(self.shard.path, os.O_RDONLY, closing)
+            except OSError as error:
+                raise unreadable(self.shard, error) from error
+            names = (name for move in shard_moves for name, _ in move.targets)
+            self.outputs = Outputs(self.folder, names, closing, self.on_bytes, self.tally)
             # Cloning is work for the file system's metadata alone: threads only contend for it.
             casts = any(move.cast is not None for move in shard_moves)
             pieces = [p for move in shard_moves for p in ([move] if self._clones(move) else _cut(move))]
@@ -296,22 +180,6 @@ class _ShardMover:
             num_threads = 1 if self.clone and not casts else jobs
             with workers(num_threads) as (pool, self.stop):
                 list(pool.map(lambda _: self._work(queue), range(num_threads)))
-
-    def _open(self, path: Path, flags: int, closing: contextlib.ExitStack) -> _Files:
-        try:
-            buffered = os.open(path, flags)
-        except OSError as error:
-            raise (
-                unreadable(self.shard, error)
-                if flags == os.O_RDONLY
-                else OutputError(f"cannot write {shown(path.name)}: {error.strerror}")
-            ) from error
-        closing.callback(_close, buffered, path.name)
-        direct = None
-        with contextlib.suppress(OSError, AttributeError):  # tmpfs, some network file systems, macOS
-            direct = os.open(path, flags | os.O_DIRECT)
-            closing.callback(_close, direct, path.name)
-        return _Files(buffered, direct)
 
     def _clones(self, move: Move) -> bool:
         return self.clone and move.cast is None and move.strided is None
@@ -342,9 +210,8 @@ class _ShardMover:
                 left.append((name, start))
                 continue
             try:
-                clone_range(
-                    self.source.buffered, move.source_start + head, self.targets[name].buffered, start + head, body
-                )
+                target = self.outputs.files[name].buffered
+                clone_range(self.source.buffered, move.source_start + head, target, start + head, body)
             except OSError as error:
                 if error.errno not in _CANNOT_CLONE:
                     with writing(name):
@@ -358,7 +225,7 @@ class _ShardMover:
             tail = move.length - head - body
             self._copy(Move(move.source_start, head, ((name, start),)), view)
             self._copy(Move(move.source_start + head + body, tail, ((name, start + head + body),)), view)
-            self._done(cloned=body)
+            self.outputs.done(cloned=body)
         return move._replace(targets=tuple(left))
 
     def _copy(self, move: Move, view: memoryview) -> None:
@@ -376,21 +243,8 @@ class _ShardMover:
                 size -= size % BLOCK
             piece = view[:size]
             self._read(start, piece, direct=whole_blocks)
-            made = piece if move.cast is None else self._cast(move, piece, view[PIECE:])
-            for name, target_start in move.targets:
-                target = target_start + move.written(position)
-                direct = whole_blocks and target % BLOCK == 0 and len(made) % BLOCK == 0
-                self._write(name, target, made, direct=direct)
+            self.outputs.deliver(move, position, piece, view[PIECE:], direct=whole_blocks)
             position += size
-            num_bytes = len(made) * len(move.targets)
-            self._done(**{"copied" if move.cast is None else "cast": num_bytes})
-
-    def _cast(self, move: Move, piece: memoryview, room: memoryview) -> memoryview:
-        assert move.cast is not None
-        made = room[: move.written(len(piece))]
-        if move.cast(piece, made):
-            raise overflow(move.name, move.cast)
-        return made
 
     def _gather(self, move: Move, tensor: TensorInfo, view: memoryview) -> None:
         """Write a strided tensor, or what a cast makes of it, row by row to every target."""
@@ -401,13 +255,9 @@ class _ShardMover:
                     return
                 gathered = view[: len(piece)]
                 gathered[:] = piece
-                made = gathered if move.cast is None else self._cast(move, gathered, view[PIECE:])
-                for name, start in move.targets:
-                    self._write(name, start + move.written(position), made, direct=False)
+                self.outputs.deliver(move, position, gathered, view[PIECE:])
                 position += len(piece)
-                num_bytes = len(made) * len(move.targets)
-                self._done(**{"copied" if move.cast is None else "cast": num_bytes})
-        except OSError as error:  # of reading: `_write` has its own
+        except OSError as error:  # of reading: writing has its own
             raise unreadable(self.shard, error) from error
 
     def _read(self, start: int, piece: memoryview, *, direct: bool) -> None:
@@ -427,34 +277,6 @@ class _ShardMover:
                 )
             filled += count
             direct = direct and filled % BLOCK == 0
-
-    def _write(self, name: str, start: int, piece: memoryview, *, direct: bool) -> None:
-        written = 0
-        while written < len(piece):
-            files = self.targets[name]
-            file = files.direct if direct and files.direct is not None else files.buffered
-            try:
-                written += os.pwrite(file, piece[written:], start + written)
-            except OSError as error:
-                if error.errno == errno.EINVAL and file == files.direct:
-                    self.targets[name] = replace(files, direct=None)
-                    continue
-                with writing(name):
-                    raise
-            direct = direct and written % BLOCK == 0
-
-    def _done(self, cloned: int = 0, copied: int = 0, cast: int = 0) -> None:
-        with self.lock:
-            self.tally.cloned += cloned
-            self.tally.copied += copied
-            self.tally.cast += cast
-        self.on_bytes(cloned + copied + cast)
-
-
-def _close(file: int, name: str) -> None:
-    """A mount's last word on what was written to a file may come here."""
-    with writing(name):
-        os.close(file)
 
 
 def _cut(move: Move) -> Iterator[Move]:

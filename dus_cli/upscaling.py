@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dus_cli import card, checksums, hub, incomplete, lineage
+from dus_cli import card, checksums, hub, incomplete, journal, lineage
 from dus_cli.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.dtypes import Dtype
-from dus_cli.errors import DusError, OutputError, shown
+from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, shown
+from dus_cli.hub import Fetch
 from dus_cli.in_place import check_left, in_place_warning
+from dus_cli.journal import Journal
 from dus_cli.layout import BLOCK
+from dus_cli.outputs import Tally
 from dus_cli.planning import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
@@ -21,7 +24,8 @@ from dus_cli.report import Space, UpscaleReport, human_bytes
 from dus_cli.sequential import transfer_in_order
 from dus_cli.staging import Staging, check_apart, check_output
 from dus_cli.storage import free_bytes, known
-from dus_cli.transfer import DEFAULT_JOBS, CopyMode, Tally, can_clone, transfer
+from dus_cli.streaming import Streamed, check_against_hub, stream_weights
+from dus_cli.transfer import DEFAULT_JOBS, CopyMode, can_clone, transfer
 from dus_cli.verification import VerifyMode, check_against_plan, check_bytes_against_plan
 
 
@@ -32,7 +36,7 @@ def plan(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: Dtype | None = None,
     remaking: Remaking | None = None,
-    fetch: bool = True,
+    fetch: Fetch = Fetch.weights,
     quiet: bool = True,
 ) -> UpscalePlan:
     """Find the model and decide everything that will be written. Nothing is written but the Hub's cache.
@@ -43,7 +47,7 @@ def plan(
         max_shard_bytes: the largest shard, in bytes.
         dtype: what floating-point tensors are cast to.
         remaking: the lineage that is followed again: what it records of the base is recorded again.
-        fetch: bring a Hub model's weights into the cache; without, only its headers are read.
+        fetch: what of a Hub model comes into the cache; of weights that do not, the headers are read.
         quiet: no progress bars from huggingface_hub.
 
     Raises:
@@ -52,12 +56,14 @@ def plan(
     if ref.path is not None:
         base = Base(ref) if remaking is None else remaking.base()
         return _checked(make_plan(base, open_checkpoint(ref.path), request, max_shard_bytes, dtype), remaking)
-    folder, commit = hub.fetch_small_files(ref, quiet=quiet)
+    folder, commit = hub.fetch_small_files(ref, fetch=fetch, quiet=quiet)
     base = Base(ref, commit) if remaking is None else remaking.base()
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
-    made = make_plan(base, open_checkpoint(folder, hub.remote_headers(ref, commit)), request, max_shard_bytes, dtype)
+    headers = hub.remote_headers(ref, commit, folder)
+    absent = hub.absent_files(ref, commit, folder) if fetch is Fetch.headers else None
+    made = make_plan(base, open_checkpoint(folder, headers), request, max_shard_bytes, dtype, absent)
     _checked(made, remaking)
-    if not fetch:
+    if fetch is not Fetch.weights:
         return made
     hub.fetch_weights(ref, folder, commit)
     return _checked(make_plan(base, open_checkpoint(folder), request, max_shard_bytes, dtype), remaking)
@@ -92,6 +98,7 @@ def preview(
     remaking: Remaking | None = None,
     copy_mode: CopyMode = CopyMode.auto,
     overwrite: bool = False,
+    stream: bool = False,
     quiet: bool = True,
 ) -> UpscaleReport:
     """The report of a dry run: the whole plan, and in its warnings what would stop the run. Writes nothing.
@@ -100,11 +107,21 @@ def preview(
         DusError: as `plan`.
     """
     started = time.monotonic()
-    made = plan(ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, remaking=remaking, fetch=False, quiet=quiet)
+    _check_stream(ref, copy_mode, stream=stream)
+    made = plan(
+        ref,
+        request,
+        max_shard_bytes=max_shard_bytes,
+        dtype=dtype,
+        remaking=remaking,
+        fetch=Fetch.headers,
+        quiet=quiet,
+    )
+    streams = _streams(made, stream=stream)
     folder = output.resolve().parent
     while not folder.is_dir():
         folder = folder.parent
-    space = _space(made, folder, copy_mode, may_create=False)
+    space = _space(made, folder, CopyMode.copy if streams else copy_mode, may_create=False)
     obstacles = []
     why = storage.no_rename if (storage := known(folder)) is not None else None
     checks: list[Callable[[], object]] = [
@@ -113,7 +130,7 @@ def preview(
         lambda: check_apart(output, made.checkpoint.folder),
         lambda: _check_space(space, copy_mode, output),
     ]
-    if not overwrite and _is_made(made, output, 1, VerifyMode.none, with_checksums=False):
+    if not overwrite and _is_made(made, ref, output, 1, VerifyMode.none, with_checksums=False):
         checks.clear()
         obstacles.append(f"{shown(output)} is already what this would write; the run would leave it as it is")
     for check in checks:
@@ -142,6 +159,7 @@ def upscale(
     verify: VerifyMode = VerifyMode.structure,
     with_checksums: bool = False,
     overwrite: bool = False,
+    stream: bool = False,
     quiet: bool = True,
     progress: Progress | None = None,
 ) -> UpscaleReport:
@@ -159,52 +177,97 @@ def upscale(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
+    _check_stream(ref, copy_mode, stream=stream)
     sums_wanted = remaking is not None and remaking.sums is not None
     with_checksums = with_checksums or sums_wanted
     warnings = tuple(remaking.warnings) if remaking is not None else ()
 
-    def planned(*, fetch: bool = True) -> UpscalePlan:
+    def planned(fetch: Fetch) -> UpscalePlan:
         return plan(
             ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, remaking=remaking, fetch=fetch, quiet=quiet
         )
 
     if not overwrite and (output / lineage.NAME).is_file():
-        made = planned(fetch=verify is VerifyMode.full)
-        if _is_made(made, output, jobs, verify, with_checksums=with_checksums):
+        made = planned(Fetch.weights if verify is VerifyMode.full and not stream else Fetch.headers)
+        if _is_made(made, ref, output, jobs, verify, with_checksums=with_checksums):
             if sums_wanted and remaking is not None:
                 remaking.check_sums(checksums.folder_sums(output, jobs))
             space = _space(made, output.resolve().parent, copy_mode, may_create=False)
             seconds = time.monotonic() - started
             return UpscaleReport(made, output, "unchanged", space, Tally(), verify.value, seconds, warnings, remaking)
     real = check_output(output, overwrite=overwrite)
-    made = planned()
+    made = planned(Fetch.files if stream else Fetch.weights)
+    streams = _streams(made, stream=stream)
     check_apart(output, made.checkpoint.folder)
     progress.planned(made)
-    with Staging(real, overwrite=overwrite, key=lineage.digest(lineage.lineage(made))) as staging:
+    with Staging(real, overwrite=overwrite, key=lineage.digest(lineage.lineage(made)), resumes=streams) as staging:
         for warning in staging.warnings:
             progress.note(f"warning: {warning}")
-        way = copy_mode if staging.storage.writes_anywhere else CopyMode.copy
+        way = copy_mode if staging.storage.writes_anywhere and not streams else CopyMode.copy
         space = _space(made, staging.folder, way, may_create=True)
         _check_space(space, copy_mode, output)
-        tally = _write(made, staging, space, copy_mode, jobs, progress)
+        for name, path in made.files:
+            staging.copy_file(name, path)
+        if streams:
+            tally, streamed = _stream_weights(made, ref, staging, output, jobs, progress)
+        else:
+            tally, streamed = _write_weights(made, staging, space, copy_mode, jobs, progress), None
+        for name, text in written_texts(made).items():
+            staging.write_text(name, text)
         if verify is not VerifyMode.none:
             check_against_plan(made, staging.folder, staging.held)
         if verify is VerifyMode.full:
             progress.start("verifying", made.num_data_bytes)
-            check_bytes_against_plan(made, staging.folder, jobs, progress.advance)
+            _check_bytes(made, ref, staging.folder, jobs, progress.advance)
         if with_checksums:
             sums = checksums.folder_sums(staging.folder, jobs, staging.held)
             if remaking is not None:
                 remaking.check_sums(sums)
             staging.write_text(checksums.NAME, checksums.sums_text(sums))
+        journal.remove(staging.folder)
         staging.publish()
     seconds, notes = time.monotonic() - started, (*warnings, *staging.warnings)
     return UpscaleReport(
-        made, output, "written", space, tally, verify.value, seconds, notes, remaking, staging.published
+        made,
+        output,
+        "written",
+        space,
+        tally,
+        verify.value,
+        seconds,
+        notes,
+        remaking,
+        staging.published,
+        streamed=streamed,
     )
 
 
-def _is_made(made: UpscalePlan, output: Path, jobs: int, verify: VerifyMode, *, with_checksums: bool) -> bool:
+def _check_stream(ref: ModelRef, copy_mode: CopyMode, *, stream: bool) -> None:
+    if stream and ref.path is not None:
+        raise UsageError(f"--stream is for a model on the Hub, and {shown(ref)} is a directory; leave it out")
+    if stream and copy_mode is CopyMode.clone:
+        raise UsageError("--stream has no copy of the model to share blocks with; leave out --copy-mode clone")
+
+
+def _streams(made: UpscalePlan, *, stream: bool) -> bool:
+    """Whether weights come over the network: not those that are in the cache.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    if not stream or all(shard.fingerprint is not None for shard in made.checkpoint.shards):
+        return False
+    if made.checkpoint.is_pickled:
+        raise CheckpointError(
+            "--stream: the weights are pickled, and where their tensors lie is known for sure only once they are here; "
+            "leave out --stream, or name a revision with safetensors (refs/pr/N often is one)"
+        )
+    return True
+
+
+def _is_made(
+    made: UpscalePlan, ref: ModelRef, output: Path, jobs: int, verify: VerifyMode, *, with_checksums: bool
+) -> bool:
     """Whether `output` is what this plan would write: by its lineage, its headers and, on request, its bytes."""
     try:
         incomplete.check_whole(output)
@@ -214,34 +277,48 @@ def _is_made(made: UpscalePlan, output: Path, jobs: int, verify: VerifyMode, *, 
             return False
         check_against_plan(made, output)
         if verify is VerifyMode.full:
-            check_bytes_against_plan(made, output, jobs, lambda _: None)
+            _check_bytes(made, ref, output, jobs, lambda _: None)
     except (DusError, OSError):
         return False  # then it is in the way, and said to be
     return True
 
 
-def _write(
+def _check_bytes(made: UpscalePlan, ref: ModelRef, folder: Path, jobs: int, on_bytes: Callable[[int], object]) -> None:
+    """Every byte against its source; of a source that is on the Hub alone, against its twins and the Hub's sha256."""
+    check_bytes_against_plan(made, folder, jobs, on_bytes)
+    check_against_hub(made, ref, folder, jobs=jobs)
+
+
+def _write_weights(
     made: UpscalePlan, staging: Staging, space: Space, copy_mode: CopyMode, jobs: int, progress: Progress
 ) -> Tally:
-    for name, path in made.files:
-        staging.copy_file(name, path)
     progress.start("writing", made.num_data_bytes)
-    if staging.storage.writes_anywhere:
-        tally = transfer(
-            made,
-            staging.folder,
-            clone=space.can_clone,
-            must_clone=copy_mode is CopyMode.clone,
-            jobs=jobs,
-            on_bytes=progress.advance,
-        )
-    else:
-        tally = transfer_in_order(
+    if not staging.storage.writes_anywhere:
+        return transfer_in_order(
             made, staging.folder, jobs=jobs, before_shard=staging.check_ours, on_bytes=progress.advance
         )
-    for name, text in written_texts(made).items():
-        staging.write_text(name, text)
-    return tally
+    return transfer(
+        made,
+        staging.folder,
+        clone=space.can_clone,
+        must_clone=copy_mode is CopyMode.clone,
+        jobs=jobs,
+        on_bytes=progress.advance,
+    )
+
+
+def _stream_weights(
+    made: UpscalePlan, ref: ModelRef, staging: Staging, output: Path, jobs: int, progress: Progress
+) -> tuple[Tally, Streamed]:
+    if not staging.storage.writes_anywhere:
+        raise OutputError(
+            f"--stream writes what comes as it comes, and the file system of {shown(output)} takes files from their "
+            "first byte to their last alone; leave out --stream"
+        )
+    progress.start("streaming", made.num_data_bytes)
+    with Journal(staging.folder, staging.key) as notes:
+        staging.keeps = True
+        return stream_weights(made, ref, staging.folder, notes, jobs=jobs, on_bytes=progress.advance)
 
 
 def written_texts(made: UpscalePlan) -> dict[str, str]:
@@ -256,13 +333,15 @@ def _space(made: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: 
     needed = sum(layout.num_bytes for layout in made.shards.values()) + made.num_file_bytes
     if clones:
         needed -= made.num_clonable_bytes
+    if journal.is_in(folder):  # what a streamed run has left here has its room already
+        needed -= sum(path.stat().st_blocks * 512 for name in made.shards if (path := folder / name).exists())
     return Space(needed + (1 << 20), free_bytes(folder), clones)
 
 
 def _sample(made: UpscalePlan) -> Path:
     """A file of the base to try a clone with. The dry run of a Hub model has small files only."""
     shards = [shard.path for shard in made.checkpoint.shards]
-    others = [path for _, path in made.files if path.stat().st_size >= BLOCK]
+    others = [path for _, path in made.files if path.exists() and path.stat().st_size >= BLOCK]
     return next((path for path in [shards[0], *others] if path.exists()), shards[0])
 
 

@@ -151,19 +151,24 @@ def _check_shard(path: Path, name: str, layout: ShardLayout) -> None:
 
 
 def check_bytes_against_plan(plan: UpscalePlan, folder: Path, jobs: int, on_bytes: Callable[[int], object]) -> None:
-    """Every byte that was written, against its source.
+    """Every byte that was written, against its source; where that is no file here, against the first of its twins.
 
     Raises:
         VerificationError: the first difference.
     """
 
     def comparisons() -> Iterator[Comparison]:
+        first: dict[str, Place] = {}
         for name, layout in plan.shards.items():
             for placement, start in layout.positions():
                 shape, end = placement.tensor.shape, start + placement.num_bytes
                 written = Place(folder / name, TensorInfo(placement.name, placement.dtype, shape, start, end))
-                source = Place(placement.shard.path, placement.tensor)
-                yield Comparison(written, source, "its source", placement.making, placement.dtype)
+                is_here = placement.shard.fingerprint is not None
+                if is_here or placement.making is Making.zeros:  # zeros have no need of a file
+                    source = Place(placement.shard.path if is_here else written.path, placement.tensor)
+                    yield Comparison(written, source, "its source", placement.making, placement.dtype)
+                elif (twin := first.setdefault(placement.tensor.name, written)) is not written:
+                    yield Comparison(written, twin, f"its twin {shown(twin.tensor.name)}")
 
     for problem in compare(comparisons(), jobs, on_bytes):
         raise VerificationError(f"{problem}; the disk or its driver failed, nothing was published")

@@ -3,25 +3,36 @@
 It answers what huggingface_hub asks for a model: its commit, its list of files, its files. As on the real
 Hub, a file under LFS redirects to a signed address on another origin, where the token must not follow; a
 gated repo shows its list of files to everyone; a private one does not exist for strangers.
+
+Files are sent in pieces as they are read. Of one that is a hole, as `write_checkpoint(fill=None)` makes them, the
+sha256 is made up, so that the shape of a 7B model costs nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+import pytest
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".onnx")
 READER, STRANGER = "hf_reader", "hf_stranger"  # the tokens that the Hub knows
+_PIECE = 64 << 10
+_BURST = 0.1  # seconds
 HANG_UP = 0  # a failure that is no HTTP status: the connection ends without an answer
 
 
@@ -35,7 +46,7 @@ class StandInRepo:
     """A model repo: a folder of files for each commit, and the branches and tags that name commits.
 
     READER may read a private one, and the files of a gated one. The weights of one on `xet` come from
-    another service, which is announced and not there.
+    another service, which is announced and not there. Without `lfs` the Hub itself serves every file.
     """
 
     commits: Mapping[str, Path]
@@ -43,6 +54,20 @@ class StandInRepo:
     private: bool = False
     gated: bool = False
     xet: bool = False
+    lfs: bool = True
+
+
+@contextmanager
+def only_hub(repos: Mapping[str, StandInRepo], home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """A running stand-in as the only Hub that dus can see, with an empty cache in `home` and no token."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    with StandInHub(repos) as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        yield running
 
 
 class Request(NamedTuple):
@@ -55,16 +80,66 @@ class Request(NamedTuple):
 
 
 @dataclass
+class Faults:
+    """What goes wrong, and how fast it goes, while files are served from signed addresses.
+
+    `bytes_per_second`: of all connections together. `broken_after`: a request for more bytes ends without them.
+    `signed_for`: answers for which an address holds, then 403. `busy`: of so many answers to come each is a 429 or 503
+    with `retry_after`. `flipped`: byte of a file, by its name, in which a bit is flipped on the way. `ranges`: False
+    where Range headers are not understood.
+    """
+
+    bytes_per_second: float | None = None
+    broken_after: int | None = None
+    signed_for: int | None = None
+    busy: list[int] = field(default_factory=list)
+    retry_after: str | None = None
+    flipped: dict[str, int] = field(default_factory=dict)
+    ranges: bool = True
+    sent: int = 0
+    started: float = 0.0
+    signatures: list[int] = field(default_factory=list)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def wait(self, num_bytes: int) -> None:
+        """Wait until so many more bytes may have been sent."""
+        if self.bytes_per_second is None:
+            return
+        with self.lock:
+            late = time.monotonic() - self.started - self.sent / self.bytes_per_second
+            if late > _BURST:  # what was not used is lost, as on a line, but for what its buffers hold
+                self.started += late - _BURST
+            self.sent += num_bytes
+            due = self.started + self.sent / self.bytes_per_second
+        time.sleep(max(0.0, due - time.monotonic()))
+
+    def sign(self) -> int:
+        with self.lock:
+            self.signatures.append(0)
+            return len(self.signatures) - 1
+
+    def is_signed(self, signature: str) -> bool:
+        """Whether a signature, its uses counted, still holds."""
+        with self.lock:
+            self.signatures[int(signature)] += 1
+            return self.signed_for is None or self.signatures[int(signature)] <= self.signed_for
+
+
+@dataclass
 class StandInHub:
     """The server, running while its context is open.
 
     `failures` maps patterns of requests to the HTTP status that they get, or HANG_UP. A request reads
-    "GET /org/name/resolve/main/config.json whole", with the Range header in the place of "whole".
+    "GET /org/name/resolve/main/config.json whole", with the Range header in the place of "whole". `faults` are of
+    files that are served from signed addresses; `num_served` counts the bytes of weights that left, also in answers
+    that broke off.
     """
 
     repos: Mapping[str, StandInRepo]
     failures: dict[str, int] = field(default_factory=dict)
     log: list[Request] = field(default_factory=list)
+    num_served: int = 0
+    faults: Faults = field(default_factory=Faults)
 
     def __enter__(self) -> StandInHub:  # noqa: PYI034  (Self is not in Python 3.10)
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -103,9 +178,14 @@ class StandInHub:
 
 @dataclass
 class _Answer:
+    """`body`, or the bytes of `file` from `start` on, `length` of them."""
+
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    file: Path | None = None
+    start: int = 0
+    length: int = 0
 
 
 class _RefusedError(Exception):
@@ -141,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 answer = self._resolve(match[1], match[2], match[3])
             elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
-                answer = self._cdn(match[1], match[2], match[3])
+                answer = self._cdn(match[1], match[2], match[3], url.query.removeprefix("signature="))
             else:
                 answer = _Answer(HTTPStatus.NOT_FOUND)
         except _RefusedError as refused:
@@ -171,24 +251,38 @@ class _Handler(BaseHTTPRequestHandler):
         if not (folder / path).is_file():
             raise _RefusedError(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found")
         entry, headers = _entry(folder, path), {"X-Repo-Commit": commit}
-        if not path.endswith(LFS_SUFFIXES):
-            return _Answer(HTTPStatus.OK, headers | {"ETag": f'"{entry["oid"]}"'}, (folder / path).read_bytes())
+        if not (path.endswith(LFS_SUFFIXES) and repo.lfs):
+            return self._file(folder / path, headers | {"ETag": f'"{entry["oid"]}"'})
         headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(entry["size"])}
         if repo.xet:
             route = f"{self.hub.endpoint}/api/models/{repo_id}/xet-read-token/{commit}"
             headers |= {"X-Xet-Hash": entry["lfs"]["oid"], "X-Xet-Refresh-Route": route}
-        headers["Location"] = f"http://localhost:{self.hub.port}/cdn/{repo_id}/{commit}/{quote(path)}?signature"
+        headers["Location"] = (
+            f"http://localhost:{self.hub.port}/cdn/{repo_id}/{commit}/{quote(path)}?signature={self.hub.faults.sign()}"
+        )
         return _Answer(HTTPStatus.FOUND, headers)
 
-    def _cdn(self, repo_id: str, commit: str, path: str) -> _Answer:
+    def _cdn(self, repo_id: str, commit: str, path: str, signature: str) -> _Answer:
+        faults = self.hub.faults
         if self._token:  # an address is signed or a request has a token; S3 refuses both at once
             return _Answer(HTTPStatus.BAD_REQUEST)
-        body = (self.hub.repos[repo_id].commits[commit] / path).read_bytes()
-        if not (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
-            return _Answer(HTTPStatus.OK, {}, body)
-        start, end = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
-        headers = {"Content-Range": f"bytes {start}-{end}/{len(body)}"}
-        return _Answer(HTTPStatus.PARTIAL_CONTENT, headers, body[start : end + 1])
+        if not faults.is_signed(signature):
+            return _Answer(HTTPStatus.FORBIDDEN)
+        if faults.busy:
+            return _Answer(
+                faults.busy.pop(0), {} if faults.retry_after is None else {"Retry-After": faults.retry_after}
+            )
+        return self._file(self.hub.repos[repo_id].commits[commit] / path, {})
+
+    def _file(self, file: Path, headers: dict[str, str]) -> _Answer:
+        """A file, or the part of it that is asked for."""
+        size = file.stat().st_size
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match is None or not self.hub.faults.ranges:
+            return _Answer(HTTPStatus.OK, headers, file=file, length=size)
+        start, end = int(match[1]), min(int(match[2] or size), size - 1)
+        headers = headers | {"Content-Range": f"bytes {start}-{end}/{size}"}
+        return _Answer(HTTPStatus.PARTIAL_CONTENT, headers, file=file, start=start, length=end + 1 - start)
 
     def _commit(self, repo_id: str, revision: str) -> tuple[str, Path]:
         token, repo = self._token, self.hub.repos.get(repo_id)
@@ -212,14 +306,44 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.status == HANG_UP:
             self.close_connection = True
             return
-        body = b"" if self.command == "HEAD" else answer.body
+        length = answer.length if answer.file is not None else len(answer.body)
         # Logged before it is sent, so that whoever has the answer finds it in the log.
-        self.hub.log.append(Request(self.command, path, self.headers.get("Range"), len(body)))
+        sent = 0 if self.command == "HEAD" else length
+        self.hub.log.append(Request(self.command, path, self.headers.get("Range"), sent))
         self.send_response(answer.status)
-        for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+        for name, value in {**answer.headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        try:
+            for piece in self._pieces(answer):
+                self.wfile.write(piece)
+                if path.endswith(LFS_SUFFIXES):
+                    with self.hub.faults.lock:
+                        self.hub.num_served += len(piece)
+        except OSError:  # whoever asked has gone
+            self.close_connection = True
+
+    def _pieces(self, answer: _Answer) -> Iterator[bytes]:
+        if answer.file is None:
+            yield answer.body
+            return
+        faults, position = self.hub.faults, 0
+        with answer.file.open("rb") as file:
+            file.seek(answer.start)
+            while position < answer.length:
+                piece = file.read(min(_PIECE, answer.length - position))
+                at = faults.flipped.get(answer.file.name, -1) - answer.start - position
+                if 0 <= at < len(piece):
+                    piece = piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
+                if faults.broken_after is not None and position + len(piece) > faults.broken_after:
+                    self.close_connection = True
+                    yield piece[: faults.broken_after - position]
+                    return
+                faults.wait(len(piece))
+                yield piece
+                position += len(piece)
 
     def log_message(self, *_: object) -> None:
         """Nothing on stderr: tests read `StandInHub.log`."""
@@ -233,12 +357,26 @@ def _entry(folder: Path, path: str) -> dict[str, Any]:
     """A file or folder as the Hub lists it."""
     if (folder / path).is_dir():
         return {"type": "directory", "path": path, "size": 0, "oid": commit_of(path)}
-    raw = (folder / path).read_bytes()
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(raw)}
-    entry["oid"] = hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
-    if path.endswith(LFS_SUFFIXES):
-        entry["lfs"] = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 134}
+    file, is_lfs = folder / path, path.endswith(LFS_SUFFIXES)
+    status = file.stat()
+    oid, sha256 = _hashes(str(file), status.st_size, status.st_mtime_ns, status.st_blocks * 512 < status.st_size // 2)
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": status.st_size, "oid": oid}
+    if is_lfs:
+        entry["lfs"] = {"oid": sha256, "size": status.st_size, "pointerSize": 134}
     return entry
+
+
+@cache
+def _hashes(file: str, size: int, _changed: int, is_hole: bool) -> tuple[str, str]:
+    """Git's hash of a file and its sha256."""
+    if is_hole:
+        return commit_of(file), hashlib.sha256(file.encode()).hexdigest()
+    git, lfs = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), hashlib.sha256()
+    with open(file, "rb") as raw:
+        while piece := raw.read(1 << 20):
+            git.update(piece)
+            lfs.update(piece)
+    return git.hexdigest(), lfs.hexdigest()
 
 
 def _json(value: object) -> _Answer:

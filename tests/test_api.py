@@ -29,6 +29,7 @@ MAP = (
     "dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32'] | None\" = None, "
     "max_shard_size: 'int | str' = '5GB', "
     "copy_mode: \"CopyMode | Literal['auto', 'clone', 'copy']\" = <CopyMode.auto: 'auto'>, "
+    "stream: 'bool' = False, "
 )
 
 SIGNATURES: dict[Any, str] = {
@@ -53,6 +54,7 @@ FIELDS: dict[Any, dict[str, str]] = {
         "remaking": "Remaking | None",
         "published": "str | None",
         "push": "PushReport | None",
+        "streamed": "Streamed | None",
     },
     Verification: {
         "model": "str",

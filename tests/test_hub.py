@@ -22,7 +22,7 @@ import torch
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import DUS
 from forked import dus, stop
-from hub_server import HANG_UP, READER, STRANGER, StandInHub, StandInRepo, commit_of
+from hub_server import HANG_UP, READER, STRANGER, StandInHub, StandInRepo, commit_of, only_hub
 from pickled import Payload, write_pickled
 
 from dus_cli.reference import ModelRef
@@ -39,6 +39,8 @@ OTHER_FORMATS = {
     "original/consolidated.00.pth",
     "original/params.json",
 }
+# What the report of a dry run cannot have.
+OF_A_RUN = {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "published", "seconds"}
 CLOSED_PORT = "http://127.0.0.1:1"
 
 
@@ -95,14 +97,7 @@ def repos(folders: dict[str, Path]) -> dict[str, StandInRepo]:
 
 @pytest.fixture(autouse=True)
 def hub(repos: dict[str, StandInRepo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    """The only Hub that dus can see, with an empty cache and no token."""
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    with StandInHub(repos) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+    with only_hub(repos, tmp_path / "hf", monkeypatch) as running:
         yield running
 
 
@@ -117,7 +112,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fetched_whole(hub: StandInHub) -> list[str]:
     """Weight files that were asked for otherwise than by range."""
-    return [r.path for r in hub.log if r.path.endswith(".safetensors") and r.byte_range is None]
+    asked = (r for r in hub.log if r.method == "GET" and r.byte_range is None)
+    return [r.path for r in asked if r.path.endswith(".safetensors")]
 
 
 def test_hub_model_and_its_directory_give_the_same_output(folders: dict[str, Path], desk: Path) -> None:
@@ -218,7 +214,7 @@ def test_dry_run_fetches_headers_only_and_plans_what_the_run_does(hub: StandInHu
     assert fetched_whole(hub) == []
     assert 0 < hub.num_sent("*.safetensors") <= 2 * 100_000  # of 17 MB
     done = dus(*command).report
-    for field in done.keys() - {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
+    for field in done.keys() - OF_A_RUN:
         assert planned[field] == done[field], field
     assert len(done["shards"]) > 2
 
@@ -352,7 +348,7 @@ def test_pickled_repo_is_planned_from_headers_and_gives_what_its_directory_gives
     planned = dus(*command, "--dry-run").report
     assert [r.path for r in hub.log if r.path.startswith("/cdn/") and r.byte_range is None] == []
     done = dus(*command, "--verify", "full").report
-    for field in done.keys() - {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "seconds"}:
+    for field in done.keys() - OF_A_RUN:
         assert planned[field] == done[field], field
     # model.safetensors is asked for, and is not there; the pickles of the training run are left alone.
     assert hub.files_asked_for == {"config.json", "tokenizer.json", "model.safetensors"} | names

@@ -40,8 +40,8 @@ from dus_cli.heal.tokenise import (
     write_part,
 )
 from dus_cli.heal.tokens import Part, Prepared, PreparedSource
+from dus_cli.outputs import writing
 from dus_cli.staging import Staging
-from dus_cli.transfer import writing
 from dus_cli.workers import PIECE
 
 # Source bytes of small files that share a part.

@@ -28,11 +28,11 @@ from dus_cli.heal.estimate import flops_per_token, pretraining_flops, shape_of
 from dus_cli.heal.metrics import read_metrics
 from dus_cli.heal.optimizer import Optimizer, local
 from dus_cli.heal.tokens import Prepared
+from dus_cli.outputs import sync_file, writing
 from dus_cli.picture import PICTURES
 from dus_cli.planning import dump_json
 from dus_cli.source_files import carried_files
 from dus_cli.staging import Staging
-from dus_cli.transfer import sync_file, writing
 from dus_cli.verification import verify
 from dus_cli.workers import PIECE
 

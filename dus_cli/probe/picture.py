@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dus_cli.errors import OutputError, shown
+from dus_cli.outputs import writing
 from dus_cli.probe.verb import Measured, Probe
 from dus_cli.svg import COLOURS, DASHED, SERIES, WIDTH, cut, document, escaped, human_count, nice_step, text_at, ticks
-from dus_cli.transfer import writing
 
 # The edges of the upper plot, and of the heat map below it, in pixels.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 64, 330

@@ -12,6 +12,7 @@ from dus_cli.checkpoint import Checkpoint
 from dus_cli.errors import MissingExtraError, ProbeError, shown_list
 from dus_cli.heal.corpus import BadLine, DataError
 from dus_cli.heal.options import Precision
+from dus_cli.hub import Fetch
 from dus_cli.model_config import decoder_config
 from dus_cli.planning import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
@@ -118,7 +119,7 @@ def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, 
     started = time.monotonic()
     _check_libraries()
     # From the headers alone: that the maps and the model fit is known before gigabytes are fetched.
-    of_base = run_plan(ref, _WHOLE, fetch=False, quiet=quiet)
+    of_base = run_plan(ref, _WHOLE, fetch=Fetch.files, quiet=quiet)
     seq_length = _seq_length(of_base.checkpoint, options)
     requests = wanted.wanted_requests(asked, len(of_base.layer_map))
     candidates = [wanted.check(of_base, request, seq_length) for request in requests]

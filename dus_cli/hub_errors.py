@@ -1,0 +1,100 @@
+"""huggingface_hub's errors, one line each; and what holds before a request to the Hub."""
+
+from __future__ import annotations
+
+import errno
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dus_cli.errors import ModelNotFoundError, shown
+from dus_cli.reference import ModelRef
+
+LIBRARY = "dus"  # who asks, in the Hub's logs
+
+# What an HTTP client waits for, by the names in httpx's requests.
+_WAITS = ("connect", "read", "write", "pool")
+
+
+def prepare(ref: ModelRef) -> None:
+    """Before a request: refuse a token whose text an HTTP library would show in its own error; limit the time.
+
+    Raises:
+        ModelNotFoundError: the token of the environment, or the stored one, is damaged.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # it exports lazily
+
+    token = build_hf_headers(token=ref.token).get("authorization", "").removeprefix("Bearer ")
+    if not (token.isascii() and token.isprintable()):
+        raise ModelNotFoundError("the Hub's token has characters that no token has: set HF_TOKEN, or log in, again")
+    hooks = get_session().event_hooks["request"]
+    if limit_time not in hooks:
+        hooks.append(limit_time)
+
+
+def limit_time(request: Any, seconds: float | None = None) -> None:
+    """Let no request wait for ever, as huggingface_hub's for a commit and for a list of files would."""
+    from huggingface_hub import constants
+
+    limit = constants.HF_HUB_ETAG_TIMEOUT if seconds is None else seconds
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {what: limit if limits.get(what) is None else limits[what] for what in _WAITS}
+
+
+def tried(started: float) -> str:
+    """How long it was tried, where that was more than a moment."""
+    seconds = time.monotonic() - started
+    return f" (tried for {seconds:.0f} s)" if seconds > 2 else ""
+
+
+@contextmanager
+def hub_errors(ref: ModelRef) -> Iterator[None]:
+    """Turn huggingface_hub's errors into one line each."""
+    from huggingface_hub import constants, errors
+
+    started = time.monotonic()
+    here = f"; a directory of that name exists here: write ./{ref.repo_id} for it" if Path(str(ref)).is_dir() else ""
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{ref.repo_id} is gated: ask for access at {constants.ENDPOINT}/{ref.repo_id}, then give --token, set "
+            "HF_TOKEN or run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{ref.repo_id} is not on the Hub, or is private and the token, if there is one, may not read it: give "
+            f"--token, set HF_TOKEN or run `hf auth login`{here}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{ref.repo_id} has no revision {shown(ref.revision)}; see its branches") from error
+    except errors.HFValidationError as error:
+        raise ModelNotFoundError(f"{shown(ref)} is not a valid Hub id: {shown(error)}{here}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        # After a bad answer snapshot_download looks into the cache, and then says only that it is not there.
+        answer = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
+        if not isinstance(answer, errors.HfHubHTTPError):
+            raise ModelNotFoundError(
+                f"{ref} is not (wholly) in the cache and the Hub cannot be reached{tried(started)}; check the "
+                f"network, HF_ENDPOINT and HF_HUB_OFFLINE{here}"
+            ) from error
+        status = answer.response.status_code
+        advice = "renew the token: --token, HF_TOKEN or `hf auth login`" if status == 401 else "try again later"
+        raise ModelNotFoundError(f"the Hub answered {status} for {ref}{tried(started)}; {advice}{here}") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ModelNotFoundError(
+                f"the disk of the Hub's cache is full while fetching {ref}; free some space or set HF_HOME elsewhere"
+            ) from error
+        raise ModelNotFoundError(f"cannot fetch {ref} from the Hub: {shown(error)}{here}") from error
+    except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's; hf_xet's
+        raise ModelNotFoundError(
+            f"the connection to the Hub failed for {ref}{tried(started)}: {shown(error).rstrip('.')}; try again, or "
+            f"check HF_ENDPOINT{here}"
+        ) from error
+    except (struct.error, ValueError) as error:
+        raise ModelNotFoundError(f"the Hub's answer for {ref} makes no sense: {shown(error)}{here}") from error
