@@ -12,6 +12,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import tiny
+from conftest import dus
+from hub_server import StandInHub, StandInRepo, commit_of
 from tiny import forked_dus
 
 torch = pytest.importorskip("torch")
@@ -47,11 +49,11 @@ TYPES = (
 )
 
 
-def write_model(folder: Path, model_type: str) -> Path:
+def write_model(folder: Path, model_type: str, *, whole: bool = False) -> Path:
     """A tiny random model of seven layers with a tokenizer of letters, all ids below its vocabulary of 96."""
     from tokenizers import Tokenizer, models
 
-    zoo.tiny_model(model_type).save_pretrained(folder)
+    zoo.tiny_model(model_type, whole=whole).save_pretrained(folder)
     vocab = {"<unk>": 0, "<eos>": 2} | {letter: 3 + index for index, letter in enumerate(LETTERS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<eos>"])
@@ -193,7 +195,7 @@ def test_rows_that_do_not_fit_at_once_give_the_same_figures() -> None:
 
 def test_memory_is_counted_before_anything_is_loaded() -> None:
     memory = plan_memory(10**9, 16, 10**8, 40, 0, 5 * 10**9, streams=False)
-    assert memory.batches_at_once == 2  # 17 states of 0.1 GB for each
+    assert (memory.batches_at_once, memory.num_groups) == (2, 20)  # 17 states of 0.1 GB for each
     with pytest.raises(ProbeError, match="--stream-layers, or a larger machine"):
         plan_memory(10**10, 16, 10**8, 40, 0, 5 * 10**9, streams=False)
     with pytest.raises(ProbeError, match="a smaller --seq-length"):
@@ -283,6 +285,23 @@ def test_a_dry_run_loads_nothing(corpus: Path, base: Path) -> None:
     assert report["maps"][0]["loss"] is None
     assert report["memory"]["weights"] == 4 * report["base"]["parameters"]
     assert report["memory"]["estimate"] > report["memory"]["weights"]
+
+
+def test_the_decoder_of_a_whole_multimodal_model_is_measured(corpus: Path, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "gemma3", whole=True)
+    (found,) = measured(base, corpus).maps
+    upscale(ModelRef.parse(str(base)), tmp_path / "out", MapRequest(trim=2))
+    assert found.loss == pytest.approx(own_loss(tmp_path / "out", corpus), abs=1e-4)
+
+
+def test_a_model_of_the_hub_is_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
+    commit = commit_of("llama")
+    options = ("--data", corpus, "--tokens", "100", "--seq-length", "24", "--trims", "2", "--json")
+    with StandInHub({"org/llama": StandInRepo({commit: model}, {"main": commit})}) as hub:
+        found = dus("probe", "org/llama", *options, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hf")).report
+    assert found["commit"] == commit
+    assert found["maps"][0]["loss"] == measured(model, corpus).maps[0].loss
+    assert found["recommended"]["within"]["command"] == "dus upscale org/llama --trim 2 -o llama-10-layers"
 
 
 def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> None:

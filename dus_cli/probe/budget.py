@@ -21,12 +21,16 @@ _USABLE = 0.85
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose. `states` are hidden states of all rows that go through the layers together."""
+    """Bytes by purpose. `states` are hidden states of the rows that go through the layers together.
+
+    Rows that do not fit go later, in `num_groups` groups.
+    """
 
     weights: int
     states: int
     others: int
     batches_at_once: int
+    num_groups: int
 
     @property
     def total(self) -> int:
@@ -74,7 +78,7 @@ def plan_memory(
             f"{human_bytes(max(0, available))} may be used; try {way_out}, or --max-memory if you know better"
         )
     at_once = min(num_batches, room // each)
-    return Memory(weights, at_once * each, others, at_once)
+    return Memory(weights, at_once * each, others, at_once, -(-num_batches // at_once))
 
 
 def available_bytes() -> int:

@@ -66,8 +66,11 @@ class Depths:
         self._kept[depth].append(functional.normalize(rows.float(), dim=-1))
 
     def distances(self) -> Distances:
-        """Every depth against every other."""
-        states = [torch.cat(kept) for kept in self._kept]
+        """Every depth against every other. What was kept is let go."""
+        states: list[Tensor] = []
+        for kept in self._kept:
+            states.append(torch.cat(kept))
+            kept.clear()
         size = len(states)
         angular, influence = ([[0.0] * size for _ in states] for _ in range(2))
         for i, lower in enumerate(states):

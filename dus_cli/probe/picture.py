@@ -96,7 +96,7 @@ def probe_svg(found: Probe, *, dark: bool = False) -> str:
     """The picture of a finished probe. Depthwise scalings are a line over the trim, other maps dots at their depth."""
     assert found.base_loss is not None
     colour, series = COLOURS[dark], SERIES[dark]
-    measured = [m for m in found.maps if m.loss is not None]
+    measured = [m for m in found.maps if m.is_finite]
     title = f"{found.name}: loss right after scaling, {found.num_layers} layers"
     parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(cut(title, 70))}</text>']
     parts += _losses(found, measured, colour, series)

@@ -62,6 +62,7 @@ def probe_json(found: Probe) -> dict[str, Any]:
             "estimate": found.memory.total,
             "weights": found.memory.weights,
             "states": found.memory.states,
+            "groups": found.memory.num_groups,
             "peak": found.peak_bytes,
         },
         "seconds": round(found.seconds, 3),
@@ -70,6 +71,7 @@ def probe_json(found: Probe) -> dict[str, Any]:
 
 
 def _figures(loss: float | None, cost: Cost | None) -> dict[str, Any]:
+    loss = loss if loss is not None and math.isfinite(loss) else None
     ends = None if loss is None else perplexity(loss)
     return {
         "num_layers": None if cost is None else cost.num_layers,
@@ -148,7 +150,12 @@ def _shown_perplexity(value: float) -> str:
 def _closing(found: Probe) -> list[str]:
     memory = f"{human_bytes(found.memory.total)} of memory, {human_bytes(found.memory.weights)} of it weights"
     if found.is_dry_run:
-        return [f"Dry run: nothing was measured. It would take about {memory}."]
+        groups = (
+            ""
+            if found.memory.num_groups == 1
+            else f"\nThe rows would go through the layers in {found.memory.num_groups} groups."
+        )
+        return [f"Dry run: nothing was measured. It would take about {memory}.{groups}"]
     assert found.text is not None
     assert found.base_loss is not None
     peak = "" if found.peak_bytes is None else f", {human_bytes(found.peak_bytes)} of memory at most"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,11 @@ class Measured:
     candidate: Candidate
     loss: float | None
     seams: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it was measured, and its hidden states stayed within what the precision can say."""
+        return self.loss is not None and math.isfinite(self.loss)
 
 
 @dataclass(frozen=True)
@@ -186,13 +192,15 @@ def _plan(
     states = most_states(grow(_layers(of_base, candidates)), num_layers)
     if asked.search:
         states = max(states, len(candidates) + asked.best + 1)
+    others = min(KEPT_BYTES, 4 * options.tokens * (num_layers + 1) * width)  # for the distances
+    others += 32 * rows * seq_length * width * dtype.itemsize  # within a layer
+    others += 0 if options.stream_layers else checkpoint.num_bytes  # the files, mapped while they are loaded
     memory = plan_memory(
         weight_bytes(checkpoint, of_base.stack, dtype.itemsize, streams=options.stream_layers),
         states,
         rows * seq_length * width * dtype.itemsize,
         -(-options.tokens // (rows * seq_length)),
-        min(KEPT_BYTES, 4 * options.tokens * (num_layers + 1) * width)
-        + 32 * rows * seq_length * width * dtype.itemsize,
+        others,
         options.max_memory or available,
         streams=options.stream_layers,
     )
@@ -220,6 +228,7 @@ def _measure(
 
     checkpoint, num_layers = of_base.checkpoint, found.num_layers
     text, batches, num_labels, warnings = _read(checkpoint, options, found.seq_length, plan.rows_at_once)
+    progress.start("loading the model", None)
     if options.stream_layers:
         model, ready = weights.stream(checkpoint, of_base.stack, plan.dtype, plan.device)
     else:
@@ -253,12 +262,16 @@ def _measure(
         Measured(c, None if c.refused else next(values), tuple(distances.of(seam) for seam in c.layer_map.seams))
         for c in candidates
     )
+    lost = [m.candidate.options for m in maps if m.loss is not None and not m.is_finite]
+    if lost:
+        warnings = (*warnings, f"no finite loss in {found.precision}: {shown_list(lost)}; try --precision fp32")
     within, knee = _recommended(maps, base_loss, options.bound)
     return replace(
         found,
         base_loss=base_loss,
         maps=maps,
         text=text,
+        memory=replace(plan.memory, num_groups=meter.num_groups),
         distances=distances,
         within=within,
         knee=knee,
@@ -274,7 +287,7 @@ def _recommended(maps: Sequence[Measured], base_loss: float, bound: float) -> tu
     deeper = [
         (number, m.loss, len(m.candidate.layer_map))
         for number, m in enumerate(maps)
-        if m.loss is not None and m.candidate.layer_map.is_deeper
+        if m.is_finite and m.loss is not None and m.candidate.layer_map.is_deeper
     ]
     largest = recommend.within([(loss, size) for _, loss, size in deeper], (1 + bound) * base_loss)
     scaled = [entry for entry in deeper if maps[entry[0]].candidate.layer_map.trim is not None]
