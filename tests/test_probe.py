@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 import zoo  # noqa: E402  (it imports both)
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from dus_cli.checkpoint import open_checkpoint  # noqa: E402
 from dus_cli.errors import ProbeError  # noqa: E402
 from dus_cli.heal.sample import Packed, read_sample  # noqa: E402
 from dus_cli.heal.tokenise import Tokeniser  # noqa: E402
@@ -33,9 +34,10 @@ from dus_cli.probe.maps import Asked  # noqa: E402
 from dus_cli.probe.measure import Batch, Meter  # noqa: E402
 from dus_cli.probe.replay import Replay  # noqa: E402
 from dus_cli.probe.verb import Options, Probe, probe  # noqa: E402
+from dus_cli.probe.weights import stream  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
 from dus_cli.reference import ModelRef  # noqa: E402
-from dus_cli.upscaling import upscale  # noqa: E402
+from dus_cli.upscaling import plan, upscale  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
 
@@ -220,6 +222,7 @@ def test_a_search_measures_the_maps_whose_layers_meet_closest(model: Path, corpu
     for m in found.maps[4:]:
         first, second = m.candidate.layer_map.runs
         assert (first.start, second.stop) == (0, 7)
+        assert first.stop + second.start != 7  # those are the trims
         of_that_depth = [
             found.distances.angular[a][b]
             for a in range(1, 8)
@@ -240,6 +243,28 @@ def test_streaming_reads_what_it_must_or_says_why_not(model: Path, corpus: Path,
     for streams in (False, True):
         with pytest.raises(ProbeError, match=r"finds no tensor in .* for .*mlp.up_proj.weight"):
             measured(broken, corpus, stream_layers=streams)
+
+
+def test_one_layer_at_a_time_has_weights_where_they_are_streamed(model: Path) -> None:
+    checkpoint = open_checkpoint(model)
+    stack = plan(ModelRef.parse(str(model)), MapRequest(layers="0:")).stack
+    streamed, ready = stream(checkpoint, stack, torch.float32, torch.device("cpu"))
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+    def with_weights() -> list[int]:
+        layers = enumerate(streamed.model.layers)
+        return [number for number, layer in layers if not any(p.is_meta for p in layer.parameters())]
+
+    assert with_weights() == []
+    for number in (3, 0, 3):
+        with ready(number):
+            assert with_weights() == [number]
+            for mine, theirs in zip(
+                streamed.model.layers[number].parameters(), whole.model.layers[number].parameters(), strict=True
+            ):
+                assert torch.equal(mine, theirs)
+        assert with_weights() == []
+    assert torch.equal(streamed.lm_head.weight, whole.lm_head.weight)
 
 
 def test_the_picture_shows_what_was_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
