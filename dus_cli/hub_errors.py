@@ -19,18 +19,28 @@ LIBRARY = "dus"  # who asks, in the Hub's logs
 _WAITS = ("connect", "read", "write", "pool")
 
 
-def prepare(ref: ModelRef) -> None:
-    """Before a request: refuse a token whose text an HTTP library would show in its own error; limit the time.
+def check_token(token: str | None) -> None:
+    """Refuse a token, given or at hand, whose text an HTTP library would show in its own error.
 
     Raises:
         ModelNotFoundError: the token of the environment, or the stored one, is damaged.
     """
-    from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # it exports lazily
 
-    token = build_hf_headers(token=ref.token).get("authorization", "").removeprefix("Bearer ")
-    if not (token.isascii() and token.isprintable()):
+    found = build_hf_headers(token=token).get("authorization", "").removeprefix("Bearer ")
+    if not (found.isascii() and found.isprintable()):
         raise ModelNotFoundError("the Hub's token has characters that no token has: set HF_TOKEN, or log in, again")
+
+
+def prepare(ref: ModelRef) -> None:
+    """Before a request: look at the token, and limit the time.
+
+    Raises:
+        ModelNotFoundError: as `check_token`.
+    """
+    from huggingface_hub import get_session
+
+    check_token(ref.token)
     hooks = get_session().event_hooks["request"]
     if limit_time not in hooks:
         hooks.append(limit_time)

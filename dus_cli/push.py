@@ -49,6 +49,10 @@ _OF_A_MODEL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetenso
 # Seconds that a request may wait for an answer: a commit of many files takes the Hub minutes.
 _LONGEST_WAIT = 300.0
 
+# Answers that say "not now", and seconds between the times that something is tried again.
+_PASSING = (408, 429, 500, 502, 503, 504)
+_WAITS = (1.0, 3.0, 10.0)
+
 _Result = TypeVar("_Result")
 
 
@@ -153,7 +157,7 @@ def look(target: Target) -> Remote:
     Raises:
         PushError: no token, one that may not write there, a public repo where a private one was asked for, no Hub.
     """
-    from huggingface_hub import errors, get_token
+    from huggingface_hub import get_token
 
     hub.silence(quiet=False)
     with _push_errors(target):
@@ -161,15 +165,9 @@ def look(target: Target) -> Remote:
             raise PushError(
                 f"no token to push to {target.repo_id} with; give --token, set HF_TOKEN or run `hf auth login`"
             )
-        api = _api(target)
-        user = api.whoami()
-        try:
-            info = api.model_info(target.repo_id)
-        except errors.RepositoryNotFoundError:
-            remote = Remote(exists=False, private=None, head=None, parent=None, can_write=_may_create(user, target))
-        else:
-            head = info.sha if target.branch == "main" else _head(api, target)
-            remote = Remote(True, info.private, head, head or info.sha, _may_write(api, user, target))
+        hub_errors.check_token(target.token)
+        user = _patiently(lambda: _user(_api(target)))
+        remote = _patiently(lambda: _found(_api(target), user, target))
     if target.private and remote.private is False:
         raise PushError(
             f"{target.repo_id} exists and is public, and --private makes no repo private; change it in its settings, "
@@ -177,10 +175,33 @@ def look(target: Target) -> Remote:
         )
     if remote.can_write is False:
         raise PushError(
-            f"the token of {shown(user.get('name'))} may not write to {target.repo_id}: it reads only, or the name is "
-            "no organisation of theirs; give one that may, with --token or HF_TOKEN"
+            f"the token may not write to {target.repo_id}: it reads only, or {shown(user.get('name', 'its owner'))} is "
+            "in no organisation of that name; give one that may, with --token or HF_TOKEN"
         )
     return remote
+
+
+def _user(api: HfApi) -> dict[str, Any]:
+    """What /whoami-v2 says of the token; nothing where it is asked too often, as by many jobs of one token."""
+    from huggingface_hub import errors
+
+    try:
+        return api.whoami()
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code == 429:
+            return {}
+        raise
+
+
+def _found(api: HfApi, user: Mapping[str, Any], target: Target) -> Remote:
+    from huggingface_hub import errors
+
+    try:
+        info = api.model_info(target.repo_id)
+    except errors.RepositoryNotFoundError:
+        return Remote(exists=False, private=None, head=None, parent=None, can_write=_may_create(user, target))
+    head = info.sha if target.branch == "main" else _head(api, target)
+    return Remote(True, info.private, head, head or info.sha, _may_write(api, user, target))
 
 
 def _may_create(user: Mapping[str, Any], target: Target) -> bool | None:
@@ -289,7 +310,7 @@ class Push:
         target, commit, remarks = self.target, self.remote.head, list[str]()
         with _push_errors(target):
             if commit is None or not self.is_done:
-                commit, remarks = _until_signalled(self._upload)
+                commit, remarks = _until_signalled(lambda: _patiently(self._upload))
             there = _listed(target, commit)
         now = _fingerprints(self.output)
         if changed := sorted(name for name in now | self.fingerprints if now.get(name) != self.fingerprints.get(name)):
@@ -440,8 +461,11 @@ def _listed(target: Target, commit: str) -> dict[str, RepoFile]:
     """Every file of a commit, by its path."""
     from huggingface_hub.hf_api import RepoFile
 
-    tree = _api(target).list_repo_tree(target.repo_id, recursive=True, revision=commit)
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    def listed() -> dict[str, RepoFile]:
+        tree = _api(target).list_repo_tree(target.repo_id, recursive=True, revision=commit)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+    return _patiently(listed)
 
 
 def _differences(output: Path, sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
@@ -523,6 +547,34 @@ def _until_signalled(work: Callable[[], _Result]) -> _Result:
     return results[0]
 
 
+def _patiently(work: Callable[[], _Result]) -> _Result:
+    """The work's result, tried again where the Hub is busy or the connection broke: all of it may be done twice.
+
+    huggingface_hub itself tries again what it uploads, but neither questions nor commits.
+    """
+    from huggingface_hub import errors
+
+    for wait in _WAITS:
+        try:
+            return work()
+        except (errors.HTTPError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's
+            if not _is_passing(error):
+                raise
+            time.sleep(wait)
+    return work()
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether it may be otherwise in a moment."""
+    from huggingface_hub import errors
+
+    causes = list(_causes(error))
+    if (answer := next((e for e in causes if isinstance(e, errors.HfHubHTTPError)), None)) is not None:
+        return answer.response.status_code in _PASSING
+    is_offline = any(isinstance(e, errors.OfflineModeIsEnabled) for e in causes)
+    return not is_offline and any(isinstance(e, errors.HTTPError) for e in causes)  # type: ignore[attr-defined]
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those that it came from: huggingface_hub wraps a thread's in one without a reason."""
     while error is not None:
@@ -538,7 +590,7 @@ def _push_errors(target: Target) -> Iterator[None]:
     started = time.monotonic()
     try:
         yield
-    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]  # httpx's
+    except (errors.HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:  # type: ignore[attr-defined]
         causes = list(_causes(error))
         answer = next((e for e in causes if isinstance(e, errors.HfHubHTTPError)), None)
         if any(isinstance(e, errors.OfflineModeIsEnabled) for e in causes):
@@ -553,6 +605,8 @@ def _push_errors(target: Target) -> Iterator[None]:
             )
         elif isinstance(error, errors.HFValidationError):
             message = f"{shown(target.repo_id)} is no id that a repo on the Hub can have: {shown(error)}"
+        elif isinstance(error, (ValueError, KeyError)):
+            message = f"the Hub's answer for {target.repo_id} makes no sense: {shown(repr(error))}; check HF_ENDPOINT"
         else:
             reason = shown(str(causes[-1] if str(causes[-1]) else error).rstrip("."))
             message = (
@@ -573,6 +627,6 @@ def _answered(target: Target, status: int, said: str | None, tried: str) -> str:
         )
     if status == 404:
         return f"{target.repo_id} or its owner is not on the Hub, or the token may not see it{reason}; check the name"
-    if status in (429, 500, 502, 503, 504):
+    if status in _PASSING:
         return f"the Hub answered {status} for {target.repo_id}{tried}{reason}; run the same command later: it goes on"
     return f"the Hub answered {status} for {target.repo_id}{reason}; nothing more was pushed"

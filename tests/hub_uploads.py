@@ -43,8 +43,9 @@ class WritableHub(StandInHub):
     """A stand-in that takes uploads. `repos` grows and its branches move.
 
     `objects` are the LFS objects by their SHA-256. `uploads_left`: after so many objects the connection is cut, for
-    this one and all that follow. `held`, where it is set, keeps every object from being taken until it is cleared.
-    `part_size`: larger objects come in parts. `corrupts`: what is stored of a commit's files, changed.
+    this one and all that follow; while `gate` is not set objects `arrived` and get no answer. `put`: those that were
+    taken. `part_size`: larger objects come in parts. `refusals`: how many requests of a pattern get 503 before they
+    are answered. `corrupts`: the file of a commit that is stored with another content.
     """
 
     repos: dict[str, StandInRepo] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class WritableHub(StandInHub):
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     uploads_left: int | None = None
     counter: threading.Lock = field(default_factory=threading.Lock)
+    refusals: dict[str, int] = field(default_factory=dict)
     part_size: int = 1 << 30
     gate: threading.Event = field(default_factory=threading.Event)
     put: list[str] = field(default_factory=list)
@@ -80,6 +82,14 @@ class WritableHub(StandInHub):
                 return True
             self.uploads_left -= 1
             return self.uploads_left >= 0
+
+    def refuses(self, request: str) -> bool:
+        """Whether this one is refused, of as many as are to be."""
+        for pattern, count in self.refusals.items():
+            if count and fnmatch(request, pattern):
+                self.refusals[pattern] -= 1
+                return True
+        return False
 
     def commit(self, repo_id: str, branch: str, folder: Path) -> str:
         """Make a folder's files the next commit of a branch."""
@@ -116,7 +126,9 @@ class _Uploads(_Handler):
 
     def do_GET(self) -> None:  # noqa: N802  (http.server calls it by this name)
         path = unquote(urlsplit(self.path).path)
-        if path == "/api/whoami-v2" or path.endswith("/auth-check/write"):
+        if self.hub.refuses(f"{self.command} {path} whole"):
+            self._send(path, _Answer(HTTPStatus.SERVICE_UNAVAILABLE))
+        elif path == "/api/whoami-v2" or path.endswith("/auth-check/write"):
             self._reply(path, lambda: self._whoami() if path == "/api/whoami-v2" else self._auth_check(path))
         else:
             super().do_GET()
@@ -144,6 +156,9 @@ class _Uploads(_Handler):
             if fnmatch(request, pattern):
                 self._send(path, _Answer(status))
                 return
+        if self.hub.refuses(request):
+            self._send(path, _Answer(HTTPStatus.SERVICE_UNAVAILABLE))
+            return
         try:
             answer = work()
         except _RefusedError as refused:
@@ -222,7 +237,7 @@ class _Uploads(_Handler):
         repo_id = f"{asked.get('organization') or 'writer'}/{asked['name']}"
         self._check_writer(repo_id)
         if repo_id in self.hub.repos:
-            raise _RefusedError(HTTPStatus.CONFLICT, "", "You already created this model repo")
+            return replace(_json({"url": f"{self.hub.endpoint}/{repo_id}"}), status=HTTPStatus.CONFLICT)
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
         return _json({"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id})
 

@@ -311,7 +311,7 @@ def test_a_branch_that_git_does_not_allow_is_a_usage_error(out: Path) -> None:
 @pytest.mark.parametrize(
     ("request_pattern", "status", "parts"),
     [
-        ("GET /api/whoami-v2 *", 429, ("429", "it goes on")),
+        ("GET /api/whoami-v2 *", 500, ("500", "it goes on")),
         ("POST /api/repos/create *", 403, ("may not write to org/model",)),
         ("POST /api/repos/create *", 404, ("owner is not on the Hub",)),
         ("POST */preupload/* *", 503, ("503", "it goes on")),
@@ -326,6 +326,14 @@ def test_each_refusal_of_the_hub_is_one_line(
     hub.failures[request_pattern] = status
     dus("push", out, "org/model", "-q", first=NO_WAIT).assert_one_line_error(*parts)
     assert "org/model" not in hub.repos or hub.files("org/model") == {}
+
+
+def test_what_the_hub_refuses_for_a_moment_is_tried_again(out: Path, hub: WritableHub) -> None:
+    hub.refusals.update({"GET /api/models/org/model *": 1, "POST /api/repos/create *": 1, "POST */commit/* *": 2})
+    hub.failures["GET /api/whoami-v2 *"] = 429  # asked too often by others: it is not needed
+    assert dus("push", out, "org/model", "--json", first=NO_WAIT).report["push"]["status"] == "pushed"
+    assert hub.refusals == {"GET /api/models/org/model *": 0, "POST /api/repos/create *": 0, "POST */commit/* *": 0}
+    assert hub.files("org/model") == content(out)
 
 
 def test_a_card_that_the_hub_refuses_is_told(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
