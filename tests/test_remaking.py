@@ -118,6 +118,15 @@ def test_a_base_that_moved_is_given_beside_the_lineage(floats: Path, base: Path,
         remake(out, tmp_path / "third", str(floats))
 
 
+def test_a_base_that_was_typed_as_a_dot_keeps_the_name_that_it_had(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base)
+    out = release(Path(), tmp_path / "out", MapRequest(2))
+    monkeypatch.chdir(tmp_path)
+    assert remake(out, tmp_path / "again", str(base)).reproduced
+
+
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "its config": (lambda b: (b / "config.json").write_text((b / "config.json").read_text() + "\n"), "config.json"),
     "its shards": (
