@@ -8,11 +8,12 @@ behind. docs/api.md describes the results.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from dus_cli import upscaling, verification
+from dus_cli import push, upscaling, verification
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, UsageError, shown
 from dus_cli.model_config import Assumption
@@ -50,6 +51,9 @@ def upscale(
     verify: VerifyMode | Literal["none", "structure", "full"] = VerifyMode.structure,
     checksums: bool = False,
     overwrite: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    branch: str | None = None,
     progress: Progress | None = None,
 ) -> UpscaleReport:
     """Write a deeper model: two copies of the base's layers, trimmed where they meet, or any other map.
@@ -79,6 +83,9 @@ def upscale(
         verify: what is checked before publishing.
         checksums: also write SHA256SUMS.
         overwrite: replace an existing output, once the new one is whole.
+        push_to: a repo on the Hub, to push the verified output to; made where it is not there.
+        private: that repo is a private one.
+        branch: of that repo; made where it is not there, main by default.
         progress: told what happens while it happens, from several threads.
 
     Raises:
@@ -89,7 +96,13 @@ def upscale(
     wanted = _wanted(
         model, lineage, revision, token, trim, layers, copies, recipe, assume, dtype, max_shard_size, identity=identity
     )
-    return upscaling.upscale(
+    mode = _choice(VerifyMode, verify, "verify")
+    target = _target(push_to, branch, token, private=private)
+    if target is not None and mode is VerifyMode.none:
+        raise UsageError("--push-to pushes what was verified: leave out --verify none")
+    if target is not None:
+        push.look(target)  # what is in the way is said before gigabytes are written
+    report = upscaling.upscale(
         wanted.ref,
         Path(output),
         wanted.request,
@@ -99,12 +112,15 @@ def upscale(
         copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
         stream=stream,
         jobs=_jobs(jobs),
-        verify=_choice(VerifyMode, verify, "verify"),
+        verify=mode,
         with_checksums=checksums,
         overwrite=overwrite,
         quiet=not told.is_live,
         progress=told,
     )
+    if target is None:
+        return report
+    return replace(report, push=push.send(Path(output), target, jobs=jobs, progress=told, is_verified=True))
 
 
 def plan(
@@ -124,7 +140,11 @@ def plan(
     max_shard_size: int | str = "5GB",
     copy_mode: CopyMode | Literal["auto", "clone", "copy"] = CopyMode.auto,
     stream: bool = False,
+    checksums: bool = False,
     overwrite: bool = False,
+    push_to: str | None = None,
+    private: bool = False,
+    branch: str | None = None,
 ) -> UpscaleReport:
     """What `upscale` with the same arguments would write, as its dry run: nothing is written, no weights are read.
 
@@ -137,7 +157,9 @@ def plan(
     wanted = _wanted(
         model, lineage, revision, token, trim, layers, copies, recipe, assume, dtype, max_shard_size, identity=identity
     )
-    return upscaling.preview(
+    target = _target(push_to, branch, token, private=private)
+    remote = None if target is None else push.look(target)
+    report = upscaling.preview(
         wanted.ref,
         Path(output),
         wanted.request,
@@ -148,6 +170,9 @@ def plan(
         stream=stream,
         overwrite=overwrite,
     )
+    if target is None or remote is None:
+        return report
+    return replace(report, push=push.preview(report.plan, target, remote, with_checksums=checksums))
 
 
 def verify(
@@ -233,6 +258,15 @@ def _wanted(
         size,
         None if dtype is None else _choice(Dtype, dtype, "dtype"),
     )
+
+
+def _target(push_to: str | None, branch: str | None, token: str | None, *, private: bool) -> push.Target | None:
+    """Where to push; None for nowhere."""
+    if push_to is None:
+        if private or branch is not None:
+            raise UsageError("--private and --branch are of --push-to; say where to push")
+        return None
+    return push.Target.parse(push_to, branch=branch, private=private, token=token)
 
 
 def _text(model: str | Path) -> str:

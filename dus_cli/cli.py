@@ -13,14 +13,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
-from dus_cli import __version__, api, events, push
+from dus_cli import __version__, api, events
 from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
 from dus_cli.evaluation.command import evaluate
@@ -31,7 +30,7 @@ from dus_cli.outputs import KEPT
 from dus_cli.planning import parse_size
 from dus_cli.probe.command import probe
 from dus_cli.progress import ProgressMode
-from dus_cli.push_command import prepare_and_run, push_command
+from dus_cli.push_command import push_command
 from dus_cli.recipes import RECIPES
 from dus_cli.staging import has_kept
 from dus_cli.terminal import say, silence
@@ -93,19 +92,6 @@ def _refuse_beside_from(context: typer.Context, lineage: Path | None) -> None:
     given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source == "COMMANDLINE"]
     if lineage is not None and given:
         raise UsageError(f"--from says {' and '.join(given)} already, as it was; leave it out")
-
-
-def _target(
-    push_to: str | None, branch: str | None, token: str | None, verify: VerifyMode, *, private: bool
-) -> push.Target | None:
-    """Where --push-to pushes; None without it."""
-    if push_to is None:
-        if private or branch is not None:
-            raise UsageError("--private and --branch are of --push-to; say where to push")
-        return None
-    if verify is VerifyMode.none:
-        raise UsageError("--push-to pushes what was verified: leave out --verify none")
-    return push.Target.parse(push_to, branch=branch, private=private, token=token)
 
 
 @app.command()
@@ -235,20 +221,16 @@ def upscale(
         "copy_mode": copy_mode,
         "overwrite": overwrite,
         "stream": stream,
+        "push_to": push_to,
+        "private": private,
+        "branch": branch,
     }
-    target = _target(push_to, branch, token, verify, private=private)
-    # What is in the way is said before gigabytes are written.
-    remote = push.look(target) if target is not None else None
     with _kept_if_streamed(output, stream=stream), progress_for(progress, quiet=not says) as told:
         if dry_run:
-            report = api.plan(model, output, **options)
+            report = api.plan(model, output, checksums=checksums, **options)
             told.planned(report.plan)
         else:
-            report = api.upscale(model, output, **options, jobs=jobs, verify=verify, checksums=checksums, progress=told)
-    if target is not None and remote is not None and dry_run:
-        report = replace(report, push=push.preview(report.plan, target, remote, with_checksums=checksums))
-    elif target is not None:
-        report = replace(report, push=prepare_and_run(output, target, jobs, progress, says=says, is_verified=True))
+            report = api.upscale(model, output, checksums=checksums, **options, jobs=jobs, verify=verify, progress=told)
     if as_json:
         print(json.dumps(report.to_json()))
     elif says:

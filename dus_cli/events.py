@@ -100,6 +100,10 @@ class JsonProgress:
     def note(self, text: str) -> None:
         emit("note", message=text)
 
+    def rest(self) -> None:
+        with self._lock:
+            self._end()
+
     def _end(self) -> None:
         if self._stage is not None:
             self._tell("end", self._stage)

@@ -40,6 +40,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something worth a line of its own, such as a retry."""
 
+    def rest(self) -> None:
+        """The stage is over, and another program draws: nothing is until the next `start`."""
+
 
 class NoProgress:
     """Says nothing."""
@@ -56,6 +59,9 @@ class NoProgress:
         pass
 
     def note(self, text: str) -> None:
+        pass
+
+    def rest(self) -> None:
         pass
 
 

@@ -360,6 +360,26 @@ class Push:
         return done.oid, [shown(" ".join(remark.split())) for remark in remarks]
 
 
+def send(
+    output: Path, target: Target, *, jobs: int = DEFAULT_JOBS, progress: Progress, is_verified: bool = False
+) -> PushReport:
+    """Verify and sum, told by `progress`, then send: huggingface_hub draws that itself where `progress` is live.
+
+    A log or a program is told of the upload as of any stage.
+
+    Raises:
+        DusError: as `prepare` and `Push.run`.
+    """
+    ready = prepare(output, target, jobs=jobs, progress=progress, quiet=not progress.is_live, is_verified=is_verified)
+    progress.rest()
+    if progress.is_live or ready.is_done:
+        return ready.run()
+    progress.start("uploading", ready.num_lacking_bytes)
+    report = ready.run()
+    progress.advance(ready.num_lacking_bytes)
+    return report
+
+
 def prepare(
     output: Path,
     target: Target,

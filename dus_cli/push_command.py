@@ -10,7 +10,7 @@ import typer
 
 from dus_cli.options import AsJson, Branch, Private, Quiet, ShowProgress, Token, progress_for
 from dus_cli.progress import ProgressMode
-from dus_cli.push import PushReport, Target, prepare, preview_folder
+from dus_cli.push import Target, preview_folder, send
 from dus_cli.report import folder_push_json, push_text
 from dus_cli.transfer import DEFAULT_JOBS
 
@@ -35,27 +35,14 @@ def push_command(
     """
     target = Target.parse(repo, branch=branch, private=private, token=token)
     says = not (quiet or as_json)
-    report = preview_folder(output, target) if dry_run else prepare_and_run(output, target, jobs, progress, says=says)
+    if dry_run:
+        report = preview_folder(output, target)
+    else:
+        with progress_for(progress, quiet=not says) as told:
+            report = send(output, target, jobs=jobs, progress=told)
     if as_json:
         print(json.dumps(folder_push_json(output, report)))
     elif says:
         print(push_text(report))
         for warning in report.warnings:
             print(f"warning: {warning}")
-
-
-def prepare_and_run(
-    output: Path, target: Target, jobs: int, mode: ProgressMode, *, says: bool, is_verified: bool = False
-) -> PushReport:
-    """Verify and sum with our own progress, then send with huggingface_hub's where a person looks on.
-
-    On a terminal ours is gone before the other begins; a log or a program is told of the upload as of any stage.
-    """
-    with progress_for(mode, quiet=not says) as told:
-        ready = prepare(output, target, jobs=jobs, progress=told, quiet=not told.is_live, is_verified=is_verified)
-        if not told.is_live and not ready.is_done:
-            told.start("uploading", ready.num_lacking_bytes)
-            report = ready.run()
-            told.advance(ready.num_lacking_bytes)
-            return report
-    return ready.run()

@@ -81,6 +81,9 @@ class PlainProgress:
     def note(self, text: str) -> None:
         say(text)
 
+    def rest(self) -> None:
+        pass
+
 
 def _amount(count: float, unit: str) -> str:
     return human_bytes(count) if unit == "bytes" else f"{count:,.0f} {unit}"
@@ -139,6 +142,9 @@ class BarProgress:
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def rest(self) -> None:
+        self._bar.stop()  # `start` goes on below what the other leaves
 
 
 def _amounts(stage: Stage) -> str:

@@ -32,11 +32,14 @@ MAP = (
     "stream: 'bool' = False, "
 )
 
+PUSH = "overwrite: 'bool' = False, push_to: 'str | None' = None, private: 'bool' = False, branch: 'str | None' = None"
+
 SIGNATURES: dict[Any, str] = {
     upscale: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}jobs: 'int' = 4, "
     "verify: \"VerifyMode | Literal['none', 'structure', 'full']\" = <VerifyMode.structure: 'structure'>, "
-    "checksums: 'bool' = False, overwrite: 'bool' = False, progress: 'Progress | None' = None) -> 'UpscaleReport'",
-    plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}overwrite: 'bool' = False) -> 'UpscaleReport'",
+    f"checksums: 'bool' = False, {PUSH}, progress: 'Progress | None' = None) -> 'UpscaleReport'",
+    plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}checksums: 'bool' = False, {PUSH}) "
+    "-> 'UpscaleReport'",
     verify: "(folder: 'str | Path', *, base: 'str | Path | None' = None, token: 'str | None' = None, jobs: 'int' = 4, "
     "progress: 'Progress | None' = None) -> 'Verification'",
 }
