@@ -7,6 +7,7 @@ takes to run. It reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_O
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -88,7 +89,8 @@ def _snapshot(
     from huggingface_hub import snapshot_download
 
     assert ref.repo_id is not None
-    with hub_errors(ref):
+    with hub_errors(ref), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a disk may be too small; whether it is shows
         prepare(ref)
         folder = snapshot_download(
             ref.repo_id,

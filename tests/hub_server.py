@@ -32,7 +32,7 @@ import pytest
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".onnx")
 READER, STRANGER = "hf_reader", "hf_stranger"  # the tokens that the Hub knows
 _PIECE = 64 << 10
-_BURST = 0.1  # seconds
+_BURST, _SILENCE = 0.1, 3.0  # seconds
 HANG_UP = 0  # a failure that is no HTTP status: the connection ends without an answer
 
 
@@ -85,8 +85,8 @@ class Faults:
 
     `bytes_per_second`: of all connections together. `broken_after`: a request for more bytes ends without them.
     `signed_for`: answers for which an address holds, then 403. `busy`: of so many answers to come each is a 429 or 503
-    with `retry_after`. `flipped`: byte of a file, by its name, in which a bit is flipped on the way. `ranges`: False
-    where Range headers are not understood.
+    with `retry_after`. `stalls`: so many answers to come say nothing more after their first piece. `flipped`: byte of a
+    file, by its name, in which a bit is flipped on the way. `ranges`: False where Range headers are not understood.
     """
 
     bytes_per_second: float | None = None
@@ -94,6 +94,7 @@ class Faults:
     signed_for: int | None = None
     busy: list[int] = field(default_factory=list)
     retry_after: str | None = None
+    stalls: int = 0
     flipped: dict[str, int] = field(default_factory=dict)
     ranges: bool = True
     sent: int = 0
@@ -344,6 +345,11 @@ class _Handler(BaseHTTPRequestHandler):
                 faults.wait(len(piece))
                 yield piece
                 position += len(piece)
+                if faults.stalls > 0 and position < answer.length:
+                    faults.stalls -= 1
+                    time.sleep(_SILENCE)
+                    self.close_connection = True
+                    return
 
     def log_message(self, *_: object) -> None:
         """Nothing on stderr: tests read `StandInHub.log`."""

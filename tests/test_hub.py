@@ -530,6 +530,20 @@ def test_on_a_terminal_bars_and_colours_are_as_the_environment_says(disabled: st
     assert (re.search(rb"\x1b\[[\d;]*3[0-8]", said) is not None) is (disabled == "0")
 
 
+def test_a_full_disk_of_the_cache_is_one_line_and_the_next_run_goes_on(tmp_path: Path, desk: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", cache], check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:  # 17 MB of weights
+        command = ("upscale", "org/wide", "--trim", "1", "-o", "out", "-q")
+        dus(*command, HF_HOME=str(cache)).assert_one_line_error("the disk of the Hub's cache is full", "HF_HOME")
+        assert list(desk.iterdir()) == []
+        assert dus(*command, "--stream", HF_HOME=str(cache)).returncode == 0
+    finally:
+        subprocess.run(["umount", cache], check=True)
+
+
 def test_a_server_that_never_answers_is_given_up(desk: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint, write_mistral
@@ -248,6 +249,11 @@ def test_a_disk_with_room_for_the_rest_takes_a_run_that_goes_on(total: int, hub:
         Path("disk/other").write_bytes(bytes(10_000_000))
         dus(*command).assert_one_line_error("needs", "free")
         assert not Path("disk/.out.partial").exists()
+        blind = f"{SMALL}\nimport dus_cli.upscaling as u; u.free_bytes = lambda _: 10**12"
+        run = dus(*command, first=blind)
+        run.assert_one_line_error("No space left on device", "free some space", "what was fetched is kept")
+        Path("disk/other").unlink()
+        assert dus(*command, first=SMALL).report["streamed"]["resumed"] > total / 2
     finally:
         subprocess.run(["umount", "disk"], check=True)
 
@@ -267,6 +273,60 @@ def test_the_token_goes_to_the_hub_alone(hub: StandInHub) -> None:
     served_by_the_hub = dus(*command[:1], "org/small", *command[2:], "-o", "small", "--token", READER).report
     assert set(served_by_the_hub["streamed"]["unchecked"].values()) == {"the Hub has no sha256 of it"}
     assert weights(Path("small")) == weights(Path("out"))
+
+
+def test_a_server_that_falls_silent_is_asked_for_the_rest(total: int, hub: StandInHub) -> None:
+    assert dus(*COMMAND, "--dry-run").returncode == 0  # the headers are not what falls silent
+    first = f"{SMALL}; import dus_cli.hub as h, dus_cli.streaming as s; s.REQUEST = 1 << 20"
+    hub.faults.stalls, hub.num_served = 2, 0
+    done = dus(*COMMAND, first=first, HF_HUB_DOWNLOAD_TIMEOUT="1").report
+    assert done["streamed"]["checked"] == SHARDS
+    assert hub.faults.stalls == 0
+    assert hub.num_served <= total + HEADERS + 2 * 100_000
+
+
+def test_a_repo_on_xet_is_streamed_from_its_ordinary_address(hub: StandInHub, repos: dict[str, StandInRepo]) -> None:
+    """The service that hf_xet would ask is announced and not there."""
+    repos["org/xet"] = replace(repos["org/model"], xet=True)
+    assert dus("upscale", "org/xet", *COMMAND[2:], first=SMALL).report["streamed"]["checked"] == SHARDS
+
+
+def test_a_repo_that_changes_midway_changes_nothing(
+    folder: Path, repos: dict[str, StandInRepo], hub: StandInHub, tmp_path: Path
+) -> None:
+    """After the first question main is another commit, of a model of other depth."""
+
+    class Moving(dict[str, str]):
+        def get(self, key: str, _default: Any = None) -> Any:
+            return self.pop(key) if key in self else commit_of("later") if key == "main" else key
+
+    later = write_checkpoint(tmp_path / "later", llama_tensors(4), llama_config(4))
+    commits = {commit_of("model"): folder, commit_of("later"): later}
+    for options in (("--stream",), ()):
+        repos["org/moving"] = StandInRepo(commits, Moving(main=commit_of("model")))
+        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+        command = ("upscale", "org/moving", "--trim", "1", "--json", *options, "--overwrite", "-o", "out")
+        done = dus(*command).report
+        assert (done["commit"], done["num_layers"]["base"]) == (commit_of("model"), 8)
+        assert json.loads(Path("out/dus.json").read_text())["base"]["commit"] == commit_of("model")
+        assert dus("verify", "out", "--base", folder, "-q").returncode == 0
+
+
+def test_a_release_is_made_again_by_streaming(hub: StandInHub) -> None:
+    assert dus(*COMMAND, "--checksums", "--dtype", "float32", first=SMALL).returncode == 0
+    done = dus("upscale", "--from", "out/dus.json", "--stream", "-o", "again", "--json", first=SMALL).report
+    assert (done["reproduced"], done["streamed"]["checked"]) == (True, SHARDS)
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(total: int, hub: StandInHub) -> None:
+    hub.faults.bytes_per_second = 4e6
+    process = start()
+    while hub.num_served < total / 3:
+        time.sleep(0.01)
+    dus(*COMMAND, first=SMALL).assert_one_line_error("another run is writing")
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["streamed"]["checked"] == SHARDS
 
 
 def test_a_server_without_ranges_is_told_so(hub: StandInHub) -> None:
