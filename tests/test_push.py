@@ -235,6 +235,18 @@ def test_what_does_not_verify_is_not_pushed(
     assert hub.repos == {}
 
 
+def test_a_healed_model_goes_with_its_proof(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
+    out = tmp_path / "healed"
+    upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
+    record = json.loads((out / "dus.json").read_text()) | {"healing": [{"steps": 1}]}
+    spoil(out, dus=json.dumps(record), run="{}", report="{}")
+    for name in ("metrics.jsonl", "healing-light.svg", "tensorboard/events"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("x")
+    assert dus("push", out, "org/healed", "-q").returncode == 0
+    assert hub.files("org/healed") == content(out)
+
+
 def test_what_is_no_directory_is_refused(tmp_path: Path, hub: WritableHub) -> None:
     dus("push", tmp_path / "nowhere", "org/model").assert_one_line_error("not a directory")
     dus("push", tmp_path, "org/model").assert_one_line_error("no config.json")
@@ -405,6 +417,8 @@ def test_a_base_that_was_pushed_is_remade_from_its_commit_when_main_has_moved_on
     report = dus("upscale", "--from", tmp_path / "out", "-o", tmp_path / "again", "--json").report
     assert (report["reproduced"], report["commit"]) == (True, first)
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
+    streamed = dus("upscale", "--from", tmp_path / "out", "-o", tmp_path / "streamed", "--stream", "--json").report
+    assert (streamed["reproduced"], digests(tmp_path / "streamed")) == (True, digests(tmp_path / "out"))
     moved_again = dus("upscale", "org/base", "--from", tmp_path / "out", "-o", tmp_path / "third")
     moved_again.assert_one_line_error("is not the base that", "another config.json")
     card = (tmp_path / "out/README.md").read_text()
