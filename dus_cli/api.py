@@ -19,6 +19,7 @@ from dus_cli.errors import DusError, UsageError, shown
 from dus_cli.model_config import Assumption
 from dus_cli.planning import DEFAULT_SHARD_BYTES, MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
+from dus_cli.push_target import Target, look
 from dus_cli.reference import ModelRef
 from dus_cli.remaking import Remaking, read_remaking
 from dus_cli.report import UpscaleReport
@@ -101,7 +102,7 @@ def upscale(
     if target is not None and mode is VerifyMode.none:
         raise UsageError("--push-to pushes what was verified: leave out --verify none")
     if target is not None:
-        push.look(target)  # what is in the way is said before gigabytes are written
+        look(target)  # what is in the way is said before gigabytes are written
     report = upscaling.upscale(
         wanted.ref,
         Path(output),
@@ -158,7 +159,7 @@ def plan(
         model, lineage, revision, token, trim, layers, copies, recipe, assume, dtype, max_shard_size, identity=identity
     )
     target = _target(push_to, branch, token, private=private)
-    remote = None if target is None else push.look(target)
+    remote = None if target is None else look(target)
     report = upscaling.preview(
         wanted.ref,
         Path(output),
@@ -260,13 +261,13 @@ def _wanted(
     )
 
 
-def _target(push_to: str | None, branch: str | None, token: str | None, *, private: bool) -> push.Target | None:
+def _target(push_to: str | None, branch: str | None, token: str | None, *, private: bool) -> Target | None:
     """Where to push; None for nowhere."""
     if push_to is None:
         if private or branch is not None:
             raise UsageError("--private and --branch are of --push-to; say where to push")
         return None
-    return push.Target.parse(push_to, branch=branch, private=private, token=token)
+    return Target.parse(push_to, branch=branch, private=private, token=token)
 
 
 def _text(model: str | Path) -> str:

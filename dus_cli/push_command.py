@@ -10,7 +10,8 @@ import typer
 
 from dus_cli.options import AsJson, Branch, Private, Quiet, ShowProgress, Token, progress_for
 from dus_cli.progress import ProgressMode
-from dus_cli.push import Target, preview_folder, send
+from dus_cli.push import preview_folder, send
+from dus_cli.push_target import Target
 from dus_cli.report import folder_push_json, push_text
 from dus_cli.transfer import DEFAULT_JOBS
 
