@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := .demo/SmolLM2-135M-Instruct
+STACK  := .venv-stack
 
-.PHONY: help demo test lint check docs clean
+.PHONY: help demo test stack lint check docs clean
 
 help:
 	@echo "make demo   deepen a real 30-layer model to 46 layers, verify it, let both write"
 	@echo "make test   everything CI runs: ruff, mypy --strict, docs checks, tests"
+	@echo "make stack  a healed model in TRL, PEFT, lm-evaluation-harness, mergekit, llama.cpp, older transformers"
 	@echo "make docs   write docs/cli.md and docs/dus.1 from the code, docs/layer-map.svg from the map"
 	@echo "make clean  remove what the others made"
 
@@ -37,8 +39,28 @@ test: lint $(MODEL)/config.json
 
 check: test
 
+# What other projects make of a healed model, in an environment of their own: docs/ecosystem.md.
+stack:
+	$(MAKE) VENV=$(STACK) $(STACK)/.stack $(MODEL)/config.json
+	SMOLLM2=$(MODEL) STACK=$(STACK)/stack $(STACK)/bin/python -m pytest -c tests/stack/pytest.ini tests/stack
+
+# An older transformers is laid over the environment's torch; llama.cpp's converter is in no wheel, but in this sdist.
+LLAMA_CPP := llama_cpp_python-0.3.36
+$(STACK)/.stack: $(STACK)/.installed tests/stack/requirements.txt
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --requirement tests/stack/requirements.txt
+	rm -rf $(STACK)/stack && mkdir -p $(STACK)/stack/llama.cpp
+	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-4.57.6 \
+		transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-4.40.2 \
+		transformers==4.40.2 tokenizers==0.19.1 huggingface_hub==0.23.5
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(STACK)/stack \
+		llama-cpp-python==$(lastword $(subst -, ,$(LLAMA_CPP)))
+	tar -xzf $(STACK)/stack/$(LLAMA_CPP).tar.gz -C $(STACK)/stack/llama.cpp --strip-components 3 \
+		$(addprefix $(LLAMA_CPP)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
+	@touch $@
+
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv .demo dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(STACK) .demo dist build .pytest_cache .mypy_cache .ruff_cache
