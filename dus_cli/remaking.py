@@ -138,7 +138,10 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
             f"{shown(path)} is of dus {shown(record.get('dus_version'))} and this is dus {__version__}: the card, its "
             "pictures and dus.json may differ"
         )
-    sums = expected_sums(path.parent)[0] or None
+    found, problems = expected_sums(path.parent)
+    if problems:
+        raise CheckpointError(f"beside {shown(path)}: {problems[0]}; restore it, or take it away to compare nothing")
+    sums = found or None
     if record.get("healing"):
         warnings.append(f"the model of {shown(path)} was healed since: this makes it as it was before")
         sums = None

@@ -19,6 +19,7 @@ from dus_cli.checkpoint import (
     Index,
     read_config,
     read_index,
+    read_small_file,
 )
 from dus_cli.checksums import check_sums
 from dus_cli.dtypes import config_with_dtype, require_torch
@@ -38,6 +39,8 @@ from dus_cli.staging import staged_files
 from dus_cli.transfer import DEFAULT_JOBS
 from dus_cli.treatment import Making, Treatment, made_pieces
 from dus_cli.workers import workers
+
+_MAX_CARD_BYTES = 16_000_000
 
 # What a new layer's output projection is in an identity, in messages.
 _ZEROS = "an identity's zeros"
@@ -237,10 +240,25 @@ def verify(
             require_torch("--base of a model that was cast")
         progress.start("comparing with the base", _num_bytes(pairs))
         _compare_all(found, pairs, jobs, progress)
+    _check_pictures(folder, found)
     if deep:
         found.files_summed, problems = check_sums(folder, jobs)
         found.problems += problems
     return found
+
+
+def _check_pictures(folder: Path, found: Verification) -> None:
+    """Warn of pictures that the card shows and that are not there; without a card nothing is amiss."""
+    try:
+        path = inside(folder, card.NAME)
+        text = read_small_file(path, card.NAME, _MAX_CARD_BYTES).decode("utf-8", "replace") if path.is_file() else ""
+        lacking = [name for name in PICTURES if f'"{name}"' in text and not inside(folder, name).is_file()]
+    except (DusError, OSError):
+        return  # other checks read every file that counts
+    if lacking:
+        found.warnings.append(
+            f"{card.NAME} shows {shown_list(lacking)}, which is not there; the command makes it again"
+        )
 
 
 def _gather(found: Verification, step: Callable[[], Any]) -> Any:

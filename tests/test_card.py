@@ -204,7 +204,9 @@ def test_the_pictures_belong_to_the_output_and_not_to_its_base(base: Path, tmp_p
         assert "22 layers" in (twice / name).read_text()
     (once / "layer-map-dark.svg").unlink()
     dus("upscale", base, "-o", once, "-q").assert_one_line_error("not empty")  # no longer what the command writes
-    assert "layer-map-dark.svg" in dus("verify", once).stdout
+    verified = dus("verify", once).stdout
+    assert "problem: layer-map-dark.svg is in SHA256SUMS" in verified
+    assert "warning: README.md shows layer-map-dark.svg, which is not there" in verified
 
 
 # --- the picture --------------------------------------------------------------------------------

@@ -159,6 +159,13 @@ def test_without_sums_nothing_is_compared_and_nothing_claimed(base: Path, tmp_pa
     assert digests(tmp_path / "again") == digests(out)
 
 
+def test_sums_that_are_damaged_are_no_sums(base: Path, tmp_path: Path) -> None:
+    out = release(base, tmp_path / "out", MapRequest(2))
+    (out / "SHA256SUMS").write_text("nonsense\n")
+    with pytest.raises(DusError, match="a line that is no sum: nonsense"):
+        read_remaking(out)
+
+
 def test_a_lineage_of_another_dus_works_with_a_warning_that_names_both(base: Path, tmp_path: Path) -> None:
     out = release(base, tmp_path / "out", MapRequest(2))
     record = json.loads((out / "dus.json").read_text()) | {"dus_version": "0.0.9"}
