@@ -75,8 +75,8 @@ def changed(before: Path, after: Path) -> int:
     return sum(not a[name].equal(b[name]) for name in a)
 
 
-def test_the_page_has_both_stages() -> None:
-    assert list(commands()) == ["sft", "dpo"]
+def test_the_page_has_every_script_and_no_other() -> None:
+    assert list(commands()) == ["sft", "dpo", "adapter"]
 
 
 def test_instruction_tuning_then_alignment_tuning_of_the_healed_model(folder: Path, healed: Path) -> None:
