@@ -28,16 +28,19 @@ from dus_cli.checkpoint import (
 )
 from dus_cli.errors import CheckpointError, ModelNotFoundError, shown
 from dus_cli.headers import Header, header_length, parse_header
-from dus_cli.hub_errors import LIBRARY, hub_errors, prepare
+from dus_cli.hub_errors import LIBRARY, answered, hub_errors, prepare
 from dus_cli.pickles import parse_pickled
 from dus_cli.reference import ModelRef
-from dus_cli.remote import RemoteFile
+from dus_cli.remote import RemoteFile, pause, wait_before
 from dus_cli.source_files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS, is_carried
 from dus_cli.workers import workers
 
 # Most headers fit: one request then gives the length and the JSON (huggingface_hub does the same).
 _FIRST_BYTES = 100_000
 _HEADERS_AT_ONCE = 8
+
+# Tries of a snapshot, with waits of up to 1, 2, 4 and 8 seconds: for its lists huggingface_hub waits 23 s each time.
+_ATTEMPTS = 5
 
 
 class Fetch(Enum):
@@ -85,23 +88,35 @@ def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
 def _snapshot(
     ref: ModelRef, revision: str | None, *, only: list[str] | None = None, ignored: list[str] | None = None
 ) -> Path:
-    """Bring the files that match into the cache; the snapshot's folder."""
-    from huggingface_hub import snapshot_download
+    """Bring the files that match into the cache; the snapshot's folder.
+
+    huggingface_hub asks for a commit and for a file once, whatever the answer: here it is asked some more times.
+    """
+    from huggingface_hub import errors, snapshot_download
 
     assert ref.repo_id is not None
+    failures = 0
     with hub_errors(ref), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a disk may be too small; whether it is shows
-        prepare(ref)
-        folder = snapshot_download(
-            ref.repo_id,
-            revision=revision,
-            allow_patterns=only,
-            ignore_patterns=ignored,
-            token=ref.token,
-            library_name=LIBRARY,
-            library_version=__version__,
-        )
-    return Path(folder)
+        while True:
+            prepare(ref)
+            try:
+                folder = snapshot_download(
+                    ref.repo_id,
+                    revision=revision,
+                    allow_patterns=only,
+                    ignore_patterns=ignored,
+                    token=ref.token,
+                    library_name=LIBRARY,
+                    library_version=__version__,
+                )
+                return Path(folder)
+            except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+                answer = answered(error)
+                if answer is None:
+                    raise
+                failures += 1
+                pause(wait_before(answer, failures, _ATTEMPTS))
 
 
 def _fetch_pickled_index(ref: ModelRef, commit: str) -> None:

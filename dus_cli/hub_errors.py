@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dus_cli.errors import ModelNotFoundError, shown
 from dus_cli.reference import ModelRef
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 LIBRARY = "dus"  # who asks, in the Hub's logs
 
@@ -61,6 +64,17 @@ def tried(started: float) -> str:
     return f" (tried for {seconds:.0f} s)" if seconds > 2 else ""
 
 
+def answered(error: Exception) -> HfHubHTTPError | None:
+    """The Hub's own answer behind an error; None where it gave none.
+
+    After a bad answer snapshot_download looks into the cache, and then says only that it is not there.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    return answer if isinstance(answer, HfHubHTTPError) else None
+
+
 @contextmanager
 def hub_errors(ref: ModelRef) -> Iterator[None]:
     """Turn huggingface_hub's errors into one line each."""
@@ -85,9 +99,8 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise ModelNotFoundError(f"{shown(ref)} is not a valid Hub id: {shown(error)}{here}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
-        # After a bad answer snapshot_download looks into the cache, and then says only that it is not there.
-        answer = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__
-        if not isinstance(answer, errors.HfHubHTTPError):
+        answer = answered(error)
+        if answer is None:
             raise ModelNotFoundError(
                 f"{ref} is not (wholly) in the cache and the Hub cannot be reached{tried(started)}; check the "
                 f"network, HF_ENDPOINT and HF_HUB_OFFLINE{here}"

@@ -23,7 +23,7 @@ from dus_cli.reference import ModelRef
 if TYPE_CHECKING:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
-# Tries without a byte in between, waits of 1, 2, 4, … seconds and half of that at the least: two to three minutes.
+# Tries without a byte in between; waits of 1, 2, 4, … seconds, or half of that at the least: one to two minutes.
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 
@@ -165,18 +165,23 @@ class RemoteFile:
                 if self._url == url:  # else another thread has it signed anew
                     self._url = None
             return
-        if (status is not None and status not in _PASSING) or failures >= ATTEMPTS:
-            raise error
-        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (failures - 1)) * _random.uniform(0.5, 1)
-        asked = 0.0 if response is None else _asked_to_wait(response.headers)
-        if asked > LONGEST_ASKED:
-            raise error
-        pause(max(wait, asked), stop)
+        pause(wait_before(error, failures, ATTEMPTS), stop)
 
 
-def pause(seconds: float, stop: threading.Event) -> None:
+def wait_before(error: HTTPError, failures: int, attempts: int) -> float:
+    """Seconds to wait before the next try, after so many failures; raises the error where none makes sense."""
+    response = getattr(error, "response", None)
+    if (response is not None and response.status_code not in _PASSING) or failures >= attempts:
+        raise error
+    asked = 0.0 if response is None else _asked_to_wait(response.headers)
+    if asked > LONGEST_ASKED:
+        raise error
+    return max(asked, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (failures - 1)) * _random.uniform(0.5, 1))
+
+
+def pause(seconds: float, stop: threading.Event | None = None) -> None:
     """Wait, but no longer than until `stop` is set."""
-    stop.wait(seconds)
+    (stop or threading.Event()).wait(seconds)
 
 
 def _http_error() -> type[HTTPError]:

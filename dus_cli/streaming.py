@@ -128,8 +128,12 @@ def stream_weights(
             ShardMover(shard, folder, False, False, on_bytes, tally).run(shard_moves, jobs)
             check_unchanged(shard)
             continue
-        one = _ShardStreamer(plan, ref, shard, folder, journal, on_bytes, tally, streamed)
-        if not one.run(shard_moves, jobs):
+        try:
+            one = _ShardStreamer(plan, ref, shard, folder, journal, on_bytes, tally, streamed)
+            is_the_hubs = one.run(shard_moves, jobs)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(f"{error}; {KEPT}") from error
+        if not is_the_hubs:
             journal.forget(shard.name)
             raise ModelNotFoundError(
                 f"{shown(shard.name)} came with another sha256 than the Hub says it has: a bit was lost on the way or "

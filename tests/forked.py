@@ -18,7 +18,7 @@ _PRELOADED = "dus_cli.cli, httpx2, tqdm, filelock, fsspec, yaml, rich.progress, 
 
 # A request is a line of JSON; the answer is the exit status of the process that was forked for it.
 _SERVER = f"""
-import json, os, sys
+import json, os, signal, sys
 import {_PRELOADED}
 def run(request):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -27,6 +27,7 @@ def run(request):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    signal.alarm(150)  # what waits for ever fails
     exec(request["first"], {{}})
     sys.argv = ["dus", *request["arguments"]]
     dus_cli.cli.main()

@@ -133,13 +133,14 @@ class StandInHub:
     `failures` maps patterns of requests to the HTTP status that they get, or HANG_UP. A request reads
     "GET /org/name/resolve/main/config.json whole", with the Range header in the place of "whole". `faults` are of
     files that are served from signed addresses; `num_served` counts the bytes of weights that left, also in answers
-    that broke off.
+    that broke off. `busy` are the answers to the next questions for a commit.
     """
 
     repos: Mapping[str, StandInRepo]
     failures: dict[str, int] = field(default_factory=dict)
     log: list[Request] = field(default_factory=list)
     num_served: int = 0
+    busy: list[int] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
 
     def __enter__(self) -> StandInHub:  # noqa: PYI034  (Self is not in Python 3.10)
@@ -232,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815  (http.server calls it by this name)
 
     def _model(self, repo_id: str, revision: str) -> _Answer:
+        if self.hub.busy:
+            return _Answer(self.hub.busy.pop(0))
         commit, folder = self._commit(repo_id, revision)
         files = [{"rfilename": path} for path in _files(folder)]
         answer = _json({"id": repo_id, "sha": commit, "tags": [], "siblings": files})

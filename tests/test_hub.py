@@ -41,6 +41,7 @@ OTHER_FORMATS = {
 }
 # What the report of a dry run cannot have.
 OF_A_RUN = {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "published", "seconds"}
+AT_ONCE = "import dus_cli.remote as r; r.FIRST_WAIT = 0"  # no waits before another try
 CLOSED_PORT = "http://127.0.0.1:1"
 
 
@@ -282,25 +283,25 @@ def test_what_the_hub_cannot_serve_is_a_one_line_error(
 @pytest.mark.parametrize(
     ("request_pattern", "status", "part"),
     [
-        ("GET /api/models/*", 429, "the Hub answered 429 for org/llama; try again"),
-        ("GET /api/models/*", 500, "the Hub answered 500 for org/llama; try again"),
+        ("GET /api/models/*", 429, "the Hub answered 429 for org/llama"),
+        ("GET /api/models/*", 500, "the Hub answered 500 for org/llama"),
         ("GET /api/models/*", HANG_UP, "the connection to the Hub failed for org/llama"),
-        ("GET */tokenizer.json whole", 500, "the Hub answered 500 for org/llama; try again"),
-        ("GET /cdn/* bytes=*", 403, "the Hub answered 403 for org/llama; try again"),  # the headers
-        ("GET /cdn/* whole", 500, "the Hub answered 500 for org/llama; try again"),  # the weights
+        ("GET */tokenizer.json whole", 500, "the Hub answered 500 for org/llama"),
+        ("GET /cdn/* bytes=*", 403, "the Hub answered 403 for org/llama"),  # the headers
+        ("GET /cdn/* whole", 500, "the Hub answered 500 for org/llama"),  # the weights
     ],
 )
 def test_failing_hub_is_a_one_line_error(
     request_pattern: str, status: int, part: str, hub: StandInHub, desk: Path
 ) -> None:
     hub.failures[request_pattern] = status
-    dus("upscale", "org/llama", "--trim", "1", "-o", "out").assert_one_line_error(part)
+    dus("upscale", "org/llama", "--trim", "1", "-o", "out", first=AT_ONCE).assert_one_line_error(part)
     assert list(desk.iterdir()) == []
 
 
 def test_run_after_a_failed_download_succeeds(hub: StandInHub, desk: Path) -> None:
     hub.failures[f"GET /cdn/*/{max(SHARDS)} whole"] = 500
-    dus("upscale", "org/llama", "--trim", "1", "-o", "out").assert_one_line_error("the Hub answered 500")
+    dus("upscale", "org/llama", "--trim", "1", "-o", "out", first=AT_ONCE).assert_one_line_error("the Hub answered 500")
     hub.failures.clear()
     assert dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--verify", "full").returncode == 0
 
@@ -486,7 +487,8 @@ def test_a_token_is_nowhere_in_what_is_said_or_written(hub: StandInHub, desk: Pa
     said = done.stdout + done.stderr + "".join(path.read_text("latin-1") for path in (desk / "out").rglob("*.*"))
     hub.failures["GET /api/models/*"] = 500
     for options in (("--token", READER), ("--token", STRANGER), ("--token", "hf_unknown")):
-        run = dus("upscale", "org/private", "--trim", "1", "-o", "other", *options, DUS_DEBUG="1", HF_DEBUG="0")
+        command = ("upscale", "org/private", "--trim", "1", "-o", "other")
+        run = dus(*command, *options, first=AT_ONCE, DUS_DEBUG="1", HF_DEBUG="0")
         assert "Traceback" in run.stderr
         said += run.stderr
     said += repr(ModelRef.parse("org/private", token=READER))
@@ -553,17 +555,23 @@ def test_a_server_that_never_answers_is_given_up(desk: Path) -> None:
     run.assert_one_line_error("org/llama is not (wholly) in the cache and the Hub cannot be reached")
 
 
-@pytest.mark.parametrize(("status", "waits"), [(503, [1, 2, 4, 8, 8]), (429, [1, 2, 4, 8, 8])])
-def test_the_clients_own_back_off_ends_in_one_line_that_says_how_long(
-    status: int, waits: list[int], hub: StandInHub, desk: Path
-) -> None:
-    """The list of files is asked for with back-off."""
+@pytest.mark.parametrize("status", [503, 429])
+def test_the_clients_own_back_off_ends_in_one_line_that_says_how_long(status: int, hub: StandInHub, desk: Path) -> None:
+    """The list of files is asked for with back-off by huggingface_hub, and that five times by dus."""
     hub.failures["GET /api/models/*/tree/*"] = status
-    first = "import time; real = time.monotonic; waited = []\ntime.sleep = waited.append\n"
+    first = "import time, dus_cli.remote as r; real = time.monotonic; waited = []\n"
+    first += "time.sleep = waited.append; r.FIRST_WAIT = 0\n"
     first += "time.monotonic = lambda: real() + sum(waited)\nimport atexit; atexit.register(lambda: print(waited))"
     run = dus("upscale", "org/llama", "-o", "out", first=first)
-    assert json.loads(run.stdout) == waits
-    assert run.stderr == f"error: the Hub answered {status} for org/llama (tried for 23 s); try again later\n"
+    assert json.loads(run.stdout) == [1, 2, 4, 8, 8] * 5
+    assert run.stderr == f"error: the Hub answered {status} for org/llama (tried for 115 s); try again later\n"
+
+
+def test_a_hub_that_is_busy_for_a_moment_is_asked_again(hub: StandInHub, desk: Path) -> None:
+    """For the commit, which huggingface_hub asks for once."""
+    hub.busy = [503, 429, 502]
+    assert dus("upscale", "org/single", "--trim", "1", "-o", "out", "-q", first=AT_ONCE).returncode == 0
+    assert hub.busy == []
 
 
 def test_hub_id_means_the_hub_where_a_directory_has_that_name(desk: Path) -> None:
