@@ -210,7 +210,7 @@ class Replay:
 
             return call
 
-        with self._replaced([standing(number) for number in self._numbers]):
+        with self._replaced([standing(number) for number in self._numbers]), last_positions(self.model):
             self._run(ids)
         return start[0], calls
 

@@ -244,7 +244,7 @@ def _measure(
         maps = _layers(of_base, about)
         count = count_nodes(grow(maps))
         passes += count
-        progress.start("measuring", count * meter.num_groups, "layer passes")
+        progress.start("measuring", count * meter.num_groups, "layers")
         return [total / num_labels for total in meter.losses(maps, depths, lambda: progress.advance(1))]
 
     if asked.search:  # the distances say which maps are worth a loss
