@@ -67,18 +67,18 @@ class Depths:
 
     def distances(self) -> Distances:
         """Every depth against every other. What was kept is let go."""
-        states: list[Tensor] = []
-        for kept in self._kept:
-            states.append(torch.cat(kept))
-            kept.clear()
-        size = len(states)
-        angular, influence = ([[0.0] * size for _ in states] for _ in range(2))
-        for i, lower in enumerate(states):
-            for j in range(i):
-                cosine = (lower * states[j]).sum(-1).clamp(-1, 1)
-                angular[i][j] = angular[j][i] = float(cosine.arccos().mean()) / math.pi
-                influence[i][j] = influence[j][i] = 1 - float(cosine.mean())
-        return Distances(angular, influence, len(states[0]))
+        size, count = len(self._kept), sum(map(len, self._kept[0]))
+        angular, influence = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+        for number in range(len(self._kept[0])):
+            states = torch.stack([kept[number] for kept in self._kept], dim=1)  # (tokens, depths, width)
+            cosines = (states @ states.mT).clamp_(-1, 1)  # of every two depths, for each token
+            angular += cosines.arccos().sum(0).cpu() / math.pi
+            influence += (1 - cosines).sum(0).cpu()
+            for kept in self._kept:
+                kept[number] = states[:0, 0]
+        for table in (angular, influence):  # a state is its own but for rounding
+            table.div_(count).fill_diagonal_(0.0)
+        return Distances(angular.tolist(), influence.tolist(), count)
 
 
 def _spread(places: Tensor, share: float) -> Tensor:
