@@ -202,9 +202,8 @@ def verify(
     told = progress or NoProgress()
     if not Path(folder).is_dir():
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
-    checkpoint = (
-        None if base is None else upscaling.open_base(ModelRef.parse(_text(base), token=token), quiet=not told.is_live)
-    )
+    ref = None if base is None else ModelRef.parse(_text(base), token=token)
+    checkpoint = None if ref is None else upscaling.open_base(ref, quiet=not told.is_live, progress=told)
     return verification.verify(Path(folder), checkpoint, jobs=_jobs(jobs), progress=told)
 
 

@@ -7,10 +7,12 @@ takes to run. It reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_O
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from dus_cli import __version__
 from dus_cli.base_card import NAME as CARD_NAME
@@ -30,6 +32,7 @@ from dus_cli.errors import CheckpointError, ModelNotFoundError, shown
 from dus_cli.headers import Header, header_length, parse_header
 from dus_cli.hub_errors import LIBRARY, answered, hub_errors, prepare
 from dus_cli.pickles import parse_pickled
+from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
 from dus_cli.remote import RemoteFile, pause, wait_before
 from dus_cli.source_files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS, is_carried
@@ -66,7 +69,8 @@ def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool 
     ignored = [case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
     only = [CONFIG_NAME, CARD_NAME, INDEX_NAME] if fetch is Fetch.headers else None
-    folder = _snapshot(ref, ref.revision, only=only, ignored=ignored)
+    bar = _told_of(NoProgress()) if quiet else None  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
+    folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
     if find_weights(folder) is None:
         _fetch_pickled_index(ref, folder.name)
     return folder, folder.name
@@ -86,9 +90,14 @@ def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
 
 
 def _snapshot(
-    ref: ModelRef, revision: str | None, *, only: list[str] | None = None, ignored: list[str] | None = None
+    ref: ModelRef,
+    revision: str | None,
+    *,
+    only: list[str] | None = None,
+    ignored: list[str] | None = None,
+    bar: type[Any] | None = None,
 ) -> Path:
-    """Bring the files that match into the cache; the snapshot's folder.
+    """Bring the files that match into the cache; the snapshot's folder. `bar` draws in the place of the library's.
 
     huggingface_hub asks for a commit and for a file once, whatever the answer: here it is asked some more times.
     """
@@ -109,6 +118,7 @@ def _snapshot(
                     token=ref.token,
                     library_name=LIBRARY,
                     library_version=__version__,
+                    tqdm_class=bar,
                 )
                 return Path(folder)
             except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
@@ -117,6 +127,45 @@ def _snapshot(
                     raise
                 failures += 1
                 pause(wait_before(answer, failures, _ATTEMPTS))
+
+
+def _told_of(progress: Progress, total: int = 0) -> type[Any]:
+    """A bar that draws nothing and tells of the bytes that reach the disk, up to `total`: a retry's are not all new.
+
+    snapshot_download makes three: of bytes that come in, of bytes that are written, of files.
+    """
+    from tqdm import tqdm
+
+    left, lock = total, threading.Lock()
+
+    class Told(tqdm):  # type: ignore[misc]  # tqdm has no types
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._counts = options.get("unit") == "B" and str(options.get("desc")).startswith("Reconstructing")
+            super().__init__(*arguments, **(options | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal left
+            if self._counts and n:
+                with lock:
+                    known = min(int(n), left)
+                    left -= known
+                progress.advance(known)
+            return None
+
+    return Told
+
+
+def _lacking_bytes(ref: ModelRef, commit: str, folder: Path, names: list[str]) -> int:
+    """Bytes of these files that the cache does not hold, by the list of that commit; 0 where that is not known."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    assert ref.repo_id is not None
+    try:
+        listed = get_cached_repo_tree(ref.repo_id, revision=commit)
+    except CachedRepoTreeNotFoundError:
+        return 0
+    return sum(file.size for file in listed if file.path in set(names) and not (folder / file.path).exists())
 
 
 def _fetch_pickled_index(ref: ModelRef, commit: str) -> None:
@@ -129,8 +178,10 @@ def _fetch_pickled_index(ref: ModelRef, commit: str) -> None:
             _snapshot(ref, commit, only=[PICKLED_INDEX_NAME])
 
 
-def fetch_weights(ref: ModelRef, folder: Path, commit: str) -> None:
+def fetch_weights(ref: ModelRef, folder: Path, commit: str, progress: Progress | None = None) -> None:
     """The shards that the index names, or the one file of weights. Cached ones are not fetched again.
+
+    Told to `progress`, unless that is live: then huggingface_hub draws it itself.
 
     No other pickle is fetched: not training_args.bin, not the optimizer's state.
 
@@ -142,16 +193,27 @@ def fetch_weights(ref: ModelRef, folder: Path, commit: str) -> None:
     weights = find_weights(folder)
     if isinstance(weights, Index):
         names = weights.shard_names
-        _snapshot(ref, commit, only=names)
+        _snapshot(ref, commit, only=names, bar=_begun(ref, commit, folder, names, progress))
         for name in names:
             if not (folder / name).exists():
                 raise _not_there(ref, name, weights.name)
         return
     for name in (SINGLE_NAME, PICKLED_NAME) if weights is None else (weights,):
-        _snapshot(ref, commit, only=[name])
+        _snapshot(ref, commit, only=[name], bar=_begun(ref, commit, folder, [name], progress))
         if (folder / name).exists():
             return
     raise _no_weights(ref)
+
+
+def _begun(ref: ModelRef, commit: str, folder: Path, names: list[str], progress: Progress | None) -> type[Any] | None:
+    """The bar for a fetch that `progress` is told of, if anything is lacking; None where huggingface_hub may draw."""
+    if progress is None or progress.is_live:
+        return None
+    lacking = _lacking_bytes(ref, commit, folder, names)
+    if not lacking:
+        return _told_of(NoProgress())
+    progress.start("fetching", lacking)
+    return _told_of(progress, lacking)
 
 
 def _not_there(ref: ModelRef, name: str, index_name: str) -> CheckpointError:
@@ -226,5 +288,7 @@ def silence(*, quiet: bool) -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if quiet or not sys.stderr.isatty():
-        disable_progress_bars()
+        with warnings.catch_warnings():  # where the environment has asked for bars they stay, and need no warning
+            warnings.simplefilter("ignore")
+            disable_progress_bars()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

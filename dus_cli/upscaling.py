@@ -38,6 +38,7 @@ def plan(
     remaking: Remaking | None = None,
     fetch: Fetch = Fetch.weights,
     quiet: bool = True,
+    progress: Progress | None = None,
 ) -> UpscalePlan:
     """Find the model and decide everything that will be written. Nothing is written but the Hub's cache.
 
@@ -49,6 +50,7 @@ def plan(
         remaking: the lineage that is followed again: what it records of the base is recorded again.
         fetch: what of a Hub model comes into the cache; of weights that do not, the headers are read.
         quiet: no progress bars from huggingface_hub.
+        progress: told of weights that are fetched, where huggingface_hub draws nothing.
 
     Raises:
         DusError: any known failure; see `errors`.
@@ -65,7 +67,7 @@ def plan(
     _checked(made, remaking)
     if fetch is not Fetch.weights:
         return made
-    hub.fetch_weights(ref, folder, commit)
+    hub.fetch_weights(ref, folder, commit, progress)
     return _checked(make_plan(base, open_checkpoint(folder), request, max_shard_bytes, dtype), remaking)
 
 
@@ -75,8 +77,8 @@ def _checked(made: UpscalePlan, remaking: Remaking | None) -> UpscalePlan:
     return made
 
 
-def open_base(ref: ModelRef, *, quiet: bool = True) -> Checkpoint:
-    """A base with its weights, from its directory or by way of the Hub's cache.
+def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = None) -> Checkpoint:
+    """A base with its weights, from its directory or by way of the Hub's cache. Arguments as of `plan`.
 
     Raises:
         DusError: as `plan`.
@@ -84,7 +86,7 @@ def open_base(ref: ModelRef, *, quiet: bool = True) -> Checkpoint:
     if ref.path is not None:
         return open_checkpoint(ref.path)
     folder, commit = hub.fetch_small_files(ref, quiet=quiet)
-    hub.fetch_weights(ref, folder, commit)
+    hub.fetch_weights(ref, folder, commit, progress)
     return open_checkpoint(folder)
 
 
@@ -184,7 +186,14 @@ def upscale(
 
     def planned(fetch: Fetch) -> UpscalePlan:
         return plan(
-            ref, request, max_shard_bytes=max_shard_bytes, dtype=dtype, remaking=remaking, fetch=fetch, quiet=quiet
+            ref,
+            request,
+            max_shard_bytes=max_shard_bytes,
+            dtype=dtype,
+            remaking=remaking,
+            fetch=fetch,
+            quiet=quiet,
+            progress=progress,
         )
 
     if not overwrite and (output / lineage.NAME).is_file():

@@ -276,7 +276,7 @@ def test_token_opens_private_and_gated_models(model: str, desk: Path) -> None:
 def test_what_the_hub_cannot_serve_is_a_one_line_error(
     model: str, environment: dict[str, str], parts: tuple[str, ...], desk: Path
 ) -> None:
-    dus("upscale", model, "--trim", "1", "-o", "out", cwd=desk, **environment).assert_one_line_error(*parts)
+    dus("upscale", model, "--trim", "1", "-q", "-o", "out", cwd=desk, **environment).assert_one_line_error(*parts)
     assert list(desk.iterdir()) == []
 
 
@@ -295,13 +295,15 @@ def test_failing_hub_is_a_one_line_error(
     request_pattern: str, status: int, part: str, hub: StandInHub, desk: Path
 ) -> None:
     hub.failures[request_pattern] = status
-    dus("upscale", "org/llama", "--trim", "1", "-o", "out", first=AT_ONCE).assert_one_line_error(part)
+    dus("upscale", "org/llama", "--trim", "1", "-q", "-o", "out", first=AT_ONCE).assert_one_line_error(part)
     assert list(desk.iterdir()) == []
 
 
 def test_run_after_a_failed_download_succeeds(hub: StandInHub, desk: Path) -> None:
     hub.failures[f"GET /cdn/*/{max(SHARDS)} whole"] = 500
-    dus("upscale", "org/llama", "--trim", "1", "-o", "out", first=AT_ONCE).assert_one_line_error("the Hub answered 500")
+    dus("upscale", "org/llama", "--trim", "1", "-q", "-o", "out", first=AT_ONCE).assert_one_line_error(
+        "the Hub answered 500"
+    )
     hub.failures.clear()
     assert dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--verify", "full").returncode == 0
 
@@ -314,7 +316,7 @@ def test_partly_cached_model_offline_is_a_one_line_error(desk: Path) -> None:
 
 
 def test_invalid_trim_is_refused_before_weights_are_fetched(hub: StandInHub, desk: Path) -> None:
-    dus("upscale", "org/llama", "--trim", "4", "-o", "out").assert_one_line_error("--trim 4", "use 0 to 3")
+    dus("upscale", "org/llama", "--trim", "4", "-q", "-o", "out").assert_one_line_error("--trim 4", "use 0 to 3")
     assert fetched_whole(hub) == []
     assert list(desk.iterdir()) == []
 
@@ -325,7 +327,9 @@ def test_encoder_is_refused_before_weights_are_fetched(
     folder = shutil.copytree(folders["llama"], tmp_path / "encoder")
     (folder / "config.json").write_text(json.dumps(llama_config(8) | {"is_encoder_decoder": True}))
     repos["org/encoder"] = one_commit(folder)
-    dus("upscale", "org/encoder", "--trim", "1", "-o", "out").assert_one_line_error("decoder-only language models")
+    dus("upscale", "org/encoder", "--trim", "1", "-q", "-o", "out").assert_one_line_error(
+        "decoder-only language models"
+    )
     dus("verify", folders["llama"], "--base", "org/encoder").assert_one_line_error("decoder-only language models")
     assert hub.num_sent("*.safetensors") == 0
 
@@ -377,7 +381,7 @@ def test_malicious_pickle_is_refused_before_weights_are_fetched(
     torch.save({"lm_head.weight": Payload(desk / "ran")}, folder / "pytorch_model.bin")
     repos["org/malicious"] = one_commit(folder)
     for option in ((), ("--dry-run",)):
-        run = dus("upscale", "org/malicious", "--trim", "1", "-o", "out", *option)
+        run = dus("upscale", "org/malicious", "--trim", "1", "-q", "-o", "out", *option)
         run.assert_one_line_error("pytorch_model.bin", "posix.system", "none of it was run")
     assert list(desk.iterdir()) == []
     assert [r.path for r in hub.log if r.path.startswith("/cdn/") and r.byte_range is None] == []
@@ -389,7 +393,7 @@ def test_repo_without_weights_that_dus_reads_is_told_so(
     ignored = shutil.ignore_patterns("*.safetensors*", "*.bin")
     repos["org/other"] = one_commit(shutil.copytree(folders["llama"], tmp_path / "other", ignore=ignored))
     for option in ((), ("--dry-run",)):
-        run = dus("upscale", "org/other", "--trim", "1", "-o", "out", *option)
+        run = dus("upscale", "org/other", "--trim", "1", "-q", "-o", "out", *option)
         run.assert_one_line_error("org/other has neither model.safetensors nor pytorch_model.bin")
     assert list(desk.iterdir()) == []
 
@@ -400,7 +404,7 @@ def test_shard_that_the_hub_lacks_is_named(
     missing = max(SHARDS)
     folder = shutil.copytree(folders["llama"], tmp_path / "partial", ignore=shutil.ignore_patterns(missing))
     repos["org/partial"] = one_commit(folder)
-    dus("upscale", "org/partial", "--trim", "1", "-o", "out").assert_one_line_error("org/partial has no", missing)
+    dus("upscale", "org/partial", "--trim", "1", "-q", "-o", "out").assert_one_line_error("org/partial has no", missing)
     assert fetched_whole(hub) == []
 
 
@@ -412,7 +416,7 @@ def test_damaged_header_on_the_hub_is_refused_before_weights_are_fetched(
     folder = shutil.copytree(folders["llama"], tmp_path / "damaged")
     os.truncate(folder / damaged, size)
     repos["org/damaged"] = one_commit(folder)
-    dus("upscale", "org/damaged", "--trim", "1", "-o", "out").assert_one_line_error(damaged)
+    dus("upscale", "org/damaged", "--trim", "1", "-q", "-o", "out").assert_one_line_error(damaged)
     assert fetched_whole(hub) == []
     assert list(desk.iterdir()) == []
 
@@ -464,7 +468,7 @@ def test_what_contradicts_itself_is_a_usage_error(arguments: tuple[str, ...], pa
 
 @pytest.mark.parametrize("text", ["hf://datasets/org/data", "hf://org", "https://huggingface.co/org/llama", ""])
 def test_an_address_of_something_else_is_a_one_line_error(text: str, hub: StandInHub) -> None:
-    dus("upscale", text, "-o", "out").assert_one_line_error("org/name")
+    dus("upscale", text, "-q", "-o", "out").assert_one_line_error("org/name")
     assert hub.log == []
 
 
@@ -587,4 +591,4 @@ def test_missing_hub_model_with_a_directory_of_its_name_tells_how_to_write_it(
     environment: dict[str, str], desk: Path
 ) -> None:
     (desk / "org" / "none").mkdir(parents=True)
-    dus("upscale", "org/none", "-o", "out", cwd=desk, **environment).assert_one_line_error("write ./org/none")
+    dus("upscale", "org/none", "-q", "-o", "out", cwd=desk, **environment).assert_one_line_error("write ./org/none")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import DUS, Run, dus
+from hub_server import StandInHub, StandInRepo, commit_of
 
 from dus_cli import events
 from dus_cli.options import progress_for
@@ -246,3 +247,22 @@ def test_results_that_find_no_room_are_a_failure(model: Path, tmp_path: Path, un
     done = shell(f"PYTHONUNBUFFERED={unbuffered} dus verify {model} --json >/dev/full", tmp_path)
     done.assert_one_line_error("No space left on device")
     assert shell(f"dus verify {model} --json 2>/dev/full", tmp_path).report["sound"]
+
+
+# --- from the Hub ---------------------------------------------------------------------------------
+
+
+def test_fetching_is_a_stage_of_its_own_and_is_none_when_all_is_cached(model: Path, tmp_path: Path) -> None:
+    commit = commit_of("model")
+    with StandInHub({"org/model": StandInRepo({commit: model}, {"main": commit})}) as hub:
+        where: Any = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
+        where["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"  # asks for bars, which have no place among events
+        done = dus("upscale", "org/model", "-o", tmp_path / "out", "--progress", "json", "-q", **where)
+        first, *others = told(done.stderr)
+        assert (first["event"], first["stage"], first["done"]) == ("start", "fetching", 0)
+        assert first["total"] == (model / "model.safetensors").stat().st_size
+        (end,) = (event for event in others if (event["event"], event.get("stage")) == ("end", "fetching"))
+        assert end["done"] == end["total"] == first["total"]
+        assert others[-1]["exit_code"] == 0
+        done = dus("verify", tmp_path / "out", "--base", "org/model", "--progress", "json", "-q", **where)
+        assert [event["stage"] for event in told(done.stderr)[:-1]] == ["comparing with the base"] * 2

@@ -11,6 +11,7 @@ from dus_cli.heal import run as heal_run
 from dus_cli.heal.resolve import open_model
 from dus_cli.heal.tokenise import Tokeniser
 from dus_cli.model_config import decoder_config
+from dus_cli.progress import Progress
 from dus_cli.reference import ModelRef
 from dus_cli.upscaling import open_base
 
@@ -60,18 +61,20 @@ def check_there(refs: Sequence[ModelRef]) -> None:
             )
 
 
-def find_candidates(refs: Sequence[ModelRef], *, quiet: bool) -> list[Candidate]:
+def find_candidates(refs: Sequence[ModelRef], progress: Progress | None = None, *, quiet: bool) -> list[Candidate]:
     """Every model with its weights, from its directory or by way of the Hub's cache.
 
     Raises:
         DusError: one of them cannot be had, is damaged, or has no tokenizer.
     """
     names = [ref.name for ref in refs]
-    return [_candidate(ref, ref.name if names.count(ref.name) == 1 else ref.text, quiet=quiet) for ref in refs]
+    return [
+        _candidate(ref, ref.name if names.count(ref.name) == 1 else ref.text, progress, quiet=quiet) for ref in refs
+    ]
 
 
-def _candidate(ref: ModelRef, name: str, *, quiet: bool) -> Candidate:
-    checkpoint = open_base(ref, quiet=quiet)
+def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, quiet: bool) -> Candidate:
+    checkpoint = open_base(ref, quiet=quiet, progress=progress)
     try:
         decoder = decoder_config(checkpoint.config)
         fields, num_layers = decoder.fields, decoder.num_layers

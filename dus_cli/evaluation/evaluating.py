@@ -58,7 +58,7 @@ def losses(
         )
         model = import_model()
         device = model.device_of(options.device)
-        candidates = find_candidates(refs, quiet=quiet)
+        candidates = find_candidates(refs, progress, quiet=quiet)
         options = resolved(options, candidates, device.type, is_quick_in_bf16=model.is_quick_in_bf16(device))
         inner = base_layers(candidates[0]) if with_base else None
         results: list[ModelResult] = []
@@ -142,7 +142,7 @@ def _pass(
     """One model over the text."""
     assert options.batch_tokens is not None
     scores, started = Scores(), time.monotonic()
-    progress.start(f"evaluating {shown(name)}:", text.num_file_bytes)
+    progress.start(f"evaluating {shown(name)}", text.num_file_bytes)
     cut = _windows(scores, candidate, text, options, budget, progress.advance)
     for batch in batches(cut, options.batch_tokens):
         for window, nats in zip(batch, scorer.losses(batch), strict=True):
