@@ -153,11 +153,14 @@ def _may_write(api: HfApi, user: Mapping[str, Any], target: Target) -> bool | No
 
     try:
         api.auth_check(target.repo_id, write=True)
-    except errors.HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:  # a Hub that does not know the question says 404
         if error.response.status_code in (401, 403):
             return False
-        return False if _role(user) == "read" else None  # a Hub that does not know the question
-    return True
+    except TypeError:  # a huggingface_hub that does not know it (1.0)
+        pass
+    else:
+        return True
+    return False if _role(user) == "read" else None
 
 
 def _role(user: Mapping[str, Any]) -> str | None:
