@@ -25,7 +25,7 @@ from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, sh
 from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.layers import parse_layers
-from dus_cli.options import AsJson, Assume, Branch, Private, Quiet, Revision, ShowProgress, Token, progress_for
+from dus_cli.options import HUB, AsJson, Assume, Branch, Private, Quiet, Revision, ShowProgress, Token, progress_for
 from dus_cli.outputs import KEPT
 from dus_cli.planning import parse_size
 from dus_cli.probe.command import probe
@@ -82,6 +82,9 @@ def _recipe(text: str) -> str:
     return text
 
 
+# The groups in which --help lists the options of `upscale`; the Hub's are in `options`.
+_MAP, _WRITING = "Layer map", "Writing"
+
 # Parameters of `upscale` that a lineage records.
 _RECORDED = ("revision", "trim", "layers", "copies", "assume", "recipe", "identity", "dtype", "max_shard_size")
 
@@ -117,7 +120,14 @@ def upscale(
     token: Token = None,
     trim: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--trim", "-t", min=0, metavar="M", help="Layers trimmed from each copy. Default: a quarter."),
+        typer.Option(
+            "--trim",
+            "-t",
+            min=0,
+            metavar="M",
+            help="Layers trimmed from each copy. Default: a quarter.",
+            rich_help_panel=_MAP,
+        ),
     ] = None,
     layers: Annotated[
         Optional[str],  # noqa: UP045
@@ -126,9 +136,12 @@ def upscale(
             metavar="MAP",
             parser=_layers,
             help="Any other map, as half-open ranges of base layers: 0:24,8:32. Excludes --trim and --copies.",
+            rich_help_panel=_MAP,
         ),
     ] = None,
-    copies: Annotated[int, typer.Option("--copies", min=2, metavar="K", help="Copies to stack.")] = 2,
+    copies: Annotated[
+        int, typer.Option("--copies", min=2, metavar="K", help="Copies to stack.", rich_help_panel=_MAP)
+    ] = 2,
     assume: Assume = None,
     recipe: Annotated[
         Optional[str],  # noqa: UP045
@@ -138,6 +151,7 @@ def upscale(
             parser=_recipe,
             autocompletion=lambda: list(RECIPES),
             help=f"A published map: {', '.join(RECIPES)}. Excludes --trim, --layers and --copies.",
+            rich_help_panel=_MAP,
         ),
     ] = None,
     identity: Annotated[
@@ -145,6 +159,7 @@ def upscale(
         typer.Option(
             "--identity",
             help="New layers start as identities (output projections zero): the model computes what MODEL does.",
+            rich_help_panel=_MAP,
         ),
     ] = False,
     dtype: Annotated[
@@ -153,32 +168,55 @@ def upscale(
             "--dtype",
             metavar="DTYPE",
             help="Cast floating-point tensors to bfloat16, float16 or float32, rounding as torch does (heal extra).",
+            rich_help_panel=_WRITING,
         ),
     ] = None,
     max_shard_size: Annotated[
         int,
         typer.Option(
-            "--max-shard-size", metavar="SIZE", parser=_size, help="Largest shard, in decimal KB, MB, GB or TB."
+            "--max-shard-size",
+            metavar="SIZE",
+            parser=_size,
+            help="Largest shard, in decimal KB, MB, GB or TB.",
+            rich_help_panel=_WRITING,
         ),
     ] = "5GB",  # type: ignore[assignment]  # the parser makes it an int
     copy_mode: Annotated[
         CopyMode,
-        typer.Option("--copy-mode", help="How bytes move: auto clones (reflinks) where the file system can."),
+        typer.Option(
+            "--copy-mode",
+            help="How bytes move: auto clones (reflinks) where the file system can.",
+            rich_help_panel=_WRITING,
+        ),
     ] = CopyMode.auto,
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
             help="Weights come from the Hub straight into OUT, without a copy in the cache. Killed, it goes on.",
+            rich_help_panel=HUB,
         ),
     ] = False,
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel copies, or requests of --stream.")
+        int,
+        typer.Option(
+            "--jobs",
+            min=1,
+            max=64,
+            metavar="J",
+            help="Parallel copies, or requests of --stream.",
+            rich_help_panel=_WRITING,
+        ),
     ] = DEFAULT_JOBS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan and write nothing.")] = False,
     push_to: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--push-to", metavar="REPO", help="Push OUT to the Hub once it is verified: org/name."),
+        typer.Option(
+            "--push-to",
+            metavar="REPO",
+            help="Push OUT to the Hub once it is verified: org/name.",
+            rich_help_panel=HUB,
+        ),
     ] = None,
     private: Private = False,
     branch: Branch = None,
@@ -188,11 +226,17 @@ def upscale(
             "--verify",
             help="What to check before publishing: structure, or full (every byte; with --stream copies against each "
             "other, and whole files against the Hub's sha256).",
+            rich_help_panel=_WRITING,
         ),
     ] = VerifyMode.structure,
-    checksums: Annotated[bool, typer.Option("--checksums", help="Also write SHA256SUMS.")] = False,
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Also write SHA256SUMS.", rich_help_panel=_WRITING)
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing OUT, once the new one is whole.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing OUT, once the new one is whole.", rich_help_panel=_WRITING
+        ),
     ] = False,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,

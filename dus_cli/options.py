@@ -15,23 +15,41 @@ from dus_cli.model_config import Assumption
 from dus_cli.progress import NoProgress, Progress, ProgressMode
 from dus_cli.terminal import BarProgress, PlainProgress, is_live
 
+# The group in which --help lists what concerns the Hub.
+HUB = "The Hub"
+
 Revision = Annotated[
     Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
-    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id, as org/name@REV says it."),
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of a Hub id, as org/name@REV says it.",
+        rich_help_panel=HUB,
+    ),
 ]
 
 _T = TypeVar("_T")
 
-Private = Annotated[bool, typer.Option("--private", help="The repo is private; refused where it is a public one.")]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="The repo is private; refused where it is a public one.", rich_help_panel=HUB),
+]
 
 Branch = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--branch", metavar="NAME", help="Branch to push to, made where it is not there. Default: main."),
+    typer.Option(
+        "--branch",
+        metavar="NAME",
+        help="Branch to push to, made where it is not there. Default: main.",
+        rich_help_panel=HUB,
+    ),
 ]
 
 Token = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--token", metavar="TOKEN", help="Of the Hub. Default: HF_TOKEN, or the stored login."),
+    typer.Option(
+        "--token", metavar="TOKEN", help="Of the Hub. Default: HF_TOKEN, or the stored login.", rich_help_panel=HUB
+    ),
 ]
 
 # How documents are found in --data.
@@ -105,5 +123,6 @@ Assume = Annotated[
         metavar="FIELD=keep|map",
         parser=parse_assumption,
         help="A field of config.json that dus does not know: keep it, or let its entries follow the layers.",
+        rich_help_panel="Layer map",
     ),
 ]
