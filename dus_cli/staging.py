@@ -153,7 +153,8 @@ class Staging:
                 remove(self._aside)
             else:
                 self._aside.rename(self.output)
-        if not (self.resumes and journal.belongs(self.folder, self.key)):
+        self.keeps = self.resumes and journal.belongs(self.folder, self.key)
+        if not self.keeps:
             for left in self.folder.iterdir():
                 remove(left)
         note = clear_left(self.output, self.key, overwrite=self.overwrite)

@@ -252,6 +252,8 @@ def test_a_disk_with_room_for_the_rest_takes_a_run_that_goes_on(total: int, hub:
         blind = f"{SMALL}\nimport dus_cli.upscaling as u; u.free_bytes = lambda _: 10**12"
         run = dus(*command, first=blind)
         run.assert_one_line_error("No space left on device", "free some space", "what was fetched is kept")
+        os.truncate("disk/other", 9_000_000)
+        dus(*command, first=SMALL).assert_one_line_error("needs", "free")  # and what was kept stays
         Path("disk/other").unlink()
         assert dus(*command, first=SMALL).report["streamed"]["resumed"] > total / 2
     finally:
@@ -323,7 +325,9 @@ def test_two_runs_at_once_do_not_disturb_each_other(total: int, hub: StandInHub)
     process = start()
     while hub.num_served < total / 3:
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
     dus(*COMMAND, first=SMALL).assert_one_line_error("another run is writing")
+    process.send_signal(signal.SIGCONT)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["streamed"]["checked"] == SHARDS
