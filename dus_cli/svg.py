@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from dus_cli.errors import OutputError, shown
+from dus_cli.outputs import writing
 
 # The width of a picture, in pixels.
 WIDTH = 690
@@ -105,3 +109,45 @@ def ticks(low: float, high: float, step: float) -> list[float]:
     [2.75, 3.0, 3.25, 3.5]
     """
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def check_picture(path: Path) -> None:
+    """Hold that a picture can be written, before anything is measured.
+
+    Raises:
+        OutputError: no .svg, or no place for it.
+    """
+    if path.suffix.lower() != ".svg":
+        raise OutputError(f"--plot {shown(path)}: dus draws SVG; give a name that ends in .svg")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise OutputError(f"--plot {shown(path)} is no place for a file; give a name in a folder that exists")
+
+
+def dark_twin(path: Path) -> Path:
+    """Where the picture for a dark page goes.
+
+    >>> dark_twin(Path("probe.svg")).name
+    'probe-dark.svg'
+    """
+    return path.with_name(f"{path.stem}-dark{path.suffix}")
+
+
+def write_pictures(path: Path, draw: Callable[[bool], str]) -> None:
+    """FILE.svg for a light page and FILE-dark.svg for a dark one, each under its name once it is whole.
+
+    `draw` is told whether the page is dark.
+
+    Raises:
+        OutputError: writing failed.
+    """
+    for target, dark in ((path, False), (dark_twin(path), True)):
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            with writing(target.name):
+                partial.write_text(draw(dark), encoding="utf-8")
+                partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -21,11 +21,12 @@ import tiny  # noqa: E402
 
 from dus_cli.errors import EvaluationError  # noqa: E402
 from dus_cli.evaluation import intervals  # noqa: E402
-from dus_cli.evaluation.evaluating import losses  # noqa: E402
-from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions  # noqa: E402
+from dus_cli.evaluation.evaluating import evaluate  # noqa: E402
+from dus_cli.evaluation.options import ScoringOptions, TextOptions  # noqa: E402
 from dus_cli.evaluation.report import LossReport  # noqa: E402
 from dus_cli.evaluation.windows import Window, batches, windows  # noqa: E402
 from dus_cli.heal.objective import Head  # noqa: E402
+from dus_cli.heal.options import Precision  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
 from dus_cli.reference import ModelRef  # noqa: E402
 
@@ -75,7 +76,9 @@ def found(models: list[Path], data: Path, *, text: dict[str, Any] | None = None,
     scoring = ScoringOptions(**settings)
     refs = [ModelRef.parse(str(model)) for model in models]
     with_base = (text or {}).pop("with_base", False)
-    return losses(refs, TextOptions((str(data),), **(text or {})), scoring, NoProgress(), with_base=with_base)
+    report, _ = evaluate(refs, TextOptions((str(data),), **(text or {})), scoring, NoProgress(), with_base=with_base)
+    assert report is not None
+    return report
 
 
 def reference(folder: Path, texts: list[str], length: int, stride: int, *, prefix: int = BOS) -> list[float]:
@@ -305,8 +308,11 @@ def run(home: Path) -> Callable[..., Run]:
 
 
 def test_a_table_puts_models_side_by_side_and_the_rest_goes_to_stderr(home: Path, run: Callable[..., Run]) -> None:
-    done = run(home / "base", home / "scaled", COLUMNS="80")
+    picture = home / "eval.svg"
+    done = run(home / "base", home / "scaled", "--plot", picture, COLUMNS="80")
     assert done.returncode == 0, done.stderr
+    assert "scaled" in picture.read_text(encoding="utf-8")
+    assert picture.with_name("eval-dark.svg").is_file()
     assert "evaluating scaled" in done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("corpus.jsonl: 20 documents, ")
@@ -371,6 +377,20 @@ def test_gates_fail_with_a_line_that_says_who_missed_what_behind_the_report(
     confident = run(home / "base", home / "scaled", "--min-improvement", f"{-worse - 0.001}", "--confident", "--json")
     assert confident.returncode == 1
     assert "by its interval" in confident.stderr
+
+
+def test_results_go_into_the_card_of_every_directory_but_the_baselines(
+    home: Path, tmp_path: Path, run: Callable[..., Run]
+) -> None:
+    from huggingface_hub import ModelCard
+
+    model = shutil.copytree(home / "scaled", tmp_path / "scaled")
+    report = run(home / "base", model, "--update-card", "--json").report
+    assert report["cards"] == [str(model / "README.md")]
+    assert not (home / "base/README.md").exists()
+    read = vars(ModelCard.load(model / "README.md").data)["eval_results"]
+    values = {result.metric_type: result.metric_value for result in read}
+    assert values["loss"] == pytest.approx(report["models"][1]["loss"], abs=1e-4)
 
 
 def test_a_baseline_is_not_judged_and_a_model_alone_is(home: Path, run: Callable[..., Run]) -> None:
@@ -486,7 +506,7 @@ def test_text_that_changes_between_two_models_is_noticed(home: Path, tmp_path: P
 
     refs = [ModelRef.parse(str(home / name)) for name in ("base", "scaled")]
     with pytest.raises(Exception, match="changed while it was read"):
-        losses(refs, TextOptions((str(data),)), ScoringOptions(seq_length=32), Changing())
+        evaluate(refs, TextOptions((str(data),)), ScoringOptions(seq_length=32), Changing())
 
 
 def test_without_torch_the_extra_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from dus_cli.errors import GateError, MissingExtraError
-from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions
+from dus_cli.evaluation.h6 import plans_of
+from dus_cli.evaluation.options import ScoringOptions, TextOptions
+from dus_cli.evaluation.picture import eval_svg
+from dus_cli.evaluation.report import EvalReport, Gates, LossReport
+from dus_cli.evaluation.tasks import TaskOptions, TaskReport
 from dus_cli.heal.corpus import BadLine
-from dus_cli.heal.options import parse_count
+from dus_cli.heal.options import Precision, parse_count
 from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, Token, progress_for
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
+from dus_cli.svg import check_picture, write_pictures
 
 # The groups in which --help lists the options.
-_TEXT, _RUN, _GATES = "Data", "Running", "What must hold"
+_TEXT, _TASKS, _RUN, _GATES = "Data", "Tasks", "Running", "What must hold"
 
 
 def _count(text: str) -> int:
@@ -81,6 +89,38 @@ def evaluate(
             rich_help_panel=_TEXT,
         ),
     ] = None,
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--tasks",
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness (eval extra), by commas; h6 is SOLAR's six.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    include_path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--include-path",
+            metavar="DIR",
+            help="Tasks of your own: YAML files of the harness. A !function in them is run.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--num-fewshot",
+            min=0,
+            metavar="N",
+            help="Shots. Default: the task's; h6 has its own.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--limit", min=1, metavar="N", help="The first N examples of a task.", rich_help_panel=_TASKS),
+    ] = None,
     baseline: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--baseline", metavar="MODEL", help="Hold the others against this one instead of the first."),
@@ -88,6 +128,17 @@ def evaluate(
     with_base: Annotated[
         bool,
         typer.Option("--with-base", help="Also the base inside the first MODEL, an up-scaled one, as the baseline."),
+    ] = False,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--plot", metavar="FILE.svg", help="Also draw the figures; FILE-dark.svg for dark pages."),
+    ] = None,
+    update_card: Annotated[
+        bool,
+        typer.Option(
+            "--update-card",
+            help="Write the results into README.md of each directory but the baseline's, as the Hub's model-index.",
+        ),
     ] = False,
     min_improvement: Annotated[
         Optional[float],  # noqa: UP045
@@ -104,6 +155,16 @@ def evaluate(
             "--max-loss",
             metavar="Y",
             help="Exit 1 where a loss is above Y nats per token (the baseline's aside).",
+            rich_help_panel=_GATES,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--max-drop",
+            min=0.0,
+            metavar="P",
+            help="Exit 1 where a task's score is more than P points of 100 below the baseline's.",
             rich_help_panel=_GATES,
         ),
     ] = None,
@@ -144,30 +205,66 @@ def evaluate(
     Directories or Hub ids side by side: a base, the model scaled up from it, the healed one.
     """
     refs = _in_order(models, baseline, token)
-    if not data:
-        raise typer.BadParameter("there is nothing to evaluate on; give --data heldout.jsonl", param_hint="--data")
-    _check_gates(refs, min_improvement, max_loss, baseline, with_base=with_base, confident=confident)
-    # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
-    from dus_cli.evaluation.report import EvalReport, Gates, losses_text
+    gates = Gates(min_improvement, max_loss, max_drop, confident)
+    _check_combination(len(refs) + with_base, gates, has_data=bool(data), has_tasks=bool(tasks))
+    if with_base and (baseline is not None or not data):
+        raise typer.BadParameter("it is the baseline of --data; leave out --baseline", param_hint="--with-base")
+    judged = refs if len(refs) == 1 or with_base else refs[1:]
+    if update_card:
+        from dus_cli.evaluation import card
 
-    try:
-        from dus_cli.evaluation.evaluating import losses
-    except ImportError as error:  # numpy
-        raise MissingExtraError("dus eval needs torch and transformers; pip install 'dus-cli[heal]'") from error
-
+        for ref in judged:
+            card.check_card(ref)
+    if plot is not None:
+        check_picture(plot)
     says = not (quiet or as_json)
-    text = TextOptions(tuple(data), text_field, on_bad_line, max_documents, tokens)
-    scoring = ScoringOptions(seq_length, stride, batch_tokens, precision, device)
     with progress_for(progress, quiet=not says) as told:
-        found = losses(refs, text, scoring, told, with_base=with_base, quiet=not told.is_live)
-    report = EvalReport(found, Gates(min_improvement, max_loss, confident))
+        losses, scores = _verb()(
+            refs,
+            TextOptions(tuple(data), text_field, on_bad_line, max_documents, tokens) if data else None,
+            ScoringOptions(seq_length, stride, batch_tokens, precision, device),
+            told,
+            tasks=TaskOptions(plans_of(tasks), include_path, num_fewshot, limit) if tasks else None,
+            with_base=with_base,
+            quiet=not told.is_live,
+        )
+    report = EvalReport(losses, scores, gates)
+    if plot is not None:
+        write_pictures(plot, lambda dark: eval_svg(report, dark=dark))
+    if update_card:
+        report = replace(report, cards=_updated_cards(report, judged))
     if as_json:
         sys.stdout.write(json.dumps(report.to_json()) + "\n")
     elif says:
-        sys.stdout.write(losses_text(found, shutil.get_terminal_size().columns) + "\n")
+        sys.stdout.write(report.text(shutil.get_terminal_size().columns) + "\n")
     sys.stdout.flush()
     if report.missed:
         raise GateError("; ".join(report.missed))
+
+
+def _updated_cards(report: EvalReport, refs: list[ModelRef]) -> tuple[str, ...]:
+    """The cards that have the results now."""
+    from dus_cli.evaluation import card
+
+    paths = []
+    for ref in refs:
+        assert ref.path is not None
+        card.update_card(ref.path, ref.name, card.results_of(report, ref))
+        paths.append(str(ref.path / card.NAME))
+    return tuple(paths)
+
+
+def _verb() -> Callable[..., tuple[LossReport | None, TaskReport | None]]:
+    """`evaluate`, with numpy below it.
+
+    Raises:
+        MissingExtraError: it is not there.
+    """
+    try:
+        from dus_cli.evaluation.evaluating import evaluate as verb
+    except ImportError as error:
+        raise MissingExtraError("dus eval needs torch and transformers; pip install 'dus-cli[heal]'") from error
+    return verb
 
 
 def _in_order(models: list[str], baseline: str | None, token: str | None) -> list[ModelRef]:
@@ -177,25 +274,30 @@ def _in_order(models: list[str], baseline: str | None, token: str | None) -> lis
     return [ModelRef.parse(text, token=token) for text in models]
 
 
-def _check_gates(
-    refs: list[ModelRef],
-    min_improvement: float | None,
-    max_loss: float | None,
-    baseline: str | None,
-    *,
-    with_base: bool,
-    confident: bool,
-) -> None:
-    if with_base and baseline is not None:
-        raise typer.BadParameter(
-            "the base inside MODEL is the baseline then; leave out --baseline", param_hint="--with-base"
-        )
-    if min_improvement is not None and len(refs) + with_base == 1:
-        raise typer.BadParameter(
-            "one model has nothing to improve on; give its base as the first MODEL, or --with-base",
-            param_hint="--min-improvement",
-        )
-    if confident and min_improvement is None and max_loss is None:
+def _check_combination(num_models: int, gates: Gates, *, has_data: bool, has_tasks: bool) -> None:
+    """Hold that the options make sense together.
+
+    Raises:
+        typer.BadParameter: they do not.
+    """
+    if not has_data and not has_tasks:
+        raise typer.BadParameter("there is nothing to evaluate on; give --data or --tasks", param_hint="--data")
+    for value, hint, needed in (
+        (gates.min_improvement, "--min-improvement", has_data),
+        (gates.max_loss, "--max-loss", has_data),
+        (gates.max_drop, "--max-drop", has_tasks),
+    ):
+        if value is None:
+            continue
+        if not needed:
+            option = "--tasks" if hint == "--max-drop" else "--data"
+            raise typer.BadParameter(f"it judges figures of {option}, which is missing", param_hint=hint)
+        if num_models == 1 and hint != "--max-loss":
+            raise typer.BadParameter(
+                "one model has nothing to be held against; give its base as the first MODEL, or --with-base",
+                param_hint=hint,
+            )
+    if gates.is_confident and gates.min_improvement is None and gates.max_loss is None:
         raise typer.BadParameter(
             "it is about --min-improvement and --max-loss; give one of them", param_hint="--confident"
         )

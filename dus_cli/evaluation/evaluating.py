@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 import time
@@ -14,12 +13,14 @@ from typing import Any
 
 from dus_cli.errors import EvaluationError, MissingExtraError, shown
 from dus_cli.evaluation.candidates import Candidate, base_layers, check_there, find_candidates
-from dus_cli.evaluation.options import Precision, ScoringOptions, TextOptions
+from dus_cli.evaluation.options import ScoringOptions, TextOptions
 from dus_cli.evaluation.report import LossReport, ModelResult
 from dus_cli.evaluation.scores import Scores
+from dus_cli.evaluation.tasks import Harness, TaskOptions, TaskReport, TaskResult
 from dus_cli.evaluation.text import Text, open_text
 from dus_cli.evaluation.windows import Window, batches, windows
 from dus_cli.heal.corpus import DataError
+from dus_cli.heal.options import Precision
 from dus_cli.heal.tokenise import pieces_of
 from dus_cli.progress import Progress
 from dus_cli.reference import ModelRef
@@ -31,66 +32,56 @@ _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ELSEWHERE = 16_384
 
 
-def losses(
+def evaluate(
     refs: Sequence[ModelRef],
-    text_options: TextOptions,
+    text_options: TextOptions | None,
     options: ScoringOptions,
     progress: Progress,
     *,
+    tasks: TaskOptions | None = None,
     with_base: bool = False,
     quiet: bool = True,
-) -> LossReport:
-    """Loss, perplexity and bits per byte of each model, the first being the one that others are held against.
+) -> tuple[LossReport | None, TaskReport | None]:
+    """Losses on the text, and scores in the tasks, of each model; the first is what the others are held against.
 
-    With `with_base` the first is an up-scaled model, and the base inside it comes before it.
+    Models are loaded one after the other, each once. With `with_base` the first is an up-scaled model, and the base
+    inside it comes before it among the losses.
 
     Raises:
         DusError: any known failure; see `errors`.
     """
     check_there(refs)  # what is known without torch is said before it is loaded
     with tempfile.TemporaryDirectory(prefix="dus-eval-") as spool:
-        text = open_text(
-            text_options.data,
-            Path(spool),
-            text_field=text_options.text_field,
-            on_bad_line=text_options.on_bad_line,
-            max_documents=text_options.max_documents,
-        )
+        text = None if text_options is None else open_text(text_options, Path(spool))
         model = import_model()
+        from dus_cli.heal.devices import computes_in_bf16
+
         device = model.device_of(options.device)
         candidates = find_candidates(refs, progress, quiet=quiet)
-        options = resolved(options, candidates, device.type, is_quick_in_bf16=model.is_quick_in_bf16(device))
+        options = resolved(
+            options, candidates, device.type, computes_in_bf16=device.type != "cpu" or computes_in_bf16()
+        )
+        harness = None if tasks is None else Harness(tasks, progress)
         inner = base_layers(candidates[0]) if with_base else None
-        results: list[ModelResult] = []
-        first: Scores | None = None
+        passes = None if text is None or text_options is None else Passes(text, text_options, options, progress)
+        scored: list[TaskResult] = []
         for candidate in candidates:
             with model.out_of_memory(candidate.name):
                 loaded = model.load(candidate.folder, candidate.name, options.precision.value, device)
-                scorer = model.Scorer(loaded, candidate.num_layers, candidate.prefix)
-                for is_base in (True, False) if with_base and candidate is candidates[0] else (False,):
-                    name = f"base of {candidate.name}" if is_base else candidate.name
-                    budget = text_options.max_tokens if first is None else None
-                    with scorer.only(inner) if is_base else contextlib.nullcontext():
-                        scores = _pass(scorer, candidate, name, text, options, budget, progress)
-                    if first is None:
-                        first = scores
-                        text = replace(text, max_documents=scores.num_documents)
-                    _check_same_text(first, scores)
-                    others = None if scores is first else first
-                    results.append(ModelResult.of(candidate, name, scores, others, is_base=is_base))
-                del loaded, scorer  # before the next one is there
-    assert first is not None
-    return LossReport(
-        text.name,
-        text_options.data,
-        first.num_documents,
-        int(first.text_bytes.total),
-        first.skipped,
-        len(first.text_bytes),
-        options,
-        str(device),
-        tuple(results),
-    )
+                if passes is not None:
+                    scorer = model.Scorer(loaded, candidate.num_layers, candidate.prefix)
+                    if inner is not None and candidate is candidates[0]:
+                        with scorer.only(inner):
+                            passes.run(scorer, candidate, is_base=True)
+                    passes.run(scorer, candidate)
+                    del scorer
+                if harness is not None:
+                    assert options.batch_tokens is not None
+                    assert options.seq_length is not None
+                    scored.append(harness.run(loaded, candidate, options.batch_tokens, options.seq_length))
+                del loaded  # before the next one is there
+    losses = None if passes is None else passes.report(str(device))
+    return losses, None if tasks is None or harness is None else TaskReport(tasks, harness.version, tuple(scored))
 
 
 def import_model() -> Any:
@@ -108,7 +99,7 @@ def import_model() -> Any:
 
 
 def resolved(
-    options: ScoringOptions, candidates: Sequence[Candidate], device_type: str, *, is_quick_in_bf16: bool
+    options: ScoringOptions, candidates: Sequence[Candidate], device_type: str, *, computes_in_bf16: bool
 ) -> ScoringOptions:
     """The options with every number filled in: one window for all models, which each of them can see.
 
@@ -126,8 +117,45 @@ def resolved(
     batch = options.batch_tokens or _BATCH_TOKENS.get(device_type, _BATCH_TOKENS_ELSEWHERE)
     precision = options.precision
     if precision is Precision.auto:
-        precision = Precision.bf16 if is_quick_in_bf16 else Precision.fp32
+        precision = Precision.bf16 if computes_in_bf16 else Precision.fp32
     return replace(options, seq_length=length, stride=stride, batch_tokens=batch, precision=precision)
+
+
+class Passes:
+    """The passes over the text, of one model after the other."""
+
+    def __init__(self, text: Text, text_options: TextOptions, options: ScoringOptions, progress: Progress) -> None:
+        self._text, self._text_options = text, text_options
+        self._options, self._progress = options, progress
+        self._first: Scores | None = None
+        self._results: list[ModelResult] = []
+
+    def run(self, scorer: Any, candidate: Candidate, *, is_base: bool = False) -> None:
+        """One more model. The first decides by its tokens how many documents there are for all."""
+        name = f"base of {candidate.name}" if is_base else candidate.name
+        budget = self._text_options.max_tokens if self._first is None else None
+        scores = _pass(scorer, candidate, name, self._text, self._options, budget, self._progress)
+        first, self._first = self._first, self._first or scores
+        if first is None:
+            self._text = replace(self._text, max_documents=scores.num_documents)
+        elif first.text_digest.digest() != scores.text_digest.digest():
+            raise DataError("--data changed while it was read, so the models saw different text; run it again")
+        self._results.append(ModelResult.of(candidate, name, scores, first, is_base=is_base))
+
+    def report(self, device: str) -> LossReport:
+        first = self._first
+        assert first is not None
+        return LossReport(
+            self._text.name,
+            self._text_options.data,
+            first.num_documents,
+            int(first.text_bytes.total),
+            first.skipped,
+            len(first.text_bytes),
+            self._options,
+            device,
+            tuple(self._results),
+        )
 
 
 def _pass(
@@ -181,8 +209,3 @@ def _windows(
             num_tokens += len(ids)
             if budget is not None and num_tokens >= budget:
                 return
-
-
-def _check_same_text(first: Scores, other: Scores) -> None:
-    if first.text_digest.digest() != other.text_digest.digest():
-        raise DataError("--data changed while it was read, so the models saw different text; run it again")

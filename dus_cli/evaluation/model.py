@@ -54,14 +54,6 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def is_quick_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is no slower than fp32: not on a CPU without instructions for it, by as much as a hundred times."""
-    if device.type != "cpu":
-        return True
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  (no public name says it)
-    return supported
-
-
 def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
     """A causal language model with all its weights, for inference. No code of the checkpoint's is run.
 

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from dus_cli.heal.corpus import BadLine
-
-
-class Precision(str, Enum):
-    """The dtype of weights and activations, the same for every model: auto is bf16 where the device is quick at it."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
+from dus_cli.heal.options import Precision
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from dus_cli import __version__
 from dus_cli.errors import shown
+from dus_cli.evaluation import h6
 from dus_cli.evaluation.intervals import LEVEL, Estimate, ratio
 from dus_cli.evaluation.options import ScoringOptions
 from dus_cli.evaluation.scores import Scores
+from dus_cli.evaluation.tasks import TaskReport, TaskResult
 
 if TYPE_CHECKING:
     from dus_cli.evaluation.candidates import Candidate
@@ -125,7 +127,6 @@ class LossReport:
             "precision": self.options.precision.value,
             "device": self.device,
             "baseline": self.models[0].name,
-            "models": [model.to_json() for model in self.models],
         }
 
 
@@ -141,15 +142,34 @@ class Gates:
 
     min_improvement: float | None = None
     max_loss: float | None = None
+    max_drop: float | None = None
     is_confident: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"min_improvement": self.min_improvement, "max_loss": self.max_loss, "confident": self.is_confident}
+        return {
+            "min_improvement": self.min_improvement,
+            "max_loss": self.max_loss,
+            "max_drop": self.max_drop,
+            "confident": self.is_confident,
+        }
 
     def missed(self, report: LossReport) -> list[str]:
         """What is missed, model by model, in words."""
         judged = report.models[1:] or report.models
         return [text for model in judged for text in (self._loss(model), self._improvement(model, report)) if text]
+
+    def missed_tasks(self, report: TaskReport) -> list[str]:
+        """In which task a model is more than `max_drop` points of a hundred below the baseline."""
+        first = {score.label: score for score in report.models[0].scores}
+        return [
+            f"{shown(model.name)}: {score.label} {100 * score.value:.2f} is more than --max-drop {self.max_drop:g} "
+            f"points below {shown(report.models[0].name)}'s {100 * first[score.label].value:.2f}"
+            for model in report.models[1:]
+            for score in model.scores
+            if self.max_drop is not None
+            and score.is_share
+            and 100 * (first[score.label].value - score.value) > self.max_drop
+        ]
 
     def _loss(self, model: ModelResult) -> str | None:
         worst = self._worst(model.loss)
@@ -267,23 +287,85 @@ def _fitted(name: str, width: int) -> str:
     return text if len(text) <= width else f"{text[:left]}…{text[len(text) - (width - left - 1) :]}"
 
 
+def tasks_text(report: TaskReport, width: int = 80) -> str:
+    """A row for each task, a column for each model, and for H6 the published figures; as many columns as fit."""
+    columns = [(result.name, _score_cells(result)) for result in report.models]
+    if len(report.models[0].scores) and report.models[0].h6 is not None:
+        columns += [
+            (f"{name} *", {plan.label: f"{score:.2f}" for plan, score in zip(h6.PLANS, scores, strict=True)}
+             | {_H6: f"{h6.average(scores):.2f}"})
+            for name, scores in h6.PUBLISHED.items()
+        ]  # fmt: skip
+    labels = list(columns[0][1])
+    heads = [_fitted(name, 22) for name, _ in columns]
+    widths = [max(len(head), *map(len, cells.values())) for head, (_, cells) in zip(heads, columns, strict=True)]
+    first = max(map(len, labels))
+    blocks: list[list[int]] = [[]]
+    for k, size in enumerate(widths):
+        if blocks[-1] and first + sum(widths[j] + 2 for j in blocks[-1]) + size + 2 > width:
+            blocks.append([])
+        blocks[-1].append(k)
+    lines: list[str] = []
+    for block in blocks:
+        rows = [["", *(heads[k] for k in block)]]
+        rows += [[label, *(columns[k][1].get(label, "–") for k in block)] for label in labels]
+        lines += [*table(rows, width), ""]
+    said = [f"lm-evaluation-harness {report.harness}, ± one standard error"]
+    if report.options.limit is not None:
+        said.append(f"of the first {report.options.limit} examples of each task: no figure to compare with others'")
+    if len(columns) > len(report.models):
+        said.append("* as published (arXiv:2312.15166, table 2), with the harness of 2023")
+    return "\n".join([*lines, *said])
+
+
+_H6 = "H6"
+
+
+def _score_cells(result: TaskResult) -> dict[str, str]:
+    cells = {}
+    for score in result.scores:
+        factor, digits = (100, 2) if score.is_share else (1, 4)
+        error = "" if score.stderr is None else f" ± {factor * score.stderr:.{digits}f}"
+        cells[score.label] = f"{factor * score.value:.{digits}f}{error}"
+    return cells if result.h6 is None else cells | {_H6: f"{result.h6:.2f}"}
+
+
 @dataclass(frozen=True)
 class EvalReport:
-    """All that one command found."""
+    """All that one command found: on the text, in the tasks, or both."""
 
     losses: LossReport | None
+    tasks: TaskReport | None = None
     gates: Gates = field(default_factory=Gates)
+    cards: tuple[str, ...] = ()
 
     @property
     def missed(self) -> list[str]:
-        return [] if self.losses is None else self.gates.missed(self.losses)
+        found = [] if self.losses is None else self.gates.missed(self.losses)
+        return found if self.tasks is None else [*found, *self.gates.missed_tasks(self.tasks)]
 
     def to_json(self) -> dict[str, Any]:
         """The report of `--json`; docs/layout.md describes each field."""
-        return {
-            "schema": SCHEMA,
-            "version": __version__,
-            **({} if self.losses is None else self.losses.to_json()),
-            "gates": self.gates.to_json(),
-            "missed": self.missed,
-        }
+        record: dict[str, Any] = {"schema": SCHEMA, "version": __version__}
+        models: dict[str, dict[str, Any]] = {}
+        if self.losses is not None:
+            record |= self.losses.to_json()
+            models = {model.name: model.to_json() for model in self.losses.models}
+        if self.tasks is not None:
+            record |= self.tasks.to_json() | {"baseline": record.get("baseline", self.tasks.models[0].name)}
+            for result in self.tasks.models:
+                entry = models.setdefault(
+                    result.name, {"name": result.name, "model": result.model, "commit": result.commit}
+                )
+                entry |= {"scores": [score.to_json() for score in result.scores], "h6": result.h6}
+        last = {"gates": self.gates.to_json(), "missed": self.missed, "cards": list(self.cards)}
+        return record | {"models": list(models.values())} | last
+
+    def text(self, width: int) -> str:
+        """For a person."""
+        parts = [] if self.losses is None else [losses_text(self.losses, width)]
+        if self.tasks is not None:
+            parts.append(tasks_text(self.tasks, width))
+        if self.cards:
+            parts.append("\n".join(f"results written into {shown(path)}" for path in self.cards))
+        return "\n\n".join(parts)

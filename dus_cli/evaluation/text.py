@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dus_cli.errors import shown
+from dus_cli.evaluation.options import TextOptions
 from dus_cli.heal.corpus import BadLine, DataError, Source, Tally, documents, parse_sources
 
 # Text tokenised at a time (characters): enough for every core.
@@ -62,16 +63,14 @@ class Text:
             on_bytes(size - position)
 
 
-def open_text(
-    data: Sequence[str], spool: Path, *, text_field: str, on_bad_line: BadLine, max_documents: int | None
-) -> Text:
+def open_text(options: TextOptions, spool: Path) -> Text:
     """The text behind `--data`. Standard input is kept in the folder `spool`, for every model reads it.
 
     Raises:
         DataError: nothing there, nothing that is text, or weights, which are for training.
     """
-    sources = parse_sources(data, spool)
+    sources = parse_sources(options.data, spool)
     for source in sources:
         if source.weight is not None:
             raise DataError(f"{shown(source.text)} has a weight, and every document counts once; leave out the weight")
-    return Text(sources, text_field, on_bad_line, max_documents)
+    return Text(sources, options.text_field, options.on_bad_line, options.max_documents)

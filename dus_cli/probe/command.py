@@ -28,6 +28,7 @@ from dus_cli.planning import parse_size
 from dus_cli.probe.maps import parse_trims
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
+from dus_cli.svg import check_picture, write_pictures
 
 _DATA, _MAPS, _FIT = "Data", "Maps", "Memory and speed"
 
@@ -182,7 +183,7 @@ def probe(
     """
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     from dus_cli.probe.maps import Asked
-    from dus_cli.probe.picture import check_picture, write_pictures
+    from dus_cli.probe.picture import probe_svg
     from dus_cli.probe.summary import probe_json, probe_text
     from dus_cli.probe.verb import Options
     from dus_cli.probe.verb import probe as run
@@ -207,7 +208,7 @@ def probe(
     with progress_for(progress, quiet=not says) as told:
         found = run(ref, asked, options, told, dry_run=dry_run, quiet=not told.is_live)
     if plot is not None and not dry_run:
-        write_pictures(plot, found)
+        write_pictures(plot, lambda dark: probe_svg(found, dark=dark))
     if as_json:
         sys.stdout.write(json.dumps(probe_json(found)) + "\n")
     elif says:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from dus_cli.errors import OutputError, shown
-from dus_cli.outputs import writing
 from dus_cli.probe.verb import Measured, Probe
 from dus_cli.svg import COLOURS, DASHED, SERIES, WIDTH, cut, document, escaped, human_count, nice_step, text_at, ticks
 
@@ -53,43 +50,6 @@ class _Axes:
 
     def size_y(self, size: float) -> float:
         return self._y(size, self.sizes)
-
-
-def check_picture(path: Path) -> None:
-    """Hold that a picture can be written, before anything is measured.
-
-    Raises:
-        OutputError: no .svg, or no place for it.
-    """
-    if path.suffix.lower() != ".svg":
-        raise OutputError(f"--plot {shown(path)}: dus draws SVG; give a name that ends in .svg")
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise OutputError(f"--plot {shown(path)} is no place for a file; give a name in a folder that exists")
-
-
-def dark_twin(path: Path) -> Path:
-    """Where the picture for a dark page goes.
-
-    >>> dark_twin(Path("probe.svg")).name
-    'probe-dark.svg'
-    """
-    return path.with_name(f"{path.stem}-dark{path.suffix}")
-
-
-def write_pictures(path: Path, found: Probe) -> None:
-    """FILE.svg for a light page and FILE-dark.svg for a dark one, each under its name once it is whole.
-
-    Raises:
-        OutputError: writing failed.
-    """
-    for target, dark in ((path, False), (dark_twin(path), True)):
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            with writing(target.name):
-                partial.write_text(probe_svg(found, dark=dark), encoding="utf-8")
-                partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def probe_svg(found: Probe, *, dark: bool = False) -> str:

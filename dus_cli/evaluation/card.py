@@ -1,0 +1,284 @@
+"""Results into the model card: README.md's metadata, as the Hub's `model-index` (hub-docs, modelcard.md).
+
+Only the lines of `model-index` change; every other byte of the card stays. A result takes the place of an earlier one
+of the same task and data that `dus eval` wrote; others stay, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dus_cli import checksums
+from dus_cli.errors import EvaluationError, shown
+from dus_cli.evaluation.report import EvalReport, ModelResult
+from dus_cli.evaluation.tasks import TaskScore
+from dus_cli.outputs import sync_file, writing
+from dus_cli.reference import ModelRef
+
+NAME = "README.md"
+
+_KEY = "model-index"
+
+# By this the Hub and we know who measured.
+_SOURCE = {"name": "dus eval", "url": "https://pypi.org/project/dus-cli/"}
+
+_FRONT = re.compile(r"\A(\ufeff?---[ \t]*(\r?\n))(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+
+# How the Hub's `datasets` calls what reads files of this kind: the type of a data set that is none of the Hub's.
+_LOADERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+_MAX_BYTES = 16_000_000
+
+
+# --- which results --------------------------------------------------------------------------------
+
+
+def results_of(report: EvalReport, ref: ModelRef) -> list[dict[str, Any]]:
+    """A model's results as entries of model-index."""
+    found = []
+    if report.losses is not None:
+        model = next(model for model in report.losses.models if model.model == ref.text and not model.is_base)
+        options, text = report.losses.options, report.losses.text_name
+        data = {
+            "name": text,
+            "type": next((loader for suffix, loader in _LOADERS.items() if suffix in text), "text"),
+            "args": {
+                "documents": report.losses.num_documents,
+                "bytes": report.losses.num_bytes,
+                "seq_length": options.seq_length,
+                "stride": options.stride,
+            },
+        }
+        found.append(_entry(data, _loss_metrics(model)))
+    if report.tasks is not None:
+        scores = next(model.scores for model in report.tasks.models if model.model == ref.text)
+        found += [_entry(_task_data(score, report.tasks.options.limit), [_task_metric(score)]) for score in scores]
+    return found
+
+
+def _entry(data: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    task = {"type": "text-generation", "name": "Text Generation"}
+    return {"task": task, "dataset": data, "metrics": metrics, "source": dict(_SOURCE)}
+
+
+def _loss_metrics(model: ModelResult) -> list[dict[str, Any]]:
+    return [
+        {"type": "loss", "value": round(model.loss.value, 4), "name": "loss (nats per token)"},
+        {"type": "perplexity", "value": float(f"{model.perplexity:.6g}"), "name": "perplexity"},
+        {"type": "bits_per_byte", "value": round(model.bits_per_byte.value, 4), "name": "bits per byte"},
+    ]
+
+
+def _task_data(score: TaskScore, limit: int | None) -> dict[str, Any]:
+    args = {"num_few_shot": score.num_fewshot, "limit": limit}
+    kept = {key: value for key, value in args.items() if value is not None}
+    return {"name": score.label, "type": score.dataset or score.task} | ({"args": kept} if kept else {})
+
+
+def _task_metric(score: TaskScore) -> dict[str, Any]:
+    value = round(100 * score.value, 2) if score.is_share else round(score.value, 6)
+    return {"type": score.metric, "value": value, "name": score.metric.replace("_", " ")}
+
+
+def _identity(entry: Any) -> Any:
+    """What makes an entry the same measurement: task, data, shots, and who measured."""
+    task, data, source = (_fields(entry, key) for key in ("task", "dataset", "source"))
+    shots = _fields(data, "args").get("num_few_shot")
+    return task.get("type"), data.get("type"), data.get("name"), shots, source.get("name")
+
+
+def _fields(entry: Any, key: str) -> dict[str, Any]:
+    found = entry.get(key) if isinstance(entry, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+# --- into the text of a card ----------------------------------------------------------------------
+
+
+def updated(card: str, name: str, results: Sequence[dict[str, Any]]) -> str:
+    """The card with these results, under the model's name where it has no index yet.
+
+    Raises:
+        EvaluationError: its metadata is no YAML, or not of the Hub's form.
+    """
+    match = _FRONT.match(card)
+    if match is None:
+        newline = "\r\n" if "\r\n" in card else "\n"
+        mark = "\ufeff" if card.startswith("\ufeff") else ""
+        return f"{mark}---{newline}{_block(_merged(None, name, results), newline)}---{newline}{card.removeprefix(mark)}"
+    opening, newline, front = match.group(1, 2, 3)
+    before = _parsed(front)
+    index = _merged(before.get(_KEY), name, results)
+    if index == before.get(_KEY):
+        return card
+    start, end = _span(front)
+    gap = newline if front[:start] and not front[:start].endswith("\n") else ""
+    changed = front[:start] + gap + _block(index, newline) + front[end:]
+    try:
+        is_right = _parsed(changed) == before | {_KEY: index}
+    except EvaluationError:
+        is_right = False
+    if not is_right:
+        raise EvaluationError(
+            f"{NAME}: its metadata cannot be changed in one place (it is one line, or has references); write it plainly"
+        )
+    return opening + changed + card[match.end(3) :]
+
+
+def _parsed(front: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(front)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise EvaluationError(
+            f"{NAME}: the metadata at its beginning is no YAML ({shown(' '.join(str(error).split()))}); mend it"
+        ) from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise EvaluationError(f"{NAME}: the metadata at its beginning is no list of fields; mend it")
+    return found
+
+
+def _merged(index: Any, name: str, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The index with the results in it, each in the place of its predecessor or at the end."""
+    if index is None:
+        return [{"name": name, "results": list(results)}]
+    is_known = isinstance(index, list) and index and isinstance(index[0], dict)
+    if not is_known or not isinstance(index[0].get("results", []), list):
+        raise EvaluationError(f"{NAME}: its {_KEY} is not of the Hub's form, a list of models with results; mend it")
+    entries = list(index[0].get("results", []))
+    for result in results:
+        same = [k for k, entry in enumerate(entries) if _identity(entry) == _identity(result)]
+        if same:
+            entries[same[0]] = result
+        else:
+            entries.append(result)
+    return [index[0] | {"results": entries}, *index[1:]]
+
+
+def _span(front: str) -> tuple[int, int]:
+    """Where the lines of model-index are in the front matter; its end, where it has none."""
+    root = yaml.compose(front, Loader=yaml.SafeLoader)
+    pairs = [] if root is None else [pair for pair in root.value if pair[0].value == _KEY]
+    if not pairs:
+        return len(front), len(front)
+    key, value = pairs[0]
+    # A block's own end mark is where the next field begins: comments between them are not the index's.
+    last = max([key.end_mark.index, *_ends(value)])
+    end = front.find("\n", last)
+    return key.start_mark.index, len(front) if end < 0 else end + 1
+
+
+def _ends(node: yaml.Node) -> Iterator[int]:
+    if isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
+        for part in node.value:
+            for child in part if isinstance(part, tuple) else (part,):
+                yield from _ends(child)
+    else:
+        yield node.end_mark.index
+
+
+def _block(index: list[dict[str, Any]], newline: str) -> str:
+    text: str = yaml.safe_dump({_KEY: index}, sort_keys=False, allow_unicode=True, width=10_000)
+    return text.replace("\n", newline)
+
+
+# --- into a directory -----------------------------------------------------------------------------
+
+
+def check_card(ref: ModelRef) -> None:
+    """Hold that results can go into a model's card, before anything is measured.
+
+    Raises:
+        EvaluationError: it is on the Hub, or has no card that can be read.
+    """
+    if ref.path is None:
+        raise EvaluationError(f"--update-card: {shown(ref)} is on the Hub; give a directory, or leave the option out")
+    updated(_read(ref.path), ref.name, [])
+
+
+def update_card(folder: Path, name: str, results: Sequence[dict[str, Any]]) -> bool:
+    """Write results into a directory's README.md, and its sum into SHA256SUMS; whether anything changed.
+
+    Each of the two files is whole at any time. Whoever else updates this card waits.
+
+    Raises:
+        EvaluationError: there is no card, or its metadata cannot be read.
+        OutputError: it cannot be written.
+    """
+    with _locked(folder):
+        card = _read(folder)
+        changed = updated(card, name, results)
+        if changed != card:
+            _replace(folder / NAME, changed)
+        return _refresh_sum(folder) or changed != card
+
+
+def _read(folder: Path) -> str:
+    path = folder / NAME
+    try:
+        if path.is_symlink():
+            raise EvaluationError(f"{shown(path)} is a link, and what it leads to would not change; copy the file here")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise EvaluationError(
+            f"{shown(folder)} has no {NAME} for the results; write a card first, or leave out --update-card"
+        ) from None
+    except OSError as error:
+        raise EvaluationError(f"cannot read {shown(path)}: {error.strerror}; check the file") from error
+    if len(content) > _MAX_BYTES:
+        raise EvaluationError(f"{shown(path)} is larger than {_MAX_BYTES:,} bytes, and no card")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{shown(path)} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+
+
+def _refresh_sum(folder: Path) -> bool:
+    """Put the card's sum right in SHA256SUMS, where it stands there; whether it was another."""
+    path = folder / checksums.NAME
+    if not path.is_file():
+        return False
+    total = hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+    sums = path.read_text(encoding="utf-8", errors="surrogateescape")
+    line = re.compile(rf"^[0-9a-f]{{64}}(?=[ ][ *]{re.escape(NAME)}$)", re.MULTILINE)
+    changed = line.sub(total, sums)
+    if changed == sums:
+        return False
+    _replace(path, changed)
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    """New content under an old name, in one step, with the old file's mode."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path.name):
+            partial.write_bytes(text.encode(errors="surrogateescape"))
+            shutil.copymode(path, partial)
+        sync_file(partial)
+        with writing(path.name):
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, whatever happens
+        yield
+    finally:
+        os.close(file)
