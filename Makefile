@@ -34,8 +34,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two files of tests at a time; a file's tests stay together, since they share models.
 test: lint $(MODEL)/config.json
-	SMOLLM2=$(MODEL) $(BIN)/python -m pytest
+	SMOLLM2=$(MODEL) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: test
 
