@@ -245,7 +245,8 @@ def test_windows_are_read_some_batches_ahead_and_no_further() -> None:
 
 
 def test_the_interval_of_equal_documents_is_the_usual_t_interval() -> None:
-    values = [random.Random(3).gauss(2, 0.5) for _ in range(12)]
+    chance = random.Random(3)
+    values = [chance.gauss(2, 0.5) for _ in range(12)]
     estimate = intervals.ratio(values, [1.0] * 12)
     assert estimate.value == pytest.approx(statistics.mean(values))
     assert estimate.margin == pytest.approx(2.200985 * statistics.stdev(values) / math.sqrt(12), rel=1e-6)
