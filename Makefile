@@ -34,9 +34,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two files of tests at a time; a file's tests stay together, since they share models.
+# Two files of tests at a time, for a file's tests share models; a thread for each, since torch's would wait for each other.
 test: lint $(MODEL)/config.json
-	SMOLLM2=$(MODEL) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 SMOLLM2=$(MODEL) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: test
 
