@@ -68,7 +68,7 @@ def sweeps(root: Node, num_layers: int) -> Iterator[tuple[int, list[Node]]]:
 def most_states(root: Node, num_layers: int) -> int:
     """How many hidden states of every token exist at a time, at most.
 
-    >>> most_states(grow([(0, 1, 2, 3), (0, 1, 2, 1, 2, 3)]), 4)
+    >>> most_states(grow([(0, 1, 2, 3, 4), (0, 1, 2, 1, 2, 3, 4)]), 5)
     2
     """
     waiting = {root: len(root.children)}
