@@ -11,8 +11,8 @@ import typer
 from manpage import Command, Option, man_page
 
 from dus_cli.cli import app
-from dus_cli.layers import stack
-from dus_cli.picture import PICTURES, layer_map_svg
+from dus_cli.maps.layers import stack
+from dus_cli.release.picture import PICTURES, layer_map_svg
 
 DOCS = Path(__file__).parent
 

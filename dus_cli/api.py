@@ -13,18 +13,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from dus_cli import push, upscaling, verification
-from dus_cli.dtypes import Dtype
+from dus_cli import upscaling, verification
 from dus_cli.errors import DusError, UsageError, shown
-from dus_cli.model_config import Assumption
-from dus_cli.planning import DEFAULT_SHARD_BYTES, MapRequest, parse_size
+from dus_cli.maps.model_config import Assumption
+from dus_cli.planning.dtypes import Dtype
+from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
-from dus_cli.push_target import Target, look
+from dus_cli.push import pushing
+from dus_cli.push.target import Target, look
 from dus_cli.reference import ModelRef
-from dus_cli.remaking import Remaking, read_remaking
+from dus_cli.release.remaking import Remaking, read_remaking
 from dus_cli.report import UpscaleReport
-from dus_cli.transfer import DEFAULT_JOBS, CopyMode
 from dus_cli.verification import Verification, VerifyMode
+from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
 
 _E = TypeVar("_E", bound=Enum)
 
@@ -121,7 +122,7 @@ def upscale(
     )
     if target is None:
         return report
-    return replace(report, push=push.send(Path(output), target, jobs=jobs, progress=told, is_verified=True))
+    return replace(report, push=pushing.send(Path(output), target, jobs=jobs, progress=told, is_verified=True))
 
 
 def plan(
@@ -173,7 +174,7 @@ def plan(
     )
     if target is None or remote is None:
         return report
-    return replace(report, push=push.preview(report.plan, target, remote, with_checksums=checksums))
+    return replace(report, push=pushing.preview(report.plan, target, remote, with_checksums=checksums))
 
 
 def verify(

@@ -20,22 +20,22 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from dus_cli import __version__, api, events
-from dus_cli.dtypes import Dtype
 from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
 from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
-from dus_cli.layers import parse_layers
+from dus_cli.maps.layers import parse_layers
+from dus_cli.maps.recipes import RECIPES
 from dus_cli.options import HUB, AsJson, Assume, Branch, Private, Quiet, Revision, ShowProgress, Token, progress_for
-from dus_cli.outputs import KEPT
-from dus_cli.planning import parse_size
+from dus_cli.planning.dtypes import Dtype
+from dus_cli.planning.plan import parse_size
 from dus_cli.probe.command import probe
 from dus_cli.progress import ProgressMode
-from dus_cli.push_command import push_command
-from dus_cli.recipes import RECIPES
-from dus_cli.staging import has_kept
+from dus_cli.push.command import push_command
 from dus_cli.terminal import say, silence
-from dus_cli.transfer import DEFAULT_JOBS, CopyMode
 from dus_cli.verification import VerifyMode
+from dus_cli.writing.outputs import KEPT
+from dus_cli.writing.staging import has_kept
+from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
 
 app = typer.Typer(
     name="dus",

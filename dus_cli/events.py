@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-    from dus_cli.planning import UpscalePlan
+    from dus_cli.planning.plan import UpscalePlan
 
 # Seconds between two events of one stage, its first and its last aside.
 INTERVAL = 0.5

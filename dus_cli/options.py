@@ -11,7 +11,7 @@ import typer
 from dus_cli.errors import DusError, shown
 from dus_cli.events import JsonProgress
 from dus_cli.heal.corpus import BadLine
-from dus_cli.model_config import Assumption
+from dus_cli.maps.model_config import Assumption
 from dus_cli.progress import NoProgress, Progress, ProgressMode
 from dus_cli.terminal import BarProgress, PlainProgress, is_live
 

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from dus_cli.planning import UpscalePlan
+    from dus_cli.planning.plan import UpscalePlan
 
 
 class ProgressMode(str, Enum):

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dus_cli import __version__
-from dus_cli.drawing import draw_kinds, draw_map
-from dus_cli.lineage import seam_record
-from dus_cli.outputs import Tally
-from dus_cli.planning import UpscalePlan
-from dus_cli.remaking import Remaking
-from dus_cli.streaming import Streamed
+from dus_cli.hub.streaming import Streamed
+from dus_cli.planning.plan import UpscalePlan
+from dus_cli.release.drawing import draw_kinds, draw_map
+from dus_cli.release.lineage import seam_record
+from dus_cli.release.remaking import Remaking
+from dus_cli.writing.outputs import Tally
 
 if TYPE_CHECKING:
-    from dus_cli.push import PushReport
+    from dus_cli.push.pushing import PushReport
 
 # Raised when a field is removed or changes its meaning; new fields do not raise it.
 SCHEMA = 1

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from dus_cli.planning import UpscalePlan
+from dus_cli.planning.plan import UpscalePlan
 from dus_cli.progress import Stage
 from dus_cli.report import human_bytes, human_time, plan_text
 

@@ -7,26 +7,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dus_cli import card, checksums, hub, incomplete, journal, lineage
-from dus_cli.checkpoint import Checkpoint, open_checkpoint
-from dus_cli.dtypes import Dtype
 from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, shown
-from dus_cli.hub import Fetch
-from dus_cli.in_place import check_left, in_place_warning
-from dus_cli.journal import Journal
-from dus_cli.layout import BLOCK
-from dus_cli.outputs import Tally
-from dus_cli.planning import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
+from dus_cli.hub import fetching
+from dus_cli.hub.fetching import Fetch
+from dus_cli.hub.streaming import Streamed, check_against_hub, stream_weights
+from dus_cli.planning.dtypes import Dtype
+from dus_cli.planning.layout import BLOCK
+from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, dump_json, make_plan
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
-from dus_cli.remaking import Remaking
+from dus_cli.release import card, checksums, lineage
+from dus_cli.release.remaking import Remaking
 from dus_cli.report import Space, UpscaleReport, human_bytes
-from dus_cli.sequential import transfer_in_order
-from dus_cli.staging import Staging, check_apart, check_output
+from dus_cli.source import incomplete
+from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.storage import free_bytes, known
-from dus_cli.streaming import Streamed, check_against_hub, stream_weights
-from dus_cli.transfer import DEFAULT_JOBS, CopyMode, can_clone, transfer
 from dus_cli.verification import VerifyMode, check_against_plan, check_bytes_against_plan
+from dus_cli.writing import journal
+from dus_cli.writing.in_place import check_left, in_place_warning
+from dus_cli.writing.journal import Journal
+from dus_cli.writing.outputs import Tally
+from dus_cli.writing.sequential import transfer_in_order
+from dus_cli.writing.staging import Staging, check_apart, check_output
+from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode, can_clone, transfer
 
 
 def plan(
@@ -58,16 +61,16 @@ def plan(
     if ref.path is not None:
         base = Base(ref) if remaking is None else remaking.base()
         return _checked(make_plan(base, open_checkpoint(ref.path), request, max_shard_bytes, dtype), remaking)
-    folder, commit = hub.fetch_small_files(ref, fetch=fetch, quiet=quiet)
+    folder, commit = fetching.fetch_small_files(ref, fetch=fetch, quiet=quiet)
     base = Base(ref, commit) if remaking is None else remaking.base()
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
-    headers = hub.remote_headers(ref, commit, folder)
-    absent = hub.absent_files(ref, commit, folder) if fetch is Fetch.headers else None
+    headers = fetching.remote_headers(ref, commit, folder)
+    absent = fetching.absent_files(ref, commit, folder) if fetch is Fetch.headers else None
     made = make_plan(base, open_checkpoint(folder, headers), request, max_shard_bytes, dtype, absent)
     _checked(made, remaking)
     if fetch is not Fetch.weights:
         return made
-    hub.fetch_weights(ref, folder, commit, progress)
+    fetching.fetch_weights(ref, folder, commit, progress)
     return _checked(make_plan(base, open_checkpoint(folder), request, max_shard_bytes, dtype), remaking)
 
 
@@ -85,8 +88,8 @@ def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = 
     """
     if ref.path is not None:
         return open_checkpoint(ref.path)
-    folder, commit = hub.fetch_small_files(ref, quiet=quiet)
-    hub.fetch_weights(ref, folder, commit, progress)
+    folder, commit = fetching.fetch_small_files(ref, quiet=quiet)
+    fetching.fetch_weights(ref, folder, commit, progress)
     return open_checkpoint(folder)
 
 
@@ -167,7 +170,7 @@ def upscale(
 ) -> UpscaleReport:
     """Write the deeper model beside `output`, verify it, and give it its name in one step.
 
-    Where no folder can be renamed it is written in place, marked as incomplete until it is whole (`in_place`).
+    Where no folder can be renamed it is written in place, marked as incomplete until it is whole (`writing.in_place`).
     Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
     is to replace untouched. An output that is already what would be written, by its lineage, is left as it is.
     With `remaking`, from which the other arguments come, it is also held against the recorded sums.

@@ -10,8 +10,21 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dus_cli import __version__, card, lineage
-from dus_cli.checkpoint import (
+from dus_cli import __version__
+from dus_cli.errors import CheckpointError, DusError, VerificationError, shown, shown_list
+from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
+from dus_cli.maps.model_config import Assumption, DecoderConfig, decoder_config, deepen_config
+from dus_cli.maps.stacks import find_stack
+from dus_cli.planning.dtypes import config_with_dtype, require_torch
+from dus_cli.planning.layout import ShardLayout
+from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.treatment import Making, Treatment, made_pieces
+from dus_cli.progress import NoProgress, Progress
+from dus_cli.release import card, lineage
+from dus_cli.release.checksums import check_sums
+from dus_cli.release.picture import PICTURES
+from dus_cli.report import SCHEMA, human_bytes
+from dus_cli.source.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
@@ -21,24 +34,12 @@ from dus_cli.checkpoint import (
     read_index,
     read_small_file,
 )
-from dus_cli.checksums import check_sums
-from dus_cli.dtypes import config_with_dtype, require_torch
-from dus_cli.errors import CheckpointError, DusError, VerificationError, shown, shown_list
-from dus_cli.headers import TensorInfo, read_header
-from dus_cli.incomplete import check_whole
-from dus_cli.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
-from dus_cli.layout import ShardLayout
-from dus_cli.model_config import Assumption, DecoderConfig, decoder_config, deepen_config
-from dus_cli.picture import PICTURES
-from dus_cli.planning import UpscalePlan
-from dus_cli.progress import NoProgress, Progress
-from dus_cli.report import SCHEMA, human_bytes
-from dus_cli.source_files import inside
-from dus_cli.stacks import find_stack
-from dus_cli.staging import staged_files
-from dus_cli.transfer import DEFAULT_JOBS
-from dus_cli.treatment import Making, Treatment, made_pieces
+from dus_cli.source.files import inside
+from dus_cli.source.headers import TensorInfo, read_header
+from dus_cli.source.incomplete import check_whole
 from dus_cli.workers import workers
+from dus_cli.writing.staging import staged_files
+from dus_cli.writing.transfer import DEFAULT_JOBS
 
 _MAX_CARD_BYTES = 16_000_000
 

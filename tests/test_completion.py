@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_project import HEAVY, imported_by
 
-from dus_cli.recipes import RECIPES
+from dus_cli.maps.recipes import RECIPES
 
 # What stands on the line, and what TAB may put there.
 LINES = [

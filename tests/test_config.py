@@ -8,8 +8,8 @@ import pytest
 from checkpoints import llama_config
 
 from dus_cli.errors import ConfigError
-from dus_cli.layers import LayerMap, stack, typed_map
-from dus_cli.model_config import decoder_config, deepen_config
+from dus_cli.maps.layers import LayerMap, stack, typed_map
+from dus_cli.maps.model_config import decoder_config, deepen_config
 
 EIGHT = stack(8, trim=2)  # 0…5, 2…7: the shift is 4
 

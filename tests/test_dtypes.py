@@ -18,13 +18,13 @@ from test_project import imported_by
 from test_upscale import folder_digest, names_and_bytes
 from test_verify import flip_bit, problems, tensor_at
 
-from dus_cli import transfer
-from dus_cli.checkpoint import open_checkpoint
-from dus_cli.dtypes import Dtype
-from dus_cli.layout import BLOCK
-from dus_cli.planning import Base, MapRequest, make_plan
+from dus_cli.planning.dtypes import Dtype
+from dus_cli.planning.layout import BLOCK
+from dus_cli.planning.plan import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
+from dus_cli.source.checkpoint import open_checkpoint
 from dus_cli.verification import check_bytes_against_plan
+from dus_cli.writing import transfer
 
 torch = pytest.importorskip("torch")
 
@@ -292,7 +292,7 @@ def test_the_cast_model_computes_what_the_cast_base_does(tmp_path: Path) -> None
     transformers = pytest.importorskip("transformers")
     from zoo import logits, rearranged, tiny_model
 
-    from dus_cli.layers import source_layers
+    from dus_cli.maps.layers import source_layers
 
     tiny_model("llama").save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(

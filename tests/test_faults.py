@@ -20,14 +20,14 @@ import pytest
 from checkpoints import Tensor, fill_randomly, header_bytes, llama_config, llama_tensors, write_checkpoint
 from conftest import DUS, dus
 
-from dus_cli import staging, transfer
 from dus_cli import upscaling as verb
 from dus_cli.errors import CheckpointError, DusError, OutputError
-from dus_cli.planning import MapRequest, UpscalePlan
+from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.progress import NoProgress
 from dus_cli.reference import ModelRef
-from dus_cli.staging import Staging
 from dus_cli.verification import VerifyMode
+from dus_cli.writing import staging, transfer
+from dus_cli.writing.staging import Staging
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import dus
 
-from dus_cli.layers import source_layers
+from dus_cli.maps.layers import source_layers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

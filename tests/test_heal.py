@@ -129,7 +129,7 @@ def test_a_healed_model_generates(healed: Path) -> None:
 def test_names_shapes_dtypes_and_shards_are_the_sources(
     home: Path, source: str, out: str, request: pytest.FixtureRequest
 ) -> None:
-    from dus_cli.checkpoint import open_checkpoint
+    from dus_cli.source.checkpoint import open_checkpoint
 
     ours, theirs = (open_checkpoint(folder) for folder in (request.getfixturevalue(out), home / source))
     assert [(s.name, s.header.tensors) for s in ours.shards] == [(s.name, s.header.tensors) for s in theirs.shards]

@@ -41,7 +41,7 @@ OTHER_FORMATS = {
 }
 # What the report of a dry run cannot have.
 OF_A_RUN = {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "published", "seconds"}
-AT_ONCE = "import dus_cli.remote as r; r.FIRST_WAIT = 0"  # no waits before another try
+AT_ONCE = "import dus_cli.hub.remote as r; r.FIRST_WAIT = 0"  # no waits before another try
 CLOSED_PORT = "http://127.0.0.1:1"
 
 
@@ -569,7 +569,7 @@ def test_a_server_that_never_answers_is_given_up(desk: Path) -> None:
 def test_the_clients_own_back_off_ends_in_one_line_that_says_how_long(status: int, hub: StandInHub, desk: Path) -> None:
     """The list of files is asked for with back-off by huggingface_hub, and that five times by dus."""
     hub.failures["GET /api/models/*/tree/*"] = status
-    first = "import time, dus_cli.remote as r; real = time.monotonic; waited = []\n"
+    first = "import time, dus_cli.hub.remote as r; real = time.monotonic; waited = []\n"
     first += "time.sleep = waited.append; r.FIRST_WAIT = 0\n"
     first += "time.monotonic = lambda: real() + sum(waited)\nimport atexit; atexit.register(lambda: print(waited))"
     run = dus("upscale", "org/llama", "-o", "out", first=first)

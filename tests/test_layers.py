@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dus_cli.drawing import draw_map
 from dus_cli.errors import LayerMapError
-from dus_cli.layers import LayerMap, parse_layers, source_layers, split_name, stack, typed_map
+from dus_cli.maps.layers import LayerMap, parse_layers, source_layers, split_name, stack, typed_map
+from dus_cli.release.drawing import draw_map
 
 
 def test_solar_stacks_layers_0_to_23_on_8_to_31() -> None:

@@ -21,22 +21,24 @@ from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkp
 from conftest import DUS, dus
 from object_store import Mount, Refusals
 
-from dus_cli import in_place, incomplete, storage
+from dus_cli import storage
 from dus_cli import upscaling as verb
-from dus_cli.checkpoint import fingerprint, open_checkpoint
-from dus_cli.dtypes import Dtype
 from dus_cli.errors import CheckpointError, OutputError
 from dus_cli.heal import launcher
 from dus_cli.heal.live import NoView
 from dus_cli.heal.options import DataOptions
 from dus_cli.heal.resolve import Wishes, open_model
-from dus_cli.planning import MapRequest
+from dus_cli.planning.dtypes import Dtype
+from dus_cli.planning.plan import MapRequest
 from dus_cli.progress import NoProgress
 from dus_cli.reference import ModelRef
 from dus_cli.report import UpscaleReport
-from dus_cli.staging import Staging
-from dus_cli.transfer import CopyMode
+from dus_cli.source import incomplete
+from dus_cli.source.checkpoint import fingerprint, open_checkpoint
 from dus_cli.verification import VerifyMode, verify
+from dus_cli.writing import in_place
+from dus_cli.writing.staging import Staging
+from dus_cli.writing.transfer import CopyMode
 
 # As their documentation has it; docs/storage.md has the sources.
 STORES = {

@@ -29,13 +29,13 @@ from test_headers import mutate, one_line_problem
 from test_upscale import names_and_bytes
 from test_verify import problems
 
-from dus_cli import strided
-from dus_cli.checkpoint import open_checkpoint
-from dus_cli.headers import DTYPE_BITS, TensorInfo
-from dus_cli.pickles import read_pickled
-from dus_cli.planning import Base, MapRequest, make_plan
+from dus_cli.planning.plan import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
-from dus_cli.strided import tensor_pieces
+from dus_cli.source import strided
+from dus_cli.source.checkpoint import open_checkpoint
+from dus_cli.source.headers import DTYPE_BITS, TensorInfo
+from dus_cli.source.pickles import read_pickled
+from dus_cli.source.strided import tensor_pieces
 
 NAME = "pytorch_model.bin"
 UP = "model.layers.{}.mlp.up_proj.weight"  # (128, 64) in `state`

@@ -94,10 +94,32 @@ def test_every_field_of_the_reports_is_documented(base: Path, tmp_path: Path) ->
             assert f"`{field}`" in layout, field
 
 
-def test_the_readme_draws_every_module() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for path in sorted((ROOT / "dus_cli").rglob("[!_]*.py")):
-        assert re.search(rf"^ +{re.escape(path.name)} ", readme, re.MULTILINE), path.name
+def test_the_readme_draws_every_module_in_its_room() -> None:
+    tree = (ROOT / "README.md").read_text().split("\ndus_cli/\n")[1].split("\ntests/ ")[0]
+    drawn, room = [], ""
+    for indent, name in re.findall(r"^( +)([a-z0-9_]+(?:\.py|/)) ", tree, re.MULTILINE):
+        room = "" if len(indent) == 2 else room
+        if name.endswith("/"):
+            room = name
+        else:
+            drawn.append(room + name)
+    package = ROOT / "dus_cli"
+    assert sorted(drawn) == sorted(str(path.relative_to(package)) for path in package.rglob("[!_]*.py"))
+
+
+# Each room imports from those before it and from what is shared; the verbs and their commands import all of them.
+ROOMS = ["maps", "source", "planning", "writing", "hub", "release"]
+SHARED = {"errors", "progress", "reference", "storage", "workers"}
+
+
+def test_the_rooms_import_one_way() -> None:
+    for number, room in enumerate(ROOMS):
+        allowed = SHARED | set(ROOMS[: number + 1])
+        for path in (ROOT / "dus_cli" / room).glob("*.py"):
+            assert set(re.findall(r"^ *from dus_cli\.(\w+)", path.read_text(), re.MULTILINE)) <= allowed, path
+    for name in SHARED:
+        text = (ROOT / f"dus_cli/{name}.py").read_text()
+        assert set(re.findall(r"^from dus_cli\.(\w+)", text, re.MULTILINE)) <= SHARED, name
 
 
 def test_every_command_and_option_has_help() -> None:

@@ -18,7 +18,7 @@ from hub_server import HANG_UP, READER, StandInRepo, commit_of
 from hub_uploads import WRITER, WritableHub
 from tiny import digests
 
-from dus_cli.planning import MapRequest
+from dus_cli.planning.plan import MapRequest
 from dus_cli.reference import ModelRef
 from dus_cli.upscaling import upscale
 
@@ -368,12 +368,12 @@ def test_a_folder_that_changes_while_it_is_pushed_is_told(
     upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
     change = f"""
 import time; time.sleep = lambda _: None
-from dus_cli import push
-upload = push.Push._upload
+from dus_cli.push import pushing
+upload = pushing.Push._upload
 def changed(self):
     with open({str(out / "config.json")!r}, "a") as file: file.write(" ")
     return upload(self)
-push.Push._upload = changed
+pushing.Push._upload = changed
 """
     dus("push", out, "org/model", "-q", first=change).assert_one_line_error("config.json changed while it was pushed")
 

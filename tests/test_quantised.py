@@ -12,8 +12,8 @@ from test_upscale import layer_bytes, names_and_bytes
 from tiny import forked_dus as dus
 
 from dus_cli.errors import ConfigError
-from dus_cli.layers import stack
-from dus_cli.model_config import deepen_config
+from dus_cli.maps.layers import stack
+from dus_cli.maps.model_config import deepen_config
 
 MAP = [0, 1, 2, 3, 2, 3, 4, 5]  # six layers, trim 2
 

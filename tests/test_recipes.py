@@ -15,11 +15,11 @@ from test_verify import flip_bit, problems, tensor_at
 from tiny import forked_dus
 
 from dus_cli.errors import LayerMapError
-from dus_cli.layers import stack, typed_map
-from dus_cli.projections import NOT_IDENTITIES, is_output_projection
-from dus_cli.recipes import RECIPES, recipe_map
+from dus_cli.maps.layers import stack, typed_map
+from dus_cli.maps.recipes import RECIPES, recipe_map
+from dus_cli.planning.projections import NOT_IDENTITIES, is_output_projection
 
-# What was published, from the sources that dus_cli/recipes.py names.
+# What was published, from the sources that dus_cli/maps/recipes.py names.
 PUBLISHED = {
     "solar": (32, 48, (*range(24), *range(8, 32))),
     "yi": (32, 48, (*range(28), *range(12, 32))),

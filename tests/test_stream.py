@@ -20,16 +20,19 @@ from forked import dus, stop
 from hub_server import READER, StandInHub, StandInRepo, commit_of, only_hub
 from pickled import write_pickled
 
-from dus_cli.dtypes import Cast
-from dus_cli.journal import Journal, belongs
-from dus_cli.moves import Move
-from dus_cli.streaming import pieces
+from dus_cli.hub.streaming import pieces
+from dus_cli.planning.dtypes import Cast
+from dus_cli.writing.journal import Journal, belongs
+from dus_cli.writing.moves import Move
 
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 COMMAND = ("upscale", "org/model", "--trim", "1", "-o", "out", "--stream", "--json")
 
 # Requests of 256 KiB and no waits between two of them, so that a small model takes many and a fault costs no time.
-SMALL = "import dus_cli.streaming as s, dus_cli.remote as r; s.REQUEST = 1 << 18; s.SYNC_EVERY = 0.05; r.FIRST_WAIT = 0"
+SMALL = (
+    "import dus_cli.hub.streaming as s, dus_cli.hub.remote as r; "
+    "s.REQUEST = 1 << 18; s.SYNC_EVERY = 0.05; r.FIRST_WAIT = 0"
+)
 
 # What the Hub may send beyond the weights: each shard's header, and 100 kB to find it.
 HEADERS = 3 * 120_000
@@ -134,7 +137,7 @@ def test_an_address_whose_signature_expired_is_asked_for_again(hub: StandInHub) 
 
 def waits_of(command: tuple[str, ...]) -> tuple[list[float], str]:
     """How long a command waited for another try, each time, and what it said in the end. It took no time."""
-    first = "import dus_cli.remote as r, time, json, atexit\nwaited, real = [], time.monotonic\n"
+    first = "import dus_cli.hub.remote as r, time, json, atexit\nwaited, real = [], time.monotonic\n"
     first += "r.pause = lambda seconds, stop: waited.append(seconds)\n"
     first += "time.monotonic = lambda: real() + sum(waited)\n"
     first += "atexit.register(lambda: print('\\n' + json.dumps(waited)))"
@@ -279,7 +282,7 @@ def test_the_token_goes_to_the_hub_alone(hub: StandInHub) -> None:
 
 def test_a_server_that_falls_silent_is_asked_for_the_rest(total: int, hub: StandInHub) -> None:
     assert dus(*COMMAND, "--dry-run").returncode == 0  # the headers are not what falls silent
-    first = f"{SMALL}; import dus_cli.hub as h, dus_cli.streaming as s; s.REQUEST = 1 << 20"
+    first = f"{SMALL}; import dus_cli.hub.fetching as h, dus_cli.hub.streaming as s; s.REQUEST = 1 << 20"
     hub.faults.stalls, hub.num_served = 2, 0
     done = dus(*COMMAND, first=first, HF_HUB_DOWNLOAD_TIMEOUT="1").report
     assert done["streamed"]["checked"] == SHARDS

@@ -15,7 +15,7 @@ from checkpoints import fill_with_layer, llama_config, llama_tensors, write_chec
 from conftest import dus
 from safetensors import safe_open
 
-from dus_cli.headers import read_header
+from dus_cli.source.headers import read_header
 
 
 def layer_bytes(folder: Path, prefix: str = "model.layers") -> dict[int, set[int]]:

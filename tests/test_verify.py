@@ -10,7 +10,7 @@ import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
 from conftest import dus
 
-from dus_cli.headers import TensorInfo, read_header
+from dus_cli.source.headers import TensorInfo, read_header
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from checkpoints import llama_config, llama_tensors, write_checkpoint
 from tiny import forked_dus as dus
 
 from dus_cli.errors import ConfigError
-from dus_cli.layers import stack, typed_map
-from dus_cli.model_config import deepen_config
+from dus_cli.maps.layers import stack, typed_map
+from dus_cli.maps.model_config import deepen_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

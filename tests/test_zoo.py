@@ -15,9 +15,9 @@ import pytest
 from checkpoints import llama_tensors, write_checkpoint
 from tiny import forked_dus as dus
 
-from dus_cli.architectures import ARCHITECTURES
-from dus_cli.layers import source_layers
-from dus_cli.rules import Derived
+from dus_cli.maps.architectures import ARCHITECTURES
+from dus_cli.maps.layers import source_layers
+from dus_cli.maps.rules import Derived
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from dus_cli.errors import ConfigError, EvaluationError, ModelNotFoundError, sho
 from dus_cli.heal import run as heal_run
 from dus_cli.heal.resolve import open_model
 from dus_cli.heal.tokenise import Tokeniser
-from dus_cli.model_config import decoder_config
+from dus_cli.maps.model_config import decoder_config
 from dus_cli.progress import Progress
 from dus_cli.reference import ModelRef
 from dus_cli.upscaling import open_base

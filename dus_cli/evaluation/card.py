@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 
-from dus_cli import checksums
 from dus_cli.errors import EvaluationError, shown
 from dus_cli.evaluation.report import EvalReport, ModelResult
 from dus_cli.evaluation.tasks import TaskScore
-from dus_cli.outputs import sync_file, writing
 from dus_cli.reference import ModelRef
+from dus_cli.release import checksums
+from dus_cli.writing.outputs import sync_file, writing
 
 NAME = "README.md"
 

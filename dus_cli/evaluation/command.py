@@ -23,7 +23,7 @@ from dus_cli.heal.options import Precision, parse_count
 from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, Token, progress_for
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
-from dus_cli.svg import check_picture, write_pictures
+from dus_cli.release.svg import check_picture, write_pictures
 
 # The groups in which --help lists the options.
 _TEXT, _TASKS, _RUN, _GATES = "Data", "Tasks", "Running", "What must hold"

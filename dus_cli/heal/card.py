@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dus_cli.card import HEAL_END, HEAL_START, HEALED, NOT_HEALED, NOT_TRAINED, SCALED
+from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, NOT_HEALED, NOT_TRAINED, SCALED
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
 

@@ -32,8 +32,8 @@ from typing import Any, BinaryIO
 
 from dus_cli.errors import DusError, shown, shown_list
 from dus_cli.heal.options import parse_share
-from dus_cli.outputs import writing
 from dus_cli.storage import sync
+from dus_cli.writing.outputs import writing
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
 

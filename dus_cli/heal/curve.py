@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from dus_cli.svg import (
+from dus_cli.release.svg import (
     CHARACTER,
     COLOURS,
     DASHED,

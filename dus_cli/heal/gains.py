@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dus_cli.projections import is_output_projection
+from dus_cli.planning.projections import is_output_projection
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8

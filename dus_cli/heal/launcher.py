@@ -32,9 +32,9 @@ from dus_cli.heal.options import Launch
 from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
 from dus_cli.heal.run import FAILURE, REPORT, Run, changed_options, check_same, disk_failure, other_options, read_run
 from dus_cli.heal.run import NAME as RUN_NAME
-from dus_cli.model_config import decoder_config
-from dus_cli.staging import Staging, check_apart
+from dus_cli.maps.model_config import decoder_config
 from dus_cli.storage import Storage, ask, free_bytes, known, remove, sync_refusal
+from dus_cli.writing.staging import Staging, check_apart
 
 LOGS = "logs"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dus_cli.progress import ProgressMode
+from dus_cli.release.svg import human_count
 from dus_cli.report import human_bytes, human_time
-from dus_cli.svg import human_count
 from dus_cli.terminal import is_live, say
 
 if TYPE_CHECKING:

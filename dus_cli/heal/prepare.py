@@ -40,9 +40,9 @@ from dus_cli.heal.tokenise import (
     write_part,
 )
 from dus_cli.heal.tokens import Part, Prepared, PreparedSource
-from dus_cli.outputs import writing
-from dus_cli.staging import Staging
 from dus_cli.workers import PIECE
+from dus_cli.writing.outputs import writing
+from dus_cli.writing.staging import Staging
 
 # Source bytes of small files that share a part.
 _SHARED_PART = 64 << 20

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dus_cli import __version__, lineage
-from dus_cli.checkpoint import Checkpoint, Shard, open_checkpoint
+from dus_cli import __version__
 from dus_cli.errors import HealError, VerificationError, shown, shown_list
-from dus_cli.headers import TensorInfo
 from dus_cli.heal import run as run_file
 from dus_cli.heal.card import healed_card
 from dus_cli.heal.curve import loss_curve
@@ -28,13 +26,16 @@ from dus_cli.heal.estimate import flops_per_token, pretraining_flops, shape_of
 from dus_cli.heal.metrics import read_metrics
 from dus_cli.heal.optimizer import Optimizer, local
 from dus_cli.heal.tokens import Prepared
-from dus_cli.outputs import sync_file, writing
-from dus_cli.picture import PICTURES
-from dus_cli.planning import dump_json
-from dus_cli.source_files import carried_files
-from dus_cli.staging import Staging
+from dus_cli.planning.plan import dump_json
+from dus_cli.release import lineage
+from dus_cli.release.picture import PICTURES
+from dus_cli.source.checkpoint import Checkpoint, Shard, open_checkpoint
+from dus_cli.source.files import carried_files
+from dus_cli.source.headers import TensorInfo
 from dus_cli.verification import verify
 from dus_cli.workers import PIECE
+from dus_cli.writing.outputs import sync_file, writing
+from dus_cli.writing.staging import Staging
 
 if TYPE_CHECKING:
     from dus_cli.heal.model import Decoder

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dus_cli import __version__, lineage
-from dus_cli.checkpoint import Checkpoint, open_checkpoint
+from dus_cli import __version__
 from dus_cli.errors import HealError, shown
 from dus_cli.heal import run as run_file
 from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Precision, Recipe, Span
 from dus_cli.heal.run import BasePlan, FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
-from dus_cli.layers import LayerMap
-from dus_cli.model_config import decoder_config
+from dus_cli.maps.layers import LayerMap
+from dus_cli.maps.model_config import decoder_config
+from dus_cli.release import lineage
+from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
 
 _LONGEST_SEQUENCE = 4096
 

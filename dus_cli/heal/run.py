@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dus_cli.errors import HealError, shown, shown_list
-from dus_cli.headers import parse_json_object
+from dus_cli.source.headers import parse_json_object
 
 NAME = "run.json"
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from dus_cli.errors import shown
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents
-from dus_cli.outputs import sync_file, writing
+from dus_cli.writing.outputs import sync_file, writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on

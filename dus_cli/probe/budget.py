@@ -6,11 +6,11 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dus_cli.checkpoint import Checkpoint
 from dus_cli.errors import ProbeError
-from dus_cli.layers import split_name
+from dus_cli.maps.layers import split_name
+from dus_cli.maps.stacks import LayerStack
 from dus_cli.report import human_bytes
-from dus_cli.stacks import LayerStack
+from dus_cli.source.checkpoint import Checkpoint
 
 # Python with torch and transformers, before any weight.
 _LIBRARIES = 500_000_000

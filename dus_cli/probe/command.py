@@ -11,7 +11,7 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, parse_holdout
-from dus_cli.layers import parse_layers
+from dus_cli.maps.layers import parse_layers
 from dus_cli.options import (
     AsJson,
     Assume,
@@ -24,11 +24,11 @@ from dus_cli.options import (
     parser,
     progress_for,
 )
-from dus_cli.planning import parse_size
+from dus_cli.planning.plan import parse_size
 from dus_cli.probe.maps import parse_trims
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
-from dus_cli.svg import check_picture, write_pictures
+from dus_cli.release.svg import check_picture, write_pictures
 
 _DATA, _MAPS, _FIT = "Data", "Maps", "Memory and speed"
 

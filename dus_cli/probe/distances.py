@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dus_cli.heal.tokens import IGNORED
-from dus_cli.layers import Seam
+from dus_cli.maps.layers import Seam
 
 # Bytes of hidden states that are kept of all depths together, in fp32.
 KEPT_BYTES = 512 << 20

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dus_cli.checkpoint import Checkpoint
 from dus_cli.errors import ConfigError, LayerMapError
 from dus_cli.heal.estimate import flops_per_token, shape_of
-from dus_cli.layers import LayerMap, largest_trim, stack
-from dus_cli.model_config import Assumption, decoder_config
-from dus_cli.planning import MapRequest, UpscalePlan, make_plan
+from dus_cli.maps.layers import LayerMap, largest_trim, stack
+from dus_cli.maps.model_config import Assumption, decoder_config
+from dus_cli.planning.plan import MapRequest, UpscalePlan, make_plan
+from dus_cli.source.checkpoint import Checkpoint
 
 Assumptions = tuple[tuple[str, Assumption], ...]
 

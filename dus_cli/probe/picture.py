@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dus_cli.probe.verb import Measured, Probe
-from dus_cli.svg import COLOURS, DASHED, SERIES, WIDTH, cut, document, escaped, human_count, nice_step, text_at, ticks
+from dus_cli.release.svg import (
+    COLOURS,
+    DASHED,
+    SERIES,
+    WIDTH,
+    cut,
+    document,
+    escaped,
+    human_count,
+    nice_step,
+    text_at,
+    ticks,
+)
 
 # The edges of the upper plot, and of the heat map below it, in pixels.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 64, 330

@@ -7,11 +7,11 @@ import shlex
 from typing import Any
 
 from dus_cli import __version__
-from dus_cli.lineage import seam_record
 from dus_cli.probe.maps import Cost
 from dus_cli.probe.verb import Measured, Probe
+from dus_cli.release.lineage import seam_record
+from dus_cli.release.svg import human_count
 from dus_cli.report import SCHEMA, human_bytes
-from dus_cli.svg import human_count
 
 # Of a map's name in the table.
 _WIDTH = 18

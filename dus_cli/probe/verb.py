@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dus_cli.checkpoint import Checkpoint
 from dus_cli.errors import MissingExtraError, ProbeError, shown_list
 from dus_cli.heal.corpus import BadLine, DataError
 from dus_cli.heal.options import Precision
-from dus_cli.hub import Fetch
-from dus_cli.model_config import decoder_config
-from dus_cli.planning import MapRequest, UpscalePlan
+from dus_cli.hub.fetching import Fetch
+from dus_cli.maps.model_config import decoder_config
+from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
 from dus_cli.probe.budget import Memory, available_bytes, plan_memory, weight_bytes
@@ -23,6 +22,7 @@ from dus_cli.probe.maps import Asked, Candidate, Cost
 from dus_cli.probe.tree import count_nodes, grow, most_states
 from dus_cli.progress import Progress
 from dus_cli.reference import ModelRef
+from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.upscaling import plan as run_plan
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dus_cli.checkpoint import Checkpoint, Shard
 from dus_cli.errors import ProbeError, shown, shown_list
-from dus_cli.headers import TensorInfo
-from dus_cli.layers import split_name
+from dus_cli.maps.layers import split_name
+from dus_cli.maps.stacks import LayerStack
 from dus_cli.probe.replay import Ready, layers_of
-from dus_cli.stacks import LayerStack
+from dus_cli.source.checkpoint import Checkpoint, Shard
+from dus_cli.source.headers import TensorInfo
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 
-from dus_cli.checkpoint import open_checkpoint
-from dus_cli.planning import Base, MapRequest, make_plan
+from dus_cli.planning.plan import Base, MapRequest, make_plan
 from dus_cli.reference import ModelRef
+from dus_cli.source.checkpoint import open_checkpoint
 
 SHAPES = [  # hidden, intermediate, key/value and vocabulary sizes; source shards
     (4096, 14336, 1024, 32_000, 3),

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from dus_cli.heal.sample import Packed, read_sample
 from dus_cli.heal.tokenise import Tokeniser
-from dus_cli.layers import largest_trim, source_layers
+from dus_cli.maps.layers import largest_trim, source_layers
 from dus_cli.probe.maps import Asked
 from dus_cli.probe.verb import Options, probe
 from dus_cli.progress import NoProgress

@@ -1,4 +1,4 @@
-"""Ways to copy bytes where the file system cannot clone: what `dus_cli.transfer` chose among.
+"""Ways to copy bytes where the file system cannot clone: what `dus_cli.writing.transfer` chose among.
 
     PYTHONPATH=. python tests/benchmarks/strategies.py MODEL --work DIR
 
@@ -19,9 +19,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dus_cli.checkpoint import open_checkpoint
-from dus_cli.planning import Base, MapRequest, UpscalePlan, make_plan
+from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, make_plan
 from dus_cli.reference import ModelRef
+from dus_cli.source.checkpoint import open_checkpoint
 
 Copy = Callable[[int, int, int, int, int], None]  # source, target, source position, position, length
 MOVE = 64 << 20

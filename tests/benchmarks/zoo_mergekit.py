@@ -26,7 +26,7 @@ import zoo
 from test_zoo import TRIM, save_base
 from zoo import EQUAL
 
-from dus_cli.layers import source_layers
+from dus_cli.maps.layers import source_layers
 
 # Runs under mergekit's own Python: a line "LIMIT CONFIG OUT" in, the exit code of mergekit-yaml out; its output goes
 # to OUT.log, and a merge that exceeds its limit (seconds) ends by SIGALRM.

@@ -1,0 +1,1 @@
+"""The Hub, read: ids to commits, small files, headers and weights, by range request."""

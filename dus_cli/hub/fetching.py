@@ -1,0 +1,294 @@
+"""Fetch a model from the Hub with huggingface_hub, into its own cache.
+
+huggingface_hub is imported only when a Hub id is used: it takes longer to import than a reflinked upscale
+takes to run. It reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE itself.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__
+from dus_cli.errors import CheckpointError, ModelNotFoundError, shown
+from dus_cli.hub.errors import LIBRARY, answered, hub_errors, prepare
+from dus_cli.hub.remote import RemoteFile, pause, wait_before
+from dus_cli.progress import NoProgress, Progress
+from dus_cli.reference import ModelRef
+from dus_cli.source.base_card import NAME as CARD_NAME
+from dus_cli.source.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    PICKLED_INDEX_NAME,
+    PICKLED_NAME,
+    SINGLE_NAME,
+    HeaderReader,
+    Index,
+    find_weights,
+    is_pickled,
+    read_config,
+)
+from dus_cli.source.files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS, is_carried
+from dus_cli.source.headers import Header, header_length, parse_header
+from dus_cli.source.pickles import parse_pickled
+from dus_cli.workers import workers
+
+# Most headers fit: one request then gives the length and the JSON (huggingface_hub does the same).
+_FIRST_BYTES = 100_000
+_HEADERS_AT_ONCE = 8
+
+# Tries of a snapshot, with waits of up to 1, 2, 4 and 8 seconds: for its lists huggingface_hub waits 23 s each time.
+_ATTEMPTS = 5
+
+
+class Fetch(Enum):
+    """What of a model comes into the cache: all; all but weights; or what a plan is made from."""
+
+    weights = "weights"
+    files = "files"
+    headers = "headers"
+
+
+def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool = False) -> tuple[Path, str]:
+    """Everything but weights, and the weights' index: the snapshot's folder and its commit.
+
+    The index of pickled weights comes only where there are no safetensors. With `Fetch.headers` config, card and index
+    alone: a tokenizer may have 30 MB.
+
+    The revision is resolved here, once; the snapshot's folder is named after the commit.
+
+    Raises:
+        ModelNotFoundError: the Hub cannot serve it; one line for each reason.
+    """
+    silence(quiet=quiet)
+    ignored = [case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())]
+    ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
+    only = [CONFIG_NAME, CARD_NAME, INDEX_NAME] if fetch is Fetch.headers else None
+    bar = _told_of(NoProgress()) if quiet else None  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
+    folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
+    if find_weights(folder) is None:
+        _fetch_pickled_index(ref, folder.name)
+    return folder, folder.name
+
+
+def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
+    """Files that go along to the deeper model and are not in the cache: paths and sizes, by the list of that commit."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    assert ref.repo_id is not None
+    try:
+        listed = get_cached_repo_tree(ref.repo_id, revision=commit)
+    except CachedRepoTreeNotFoundError:  # cached by another program, and the Hub cannot be reached
+        return {}
+    return {file.path: file.size for file in listed if is_carried(file.path) and not (folder / file.path).exists()}
+
+
+def _snapshot(
+    ref: ModelRef,
+    revision: str | None,
+    *,
+    only: list[str] | None = None,
+    ignored: list[str] | None = None,
+    bar: type[Any] | None = None,
+) -> Path:
+    """Bring the files that match into the cache; the snapshot's folder. `bar` draws in the place of the library's.
+
+    huggingface_hub asks for a commit and for a file once, whatever the answer: here it is asked some more times.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    assert ref.repo_id is not None
+    failures = 0
+    with hub_errors(ref), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a disk may be too small; whether it is shows
+        while True:
+            prepare(ref)
+            try:
+                folder = snapshot_download(
+                    ref.repo_id,
+                    revision=revision,
+                    allow_patterns=only,
+                    ignore_patterns=ignored,
+                    token=ref.token,
+                    library_name=LIBRARY,
+                    library_version=__version__,
+                    tqdm_class=bar,
+                )
+                return Path(folder)
+            except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+                answer = answered(error)
+                if answer is None:
+                    raise
+                failures += 1
+                pause(wait_before(answer, failures, _ATTEMPTS))
+
+
+def _told_of(progress: Progress, total: int = 0) -> type[Any]:
+    """A bar that draws nothing and tells of the bytes that reach the disk, up to `total`: a retry's are not all new.
+
+    snapshot_download makes three: of bytes that come in, of bytes that are written, of files.
+    """
+    from tqdm import tqdm
+
+    left, lock = total, threading.Lock()
+
+    class Told(tqdm):  # type: ignore[misc]  # tqdm has no types
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._counts = options.get("unit") == "B" and str(options.get("desc")).startswith("Reconstructing")
+            super().__init__(*arguments, **(options | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal left
+            if self._counts and n:
+                with lock:
+                    known = min(int(n), left)
+                    left -= known
+                progress.advance(known)
+            return None
+
+    return Told
+
+
+def _lacking_bytes(ref: ModelRef, commit: str, folder: Path, names: list[str]) -> int:
+    """Bytes of these files that the cache does not hold, by the list of that commit; 0 where that is not known."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    assert ref.repo_id is not None
+    try:
+        listed = get_cached_repo_tree(ref.repo_id, revision=commit)
+    except CachedRepoTreeNotFoundError:
+        return 0
+    return sum(file.size for file in listed if file.path in set(names) and not (folder / file.path).exists())
+
+
+def _fetch_pickled_index(ref: ModelRef, commit: str) -> None:
+    from huggingface_hub import HfApi
+
+    assert ref.repo_id is not None
+    # A Hub that cannot be reached is no failure yet: whoever needs the weights says so.
+    with suppress(ModelNotFoundError), hub_errors(ref):
+        if not HfApi(token=ref.token).file_exists(ref.repo_id, SINGLE_NAME, revision=commit):
+            _snapshot(ref, commit, only=[PICKLED_INDEX_NAME])
+
+
+def fetch_weights(ref: ModelRef, folder: Path, commit: str, progress: Progress | None = None) -> None:
+    """The shards that the index names, or the one file of weights. Cached ones are not fetched again.
+
+    Told to `progress`, unless that is live: then huggingface_hub draws it itself.
+
+    No other pickle is fetched: not training_args.bin, not the optimizer's state.
+
+    Raises:
+        ModelNotFoundError: the Hub cannot serve them.
+        CheckpointError: the repo has neither safetensors nor pickled weights.
+    """
+    read_config(folder)  # says what it is where it is no decoder, before gigabytes are moved
+    weights = find_weights(folder)
+    if isinstance(weights, Index):
+        names = weights.shard_names
+        _snapshot(ref, commit, only=names, bar=_begun(ref, commit, folder, names, progress))
+        for name in names:
+            if not (folder / name).exists():
+                raise _not_there(ref, name, weights.name)
+        return
+    for name in (SINGLE_NAME, PICKLED_NAME) if weights is None else (weights,):
+        _snapshot(ref, commit, only=[name], bar=_begun(ref, commit, folder, [name], progress))
+        if (folder / name).exists():
+            return
+    raise _no_weights(ref)
+
+
+def _begun(ref: ModelRef, commit: str, folder: Path, names: list[str], progress: Progress | None) -> type[Any] | None:
+    """The bar for a fetch that `progress` is told of, if anything is lacking; None where huggingface_hub may draw."""
+    if progress is None or progress.is_live:
+        return None
+    lacking = _lacking_bytes(ref, commit, folder, names)
+    if not lacking:
+        return _told_of(NoProgress())
+    progress.start("fetching", lacking)
+    return _told_of(progress, lacking)
+
+
+def _not_there(ref: ModelRef, name: str, index_name: str) -> CheckpointError:
+    return CheckpointError(f"{ref} has no {shown(name)} on the Hub, which its {index_name} names; tell its owner")
+
+
+def _no_weights(ref: ModelRef) -> CheckpointError:
+    return CheckpointError(
+        f"{ref} has neither {SINGLE_NAME} nor {PICKLED_NAME} nor an index of either on the Hub; dus reads no other "
+        "weights, look for a conversion (the repo's refs/pr branches often hold one)"
+    )
+
+
+def remote_headers(ref: ModelRef, commit: str, folder: Path) -> HeaderReader:
+    """A reader of shard headers that fetches just those, by range request: at most some 100 kB a shard.
+
+    The first call fetches those of all shards that the index names and `folder` lacks, several at a time. Of a pickled
+    shard it fetches the zip's directory and the pickle, about as much.
+    """
+    fetched: dict[str, Header | None] = {}
+
+    def fetch_all(index: Index) -> None:
+        absent = [name for name in index.shard_names if not (folder / name).exists()]
+        with workers(_HEADERS_AT_ONCE) as (pool, _):
+            fetched.update(zip(absent, pool.map(lambda name: _read_remote(ref, commit, name), absent), strict=True))
+
+    def read(name: str) -> Header | None:
+        weights = None if fetched else find_weights(folder)
+        if isinstance(weights, Index):
+            fetch_all(weights)
+        header = fetched[name] if name in fetched else _read_remote(ref, commit, name)
+        if header is None and name == PICKLED_NAME:
+            raise _no_weights(ref)
+        if header is None and name != SINGLE_NAME:
+            raise _not_there(ref, name, PICKLED_INDEX_NAME if is_pickled(name) else INDEX_NAME)
+        return header
+
+    return read
+
+
+def _read_remote(ref: ModelRef, commit: str, name: str) -> Header | None:
+    if is_pickled(name):
+        return _read_remote_pickle(ref, commit, name)
+    file = RemoteFile.open(ref, commit, name)
+    if file is None:
+        return None
+    first = file.read(0, min(file.size, _FIRST_BYTES))
+    length = header_length(first[:8], file.size, shown(name))
+    raw = first[8 : 8 + length]
+    if len(raw) < length:
+        raw += file.read(len(first), 8 + length)
+    return parse_header(raw, file.size, shown(name))
+
+
+def _read_remote_pickle(ref: ModelRef, commit: str, name: str) -> Header | None:
+    from huggingface_hub import HfFileSystem
+
+    with hub_errors(ref):
+        prepare(ref)
+        hub = HfFileSystem(token=ref.token)
+        try:
+            file = hub.open(f"{ref.repo_id}@{commit}/{name}", "rb", block_size=_FIRST_BYTES)
+        except FileNotFoundError:
+            return None
+        with file:
+            return parse_pickled(file, shown(name), at_hand=False)
+
+
+def silence(*, quiet: bool) -> None:
+    """No chatter from huggingface_hub; its progress bars only for a person who did not ask for quiet."""
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if quiet or not sys.stderr.isatty():
+        with warnings.catch_warnings():  # where the environment has asked for bars they stay, and need no warning
+            warnings.simplefilter("ignore")
+            disable_progress_bars()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -1,0 +1,217 @@
+"""A file on the Hub, read by range request: asked again when it fails, from where a connection broke.
+
+huggingface_hub's session, headers and errors, and not its downloads: those are of whole files into its cache. Files
+of weights are served from another origin, at an address that is signed for some time; the token goes to the Hub alone.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from random import SystemRandom
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from dus_cli import __version__
+from dus_cli.errors import ModelNotFoundError, shown
+from dus_cli.hub.errors import LIBRARY, hub_errors, prepare
+from dus_cli.reference import ModelRef
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
+
+# Tries without a byte in between; waits of 1, 2, 4, … seconds, or half of that at the least: one to two minutes.
+ATTEMPTS = 8
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+
+# A server that asks for more patience than this is not waited for.
+LONGEST_ASKED = 600.0
+
+# What passes: time-outs, too many requests, and a server in trouble.
+_PASSING = frozenset([408, 425, 429, 500, 502, 503, 504])
+
+# How a signed address says that its time is over. The Hub itself says so once more, if that is not the reason.
+_EXPIRED = frozenset([400, 401, 403, 404, 410])
+_SIGNED_ANEW = 3
+
+_HUB = "https://huggingface.co"  # where mirrors may send for files that are not under LFS
+
+_random = SystemRandom()
+
+
+class RemoteFile:
+    """A file of a repo at a commit. Threads may share it.
+
+    `size` in bytes; `sha256` as the Hub has it, None for a file that is not under LFS.
+    """
+
+    def __init__(self, ref: ModelRef, commit: str, name: str) -> None:
+        self.ref, self.commit, self.name = ref, commit, name
+        self.size = 0
+        self.sha256: str | None = None
+        self._url: str | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, ref: ModelRef, commit: str, name: str) -> RemoteFile | None:
+        """Ask for the file's size and where it is served; None where the repo has no such file.
+
+        Raises:
+            ModelNotFoundError: the Hub cannot serve it, after several tries.
+        """
+        file, failures, never = cls(ref, commit, name), 0, threading.Event()
+        with hub_errors(ref):
+            from huggingface_hub.errors import EntryNotFoundError
+
+            while file._url is None:
+                try:
+                    file._resolve()
+                except EntryNotFoundError:
+                    return None
+                except _http_error() as error:
+                    failures += 1
+                    file._wait(error, None, failures, never)
+        return file
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` up to `end`, in memory.
+
+        Raises:
+            ModelNotFoundError: the Hub cannot serve them.
+        """
+        raw = bytearray(end - start)
+        self.read_into(start, memoryview(raw), threading.Event())
+        return bytes(raw)
+
+    def read_into(self, start: int, view: memoryview, stop: threading.Event) -> None:
+        """Fill `view` with the bytes from `start` on. It is left unfinished once `stop` is set.
+
+        Raises:
+            ModelNotFoundError: the Hub cannot serve them, after several tries.
+        """
+        filled = failures = 0
+        with hub_errors(self.ref):
+            while filled < len(view) and not stop.is_set():
+                url, before = None, filled
+                try:
+                    url = self._address()
+                    for chunk in self._chunks(url, start + filled, start + len(view)):
+                        view[filled : filled + len(chunk)] = chunk
+                        filled += len(chunk)
+                        failures = 0
+                        if stop.is_set():
+                            return
+                    if filled == before:
+                        raise ValueError(f"none of the bytes {start}-{start + len(view) - 1} came")
+                except _http_error() as error:
+                    failures += 1
+                    self._wait(error, url, failures, stop)
+
+    def _address(self) -> str:
+        """Where the file is served at present."""
+        with self._lock:
+            return self._url or self._resolve()
+
+    def _resolve(self) -> str:
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+        prepare(self.ref)
+        assert self.ref.repo_id is not None
+        url = hf_hub_url(self.ref.repo_id, self.name, revision=self.commit)
+        found = get_hf_file_metadata(
+            url,
+            token=self.ref.token,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            library_name=LIBRARY,
+            library_version=__version__,
+        )
+        if found.size is None or found.commit_hash not in (None, self.commit):
+            raise ValueError(f"it has no size, or is of another commit: {self.name}")
+        self.size = found.size
+        self.sha256 = found.etag if re.fullmatch(r"[0-9a-f]{64}", found.etag or "") else None
+        self._url = found.location
+        return self._url
+
+    def _chunks(self, url: str, start: int, end: int) -> Iterator[bytes]:
+        """What a server sends of a range, as it comes."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+        headers = build_hf_headers(
+            token=self.ref.token if _is_the_hubs(url) else False, library_name=LIBRARY, library_version=__version__
+        )
+        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+            hf_raise_for_status(response)
+            said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
+            if response.status_code != 206 or said is None or "Content-Encoding" in response.headers:
+                raise ModelNotFoundError(
+                    f"the server of {shown(self.name)} does not send the part of a file that is asked for (no range "
+                    "requests); use another HF_ENDPOINT, or fetch the model with `hf download` and give its directory"
+                )
+            if int(said[1]) != start or int(said[2]) >= end:
+                raise ValueError(f"bytes {start}-{end - 1} were asked for and {said[0]} came")
+            yield from response.iter_raw()
+
+    def _wait(self, error: HTTPError, url: str | None, failures: int, stop: threading.Event) -> None:
+        """Wait for the next try; raise the error where none makes sense."""
+        response = getattr(error, "response", None)
+        status = None if response is None else response.status_code
+        if url is not None and not _is_the_hubs(url) and status in _EXPIRED and failures < _SIGNED_ANEW:
+            with self._lock:
+                if self._url == url:  # else another thread has it signed anew
+                    self._url = None
+            return
+        pause(wait_before(error, failures, ATTEMPTS), stop)
+
+
+def wait_before(error: HTTPError, failures: int, attempts: int) -> float:
+    """Seconds to wait before the next try, after so many failures; raises the error where none makes sense."""
+    response = getattr(error, "response", None)
+    if (response is not None and response.status_code not in _PASSING) or failures >= attempts:
+        raise error
+    asked = 0.0 if response is None else _asked_to_wait(response.headers)
+    if asked > LONGEST_ASKED:
+        raise error
+    return max(asked, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (failures - 1)) * _random.uniform(0.5, 1))
+
+
+def pause(seconds: float, stop: threading.Event | None = None) -> None:
+    """Wait, but no longer than until `stop` is set."""
+    (stop or threading.Event()).wait(seconds)
+
+
+def _http_error() -> type[HTTPError]:
+    """What every failed request raises: httpx's error, under the name that huggingface_hub gives it."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # type: ignore[attr-defined]
+
+
+def _is_the_hubs(url: str) -> bool:
+    """Whether the token may go there: to HF_ENDPOINT and to the Hub, by scheme, host and port."""
+    from huggingface_hub import constants
+
+    return _origin(url) in (_origin(constants.ENDPOINT), _origin(_HUB))
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _asked_to_wait(headers: dict[str, str]) -> float:
+    """Seconds that an answer asks for: in Retry-After, as a number or a date, or in the Hub's RateLimit."""
+    said = headers.get("Retry-After", "").strip()
+    if said.isdecimal():
+        return float(said)
+    if said:
+        try:
+            return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        except ValueError:
+            return 0.0
+    limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))
+    return float(limit[1]) if limit else 0.0

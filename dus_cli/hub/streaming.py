@@ -1,0 +1,369 @@
+"""Move tensor bytes from the Hub straight into the output, by range requests, without a copy in the cache.
+
+A source shard is cut into pieces, which threads fetch in the file's order: each piece is one request, however many
+tensors it holds parts of, and is written to every place that wants it. Where all of a file passes by, the pieces are
+hashed in the file's order and the sum is held against the Hub's: a thread waits with its piece until those before it
+have been hashed, so memory is one piece for each thread.
+
+Every second or so what has arrived is synced and noted in the journal. The next run reads it back from the output, for
+the sum, and fetches the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from dus_cli.errors import CheckpointError, ModelNotFoundError, OutputError, VerificationError, shown
+from dus_cli.hub.remote import RemoteFile
+from dus_cli.planning.dtypes import require_torch
+from dus_cli.planning.layout import BLOCK
+from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.treatment import Making
+from dus_cli.reference import ModelRef
+from dus_cli.source.checkpoint import Shard
+from dus_cli.workers import workers
+from dus_cli.writing.journal import Journal
+from dus_cli.writing.moves import Move, moves
+from dus_cli.writing.outputs import KEPT, Outputs, Tally, sync_file, writing
+from dus_cli.writing.transfer import ShardMover, check_unchanged
+
+# What one request asks for. Larger ones wait less for answers; each thread holds one.
+REQUEST = 8 << 20
+
+# Seconds between two syncs of what has arrived: what a kill may cost.
+SYNC_EVERY = 1.0
+
+
+@dataclass
+class Streamed:
+    """What came over the network, and which of the base's files were held against the Hub's sha256.
+
+    `fetched` are bytes of this run, `resumed` bytes that were on the disk when it began. `checked` are the files whose
+    sum is the Hub's; `unchecked` the others, with the reason.
+    """
+
+    fetched: int = 0
+    resumed: int = 0
+    checked: list[str] = field(default_factory=list)
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+
+class Piece(NamedTuple):
+    """The bytes of a source shard from `start` to `end`, and the parts of moves that they are; none of a header."""
+
+    start: int
+    end: int
+    parts: tuple[Move, ...]
+
+
+def pieces(shard_moves: Sequence[Move], limit: int) -> Iterator[Piece]:
+    """Cut moves, in their order, into pieces of at most `limit` bytes without gaps. Numbers to be cast stay whole."""
+    parts: list[Move] = []
+    start = end = 0
+    for move in shard_moves:
+        position = 0
+        while position < move.length:
+            if parts and (move.source_start + position != end or end - start >= limit):
+                yield Piece(start, end, tuple(parts))
+                parts = []
+            if not parts:
+                start = end = move.source_start + position
+            size = min(limit - (end - start), move.length - position)
+            if move.cast is not None:
+                size -= size % move.cast.source_size
+                if size == 0:  # no whole number has room any more
+                    yield Piece(start, end, tuple(parts))
+                    parts = []
+                    continue
+            parts.append(move.part(position, size))
+            position += size
+            end += size
+    if parts:
+        yield Piece(start, end, tuple(parts))
+
+
+def stream_weights(
+    plan: UpscalePlan,
+    ref: ModelRef,
+    folder: Path,
+    journal: Journal,
+    *,
+    jobs: int,
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> tuple[Tally, Streamed]:
+    """Write every shard of the plan into `folder` from the Hub, and see it on the disk (fsync).
+
+    Memory is `jobs` pieces of 8 MiB, a few for each job where it casts, whatever the size of the model.
+
+    Args:
+        plan: what to write. Shards of its base that are in the cache are copied from there.
+        ref: where the others are.
+        folder: where; files of a run that was killed may be there, and `journal` says what is in them.
+        journal: of this plan.
+        jobs: threads, each with one request at a time.
+        on_bytes: told the number of bytes of tensor data done, from several threads.
+
+    Raises:
+        ModelNotFoundError: the Hub cannot serve the bytes, after several tries, or a file's sum is not the Hub's.
+        CheckpointError: a finite number is beyond the dtype that it is cast to.
+        MissingExtraError: a cast needs torch, and it is not installed.
+        OutputError: writing failed.
+    """
+    if any(placement.making is Making.cast for placement in plan.placements):
+        require_torch("--dtype")
+    _make_shards(plan, folder)
+    tally, streamed = Tally(), Streamed()
+    for shard, shard_moves in moves(plan):
+        if not shard_moves:
+            continue
+        if shard.fingerprint is not None:
+            ShardMover(shard, folder, False, False, on_bytes, tally).run(shard_moves, jobs)
+            check_unchanged(shard)
+            continue
+        try:
+            one = _ShardStreamer(plan, ref, shard, folder, journal, on_bytes, tally, streamed)
+            is_the_hubs = one.run(shard_moves, jobs)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(f"{error}; {KEPT}") from error
+        if not is_the_hubs:
+            journal.forget(shard.name)
+            raise ModelNotFoundError(
+                f"{shown(shard.name)} came with another sha256 than the Hub says it has: a bit was lost on the way or "
+                f"on this disk; {KEPT}, fetching that file again"
+            )
+    tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
+    on_bytes(tally.zeros)
+    for name in plan.shards:
+        sync_file(folder / name)
+    return tally, streamed
+
+
+def check_against_hub(plan: UpscalePlan, ref: ModelRef, folder: Path, *, jobs: int) -> None:
+    """Hold what stands in the output against the Hub's sha256, file by file: for those that are wholly in it, uncast.
+
+    Of the base's weights nothing is fetched but headers.
+
+    Raises:
+        ModelNotFoundError: the Hub cannot be asked.
+        VerificationError: a file's sum is not the Hub's.
+    """
+    for shard, shard_moves in moves(plan):
+        if shard_moves and shard.fingerprint is None:
+            one = _ShardStreamer(plan, ref, shard, folder, _Everything(), lambda _: None, Tally(), Streamed())
+            if not one.run(shard_moves, jobs):
+                raise VerificationError(
+                    f"the output holds {shown(shard.name)} with another sha256 than the Hub says it has; the disk or "
+                    "its driver failed, nothing was published"
+                )
+
+
+def _make_shards(plan: UpscalePlan, folder: Path) -> None:
+    """Every shard's file, as long as planned, its header written; what is in it already stays."""
+    for name, layout in plan.shards.items():
+        with writing(name, KEPT):
+            (folder / name).touch()
+            with open(folder / name, "r+b") as file:
+                file.write(layout.header)
+                file.truncate(layout.num_bytes)
+
+
+class _Journal(Protocol):
+    """What a streamer asks of a journal."""
+
+    def holds(self, shard: str, start: int, end: int) -> bool: ...
+
+    def add(self, shard: str, ranges: list[tuple[int, int]]) -> None: ...
+
+
+class _Everything:
+    """The journal of an output that is whole."""
+
+    def holds(self, shard: str, start: int, end: int) -> bool:  # noqa: ARG002  (the protocol's names)
+        return True
+
+    def add(self, shard: str, ranges: list[tuple[int, int]]) -> None:
+        pass
+
+
+class _ShardStreamer:
+    """Fetches what is wanted of one source shard, with several threads."""
+
+    def __init__(
+        self,
+        plan: UpscalePlan,
+        ref: ModelRef,
+        shard: Shard,
+        folder: Path,
+        journal: _Journal,
+        on_bytes: Callable[[int], object],
+        tally: Tally,
+        streamed: Streamed,
+    ) -> None:
+        self.shard, self.folder, self.journal = shard, folder, journal
+        self.on_bytes, self.tally, self.streamed = on_bytes, tally, streamed
+        remote = RemoteFile.open(ref, plan.checkpoint.folder.name, shard.name)  # a snapshot's folder is its commit
+        if remote is None or remote.size != shard.header.end:
+            raise CheckpointError(f"{shown(shard.name)} is not on the Hub as it was a moment ago; start again")
+        self.remote = remote
+        self.lock = threading.Lock()
+        self.arrived: list[tuple[int, int]] = []  # written, and not yet in the journal
+        self.synced = time.monotonic()
+        self.syncing = threading.Lock()
+
+    def run(self, shard_moves: Sequence[Move], jobs: int) -> bool:
+        """Fetch and write. False where all of the file passed by and its sum is not the Hub's."""
+        wanted = list(pieces(shard_moves, REQUEST))
+        unchecked = self._why_unchecked(wanted)
+        self.digest = _Digest() if unchecked is None else None
+        if self.digest is not None:
+            start = shard_moves[0].source_start
+            head = [Piece(at, min(at + REQUEST, start), ()) for at in range(0, start, REQUEST)]
+            wanted = [*head, *wanted]
+        queue = iter(wanted)
+        with contextlib.ExitStack() as closing:
+            names = (name for move in shard_moves for name, _ in move.targets)
+            self.outputs = Outputs(self.folder, names, closing, self.on_bytes, self.tally, KEPT)
+            try:
+                with workers(jobs) as (pool, self.stop):
+                    list(pool.map(lambda _: self._work(queue), range(jobs)))
+            finally:
+                self._sync(at_once=True)
+        if self.digest is None:
+            self.streamed.unchecked[self.shard.name] = unchecked or ""
+            return True
+        self.streamed.checked.append(self.shard.name)
+        return self.digest.hexdigest() == self.remote.sha256
+
+    def _why_unchecked(self, wanted: Sequence[Piece]) -> str | None:
+        """Why the sum of this file cannot be known; None where it can."""
+        header = self.shard.header
+        if self.remote.sha256 is None:
+            return "the Hub has no sha256 of it"
+        if sum(piece.end - piece.start for piece in wanted) != header.end - header.data_start:
+            return "parts of it are not in the output, and were not fetched"
+        if any(self._is_here(piece) and any(part.cast for part in piece.parts) for piece in wanted):
+            return "parts of it were fetched by an earlier run and cast"
+        return None
+
+    def _is_here(self, piece: Piece) -> bool:
+        return bool(piece.parts) and self.journal.holds(self.shard.name, piece.start, piece.end)
+
+    def _work(self, queue: Iterator[Piece]) -> None:
+        # Page-aligned, for direct I/O: a piece, and room for a copy of a part and for what a cast makes of it.
+        buffer = memoryview(mmap.mmap(-1, BLOCK + 4 * REQUEST))
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    piece = next(queue, None)
+                if piece is None:
+                    return
+                self._move(piece, buffer)
+        except BaseException:
+            self.stop.set()
+            raise
+        finally:
+            if self.stop.is_set() and self.digest is not None:
+                self.digest.abandon()
+
+    def _move(self, piece: Piece, buffer: memoryview) -> None:
+        # Whole blocks of the source are whole pages of memory: positions of source and output agree modulo a block.
+        at = piece.start % BLOCK
+        view = buffer[at : at + piece.end - piece.start]
+        here = self._is_here(piece)
+        if here:
+            self._read_back(piece, view)
+        else:
+            self.remote.read_into(piece.start, view, self.stop)
+            if self.stop.is_set():
+                return
+            for part in piece.parts:
+                self._deliver(part, view[part.source_start - piece.start :][: part.length], buffer[BLOCK + REQUEST :])
+        with self.lock:
+            count = piece.end - piece.start
+            self.streamed.resumed += count if here else 0
+            self.streamed.fetched += 0 if here else count
+            if piece.parts and not here:
+                self.arrived.append((piece.start, piece.end))
+        if self.digest is not None:
+            self.digest.update(piece.start, view)
+        self._sync()
+
+    def _deliver(self, part: Move, view: memoryview, room: memoryview) -> None:
+        if part.cast is not None:  # a copy, because numbers in memory start at multiples of their size
+            numbers = room[: len(view)]
+            numbers[:] = view
+            self.outputs.deliver(part, 0, numbers, room[REQUEST:])
+            return
+        head = min(part.to_block(0), part.length)
+        body = (part.length - head) // BLOCK * BLOCK
+        for start, end in ((0, head), (head, head + body), (head + body, part.length)):
+            if end > start:
+                self.outputs.deliver(part, start, view[start:end], room, direct=start == head)
+
+    def _read_back(self, piece: Piece, view: memoryview) -> None:
+        """What an earlier run wrote, out of the output; needed for the file's sum alone."""
+        for part in piece.parts:
+            num_bytes = part.written(part.length) * len(part.targets)
+            self.outputs.done(**{"copied" if part.cast is None else "cast": num_bytes})
+            if self.digest is None:
+                continue
+            at = part.source_start - piece.start
+            (name, start), *_ = part.targets
+            try:
+                whole = self.outputs.read(name, start, view[at : at + part.length])
+            except OSError as error:
+                raise OutputError(f"cannot read {shown(name)}: {error.strerror}; check the disk") from error
+            assert whole  # it was made as long as planned
+
+    def _sync(self, *, at_once: bool = False) -> None:
+        """See what has arrived on the disk, and note it: one thread now and then, while the others go on."""
+        if not self.syncing.acquire(blocking=at_once):
+            return
+        try:
+            if at_once or time.monotonic() - self.synced > SYNC_EVERY:
+                with self.lock:
+                    arrived, self.arrived = self.arrived, []
+                if arrived:
+                    self.outputs.sync()
+                    self.journal.add(self.shard.name, arrived)
+                self.synced = time.monotonic()
+        finally:
+            self.syncing.release()
+
+
+class _Digest:
+    """SHA-256 of pieces that arrive in any order, hashed in the file's."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._position = 0
+        self._abandoned = False
+        self._turn = threading.Condition()
+
+    def update(self, start: int, view: memoryview) -> None:
+        """Hash a piece, once all before it are hashed."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._position == start or self._abandoned)
+            if self._abandoned:
+                return
+        self._hash.update(view)  # outside: nobody else's turn is before this one ends, and it takes no lock of Python's
+        with self._turn:
+            self._position += len(view)
+            self._turn.notify_all()
+
+    def abandon(self) -> None:
+        """Let nobody wait any longer: the pieces before theirs will not come."""
+        with self._turn:
+            self._abandoned = True
+            self._turn.notify_all()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

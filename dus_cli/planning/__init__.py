@@ -1,0 +1,1 @@
+"""Everything that is decided before the first byte is written."""

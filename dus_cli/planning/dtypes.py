@@ -1,0 +1,168 @@
+"""`--dtype`: floating-point tensors cast while they stream, rounded as torch rounds.
+
+torch does the rounding (to nearest, ties to even) and is imported at the first number that must change
+its dtype: it comes with the `heal` extra, and a checkpoint that has the dtype already never needs it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from dus_cli.errors import CheckpointError, MissingExtraError, shown
+from dus_cli.source.checkpoint import Checkpoint
+from dus_cli.source.headers import DTYPE_BITS, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dtype(str, Enum):
+    """What tensors can be cast to, by torch's names."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+    @property
+    def stored(self) -> str:
+        """The name that safetensors has for it."""
+        return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[self.value]
+
+
+# What is cast: safetensors' names, with torch's. Other dtypes are numbers of another kind and stay as they are.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# Floats of eight bits and fewer mean nothing without their scales.
+_SCALED = ("F4", "F6_", "F8_")
+_INTEGERS = frozenset(["I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"])
+# How integer tensors end that hold packed weights (GPTQ, AWQ, bitsandbytes, compressed-tensors, MXFP4).
+_PACKED = (".weight", ".qweight", ".qzeros", ".weight_packed", ".weight.absmax", "_blocks", ".SCB")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+_LARGEST = {"BF16": "3.39e38", "F16": "65504", "F32": "3.40e38"}
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Numbers of one dtype made another's; both by safetensors' names."""
+
+    source: str
+    target: str
+
+    @property
+    def source_size(self) -> int:
+        """Bytes of a number."""
+        return DTYPE_BITS[self.source] // 8
+
+    @property
+    def target_size(self) -> int:
+        """Bytes of a number."""
+        return DTYPE_BITS[self.target] // 8
+
+    def __call__(self, numbers: memoryview, into: memoryview) -> int:
+        """Cast `numbers` into a buffer of their count; returns how many finite ones became infinite.
+
+        Every NaN becomes the one that torch calls nan: which bits else depends on the CPU, and in torch even on the
+        place of the number in its tensor.
+        """
+        import torch
+
+        torch.set_num_threads(1)  # of this thread: `dus` has several
+        source = torch.frombuffer(numbers, dtype=_torch_dtype(self.source))
+        target = torch.frombuffer(into, dtype=_torch_dtype(self.target))
+        target.copy_(source)
+        lowest, highest = target.aminmax()
+        if lowest.isfinite() and highest.isfinite():
+            return 0
+        target.masked_fill_(target.isnan(), torch.nan)
+        return int(target.isinf().sum()) - int(source.isinf().sum())
+
+
+def _torch_dtype(stored: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, FLOATS[stored])
+    return dtype
+
+
+def require_torch(what: str) -> None:
+    """Hold that torch can be imported.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError(f"{what} needs torch to cast tensors; pip install 'dus-cli[heal]'")
+
+
+def overflow(name: str, cast: Cast) -> CheckpointError:
+    """The error for a tensor with finite numbers that the dtype cannot hold."""
+    return CheckpointError(
+        f"tensor {shown(name)} holds finite {cast.source} numbers beyond {FLOATS[cast.target]}'s range "
+        f"(±{_LARGEST[cast.target]}), which would become infinite; choose "
+        f"{'--dtype bfloat16 or float32' if cast.target == 'F16' else 'another --dtype'}, or leave it out"
+    )
+
+
+def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
+    """Hold that the numbers of a checkpoint mean what they say, and tell of what a person should know.
+
+    Raises:
+        CheckpointError: it is quantised.
+    """
+    for fields in _nested(checkpoint.config):
+        for key in _QUANTIZATION_KEYS:
+            if fields.get(key):
+                raise CheckpointError(
+                    f"--dtype: the model is quantised (config.json has {key}), and its tensors cannot be cast one by "
+                    "one; use the unquantised model, or leave out --dtype"
+                )
+    found: Counter[str] = Counter()
+    for _, tensor in checkpoint.tensors():
+        if tensor.dtype.startswith(_SCALED) or (tensor.dtype in _INTEGERS and tensor.name.endswith(_PACKED)):
+            raise CheckpointError(
+                f"--dtype: {shown(tensor.name)} is quantised ({tensor.dtype}), and casting would part it from its "
+                "scale; use the unquantised model, or leave out --dtype"
+            )
+        if tensor.dtype in FLOATS:
+            found[tensor.dtype] += 1
+    if len(found) < 2:
+        return ()
+    said = ", ".join(f"{count} {FLOATS[stored]}" for stored, count in found.most_common())
+    return (f"the base's tensors are of several dtypes ({said}); --dtype casts all of them to {dtype.value}",)
+
+
+def cast_dtype(tensor: TensorInfo, dtype: Dtype | None) -> str:
+    """The dtype of a tensor in the output, by safetensors' name."""
+    return dtype.stored if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+
+
+def config_with_dtype(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:
+    """The config that says the new dtype: wherever it says one, in nested configs too, and at the top in any case.
+
+    `torch_dtype` is what transformers before 4.56 wrote.
+    """
+    if dtype is None:
+        return config
+    said = _said_anew(config, dtype)
+    return said if said.get("dtype") or said.get("torch_dtype") else said | {"dtype": dtype.value}
+
+
+def _said_anew(fields: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    return {
+        key: dtype.value
+        if key in {"dtype", "torch_dtype"} and isinstance(value, str)
+        else _said_anew(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in fields.items()
+    }
+
+
+def _nested(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and every config in it."""
+    return [config, *(inner for value in config.values() if isinstance(value, dict) for inner in _nested(value))]

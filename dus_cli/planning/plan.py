@@ -1,0 +1,291 @@
+"""`UpscalePlan`: everything that will be written, decided before the first byte. Pure, so a dry run is free."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dus_cli.errors import UsageError, shown
+from dus_cli.maps.architectures import KNOWN_TYPES
+from dus_cli.maps.layers import LayerMap, parse_layers, stack, typed_map
+from dus_cli.maps.model_config import Assumption, DecoderConfig, decoder_config, deepen_config, refuse_types
+from dus_cli.maps.recipes import RECIPES, recipe_map
+from dus_cli.maps.rules import Kinds
+from dus_cli.maps.stacks import LayerStack, find_stack
+from dus_cli.planning.dtypes import Dtype, check_castable, config_with_dtype
+from dus_cli.planning.layout import Placement, ShardLayout, lay_out
+from dus_cli.planning.projections import zero_patterns
+from dus_cli.planning.treatment import Treatment
+from dus_cli.reference import ModelRef
+from dus_cli.source.base_card import BaseCard, read_base_card
+from dus_cli.source.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from dus_cli.source.files import carried_files, walk_order
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """A size in decimal units, as transformers and the Hub count.
+
+    >>> parse_size("5GB"), parse_size("1.5 MB"), parse_size("300")
+    (5000000000, 1500000, 300)
+
+    Raises:
+        ValueError: not a positive number with KB, MB, GB or TB.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?B)?", text.strip().upper(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size; write it like 5GB, 300MB or 1.5TB (decimal units)")
+    return size
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """The layer map that was asked for, before the base's depth is known.
+
+    `layers` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as identities.
+    `assume` says how fields of config.json that dus does not know are to be carried, as (field, "keep" or "map").
+
+    Raises:
+        UsageError: options that exclude each other, or no such recipe.
+        LayerMapError: `layers` is not of its grammar.
+    """
+
+    trim: int | None = None
+    layers: str | None = None
+    copies: int = 2
+    recipe: str | None = None
+    identity: bool = False
+    assume: tuple[tuple[str, Assumption], ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("layers", "recipe") if getattr(self, name) is not None]
+        if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
+            others = [f"--{name}" for name in ("trim", "layers", "recipe", "copies") if name != given[-1]]
+            raise UsageError(f"--{given[-1]} says the whole map; leave out {' and '.join(others)}")
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise UsageError(f"there is no recipe {shown(self.recipe)!r}; there are {', '.join(RECIPES)}")
+        if self.layers is not None:
+            parse_layers(self.layers)
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the new layers start as identities: as asked, or as the recipe has it."""
+        return self.identity or (self.recipe is not None and RECIPES[self.recipe].identity)
+
+    def resolve(self, num_layers: int) -> LayerMap:
+        """The map for a base of this depth.
+
+        Raises:
+            LayerMapError: not valid for this depth.
+        """
+        if self.recipe is not None:
+            return recipe_map(self.recipe, num_layers)
+        return stack(num_layers, self.trim, self.copies) if self.layers is None else typed_map(self.layers, num_layers)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base as lineage records it: what was typed, and the commit where it came from the Hub.
+
+    `recorded_name` is its name where that was recorded before, and the directory may have another now.
+    """
+
+    ref: ModelRef
+    commit: str | None = None
+    recorded_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.recorded_name or self.ref.name
+
+
+@dataclass(frozen=True)
+class UpscalePlan:
+    """The whole output: shards, config, files, and the figures that the report gives.
+
+    `shards` maps file names to layouts, in order. `files` are the source's other files, as
+    (path with "/", file); those that were not fetched have `num_absent_bytes`. `kinds` are what the config says of each
+    base layer. `base_card` is what the base's model card says that ours repeats.
+    """
+
+    base: Base
+    checkpoint: Checkpoint
+    request: MapRequest
+    layer_map: LayerMap
+    max_shard_bytes: int
+    stack: LayerStack
+    treatment: Treatment
+    config: dict[str, Any]
+    kinds: Kinds
+    shards: dict[str, ShardLayout]
+    files: tuple[tuple[str, Path], ...]
+    warnings: tuple[str, ...]
+    base_card: BaseCard
+    num_absent_bytes: int = 0
+
+    @property
+    def options(self) -> str:
+        """The options that make this plan again, defaults that depend on the model written out."""
+        request, trim = self.request, self.layer_map.trim
+        if request.recipe is not None:
+            options = f"--recipe {request.recipe}"
+        else:
+            options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
+        if request.copies != 2:
+            options += f" --copies {request.copies}"
+        if request.identity and not (request.recipe is not None and RECIPES[request.recipe].identity):
+            options += " --identity"
+        if self.treatment.dtype is not None:
+            options += f" --dtype {self.treatment.dtype.value}"
+        for field, assumption in request.assume:
+            options += f" --assume {shlex.quote(f'{field}={assumption}')}"
+        if self.max_shard_bytes != DEFAULT_SHARD_BYTES:
+            options += f" --max-shard-size {self.max_shard_bytes}B"
+        return options
+
+    @property
+    def output_kinds(self) -> Kinds:
+        """What each output layer is: what its source is, by every field that tells the base's layers apart."""
+        return {name: [kinds[base] for base in self.layer_map.sources] for name, kinds in self.kinds.items()}
+
+    @property
+    def placements(self) -> Iterator[Placement]:
+        """Every output tensor."""
+        return chain.from_iterable(layout.placements for layout in self.shards.values())
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(layout.placements) for layout in self.shards.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(placement.tensor.num_elements for placement in self.placements)
+
+    @property
+    def num_data_bytes(self) -> int:
+        """Bytes of tensor data, the index's `total_size`."""
+        return sum(layout.num_bytes - len(layout.header) for layout in self.shards.values())
+
+    @property
+    def num_clonable_bytes(self) -> int:
+        """Bytes that a file system with reflinks need not write."""
+        return sum(len(s.clonable) for layout in self.shards.values() for s in layout.segments())
+
+    @property
+    def num_file_bytes(self) -> int:
+        """Bytes of the files that are copied along."""
+        return self.num_absent_bytes + sum(path.stat().st_size for _, path in self.files if path.exists())
+
+    def index(self) -> dict[str, Any] | None:
+        """The content of model.safetensors.index.json, None where one file holds everything."""
+        if SINGLE_NAME in self.shards:
+            return None
+        weight_map = {p.name: name for name, layout in self.shards.items() for p in layout.placements}
+        metadata = {"total_size": self.num_data_bytes, "total_parameters": self.num_parameters}
+        return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+    def text_files(self) -> dict[str, str]:
+        """config.json and the index, as they are written."""
+        files = {"config.json": dump_json(self.config)}
+        index = self.index()
+        return files if index is None else files | {INDEX_NAME: dump_json(index)}
+
+
+def dump_json(value: object) -> str:
+    """JSON as transformers lays it out, keys in their order. Text stays ASCII, so any content can be written."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def make_plan(
+    base: Base,
+    checkpoint: Checkpoint,
+    request: MapRequest,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: Dtype | None = None,
+    absent: Mapping[str, int] | None = None,
+) -> UpscalePlan:
+    """Decide everything that will be written. Reads headers and names only.
+
+    `dtype`: what floats are cast to. `absent`: files that go along and are not in the checkpoint's folder, with sizes.
+
+    Raises:
+        LayerMapError: the map is not valid for this model.
+        ConfigError: a field of the config cannot follow the map.
+        CheckpointError: tensors that the layer map, or an identity, does not account for; or that cannot be cast.
+    """
+    refuse_types(checkpoint.config)
+    decoder = decoder_config(checkpoint.config)
+    layer_map = request.resolve(decoder.num_layers)
+    deeper = deepen_config(checkpoint.config, layer_map, dict(request.assume))
+    layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder)
+    treatment, treatment_warnings = _treatment(checkpoint, decoder, layers, layer_map, request, dtype)
+    layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes, treatment)
+    if len(layouts) == 1:
+        shards = {SINGLE_NAME: layouts[0]}
+    else:
+        width = max(5, len(str(len(layouts))))
+        names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
+        shards = dict(zip(names, layouts, strict=True))
+    warnings = [*stack_warnings, *deeper.warnings, *treatment_warnings]
+    if not layer_map.is_deeper:
+        warnings.append(
+            f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
+        )
+    if layers.num_extra:
+        warnings.append(
+            f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last layer, as "
+            f"{layers.prefix}.{len(layer_map)} and on"
+        )
+    absent = absent or {}
+    here = [*carried_files(checkpoint.folder), *((name, checkpoint.folder / name) for name in absent)]
+    files = tuple(sorted(here, key=lambda file: walk_order(file[0])))
+    base_card = read_base_card(checkpoint.folder)
+    if base_card.problem is not None:
+        warnings.append(base_card.problem)
+    return UpscalePlan(
+        base,
+        checkpoint,
+        request,
+        layer_map,
+        max_shard_bytes,
+        layers,
+        treatment,
+        config_with_dtype(deeper.config, dtype),
+        deeper.kinds,
+        shards,
+        files,
+        tuple(warnings),
+        base_card,
+        sum(absent.values()),
+    )
+
+
+def _treatment(
+    checkpoint: Checkpoint,
+    decoder: DecoderConfig,
+    layers: LayerStack,
+    layer_map: LayerMap,
+    request: MapRequest,
+    dtype: Dtype | None,
+) -> tuple[Treatment, list[str]]:
+    """What becomes of the base's tensors, and warnings."""
+    zeros: frozenset[str] = frozenset()
+    warnings = list(check_castable(checkpoint, dtype)) if dtype is not None else []
+    if request.starts_as_base:
+        zeros = zero_patterns(decoder, layers, (tensor for _, tensor in checkpoint.tensors()), layer_map)
+        if decoder.model_type not in KNOWN_TYPES:
+            warnings.append(
+                f"--identity went by the names of tensors alone for model type {shown(decoder.model_type)!r}; compare "
+                "the model's logits with its base's before you train it"
+            )
+    return Treatment(layers.prefix, frozenset(layer_map.new_layers), zeros, dtype), warnings

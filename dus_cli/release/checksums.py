@@ -1,0 +1,92 @@
+"""SHA256SUMS, in the format of `sha256sum`: written on request, checked where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+
+from dus_cli.errors import DusError, shown
+from dus_cli.source import incomplete
+from dus_cli.source.checkpoint import read_small_file
+from dus_cli.source.files import inside
+from dus_cli.workers import PIECE, workers
+from dus_cli.writing.staging import staged_files
+
+NAME = "SHA256SUMS"
+
+_MAX_BYTES = 16_000_000
+
+
+def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file, hexadecimal, in memory that does not grow. Of no use once `stop` is set."""
+    digest = hashlib.sha256()
+    with path.open("rb", 0) as file:
+        while not stop.is_set() and (piece := file.read(PIECE)):
+            digest.update(piece)
+            on_bytes(len(piece))
+    return digest.hexdigest()
+
+
+def folder_sums(folder: Path, jobs: int, held: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The sum of every file in a folder, by its path with "/", and of the `held` texts that are yet to be written.
+
+    Of SHA256SUMS itself there is none.
+    """
+    texts = held or {}
+    there = [name for name in staged_files(folder) if name not in (NAME, incomplete.NAME)]
+    names = sorted({*there, *texts}, key=PurePosixPath)
+
+    def sum_of(name: str) -> str:
+        return hashlib.sha256(texts[name].encode()).hexdigest() if name in texts else file_sum(folder / name, stop)
+
+    with workers(jobs) as (pool, stop):
+        return dict(zip(names, pool.map(sum_of, names), strict=True))
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS. `inside` admits no name that needs escaping."""
+    return "".join(f"{total}  {name}\n" for name, total in sums.items())
+
+
+def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """What a folder's SHA256SUMS says, by file name, where it has one; and problems."""
+    problems: list[str] = []
+    expected: dict[str, str] = {}
+    try:
+        path = inside(folder, NAME)
+        lines = read_small_file(path, NAME, _MAX_BYTES).decode("utf-8", "replace").splitlines() if path.exists() else []
+    except DusError as error:
+        return {}, [str(error)]
+    for line in lines:
+        total, separator, name = line.partition("  ")
+        if not separator or len(total) != 64:
+            problems.append(f"{NAME} has a line that is no sum: {shown(line)}")
+        else:
+            expected[name] = total
+    return expected, problems
+
+
+def different_files(sums: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """The files whose sums are not the expected ones, and those that only one of the two has."""
+    return sorted(name for name in sums.keys() | expected.keys() if sums.get(name) != expected.get(name))
+
+
+def check_sums(folder: Path, jobs: int) -> tuple[int, list[str]]:
+    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and problems."""
+    expected, problems = expected_sums(folder)
+    with workers(jobs) as (pool, stop):
+        found = pool.map(lambda item: _problem(folder, item[0], item[1], stop), expected.items())
+        problems += [problem for problem in found if problem]
+    return len(expected), problems
+
+
+def _problem(folder: Path, name: str, total: str, stop: threading.Event) -> str | None:
+    try:
+        actual = file_sum(inside(folder, name), stop)
+    except DusError as error:
+        return str(error)
+    except OSError as error:
+        return f"{shown(name)} is in {NAME} and cannot be read: {error.strerror}"
+    return None if actual == total else f"{shown(name)} does not match its sum in {NAME}"

@@ -1,0 +1,92 @@
+"""The layer map as text: the base, the copies cut from it, and the seams between them."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+
+from dus_cli.maps.layers import LayerMap
+
+# More runs than this do not help a person see the map.
+_MAX_ROWS = 12
+
+
+def draw_map(layer_map: LayerMap, width: int = 80) -> str:
+    """A bar for the base and one for each run of the map, over the base's layers from left to right.
+
+    >>> from dus_cli.maps.layers import stack
+    >>> print(draw_map(stack(8, trim=2), width=60))
+    base     ████████████████████████   0…7   8 layers
+    copy 1   ██████████████████         0…5   output 0…5
+    copy 2         ██████████████████   2…7   output 6…11
+    seam     layer 5 feeds layer 2: distance 3, output 5|6
+    """
+    n = layer_map.num_base_layers
+    output = 0
+    rows = [("base", range(n), f"{n} layers")]
+    for number, run in enumerate(layer_map.runs, start=1):
+        last = output + len(run) - 1
+        rows.append((f"copy {number}", run, f"output {_span(output, last)}"))
+        output = last + 1
+    spans = [_span(run.start, run.stop - 1) for _, run, _ in rows]
+    span_width = max(map(len, spans))
+    bar_width = max(10, min(n * 3, width - 9 - 3 - span_width - 3 - max(len(note) for *_, note in rows)))
+    lines = []
+    for (label, run, note), span in zip(rows, spans, strict=True):
+        start, stop = run.start * bar_width // n, max(run.stop * bar_width // n, run.start * bar_width // n + 1)
+        bar = (" " * start + "█" * (stop - start)).ljust(bar_width)
+        lines.append(f"{label:<9}{bar}   {span:<{span_width}}   {note}")
+    if len(lines) > _MAX_ROWS:
+        lines = [*lines[: _MAX_ROWS - 1], f"…        {len(lines) - _MAX_ROWS} copies more", lines[-1]]
+    seams = [
+        f"seam     layer {s.base_layers[0]} feeds layer {s.base_layers[1]}: distance {s.distance}, "
+        f"output {s.output_layers[0]}|{s.output_layers[1]}"
+        for s in layer_map.seams
+    ]
+    if len(seams) > _MAX_ROWS:
+        seams = [*seams[: _MAX_ROWS - 1], f"…        {len(seams) - _MAX_ROWS + 1} seams more"]
+    return "\n".join(lines + seams)
+
+
+def draw_kinds(kinds: Mapping[str, Sequence[str]], layer_map: LayerMap, width: int = 80) -> list[str]:
+    """What the output's layers are, a letter for each, with a bar at every seam; lines at most `width` wide.
+
+    >>> from dus_cli.maps.layers import stack
+    >>> kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    >>> for line in draw_kinds({"layer_types": kinds}, stack(4, trim=1), 60): print(line)
+    layer_types: s sliding_attention, f full_attention
+           0 sss|ssf
+    """
+    above = {seam.output_layers[1] for seam in layer_map.seams}
+    lines = []
+    for name, found in kinds.items():
+        letters = _letters(found)
+        legend = ", ".join(f"{letter} {kind}" for kind, letter in letters.items())
+        lines.append(_cut(f"{name}: {legend}", width))
+        row, first = "", 0
+        for layer, kind in enumerate(found):
+            mark = ("|" if layer in above else "") + letters[kind]
+            if len(row) + len(mark) > width - 9:
+                lines.append(f"{first:8} {row}")
+                row, first = "", layer
+            row += mark
+        lines.append(f"{first:8} {row}")
+    return lines
+
+
+def _letters(kinds: Sequence[str]) -> dict[str, str]:
+    """A letter for each kind: one of its own while there is one, then any."""
+    letters: dict[str, str] = {}
+    for kind in dict.fromkeys(kinds):
+        own = [c for c in f"{kind.lower()}{kind.upper()}" if c.isalnum()]
+        free = (c for c in (*own, *string.ascii_letters, *string.digits) if c not in letters.values())
+        letters[kind] = next(free, "?")
+    return letters
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}…{last}"

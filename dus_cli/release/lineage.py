@@ -1,0 +1,156 @@
+"""dus.json: where a model came from, so that it can be verified and made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__
+from dus_cli.errors import CheckpointError, shown
+from dus_cli.maps.layers import LayerMap, Seam
+from dus_cli.maps.model_config import Assumption
+from dus_cli.planning.dtypes import Dtype
+from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.treatment import Treatment
+from dus_cli.source.checkpoint import Checkpoint, read_small_file
+from dus_cli.source.files import inside
+from dus_cli.source.headers import limit_nesting, parse_json_object
+
+NAME = "dus.json"
+SCHEMA = 1
+
+_MAX_BYTES = 16_000_000
+
+
+def seam_record(seam: Seam) -> dict[str, Any]:
+    return {
+        "output_layers": list(seam.output_layers),
+        "base_layers": list(seam.base_layers),
+        "distance": seam.distance,
+    }
+
+
+def lineage(plan: UpscalePlan) -> dict[str, Any]:
+    """The content of dus.json. It has no times and no output path, so two runs write the same.
+
+    `chain` holds the lineage of the base, oldest first, where the base is itself a product of dus.
+    """
+    ref, checkpoint, layer_map = plan.base.ref, plan.checkpoint, plan.layer_map
+    base: dict[str, Any] = {"name": plan.base.name}
+    if ref.repo_id is not None:
+        base |= {"repo_id": ref.repo_id, "revision": ref.revision, "commit": plan.base.commit}
+    else:
+        base |= {"path": ref.text}
+    base |= {"config_sha256": checkpoint.config_sha256, "index_sha256": checkpoint.index_sha256}
+    base["format"] = checkpoint.format
+    base["shards"] = {shard.name: shard.header.end for shard in checkpoint.shards}
+    return {
+        "schema": SCHEMA,
+        "dus_version": __version__,
+        "base": base,
+        "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
+        "trim": layer_map.trim,
+        "layers": str(layer_map),
+        "layer_map": list(layer_map.sources),
+        "recipe": plan.request.recipe,
+        "new_layers": list(layer_map.new_layers),
+        "identity": sorted(plan.treatment.zeros) or None,
+        "dtype": None if plan.treatment.dtype is None else plan.treatment.dtype.value,
+        "assume": dict(plan.request.assume),
+        "layer_prefix": plan.stack.prefix,
+        "max_shard_size": plan.max_shard_bytes,
+        "seams": [seam_record(seam) for seam in layer_map.seams],
+        "num_tensors": plan.num_tensors,
+        "num_parameters": plan.num_parameters,
+        "total_size": plan.num_data_bytes,
+        "chain": base_chain(checkpoint),
+    }
+
+
+def digest(record: dict[str, Any]) -> str:
+    """By which two runs know that they write the same."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_lineage(folder: Path) -> dict[str, Any] | None:
+    """The dus.json of a checkpoint's folder, None where it has none.
+
+    Raises:
+        CheckpointError: damaged, or written by a newer dus.
+    """
+    path = inside(folder, NAME)
+    if not path.exists():
+        return None
+    return parse_lineage(read_small_file(path, NAME, _MAX_BYTES), NAME)
+
+
+def parse_lineage(raw: bytes, name: str) -> dict[str, Any]:
+    """The content of a dus.json, called `name` in messages.
+
+    Raises:
+        CheckpointError: as `read_lineage`.
+    """
+    record = parse_json_object(raw, name)
+    limit_nesting(record, name)
+    if record.get("schema") != SCHEMA:
+        raise CheckpointError(f"{name} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
+    return record
+
+
+def recorded_layers(record: dict[str, Any], layer_map: LayerMap) -> tuple[int, ...]:
+    """The output layers that dus.json calls new; where an older dus wrote none down, those of the map.
+
+    Raises:
+        CheckpointError: not rising numbers of output layers.
+    """
+    layers = record.get("new_layers", list(layer_map.new_layers))
+    if (
+        not isinstance(layers, list)
+        or not all(type(layer) is int and 0 <= layer < len(layer_map) for layer in layers)
+        or layers != sorted(set(layers))
+    ):
+        raise CheckpointError(f"{NAME}: new_layers is no list of output layers; it was damaged or edited")
+    return tuple(layers)
+
+
+def recorded_treatment(record: dict[str, Any], layer_map: LayerMap) -> Treatment:
+    """What dus.json says about how the output's bytes came to be from the base's.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    zeros = record.get("identity") or []
+    if not isinstance(zeros, list) or not all(isinstance(name, str) for name in zeros):
+        raise CheckpointError(f"{NAME}: identity is no list of tensor names; it was damaged or edited")
+    dtype = record.get("dtype")
+    if dtype is not None and dtype not in [choice.value for choice in Dtype]:
+        raise CheckpointError(f"{NAME}: dtype is {shown(dtype)}; it was damaged or edited")
+    new_layers = frozenset(recorded_layers(record, layer_map))
+    return Treatment(str(record.get("layer_prefix")), new_layers, frozenset(zeros), dtype and Dtype(dtype))
+
+
+def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:
+    """What a person decided about fields that dus does not know, when this was made.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    assume = record.get("assume", {})
+    if not isinstance(assume, dict) or not all(value in ("keep", "map") for value in assume.values()):
+        raise CheckpointError(f"{NAME}: assume is no mapping of fields to keep or map; it was damaged or edited")
+    return assume
+
+
+def base_chain(checkpoint: Checkpoint) -> list[Any]:
+    """The lineage of a base, oldest first; empty where dus did not make it.
+
+    Raises:
+        CheckpointError: as `read_lineage`.
+    """
+    record = read_lineage(checkpoint.folder)
+    if record is None:
+        return []
+    earlier = record.pop("chain", [])
+    return [*(earlier if isinstance(earlier, list) else []), record]

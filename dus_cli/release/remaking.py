@@ -1,0 +1,208 @@
+"""`--from dus.json`: what was done, read back, so that a release can be made again and held against its sums."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__
+from dus_cli.errors import CheckpointError, VerificationError, shown, shown_list
+from dus_cli.maps.layers import source_layers
+from dus_cli.maps.recipes import RECIPES
+from dus_cli.planning.dtypes import Dtype
+from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, dump_json
+from dus_cli.reference import ModelRef
+from dus_cli.release import card, lineage
+from dus_cli.release.checksums import NAME as SUMS
+from dus_cli.release.checksums import different_files, expected_sums
+from dus_cli.release.picture import PICTURES
+from dus_cli.source.checkpoint import read_small_file
+
+_MAX_BYTES = 16_000_000
+
+# What of the base's record is made from its bytes, and what a base has where it differs.
+_OF_THE_BASE = {
+    "config_sha256": "another config.json",
+    "index_sha256": "another index of its weights",
+    "format": "weights in another format",
+    "shards": "shards of other names or sizes",
+}
+
+# Files that bear the version of dus, or are drawn by it: those of another version need not be the same.
+_OF_THE_VERSION = (card.NAME, *PICTURES, lineage.NAME)
+
+
+@dataclass(frozen=True)
+class Remaking:
+    """A lineage to be followed again: `ref` is where the base is fetched or read, the rest is as it was.
+
+    `sums` are those of the SHA256SUMS beside the lineage, None where there are none or the model was healed since.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    ref: ModelRef
+    request: MapRequest
+    max_shard_bytes: int
+    dtype: Dtype | None
+    sums: dict[str, str] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> tuple[ModelRef, MapRequest, int, Dtype | None]:
+        """What a plan is made of: base, map, largest shard, cast."""
+        return self.ref, self.request, self.max_shard_bytes, self.dtype
+
+    def base(self) -> Base:
+        """The base as it was recorded, wherever it is now, so that the same is recorded again."""
+        base = self.record["base"]
+        repo_id, name = base.get("repo_id"), str(base.get("name"))
+        if repo_id is None:
+            return Base(ModelRef(base["path"], path=Path(base["path"])), recorded_name=name)
+        revision = base.get("revision")
+        text = repo_id if revision is None else f"{repo_id}@{revision}"
+        return Base(ModelRef(text, repo_id=repo_id, revision=revision), base["commit"], recorded_name=name)
+
+    def check(self, made: UpscalePlan) -> None:
+        """Hold a plan's lineage against the one to be followed: the base's digests, then every other field.
+
+        Raises:
+            VerificationError: the base is another one, or this dus plans something else.
+        """
+        planned = json.loads(dump_json(lineage.lineage(made)))
+        then, now = self.record["base"], planned["base"]
+        other = [what for key, what in _OF_THE_BASE.items() if key in then and then[key] != now[key]]
+        if other:
+            raise VerificationError(
+                f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has {' and '.join(other)}; "
+                "give the right one as MODEL"
+            )
+        # An older dus recorded fewer fields; those of both must agree.
+        fields = self.record.keys() & planned.keys() - {"base", "dus_version"}
+        if differing := sorted(key for key in fields if self.record[key] != planned[key]):
+            raise VerificationError(
+                f"dus {__version__} would make something else than {shown(self.path)} records: {shown_list(differing)} "
+                f"differ; it was made by dus {shown(self.record.get('dus_version'))}, or edited"
+            )
+
+    def check_sums(self, sums: dict[str, str]) -> None:
+        """Hold the sums of what was made against the recorded ones, where there are any.
+
+        Raises:
+            VerificationError: a file differs, is missing, or is one too many.
+        """
+        if self.sums is None:
+            return
+        differing = different_files(sums, self.sums)
+        if self.record.get("dus_version") != __version__:
+            differing = [name for name in differing if name not in _OF_THE_VERSION]
+        if differing:
+            raise VerificationError(
+                f"not reproduced: {shown_list(differing)} differ from the {SUMS} beside {shown(self.path)}; nothing "
+                "was published. Has the base's folder other small files than it had?"
+            )
+
+
+def read_remaking(path: Path, model: str | None = None, *, token: str | None = None) -> Remaking:
+    """What a dus.json says was done. `path` may also be the directory that holds it.
+
+    Args:
+        path: the lineage.
+        model: where the base is now, where that is another place than the recorded one.
+        token: of the Hub.
+
+    Raises:
+        CheckpointError: no lineage of an upscale, damaged, or of a newer dus.
+        UsageError, ModelNotFoundError: as `ModelRef.parse`.
+    """
+    path = path / lineage.NAME if path.is_dir() else path
+    record = lineage.parse_lineage(read_small_file(path, shown(path), _MAX_BYTES), shown(path))
+    if "layer_map" not in record:
+        raise CheckpointError(f"{shown(path)} records no upscale; give the dus.json that dus upscale wrote")
+    base = record.get("base")
+    if not isinstance(base, dict):
+        raise _damaged(path, "base")
+    _check_base(path, base)
+    ref = _recorded_ref(path, base, token) if model is None else ModelRef.parse(model, token=token)
+    size = record.get("max_shard_size")
+    if type(size) is not int or size < 1:
+        raise _damaged(path, "max_shard_size")
+    dtype = record.get("dtype")
+    if dtype is not None and dtype not in [choice.value for choice in Dtype]:
+        raise _damaged(path, "dtype")
+    warnings = []
+    if record.get("dus_version") != __version__:
+        warnings.append(
+            f"{shown(path)} is of dus {shown(record.get('dus_version'))} and this is dus {__version__}: the card, its "
+            "pictures and dus.json may differ"
+        )
+    found, problems = expected_sums(path.parent)
+    if problems:
+        raise CheckpointError(f"beside {shown(path)}: {problems[0]}; restore it, or take it away to compare nothing")
+    sums = found or None
+    if record.get("healing"):
+        warnings.append(f"the model of {shown(path)} was healed since: this makes it as it was before")
+        sums = None
+    return Remaking(path, record, ref, _request(path, record), size, dtype and Dtype(dtype), sums, warnings)
+
+
+def _check_base(path: Path, base: dict[str, Any]) -> None:
+    """Hold the fields that say where the base is against the forms that dus gives them."""
+    repo_id, revision, commit = base.get("repo_id"), base.get("revision"), base.get("commit")
+    if repo_id is None:
+        if not isinstance(base.get("path"), str) or not base["path"] or "\0" in base["path"]:
+            raise _damaged(path, "base.path")
+        return
+    if not isinstance(repo_id, str) or ModelRef.parse(repo_id or ".").repo_id != repo_id:
+        raise _damaged(path, "base.repo_id")
+    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit, re.ASCII):
+        raise _damaged(path, "base.commit")
+    if revision is not None and not isinstance(revision, str):
+        raise _damaged(path, "base.revision")
+
+
+def _recorded_ref(path: Path, base: dict[str, Any], token: str | None) -> ModelRef:
+    """Where the base was: a repo at its commit, whatever its branches name now; or a path as it was typed."""
+    if base.get("repo_id") is not None:
+        return ModelRef.parse(base["repo_id"], revision=base["commit"], token=token)
+    ref = ModelRef(base["path"], path=Path(base["path"]).expanduser())
+    if not Path(base["path"]).expanduser().is_dir():
+        raise CheckpointError(
+            f"{shown(path)} records its base at {shown(ref)}, where no directory is; say where it is now: dus upscale "
+            "MODEL --from …"
+        )
+    return ref
+
+
+def _request(path: Path, record: dict[str, Any]) -> MapRequest:
+    """The map as it was asked for: the shortest way that gives it."""
+    recipe, trim, layers = record.get("recipe"), record.get("trim"), record.get("layers")
+    assume = tuple(lineage.recorded_assumptions(record).items())
+    if recipe is not None:
+        if not isinstance(recipe, str) or recipe not in RECIPES:
+            raise _damaged(path, "recipe")
+        return MapRequest(recipe=recipe, identity=bool(record.get("identity")), assume=assume)
+    identity = bool(record.get("identity"))
+    if trim is None:
+        if not isinstance(layers, str):
+            raise _damaged(path, "layers")
+        return MapRequest(layers=layers, identity=identity, assume=assume)
+    return MapRequest(trim, copies=_copies(path, record), identity=identity, assume=assume)
+
+
+def _copies(path: Path, record: dict[str, Any]) -> int:
+    """K of --copies, by the output's length: K · n − 2 · (K − 1) · m layers (`maps.layers.source_layers`)."""
+    trim, depths, sources = record["trim"], record.get("num_layers"), record["layer_map"]
+    n = depths.get("base") if isinstance(depths, dict) else None
+    if type(trim) is int and type(n) is int and isinstance(sources, list) and 0 <= trim < n / 2:
+        copies = (len(sources) - 2 * trim) // (n - 2 * trim)
+        if copies >= 2 and tuple(sources) == source_layers(n, trim, copies):
+            return copies
+    raise _damaged(path, "trim")
+
+
+def _damaged(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{shown(path)}: {name} is not what dus writes; it was damaged or edited")

@@ -1,0 +1,261 @@
+"""`pytorch_model*.bin`, the pickled checkpoints of torch.save: where each tensor's bytes lie. No weights are read.
+
+A storage's bytes stand in the file as they are (see `pickled_files`), so a contiguous tensor is a range
+of the file, like in safetensors, and is moved by the same code.
+
+A pickle is a program. This one is never run: its imports are read first and held against the few that
+plain weights need, then torch unpickles it `weights_only`, onto the meta device, which holds no data.
+What torch gets is an archive made here, with an empty member for each storage; the offset that torch
+notes for a storage (`_checkpoint_offset`, see `torch.load` under FakeTensorMode in its notes on
+serialization) then tells its key, and nothing else of a hostile file reaches torch.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+from dus_cli.errors import CheckpointError, shown, shown_list
+from dus_cli.source.headers import Header, TensorInfo
+from dus_cli.source.pickled_files import REMEDY, PickledFile, Places, legacy_places, read_pickled_file
+from dus_cli.source.strided import is_row_major, span
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# safetensors counts with 64-bit machine words, torch with signed ones.
+_MAX_COUNT = 2**63 - 1
+
+# https://docs.pytorch.org/docs/stable/tensor_attributes.html to safetensors' names (its torch.py, _TYPES).
+_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "complex64": "C64",
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+}
+
+# All that a pickled state dict of plain tensors imports, storage classes and dtypes of torch aside.
+_NAMES = frozenset(
+    {
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch._utils", "_rebuild_tensor"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_tensor_v3"),
+        ("torch.nn.parameter", "Parameter"),
+        ("torch.storage", "UntypedStorage"),
+    }
+)
+
+
+class _Described(NamedTuple):
+    """A tensor as the pickle describes it: on the meta device, and the key of its storage."""
+
+    name: str
+    tensor: Tensor
+    key: str
+
+
+def read_pickled(path: Path, where: str) -> Header:
+    """Where each tensor of a torch.save file lies, without touching the data.
+
+    Raises:
+        CheckpointError: the file is not sound, not a plain state dict or hostile, or torch is not installed.
+    """
+    try:
+        with path.open("rb") as file:
+            return parse_pickled(file, where)
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+
+
+def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Header:
+    """The same of an open file.
+
+    Args:
+        file: opened for reading; it must seek.
+        where: what to call it in messages.
+        at_hand: look where each storage starts. Without, its start is taken to be where torch.save puts
+            it, which saves a request for each storage of a file on the Hub.
+
+    Raises:
+        CheckpointError: as `read_pickled`.
+        OSError: the file cannot be read.
+    """
+    with warnings.catch_warnings():  # of torch, of odd text in a hostile pickle: what matters is an error
+        warnings.simplefilter("ignore")
+        saved = read_pickled_file(file, where, at_hand=at_hand)
+        _check_imports(saved.pickle, where)
+        described = _unpickle(saved, where)
+    places = saved.places
+    if places is None:
+        sizes = {key: tensor.untyped_storage().nbytes() for _, tensor, key in described}
+        places = legacy_places(file if at_hand else None, saved, sizes, where)
+    tensors = [_tensor_info(one, places, where) for one in described]
+    return Header(0, saved.num_bytes, {}, tuple(sorted(tensors, key=lambda t: (t.start, t.end, t.name))))
+
+
+def _check_imports(raw: bytes, where: str) -> None:
+    """Hold that the pickle imports nothing but what plain tensors need. It is read, not run.
+
+    Raises:
+        CheckpointError: it does, or it is no pickle, or of a protocol that hides what it imports.
+    """
+    try:
+        for opcode, argument, _ in pickletools.genops(raw):
+            if opcode.name in ("GLOBAL", "INST"):
+                module, _, name = str(argument).partition(" ")
+                if not _is_plain(module, name):
+                    raise _foreign(module, name, where)
+            elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+                raise CheckpointError(
+                    f"{where} is a pickle of a protocol that torch's weights_only does not read ({opcode.name}); "
+                    f"{REMEDY}"
+                )
+    except (ValueError, IndexError, struct.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"{where}: data.pkl is no pickle ({shown(error)}); the file is damaged, fetch it again"
+        ) from None
+
+
+def _is_plain(module: str, name: str) -> bool:
+    if (module, name) in _NAMES:
+        return True
+    # A storage class such as FloatStorage, which torch replaces with its dtype; or a dtype, refused later by tensor.
+    return module == "torch" and (name in _DTYPES or name.endswith("Storage") or name.startswith(("float", "complex")))
+
+
+def _foreign(module: str, name: str, where: str) -> CheckpointError:
+    what = shown(f"{module}.{name}")
+    if module.split(".", maxsplit=1)[0] == "torch":
+        return CheckpointError(
+            f"{where} holds more than plain tensors ({what}), which safetensors has no place for; {REMEDY}"
+        )
+    return CheckpointError(
+        f"{where} is a pickle that imports {what}, which weights have no need of: refused, and none of it was run; "
+        "do not load this file elsewhere unless you trust whoever made it"
+    )
+
+
+def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{where} is pickled, and reading it takes torch: pip install 'dus-cli[heal]', or use a checkpoint in "
+            "safetensors"
+        ) from None
+    copy = io.BytesIO()
+    keys: dict[int, str] = {}
+    with zipfile.ZipFile(copy, "w") as archive:
+        archive.writestr("archive/data.pkl", saved.pickle)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+        for key in dict.fromkeys(saved.keys):
+            if not (key.isascii() and key.isdigit()):
+                raise CheckpointError(f"{where} names a storage {shown(key)}, which torch numbers; refusing it")
+            archive.writestr(f"archive/data/{key}", b"")
+            keys[copy.tell()] = key
+    copy.seek(0)
+    try:
+        state = torch.load(copy, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{where} cannot be unpickled by torch's weights_only ({_first_line(error)}); it is damaged, or no plain "
+            f"state dict: fetch it again, or {REMEDY}"
+        ) from error
+    return [
+        _Described(name, tensor, _storage_key(name, tensor, keys, where))
+        for name, tensor in _state_dict(state, where).items()
+    ]
+
+
+def _storage_key(name: str, tensor: Tensor, keys: Mapping[int, str], where: str) -> str:
+    import torch
+
+    offset = None
+    if tensor.layout is torch.strided:
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None or offset not in keys:
+        raise CheckpointError(f"{where}: tensor {shown(name)} has no data of its own in the file; {REMEDY}")
+    return keys[offset]
+
+
+def _first_line(error: Exception) -> str:
+    return shown(str(error).split("\n", maxsplit=1)[0] or type(error).__name__)
+
+
+def _state_dict(state: object, where: str) -> dict[str, Tensor]:
+    """The dict of names and tensors, refused where it is anything else."""
+    import torch
+
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{where} holds a {type(state).__name__}, not a dict of tensors; {REMEDY}")
+    if not state:
+        raise CheckpointError(f"{where} holds no tensors; {REMEDY}")
+    nested = [name for name, value in state.items() if isinstance(name, str) and isinstance(value, dict)]
+    if nested:
+        raise CheckpointError(
+            f"{where} holds dicts ({shown_list(nested)}), not the tensors themselves: it is a training checkpoint; "
+            f"{REMEDY}"
+        )
+    for name, value in state.items():
+        if not isinstance(name, str):  # a hostile one may be too long, or too deep, to be shown
+            raise CheckpointError(f"{where} names a tensor with a {type(name).__name__}, not with text; {REMEDY}")
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{where}: {shown(name)} is a {type(value).__name__}; dus reads a dict of names and tensors; {REMEDY}"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{where} has a tensor's name that is not Unicode: {shown(name)}") from None
+        if name == "__metadata__":
+            raise CheckpointError(f"{where} has a tensor named __metadata__, a name that safetensors keeps to itself")
+    return state
+
+
+def _tensor_info(described: _Described, places: Places, where: str) -> TensorInfo:
+    name, tensor, key = described
+    label = f"{where}: tensor {shown(name)}"
+    dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if tensor.is_quantized or dtype is None:
+        raise CheckpointError(f"{label} is {tensor.dtype}, which safetensors has no name for; {REMEDY}")
+    if tensor.is_conj() or tensor.is_neg():
+        raise CheckpointError(f"{label} is stored conjugated or negated; {REMEDY}")
+    storage_start, storage_bytes = places[key]
+    shape, strides, size = tuple(tensor.shape), tensor.stride(), tensor.element_size()
+    num_bytes = prod(shape) * size
+    if num_bytes > _MAX_COUNT:
+        raise CheckpointError(f"{label}: the shape {shown(shape)} overflows 64 bits")
+    first = int(tensor.storage_offset()) if num_bytes else 0
+    if not 0 <= first * size <= (first + span(shape, strides)) * size <= storage_bytes:
+        raise CheckpointError(
+            f"{label} reaches beyond its storage of {storage_bytes} bytes; the file is damaged, fetch it again"
+        )
+    start = storage_start + first * size
+    dense = is_row_major(shape, strides)
+    return TensorInfo(name, dtype, shape, start, start + num_bytes, None if dense else tuple(strides))

@@ -1,0 +1,140 @@
+"""The bytes of a tensor in row-major order, also where they do not lie so in the file.
+
+safetensors holds tensors row by row. A pickled checkpoint may hold a view of a storage instead:
+transposed, strided, expanded (stride 0). Such a tensor is gathered in pieces, so memory does not grow
+with it; what lies far apart is read in windows, some of it several times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from dus_cli.errors import CheckpointError, shown
+from dus_cli.source.headers import DTYPE_BITS, TensorInfo
+from dus_cli.workers import PIECE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Elements from `offset` on, in a box of this shape and these strides; all three count elements.
+Box = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements lie one after another, the last axis fastest. Strides count elements.
+
+    >>> is_row_major((2, 3), (3, 1)), is_row_major((3, 2), (1, 3)), is_row_major((1, 3), (99, 1))
+    (True, False, True)
+    """
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return 0 in shape
+        expected *= size
+    return True
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last, both counted; 0 where there are none.
+
+    >>> span((3, 2), (1, 3)), span((5, 5), (0, 0)), span((0, 3), (3, 1))
+    (6, 1, 0)
+    """
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]:
+    """The tensor's bytes in row-major order, at most 4 MiB at a time. A piece is valid until the next is asked for.
+
+    Pieces of a dense tensor end early where the file does.
+
+    Raises:
+        OSError: the file cannot be read.
+        CheckpointError: a strided tensor lies beyond the end of the file.
+    """
+    if tensor.strides is not None:
+        yield from _gathered_pieces(file, tensor, tensor.strides)
+        return
+    position = 0
+    while position < tensor.num_bytes:
+        start, length = tensor.start + position, min(PIECE, tensor.num_bytes - position)
+        piece = os.pread(file, length, start)
+        # A mount may give less than was asked for, and whoever casts needs whole numbers.
+        while len(piece) < length and (more := os.pread(file, length - len(piece), start + len(piece))):
+            piece += more
+        if not piece:
+            return
+        yield piece
+        position += len(piece)
+
+
+def _gathered_pieces(file: int, tensor: TensorInfo, strides: tuple[int, ...]) -> Iterator[memoryview]:
+    import torch
+
+    size = DTYPE_BITS[tensor.dtype] // 8
+    # Elements are only moved: integers of their size keep every bit, NaNs too.
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    buffer = bytearray(PIECE)
+    for offset, shape, box_strides in _boxes((0, tensor.shape, strides), PIECE // size):
+        count = prod(shape)
+        piece = torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+        _fill(piece, box_strides, file, tensor.start + offset * size, tensor.name)
+        yield memoryview(buffer)[: count * size]
+
+
+def _boxes(box: Box, limit: int) -> Iterator[Box]:
+    """A box cut into boxes of at most `limit` elements that follow each other in row-major order.
+
+    >>> list(_boxes((0, (3, 2), (1, 3)), limit=4))
+    [(0, (2, 2), (1, 3)), (2, (1, 2), (1, 3))]
+    """
+    offset, shape, strides = box
+    if prod(shape) <= limit:
+        yield box
+        return
+    row = prod(shape[1:])
+    if row > limit:
+        for index in range(shape[0]):
+            yield from _boxes((offset + index * strides[0], shape[1:], strides[1:]), limit)
+        return
+    step = limit // row
+    for index in range(0, shape[0], step):
+        yield offset + index * strides[0], (min(step, shape[0] - index), *shape[1:]), strides
+
+
+def _fill(piece: Tensor, strides: tuple[int, ...], file: int, start: int, name: str) -> None:
+    """Fill a tensor with elements that lie `strides` apart, from byte `start` on.
+
+    The window that holds them all is read at once; where it is wider than a piece, each half by itself.
+    """
+    import torch
+
+    shape, size = tuple(piece.shape), piece.element_size()
+    window = span(shape, strides)
+    if window * size <= PIECE:
+        raw = _read(file, start, window * size, name)
+        piece.copy_(torch.frombuffer(raw, dtype=piece.dtype).as_strided(shape, strides))
+        return
+    axis = max(range(len(shape)), key=lambda a: (shape[a] - 1) * strides[a])
+    half = shape[axis] // 2
+    for first, length in ((0, half), (half, shape[axis] - half)):
+        _fill(piece.narrow(axis, first, length), strides, file, start + first * strides[axis] * size, name)
+
+
+def _read(file: int, start: int, length: int, name: str) -> bytearray:
+    raw = bytearray(length)
+    view = memoryview(raw)
+    filled = 0
+    while filled < length:
+        count = os.preadv(file, [view[filled:]], start + filled)
+        if count == 0:
+            raise CheckpointError(
+                f"the file of tensor {shown(name)} became shorter while it was read; copy or download it again"
+            )
+        filled += count
+    return raw

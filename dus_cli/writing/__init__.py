@@ -1,0 +1,1 @@
+"""Bytes to a directory that is whole or not there."""

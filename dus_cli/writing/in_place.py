@@ -1,0 +1,172 @@
+"""An output where no folder can be renamed: under its own name, in an order in which nothing takes it for whole.
+
+The exception to "the final name means finished". INCOMPLETE is written first and removed last; the index and
+config.json come after all else, so that before them no loader finds a model: transformers asks for config.json first,
+and a model of one file has no index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from dus_cli.errors import CheckpointError, OutputError, shown
+from dus_cli.source import incomplete
+from dus_cli.source.checkpoint import CONFIG_NAME, INDEX_NAME
+from dus_cli.source.incomplete import Owner
+from dus_cli.storage import remove, sync
+from dus_cli.writing.outputs import writing
+
+# Written after all else, in this order.
+LAST = (INDEX_NAME, CONFIG_NAME)
+
+
+def check_left(output: Path, key: str, *, overwrite: bool) -> Owner | None:
+    """Who has left `output` half-written; None where it was not.
+
+    Raises:
+        OutputError: that run still runs on this host, or it wrote something else than `key`.
+    """
+    left = incomplete.owner(output)
+    if left is None:
+        return None
+    if left.is_running_here:
+        raise OutputError(f"another run is writing {shown(output)} at this moment ({left}); wait for it")
+    if left.key != key and not overwrite:
+        raise OutputError(
+            f"{shown(output)} was left half-written by another command ({left}); run that one again, remove the "
+            "folder, or clear it with --overwrite"
+        )
+    return left
+
+
+def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
+    """Clear what a run that wrote in place has left under `output`; a note where it may still run elsewhere.
+
+    Raises:
+        OutputError: as `check_left`, or its files cannot be removed.
+    """
+    left = check_left(output, key, overwrite=overwrite)
+    if left is None:
+        return None
+    remaining = _clear(output)
+    if remaining:
+        raise OutputError(f"{shown(output)} was left half-written and {shown(remaining)} in it cannot be removed")
+    if left.is_of_this_host:
+        return None
+    return f"{shown(output)} was begun by {left}: if that run still works, it will find this one and fail"
+
+
+def check_empty(output: Path, why: str) -> None:
+    """Hold that nothing would be replaced.
+
+    Raises:
+        OutputError: `output` holds something.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise OutputError(
+            f"{shown(output)} cannot be replaced in one step, because {why}: the old model could not stay until the "
+            "new one is whole; remove it first, or choose another -o"
+        )
+
+
+def in_place_warning(output: Path, why: str) -> str:
+    """What a person should know of an output that is written in place."""
+    return (
+        f"{shown(output)}: written in place, because {why}; whole once {CONFIG_NAME} is there and {incomplete.NAME} "
+        "is gone"
+    )
+
+
+class InPlace:
+    """OUT while it is written in place. A run that finds its mark replaced by another's leaves everything to it."""
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.output = output
+        self._mark = output / incomplete.NAME
+        self._owner = Owner(key)
+
+    def claim(self, why: str) -> None:
+        """Mark the folder as ours and incomplete. Two hosts may both get so far; `check_ours` then tells one of them.
+
+        Raises:
+            OutputError: it holds something, or another run is as quick.
+        """
+        check_empty(self.output, why)
+        with writing(incomplete.NAME):
+            self.output.mkdir(exist_ok=True)
+            try:
+                _write(self._mark, self._owner.to_text())
+            except FileExistsError:
+                raise self._taken() from None
+        self.check_ours()
+
+    def check_ours(self) -> None:
+        """Hold that no other run has taken the folder.
+
+        Raises:
+            OutputError: one has.
+        """
+        if not self._is_ours():
+            raise self._taken()
+
+    def _is_ours(self) -> bool:
+        found = incomplete.owner(self.output)
+        return found is not None and found.token == self._owner.token
+
+    def _taken(self) -> OutputError:
+        found = None
+        with contextlib.suppress(CheckpointError):
+            found = incomplete.owner(self.output)
+        who = f"another run ({found})" if found is not None else "someone who removed its mark"
+        return OutputError(f"{shown(self.output)} was taken meanwhile by {who}; what is in it now was left to that run")
+
+    def finish(self, texts: Mapping[str, str]) -> None:
+        """Write the files of LAST, and remove the mark. From there on the output is whole.
+
+        Raises:
+            OutputError: another run has taken the folder, or the store failed.
+        """
+        self.check_ours()
+        for name in LAST:
+            if name in texts:
+                with writing(name):
+                    _write(self.output / name, texts[name])
+                    if (self.output / name).read_text(encoding="utf-8") != texts[name]:
+                        raise OutputError(f"{name} is not what was written; the store or its mount failed")
+        with writing(incomplete.NAME):
+            self._mark.unlink()
+
+    def abandon(self) -> None:
+        """Remove what this run wrote, if it is still this run's and not finished."""
+        with contextlib.suppress(CheckpointError, OSError):
+            if self._is_ours():
+                _clear(self.output)
+            elif incomplete.owner(self.output) is None:  # not even marked, or finished: then it is not empty
+                self.output.rmdir()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("xb") as file:
+        file.write(text.encode())
+        file.flush()
+        sync(file.fileno())
+
+
+def _clear(folder: Path) -> str | None:
+    """Remove a folder, its mark last: what cannot be removed stays marked, and is named."""
+    entries = [path for path in folder.iterdir() if path.name != incomplete.NAME]
+    for path in sorted(entries, key=lambda path: path.name not in LAST):
+        with contextlib.suppress(OSError):
+            remove(path)
+    remaining = [path.name for path in entries if path.exists()]
+    if remaining:
+        return remaining[0]
+    try:
+        (folder / incomplete.NAME).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # some stores have no empty folders
+            folder.rmdir()
+    except OSError:
+        return incomplete.NAME
+    return None

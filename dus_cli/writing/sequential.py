@@ -1,0 +1,109 @@
+"""Writing shards from their first byte to their last, for file systems that take nothing else.
+
+Each shard is one writer's. What stands twice in the output is read twice: `transfer` reads it once, but writes in the
+source's order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dus_cli.errors import CheckpointError, shown
+from dus_cli.planning.dtypes import require_torch
+from dus_cli.planning.layout import Placement, ShardLayout
+from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.treatment import Making, made_pieces
+from dus_cli.source.checkpoint import Shard
+from dus_cli.storage import sync
+from dus_cli.workers import PIECE, Workers, workers
+from dus_cli.writing.outputs import Tally, writing
+from dus_cli.writing.transfer import DEFAULT_JOBS, check_unchanged, unreadable
+
+
+def transfer_in_order(
+    plan: UpscalePlan,
+    folder: Path,
+    *,
+    jobs: int = DEFAULT_JOBS,
+    before_shard: Callable[[], object] = lambda: None,
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> Tally:
+    """Write every shard of the plan into `folder`, `jobs` at a time, each in order.
+
+    Memory is two pieces of 4 MiB for each job. A store's last word on a file is what close(2) says: it is heard.
+
+    Args:
+        plan: what to write.
+        folder: where; the files must not exist.
+        jobs: files that are written at the same time.
+        before_shard: called before each file, from several threads; what it raises ends the run.
+        on_bytes: told the number of bytes of tensor data done, from several threads.
+
+    Raises:
+        CheckpointError: a source shard is unreadable, or changed since its header was read; a finite number is
+            beyond the dtype that it is cast to.
+        MissingExtraError: a cast needs torch, and it is not installed.
+        OutputError: writing failed.
+    """
+    if any(placement.making is Making.cast for placement in plan.placements):
+        require_torch("--dtype")
+    with workers(jobs) as team:
+
+        def write(name: str) -> None:
+            if not team.stop.is_set():
+                before_shard()
+                _write_shard(folder / name, name, plan.shards[name], team, on_bytes)
+
+        list(team.pool.map(write, plan.shards))
+    for shard in plan.checkpoint.shards:
+        check_unchanged(shard)
+    tally = Tally()
+    for placement in plan.placements:
+        moved = {Making.copied: "copied", Making.cast: "cast", Making.zeros: "zeros"}[placement.making]
+        setattr(tally, moved, getattr(tally, moved) + placement.num_bytes)
+    return tally
+
+
+def _write_shard(path: Path, name: str, layout: ShardLayout, team: Workers, on_bytes: Callable[[int], object]) -> None:
+    with writing(name), contextlib.ExitStack() as closing:
+        sources: dict[str, int] = {}
+        with path.open("xb", buffering=PIECE) as target:
+            target.write(layout.header)
+            for placement in layout.placements:
+                shard = placement.shard
+                if shard.name not in sources:
+                    sources[shard.name] = _open(shard, closing)
+                for piece in _pieces(placement, sources[shard.name]):
+                    if team.stop.is_set():
+                        return
+                    target.write(piece)
+                    on_bytes(len(piece))
+            target.flush()
+            sync(target.fileno())
+
+
+def _open(shard: Shard, closing: contextlib.ExitStack) -> int:
+    try:
+        file = os.open(shard.path, os.O_RDONLY)
+    except OSError as error:
+        raise unreadable(shard, error) from error
+    closing.callback(os.close, file)
+    return file
+
+
+def _pieces(placement: Placement, file: int) -> Iterator[bytes | memoryview]:
+    """An output tensor's bytes, all of them."""
+    num_bytes = 0
+    try:
+        for piece in made_pieces(file, placement.tensor, placement.making, placement.dtype):
+            num_bytes += len(piece)
+            yield piece
+    except OSError as error:
+        raise unreadable(placement.shard, error) from error
+    if num_bytes != placement.num_bytes:
+        raise CheckpointError(
+            f"{shown(placement.shard.name)} became shorter while it was read; copy or download it again"
+        )
