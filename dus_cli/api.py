@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 from dus_cli import upscaling, verification
 from dus_cli.errors import DusError, UsageError, shown
@@ -22,8 +22,9 @@ from dus_cli.progress import NoProgress, Progress
 from dus_cli.push import pushing
 from dus_cli.push.target import Target, look
 from dus_cli.reference import ModelRef
-from dus_cli.release.remaking import Remaking, read_remaking
+from dus_cli.release.remaking import read_remaking
 from dus_cli.report import UpscaleReport
+from dus_cli.upscaling import Wanted
 from dus_cli.verification import Verification, VerifyMode
 from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
 
@@ -105,12 +106,8 @@ def upscale(
     if target is not None:
         look(target)  # what is in the way is said before gigabytes are written
     report = upscaling.upscale(
-        wanted.ref,
+        wanted,
         Path(output),
-        wanted.request,
-        max_shard_bytes=wanted.max_shard_bytes,
-        dtype=wanted.dtype,
-        remaking=wanted.remaking,
         copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
         stream=stream,
         jobs=_jobs(jobs),
@@ -162,12 +159,8 @@ def plan(
     target = _target(push_to, branch, token, private=private)
     remote = None if target is None else look(target)
     report = upscaling.preview(
-        wanted.ref,
+        wanted,
         Path(output),
-        wanted.request,
-        max_shard_bytes=wanted.max_shard_bytes,
-        dtype=wanted.dtype,
-        remaking=wanted.remaking,
         copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
         stream=stream,
         overwrite=overwrite,
@@ -208,16 +201,6 @@ def verify(
     return verification.verify(Path(folder), checkpoint, jobs=_jobs(jobs), progress=told)
 
 
-class _Wanted(NamedTuple):
-    """What decides the bytes that are written."""
-
-    ref: ModelRef
-    request: MapRequest
-    max_shard_bytes: int
-    dtype: Dtype | None
-    remaking: Remaking | None = None
-
-
 def _wanted(
     model: str | Path | None,
     lineage: str | Path | None,
@@ -232,7 +215,7 @@ def _wanted(
     max_shard_size: int | str,
     *,
     identity: bool,
-) -> _Wanted:
+) -> Wanted:
     size = _size(max_shard_size)
     if lineage is not None:
         given = {
@@ -250,10 +233,10 @@ def _wanted(
         if names:
             raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
         remaking = read_remaking(Path(lineage), None if model is None else _text(model), token=token)
-        return _Wanted(*remaking.parts, remaking)
+        return Wanted(*remaking.parts, remaking)
     if model is None:
         raise UsageError("which model? give a directory or a Hub id, or lineage")
-    return _Wanted(
+    return Wanted(
         ModelRef.parse(_text(model), revision=revision, token=token),
         MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple((assume or {}).items())),
         size,

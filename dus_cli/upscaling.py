@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, shown
@@ -32,25 +33,43 @@ from dus_cli.writing.staging import Staging, check_apart, check_output
 from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode, can_clone, transfer
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What decides the bytes that are written: the base, the layer map, the largest shard, the cast.
+
+    `remaking` is the lineage that these come from, where one is followed again: what it records of the base is recorded
+    again.
+    """
+
+    ref: ModelRef
+    request: MapRequest
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    dtype: Dtype | None = None
+    remaking: Remaking | None = None
+
+    def base(self, commit: str | None = None) -> Base:
+        return Base(self.ref, commit) if self.remaking is None else self.remaking.base()
+
+    def plan(self, base: Base, checkpoint: Checkpoint, absent: Mapping[str, int] | None = None) -> UpscalePlan:
+        """The plan for a base that is open, held against the lineage where there is one. Arguments as of `make_plan`.
+
+        Raises:
+            LayerMapError, ConfigError, CheckpointError: as `make_plan`.
+            VerificationError: as `Remaking.check`.
+        """
+        made = make_plan(base, checkpoint, self.request, self.max_shard_bytes, self.dtype, absent)
+        if self.remaking is not None:
+            self.remaking.check(made)
+        return made
+
+
 def plan(
-    ref: ModelRef,
-    request: MapRequest,
-    *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    dtype: Dtype | None = None,
-    remaking: Remaking | None = None,
-    fetch: Fetch = Fetch.weights,
-    quiet: bool = True,
-    progress: Progress | None = None,
+    wanted: Wanted, *, fetch: Fetch = Fetch.weights, quiet: bool = True, progress: Progress | None = None
 ) -> UpscalePlan:
     """Find the model and decide everything that will be written. Nothing is written but the Hub's cache.
 
     Args:
-        ref: the base.
-        request: the layer map.
-        max_shard_bytes: the largest shard, in bytes.
-        dtype: what floating-point tensors are cast to.
-        remaking: the lineage that is followed again: what it records of the base is recorded again.
+        wanted: base, map, and what else decides the bytes.
         fetch: what of a Hub model comes into the cache; of weights that do not, the headers are read.
         quiet: no progress bars from huggingface_hub.
         progress: told of weights that are fetched, where huggingface_hub draws nothing.
@@ -58,26 +77,19 @@ def plan(
     Raises:
         DusError: any known failure; see `errors`.
     """
+    ref = wanted.ref
     if ref.path is not None:
-        base = Base(ref) if remaking is None else remaking.base()
-        return _checked(make_plan(base, open_checkpoint(ref.path), request, max_shard_bytes, dtype), remaking)
+        return wanted.plan(wanted.base(), open_checkpoint(ref.path))
     folder, commit = fetching.fetch_small_files(ref, fetch=fetch, quiet=quiet)
-    base = Base(ref, commit) if remaking is None else remaking.base()
+    base = wanted.base(commit)
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
     headers = fetching.remote_headers(ref, commit, folder)
     absent = fetching.absent_files(ref, commit, folder) if fetch is Fetch.headers else None
-    made = make_plan(base, open_checkpoint(folder, headers), request, max_shard_bytes, dtype, absent)
-    _checked(made, remaking)
+    made = wanted.plan(base, open_checkpoint(folder, headers), absent)
     if fetch is not Fetch.weights:
         return made
     fetching.fetch_weights(ref, folder, commit, progress)
-    return _checked(make_plan(base, open_checkpoint(folder), request, max_shard_bytes, dtype), remaking)
-
-
-def _checked(made: UpscalePlan, remaking: Remaking | None) -> UpscalePlan:
-    if remaking is not None:
-        remaking.check(made)
-    return made
+    return wanted.plan(base, open_checkpoint(folder))
 
 
 def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = None) -> Checkpoint:
@@ -94,13 +106,9 @@ def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = 
 
 
 def preview(
-    ref: ModelRef,
+    wanted: Wanted,
     output: Path,
-    request: MapRequest,
     *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    dtype: Dtype | None = None,
-    remaking: Remaking | None = None,
     copy_mode: CopyMode = CopyMode.auto,
     overwrite: bool = False,
     stream: bool = False,
@@ -112,16 +120,9 @@ def preview(
         DusError: as `plan`.
     """
     started = time.monotonic()
+    ref, remaking = wanted.ref, wanted.remaking
     _check_stream(ref, copy_mode, stream=stream)
-    made = plan(
-        ref,
-        request,
-        max_shard_bytes=max_shard_bytes,
-        dtype=dtype,
-        remaking=remaking,
-        fetch=Fetch.headers,
-        quiet=quiet,
-    )
+    made = plan(wanted, fetch=Fetch.headers, quiet=quiet)
     streams = _streams(made, stream=stream)
     folder = output.resolve().parent
     while not folder.is_dir():
@@ -152,13 +153,9 @@ def preview(
 
 
 def upscale(
-    ref: ModelRef,
+    wanted: Wanted,
     output: Path,
-    request: MapRequest,
     *,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    dtype: Dtype | None = None,
-    remaking: Remaking | None = None,
     copy_mode: CopyMode = CopyMode.auto,
     jobs: int = DEFAULT_JOBS,
     verify: VerifyMode = VerifyMode.structure,
@@ -173,34 +170,23 @@ def upscale(
     Where no folder can be renamed it is written in place, marked as incomplete until it is whole (`writing.in_place`).
     Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
     is to replace untouched. An output that is already what would be written, by its lineage, is left as it is.
-    With `remaking`, from which the other arguments come, it is also held against the recorded sums.
+    Where a lineage is followed again, it is also held against the recorded sums.
 
     Raises:
         DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the base
-            is unreadable or changed meanwhile, or a number is beyond `dtype`), MissingExtraError (a cast needs
+            is unreadable or changed meanwhile, or a number is beyond the dtype), MissingExtraError (a cast needs
             torch), VerificationError (what was written is not what was planned).
     """
     started = time.monotonic()
     progress = progress or NoProgress()
+    ref, remaking = wanted.ref, wanted.remaking
     _check_stream(ref, copy_mode, stream=stream)
     sums_wanted = remaking is not None and remaking.sums is not None
     with_checksums = with_checksums or sums_wanted
     warnings = tuple(remaking.warnings) if remaking is not None else ()
-
-    def planned(fetch: Fetch) -> UpscalePlan:
-        return plan(
-            ref,
-            request,
-            max_shard_bytes=max_shard_bytes,
-            dtype=dtype,
-            remaking=remaking,
-            fetch=fetch,
-            quiet=quiet,
-            progress=progress,
-        )
-
     if not overwrite and (output / lineage.NAME).is_file():
-        made = planned(Fetch.weights if verify is VerifyMode.full and not stream else Fetch.headers)
+        fetch = Fetch.weights if verify is VerifyMode.full and not stream else Fetch.headers
+        made = plan(wanted, fetch=fetch, quiet=quiet, progress=progress)
         if _is_made(made, ref, output, jobs, verify, with_checksums=with_checksums):
             if sums_wanted and remaking is not None:
                 remaking.check_sums(checksums.folder_sums(output, jobs))
@@ -208,7 +194,7 @@ def upscale(
             seconds = time.monotonic() - started
             return UpscaleReport(made, output, "unchanged", space, Tally(), verify.value, seconds, warnings, remaking)
     real = check_output(output, overwrite=overwrite)
-    made = planned(Fetch.files if stream else Fetch.weights)
+    made = plan(wanted, fetch=Fetch.files if stream else Fetch.weights, quiet=quiet, progress=progress)
     streams = _streams(made, stream=stream)
     check_apart(output, made.checkpoint.folder)
     progress.planned(made)

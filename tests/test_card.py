@@ -23,7 +23,7 @@ from dus_cli.reference import ModelRef
 from dus_cli.release.picture import PICTURES, layer_map_svg
 from dus_cli.source.base_card import BaseCard, parse_base_card, read_base_card
 from dus_cli.source.files import carried_files
-from dus_cli.upscaling import upscale
+from dus_cli.upscaling import Wanted, upscale
 
 LLAMA = """---
 license: other
@@ -53,7 +53,7 @@ def fields(card: ModelCard) -> dict[str, Any]:
 
 def card_of(base: Path, output: Path, *, trim: int = 2, with_checksums: bool = False) -> ModelCard:
     """The card of an upscale, loaded by huggingface_hub, which refuses what is no card."""
-    upscale(ModelRef(str(base), path=base), output, MapRequest(trim), with_checksums=with_checksums)
+    upscale(Wanted(ModelRef(str(base), path=base), MapRequest(trim)), output, with_checksums=with_checksums)
     assert metadata_load(output / "README.md")
     return ModelCard((output / "README.md").read_text(encoding="utf-8"))
 

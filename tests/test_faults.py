@@ -168,7 +168,7 @@ def test_where_names_cannot_be_exchanged_two_renames_do(
 
 
 def run_verb(base: Path, out: Path, *, trim: int | None = None, overwrite: bool = False, **options: Any) -> None:
-    verb.upscale(ModelRef(str(base), path=base), out, MapRequest(trim), overwrite=overwrite, **options)
+    verb.upscale(verb.Wanted(ModelRef(str(base), path=base), MapRequest(trim)), out, overwrite=overwrite, **options)
 
 
 @pytest.fixture

@@ -81,7 +81,8 @@ def mounted(tmp_path: Path) -> Iterator[Mounting]:
 
 
 def run(base: Path, out: Path, *, trim: int | None = None, **options: Any) -> UpscaleReport:
-    return verb.upscale(ModelRef(str(base), path=base), out, MapRequest(trim), max_shard_bytes=200_000, **options)
+    wanted = verb.Wanted(ModelRef(str(base), path=base), MapRequest(trim), max_shard_bytes=200_000)
+    return verb.upscale(wanted, out, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -131,7 +132,7 @@ def test_zeros_and_casts_are_written_in_order_too(base: Path, tmp_path: Path, mo
     mount = mounted(STORES["goofys"])
     request = MapRequest(None, "0:8,4:8", identity=True)
     ref, dtype = ModelRef(str(base), path=base), Dtype.float32
-    reports = [verb.upscale(ref, out / "out", request, dtype=dtype) for out in (tmp_path, mount)]
+    reports = [verb.upscale(verb.Wanted(ref, request, dtype=dtype), out / "out") for out in (tmp_path, mount)]
     assert contents(tmp_path / "out") == contents(mount / "out")
     assert reports[0].tally == reports[1].tally
     assert reports[0].tally.zeros
@@ -387,7 +388,7 @@ def test_a_number_beyond_the_dtype_is_found_where_shards_are_written_in_order(
     )
     mount = mounted(IN_PLACE)
     with pytest.raises(CheckpointError, match="beyond float16's range"):
-        verb.upscale(ModelRef(str(base), path=base), mount / "out", MapRequest(1), dtype=Dtype.float16)
+        verb.upscale(verb.Wanted(ModelRef(str(base), path=base), MapRequest(1), dtype=Dtype.float16), mount / "out")
     assert list(mount.iterdir()) == []
 
 

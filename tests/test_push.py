@@ -20,7 +20,7 @@ from tiny import digests
 
 from dus_cli.planning.plan import MapRequest
 from dus_cli.reference import ModelRef
-from dus_cli.upscaling import upscale
+from dus_cli.upscaling import Wanted, upscale
 
 # Retries without their waits: huggingface_hub's back-off takes half a minute.
 NO_WAIT = "import time; time.sleep = lambda _: None"
@@ -34,8 +34,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (base / "tokenizer.json").write_text("{}")
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: [no]\n---\n")
     ref = ModelRef(str(base), path=base)
-    upscale(ref, root / "out", MapRequest(2), max_shard_bytes=250_000, with_checksums=True)
-    upscale(ref, root / "single", MapRequest(1))
+    upscale(Wanted(ref, MapRequest(2), max_shard_bytes=250_000), root / "out", with_checksums=True)
+    upscale(Wanted(ref, MapRequest(1)), root / "single")
     return {"base": base, "out": root / "out", "single": root / "single"}
 
 
@@ -97,7 +97,7 @@ def test_the_same_push_again_sends_nothing(out: Path, hub: WritableHub) -> None:
 
 def test_a_changed_card_alone_is_one_small_commit(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
+    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     assert dus("push", out, "org/model", "-q").returncode == 0
     (out / "README.md").write_text((out / "README.md").read_text() + "\nMine.\n")
     count = len(hub.put)
@@ -228,7 +228,7 @@ def test_what_does_not_verify_is_not_pushed(
 ) -> None:
     out = tmp_path / "out"
     ref = ModelRef("b", path=folders["base"])
-    upscale(ref, out, MapRequest(2), max_shard_bytes=250_000, with_checksums=True)
+    upscale(Wanted(ref, MapRequest(2), max_shard_bytes=250_000), out, with_checksums=True)
     change, message = UNSOUND[what]
     change(out)
     dus("push", out, "org/model", "-q").assert_one_line_error(message)
@@ -237,7 +237,7 @@ def test_what_does_not_verify_is_not_pushed(
 
 def test_a_healed_model_goes_with_its_proof(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
     out = tmp_path / "healed"
-    upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
+    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     record = json.loads((out / "dus.json").read_text()) | {"healing": [{"steps": 1}]}
     spoil(out, dus=json.dumps(record), run="{}", report="{}")
     for name in ("metrics.jsonl", "healing-light.svg", "tensorboard/events"):
@@ -255,7 +255,7 @@ def test_what_is_no_directory_is_refused(tmp_path: Path, hub: WritableHub) -> No
 
 def test_git_and_caches_in_the_folder_stay_here(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
+    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     expected = content(out) | {"a [note].txt": b"x"}
     for name in (
         ".git/config",
@@ -350,7 +350,7 @@ def test_what_the_hub_refuses_for_a_moment_is_tried_again(out: Path, hub: Writab
 
 def test_a_card_that_the_hub_refuses_is_told(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
+    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     (out / "README.md").write_text("---\nlicense: [mit\n---\n")
     dus("push", out, "org/model", "-q").assert_one_line_error("README.md", "metadata")
     assert hub.files("org/model") == {}
@@ -365,7 +365,7 @@ def test_a_folder_that_changes_while_it_is_pushed_is_told(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
+    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     change = f"""
 import time; time.sleep = lambda _: None
 from dus_cli.push import pushing
@@ -382,7 +382,7 @@ def test_a_file_too_large_for_the_hub_is_refused_with_the_cure(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    upscale(ModelRef("b", path=folders["base"]), out, MapRequest(2))
+    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     os.truncate(out / "tokenizer.json", 50_000_000_001)  # a hole
     dus("push", out, "org/model").assert_one_line_error("50.00 GB", "--max-shard-size")
     assert hub.repos == {}

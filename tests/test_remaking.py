@@ -19,21 +19,20 @@ from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.reference import ModelRef
 from dus_cli.release.remaking import read_remaking
 from dus_cli.report import UpscaleReport
-from dus_cli.upscaling import upscale
+from dus_cli.upscaling import Wanted, upscale
 
 
 def release(
     base: Path, output: Path, request: MapRequest, *, size: int = DEFAULT_SHARD_BYTES, dtype: Dtype | None = None
 ) -> Path:
-    ref = ModelRef(str(base), path=base)
-    upscale(ref, output, request, max_shard_bytes=size, dtype=dtype, with_checksums=True)
+    wanted = Wanted(ModelRef(str(base), path=base), request, size, dtype)
+    upscale(wanted, output, with_checksums=True)
     return output
 
 
 def remake(lineage: Path, output: Path, model: str | None = None) -> UpscaleReport:
     remaking = read_remaking(lineage, model)
-    ref, request, size, dtype = remaking.parts
-    return upscale(ref, output, request, max_shard_bytes=size, dtype=dtype, remaking=remaking)
+    return upscale(Wanted(*remaking.parts, remaking), output)
 
 
 @pytest.fixture(scope="module")

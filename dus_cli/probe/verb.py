@@ -23,6 +23,7 @@ from dus_cli.probe.tree import count_nodes, grow, most_states
 from dus_cli.progress import Progress
 from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import Checkpoint
+from dus_cli.upscaling import Wanted
 from dus_cli.upscaling import plan as run_plan
 
 if TYPE_CHECKING:
@@ -124,8 +125,9 @@ def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, 
     """
     started = time.monotonic()
     _check_libraries()
+    whole = Wanted(ref, _WHOLE)
     # From the headers alone: that the maps and the model fit is known before gigabytes are fetched.
-    of_base = run_plan(ref, _WHOLE, fetch=Fetch.files, quiet=quiet)
+    of_base = run_plan(whole, fetch=Fetch.files, quiet=quiet)
     seq_length = _seq_length(of_base.checkpoint, options)
     requests = wanted.wanted_requests(asked, len(of_base.layer_map))
     candidates = [wanted.check(of_base, request, seq_length) for request in requests]
@@ -157,7 +159,7 @@ def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, 
     if dry_run:
         return found
     if ref.repo_id is not None:
-        of_base = run_plan(ref, _WHOLE, quiet=quiet)
+        of_base = run_plan(whole, quiet=quiet)
     return _measure(found, of_base, asked, options, plan, progress, started)
 
 
