@@ -20,12 +20,24 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from dus_cli import __version__, api, events
-from dus_cli.errors import DusError, LayerMapError, StoppedError, UsageError, shown
+from dus_cli.errors import DusError, StoppedError, UsageError, shown
 from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
-from dus_cli.maps.layers import parse_layers
 from dus_cli.maps.recipes import RECIPES
-from dus_cli.options import HUB, AsJson, Assume, Branch, Private, Quiet, Revision, ShowProgress, Token, progress_for
+from dus_cli.options import (
+    HUB,
+    AsJson,
+    Assume,
+    Branch,
+    Private,
+    Quiet,
+    Revision,
+    ShowProgress,
+    Token,
+    check_map,
+    parser,
+    progress_for,
+)
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import parse_size
 from dus_cli.probe.command import probe
@@ -59,21 +71,6 @@ def _root(
     ] = False,
 ) -> None:
     """Depth up-scaling: grow a language model by stacking two trimmed copies of its layers."""
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _layers(text: str) -> str:
-    try:
-        parse_layers(text)
-    except LayerMapError as error:
-        raise typer.BadParameter(str(error)) from None
-    return text
 
 
 def _recipe(text: str) -> str:
@@ -134,7 +131,7 @@ def upscale(
         typer.Option(
             "--layers",
             metavar="MAP",
-            parser=_layers,
+            parser=parser(check_map),
             help="Any other map, as half-open ranges of base layers: 0:24,8:32. Excludes --trim and --copies.",
             rich_help_panel=_MAP,
         ),
@@ -176,7 +173,7 @@ def upscale(
         typer.Option(
             "--max-shard-size",
             metavar="SIZE",
-            parser=_size,
+            parser=parser(parse_size),
             help="Largest shard, in decimal KB, MB, GB or TB.",
             rich_help_panel=_WRITING,
         ),

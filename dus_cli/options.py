@@ -11,6 +11,7 @@ import typer
 from dus_cli.errors import DusError, shown
 from dus_cli.events import JsonProgress
 from dus_cli.heal.corpus import BadLine
+from dus_cli.maps.layers import parse_layers
 from dus_cli.maps.model_config import Assumption
 from dus_cli.progress import NoProgress, Progress, ProgressMode
 from dus_cli.terminal import BarProgress, PlainProgress, is_live
@@ -50,6 +51,12 @@ Token = Annotated[
     typer.Option(
         "--token", metavar="TOKEN", help="Of the Hub. Default: HF_TOKEN, or the stored login.", rich_help_panel=HUB
     ),
+]
+
+# Files behind the first one of --data.
+MoreData = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="[FILE]...", help="More --data, as a shell makes of --data *.jsonl."),
 ]
 
 # How documents are found in --data.
@@ -106,6 +113,16 @@ def parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[s
             raise typer.BadParameter(str(error), param_hint=option) from None
 
     return run
+
+
+def check_map(text: str) -> str:
+    """A map in the grammar of `--layers`, as it was typed.
+
+    Raises:
+        LayerMapError: it is not.
+    """
+    parse_layers(text)
+    return text
 
 
 def parse_assumption(text: str) -> tuple[str, Assumption]:

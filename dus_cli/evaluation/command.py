@@ -20,20 +20,13 @@ from dus_cli.evaluation.report import EvalReport, Gates, LossReport
 from dus_cli.evaluation.tasks import TaskOptions, TaskReport
 from dus_cli.heal.corpus import BadLine
 from dus_cli.heal.options import Precision, parse_count
-from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, Token, progress_for
+from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, Token, parser, progress_for
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
 from dus_cli.release.svg import check_picture, write_pictures
 
 # The groups in which --help lists the options.
 _TEXT, _TASKS, _RUN, _GATES = "Data", "Tasks", "Running", "What must hold"
-
-
-def _count(text: str) -> int:
-    try:
-        return parse_count(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def evaluate(
@@ -64,7 +57,7 @@ def evaluate(
         typer.Option(
             "--tokens",
             metavar="N",
-            parser=_count,
+            parser=parser(parse_count),
             help="Documents up to the one with which N tokens of the baseline's tokenizer are reached (100K, 1M).",
             rich_help_panel=_TEXT,
         ),
@@ -179,7 +172,7 @@ def evaluate(
         typer.Option(
             "--batch-tokens",
             metavar="N",
-            parser=_count,
+            parser=parser(parse_count),
             help="Tokens run at once. Default: 2,048 on a CPU, else 16,384; at least a window.",
             rich_help_panel=_RUN,
         ),

@@ -12,7 +12,7 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, parse_holdout
-from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, effective_mode
+from dus_cli.options import AsJson, MoreData, OnBadLine, Quiet, ShowProgress, TextField, effective_mode
 from dus_cli.options import parser as _parser
 from dus_cli.progress import ProgressMode
 
@@ -44,10 +44,7 @@ def heal(
             rich_help_panel=_DATA,
         ),
     ],
-    more_data: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
-        typer.Argument(metavar="[FILE]...", help="More --data, as a shell makes of --data *.jsonl."),
-    ] = None,
+    more_data: MoreData = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
         typer.Option("--output", "-o", metavar="OUT", help="Where the healed model goes. Default: MODEL-healed."),

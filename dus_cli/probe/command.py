@@ -11,16 +11,17 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, parse_holdout
-from dus_cli.maps.layers import parse_layers
 from dus_cli.options import (
     AsJson,
     Assume,
+    MoreData,
     OnBadLine,
     Quiet,
     Revision,
     ShowProgress,
     TextField,
     Token,
+    check_map,
     parser,
     progress_for,
 )
@@ -31,11 +32,6 @@ from dus_cli.reference import ModelRef
 from dus_cli.release.svg import check_picture, write_pictures
 
 _DATA, _MAPS, _FIT = "Data", "Maps", "Memory and speed"
-
-
-def _layers(text: str) -> str:
-    parse_layers(text)
-    return text
 
 
 def probe(
@@ -53,10 +49,7 @@ def probe(
             rich_help_panel=_DATA,
         ),
     ],
-    more_data: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
-        typer.Argument(metavar="[FILE]...", help="More --data, as a shell makes of --data *.jsonl."),
-    ] = None,
+    more_data: MoreData = None,
     tokens: Annotated[
         int,
         typer.Option(
@@ -104,7 +97,7 @@ def probe(
         typer.Option(
             "--layers",
             metavar="MAP",
-            parser=parser(_layers),
+            parser=parser(check_map),
             help="Any other map, as dus upscale takes it: 0:28,12:32. Repeat for more.",
             rich_help_panel=_MAPS,
         ),
