@@ -27,7 +27,7 @@ from dus_cli.errors import OutputError
 from dus_cli.heal import corpus, prepare, tokenise
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents, parse_holdout, parse_sources
 from dus_cli.heal.order import Order, permute
-from dus_cli.heal.tokens import IGNORED, HeldoutRows, Prepared, Row, Rows, Stream, heldout_rows
+from dus_cli.heal.tokens import IGNORED, Prepared, Row, Rows, RowsInOrder, Stream, heldout_rows
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -560,7 +560,7 @@ def test_held_out_rows_are_in_stored_order_and_the_last_is_filled_up(model: Path
     prepared = run(model, tmp_path, train, eval_data=[write_jsonl(tmp_path / "e.jsonl", ["abcd", "efg"])])
     a, b, c, d, e, f, g = ids_of(model, "abcdefg")
     rows = heldout_rows(prepared, tmp_path / "tokens", 6)
-    assert isinstance(rows, HeldoutRows)
+    assert isinstance(rows, RowsInOrder)
     assert len(rows) == 2
     assert rows[0].input_ids.tolist() == [a, b, c, d, EOS, e]
     assert rows[0].labels.tolist() == [b, c, d, EOS, IGNORED, f]

@@ -160,11 +160,7 @@ def out_of_memory(name: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a bare RuntimeError
         known = (MemoryError, torch.OutOfMemoryError)
-        if (
-            not isinstance(error, known)
-            and "allocate memory" not in str(error)
-            and "not enough memory" not in str(error)
-        ):
+        if not isinstance(error, known) and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise EvaluationError(
             f"out of memory while {shown(name)} was evaluated; lower --batch-tokens or --seq-length, or --device cpu"

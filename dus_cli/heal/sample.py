@@ -10,14 +10,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from dus_cli.errors import shown_list
 from dus_cli.heal.corpus import DataError, Source, Tally, documents, parse_sources
 from dus_cli.heal.tokenise import Reading, Split, Tokeniser, text_hash
-from dus_cli.heal.tokens import IGNORED, Ids, Row, row_at
+from dus_cli.heal.tokens import IGNORED, Ids, RowsInOrder
 
 # A document is not tokenised further than this many characters for each token that is wanted.
 _LONGEST_TOKEN = 32
@@ -126,7 +125,24 @@ def _beginning(text: str, tokeniser: Tokeniser, max_tokens: int) -> str:
     return text[:low]
 
 
-class Packed(Sequence[Row]):
+@dataclass(frozen=True)
+class _InMemory:
+    """Tokens of documents one behind the other, and where each document ends."""
+
+    ids: Ids
+    ends: Ids
+
+    def read(self, start: int, stop: int) -> Ids:
+        """Tokens start…stop − 1."""
+        return self.ids[start:stop]
+
+    def document_starts(self, start: int, stop: int) -> Ids:
+        """Positions in start…stop − 1 at which a document begins."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return starts[(starts >= start) & (starts < stop)]
+
+
+class Packed(RowsInOrder):
     """Documents in rows, one behind the other, as `dus heal` packs its held-out set. The last row is filled up."""
 
     def __init__(
@@ -136,27 +152,12 @@ class Packed(Sequence[Row]):
         for document in tokeniser.encode(texts):
             ids += [*document, tokeniser.eos]
             ends.append(len(ids))
-        self._ids, self._ends = np.array(ids, np.int64), np.array(ends, np.int64)
-        tokeniser.check_ids(int(self._ids.max(initial=0)))
-        self._seq_length, self._eos, self._document_mask = seq_length, tokeniser.eos, document_mask
-
-    @property
-    def num_tokens(self) -> int:
-        """Ends of text counted."""
-        return len(self._ids)
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._ends)
-
-    def read(self, start: int, stop: int) -> Ids:
-        """Tokens start…stop − 1."""
-        return self._ids[start:stop]
-
-    def document_starts(self, start: int, stop: int) -> Ids:
-        """Positions in start…stop − 1 at which a document begins."""
-        starts = np.concatenate([[0], self._ends[:-1]])
-        return starts[(starts >= start) & (starts < stop)]
+        tokens = _InMemory(np.array(ids, np.int64), np.array(ends, np.int64))
+        tokeniser.check_ids(int(tokens.ids.max(initial=0)))
+        super().__init__(tokens, len(ids), seq_length, tokeniser.eos, document_mask=document_mask)
+        self.num_tokens = len(ids)  # ends of text counted
+        self.num_documents = len(ends)
+        self._ends = tokens.ends
 
     def document_numbers(self, index: int) -> Ids:
         """The document, counted from 0, that each label of row `index` belongs to; -1 where none counts."""
@@ -164,18 +165,3 @@ class Packed(Sequence[Row]):
         first = range(len(self))[index] * self._seq_length + 1
         numbers = np.searchsorted(self._ends, np.arange(first, first + self._seq_length), side="right")
         return np.where(row.labels == IGNORED, -1, numbers)
-
-    def __len__(self) -> int:
-        return (max(1, self.num_tokens) + self._seq_length - 2) // self._seq_length
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start = range(len(self))[index] * self._seq_length
-        return row_at(self, start, self._seq_length, self.num_tokens, self._eos, document_mask=self._document_mask)

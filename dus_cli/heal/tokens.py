@@ -254,18 +254,12 @@ class Rows:
         return row_at(stream, start, self.seq_length, stream.num_tokens, self._eos, document_mask=self.document_mask)
 
 
-class HeldoutRows(Sequence[Row]):
-    """Held-out tokens in rows, in stored order, read when asked for. The last one is filled up."""
+class RowsInOrder(Sequence[Row]):
+    """The first `stop` tokens in rows, in stored order, read when asked for. The last one is filled up."""
 
-    def __init__(
-        self, prepared: Prepared, folder: Path, seq_length: int, *, document_mask: bool, max_tokens: int | None
-    ) -> None:
-        parts = (*prepared.parts, *prepared.eval_parts)
-        self._stream = Stream(folder, parts, "heldout", prepared.dtype)
-        self._stop = self._stream.num_tokens
-        if max_tokens is not None:
-            self._stop = min(self._stop, max_tokens + 1)
-        self._seq_length, self._eos, self._document_mask = seq_length, prepared.eos, document_mask
+    def __init__(self, tokens: Tokens, stop: int, seq_length: int, eos: int, *, document_mask: bool) -> None:
+        self._tokens, self._stop = tokens, stop
+        self._seq_length, self._eos, self._document_mask = seq_length, eos, document_mask
 
     def __len__(self) -> int:
         return (max(1, self._stop) - 1 + self._seq_length - 1) // self._seq_length
@@ -280,11 +274,13 @@ class HeldoutRows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = range(len(self))[index] * self._seq_length
-        return row_at(self._stream, start, self._seq_length, self._stop, self._eos, document_mask=self._document_mask)
+        return row_at(self._tokens, start, self._seq_length, self._stop, self._eos, document_mask=self._document_mask)
 
 
 def heldout_rows(
     prepared: Prepared, folder: Path, seq_length: int, *, document_mask: bool = True, max_tokens: int | None = None
-) -> HeldoutRows:
+) -> RowsInOrder:
     """The first `max_tokens` held-out tokens (all of them if None) as rows."""
-    return HeldoutRows(prepared, folder, seq_length, document_mask=document_mask, max_tokens=max_tokens)
+    stream = Stream(folder, (*prepared.parts, *prepared.eval_parts), "heldout", prepared.dtype)
+    stop = stream.num_tokens if max_tokens is None else min(stream.num_tokens, max_tokens + 1)
+    return RowsInOrder(stream, stop, seq_length, prepared.eos, document_mask=document_mask)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dus_cli.heal.run import Run, read_run
-from dus_cli.heal.tokens import HeldoutRows, Prepared, Rows, heldout_rows
+from dus_cli.heal.tokens import Prepared, Rows, RowsInOrder, heldout_rows
 
 
 class _Rows(Dataset[dict[str, Any]]):
@@ -42,7 +42,7 @@ class _Rows(Dataset[dict[str, Any]]):
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
     """Prints held-out losses, and adds up the time of the steps alone."""
 
-    def __init__(self, run: Run, heldout: HeldoutRows, every: int, tokens: int) -> None:
+    def __init__(self, run: Run, heldout: RowsInOrder, every: int, tokens: int) -> None:
         self._run, self._heldout, self._every, self._tokens = run, heldout, every, tokens
         self.seconds, self.cpu_seconds = 0.0, 0.0
         self._started, self._cpu_started = 0.0, 0.0
