@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -23,6 +24,7 @@ import zoo  # noqa: E402  (it imports both)
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dus_cli.errors import ProbeError  # noqa: E402
+from dus_cli.heal.options import Precision  # noqa: E402
 from dus_cli.heal.sample import Packed, read_sample  # noqa: E402
 from dus_cli.heal.tokenise import Tokeniser  # noqa: E402
 from dus_cli.maps.layers import source_layers  # noqa: E402
@@ -76,10 +78,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(model: Path, corpus: Path, asked: Asked | None = None, **options: Any) -> Probe:
-    """100 tokens in rows of 24, which is longer than the sliding windows."""
-    settings = Options((str(corpus),), tokens=100, seq_length=24)
-    for name, value in options.items():
-        object.__setattr__(settings, name, value)
+    """100 tokens in rows of 24, which is longer than the sliding windows; in fp32 also where bf16 would be faster."""
+    settings = replace(Options((str(corpus),), tokens=100, seq_length=24, precision=Precision.fp32), **options)
     ref = ModelRef.parse(str(model))
     return probe(ref, asked or Asked((2, 3)), settings, NoProgress(), dry_run=False, quiet=True)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from dus_cli.maps.layers import Seam
 
 # Bytes of hidden states that are kept of all depths together, in fp32.
 KEPT_BYTES = 512 << 20
+
+# Tokens whose depths are compared at a time.
+_AT_ONCE = 256
 
 # However wide the model: the mean over fewer tokens would say little.
 _FEWEST = 256
@@ -57,25 +61,32 @@ class Depths:
         most = max(_FEWEST, KEPT_BYTES // (4 * width * (num_layers + 1)))
         share = min(1.0, most / sum(int((each != IGNORED).sum()) for each in labels))
         self._places = [_spread((each.flatten() != IGNORED).nonzero()[:, 0], share) for each in labels]
-        self._kept: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
+        self._ends = list(accumulate(map(len, self._places)))
+        self._filled = [0] * (num_layers + 1)
+        self._kept: Tensor | None = None
 
     def add(self, depth: int, hidden: Tensor) -> None:
         """Hidden states (rows, length, width) of the next batch at a depth."""
-        places = self._places[len(self._kept[depth])]
-        rows = hidden.reshape(-1, hidden.shape[-1])[places.to(hidden.device)]
-        self._kept[depth].append(functional.normalize(rows.float(), dim=-1))
+        batch, width = self._filled[depth], hidden.shape[-1]
+        if self._kept is None:
+            # One piece from the start: many small ones that outlive what is made between them leave holes in the heap.
+            size = len(self._filled), self._ends[-1], width
+            self._kept = torch.empty(size, dtype=torch.float32, device=hidden.device)
+        places, stop = self._places[batch], self._ends[batch]
+        rows = hidden.reshape(-1, width)[places.to(hidden.device)]
+        self._kept[depth, stop - len(places) : stop] = functional.normalize(rows.float(), dim=-1)
+        self._filled[depth] += 1
 
     def distances(self) -> Distances:
         """Every depth against every other. What was kept is let go."""
-        size, count = len(self._kept), sum(map(len, self._kept[0]))
+        assert self._kept is not None
+        size, count, _ = self._kept.shape
         angular, influence = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
-        for number in range(len(self._kept[0])):
-            states = torch.stack([kept[number] for kept in self._kept], dim=1)  # (tokens, depths, width)
+        for states in torch.split(self._kept.transpose(0, 1), _AT_ONCE):  # (tokens, depths, width)
             cosines = (states @ states.mT).clamp_(-1, 1)  # of every two depths, for each token
             angular += cosines.arccos().sum(0).cpu() / math.pi
             influence += (1 - cosines).sum(0).cpu()
-            for kept in self._kept:
-                kept[number] = states[:0, 0]
+        self._kept = None
         for table in (angular, influence):  # a state is its own but for rounding
             table.div_(count).fill_diagonal_(0.0)
         return Distances(angular.tolist(), influence.tolist(), count)

@@ -159,8 +159,9 @@ def _closing(found: Probe) -> list[str]:
     assert found.text is not None
     assert found.base_loss is not None
     peak = "" if found.peak_bytes is None else f", {human_bytes(found.peak_bytes)} of memory at most"
+    documents = f"{found.text.documents:,} document{'s' * (found.text.documents != 1)}"
     lines = [
-        f"loss: nats per token, over {found.text.tokens:,} tokens of {found.text.documents:,} documents;",
+        f"loss: nats per token, over {found.text.tokens:,} tokens of {documents};",
         "seam: angular distance of the layers that meet, 0 (alike) to 1 (opposite)",
         f"{found.layer_passes} passes of a layer, {found.seconds:.0f} s{peak}",
         "",

@@ -27,6 +27,7 @@ import torch
 from checkpoints import write_mistral
 from transformers import AutoModelForCausalLM
 
+from dus_cli.heal.devices import computes_in_bf16
 from dus_cli.heal.sample import Packed, read_sample
 from dus_cli.heal.tokenise import Tokeniser
 from dus_cli.maps.layers import largest_trim, source_layers
@@ -67,7 +68,8 @@ def theirs(model: Any, layers: Any, trims: range, rows: list[torch.Tensor]) -> t
 
 
 def compare(folder: str, data: str, tokens: int) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    dtype = torch.bfloat16 if computes_in_bf16() else torch.float32  # as --precision auto decides
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     layers = model.model.layers
     tokeniser = Tokeniser(Path(folder), model.config.vocab_size)
     packed = Packed(read_sample([data], tokeniser, tokens).texts, tokeniser, SEQUENCE, document_mask=False)
@@ -88,7 +90,7 @@ def compare(folder: str, data: str, tokens: int) -> None:
     full = sum(2 * (found.num_layers - trim) for trim in trims)
     print(f"| transformers, {full} layer passes a row | {peer[0]:.1f} | {peer[1]:.1f} |")
     print(f"| ratio | {mine[0] / peer[0]:.2f} | {mine[1] / peer[1]:.2f} |")
-    print(f"\n{len(rows)} rows of {SEQUENCE} tokens, {torch.get_num_threads()} thread(s)")
+    print(f"\n{len(rows)} rows of {SEQUENCE} tokens, {found.precision}, {torch.get_num_threads()} thread(s)")
 
 
 def fill(_name: str, size: int, block: bytes = b"") -> bytes:
