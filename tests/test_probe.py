@@ -321,7 +321,19 @@ def test_the_decoder_of_a_whole_multimodal_model_is_measured(corpus: Path, tmp_p
 
 def test_a_model_of_the_hub_is_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
     commit = commit_of("llama")
-    options = ("--data", corpus, "--tokens", "100", "--seq-length", "24", "--trims", "2", "--json")
+    options = (
+        "--data",
+        corpus,
+        "--tokens",
+        "100",
+        "--seq-length",
+        "24",
+        "--trims",
+        "2",
+        "--precision",
+        "fp32",
+        "--json",
+    )
     with StandInHub({"org/llama": StandInRepo({commit: model}, {"main": commit})}) as hub:
         found = dus("probe", "org/llama", *options, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hf")).report
     assert found["commit"] == commit
@@ -339,9 +351,10 @@ def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> N
             assert f"`{field}`" in layout, field
     assert [found["trim"] for found in report["maps"]] == [1, 2, 3]
     assert report["maps"][0]["layer_map"] == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
-    run = forked_dus("probe", model, *options)
+    run = forked_dus("probe", model, *options, "--layers", "0:3,1:4,2:5,3:6,4:7")
     assert run.returncode == 0, run.stderr
+    assert "\n0:3,1:4,2:5,3:… is 0:3,1:4,2:5,3:6,4:7\n" in run.stdout
     lines = run.stdout.splitlines()
     assert [line.split()[:3] for line in lines[2:5]] == [["trim", str(m), str(2 * (7 - m))] for m in (1, 2, 3)]
-    assert all(len(line) <= 80 for line in lines if not line.startswith("  dus upscale"))
+    assert all(len(line) <= 80 for line in lines if "  dus upscale" not in line and "4:7" not in line)
     assert "layers" in run.stderr

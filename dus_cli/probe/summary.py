@@ -13,8 +13,8 @@ from dus_cli.release.lineage import seam_record
 from dus_cli.release.svg import human_count
 from dus_cli.report import SCHEMA, human_bytes
 
-# Of a map's name in the table.
-_WIDTH = 18
+# Of a map's name in the table, which is 80 columns wide with it.
+_WIDTH = 15
 
 
 def perplexity(loss: float) -> float:
@@ -119,7 +119,7 @@ def upscale_command(found: Probe, number: int) -> str:
 
 
 def probe_text(found: Probe) -> str:
-    """The table and the advice, at most 80 columns wide but for commands and warnings."""
+    """The table and the advice, at most 80 columns wide but for commands, long maps and warnings."""
     head = ["map", "layers", "params", "bytes", "FLOP/token", "loss", "perplexity", "seam"]
     rows = [head, _row("base", found.base_cost, found.base_cost.num_layers, found.base_loss, "")]
     for measured in found.maps:
@@ -131,16 +131,21 @@ def probe_text(found: Probe) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     refused = [measured.candidate for measured in found.maps if measured.candidate.refused is not None]
     lines += [f"refused: {candidate.options}: {candidate.refused}" for candidate in refused]
+    typed = [str(m.candidate.layer_map) for m in found.maps if m.candidate.layer_map.trim is None]
+    lines += [f"{_short(name)} is {name}" for name in typed if len(name) > _WIDTH]
     return "\n".join([*lines, "", *_closing(found), *(f"warning: {warning}" for warning in found.warnings)])
 
 
 def _row(name: str, cost: Cost | None, num_layers: int, loss: float | None, seam: str) -> list[str]:
-    short = name if len(name) <= _WIDTH else name[: _WIDTH - 1] + "…"
     size = ["", "", ""]
     if cost is not None:
         size = [human_count(cost.num_parameters), human_bytes(cost.num_bytes), human_count(cost.flops_per_token)]
     ends = ["", ""] if loss is None else [f"{loss:.3f}", _shown_perplexity(perplexity(loss))]
-    return [short, str(num_layers), *size, *(["refused", ""] if cost is None else ends), seam]
+    return [_short(name), str(num_layers), *size, *(["refused", ""] if cost is None else ends), seam]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _WIDTH else name[: _WIDTH - 1] + "…"
 
 
 def _shown_perplexity(value: float) -> str:

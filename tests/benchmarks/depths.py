@@ -1,0 +1,96 @@
+"""Loss right after scaling against depth, for several families of maps: of what `dus probe` printed, as SVG.
+
+    dus probe MODEL --data heldout.jsonl > two.txt
+    dus probe MODEL --data heldout.jsonl --copies 3 > three.txt
+    python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most 62 --plot docs/depths
+
+A map that an earlier file has too is left out of the later one's series.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, nice_step, text_at, ticks
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 664, 64, 350
+
+# Name, layers, parameters, bytes with their unit, FLOP per token, loss.
+_LINE = re.compile(r"^(\S+(?: \d+)?(?: --copies \d)?) +(\d+) +\S+ +[\d.]+ .B +\S+ +([\d.]+) ", re.MULTILINE)
+
+Points = list[tuple[int, float]]
+
+
+def read(files: list[str], most: int) -> tuple[float, dict[str, Points]]:
+    """The base's loss, and (layers, loss) of each series."""
+    base = 0.0
+    seen: set[tuple[str, str]] = set()
+    series: dict[str, Points] = {}
+    for entry in files:
+        name, path = entry.split("=", 1)
+        points = series[name] = []
+        for map_name, layers, loss in _LINE.findall(Path(path).read_text(encoding="utf-8")):
+            base = float(loss) if map_name == "base" else base
+            if map_name != "base" and (layers, loss) not in seen and int(layers) <= most:
+                seen.add((layers, loss))
+                points.append((int(layers), float(loss)))
+        points.sort()
+    return base, series
+
+
+def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -> str:
+    colour = COLOURS[dark]
+    points = [point for each in series.values() for point in each]
+    low, high = min(layers for layers, _ in points) - 1, max(layers for layers, _ in points) + 1
+    top = max(loss for _, loss in points) * 1.04
+    bottom = base - 0.05 * (top - base)
+
+    def x(layers: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * (layers - low) / (high - low)
+
+    def y(loss: float) -> float:
+        return _BOTTOM - (_BOTTOM - _TOP) * (loss - bottom) / (top - bottom)
+
+    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{title}</text>']
+    parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss (nats per token)</text>')
+    for loss in ticks(bottom, top, nice_step(top - bottom, 6)):
+        parts.append(f'<path d="M{_LEFT} {y(loss):.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
+        parts.append(text_at(_LEFT - 8, y(loss) + 4.5, f"{loss:g}", colour["axis"], anchor="end"))
+    for layers in ticks(low, high, nice_step(high - low, 10)):
+        parts.append(f'<path d="M{x(layers):.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
+        parts.append(text_at(x(layers), _BOTTOM + 20, f"{layers:g}", colour["axis"], anchor="middle"))
+    parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
+    parts.append(text_at(_RIGHT, _BOTTOM + 38, "layers", colour["axis"], anchor="end"))
+    parts.append(f'<path d="M{_LEFT} {y(base):.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
+    parts.append(text_at(_RIGHT, y(base) - 6, f"base {base:.3f}", colour["base"], anchor="end"))
+    for number, (name, each) in enumerate(series.items()):
+        stroke, row = SERIES[dark][number], _TOP + 14 + 20 * number
+        if len({layers for layers, _ in each}) == len(each):
+            line = " ".join(f"{x(layers):.1f},{y(loss):.1f}" for layers, loss in each)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-width="1.8"/>')
+        parts += [f'<circle cx="{x(layers):.1f}" cy="{y(loss):.1f}" r="3.4" fill="{stroke}"/>' for layers, loss in each]
+        parts.append(f'<circle cx="{_LEFT + 18}" cy="{row - 4}" r="3.4" fill="{stroke}"/>')
+        parts.append(text_at(_LEFT + 30, row, name, stroke))
+    said = " ".join(
+        f"{name}: {', '.join(f'{layers} layers {loss:.3f}' for layers, loss in each)}." for name, each in series.items()
+    )
+    return document(parts, title, f"Base {base:.3f}. {said}", _BOTTOM + 52, colour)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="+", metavar="NAME=FILE")
+    parser.add_argument("--most", type=int, default=1 << 20, help="layers")
+    parser.add_argument("--title", default="Loss right after scaling, by depth")
+    parser.add_argument("--plot", type=Path, required=True)
+    options = parser.parse_args()
+    base, series = read(options.files, options.most)
+    for dark, suffix in ((False, "light"), (True, "dark")):
+        target = options.plot.with_name(f"{options.plot.name}-{suffix}.svg")
+        target.write_text(picture(base, series, options.title, dark=dark))
+
+
+if __name__ == "__main__":
+    main()
