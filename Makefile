@@ -10,7 +10,7 @@ STACK  := .venv-stack
 help:
 	@echo "make demo   deepen a real 30-layer model to 46 layers, verify it, let both write"
 	@echo "make test   everything CI runs: ruff, mypy --strict, docs checks, tests"
-	@echo "make stack  a healed model in TRL, PEFT, lm-evaluation-harness, mergekit, llama.cpp, older transformers"
+	@echo "make stack  a healed model in TRL, PEFT, lm-evaluation-harness, mergekit, llama.cpp, older transformers; eval --tasks"
 	@echo "make docs   write docs/cli.md and docs/dus.1 from the code, docs/layer-map.svg from the map"
 	@echo "make clean  remove what the others made"
 
@@ -44,6 +44,7 @@ check: test
 stack:
 	$(MAKE) VENV=$(STACK) $(STACK)/.stack $(MODEL)/config.json
 	SMOLLM2=$(MODEL) STACK=$(STACK)/stack $(STACK)/bin/python -m pytest -c tests/stack/pytest.ini tests/stack
+	$(STACK)/bin/python -m pytest tests/test_eval_tasks.py
 
 # An older transformers is laid over the environment's torch; llama.cpp's converter is in no wheel, but in this sdist.
 LLAMA_CPP := llama_cpp_python-0.3.36
