@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from dus_cli.errors import HealError  # noqa: E402
 from dus_cli.heal import objective, schedule  # noqa: E402
+from dus_cli.heal.devices import computes_in_bf16  # noqa: E402
 from dus_cli.heal.gains import Gains  # noqa: E402
 from dus_cli.heal.objective import Head, Teaching, check_head, loss_sums  # noqa: E402
 from dus_cli.heal.optimizer import stochastically_rounded  # noqa: E402
@@ -169,3 +170,11 @@ def test_gains_follow_adam_and_leave_what_does_not_learn() -> None:
     # Adam's first step has the size of its rate whatever the gradient's, and goes against its sign.
     assert gains.factors([5.0, None], lr=0.1) == pytest.approx([math.exp(-0.1), 1.0])
     assert gains.factors([5.0, -3.0], lr=0.1) == pytest.approx([math.exp(-0.1), math.exp(0.1)])
+
+
+def test_a_cpu_beside_an_accelerator_is_asked_for_its_own_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert [computes_in_bf16(), computes_in_bf16("cuda"), computes_in_bf16("cpu")] == [True, True, False]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert not computes_in_bf16()

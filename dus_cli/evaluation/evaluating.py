@@ -58,7 +58,7 @@ def evaluate(
 
         device = model.device_of(options.device)
         candidates = find_candidates(refs, progress, quiet=quiet)
-        options = resolved(options, candidates, device.type, computes_in_bf16=computes_in_bf16())
+        options = resolved(options, candidates, device.type, computes_in_bf16=computes_in_bf16(device.type))
         harness = None if tasks is None else Harness(tasks, progress)
         inner = base_layers(candidates[0]) if with_base else None
         passes = None if text is None or text_options is None else Passes(text, text_options, options, progress)

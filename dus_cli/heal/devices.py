@@ -23,12 +23,16 @@ _LONG_PRODUCT = 0.05
 _USABLE = 0.85
 
 
-def computes_in_bf16() -> bool:
-    """Whether this machine has instructions for bf16: any accelerator, or a CPU for which oneDNN has kernels.
+def computes_in_bf16(device_type: str | None = None) -> bool:
+    """Whether a device has instructions for bf16: any accelerator, or a CPU for which oneDNN has kernels.
 
     Without them, as on x86 before AVX-512, torch computes bf16 many times slower than fp32 (docs/healing.md).
+
+    Args:
+        device_type: "cpu", "cuda" and so on; the one that torch finds by default.
     """
-    return torch.accelerator.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+    on_accelerator = torch.accelerator.is_available() if device_type is None else device_type != "cpu"
+    return on_accelerator or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
