@@ -1,6 +1,6 @@
 """`dus eval --tasks`: local tasks through the real lm-evaluation-harness. Skipped where it is not installed.
 
-It brings forty packages, scikit-learn and pandas among them, so CI does without; docs/evaluation.md has the command.
+It brings forty packages, scikit-learn and pandas among them, so CI does without; make stack runs it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, and tasks of three kinds with their data beside them: a choice, a group of two, a generation."""
-    pytest.importorskip("lm_eval", reason="needs the eval extra; docs/evaluation.md has the command")
+    pytest.importorskip("lm_eval", reason="needs the eval extra; make stack runs it")
     pytest.importorskip("yaml")
     folder = tmp_path_factory.mktemp("tasks")
     corpus = tiny.write_corpus(folder / "corpus.jsonl", num_documents=60)
@@ -206,7 +206,7 @@ def test_unknown_tasks_and_data_that_cannot_be_had_are_one_line(home: Path, tmp_
 
 
 def test_h6_is_defined_by_tasks_that_the_harness_has_with_these_metrics_and_shots() -> None:
-    pytest.importorskip("lm_eval", reason="needs the eval extra; docs/evaluation.md has the command")
+    pytest.importorskip("lm_eval", reason="needs the eval extra; make stack runs it")
     from lm_eval.tasks import TaskManager
 
     index = TaskManager().task_index

@@ -305,7 +305,7 @@ def test_what_cannot_be_is_one_line(model: Path, corpus: Path, tmp_path: Path) -
 
 def test_a_dry_run_loads_nothing(corpus: Path, base: Path) -> None:
     """Of a checkpoint whose bytes are no sensible weights, and that has no tokenizer."""
-    report = forked_dus("probe", base, "--data", corpus, "--dry-run", "--json").report
+    report = forked_dus("probe", base, "--data", corpus, "--precision", "fp32", "--dry-run", "--json").report
     assert [found["num_layers"] for found in report["maps"]] == [16, 14, 12, 10]
     assert report["maps"][0]["loss"] is None
     assert report["memory"]["weights"] == 4 * report["base"]["parameters"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks
 
-_LEFT, _RIGHT, _TOP, _ROW = 216, 664, 76, 30
+_LEFT, _RIGHT, _TOP, _ROW = 216, 664, 92, 30
 
 
 @dataclass(frozen=True)
