@@ -4,7 +4,8 @@
     dus probe MODEL --data heldout.jsonl --copies 3 > three.txt
     python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most 62 --plot docs/depths
 
-A map that an earlier file has too is left out of the later one's series.
+A map that an earlier file has too is left out of the later one's series. With --above-base a loss is what it is above
+the base's in the same file: for the same maps on several texts.
 """
 
 from __future__ import annotations
@@ -23,21 +24,25 @@ _LINE = re.compile(r"^(\S+(?: \d+)?(?: --copies \d)?) +(\d+) +\S+ +[\d.]+ .B +\S
 Points = list[tuple[int, float]]
 
 
-def read(files: list[str], most: int) -> tuple[float, dict[str, Points]]:
-    """The base's loss, and (layers, loss) of each series."""
+def read(files: list[str], most: int, *, above_base: bool) -> tuple[float, dict[str, Points]]:
+    """The base's loss, and (layers, loss) of each series; above the base all of it, if that is asked for."""
     base = 0.0
     seen: set[tuple[str, str]] = set()
     series: dict[str, Points] = {}
     for entry in files:
         name, path = entry.split("=", 1)
         points = series[name] = []
+        if above_base:
+            seen.clear()
         for map_name, layers, loss in _LINE.findall(Path(path).read_text(encoding="utf-8")):
             base = float(loss) if map_name == "base" else base
             if map_name != "base" and (layers, loss) not in seen and int(layers) <= most:
                 seen.add((layers, loss))
                 points.append((int(layers), float(loss)))
         points.sort()
-    return base, series
+        if above_base:
+            points[:] = [(layers, loss - base) for layers, loss in points]
+    return 0.0 if above_base else base, series
 
 
 def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -> str:
@@ -54,7 +59,8 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
         return _BOTTOM - (_BOTTOM - _TOP) * (loss - bottom) / (top - bottom)
 
     parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{title}</text>']
-    parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss (nats per token)</text>')
+    above = "" if base else " above the base's"
+    parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss{above} (nats per token)</text>')
     for loss in ticks(bottom, top, nice_step(top - bottom, 6)):
         parts.append(f'<path d="M{_LEFT} {y(loss):.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
         parts.append(text_at(_LEFT - 8, y(loss) + 4.5, f"{loss:g}", colour["axis"], anchor="end"))
@@ -64,7 +70,8 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
     parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
     parts.append(text_at(_RIGHT, _BOTTOM + 38, "layers", colour["axis"], anchor="end"))
     parts.append(f'<path d="M{_LEFT} {y(base):.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
-    parts.append(text_at(_RIGHT, y(base) - 6, f"base {base:.3f}", colour["base"], anchor="end"))
+    label = f"base {base:.3f}" if base else "base"
+    parts.append(text_at(_RIGHT, y(base) - 6, label, colour["base"], anchor="end"))
     for number, (name, each) in enumerate(series.items()):
         stroke, row = SERIES[dark][number], _TOP + 14 + 20 * number
         if len({layers for layers, _ in each}) == len(each):
@@ -82,11 +89,12 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="+", metavar="NAME=FILE")
+    parser.add_argument("--above-base", action="store_true")
     parser.add_argument("--most", type=int, default=1 << 20, help="layers")
     parser.add_argument("--title", default="Loss right after scaling, by depth")
     parser.add_argument("--plot", type=Path, required=True)
     options = parser.parse_args()
-    base, series = read(options.files, options.most)
+    base, series = read(options.files, options.most, above_base=options.above_base)
     for dark, suffix in ((False, "light"), (True, "dark")):
         target = options.plot.with_name(f"{options.plot.name}-{suffix}.svg")
         target.write_text(picture(base, series, options.title, dark=dark))
