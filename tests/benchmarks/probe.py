@@ -1,6 +1,6 @@
 """What a sweep of all trims costs against running each stacked model in full, and the memory of streamed layers.
 
-    python tests/benchmarks/probe.py MODEL --data heldout.jsonl [--tokens 20480]
+    python tests/benchmarks/probe.py MODEL --data heldout.jsonl [--tokens 20480] [--precision fp32]
     python tests/benchmarks/probe.py --seven-billion FOLDER
 
 The peer is transformers: the loaded model's layers are stacked for each trim, and every row goes through its own
@@ -28,6 +28,7 @@ from checkpoints import write_mistral
 from transformers import AutoModelForCausalLM
 
 from dus_cli.heal.devices import computes_in_bf16
+from dus_cli.heal.options import Precision
 from dus_cli.heal.sample import Packed, read_sample
 from dus_cli.heal.tokenise import Tokeniser
 from dus_cli.maps.layers import largest_trim, source_layers
@@ -67,8 +68,9 @@ def theirs(model: Any, layers: Any, trims: range, rows: list[torch.Tensor]) -> t
     return losses, spent
 
 
-def compare(folder: str, data: str, tokens: int) -> None:
-    dtype = torch.bfloat16 if computes_in_bf16() else torch.float32  # as --precision auto decides
+def compare(folder: str, data: str, tokens: int, precision: Precision) -> None:
+    bf16 = precision is Precision.bf16 or (precision is Precision.auto and computes_in_bf16())
+    dtype = torch.bfloat16 if bf16 else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     layers = model.model.layers
     tokeniser = Tokeniser(Path(folder), model.config.vocab_size)
@@ -79,7 +81,7 @@ def compare(folder: str, data: str, tokens: int) -> None:
     losses, peer = theirs(model, layers, trims, rows)
     del model, layers
     start = clock()
-    options = Options((data,), tokens, SEQUENCE)
+    options = Options((data,), tokens, SEQUENCE, precision=precision)
     found = probe(ModelRef.parse(folder), Asked(), options, NoProgress(), dry_run=False, quiet=True)
     mine = since(start)
     print("| trim | loss: dus probe | transformers |\n|---|---|---|")
@@ -123,12 +125,13 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--data")
     parser.add_argument("--tokens", type=int, default=20_480)
+    parser.add_argument("--precision", type=Precision, default=Precision.auto)
     parser.add_argument("--seven-billion", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     if options.seven_billion:
         seven_billion(options.seven_billion, options.tokens)
     else:
-        compare(options.model, options.data, options.tokens)
+        compare(options.model, options.data, options.tokens, options.precision)
 
 
 if __name__ == "__main__":
