@@ -191,7 +191,9 @@ def _mapped(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
         reason = f"{size} bytes instead of {length * dtype.itemsize}"
     except OSError as error:
         reason = error.strerror or str(error)
-    raise DataError(f"the token file {shown(path)} is damaged ({reason}); start again, which builds it anew")
+    raise DataError(
+        f"the token file {path.name} in {shown(path.parent)} is damaged ({reason}); start again, which builds it anew"
+    )
 
 
 class Row(NamedTuple):
