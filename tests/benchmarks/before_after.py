@@ -1,6 +1,6 @@
 """Held-out loss before and after the same healing, a row for each model: of heal_recovery.py's results, as SVG.
 
-    python tests/benchmarks/before_after.py results.jsonl --title "Six ways to 46 layers" --plot docs/ways-healed
+    python tests/benchmarks/before_after.py results.jsonl --title "Six ways to 46 layers" --plot docs/ways-healed.svg
 
 Prints the table that stands beside the picture, in markdown: of each model the mean loss right after scaling and after
 healing, and the loss of each seed. A hollow dot is before, a full one each seed after.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks
+from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks, write_pictures
 
 _LEFT, _RIGHT, _TOP, _ROW = 216, 664, 92, 30
 
@@ -98,9 +98,7 @@ def main() -> None:
     rows = rows_of(results)
     print(f"base {base:.4f}\n\n{table(rows, base)}")
     if options.plot is not None:
-        for dark, suffix in ((False, "light"), (True, "dark")):
-            target = options.plot.with_name(f"{options.plot.name}-{suffix}.svg")
-            target.write_text(picture(rows, base, options.title, dark=dark))
+        write_pictures(options.plot, lambda dark: picture(rows, base, options.title, dark=dark))
 
 
 if __name__ == "__main__":

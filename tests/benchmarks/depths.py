@@ -2,7 +2,7 @@
 
     dus probe MODEL --data heldout.jsonl > two.txt
     dus probe MODEL --data heldout.jsonl --copies 3 > three.txt
-    python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most 62 --plot docs/depths
+    python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most 62 --plot docs/depths.svg
 
 A map that an earlier file has too is left out of the later one's series. With --above-base a loss is what it is above
 the base's in the same file: for the same maps on several texts.
@@ -14,7 +14,7 @@ import argparse
 import re
 from pathlib import Path
 
-from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, nice_step, text_at, ticks
+from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, nice_step, text_at, ticks, write_pictures
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 664, 64, 350
 
@@ -95,9 +95,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, required=True)
     options = parser.parse_args()
     base, series = read(options.files, options.most, above_base=options.above_base)
-    for dark, suffix in ((False, "light"), (True, "dark")):
-        target = options.plot.with_name(f"{options.plot.name}-{suffix}.svg")
-        target.write_text(picture(base, series, options.title, dark=dark))
+    write_pictures(options.plot, lambda dark: picture(base, series, options.title, dark=dark))
 
 
 if __name__ == "__main__":
