@@ -11,7 +11,7 @@ from dus_cli import __version__
 from dus_cli.hub.streaming import Streamed
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.release.drawing import draw_kinds, draw_map
-from dus_cli.release.lineage import seam_record
+from dus_cli.release.lineage import map_record, seam_record
 from dus_cli.release.remaking import Remaking
 from dus_cli.writing.outputs import Tally
 
@@ -89,14 +89,7 @@ class UpscaleReport:
             "commit": plan.base.commit,
             "base_format": plan.checkpoint.format,
             "output": str(self.output),
-            "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
-            "trim": layer_map.trim,
-            "layers": str(layer_map),
-            "layer_map": list(layer_map.sources),
-            "recipe": plan.request.recipe,
-            "new_layers": list(layer_map.new_layers),
-            "identity": sorted(plan.treatment.zeros) or None,
-            "dtype": None if plan.treatment.dtype is None else plan.treatment.dtype.value,
+            **map_record(plan),
             "seams": [seam_record(seam) for seam in layer_map.seams],
             "kinds": plan.output_kinds,
             "parameters": {"base": plan.checkpoint.num_parameters, "output": plan.num_parameters},

@@ -23,7 +23,6 @@ from typing import NamedTuple, Protocol
 
 from dus_cli.errors import CheckpointError, ModelNotFoundError, OutputError, VerificationError, shown
 from dus_cli.hub.remote import RemoteFile
-from dus_cli.planning.dtypes import require_torch
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making
@@ -117,8 +116,7 @@ def stream_weights(
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
-    if any(placement.making is Making.cast for placement in plan.placements):
-        require_torch("--dtype")
+    plan.check_libraries()
     _make_shards(plan, folder)
     tally, streamed = Tally(), Streamed()
     for shard, shard_moves in moves(plan):

@@ -18,10 +18,10 @@ from dus_cli.maps.model_config import Assumption, DecoderConfig, decoder_config,
 from dus_cli.maps.recipes import RECIPES, recipe_map
 from dus_cli.maps.rules import Kinds
 from dus_cli.maps.stacks import LayerStack, find_stack
-from dus_cli.planning.dtypes import Dtype, check_castable, config_with_dtype
+from dus_cli.planning.dtypes import Dtype, check_castable, config_with_dtype, require_torch
 from dus_cli.planning.layout import Placement, ShardLayout, lay_out
 from dus_cli.planning.projections import zero_patterns
-from dus_cli.planning.treatment import Treatment
+from dus_cli.planning.treatment import Making, Treatment
 from dus_cli.reference import ModelRef
 from dus_cli.source.base_card import BaseCard, read_base_card
 from dus_cli.source.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
@@ -162,6 +162,15 @@ class UpscalePlan:
     def placements(self) -> Iterator[Placement]:
         """Every output tensor."""
         return chain.from_iterable(layout.placements for layout in self.shards.values())
+
+    def check_libraries(self) -> None:
+        """Hold that what writing these tensors takes is installed.
+
+        Raises:
+            MissingExtraError: a cast needs torch, and it is not.
+        """
+        if any(placement.making is Making.cast for placement in self.placements):
+            require_torch("--dtype")
 
     @property
     def num_tensors(self) -> int:

@@ -24,6 +24,21 @@ SCHEMA = 1
 _MAX_BYTES = 16_000_000
 
 
+def map_record(plan: UpscalePlan) -> dict[str, Any]:
+    """What `dus.json` and the report say of the map, and of what becomes of its layers' tensors."""
+    layer_map, treatment = plan.layer_map, plan.treatment
+    return {
+        "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
+        "trim": layer_map.trim,
+        "layers": str(layer_map),
+        "layer_map": list(layer_map.sources),
+        "recipe": plan.request.recipe,
+        "new_layers": list(layer_map.new_layers),
+        "identity": sorted(treatment.zeros) or None,
+        "dtype": None if treatment.dtype is None else treatment.dtype.value,
+    }
+
+
 def seam_record(seam: Seam) -> dict[str, Any]:
     return {
         "output_layers": list(seam.output_layers),
@@ -50,14 +65,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "schema": SCHEMA,
         "dus_version": __version__,
         "base": base,
-        "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
-        "trim": layer_map.trim,
-        "layers": str(layer_map),
-        "layer_map": list(layer_map.sources),
-        "recipe": plan.request.recipe,
-        "new_layers": list(layer_map.new_layers),
-        "identity": sorted(plan.treatment.zeros) or None,
-        "dtype": None if plan.treatment.dtype is None else plan.treatment.dtype.value,
+        **map_record(plan),
         "assume": dict(plan.request.assume),
         "layer_prefix": plan.stack.prefix,
         "max_shard_size": plan.max_shard_bytes,

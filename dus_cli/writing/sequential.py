@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dus_cli.errors import CheckpointError, shown
-from dus_cli.planning.dtypes import require_torch
 from dus_cli.planning.layout import Placement, ShardLayout
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making, made_pieces
@@ -48,8 +47,7 @@ def transfer_in_order(
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
-    if any(placement.making is Making.cast for placement in plan.placements):
-        require_torch("--dtype")
+    plan.check_libraries()
     with workers(jobs) as team:
 
         def write(name: str) -> None:

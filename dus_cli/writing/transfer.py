@@ -21,7 +21,6 @@ from enum import Enum
 from pathlib import Path
 
 from dus_cli.errors import CheckpointError, OutputError, shown
-from dus_cli.planning.dtypes import require_torch
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making
@@ -122,8 +121,7 @@ def transfer(
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
-    if any(placement.making is Making.cast for placement in plan.placements):
-        require_torch("--dtype")
+    plan.check_libraries()
     create_shards(plan, folder)
     tally = Tally()
     for shard, shard_moves in moves(plan):
