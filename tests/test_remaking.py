@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from forked import dus
 from tiny import digests
 
 from dus_cli.errors import DusError
+from dus_cli.evaluation.card import update_card
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.reference import ModelRef
@@ -185,6 +187,39 @@ def test_of_a_healed_model_the_model_before_its_healing_is_made(base: Path, tmp_
     assert report.reproduced is None
     assert any("was healed since" in warning for warning in report.warnings)
     assert digests(tmp_path / "again") == {name: total for name, total in before.items() if name != "SHA256SUMS"}
+
+
+RESULT = {"task": {"type": "text-generation"}, "dataset": {"name": "a", "type": "json"}, "metrics": [{"value": 2.5}]}
+
+
+def test_a_card_with_results_is_made_without_them_and_its_rest_compared(floats: Path, tmp_path: Path) -> None:
+    out = release(floats, tmp_path / "out", MapRequest(2))
+    before = digests(out)
+    assert update_card(out, "out", [RESULT])
+    assert digests(out) != before
+    report = remake(out, tmp_path / "again")
+    assert report.reproduced
+    assert any("has evaluation results" in warning for warning in report.warnings)
+    assert digests(tmp_path / "again") == before
+    # A person's edit beside the results is a difference, as without them.
+    (out / "README.md").write_text((out / "README.md").read_text() + "\nMore.\n")
+    update_card(out, "out", [RESULT])  # its sum
+    with pytest.raises(DusError, match=r"not reproduced: README\.md differ"):
+        remake(out, tmp_path / "edited")
+    assert not (tmp_path / "edited").exists()
+
+
+@pytest.mark.parametrize(
+    "card", [b"\xff", b"---\n{[\n---\n", b"---\nmodel-index: [\n---\n"], ids=["bytes", "no YAML", "cut"]
+)
+def test_a_card_that_cannot_be_read_is_a_difference(card: bytes, floats: Path, tmp_path: Path) -> None:
+    out = release(floats, tmp_path / "out", MapRequest(2))
+    sums = (out / "SHA256SUMS").read_text()
+    old = next(line for line in sums.splitlines() if line.endswith("README.md"))
+    (out / "README.md").write_bytes(card)
+    (out / "SHA256SUMS").write_text(sums.replace(old, f"{hashlib.sha256(card).hexdigest()}  README.md"))
+    with pytest.raises(DusError, match=r"not reproduced: README\.md differ"):
+        remake(out, tmp_path / "again")
 
 
 @pytest.mark.parametrize(

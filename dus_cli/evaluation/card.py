@@ -23,16 +23,13 @@ from dus_cli.evaluation.report import EvalReport, ModelResult
 from dus_cli.evaluation.tasks import TaskScore
 from dus_cli.reference import ModelRef
 from dus_cli.release import checksums
+from dus_cli.release.front_matter import FRONT, RESULTS, field_span
 from dus_cli.writing.outputs import sync_file, writing
 
 NAME = "README.md"
 
-_KEY = "model-index"
-
 # By this the Hub and we know who measured.
 _SOURCE = {"name": "dus eval", "url": "https://pypi.org/project/dus-cli/"}
-
-_FRONT = re.compile(r"\A(\ufeff?---[ \t]*(\r?\n))(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 # How the Hub's `datasets` calls what reads files of this kind: the type of a data set that is none of the Hub's.
 _LOADERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -111,21 +108,21 @@ def updated(card: str, name: str, results: Sequence[dict[str, Any]]) -> str:
     Raises:
         EvaluationError: its metadata is no YAML, or not of the Hub's form.
     """
-    match = _FRONT.match(card)
+    match = FRONT.match(card)
     if match is None:
         newline = "\r\n" if "\r\n" in card else "\n"
         mark = "\ufeff" if card.startswith("\ufeff") else ""
         return f"{mark}---{newline}{_block(_merged(None, name, results), newline)}---{newline}{card.removeprefix(mark)}"
     opening, newline, front = match.group(1, 2, 3)
     before = _parsed(front)
-    index = _merged(before.get(_KEY), name, results)
-    if index == before.get(_KEY):
+    index = _merged(before.get(RESULTS), name, results)
+    if index == before.get(RESULTS):
         return card
-    start, end = _span(front)
+    start, end = field_span(front, RESULTS)
     gap = newline if front[:start] and not front[:start].endswith("\n") else ""
     changed = front[:start] + gap + _block(index, newline) + front[end:]
     try:
-        is_right = _parsed(changed) == before | {_KEY: index}
+        is_right = _parsed(changed) == before | {RESULTS: index}
     except EvaluationError:
         is_right = False
     if not is_right:
@@ -155,7 +152,7 @@ def _merged(index: Any, name: str, results: Sequence[dict[str, Any]]) -> list[di
         return [{"name": name, "results": list(results)}]
     is_known = isinstance(index, list) and index and isinstance(index[0], dict)
     if not is_known or not isinstance(index[0].get("results", []), list):
-        raise EvaluationError(f"{NAME}: its {_KEY} is not of the Hub's form, a list of models with results; mend it")
+        raise EvaluationError(f"{NAME}: its {RESULTS} is not of the Hub's form, a list of models with results; mend it")
     entries = list(index[0].get("results", []))
     for result in results:
         same = [k for k, entry in enumerate(entries) if _identity(entry) == _identity(result)]
@@ -166,30 +163,8 @@ def _merged(index: Any, name: str, results: Sequence[dict[str, Any]]) -> list[di
     return [index[0] | {"results": entries}, *index[1:]]
 
 
-def _span(front: str) -> tuple[int, int]:
-    """Where the lines of model-index are in the front matter; its end, where it has none."""
-    root = yaml.compose(front, Loader=yaml.SafeLoader)
-    pairs = [] if root is None else [pair for pair in root.value if pair[0].value == _KEY]
-    if not pairs:
-        return len(front), len(front)
-    key, value = pairs[0]
-    # A block's own end mark is where the next field begins: comments between them are not the index's.
-    last = max([key.end_mark.index, *_ends(value)])
-    end = front.find("\n", last)
-    return key.start_mark.index, len(front) if end < 0 else end + 1
-
-
-def _ends(node: yaml.Node) -> Iterator[int]:
-    if isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
-        for part in node.value:
-            for child in part if isinstance(part, tuple) else (part,):
-                yield from _ends(child)
-    else:
-        yield node.end_mark.index
-
-
 def _block(index: list[dict[str, Any]], newline: str) -> str:
-    text: str = yaml.safe_dump({_KEY: index}, sort_keys=False, allow_unicode=True, width=10_000)
+    text: str = yaml.safe_dump({RESULTS: index}, sort_keys=False, allow_unicode=True, width=10_000)
     return text.replace("\n", newline)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from dus_cli.release.checksums import NAME as SUMS
 from dus_cli.release.checksums import different_files, expected_sums
 from dus_cli.release.picture import PICTURES
 from dus_cli.source.checkpoint import read_small_file
+from dus_cli.source.files import inside
 
 _MAX_BYTES = 16_000_000
 
@@ -146,7 +148,26 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
     if record.get("healing"):
         warnings.append(f"the model of {shown(path)} was healed since: this makes it as it was before")
         sums = None
+    elif total := _sum_without_results(path.parent, found.get(card.NAME)):
+        warnings.append(f"the {card.NAME} beside {shown(path)} has evaluation results: this makes it without them")
+        sums = found | {card.NAME: total}
     return Remaking(path, record, ref, _request(path, record), size, dtype and Dtype(dtype), sums, warnings)
+
+
+def _sum_without_results(folder: Path, total: str | None) -> str | None:
+    """The sum that the card had before evaluation results were written into it; None where it has none."""
+    if total is None:
+        return None
+    try:
+        raw = read_small_file(inside(folder, card.NAME), card.NAME, _MAX_BYTES)
+        text = raw.decode()
+    except (CheckpointError, UnicodeDecodeError):
+        return None  # then it is held against the sum as it stands
+    from dus_cli.release.front_matter import without_results  # brings yaml, which most commands do without
+
+    before = without_results(text)
+    is_recorded = hashlib.sha256(raw).hexdigest() == total
+    return hashlib.sha256(before.encode()).hexdigest() if is_recorded and before != text else None
 
 
 def _check_base(path: Path, base: dict[str, Any]) -> None:
