@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 from dus_cli.errors import HealError  # noqa: E402
 from dus_cli.heal import objective, schedule  # noqa: E402
 from dus_cli.heal.devices import computes_in_bf16  # noqa: E402
@@ -70,6 +72,16 @@ def test_loss_and_gradients_are_those_of_full_logits(head: Head, weight: float |
         assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5, abs=1e-3)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_measurement_multiplies_once_and_gives_the_same_sums(bias: bool) -> None:
+    hidden, output, labels = _inputs(bias)
+    expected = loss_sums(hidden, output, labels, Head())[1]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _, found, _ = loss_sums(hidden, output, labels, Head())
+    assert torch.equal(found, expected)
+    assert counter.get_total_flops() == 2 * 300 * WIDTH * VOCAB
 
 
 def test_a_teacher_that_agrees_has_no_divergence() -> None:

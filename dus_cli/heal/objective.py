@@ -166,10 +166,11 @@ def loss_sums(
         teaching: the teacher's view of the same rows; without it the KL term is 0.
         scale: of what is minimised: 1 / tokens makes the sum a mean.
     """
+    parts: tuple[Any, ...] = (hidden.reshape(-1, hidden.shape[-1]), output.weight, getattr(output, "bias", None))
+    if not torch.is_grad_enabled():  # which a Function is not told: it asks the tensors
+        parts = tuple(part if part is None else part.detach() for part in parts)
     loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]),
-        output.weight,
-        getattr(output, "bias", None),
+        *parts,
         labels.reshape(-1),
         teaching,
         head,
