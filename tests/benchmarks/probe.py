@@ -1,12 +1,13 @@
 """What a sweep of all trims costs against running each stacked model in full, and the memory of streamed layers.
 
     python tests/benchmarks/probe.py MODEL --data heldout.jsonl [--tokens 20480] [--precision fp32]
-    python tests/benchmarks/probe.py --seven-billion FOLDER
+    python tests/benchmarks/probe.py --seven-billion FOLDER [--trims 0:16] [--tokens 2048]
 
 The peer is transformers: the loaded model's layers are stacked for each trim, and every row goes through its own
 forward with labels, one row at a time, on the same rows in the same dtype and process. Its time is that of the forwards
 alone; ours is the whole verb, from opening the model to the recommendation. CPU time stands beside wall time, because
-other work may share the cores. --seven-billion writes a model of Mistral-7B's shape (14.5 GB) and probes one trim.
+other work may share the cores. --seven-billion writes a model of Mistral-7B's shape (14.5 GB) and probes trims of it,
+one where nothing else is asked, with layers streamed from the disk.
 """
 
 from __future__ import annotations
@@ -104,14 +105,14 @@ def fill(_name: str, size: int, block: bytes = b"") -> bytes:
     return (block * -(-size // len(block)))[:size]
 
 
-def seven_billion(folder: Path, tokens: int) -> None:
+def seven_billion(folder: Path, tokens: int, trims: str) -> None:
     model = folder / "model"
     if not model.exists():
         write_mistral(model, fill=fill)
         tiny.write_tokenizer(model)
     data = tiny.write_corpus(folder / "text.jsonl")
     command = [sys.executable, "-m", "dus_cli", "probe", str(model), "--data", str(data), "--stream-layers", "--json"]
-    command += ["--trims", "8", "--tokens", str(tokens), "--seq-length", str(min(tokens, SEQUENCE))]
+    command += ["--trims", trims, "--tokens", str(tokens), "--seq-length", str(min(tokens, SEQUENCE))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -127,9 +128,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_480)
     parser.add_argument("--precision", type=Precision, default=Precision.auto)
     parser.add_argument("--seven-billion", type=Path, metavar="FOLDER")
+    parser.add_argument("--trims", default="8")
     options = parser.parse_args()
     if options.seven_billion:
-        seven_billion(options.seven_billion, options.tokens)
+        seven_billion(options.seven_billion, options.tokens, options.trims)
     else:
         compare(options.model, options.data, options.tokens, options.precision)
 
