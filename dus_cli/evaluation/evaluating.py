@@ -20,7 +20,6 @@ from dus_cli.evaluation.tasks import Harness, TaskOptions, TaskReport, TaskResul
 from dus_cli.evaluation.text import Text, open_text
 from dus_cli.evaluation.windows import Window, batches, windows
 from dus_cli.heal.corpus import DataError
-from dus_cli.heal.options import Precision
 from dus_cli.heal.tokenise import pieces_of
 from dus_cli.progress import Progress
 from dus_cli.reference import ModelRef
@@ -54,11 +53,9 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="dus-eval-") as spool:
         text = None if text_options is None else open_text(text_options, Path(spool))
         model = import_model()
-        from dus_cli.heal.devices import computes_in_bf16
-
         device = model.device_of(options.device)
         candidates = find_candidates(refs, progress, quiet=quiet)
-        options = resolved(options, candidates, device.type, computes_in_bf16=computes_in_bf16(device.type))
+        options = resolved(options, candidates, device.type)
         harness = None if tasks is None else Harness(tasks, progress)
         inner = base_layers(candidates[0]) if with_base else None
         passes = None if text is None or text_options is None else Passes(text, text_options, options, progress)
@@ -96,9 +93,7 @@ def import_model() -> Any:
     return model
 
 
-def resolved(
-    options: ScoringOptions, candidates: Sequence[Candidate], device_type: str, *, computes_in_bf16: bool
-) -> ScoringOptions:
+def resolved(options: ScoringOptions, candidates: Sequence[Candidate], device_type: str) -> ScoringOptions:
     """The options with every number filled in: one window for all models, which each of them can see.
 
     Raises:
@@ -113,9 +108,7 @@ def resolved(
     if stride > length:
         raise EvaluationError(f"--stride {stride} is longer than the window of {length} tokens, and would skip text")
     batch = options.batch_tokens or _BATCH_TOKENS.get(device_type, _BATCH_TOKENS_ELSEWHERE)
-    precision = options.precision
-    if precision is Precision.auto:
-        precision = Precision.bf16 if computes_in_bf16 else Precision.fp32
+    precision = options.precision.on(device_type)
     return replace(options, seq_length=length, stride=stride, batch_tokens=batch, precision=precision)
 
 

@@ -30,6 +30,14 @@ class Precision(str, Enum):
     bf16 = "bf16"
     fp32 = "fp32"
 
+    def on(self, device_type: str | None = None) -> Precision:
+        """What is computed in on such a device ("cpu", "cuda" and so on), or on the one that torch finds by default."""
+        if self is not Precision.auto:
+            return self
+        from dus_cli.heal.devices import computes_in_bf16  # torch is below it
+
+        return Precision.bf16 if computes_in_bf16(device_type) else Precision.fp32
+
 
 class MasterWeights(str, Enum):
     """What the optimizer updates: an fp32 copy, or the bf16 weights themselves by stochastic rounding."""

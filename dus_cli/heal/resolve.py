@@ -13,7 +13,7 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.errors import HealError, shown
 from dus_cli.heal import run as run_file
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Precision, Recipe, Span
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
 from dus_cli.heal.run import BasePlan, FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
 from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.model_config import decoder_config
@@ -295,21 +295,13 @@ def _fit(fit: Fit, launch: Launch) -> FitPlan:
         sharding = "hsdp" if launch.nnodes > 1 else "fsdp"
     return FitPlan(
         micro_batch_rows=fit.micro_batch,
-        precision=_precision(fit.precision),
+        precision=fit.precision.on().value,
         master_weights=fit.master_weights.value,
         activation_checkpointing=fit.activation_checkpointing.value,
         compile=fit.compile,
         sharding=sharding,
         offload=fit.offload,
     )
-
-
-def _precision(precision: Precision) -> str:
-    if precision is not Precision.auto:
-        return str(precision.value)
-    from dus_cli.heal.devices import computes_in_bf16
-
-    return "bf16" if computes_in_bf16() else "fp32"
 
 
 def _keeping(keeping: Keeping, steps: int) -> KeepingPlan:

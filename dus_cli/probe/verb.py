@@ -178,7 +178,6 @@ def _plan(
 ) -> _Plan:
     import torch
 
-    from dus_cli.heal.devices import computes_in_bf16
     from dus_cli.probe.distances import KEPT_BYTES
 
     device = torch.device("cpu")
@@ -186,8 +185,7 @@ def _plan(
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or device
         available = int(0.85 * torch.accelerator.get_memory_info()[0])
-    bf16 = options.precision is Precision.bf16 or (options.precision is Precision.auto and computes_in_bf16())
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if options.precision.on() is Precision.bf16 else torch.float32
     checkpoint, num_layers = of_base.checkpoint, len(of_base.layer_map)
     width = wanted.width_of(checkpoint)
     rows = max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSEWHERE) // seq_length)

@@ -1,7 +1,7 @@
 """What a sweep of all trims costs against running each stacked model in full, and the memory of streamed layers.
 
     python tests/benchmarks/probe.py MODEL --data heldout.jsonl [--tokens 20480] [--precision fp32]
-    python tests/benchmarks/probe.py --seven-billion FOLDER [--trims 0:16] [--tokens 2048]
+    python tests/benchmarks/probe.py --seven-billion FOLDER [--trims 0:16] [--tokens 2048] [--precision fp32]
 
 The peer is transformers: the loaded model's layers are stacked for each trim, and every row goes through its own
 forward with labels, one row at a time, on the same rows in the same dtype and process. Its time is that of the forwards
@@ -28,7 +28,6 @@ import torch
 from checkpoints import write_mistral
 from transformers import AutoModelForCausalLM
 
-from dus_cli.heal.devices import computes_in_bf16
 from dus_cli.heal.options import Precision
 from dus_cli.heal.sample import Packed, read_sample
 from dus_cli.heal.tokenise import Tokeniser
@@ -70,8 +69,7 @@ def theirs(model: Any, layers: Any, trims: range, rows: list[torch.Tensor]) -> t
 
 
 def compare(folder: str, data: str, tokens: int, precision: Precision) -> None:
-    bf16 = precision is Precision.bf16 or (precision is Precision.auto and computes_in_bf16())
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if precision.on() is Precision.bf16 else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     layers = model.model.layers
     tokeniser = Tokeniser(Path(folder), model.config.vocab_size)
@@ -105,14 +103,15 @@ def fill(_name: str, size: int, block: bytes = b"") -> bytes:
     return (block * -(-size // len(block)))[:size]
 
 
-def seven_billion(folder: Path, tokens: int, trims: str) -> None:
+def seven_billion(folder: Path, tokens: int, precision: Precision, trims: str) -> None:
     model = folder / "model"
     if not model.exists():
         write_mistral(model, fill=fill)
         tiny.write_tokenizer(model)
     data = tiny.write_corpus(folder / "text.jsonl")
     command = [sys.executable, "-m", "dus_cli", "probe", str(model), "--data", str(data), "--stream-layers", "--json"]
-    command += ["--trims", trims, "--tokens", str(tokens), "--seq-length", str(min(tokens, SEQUENCE))]
+    command += ["--trims", trims, "--precision", precision.value]
+    command += ["--tokens", str(tokens), "--seq-length", str(min(tokens, SEQUENCE))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -128,10 +127,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_480)
     parser.add_argument("--precision", type=Precision, default=Precision.auto)
     parser.add_argument("--seven-billion", type=Path, metavar="FOLDER")
-    parser.add_argument("--trims", default="8")
+    parser.add_argument("--trims", default="8", help="with --seven-billion")
     options = parser.parse_args()
     if options.seven_billion:
-        seven_billion(options.seven_billion, options.tokens, options.trims)
+        seven_billion(options.seven_billion, options.tokens, options.precision, options.trims)
     else:
         compare(options.model, options.data, options.tokens, options.precision)
 
