@@ -321,21 +321,11 @@ def test_the_decoder_of_a_whole_multimodal_model_is_measured(corpus: Path, tmp_p
 
 def test_a_model_of_the_hub_is_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
     commit = commit_of("llama")
-    options = (
-        "--data",
-        corpus,
-        "--tokens",
-        "100",
-        "--seq-length",
-        "24",
-        "--trims",
-        "2",
-        "--precision",
-        "fp32",
-        "--json",
-    )
+    options = "--tokens 100 --seq-length 24 --trims 2 --precision fp32 --json".split()
     with StandInHub({"org/llama": StandInRepo({commit: model}, {"main": commit})}) as hub:
-        found = dus("probe", "org/llama", *options, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hf")).report
+        found = dus(
+            "probe", "org/llama", "--data", corpus, *options, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hf")
+        ).report
     assert found["commit"] == commit
     assert found["maps"][0]["loss"] == measured(model, corpus).maps[0].loss
     assert found["recommended"]["within"]["command"] == "dus upscale org/llama --trim 2 -o llama-10-layers"

@@ -163,11 +163,12 @@ def _sum_without_results(folder: Path, total: str | None) -> str | None:
         text = raw.decode()
     except (CheckpointError, UnicodeDecodeError):
         return None  # then it is held against the sum as it stands
+    if hashlib.sha256(raw).hexdigest() != total:
+        return None
     from dus_cli.release.front_matter import without_results  # brings yaml, which most commands do without
 
     before = without_results(text)
-    is_recorded = hashlib.sha256(raw).hexdigest() == total
-    return hashlib.sha256(before.encode()).hexdigest() if is_recorded and before != text else None
+    return None if before == text else hashlib.sha256(before.encode()).hexdigest()
 
 
 def _check_base(path: Path, base: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import argparse
 import re
 from pathlib import Path
 
-from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, nice_step, text_at, ticks, write_pictures
+from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks, write_pictures
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 664, 64, 350
 
@@ -58,7 +58,7 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
     def y(loss: float) -> float:
         return _BOTTOM - (_BOTTOM - _TOP) * (loss - bottom) / (top - bottom)
 
-    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{title}</text>']
+    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(title)}</text>']
     above = "" if base else " above the base's"
     parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss{above} (nats per token)</text>')
     for loss in ticks(bottom, top, nice_step(top - bottom, 6)):
