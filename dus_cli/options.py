@@ -68,6 +68,16 @@ OnBadLine = Annotated[
     BadLine, typer.Option("--on-bad-line", help="Stop at a line without text, or count it.", rich_help_panel="Data")
 ]
 
+# How a document begins.
+SpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens/--no-special-tokens",
+        help="A document begins with what the model's tokenizer puts before a text (<s>), or with the text itself.",
+        rich_help_panel="Data",
+    ),
+]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

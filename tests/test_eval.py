@@ -35,8 +35,11 @@ BOS, EOS, UNKNOWN = 0, 1, 2
 
 
 def write_letters(folder: Path, *, pairs: bool = False, bos: bool = True, without: str = "") -> None:
-    """A tokenizer of letters, or of letters and some pairs of them; `without` are letters that it does not know."""
-    from tokenizers import Tokenizer, models
+    """A tokenizer of letters, or of letters and some pairs of them; `without` are letters that it does not know.
+
+    With `bos` it puts <s> before a text; without it puts nothing there.
+    """
+    from tokenizers import Tokenizer, models, processors
 
     vocab = {"<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN}
     for token in [letter for letter in LETTERS if letter not in without] + (["th", "he", "e "] if pairs else []):
@@ -44,9 +47,11 @@ def write_letters(folder: Path, *, pairs: bool = False, bos: bool = True, withou
     merges = [("t", "h"), ("h", "e"), ("e", " ")] if pairs else []
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | ({"bos_token": "<s>"} if bos else {})))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>"}))
 
 
 def write_text(path: Path, lengths: list[int], seed: int = 0) -> Path:
@@ -81,22 +86,29 @@ def found(models: list[Path], data: Path, *, text: dict[str, Any] | None = None,
     return report
 
 
-def reference(folder: Path, texts: list[str], length: int, stride: int, *, prefix: int = BOS) -> list[float]:
-    """Nats of each document by transformers' own loss: window by window, each alone, labels as its docs have them."""
+def reference(
+    folder: Path, texts: list[str], length: int, stride: int, *, before: tuple[int, ...] = (BOS,)
+) -> list[float]:
+    """Nats of each document by transformers' own loss: window by window, each alone, labels as its docs have them.
+
+    Where nothing stands `before` a document, its first token is not asked for.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sums = []
+    span = length + 1 - len(before)
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        total, end = 0.0, 0
+        total, end = 0.0, 0 if before else 1
+        length, stride = span, min(stride, span)
         while end < len(ids):
-            start = 0 if end == 0 else end - length + stride
+            start = 0 if end <= 1 else end - length + stride
             stop = min(start + length, len(ids))
-            row = torch.tensor([[prefix, *ids[start:stop]]])
+            row = torch.tensor([[*before, *ids[start:stop]]])
             labels = row.clone()
-            labels[:, : 1 + end - start] = -100
+            labels[:, : len(before) + end - start] = -100
             with torch.no_grad():
                 total += float(model(input_ids=row, labels=labels).loss) * (stop - end)
             end = stop
@@ -134,19 +146,32 @@ def test_the_fast_way_to_the_loss_is_taken_and_a_strange_one_goes_by_the_logits(
     data = write_text(tmp_path / "text.jsonl", [30, 7])
     usual = found([folder], data).models[0].loss.value
     loaded = model.load(folder, "model", "fp32", torch.device("cpu"))
-    assert model.Scorer(loaded, 7, BOS)._decoder is not None
+    assert model.Scorer(loaded, 7, (BOS,))._decoder is not None
     monkeypatch.setattr("dus_cli.heal.model.head_of", lambda _: Head(scale=3.0))
-    assert model.Scorer(loaded, 7, BOS)._decoder is None
-    assert model.Scorer(loaded, 99, BOS)._decoder is None
+    assert model.Scorer(loaded, 7, (BOS,))._decoder is None
+    assert model.Scorer(loaded, 99, (BOS,))._decoder is None
     assert found([folder], data).models[0].loss.value == pytest.approx(usual, rel=1e-6)
 
 
-def test_without_a_beginning_of_text_the_end_of_text_stands_before_a_document(tmp_path: Path) -> None:
-    data = write_text(tmp_path / "text.jsonl", [9, 30])
-    folder = zoo_model(tmp_path / "model", "llama", bos=False)
-    assert found([folder], data).models[0].loss.value == pytest.approx(
-        sum(reference(folder, texts_in(data), 16, 8, prefix=EOS)) / 39, rel=2e-5
-    )
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("way", ["tokenizer", "option"])
+def test_where_nothing_stands_before_a_text_its_first_token_is_not_asked_for(
+    tmp_path: Path, way: str, stride: int
+) -> None:
+    data = write_text(tmp_path / "text.jsonl", [9, 30, 1, 17])
+    folder = zoo_model(tmp_path / "model", "llama", bos=way == "option")
+    (model,) = found([folder], data, stride=stride, special_tokens=way == "tokenizer").models
+    nats = sum(reference(folder, texts_in(data), 16, stride, before=()))
+    assert (model.tokens, model.before) == (8 + 29 + 0 + 16, ())
+    assert model.loss.value == pytest.approx(nats / 53, rel=2e-5)
+    num_words = load_config(folder)["vocab_size"]  # a token that nothing predicts may be any
+    code = nats + 4 * math.log(num_words)
+    assert model.bits_per_byte.value == pytest.approx(code / 57 / math.log(2), rel=2e-5)
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def test_models_with_different_tokenizers_are_compared_on_the_same_bytes(tmp_path: Path) -> None:
@@ -198,7 +223,7 @@ def test_a_real_model_has_transformers_loss(tmp_path: Path) -> None:
     paragraph = (Path(__file__).parent.parent / "docs/concepts.md").read_text(encoding="utf-8")[:900]
     data.write_text(json.dumps({"text": paragraph}) + "\n" + json.dumps({"text": "One more."}) + "\n")
     (model,) = found([folder], data, seq_length=128, stride=64, precision=Precision.fp32).models
-    expected = reference(folder, texts_in(data), 128, 64, prefix=1)
+    expected = reference(folder, texts_in(data), 128, 64, before=())
     assert model.loss.value == pytest.approx(sum(expected) / model.tokens, rel=1e-4)
     assert 1.5 < model.loss.value < 5
 

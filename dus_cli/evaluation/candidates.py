@@ -34,11 +34,6 @@ class Candidate:
     max_length: int | None
     tokeniser: Tokeniser
 
-    @property
-    def prefix(self) -> int:
-        """The token that stands before a document: beginning of text, or end of text where there is none."""
-        return self.tokeniser.eos if self.tokeniser.bos is None else self.tokeniser.bos
-
 
 def check_there(refs: Sequence[ModelRef]) -> None:
     """Hold what can be known about the models at once.
@@ -61,7 +56,9 @@ def check_there(refs: Sequence[ModelRef]) -> None:
             )
 
 
-def find_candidates(refs: Sequence[ModelRef], progress: Progress | None = None, *, quiet: bool) -> list[Candidate]:
+def find_candidates(
+    refs: Sequence[ModelRef], progress: Progress | None = None, *, special_tokens: bool = True, quiet: bool
+) -> list[Candidate]:
     """Every model with its weights, from its directory or by way of the Hub's cache.
 
     Raises:
@@ -69,11 +66,18 @@ def find_candidates(refs: Sequence[ModelRef], progress: Progress | None = None, 
     """
     names = [ref.name for ref in refs]
     return [
-        _candidate(ref, ref.name if names.count(ref.name) == 1 else ref.text, progress, quiet=quiet) for ref in refs
+        _candidate(
+            ref,
+            ref.name if names.count(ref.name) == 1 else ref.text,
+            progress,
+            special_tokens=special_tokens,
+            quiet=quiet,
+        )
+        for ref in refs
     ]
 
 
-def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, quiet: bool) -> Candidate:
+def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, special_tokens: bool, quiet: bool) -> Candidate:
     checkpoint = open_base(ref, quiet=quiet, progress=progress)
     try:
         decoder = decoder_config(checkpoint.config)
@@ -89,7 +93,9 @@ def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, quiet: bo
         checkpoint.folder.name if ref.repo_id is not None else None,
         num_layers,
         next((length for length in lengths if length > 1), None),
-        Tokeniser(checkpoint.folder, vocab_size if isinstance(vocab_size, int) else 1 << 32),
+        Tokeniser(
+            checkpoint.folder, vocab_size if isinstance(vocab_size, int) else 1 << 32, special_tokens=special_tokens
+        ),
     )
 
 

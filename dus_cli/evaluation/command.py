@@ -20,7 +20,17 @@ from dus_cli.evaluation.report import EvalReport, Gates, LossReport
 from dus_cli.evaluation.tasks import TaskOptions, TaskReport
 from dus_cli.heal.corpus import BadLine
 from dus_cli.heal.options import Precision, parse_count
-from dus_cli.options import AsJson, OnBadLine, Quiet, ShowProgress, TextField, Token, parser, progress_for
+from dus_cli.options import (
+    AsJson,
+    OnBadLine,
+    Quiet,
+    ShowProgress,
+    SpecialTokens,
+    TextField,
+    Token,
+    parser,
+    progress_for,
+)
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
 from dus_cli.release.svg import check_picture, write_pictures
@@ -48,6 +58,7 @@ def evaluate(
     ] = None,
     text_field: TextField = "text",
     on_bad_line: OnBadLine = BadLine.error,
+    special_tokens: SpecialTokens = True,
     max_documents: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--max-documents", min=1, metavar="N", help="The first N documents.", rich_help_panel=_TEXT),
@@ -215,7 +226,7 @@ def evaluate(
         losses, scores = _verb()(
             refs,
             TextOptions(tuple(data), text_field, on_bad_line, max_documents, tokens) if data else None,
-            ScoringOptions(seq_length, stride, batch_tokens, precision, device),
+            ScoringOptions(seq_length, stride, batch_tokens, precision, device, special_tokens),
             told,
             tasks=TaskOptions(plans_of(tasks), include_path, num_fewshot, limit) if tasks else None,
             with_base=with_base,

@@ -54,7 +54,7 @@ def evaluate(
         text = None if text_options is None else open_text(text_options, Path(spool))
         model = import_model()
         device = model.device_of(options.device)
-        candidates = find_candidates(refs, progress, quiet=quiet)
+        candidates = find_candidates(refs, progress, special_tokens=options.special_tokens, quiet=quiet)
         options = resolved(options, candidates, device.type)
         harness = None if tasks is None else Harness(tasks, progress)
         inner = base_layers(candidates[0]) if with_base else None
@@ -64,16 +64,14 @@ def evaluate(
             with model.out_of_memory(candidate.name):
                 loaded = model.load(candidate.folder, candidate.name, options.precision.value, device)
                 if passes is not None:
-                    scorer = model.Scorer(loaded, candidate.num_layers, candidate.prefix)
+                    scorer = model.Scorer(loaded, candidate.num_layers, candidate.tokeniser.before)
                     if inner is not None and candidate is candidates[0]:
                         with scorer.only(inner):
                             passes.run(scorer, candidate, is_base=True)
                     passes.run(scorer, candidate)
                     del scorer
                 if harness is not None:
-                    assert options.batch_tokens is not None
-                    assert options.seq_length is not None
-                    scored.append(harness.run(loaded, candidate, options.batch_tokens, options.seq_length))
+                    scored.append(harness.run(loaded, candidate, options))
                 del loaded  # before the next one is there
     losses = None if passes is None else passes.report(str(device))
     return losses, None if tasks is None or harness is None else TaskReport(tasks, harness.version, tuple(scored))
@@ -104,6 +102,12 @@ def resolved(options: ScoringOptions, candidates: Sequence[Candidate], device_ty
     length = options.seq_length or min(_LONGEST_WINDOW, shortest)
     if known and length > shortest:
         raise EvaluationError(f"--seq-length {length} is longer than the {shortest} positions that {shown(name)} knows")
+    for candidate in candidates:
+        if len(candidate.tokeniser.before) > length:
+            raise EvaluationError(
+                f"--seq-length {length} has no place behind the {len(candidate.tokeniser.before)} tokens with which "
+                f"{shown(candidate.name)} begins a text; choose a larger one, or --no-special-tokens"
+            )
     stride = options.stride or max(1, length // 2)
     if stride > length:
         raise EvaluationError(f"--stride {stride} is longer than the window of {length} tokens, and would skip text")
@@ -160,7 +164,7 @@ def _pass(
 ) -> Scores:
     """One model over the text."""
     assert options.batch_tokens is not None
-    scores, started = Scores(), time.monotonic()
+    scores, started = Scores(scorer.vocab_size), time.monotonic()
     progress.start(f"evaluating {shown(name)}", text.num_file_bytes)
     cut = _windows(scores, candidate, text, options, budget, progress.advance)
     for batch in batches(cut, options.batch_tokens):
@@ -172,7 +176,8 @@ def _pass(
                 )
             scores.nats.add(window.document, nats)
     if not scores.tokens.total:
-        raise DataError("--data holds no text; check the files, and --text-field")
+        what = "no document of two tokens" if scores.guessed.total else "no text"
+        raise DataError(f"--data holds {what}; check the files, and --text-field")
     scores.seconds = time.monotonic() - started
     return scores
 
@@ -189,14 +194,17 @@ def _windows(
     assert options.seq_length is not None
     assert options.stride is not None
     num_tokens, tokeniser = 0, candidate.tokeniser
+    is_behind = bool(tokeniser.before)
+    span = options.seq_length + 1 - len(tokeniser.before)  # the last token of a window is no input
+    stride = min(options.stride, span)
     for documents in text.batches(scores.skipped, on_bytes):
         parts = [[piece for piece, _ in pieces_of(document)] for document in documents]
         encoded = tokeniser.encode([piece for document in parts for piece in document])
         for document, own in zip(documents, parts, strict=True):
             ids = [token for _ in own for token in next(encoded)]
             tokeniser.check_ids(max(ids, default=0))
-            number = scores.add_document(document.encode(), ids, tokeniser.unknown)
-            yield from windows(number, ids, options.seq_length, options.stride)
+            number = scores.add_document(document.encode(), ids, tokeniser.unknown, is_first_scored=is_behind)
+            yield from windows(number, ids, span, stride, is_first_scored=is_behind)
             num_tokens += len(ids)
             if budget is not None and num_tokens >= budget:
                 return

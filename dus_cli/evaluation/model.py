@@ -85,12 +85,13 @@ def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
 class Scorer:
     """Losses of a loaded model, token by token, without the logits of a whole batch where its structure is known.
 
-    Otherwise (an output embedding that is none, logits that are changed in an unknown way) from the logits.
+    Each window stands behind the ids `before`. Where the structure is not known (an output embedding that is none,
+    logits that are changed in an unknown way) they are taken from the logits.
     """
 
-    def __init__(self, model: Any, num_layers: int, prefix: int) -> None:
+    def __init__(self, model: Any, num_layers: int, before: Sequence[int]) -> None:
         self.device: torch.device = model.device
-        self._model, self._prefix = model, prefix
+        self._model, self._before = model, tuple(before)
         self._decoder: Decoder | None = None
         try:
             self._decoder = Decoder(model, num_layers)
@@ -107,14 +108,14 @@ class Scorer:
 
         Rows are padded behind their end, where no token of a causal model looks.
         """
-        labels = torch.full((len(batch), len(batch[0].ids)), IGNORED)  # (windows, longest)
+        longest = max(len(window.ids) for window in batch) + len(self._before) - 1
+        labels = torch.full((len(batch), longest), IGNORED)  # (windows, longest)
+        inputs = torch.zeros_like(labels)
         for row, window in enumerate(batch):
-            length = len(window.ids)
-            scored = window.ids[length - window.num_scored :]
-            labels[row, length - window.num_scored : length] = torch.tensor(scored)
-        inputs = torch.full_like(labels, self._prefix)
-        for row, window in enumerate(batch):
-            inputs[row, 1 : len(window.ids)] = torch.tensor(window.ids[:-1])
+            ids = torch.tensor([*self._before, *window.ids])
+            length = len(ids) - 1
+            inputs[row, :length] = ids[:-1]
+            labels[row, length - window.num_scored : length] = ids[len(ids) - window.num_scored :]
         inputs, labels = inputs.to(self.device), labels.to(self.device)
         each = self._token_losses(inputs, labels).cpu().double()  # MPS has no float64
         rows = (labels != IGNORED).nonzero()[:, 0].cpu()

@@ -28,3 +28,4 @@ class ScoringOptions:
     batch_tokens: int | None = None
     precision: Precision = Precision.auto
     device: str = "auto"
+    special_tokens: bool = True

@@ -25,7 +25,7 @@ _NATS_PER_BIT = math.log(2)
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A model's figures on the text.
+    """A model's figures on the text, each document of which stands behind the ids `before`.
 
     `difference` is to the baseline (None for itself): nats on the same bytes, per token of the baseline's
     tokenizer, so that it is the difference of the two losses where both have the same tokens.
@@ -43,13 +43,14 @@ class ModelResult:
     difference_bits: Estimate | None
     has_same_tokens: bool
     seconds: float
+    before: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, candidate: Candidate, name: str, scores: Scores, first: Scores | None, *, is_base: bool) -> ModelResult:
         """The result of a pass, beside the baseline's where it is another."""
-        nats, difference, bits = list(scores.nats), None, None
+        code, difference, bits = scores.code_length, None, None
         if first is not None:
-            paired = [a - b for a, b in zip(nats, first.nats, strict=True)]
+            paired = [a - b for a, b in zip(code, first.code_length, strict=True)]
             difference = ratio(paired, list(first.tokens))
             bits = ratio(paired, list(first.text_bytes)).times(1 / _NATS_PER_BIT)
         return cls(
@@ -59,12 +60,13 @@ class ModelResult:
             is_base,
             int(scores.tokens.total),
             scores.unknown_tokens,
-            ratio(nats, list(scores.tokens)),
-            ratio(nats, list(scores.text_bytes)).times(1 / _NATS_PER_BIT),
+            ratio(list(scores.nats), list(scores.tokens)),
+            ratio(code, list(scores.text_bytes)).times(1 / _NATS_PER_BIT),
             difference,
             bits,
             first is None or scores.token_digest.digest() == first.token_digest.digest(),
             scores.seconds,
+            candidate.tokeniser.before,
         )
 
     @property
@@ -81,6 +83,7 @@ class ModelResult:
             "is_base_within": self.is_base,
             "tokens": self.tokens,
             "unknown_tokens": self.unknown_tokens,
+            "before": list(self.before),
             "same_tokens": self.has_same_tokens,
             **_with_interval("loss", self.loss),
             "perplexity": None if math.isinf(self.perplexity) else self.perplexity,
@@ -125,6 +128,7 @@ class LossReport:
             "seq_length": self.options.seq_length,
             "stride": self.options.stride,
             "precision": self.options.precision.value,
+            "special_tokens": self.options.special_tokens,
             "device": self.device,
             "baseline": self.models[0].name,
         }

@@ -17,6 +17,7 @@ from dus_cli.progress import Progress
 
 if TYPE_CHECKING:
     from dus_cli.evaluation.candidates import Candidate
+    from dus_cli.evaluation.options import ScoringOptions
 
 # Metrics by which a task is judged where nothing says another, the first that it has.
 _METRICS = ("acc_norm", "acc", "exact_match", "mc2", "f1", "em")
@@ -147,7 +148,7 @@ class Harness:
         group = found.get("groups", {}).get(plan.task)
         return [group] if group is not None else list(found["tasks"].values())
 
-    def run(self, model: Any, candidate: Candidate, batch_tokens: int, seq_length: int) -> TaskResult:
+    def run(self, model: Any, candidate: Candidate, options: ScoringOptions) -> TaskResult:
         """All tasks on a loaded model.
 
         Raises:
@@ -155,6 +156,8 @@ class Harness:
         """
         from transformers import AutoTokenizer
 
+        assert options.batch_tokens is not None
+        assert options.seq_length is not None
         tokenizer = AutoTokenizer.from_pretrained(candidate.folder, local_files_only=True, trust_remote_code=False)
         scores: list[TaskScore] = []
         with _silent(), _harness_errors(f"{shown(candidate.name)}"):
@@ -162,7 +165,8 @@ class Harness:
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="causal",
-                batch_size=max(1, batch_tokens // seq_length),
+                batch_size=max(1, options.batch_tokens // options.seq_length),
+                add_bos_token=None if options.special_tokens else False,  # None is as the tokenizer has it
                 trust_remote_code=False,
             )
         for plan, loaded in zip(self._options.plans, self._loaded, strict=True):

@@ -1,10 +1,11 @@
 """Documents cut into windows that a model can see at once, and windows gathered into batches. Pure, no torch.
 
-Every token of a document is predicted exactly once, the first one too: a window begins with a prefix token
-(the tokenizer's beginning-of-text token, or its end-of-text token where it has none). A document's first window
-predicts `length` tokens. Each further one begins `stride` tokens later and predicts what no window before it
-did, so that a token has the document's last `length` − `stride` tokens before it at least, as far as there are
-so many (transformers' guide "Perplexity of fixed-length models"; the prefix is lm-evaluation-harness's).
+Every token of a document is predicted exactly once, its first one too where the tokenizer puts a token before a
+text: every window stands behind it, those that begin within a document as well, for a model that was trained
+behind `<s>` knows little without it. Where nothing stands before a text nothing predicts its first token. A
+document's first window predicts `length` tokens. Each further one begins `stride` tokens later and predicts what
+no window before it did, so that a token has the document's last `length` − `stride` tokens before it at least, as
+far as there are so many (transformers' guide "Perplexity of fixed-length models").
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ class Window:
     num_scored: int
 
 
-def windows(document: int, ids: Sequence[int], length: int, stride: int) -> Iterator[Window]:
-    """The windows of a document of these token ids.
+def windows(
+    document: int, ids: Sequence[int], length: int, stride: int, *, is_first_scored: bool = True
+) -> Iterator[Window]:
+    """The windows of a document of these token ids, of which the first counts or does not.
 
     >>> [(list(window.ids), window.num_scored) for window in windows(0, range(7), length=4, stride=2)]
     [([0, 1, 2, 3], 4), ([2, 3, 4, 5], 2), ([4, 5, 6], 1)]
     """
-    end = 0
+    end = 0 if is_first_scored else 1
+    if len(ids) <= end:
+        return
     for start in range(0, len(ids), stride):
         stop = min(start + length, len(ids))
         yield Window(document, ids[start:stop], stop - end)

@@ -12,7 +12,7 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, parse_holdout
-from dus_cli.options import AsJson, MoreData, OnBadLine, Quiet, ShowProgress, TextField, effective_mode
+from dus_cli.options import AsJson, MoreData, OnBadLine, Quiet, ShowProgress, SpecialTokens, TextField, effective_mode
 from dus_cli.options import parser as _parser
 from dus_cli.progress import ProgressMode
 
@@ -83,6 +83,7 @@ def heal(
             rich_help_panel=_DATA,
         ),
     ] = True,
+    special_tokens: SpecialTokens = True,
     tokens: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
@@ -350,6 +351,7 @@ def heal(
             tuple(eval_data or ()),
             seq_length,
             document_mask,
+            special_tokens,
         ),
         budget=opt.Budget(tokens, steps, epochs, until),
         recipe=opt.Recipe(

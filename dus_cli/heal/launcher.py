@@ -228,6 +228,7 @@ def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Pre
         text_field=data.text_field,
         on_bad_line=BadLine(data.on_bad_line),
         holdout=data.holdout,
+        special_tokens=data.special_tokens,
         wait=wishes.launch.nnodes > 1,
         say=view.note,
         on_progress=view.tokenising,

@@ -265,6 +265,7 @@ class DataOptions:
     eval_files: tuple[str, ...] = ()
     seq_length: int | None = None
     document_mask: bool = True
+    special_tokens: bool = True
 
 
 @dataclass(frozen=True)

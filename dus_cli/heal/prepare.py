@@ -61,6 +61,7 @@ def prepare(
     text_field: str = "text",
     on_bad_line: BadLine = BadLine.error,
     holdout: float = 0.005,
+    special_tokens: bool = True,
     wait: bool = True,
     say: Callable[[str], object] = lambda _: None,
     on_progress: Callable[[int, int], object] = lambda _done, _total: None,
@@ -80,6 +81,7 @@ def prepare(
         text_field: of a JSON object, or a parquet column.
         on_bad_line: stop there, or count it.
         holdout: the share of documents held out; not used with `eval_sources`.
+        special_tokens: whether documents have what the tokenizer puts around a text.
         wait: for another run that builds; else that is an error.
         say: told once what is waited for.
         on_progress: told bytes done and bytes in all, where each file that is not yet known counts twice:
@@ -91,7 +93,8 @@ def prepare(
     """
     if any(source.weight is not None for source in eval_sources):
         raise DataError("evaluation data has no mixture; leave the weights of --eval-data out")
-    shelf = _Shelf(folder, tokenizer_folder, vocab_size, Reading(text_field, on_bad_line), on_progress)
+    reading = Reading(text_field, on_bad_line)
+    shelf = _Shelf(folder, tokenizer_folder, vocab_size, reading, on_progress, special_tokens=special_tokens)
     try:  # without the lock, for all is there but the first time
         prepared = _assemble(shelf, sources, eval_sources, holdout)
     except _MissingError:
@@ -137,6 +140,7 @@ def _assemble(shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[S
         holdout=holdout,
         dtype=metas[0]["dtype"],
         eos=metas[0]["eos"],
+        before=tuple(metas[0]["before"]),
         skipped=dict(sorted(skipped.items())),
         content_key=_digest([keys, split_by]),
     )
@@ -191,7 +195,10 @@ class _Shelf:
         vocab_size: int,
         reading: Reading,
         on_progress: Callable[[int, int], object],
+        *,
+        special_tokens: bool,
     ) -> None:
+        self.special_tokens = special_tokens
         self.folder, self.tokenizer_folder = folder, tokenizer_folder
         self.vocab_size, self.reading = vocab_size, reading
         self.identity = tokenizer_identity(tokenizer_folder)
@@ -227,9 +234,8 @@ class _Shelf:
         # The same bytes may be .txt here and .jsonl there; more of the name is nothing to the tokens.
         kinds = [next(suffix for suffix in SUFFIXES if path.name.endswith(suffix)) for path in files]
         dtype = np.dtype(token_dtype(self.vocab_size)).name
-        key = _digest(
-            [FORMAT, digests, kinds, self.identity, dtype, *vars(self.reading).values(), split.share, split_by]
-        )
+        way = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
+        key = _digest([FORMAT, digests, kinds, *way, split.share, split_by])
         meta = self._stored(key)
         if meta is None:
             meta = self._build(key, files, split)
@@ -263,7 +269,7 @@ class _Shelf:
 
     def _load(self) -> Tokeniser:
         if self.tokeniser is None:
-            self.tokeniser = Tokeniser(self.tokenizer_folder, self.vocab_size)
+            self.tokeniser = Tokeniser(self.tokenizer_folder, self.vocab_size, special_tokens=self.special_tokens)
         return self.tokeniser
 
     def hashes(self, keys: Sequence[str]) -> frozenset[int]:

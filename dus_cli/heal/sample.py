@@ -16,7 +16,7 @@ import numpy as np
 from dus_cli.errors import shown_list
 from dus_cli.heal.corpus import DataError, Source, Tally, documents, parse_sources
 from dus_cli.heal.tokenise import Reading, Split, Tokeniser, text_hash
-from dus_cli.heal.tokens import IGNORED, Ids, RowsInOrder
+from dus_cli.heal.tokens import IGNORED, Ids, Packing, RowsInOrder
 
 # A document is not tokenised further than this many characters for each token that is wanted.
 _LONGEST_TOKEN = 32
@@ -46,7 +46,7 @@ def read_sample(
     reading: Reading | None = None,
     holdout: float | None = None,
 ) -> Sample:
-    """The first documents of the data, up to about `max_tokens` tokens with their ends of text: never more.
+    """The first documents of the data, up to about `max_tokens` tokens with those around each text: never more.
 
     Args:
         files: as `--data` takes them. Of sources with weights each gives its share of the tokens; without, the
@@ -96,9 +96,9 @@ def _documents(source: Source, reading: Reading, holdout: float | None, tally: T
 def _first_documents(texts: Iterator[str], tokeniser: Tokeniser, max_tokens: int) -> tuple[list[str], int]:
     """Documents of at most `max_tokens` tokens, and how many they have."""
     found: list[str] = []
-    total = 0
+    total, around = 0, len(tokeniser.before) + len(tokeniser.ending)
     for whole in texts:
-        room = max_tokens - total - 1  # each document ends with an end-of-text
+        room = max_tokens - total - around
         if room < 1:
             break
         text = whole[: room * _LONGEST_TOKEN]
@@ -109,7 +109,7 @@ def _first_documents(texts: Iterator[str], tokeniser: Tokeniser, max_tokens: int
         if ids:
             tokeniser.check_ids(max(ids))
             found.append(text)
-            total += len(ids) + 1
+            total += len(ids) + around
         if len(text) < len(whole):
             break
     return found, total
@@ -150,18 +150,18 @@ class Packed(RowsInOrder):
     ) -> None:
         ids, ends = list[int](), list[int]()
         for document in tokeniser.encode(texts):
-            ids += [*document, tokeniser.eos]
+            ids += [*tokeniser.before, *document, *tokeniser.ending]
             ends.append(len(ids))
         tokens = _InMemory(np.array(ids, np.int64), np.array(ends, np.int64))
         tokeniser.check_ids(int(tokens.ids.max(initial=0)))
-        super().__init__(tokens, len(ids), seq_length, tokeniser.eos, document_mask=document_mask)
-        self.num_tokens = len(ids)  # ends of text counted
+        super().__init__(tokens, len(ids), Packing(seq_length, tokeniser.eos, tokeniser.before, document_mask))
+        self.num_tokens = len(ids)  # those around the texts counted
         self.num_documents = len(ends)
         self._ends = tokens.ends
 
     def document_numbers(self, index: int) -> Ids:
         """The document, counted from 0, that each label of row `index` belongs to; -1 where none counts."""
-        row = self[index]
-        first = range(len(self))[index] * self._seq_length + 1
-        numbers = np.searchsorted(self._ends, np.arange(first, first + self._seq_length), side="right")
+        row, start = self[index], self.start(index)
+        first = start + 1 - self.packing.lead(self.tokens, start)
+        numbers = np.searchsorted(self._ends, np.arange(first, first + self.packing.seq_length), side="right")
         return np.where(row.labels == IGNORED, -1, numbers)

@@ -2,8 +2,8 @@
 
 A part is a folder:
 
-- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, one document behind the other; each document
-  ends with the end-of-text id.
+- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, one document behind the other. A document begins with
+  what the model's tokenizer puts before a text, and ends with what it puts behind one and with one end-of-text.
 - `train.idx`, `heldout.idx`: uint64, where each document ends, in tokens.
 - `hashes.bin`: uint64, the hash of each document where all are held out (evaluation data); else empty.
 - `meta.json`: counts, and what the files must measure.
@@ -28,12 +28,13 @@ import numpy as np
 
 from dus_cli.errors import shown
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents
+from dus_cli.heal.special_tokens import SpecialTokens, special_tokens_of
 from dus_cli.writing.outputs import sync_file, writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-FORMAT = 1
+FORMAT = 2
 
 # Bytes of text tokenised at a time: enough for every core, and the tokenizer needs some 40 times as much.
 _BATCH = min(os.cpu_count() or 1, 16) << 20
@@ -107,14 +108,20 @@ def tokenizer_identity(folder: Path) -> str:
 class Tokeniser:
     """The tokenizer in a model's folder.
 
-    `eos` is the id of its end-of-text token; `bos` and `unknown` are those of its beginning of text and of what it
-    cannot say, None where it has none.
+    `before` are the ids with which a document begins, `ending` those with which one ends in a row of documents: what
+    the tokenizer itself puts around a text, and an end-of-text if that has none. `eos` is the end-of-text alone, and
+    `unknown` the id of what it cannot say, None where it has none.
+
+    Args:
+        folder: the model's.
+        vocab_size: of the model.
+        special_tokens: False leaves out what the tokenizer puts around a text.
 
     Raises:
         DataError: it cannot be loaded, has no end-of-text token, or one beyond the model's vocabulary.
     """
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
+    def __init__(self, folder: Path, vocab_size: int, *, special_tokens: bool = True) -> None:
         # Otherwise tokenizers warns in every process that is forked from this one.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         from transformers import AutoTokenizer
@@ -130,16 +137,29 @@ class Tokeniser:
             self._fast.no_truncation()
             self._fast.no_padding()
         self.folder, self.vocab_size = folder, vocab_size
+        around = self._special_tokens() if special_tokens else SpecialTokens()
         eos = self._tokenizer.eos_token_id
+        if eos is None and around.behind:
+            eos = around.behind[-1]  # [SEP] of a tokenizer that knows no other end
         if eos is None:
             raise DataError(
                 f"the tokenizer in {shown(folder)} has no end-of-text token to put between documents; name its"
                 " eos_token in tokenizer_config.json"
             )
         self.eos = int(eos)
-        self.bos: int | None = self._tokenizer.bos_token_id
+        self.before = around.before
+        self.ending = around.behind if self.eos in around.behind else (*around.behind, self.eos)
         self.unknown: int | None = self._tokenizer.unk_token_id
-        self.check_ids(self.eos)
+        self.check_ids(max((*self.before, *self.ending)))
+
+    def _special_tokens(self) -> SpecialTokens:
+        try:
+            return special_tokens_of(self._tokenizer)
+        except ValueError as error:
+            raise DataError(
+                f"the tokenizer in {shown(self.folder)} cannot be asked how a text begins: {error}; "
+                "--no-special-tokens leaves out what it puts there"
+            ) from error
 
     def check_ids(self, highest: int) -> None:
         """Hold that the model has an embedding for each id.
@@ -174,10 +194,11 @@ class Summary:
 
 
 class _Piece(NamedTuple):
-    """A document or a piece of one: whether it is held out, and whether the document ends with it."""
+    """A document or a piece of one: whether it is held out, and whether the document begins and ends with it."""
 
     text: str
     is_held_out: bool
+    is_first: bool
     is_last: bool
 
 
@@ -218,9 +239,12 @@ def write_part(
             encoded = tokeniser.encode([piece.text for piece in batch.pieces])
             for piece, ids in zip(batch.pieces, encoded, strict=True):
                 target = heldout if piece.is_held_out else train
+                if piece.is_first:
+                    target.add(tokeniser.before)
                 target.add(ids)
                 if piece.is_last:
-                    target.end_document(tokeniser.eos)
+                    target.add(tokeniser.ending)
+                    target.end_document()
             for target in (train, heldout):
                 summary.highest_id = max(summary.highest_id, target.highest_id)
                 tokeniser.check_ids(target.highest_id)
@@ -232,6 +256,7 @@ def write_part(
         "format": FORMAT,
         "dtype": np.dtype(dtype).name,
         "eos": tokeniser.eos,
+        "before": tokeniser.before,
         "num_tokens": {"train": train.num_tokens, "heldout": heldout.num_tokens},
         "num_documents": {"train": train.num_documents, "heldout": heldout.num_documents},
         "num_hashes": len(hashes),
@@ -284,8 +309,10 @@ def _batches(
                 hashes.append(number)
             summary.lowest_hash = min(summary.lowest_hash, number)
             summary.highest_hash = max(summary.highest_hash, number)
+            is_first = True
             for piece, is_last in pieces_of(text):
-                pieces.append(_Piece(piece, split.holds_out(number), is_last))
+                pieces.append(_Piece(piece, split.holds_out(number), is_first, is_last))
+                is_first = False
                 num_bytes += len(encoded) * len(piece) // len(text)
                 if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
                     reached = start + min(tally.position, size)
@@ -334,12 +361,11 @@ class _TokenFile:
         self._bin.close()
         self._idx.close()
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, ids: Sequence[int]) -> None:
         self._ids.extend(ids)
         self.num_tokens += len(ids)
 
-    def end_document(self, eos: int) -> None:
-        self.add([eos])
+    def end_document(self) -> None:
         self._ends.append(self.num_tokens)
         self.num_documents += 1
 

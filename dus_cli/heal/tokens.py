@@ -3,10 +3,15 @@
 `prepare` makes the files and says in `Prepared` which they are. A row is `seq_length` inputs and their
 next tokens; rows follow each other without a gap, so every token of the stream but its first is
 predicted once in an epoch, and less than a row is left over at the end.
+
+Where the tokenizer puts tokens before a text (`before`), a row that begins within a document begins with them
+too, as text does wherever the model is used: a model trained behind `<s>` knows little without it. Each row keeps
+places for them, so that row i is found without reading those before it. They are never what is predicted.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -63,6 +68,7 @@ class Prepared:
         holdout: the share that was held out. More than asked for where that held no document; 0 where none is.
         dtype: of the ids in the files: uint16 or uint32.
         eos: the end-of-text id.
+        before: the ids with which each document begins, and each row.
         skipped: lines, and documents left out, by reason.
         content_key: a digest of all tokens and of the way they were split; with it a resumed run knows its data.
     """
@@ -74,6 +80,7 @@ class Prepared:
     eos: int
     skipped: dict[str, int]
     content_key: str
+    before: tuple[int, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -105,7 +112,8 @@ class Prepared:
             for source in data["sources"]
         )
         eval_parts = tuple(Part(**part) for part in data["eval_parts"])
-        return cls(**{**data, "sources": sources, "eval_parts": eval_parts})
+        before = tuple(data.get("before", ()))
+        return cls(**{**data, "sources": sources, "eval_parts": eval_parts, "before": before})
 
 
 class Tokens(Protocol):
@@ -204,26 +212,88 @@ class Row(NamedTuple):
     position_ids: Ids
 
 
-def row_at(stream: Tokens, start: int, length: int, stop: int, eos: int, *, document_mask: bool) -> Row:
-    """Tokens start…start + length − 1 and the next ones. From `stop` on there are none: eos, without labels.
+@dataclass(frozen=True)
+class Packing:
+    """How a stream becomes rows: their length, what fills the last, what a text begins with, and the mask.
 
-    With the mask a document's last token predicts nothing, and positions begin anew with each document.
+    Raises:
+        DataError: a row has no place for text.
     """
-    tokens = stream.read(start, min(start + length + 1, stop))
-    num_labels = len(tokens) - 1
-    input_ids, labels = np.full(length, eos, np.int64), np.full(length, IGNORED, np.int64)
-    input_ids[:num_labels], labels[:num_labels] = tokens[:-1], tokens[1:]
-    positions = np.arange(length, dtype=np.int64)
-    if document_mask:
-        begins = stream.document_starts(start + 1, start + num_labels + 1) - start  # of 1…num_labels
-        labels[begins - 1] = IGNORED
-        inner = begins[begins < num_labels]
-        if num_labels < length:
-            inner = np.append(inner, num_labels)  # what fills the row is no part of the last document
-        origins = np.zeros(length, np.int64)
-        origins[inner] = inner
-        positions -= np.maximum.accumulate(origins)
-    return Row(input_ids, labels, positions)
+
+    seq_length: int
+    eos: int
+    before: tuple[int, ...] = ()
+    document_mask: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise DataError(
+                f"a row of {self.seq_length} tokens has no place behind the {len(self.before)} with which the "
+                "tokenizer begins a text; choose a larger --seq-length, or --no-special-tokens"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Tokens of the stream from one row to the next."""
+        return self.seq_length - len(self.before)
+
+    @property
+    def num_unasked(self) -> int:
+        """Tokens at a document's beginning that are not predicted."""
+        return len(self.before) or int(self.document_mask)
+
+    def lead(self, tokens: Tokens, start: int) -> int:
+        """How many of `before` stand in front of a row from token `start` on: as many as are not there already."""
+        if not self.before:
+            return 0
+        begins = tokens.document_starts(max(0, start - len(self.before) + 1), start + 1)
+        return start - int(begins[-1]) if len(begins) else len(self.before)
+
+    def whole(self, tokens: Tokens, stop: int) -> list[int]:
+        """The tokens at which rows begin so that no document is cut that a row can hold, as far as `stop`.
+
+        A document whose beginning is in one row and its end in the next would be measured behind `before` in its
+        midst, which is not how the model meets text.
+        """
+        begins = [*tokens.document_starts(0, stop).tolist(), stop]
+        starts, place = [0], 0
+        while True:
+            end = place + self.seq_length - self.lead(tokens, place)
+            if end >= stop - 1:
+                return starts
+            number = bisect_right(begins, end) - 1  # the document that the row ends in
+            cut = begins[number]
+            fits = place < cut and begins[number + 1] - cut <= self.seq_length
+            place = cut if fits else end
+            starts.append(place)
+
+    def row(self, tokens: Tokens, start: int, stop: int, *, is_full: bool = False) -> Row:
+        """The row from token `start` on. From `stop` on there are none: eos, without labels.
+
+        A row has `stride` tokens of the stream, or as many as it has places for if it `is_full`. With the mask a
+        document's last token predicts nothing, and positions begin anew with each document.
+        """
+        lead = self.lead(tokens, start)
+        most = self.seq_length - lead if is_full else self.stride
+        found = tokens.read(start, min(start + most + 1, stop))
+        end = lead + len(found) - 1
+        input_ids, labels = np.full(self.seq_length, self.eos, np.int64), np.full(self.seq_length, IGNORED, np.int64)
+        input_ids[:lead], input_ids[lead:end], labels[lead:end] = self.before[:lead], found[:-1], found[1:]
+        # Where documents begin, as inputs of this row: from before it, for what its labels still have of `before`.
+        first = max(0, start + 1 - max(0, len(self.before) - 1))
+        begins = tokens.document_starts(first, start + len(found)) - start + lead
+        for offset in range(self.num_unasked):
+            places = begins + offset - 1  # of the labels
+            labels[places[(places >= lead) & (places < end)]] = IGNORED
+        positions = np.arange(self.seq_length, dtype=np.int64)
+        if self.document_mask:
+            inner = begins[(begins > lead) & (begins < end)]
+            if end < self.seq_length:
+                inner = np.append(inner, end)  # what fills the row is no part of the last document
+            origins = np.zeros(self.seq_length, np.int64)
+            origins[inner] = inner
+            positions -= np.maximum.accumulate(origins)
+        return Row(input_ids, labels, positions)
 
 
 class Rows:
@@ -238,11 +308,12 @@ class Rows:
     def __init__(
         self, prepared: Prepared, folder: Path, seq_length: int, seed: int, *, document_mask: bool = True
     ) -> None:
-        self.seq_length, self.document_mask, self._eos = seq_length, document_mask, prepared.eos
+        self.packing = Packing(seq_length, prepared.eos, prepared.before, document_mask)
         weights = [source.weight for source in prepared.sources if source.weight is not None]
         groups = [source.parts for source in prepared.sources] if weights else [prepared.parts]
         self._streams = [Stream(folder, parts, "train", prepared.dtype) for parts in groups]
-        self.num_rows = tuple(max(0, stream.num_tokens - 1) // seq_length for stream in self._streams)
+        stride = self.packing.stride
+        self.num_rows = tuple(max(0, stream.num_tokens - 1) // stride for stream in self._streams)
         self.order = Order(self.num_rows, weights or None, seed)
 
     @property
@@ -251,20 +322,34 @@ class Rows:
 
     def row(self, index: int) -> Row:
         """The run's row `index` = 0, 1, …, without an end."""
+        source, start = self.place(index)
+        stream = self._streams[source]
+        return self.packing.row(stream, start, stream.num_tokens)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The source of the run's row `index`, and the token of it with which the row begins."""
         source, place = self.order.locate(index)
-        stream, start = self._streams[source], place * self.seq_length
-        return row_at(stream, start, self.seq_length, stream.num_tokens, self._eos, document_mask=self.document_mask)
+        return source, place * self.packing.stride
 
 
 class RowsInOrder(Sequence[Row]):
-    """The first `stop` tokens in rows, in stored order, read when asked for. The last one is filled up."""
+    """The first `stop` tokens in rows, in stored order, read when asked for. The last one is filled up.
 
-    def __init__(self, tokens: Tokens, stop: int, seq_length: int, eos: int, *, document_mask: bool) -> None:
-        self._tokens, self._stop = tokens, stop
-        self._seq_length, self._eos, self._document_mask = seq_length, eos, document_mask
+    Where the tokenizer puts tokens before a text, so is each row that would else cut a document in two.
+    """
+
+    def __init__(self, tokens: Tokens, stop: int, packing: Packing) -> None:
+        self.tokens, self.packing = tokens, packing
+        last = max(0, stop - 1)  # it is predicted, and no input
+        starts = packing.whole(tokens, stop) if packing.before and last else range(0, last, packing.stride)
+        self._starts = [*starts, last]
 
     def __len__(self) -> int:
-        return (max(1, self._stop) - 1 + self._seq_length - 1) // self._seq_length
+        return len(self._starts) - 1
+
+    def start(self, index: int) -> int:
+        """The token with which row `index` begins."""
+        return self._starts[index]
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -275,8 +360,9 @@ class RowsInOrder(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start = range(len(self))[index] * self._seq_length
-        return row_at(self._tokens, start, self._seq_length, self._stop, self._eos, document_mask=self._document_mask)
+        number = range(len(self))[index]
+        start, end = self._starts[number : number + 2]
+        return self.packing.row(self.tokens, start, end + 1, is_full=True)
 
 
 def heldout_rows(
@@ -285,4 +371,4 @@ def heldout_rows(
     """The first `max_tokens` held-out tokens (all of them if None) as rows."""
     stream = Stream(folder, (*prepared.parts, *prepared.eval_parts), "heldout", prepared.dtype)
     stop = stream.num_tokens if max_tokens is None else min(stream.num_tokens, max_tokens + 1)
-    return RowsInOrder(stream, stop, seq_length, prepared.eos, document_mask=document_mask)
+    return RowsInOrder(stream, stop, Packing(seq_length, prepared.eos, prepared.before, document_mask))

@@ -294,11 +294,11 @@ class Training:
         if self.progress.skipped_in_a_row < self.run.recipe.max_skipped:
             return
         last = row["step"] * self.run.rows_per_step
-        source, place = self.rows.order.locate(last - self.run.rows_per_step)
+        source, place = self.rows.place(last - self.run.rows_per_step)
         raise HealError(
             f"{self.progress.skipped_in_a_row} steps in a row had a loss or gradient out of bounds, the last of them "
             f"step {row['step']} (rows {last - self.run.rows_per_step} to {last - 1}, the first at token "
-            f"{place * self.run.seq_length:,} of source {source + 1}; loss "
+            f"{place:,} of source {source + 1}; loss "
             f"{row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}); the last good checkpoint is kept: look at that "
             "data, or lower --lr"
         )

@@ -19,6 +19,7 @@ from dus_cli.options import (
     Quiet,
     Revision,
     ShowProgress,
+    SpecialTokens,
     TextField,
     Token,
     check_map,
@@ -72,6 +73,7 @@ def probe(
     ] = None,
     text_field: TextField = "text",
     on_bad_line: OnBadLine = BadLine.error,
+    special_tokens: SpecialTokens = True,
     holdout: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -194,6 +196,7 @@ def probe(
         stream_layers,
         max_memory,
         within,
+        special_tokens,
     )
     says = not (quiet or as_json)
     if plot is not None:

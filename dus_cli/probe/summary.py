@@ -39,6 +39,7 @@ def probe_json(found: Probe) -> dict[str, Any]:
             "documents": text.documents,
             "bytes": text.num_bytes,
             "skipped": text.skipped,
+            "before": list(text.before),
         },
         "seq_length": found.seq_length,
         "precision": found.precision,

@@ -44,13 +44,14 @@ _WHOLE = MapRequest(layers="0:")
 
 @dataclass(frozen=True)
 class Text:
-    """What is measured on: `tokens` are those that are predicted."""
+    """What is measured on: `tokens` are those that are predicted, `before` the ids that a document begins with."""
 
     files: tuple[str, ...]
     tokens: int
     documents: int
     num_bytes: int
     skipped: dict[str, int]
+    before: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Options:
     stream_layers: bool = False
     max_memory: int | None = None
     bound: float = 0.2
+    special_tokens: bool = True
 
 
 def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, dry_run: bool, quiet: bool) -> Probe:
@@ -309,7 +311,7 @@ def _read(
 
     fields = decoder_config(checkpoint.config).fields
     vocab_size = int(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0)
-    tokeniser = Tokeniser(checkpoint.folder, vocab_size)
+    tokeniser = Tokeniser(checkpoint.folder, vocab_size, special_tokens=options.special_tokens)
     reading = Reading(options.text_field, options.on_bad_line)
     sample = read_sample(options.files, tokeniser, options.tokens, reading=reading, holdout=options.holdout)
     rows = Packed(sample.texts, tokeniser, seq_length, document_mask=False)
@@ -325,7 +327,7 @@ def _read(
         ids, labels = (np.stack([getattr(row, name) for row in group]) for name in ("input_ids", "labels"))
         batches.append(Batch(torch.from_numpy(ids), torch.from_numpy(labels)))
     num_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    text = Text(options.files, num_labels, rows.num_documents, sample.num_bytes, sample.skipped)
+    text = Text(options.files, num_labels, rows.num_documents, sample.num_bytes, sample.skipped, tokeniser.before)
     few = rows.num_tokens < 0.9 * options.tokens
     warnings = (f"the data has {rows.num_tokens:,} tokens where --tokens asks for {options.tokens:,}",) if few else ()
     return text, batches, num_labels, warnings
