@@ -53,6 +53,9 @@ Token = Annotated[
     ),
 ]
 
+# What --data reads, for its help.
+DATA_KINDS = ".jsonl, .json, .csv and .txt (also .gz, .zst, .xz, .bz2), .parquet, .arrow"
+
 # Files behind the first one of --data.
 MoreData = Annotated[
     Optional[list[str]],  # noqa: UP045

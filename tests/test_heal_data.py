@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 
 from dus_cli.errors import OutputError
-from dus_cli.heal import corpus, prepare, tokenise
+from dus_cli.heal import prepare, tokenise
+from dus_cli.heal import texts as texts_module
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents, parse_holdout, parse_sources
 from dus_cli.heal.order import Order, permute
 from dus_cli.heal.tokens import IGNORED, Prepared, Row, Rows, RowsInOrder, Stream, heldout_rows
@@ -204,7 +205,7 @@ BAD_LINES = [
 def test_a_bad_line_is_named_by_number_or_counted_by_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, reason: str, words: str
 ) -> None:
-    monkeypatch.setattr(corpus, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(texts_module, "LONGEST_LINE", 1 << 20)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n' + line)
     with pytest.raises(DataError, match=f"a.jsonl, line 3: .*{words}.*--on-bad-line skip") as caught:
@@ -254,9 +255,9 @@ def test_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     path.write_bytes(text.encode())
     pieces = read(path)[0]
     assert "".join(pieces) == text
-    assert all(len(piece.encode()) <= corpus.TEXT_PIECE for piece in pieces)
+    assert all(len(piece.encode()) <= texts_module.TEXT_PIECE for piece in pieces)
     assert all(piece.startswith("é") and piece.endswith("\n") for piece in pieces)
-    assert len(pieces) < 2 * len(text.encode()) / corpus.TEXT_PIECE + 1
+    assert len(pieces) < 2 * len(text.encode()) / texts_module.TEXT_PIECE + 1
 
 
 def test_text_without_blank_lines_is_cut_at_lines_and_without_lines_between_characters(tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_text_without_blank_lines_is_cut_at_lines_and_without_lines_between_char
         pieces = read(path)[0]
         assert "".join(pieces) == text
         assert len(pieces) > 3
-        assert all(len(piece.encode()) <= corpus.TEXT_PIECE and piece.endswith(ends) for piece in pieces)
+        assert all(len(piece.encode()) <= texts_module.TEXT_PIECE and piece.endswith(ends) for piece in pieces)
 
 
 def test_text_added_behind_changes_no_piece_but_the_last(tmp_path: Path) -> None:
@@ -349,14 +350,16 @@ def test_weights_are_for_all_or_none_and_positive(tmp_path: Path) -> None:
 
 def test_what_is_not_there_or_no_data_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.doc").write_text("a,b")
+    (tmp_path / "a.tar.gz").write_text("a,b")
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, words in (
         ("none.jsonl", "no file or folder"),
         ("*.jsonx", "no file or folder"),
-        ("empty", "holds none of .jsonl"),
-        ("a.csv", "of no known kind"),
+        ("empty", r"holds no data; --data reads \.jsonl"),
+        ("a.doc", "of no known kind"),
+        ("a.tar.gz", "is an archive; unpack it, and give its folder"),
         ("gone.jsonl", "No such file"),
         ("pipe.jsonl", "not a regular file"),
     ):

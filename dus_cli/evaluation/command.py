@@ -21,6 +21,7 @@ from dus_cli.evaluation.tasks import TaskOptions, TaskReport
 from dus_cli.heal.corpus import BadLine
 from dus_cli.heal.options import Precision, parse_count
 from dus_cli.options import (
+    DATA_KINDS,
     AsJson,
     OnBadLine,
     Quiet,
@@ -51,8 +52,7 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Held-out text: .jsonl (.gz, .zst), .txt, .parquet; files, globs, folders, - for standard input. "
-            "Repeat for more.",
+            help=f"Held-out text: {DATA_KINDS}; files, globs, folders, - for standard input. Repeat for more.",
             rich_help_panel=_TEXT,
         ),
     ] = None,

@@ -150,6 +150,7 @@ class Passes:
             self._options,
             device,
             tuple(self._results),
+            self._text.unread,
         )
 
 

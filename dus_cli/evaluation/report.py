@@ -14,6 +14,7 @@ from dus_cli.evaluation.intervals import LEVEL, Estimate, ratio
 from dus_cli.evaluation.options import ScoringOptions
 from dus_cli.evaluation.scores import Scores
 from dus_cli.evaluation.tasks import TaskReport, TaskResult
+from dus_cli.heal.corpus import Unread
 
 if TYPE_CHECKING:
     from dus_cli.evaluation.candidates import Candidate
@@ -115,6 +116,7 @@ class LossReport:
     options: ScoringOptions
     device: str
     models: tuple[ModelResult, ...]
+    unread: Unread = field(default_factory=Unread)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that the losses have in the report; docs/layout.md describes each."""
@@ -123,6 +125,7 @@ class LossReport:
             "documents": self.num_documents,
             "bytes": self.num_bytes,
             "skipped_lines": self.skipped,
+            "unread_files": self.unread.to_json(),
             "units": self.num_units,
             "level": LEVEL,
             "seq_length": self.options.seq_length,
@@ -241,6 +244,8 @@ def losses_text(report: LossReport, width: int = 80) -> str:
     if report.skipped:
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items())
         lines.append(f"left out of the text: {left_out}")
+    if report.unread.count:
+        lines.append(f"not read: {report.unread}")
     return "\n".join(lines).rstrip()
 
 

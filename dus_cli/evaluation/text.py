@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dus_cli.errors import shown
 from dus_cli.evaluation.options import TextOptions
-from dus_cli.heal.corpus import BadLine, DataError, Source, Tally, documents, parse_sources
+from dus_cli.heal.corpus import BadLine, DataError, Source, Tally, Unread, documents, parse_sources
 
 # Text tokenised at a time (characters): enough for every core.
 _BATCH = 1 << 20
@@ -27,6 +27,10 @@ class Text:
     def name(self) -> str:
         """What it is called in a card: the names of the files, or of the argument that found many."""
         return ", ".join(source.paths[0].name if len(source.paths) == 1 else source.text for source in self.sources)
+
+    @property
+    def unread(self) -> Unread:
+        return sum((source.unread for source in self.sources), Unread())
 
     @property
     def num_file_bytes(self) -> int:
@@ -69,7 +73,7 @@ def open_text(options: TextOptions, spool: Path) -> Text:
     Raises:
         DataError: nothing there, nothing that is text, or weights, which are for training.
     """
-    sources = parse_sources(options.data, spool)
+    sources = parse_sources(options.data, spool, options.text_field)
     for source in sources:
         if source.weight is not None:
             raise DataError(f"{shown(source.text)} has a weight, and every document counts once; leave out the weight")

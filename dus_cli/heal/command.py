@@ -12,7 +12,17 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, parse_holdout
-from dus_cli.options import AsJson, MoreData, OnBadLine, Quiet, ShowProgress, SpecialTokens, TextField, effective_mode
+from dus_cli.options import (
+    DATA_KINDS,
+    AsJson,
+    MoreData,
+    OnBadLine,
+    Quiet,
+    ShowProgress,
+    SpecialTokens,
+    TextField,
+    effective_mode,
+)
 from dus_cli.options import parser as _parser
 from dus_cli.progress import ProgressMode
 
@@ -39,8 +49,8 @@ def heal(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Text: .jsonl (.gz, .zst), .txt, .parquet; files, globs, folders, - for standard input; "
-            "FILE:0.7 weighs a mixture. Repeat for more.",
+            help=f"Text: {DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. "
+            "Repeat for more.",
             rich_help_panel=_DATA,
         ),
     ],

@@ -240,7 +240,11 @@ def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Pre
 
 
 def _sources(wishes: Wishes, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-    return parse_sources(wishes.data.files, folder), parse_sources(wishes.data.eval_files, folder)
+    data = wishes.data
+    return (
+        parse_sources(data.files, folder, data.text_field),
+        parse_sources(data.eval_files, folder, data.text_field),
+    )
 
 
 # --- torchrun -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from dus_cli.errors import shown, shown_list
-from dus_cli.heal.corpus import SUFFIXES, BadLine, DataError, Source
+from dus_cli.heal.corpus import BadLine, DataError, Source, Unread, kind_of
 from dus_cli.heal.tokenise import (
     EVERYTHING,
     FORMAT,
@@ -143,6 +143,7 @@ def _assemble(shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[S
         before=tuple(metas[0]["before"]),
         skipped=dict(sorted(skipped.items())),
         content_key=_digest([keys, split_by]),
+        unread=sum((source.unread for source in (*sources, *eval_sources)), Unread()).to_json(),
     )
 
 
@@ -232,7 +233,7 @@ class _Shelf:
         stamps = [_stamp(path) for path in files]
         digests = [self.digests.get(path) for path in files]
         # The same bytes may be .txt here and .jsonl there; more of the name is nothing to the tokens.
-        kinds = [next(suffix for suffix in SUFFIXES if path.name.endswith(suffix)) for path in files]
+        kinds = [kind_of(path.name) for path in files]
         dtype = np.dtype(token_dtype(self.vocab_size)).name
         way = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
         key = _digest([FORMAT, digests, kinds, *way, split.share, split_by])

@@ -188,6 +188,7 @@ class Publication:
             "train_tokens": data.num_train_tokens,
             "heldout_tokens": data.num_heldout_tokens,
             "skipped_lines": data.skipped,
+            "unread_files": data.unread,
         }
 
     def _write_proof(self, staging: Staging, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:

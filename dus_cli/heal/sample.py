@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dus_cli.errors import shown_list
-from dus_cli.heal.corpus import DataError, Source, Tally, documents, parse_sources
+from dus_cli.heal.corpus import DataError, Source, Tally, Unread, documents, parse_sources
 from dus_cli.heal.tokenise import Reading, Split, Tokeniser, text_hash
 from dus_cli.heal.tokens import IGNORED, Ids, Packing, RowsInOrder
 
@@ -26,11 +26,12 @@ _LONGEST_TOKEN = 32
 class Sample:
     """Documents in reading order, the last one of each source cut where the number of tokens is reached.
 
-    `skipped` counts lines and documents that were left out, by reason.
+    `skipped` counts lines and documents that were left out, by reason; `unread` are files that are no data.
     """
 
     texts: tuple[str, ...]
     skipped: dict[str, int]
+    unread: Unread = field(default_factory=Unread)
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +62,7 @@ def read_sample(
     """
     tally, texts = Tally(), list[str]()
     with tempfile.TemporaryDirectory(prefix="dus-sample-") as spool:  # for standard input
-        sources = parse_sources(files, Path(spool))
+        sources = parse_sources(files, Path(spool), (reading or Reading()).text_field)
         weights = [source.weight or 0.0 for source in sources]
         left = max_tokens
         for source, weight in zip(sources, weights, strict=True):
@@ -71,7 +72,8 @@ def read_sample(
             left -= count
     if not texts:
         raise DataError(f"{shown_list(list(files))} has no documents to measure on: {_why(tally, holdout)}")
-    return Sample(tuple(texts), dict(sorted(tally.skipped.items())))
+    unread = sum((source.unread for source in sources), Unread())
+    return Sample(tuple(texts), dict(sorted(tally.skipped.items())), unread)
 
 
 def _why(tally: Tally, holdout: float | None) -> str:

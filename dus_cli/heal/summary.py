@@ -7,6 +7,7 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.heal import estimate, launcher
+from dus_cli.heal.corpus import Unread
 from dus_cli.heal.estimate import MemoryEstimate, Shape, num_shards
 from dus_cli.heal.resolve import Wishes
 from dus_cli.heal.run import SCHEMA, Run
@@ -34,6 +35,7 @@ def heal_text(report: dict[str, Any]) -> str:
     if report["skipped_lines"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["skipped_lines"].items())
         rows.append(("left out", reasons))
+    rows += _unread_row(report)
     lines = [f"{label:<13}{value}" for label, value in rows]
     output = shlex.quote(report["output"])
     if report["status"] == "unchanged":
@@ -50,6 +52,12 @@ def heal_text(report: dict[str, Any]) -> str:
     else:
         lines.append(f"Wrote {output}. It has not reached its base yet: give it more tokens (--tokens, --until base).")
     return "\n".join(lines)
+
+
+def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:
+    unread = report.get("unread_files") or {"count": 0, "names": []}  # no report of an older dus has them
+    found = Unread(unread["count"], tuple(unread["names"]))
+    return [("not read", str(found))] if found.count else []
 
 
 def command_json(command: list[str], wishes: Wishes) -> dict[str, Any]:
@@ -84,6 +92,7 @@ def dry_run_json(run: Run, shape: Shape, wishes: Wishes) -> dict[str, Any]:
         "heldout_tokens": data.num_heldout_tokens,
         "heldout_documents": data.num_heldout_documents,
         "skipped_lines": data.skipped,
+        "unread_files": data.unread,
         "seq_length": run.seq_length,
         "tokens_per_step": run.tokens_per_step,
         "steps": run.num_steps,
@@ -117,6 +126,7 @@ def dry_run_text(run: Run, shape: Shape, wishes: Wishes) -> str:
         ("base", "its layers stand in the model" if run.base else "none in this model"),
         ("data", f"{report['train_tokens']:,} tokens in {report['train_documents']:,} documents"),
         ("held out", f"{report['heldout_tokens']:,} tokens in {report['heldout_documents']:,} documents"),
+        *_unread_row(report),
         ("budget", f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens: {report['tokens']:,} tokens"),
         (
             "recipe",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dus_cli.errors import shown
-from dus_cli.heal.corpus import DataError
+from dus_cli.heal.corpus import DataError, Unread
 from dus_cli.heal.order import Order
 
 Ids = npt.NDArray[np.int64]
@@ -70,6 +70,7 @@ class Prepared:
         eos: the end-of-text id.
         before: the ids with which each document begins, and each row.
         skipped: lines, and documents left out, by reason.
+        unread: files of folders and patterns that look like data and were not read: `count`, and some `names`.
         content_key: a digest of all tokens and of the way they were split; with it a resumed run knows its data.
     """
 
@@ -81,6 +82,7 @@ class Prepared:
     skipped: dict[str, int]
     content_key: str
     before: tuple[int, ...] = ()
+    unread: dict[str, Any] = field(default_factory=lambda: Unread().to_json())
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -12,6 +12,7 @@ import typer
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, parse_holdout
 from dus_cli.options import (
+    DATA_KINDS,
     AsJson,
     Assume,
     MoreData,
@@ -45,8 +46,8 @@ def probe(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Text that the model was not trained on, as dus heal takes it: .jsonl (.gz, .zst), .txt, .parquet; "
-            "files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
+            help="Text that the model was not trained on, as dus heal takes it: "
+            f"{DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
             rich_help_panel=_DATA,
         ),
     ],

@@ -39,6 +39,7 @@ def probe_json(found: Probe) -> dict[str, Any]:
             "documents": text.documents,
             "bytes": text.num_bytes,
             "skipped": text.skipped,
+            "unread_files": text.unread.to_json(),
             "before": list(text.before),
         },
         "seq_length": found.seq_length,
@@ -169,6 +170,7 @@ def _closing(found: Probe) -> list[str]:
     lines = [
         f"loss: nats per token, over {found.text.tokens:,} tokens of {documents};",
         "seam: angular distance of the layers that meet, 0 (alike) to 1 (opposite)",
+        *([f"not read: {found.text.unread}"] if found.text.unread.count else []),
         f"{found.layer_passes} passes of a layer, {found.seconds:.0f} s{peak}",
         "",
     ]

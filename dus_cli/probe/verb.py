@@ -6,11 +6,11 @@ import importlib.util
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dus_cli.errors import MissingExtraError, ProbeError, shown_list
-from dus_cli.heal.corpus import BadLine, DataError
+from dus_cli.heal.corpus import BadLine, DataError, Unread
 from dus_cli.heal.options import Precision
 from dus_cli.hub.fetching import Fetch
 from dus_cli.maps.model_config import decoder_config
@@ -52,6 +52,7 @@ class Text:
     num_bytes: int
     skipped: dict[str, int]
     before: tuple[int, ...] = ()
+    unread: Unread = field(default_factory=Unread)
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,15 @@ def _read(
         ids, labels = (np.stack([getattr(row, name) for row in group]) for name in ("input_ids", "labels"))
         batches.append(Batch(torch.from_numpy(ids), torch.from_numpy(labels)))
     num_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    text = Text(options.files, num_labels, rows.num_documents, sample.num_bytes, sample.skipped, tokeniser.before)
+    text = Text(
+        options.files,
+        num_labels,
+        rows.num_documents,
+        sample.num_bytes,
+        sample.skipped,
+        tokeniser.before,
+        sample.unread,
+    )
     few = rows.num_tokens < 0.9 * options.tokens
     warnings = (f"the data has {rows.num_tokens:,} tokens where --tokens asks for {options.tokens:,}",) if few else ()
     return text, batches, num_labels, warnings
