@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from dus_cli import upscaling, verification
 from dus_cli.errors import DusError, UsageError, shown
-from dus_cli.maps.model_config import Assumption
+from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress

@@ -12,7 +12,7 @@ from dus_cli.errors import DusError, shown
 from dus_cli.events import JsonProgress
 from dus_cli.heal.corpus import BadLine
 from dus_cli.maps.layers import parse_layers
-from dus_cli.maps.model_config import Assumption
+from dus_cli.maps.naming import Assumption
 from dus_cli.progress import NoProgress, Progress, ProgressMode
 from dus_cli.terminal import BarProgress, PlainProgress, is_live
 

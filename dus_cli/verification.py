@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from dus_cli import __version__
 from dus_cli.errors import CheckpointError, DusError, VerificationError, shown, shown_list
 from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
-from dus_cli.maps.model_config import Assumption, DecoderConfig, decoder_config, deepen_config
+from dus_cli.maps.model_config import DecoderConfig, decoder_config, deepen_config
+from dus_cli.maps.naming import Assumption
 from dus_cli.maps.stacks import find_stack
 from dus_cli.planning.dtypes import config_with_dtype, require_torch
 from dus_cli.planning.layout import ShardLayout
-from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.plan import UpscalePlan, layer_tensors
 from dus_cli.planning.treatment import Making, Treatment, made_pieces
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.release import card, lineage
@@ -412,7 +413,9 @@ def _against_base(
             else:
                 problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
     problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
-    planned = config_with_dtype(deepen_config(base.config, layer_map, assume).config, treatment.dtype)
+    names = layer_tensors(base, stack.prefix, decoder.num_layers).names
+    deeper = deepen_config(base.config, layer_map, assume, names)
+    planned = config_with_dtype(deeper.config, treatment.dtype)
     if config is not None and config != planned:
         keys = sorted(k for k in {*config, *planned} if config.get(k) != planned.get(k))
         problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")

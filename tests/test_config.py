@@ -277,3 +277,147 @@ def test_lists_of_module_names_follow_their_layers() -> None:
 def test_an_expression_that_names_single_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="names single layers"):
         deepen(quantization_config={"ignore": [r"re:.*layers\.3\.mlp.*"]})
+
+
+# --- types that are published with code of their own --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"model_type": "minicpm"},
+        {"model_type": "minicpm", "num_experts": 8, "num_experts_per_tok": 2},
+        {"model_type": ..., "architectures": ["MiniCPMForCausalLM"]},
+        {"model_type": ..., "architectures": None, "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}},
+        {"model_type": "minicpmv", "vision_config": {"depth": 2}},
+    ],
+)
+def test_minicpm_of_every_age_keeps_its_residual_scale(named: dict[str, Any]) -> None:
+    config = {k: v for k, v in (llama_config(8) | named | {"scale_depth": 1.4}).items() if v is not ...}
+    deeper = deepen_config(config, EIGHT)
+    assert deeper.config["scale_depth"] / 12**0.5 == pytest.approx(1.4 / 8**0.5)
+    assert deeper.warnings == ()
+    assert "scale_depth" not in deepen(model_type="minicpmv")  # on a Llama or a Qwen
+    assert deepen(model_type="minicpm")["scale_depth"] == pytest.approx((12 / 8) ** 0.5)  # the class takes 1
+
+
+def test_step3_keeps_its_experts_in_their_text_of_numbers() -> None:
+    assert deepen(model_type="step3_text", moe_layers_enum="3,4,5,6")["moe_layers_enum"] == "3,4,5,7,8,9,10"
+    assert deepen(model_type="our_own", moe_layers_enum="3, 7")["moe_layers_enum"] == "3,7,11"
+    with pytest.raises(ConfigError, match="moe_layers_enum names a layer beyond"):
+        deepen(model_type="step3_text", moe_layers_enum="3,8")
+
+
+def test_openelm_has_its_depth_and_its_lists_by_its_own_names() -> None:
+    openelm: dict[str, Any] = {"model_type": "openelm", "num_hidden_layers": ..., "num_transformer_layers": 8}
+    after = deepen(**openelm, num_query_heads=[*range(8)], num_kv_heads=[*range(8)], ffn_multipliers=[*range(8)],
+                   qkv_multipliers=[0.5, 1.0])  # fmt: skip
+    followed = [*range(6), *range(2, 8)]
+    assert after["num_transformer_layers"] == 12
+    assert [after[key] for key in ("num_query_heads", "num_kv_heads", "ffn_multipliers")] == [followed] * 3
+    assert after["qkv_multipliers"] == [0.5, 1.0]  # not looked at where the lists are
+    spread = deepen(**openelm, num_query_heads=[4] * 8, ffn_multipliers=[0.5, 4.0])["ffn_multipliers"]
+    assert spread[0] == 0.5
+    assert spread[-1] == 4.0
+    assert len(spread) == 12
+    assert spread[6:] == [*spread[2:6], 3.5, 4.0]
+    with pytest.raises(ConfigError, match="num_query_heads that is made of it is not there"):
+        deepen(**openelm, qkv_multipliers=[0.5, 1.0])
+
+
+@pytest.mark.parametrize("key", ["num_transformer_layers", "num_decoder_layers", "n_blocks", "num_blocks", "depth"])
+def test_the_depth_is_found_under_names_that_few_use(key: str) -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": ..., key: 8}
+    assert deepen(**fields)[key] == 12
+    beside = deepen(**{key: 3}) if not key.endswith("_layers") else None  # of something else, beside the usual name
+    assert beside is None or (beside["num_hidden_layers"], beside[key]) == (12, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "deepseek", "first_k_dense_replace": 3, "moe_layer_freq": 1}, "use a trim of 3 or more"),
+        ({"model_type": "kimi_k2", "first_k_dense_replace": 3}, "use a trim of 3 or more"),
+        ({"model_type": "plamo2", "mamba_step": 3, "mamba_enabled": True}, "mamba_step is 3, .* --trim 1 would keep"),
+        ({"model_type": "phi3small", "dense_attention_every_n_layers": 3}, "every_n_layers is 3, .* --trim 1 would"),
+        ({"model_type": "bailing_moe_linear"}, "cannot be deepened"),
+    ],
+)
+def test_types_with_code_of_their_own_are_refused_where_transformers_own_would_be(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        deepen(**fields)
+
+
+@pytest.mark.parametrize("model_type", ["chatglm", "baichuan", "internlm2", "qwen", "deepseek", "openelm", "plamo2"])
+def test_types_with_code_of_their_own_are_known(model_type: str) -> None:
+    deeper = deepen_config(llama_config(8) | {"model_type": model_type}, EIGHT)
+    assert deeper.warnings == ()
+
+
+# --- no general refusal is the last word ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scale_depth": 1.4},
+        {"sliding_window_pattern": 3},
+        {"decoder_sparse_step": 3},
+        {"first_k_dense_replace": 3},
+        {"mlp_only_layers": [8]},
+        {"layer_types": ["full_attention"] * 7},
+        {"per_layer_config": {"3": {}}},
+        {"hybrid_override_pattern": "M-M*-M-M-"},
+        {"scale_attn_by_inverse_layer_idx": True},
+    ],
+)
+def test_what_a_general_rule_refuses_a_person_may_keep(fields: dict[str, Any]) -> None:
+    (key,) = fields
+    config = llama_config(8) | {"model_type": "our_own"} | fields
+    with pytest.raises(ConfigError, match=f"--assume {key}=keep"):
+        deepen_config(config, EIGHT)
+    deeper = deepen_config(config, EIGHT, {key: "keep"})
+    assert deeper.config == config | {"num_hidden_layers": 12}
+    assert f"config.json: {key} was kept, as --assume says" in deeper.warnings
+    assert not any("nothing per-layer" in warning for warning in deeper.warnings)
+
+
+def test_what_a_general_rule_refuses_follows_where_a_person_says_so() -> None:
+    def mapped(key: str, value: Any) -> Any:
+        return deepen_config(llama_config(8) | {key: value}, EIGHT, {key: "map"}).config[key]
+
+    assert mapped("scale_depth", 1.4) == pytest.approx(1.4 * (12 / 8) ** 0.5)
+    assert mapped("per_layer_config", {"3": 1}) == {"3": 1, "7": 1}
+    assert mapped("attention_types", [[["a", "b"], 4]]) == [[[kind], 1] for kind in "ababab" + "ababab"]
+    with pytest.raises(ConfigError, match="=keep is left"):
+        mapped("sliding_window_pattern", 3)
+
+
+# --- what is said of a type in no table -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"block_configs": [*range(8)]}, "block_configs"),
+        ({"layer_types": kinds("sssfsssf")}, "layer_types"),
+        ({"mlp_only_layers": [3]}, "mlp_only_layers"),
+        ({"decoder_sparse_step": 4}, "decoder_sparse_step"),
+        ({"first_k_dense_replace": 2}, "first_k_dense_replace"),
+        ({"rank_of_layer": list("abcdefgh"), "layer_types": kinds("sssfsssf")}, "layer_types, rank_of_layer"),
+        ({"quantization_config": {"ignore": ["model.layers.3.mlp"]}}, "quantization_config"),
+        ({"rope": {str(layer): layer for layer in range(8)}}, "rope"),
+    ],
+)
+def test_the_warning_about_a_type_names_what_followed(fields: dict[str, Any], named: str) -> None:
+    warning = deepen_config(llama_config(8) | {"model_type": "our_own"} | fields, EIGHT).warnings[0]
+    assert f"followed the map by general rules ({named}), but check" in warning
+    assert "nothing per-layer" not in warning
+
+
+@pytest.mark.parametrize("fields", [{}, {"moe_layer_freq": 1}, {"num_attention_heads": 4, "mlp_only_layers": []}])
+def test_the_warning_about_a_type_says_where_nothing_was_found(fields: dict[str, Any]) -> None:
+    warning = deepen_config(llama_config(8) | {"model_type": "our_own"} | fields, EIGHT).warnings[0]
+    assert "nothing per-layer was found in its config" in warning

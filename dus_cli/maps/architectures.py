@@ -37,6 +37,7 @@ from dus_cli.maps.rules import (
     SparseStep,
     Spelled,
     Stretch,
+    Stretched,
     Threshold,
     Unlike,
     check_period,
@@ -46,6 +47,20 @@ from dus_cli.maps.rules import (
 
 # How configs call the number of decoder layers, unless their type says otherwise below.
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+# And what others call it (OpenELM the first), looked for where none of those is there. Beside one of those they are
+# the depth where they say the same.
+OTHER_DEPTH_KEYS = (
+    "num_transformer_layers",
+    "num_decoder_layers",
+    "n_decoder_layers",
+    "decoder_layers",
+    "num_blocks",
+    "n_blocks",
+    "n_block",
+    "nlayers",
+    "depth",
+)
 
 # The part of a multimodal model's config that describes its decoder.
 DECODER_KEYS = ("text_config", "llm_config", "language_config")
@@ -90,6 +105,8 @@ LAYER_STACKS = (
     "model.transformer.blocks",
     "language_model.backbone.layers",
     "language_model.model.decoder.layers",
+    "model.layers.layers",
+    "transformer.layers",
 )
 
 # The BERT family's decoders (config.json says `is_decoder`): bert.encoder.layer, roberta.encoder.layer, ….
@@ -659,6 +676,37 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "zaya": Architecture(rules=(Unlike(0, "only its router takes nothing from the layer below"),)),  # modeling: use_eda
 }
 
+# Types that transformers does not have, or has under another name: their code is published with the checkpoints
+# (`auto_map`). Nothing here runs it; what it makes of a layer's number was read in it.
+_DEEPSEEK_V3 = ARCHITECTURES["deepseek_v3"]
+_LIGHTNING = Architecture(needs=ARCHITECTURES["minimax"].needs, rules=(PerLayer("attn_type_list"),))
+CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
+    "bailing_moe_linear": _refused("the decay of its linear attention is computed from the layer's number"),
+    "deepseek": Architecture(rules=(Threshold("first_k_dense_replace"), Period("moe_layer_freq"))),
+    "kimi_k2": _DEEPSEEK_V3,
+    "minicpm": Architecture(rules=(DepthScaled("scale_depth", 1.0),)),
+    "minicpmv": Architecture(rules=(DepthScaled("scale_depth", None),)),  # on MiniCPM, Llama or Qwen
+    "minimax_m1": _LIGHTNING,
+    "minimax_text_01": _LIGHTNING,
+    "openelm": Architecture(
+        rules=(
+            PerLayer("num_query_heads"),
+            PerLayer("num_kv_heads"),
+            Stretched("ffn_multipliers"),
+            Stretched("qkv_multipliers", instead="num_query_heads"),
+        ),
+    ),
+    "phi3small": Architecture(rules=(Period("dense_attention_every_n_layers"),)),
+    "plamo2": Architecture(rules=(Period("mamba_step", only_if="mamba_enabled"), IndexSet("full_attention_idx"))),
+    "step3_text": Architecture(rules=(IndexSet("moe_layers_enum"),)),
+    **dict.fromkeys(
+        """
+        Yi aquila baichuan chatglm exaone internlm internlm2 orion plamo qwen skywork stablelm_epoch telechat xverse
+        """.split(),
+        Architecture(),
+    ),
+}
+
 # Model types whose layers follow from the general rules alone, as tests/test_zoo.py and
 # tests/test_wrappers.py hold. Any type in no table
 # goes through with a warning if nothing per-layer is in sight.
@@ -675,7 +723,12 @@ PLAIN_TYPES = frozenset(
     seed_oss solar_open stablelm starcoder2 xglm xlm-roberta xlm-roberta-xl xlnet xmod youtu
     """.split()
 )
-KNOWN_TYPES = PLAIN_TYPES | {name for name, entry in ARCHITECTURES.items() if entry.refused is None}
+# Those that the tests hold to transformers' own classes, and all that the tables know.
+TRIED_TYPES = PLAIN_TYPES | {name for name, entry in ARCHITECTURES.items() if entry.refused is None}
+KNOWN_TYPES = TRIED_TYPES | {name for name, entry in CUSTOM_ARCHITECTURES.items() if entry.refused is None}
+
+# The type that a class of published code is of, for files that name the class alone.
+TYPE_OF_CLASS: Mapping[str, str] = {name.replace("_", "").lower(): name for name in CUSTOM_ARCHITECTURES}
 
 # What fields of these names say, in any type whose own rules do not read them.
 GENERAL_RULES: tuple[Rule, ...] = (
@@ -684,12 +737,15 @@ GENERAL_RULES: tuple[Rule, ...] = (
         """
         layer_types mlp_layer_types no_rope_layers layer_rope_theta num_attention_heads_per_layer indexer_types
         layers_block_type intermediate_size num_key_value_heads num_attention_heads num_query_heads ffn_multipliers
+        num_kv_heads num_key_value_heads_per_layer
         moe_topk num_experts_per_tok num_shared_expert block_configs activation_sparsity_pattern attention_layers
         attn_type_list
         """.split(),
     ),
     *map(IndexSet, "cross_attention_layers attn_layer_indices full_attn_idxs moe_layers local_layer_ids".split()),
     IndexSet("mlp_only_layers"),
+    IndexSet("moe_layers_enum"),
+    ByLayer("pruned_heads"),
     Period("decoder_sparse_step"),
     Spelled("hybrid_override_pattern"),
     Period("sliding_window_pattern", instead="layer_types"),
@@ -703,18 +759,27 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Period("moe_layer_interval"),
     Period("attn_layer_period"),
     Period("expert_layer_period"),
+    Period("mamba_step", only_if="mamba_enabled"),
+    Period("cla_share_factor", only_if="use_cla"),
+    Period("dense_attention_every_n_layers"),
     Threshold("max_window_layers", instead="layer_types", only_if="use_sliding_window"),
     Threshold("first_k_dense_replace", instead="mlp_layer_types"),
     Threshold("num_dense_layers", instead="mlp_layer_types"),
     Refused(
         "scale_attn_by_inverse_layer_idx", "it divides attention by the layer's number, which changes with the depth"
     ),
-    Refused("scale_depth", "it scales residuals by the square root of the depth"),
+    Refused(
+        "scale_depth", "it scales residuals by the square root of the depth", otherwise=DepthScaled("scale_depth", None)
+    ),
     Refused("num_kv_shared_layers", "its layers share keys and values, counted from the last"),
     Refused("hidden_size_per_layer_input", "its per-layer embeddings stand outside the layers"),
-    Refused("per_layer_config", "its keys are layer numbers"),
-    Refused("attention_types", "it spells the kinds of the layers as repeated groups"),
-    Refused("block_types", "it is read cyclically along the depth"),
+    Refused("per_layer_config", "its keys are layer numbers", otherwise=ByLayer("per_layer_config")),
+    Refused(
+        "attention_types",
+        "it spells the kinds of the layers as repeated groups",
+        otherwise=Groups("attention_types"),
+    ),
+    Refused("block_types", "it is read cyclically along the depth", otherwise=Cycle("block_types")),
     Refused("linear_attn_config", "it holds lists of layer numbers"),
     Refused("compress_ratios", "it is a pattern along the depth"),
     # Suspicious names that say nothing about single layers, and lists that may by chance be as long as the model
@@ -738,11 +803,11 @@ ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", "ForImageClassification", "For
 
 def architecture(model_type: str) -> Architecture:
     """The entry of this type; an empty one where it has none."""
-    return ARCHITECTURES.get(model_type, Architecture())
+    return ARCHITECTURES.get(model_type) or CUSTOM_ARCHITECTURES.get(model_type, Architecture())
 
 
-def rules_for(model_type: str) -> tuple[Rule, ...]:
-    """The type's own rules, then the general ones for fields that those do not read."""
+def general_rules_for(model_type: str) -> tuple[Rule, ...]:
+    """The general rules for fields that the type's own do not read."""
     own = architecture(model_type).rules
     taken = {key for rule in own for key in rule.reads}
     general: list[Rule] = []
@@ -751,4 +816,9 @@ def rules_for(model_type: str) -> tuple[Rule, ...]:
             general.append(Kept(tuple(key for key in rule.reads if key not in taken)))
         elif not taken.intersection(rule.reads):
             general.append(rule)
-    return (*own, *general)
+    return tuple(general)
+
+
+def rules_for(model_type: str) -> tuple[Rule, ...]:
+    """The type's own rules, then the general ones."""
+    return (*architecture(model_type).rules, *general_rules_for(model_type))

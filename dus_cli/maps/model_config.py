@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from dus_cli.errors import ConfigError, shown
+from dus_cli.errors import ConfigError, shown, shown_list
 from dus_cli.maps import architectures as arch
-from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
-from dus_cli.maps.rules import Kinds, follow_list
+from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap
+from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, Carrier, NumberedNames, is_a_model
+from dus_cli.maps.rules import Fields, Kept, Kinds, Period, Refused, Rule, follow_list
 
 # Names that speak of single layers. A field named so that stands in no table is refused.
 _SUSPICIOUS = re.compile(
@@ -23,19 +23,8 @@ _SUSPICIOUS = re.compile(
     r"|layer_(id|ids|types?|offset)s?($|_)|_layers$|^layers_|_sparse_step$|first_k_|_per_layer($|_)"
 )
 
-# What a person may decide about a field that dus does not know: leave it, or let it follow the layer map.
-Assumption = Literal["keep", "map"]
-_ASSUMED = {"keep": "was kept", "map": "followed the map"}
-_NOTHING: Mapping[str, Assumption] = MappingProxyType({})
-
-# Where a config lists modules by name for a quantiser (compressed-tensors wrote the second before transformers did).
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-
-# Expressions over module names: `re:` (compressed-tensors, torchao), `+:` and `-:` (GPTQModel's `dynamic`), or shell
-# patterns (quark, modelopt). What says "any number" or counts inside a name (w1, w[13]) names no layer.
-_EXPRESSION = re.compile(r"^(re|[+-]):|[\\*?\[\](){}+^$|]")
-_ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)([+*]|\{1,\d*\})\??|(?<=[A-Za-z_])(\[[\d-]+\]|\d+)")
-_SINGLE_NUMBER = re.compile(r"\d|\\d")
+# Of the rarer names of the depth those that are nothing else where they say the same as a usual one.
+_SURELY_DEPTH = ("num_transformer_layers", "n_decoder_layers", "nlayers")
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     fields: dict[str, Any] = config[nested_in] if nested_in else config
     model_type, wrapper_type = _model_type(config, nested_in), str(config.get("model_type") or "")
     entry = arch.architecture(model_type)
-    if nested_in and not entry.depth_of and not any(key in fields for key in (*entry.depth, *arch.DEPTH_KEYS)):
+    known = (*entry.depth, *arch.DEPTH_KEYS, *arch.OTHER_DEPTH_KEYS)
+    if nested_in and not entry.depth_of and not any(key in fields for key in known):
         if not any(config.get(key) is not None for key in arch.DEPTH_KEYS):
             raise ConfigError(
                 f"config.json: {nested_in} does not say how many layers the decoder has (older files leave that to "
@@ -85,11 +75,12 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         counted = ("num_hidden_layers",) if fields.get("num_hidden_layers") is not None else ()
         return DecoderConfig(model_type, wrapper_type, fields, counted, len(fields[listed]), nested_in, is_multimodal)
     names = entry.depth or arch.DEPTH_KEYS
-    keys = tuple(key for key in names if fields.get(key) is not None)
+    keys = _depth_keys(fields, names)
     if not keys:
         raise ConfigError(
             "config.json does not say how many layers the model has (looked for "
-            f"{', '.join(names)}, also in text_config); is this a decoder-only language model?"
+            f"{', '.join((*names, *arch.OTHER_DEPTH_KEYS))}, also in text_config); is this a decoder-only language "
+            "model?"
         )
     depths = {key: fields[key] for key in keys}
     if nested_in:  # some wrappers repeat the decoder's depth
@@ -101,6 +92,16 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         said = ", ".join(f"{key} {depth}" for key, depth in depths.items())
         raise ConfigError(f"config.json gives several depths that disagree ({said}); refusing to guess")
     return DecoderConfig(model_type, wrapper_type, fields, keys, fields[keys[0]], nested_in, is_multimodal)
+
+
+def _depth_keys(fields: Fields, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields that hold the depth: under its usual names, else under others; those others too that say the same."""
+    usual = tuple(key for key in names if fields.get(key) is not None)
+    others = tuple(key for key in arch.OTHER_DEPTH_KEYS if key not in usual and fields.get(key) is not None)
+    if not usual:
+        return others
+    same = (key for key in others if key in _SURELY_DEPTH and fields[key] == fields[usual[0]])
+    return (*usual, *same)
 
 
 def _nested_in(config: dict[str, Any]) -> str | None:
@@ -116,9 +117,23 @@ def _model_type(config: dict[str, Any], nested_in: str | None) -> str:
     inner = config[nested_in].get("model_type") if nested_in else None
     if inner:
         return str(inner)
+    if not outer and not nested_in:
+        return _type_of_class(config)
     entry = arch.ARCHITECTURES.get(outer)
     is_decoder = outer in arch.KNOWN_TYPES and not (entry and entry.wrapper)
     return outer if is_decoder or f"{outer}_text" not in arch.KNOWN_TYPES else f"{outer}_text"
+
+
+def _type_of_class(config: dict[str, Any]) -> str:
+    """For a file without `model_type`: the type whose published code has the class that the file names."""
+    named, mapped = config.get("architectures"), config.get("auto_map")
+    classes = [*(named if isinstance(named, list) else ()), *(mapped.values() if isinstance(mapped, dict) else ())]
+    for name in classes:
+        base = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model|Config)$", "", str(name).rpartition(".")[2])
+        found = arch.TYPE_OF_CLASS.get(base.replace("_", "").lower())
+        if found is not None:
+            return found
+    return ""
 
 
 @dataclass(frozen=True)
@@ -126,23 +141,30 @@ class DeeperConfig:
     """The config of the deeper model, key order kept.
 
     `kinds` says what the config says of each base layer, a name for each way of saying it: every output layer
-    keeps the kinds of its source. `warnings` are for what a person should look at.
+    keeps the kinds of its source. `tells` are these and whatever else followed: all by which the config tells layers
+    apart. `warnings` are for what a person should look at.
     """
 
     config: dict[str, Any]
     kinds: Kinds
+    tells: Kinds
     warnings: tuple[str, ...]
 
 
 def deepen_config(
-    config: dict[str, Any], layer_map: LayerMap, assume: Mapping[str, Assumption] = _NOTHING
+    config: dict[str, Any],
+    layer_map: LayerMap,
+    assume: Mapping[str, Assumption] = NO_ASSUMPTIONS,
+    names: NumberedNames | None = None,
 ) -> DeeperConfig:
     """Carry a config to the depth of the map.
 
     Args:
         config: the parsed config.json.
         layer_map: the map.
-        assume: what a person decided about fields that no rule reads, by name.
+        assume: what a person decided about fields that no rule can carry, by name ("a.b" is b in a).
+        names: the numbered names of the checkpoint's tensors; without them layers are told by the names that decoders
+            usually have.
 
     Raises:
         ConfigError: a per-layer field that cannot follow the map, or that is not understood.
@@ -150,34 +172,130 @@ def deepen_config(
     refuse_types(config)
     decoder = decoder_config(config)
     assert decoder.num_layers == layer_map.num_base_layers
-    rules = arch.rules_for(decoder.model_type)
-    taken = {*decoder.depth_keys, *(key for rule in rules for key in rule.reads)}
-    _check_assumptions(assume, decoder, taken)
-    warnings: list[str] = []
-    if decoder.model_type not in arch.KNOWN_TYPES:
-        warnings.append(
-            f"model type {shown(decoder.model_type)!r} is not one dus knows; nothing per-layer was found in "
-            "its config, but check the result before you spend compute on it"
-        )
+    names = names or NumberedNames(None)
+    names = NumberedNames(names.stack, names.others, (*arch.LAYER_STACKS, *names.known))
+    _check_assumptions(assume, decoder, config, names)
+    carrier = Carrier(layer_map, names, assume)
+    found = _Found(carrier)
     of_wrapper: dict[str, Any] = {}
     for rule in arch.architecture(decoder.wrapper_type).wrapper:
         of_wrapper |= rule.follow(config, layer_map)
-    changed: dict[str, Any] = {}
-    kinds: Kinds = {}
-    for rule in rules:
-        changed |= rule.follow(decoder.fields, layer_map)
-        kinds |= rule.kinds(decoder.fields, decoder.num_layers)
+    changed = found.by_rules(decoder)
     for key, value in decoder.fields.items():
-        if key not in taken:
-            changed |= _unknown_field(key, value, layer_map, assume.get(key), warnings)
+        if key not in found.taken and not (decoder.nested_in is None and key in of_wrapper):
+            changed |= _unknown_field(key, value, carrier)
     changed |= dict.fromkeys(decoder.depth_keys, len(layer_map))
-    deeper = _with_quantization(decoder.fields | changed, layer_map)
+    deeper = decoder.fields | changed
     if decoder.nested_in:
         repeated = {key: len(layer_map) for key in arch.DEPTH_KEYS if config.get(key) is not None}
-        deeper = _with_quantization(config | {decoder.nested_in: deeper} | repeated, layer_map)
+        deeper = _carried_wrapper(config, decoder, carrier) | {decoder.nested_in: deeper} | repeated
     deeper |= of_wrapper
-    several = {name: found for name, found in kinds.items() if len(set(found)) > 1}
-    return DeeperConfig(deeper, several, tuple(warnings))
+    kinds = {name: said for name, said in found.kinds.items() if len(set(said)) > 1}
+    return DeeperConfig(deeper, kinds, found.tells | carrier.tells, (*_about_type(decoder, carrier), *carrier.warnings))
+
+
+class _Found:
+    """What the rules find in a decoder's config. `taken` are the fields that nothing else needs to look at."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self.carrier = carrier
+        self.kinds: Kinds = {}
+        self.tells: Kinds = {}
+        self.taken: set[str] = set()
+
+    def by_rules(self, decoder: DecoderConfig) -> dict[str, Any]:
+        """The fields that change by the type's own rules and the general ones."""
+        changed: dict[str, Any] = {}
+        self.taken.update(decoder.depth_keys)
+        own = arch.architecture(decoder.model_type).rules
+        for rule in (*own, *arch.general_rules_for(decoder.model_type)):
+            self.taken.update(rule.reads)
+            decided = {key: self.carrier.assume[key] for key in rule.reads if key in self.carrier.assume}
+            changed |= self._by_rule(rule, decoder, decided, is_general=rule not in own)
+        return changed
+
+    def _by_rule(
+        self, rule: Rule, decoder: DecoderConfig, decided: Mapping[str, Assumption], *, is_general: bool
+    ) -> dict[str, Any]:
+        layer_map, fields = self.carrier.layer_map, decoder.fields
+        try:
+            changed = rule.follow(fields, layer_map)
+            kinds = rule.kinds(fields, decoder.num_layers)
+        except ConfigError as error:
+            present = [key for key in rule.reads if key in fields]
+            if not is_general or not present:
+                raise
+            if not decided:
+                raise ConfigError(f"{error}; or say --assume {present[0]}=keep to leave it as it is") from error
+            return self._as_decided(rule, fields, decided)
+        for key in decided:
+            raise ConfigError(f"--assume {shown(key)}: dus knows how this field follows the map; leave it out")
+        self.kinds |= kinds
+        self.tells |= kinds
+        period = rule.period(fields) if isinstance(rule, Period) and not kinds else None
+        if period is not None:  # the map keeps its phase, so whatever the class makes of it
+            self.tells[rule.reads[0]] = [str(layer % period) for layer in range(decoder.num_layers)]
+        if is_general or decoder.model_type not in arch.KNOWN_TYPES:
+            self.carrier.followed += _speaking(rule, fields, changed, kinds)
+        return changed
+
+    def _as_decided(self, rule: Rule, fields: Fields, decided: Mapping[str, Assumption]) -> dict[str, Any]:
+        """What a person decided where a general rule cannot carry a field."""
+        changed: dict[str, Any] = {}
+        for key, assumption in decided.items():
+            self.carrier.note_assumption(key)
+            if assumption == "keep":
+                continue
+            if not isinstance(rule, Refused) or rule.otherwise is None:
+                raise ConfigError(
+                    f"--assume {shown(key)}=map: dus does not know how it would follow the map; =keep is left"
+                )
+            changed |= rule.otherwise.follow(fields, self.carrier.layer_map)
+            kinds = rule.otherwise.kinds(fields, self.carrier.layer_map.num_base_layers)
+            self.kinds |= kinds
+            self.tells |= kinds
+        return changed
+
+
+def _speaking(rule: Rule, fields: Fields, changed: dict[str, Any], kinds: Kinds) -> list[str]:
+    """The fields in which a rule found something per layer."""
+    if isinstance(rule, Kept):
+        return []
+    found = [key for key, value in changed.items() if value != fields.get(key)]
+    found += [key for key, said in kinds.items() if len(set(said)) > 1 and key not in found]
+    if isinstance(rule, Period) and rule.key not in found and (rule.period(fields) or 1) > 1:
+        found.append(rule.key)
+    return found
+
+
+def _about_type(decoder: DecoderConfig, carrier: Carrier) -> tuple[str, ...]:
+    """The warning about a type in no table."""
+    if decoder.model_type in arch.KNOWN_TYPES:
+        return ()
+    said = "nothing per-layer was found in its config"
+    if carrier.followed:
+        names = list(dict.fromkeys(carrier.followed))
+        said = f"what its config says per layer followed the map by general rules ({shown_list(names, 8)})"
+    elif any("--assume" in warning for warning in carrier.warnings):
+        said = "what its config says per layer was carried as --assume says"
+    name = f"model type {shown(decoder.model_type)!r}"
+    return (f"{name} is not one dus knows; {said}, but check the result before you spend compute on it",)
+
+
+def _carried_wrapper(config: dict[str, Any], decoder: DecoderConfig, carrier: Carrier) -> dict[str, Any]:
+    """What stands around the decoder's config: names and numbers of its layers follow, encoders stay as they are."""
+    read = {key for rule in arch.architecture(decoder.wrapper_type).wrapper for key in rule.reads}
+    carried = dict(config)
+    carrier.by_length = False
+    for key, value in config.items():
+        if key != decoder.nested_in and key not in read and key not in arch.ENCODER_KEYS and not _is_harmless(key):
+            carried[key] = carrier.carry((key,), value)
+    return carried
+
+
+def _is_harmless(key: str) -> bool:
+    """Whether a general rule says that the field is about no single layer."""
+    return any(key in rule.reads for rule in arch.GENERAL_RULES if isinstance(rule, Kept))
 
 
 def refuse_types(config: dict[str, Any]) -> None:
@@ -192,86 +310,65 @@ def refuse_types(config: dict[str, Any]) -> None:
             raise ConfigError(f"model type {model_type!r} cannot be deepened by copying layers: {refused}")
 
 
-def _check_assumptions(assume: Mapping[str, Assumption], decoder: DecoderConfig, taken: set[str]) -> None:
+def _check_assumptions(
+    assume: Mapping[str, Assumption], decoder: DecoderConfig, config: dict[str, Any], names: NumberedNames
+) -> None:
     for key in assume:
-        if key in taken:
-            raise ConfigError(f"--assume {shown(key)}: dus knows how this field follows the map; leave it out")
-        if key not in decoder.fields:
+        known = key in decoder.depth_keys or any(key in rule.reads for rule in arch.rules_for(decoder.model_type))
+        is_prefix = key == names.stack or key in names.others
+        if not known and not is_prefix and not _is_there(key, decoder.fields) and not _is_there(key, config):
             where = f"config.json's {decoder.nested_in}" if decoder.nested_in else "config.json"
             raise ConfigError(f"--assume {shown(key)}: {where} has no such field")
+        if key in decoder.depth_keys or (known and _is_harmless(key)):
+            raise ConfigError(f"--assume {shown(key)}: dus knows how this field follows the map; leave it out")
 
 
-def _unknown_field(
-    key: str, value: Any, layer_map: LayerMap, assumed: Assumption | None, warnings: list[str]
-) -> dict[str, Any]:
-    """A field that no rule reads: decided by a person, plainly harmless, a list per layer, or refused."""
-    n = layer_map.num_base_layers
-    if assumed is not None:
-        warnings.append(f"config.json: {shown(key)} {_ASSUMED[assumed]}, as --assume says")
-        if assumed == "keep":
-            return {}
-        if isinstance(value, str):
-            return {key: "".join(follow_list(key, value, layer_map))}
-        if isinstance(value, list):
-            return {key: follow_list(key, value, layer_map)}
-        raise ConfigError(
-            f"--assume {shown(key)}=map: its value {shown(value)} is neither a list nor a text with one entry per layer"
-        )
+def _is_there(path: str, value: Any) -> bool:
+    """Whether a dotted path leads somewhere; names of modules in it have dots of their own."""
+    if isinstance(value, list):  # places in lists are no part of a path
+        return any(_is_there(path, entry) for entry in value)
+    if not isinstance(value, dict):
+        return False
+    begun = [key for key in value if path == key or path.startswith(f"{key}.")]
+    return any(path == key or _is_there(path[len(key) + 1 :], value[key]) for key in begun)
+
+
+def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
+    """A field that no rule reads: decided by a person, plainly harmless, about single layers, or refused."""
+    if key in carrier.assume:
+        return _decided_field(key, value, carrier)
     if value in (None, [], {}) or isinstance(value, (bool, float)):
         return {}
-    if isinstance(value, list) and len(value) == n:
-        warnings.append(f"config.json: {shown(key)} is a list with one entry per layer ({n}) and followed the map")
-        return {key: follow_list(key, value, layer_map)}
-    if _SUSPICIOUS.search(key):
+    if isinstance(value, dict) and (key in arch.ENCODER_KEYS or is_a_model(value)):
+        return {}
+    carried = carrier.carry((key,), value)
+    outputs = carrier.output_names((key,), key)
+    if outputs != [key]:
+        return {**dict.fromkeys(outputs, carried)}
+    if _SUSPICIOUS.search(key) and carried == value and not (isinstance(value, list) and key in carrier.followed):
         raise ConfigError(
             f"config.json: {shown(key)} looks like it describes single layers, and dus does not know how it "
             f"follows the layer map (value {shown(value)}); say --assume {shown(key)}=keep, or =map if it has an "
-            "entry per layer"
+            "entry per layer or lists layers' numbers"
         )
-    return {}
+    return {} if carried == value else {key: carried}
 
 
-def _with_quantization(config: dict[str, Any], layer_map: LayerMap) -> dict[str, Any]:
-    """Lists of module names in `quantization_config` (`modules_to_not_convert`, `ignore`, …) follow their layers.
-
-    Whatever the field is called: transformers' utils/quantization_config.py knows a dozen names for them.
-    """
-    found = {key: config[key] for key in _QUANTIZATION_KEYS if isinstance(config.get(key), dict)}
-    return config | {key: _follow_names(value, layer_map) for key, value in found.items()}
-
-
-def _follow_names(value: Any, layer_map: LayerMap) -> Any:
-    if isinstance(value, dict):
-        follows: dict[str, Any] = {}
-        for key, entry in value.items():
-            for name in _output_names(key, layer_map):
-                follows[name] = _follow_names(entry, layer_map)
-        return follows
+def _decided_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
+    """A field about which a person decided."""
+    if carrier.assume[key] == "keep":
+        carrier.note_assumption(key)
+        return {}
+    if isinstance(value, str) and len(value) == carrier.layer_map.num_base_layers:
+        carrier.note_assumption(key)
+        return {key: "".join(follow_list(key, value, carrier.layer_map))}
+    followed = len(carrier.followed)
+    carried = carrier.carry((key,), value)
+    if len(carrier.followed) > followed or carried != value:
+        return {key: carried}
     if isinstance(value, list):
-        follows_list: list[Any] = []
-        for entry in value:
-            if isinstance(entry, str):
-                follows_list.extend(_output_names(entry, layer_map))
-            else:
-                follows_list.append(_follow_names(entry, layer_map))
-        return follows_list
-    if isinstance(value, str) and "." in value:  # auto-round's names of blocks, with commas between them
-        names = [output for name in value.split(",") for output in _output_names(name.strip(), layer_map)]
-        return value if names == [name.strip() for name in value.split(",")] else ",".join(names)
-    return value
-
-
-def _output_names(name: str, layer_map: LayerMap) -> list[str]:
-    """A module name with a layer number, once for each output layer that copies that layer."""
-    split = split_name(name)
-    if split is None or split.prefix not in arch.LAYER_STACKS:
-        if _EXPRESSION.search(name) and _SINGLE_NUMBER.search(_ANY_NUMBER.sub("", name)):
-            raise ConfigError(
-                f"quantization_config: the expression {shown(name)!r} names single layers, and dus cannot "
-                "rewrite expressions; list the modules by their full names instead"
-            )
-        return [name]
-    if split.index >= layer_map.num_base_layers:  # multi-token prediction: keeps its place after the last
-        return [split.at(split.index - layer_map.num_base_layers + len(layer_map))]
-    end = "." if name.endswith(".") and not split.suffix else ""  # "layers.1." is not the beginning of "layers.10."
-    return [split.at(output) + end for output in layer_map.outputs[split.index]]
+        follow_list(key, value, carrier.layer_map)  # says how many entries there are, and should be
+    raise ConfigError(
+        f"--assume {shown(key)}=map: its value {shown(value)} is neither a list nor a text with one entry per layer, "
+        "and names no layers"
+    )

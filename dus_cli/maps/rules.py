@@ -93,6 +93,41 @@ class PerLayer(_OneField):
 
 
 @dataclass(frozen=True)
+class Stretched(_OneField):
+    """A list with one entry per layer, or the first and last of values spaced evenly between (openelm).
+
+    Such a pair is written out, rounded as the class rounds, unless its ends are equal or the list `instead`, which the
+    class makes of it, is there.
+    """
+
+    instead: str | None = None
+
+    def _spread(self, value: Any, num_layers: int) -> list[Any] | None:
+        """The value of each layer; None where all have the same."""
+        if not isinstance(value, list) or (len(value) == 2 and value[0] == value[1]):
+            return None
+        if len(value) != 2 or num_layers <= 2:
+            return value
+        first, last = value
+        return [round(first + (last - first) * layer / (num_layers - 1), 2) for layer in range(num_layers)]
+
+    def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
+        spread = self._spread(value, layer_map.num_base_layers)
+        if spread is None or (self.instead and fields.get(self.instead)):
+            return value
+        if self.instead:
+            raise ConfigError(
+                f"config.json: {self.key} is {shown(value)}, from the first layer to the last, and the list "
+                f"{self.instead} that is made of it is not there; load and save the base once with its own code"
+            )
+        return follow_list(self.key, spread, layer_map)
+
+    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
+        spread = None if self.instead else self._spread(fields.get(self.key), num_layers)
+        return {} if spread is None else {self.key: [str(value) for value in spread]}
+
+
+@dataclass(frozen=True)
 class Spelled(_OneField):
     """A text with one character per layer, such as nemotron_h's "M-M*-"."""
 
@@ -108,13 +143,17 @@ class Spelled(_OneField):
 
 @dataclass(frozen=True)
 class IndexSet(_OneField):
-    """A list of layer numbers, counted from `first`: becomes the output layers whose source is in it."""
+    """A list of layer numbers, counted from `first`: becomes the output layers whose source is in it.
+
+    A text with commas between the numbers stays one (step3's "4,5,6").
+    """
 
     first: int = 0
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         members = self._members(value, layer_map.num_base_layers)
-        return [output + self.first for output, base in enumerate(layer_map.sources) if base in members]
+        found = [output + self.first for output, base in enumerate(layer_map.sources) if base in members]
+        return ",".join(map(str, found)) if isinstance(value, str) else found
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         value = fields.get(self.key)
@@ -124,6 +163,9 @@ class IndexSet(_OneField):
         return {self.key: ["yes" if layer in members else "no" for layer in range(num_layers)]}
 
     def _members(self, value: Any, num_layers: int) -> set[int]:
+        if isinstance(value, str):
+            parts = [part.strip() for part in value.split(",")]
+            value = [int(part) if part.isdecimal() and part.isascii() else part for part in parts if part]
         if not isinstance(value, list) or not all(type(index) is int for index in value):
             raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a list of layer numbers")
         members = {index - self.first for index in value}
@@ -195,18 +237,20 @@ class Cycle(_OneField):
 class Period(_OneField):
     """A pattern that repeats along the depth, and has to stay in phase; a list in its place follows the map.
 
-    It is inert where the list `instead` is there. `default` is what the class takes where the file is silent;
-    with it, `phase` draws the pattern: the layers where (i + phase) is a multiple of the period.
+    It is inert where the list `instead` is there, or the switch `only_if` says no. `default` is what the class takes
+    where the file is silent; with it, `phase` draws the pattern: the layers where (i + phase) is a multiple of the
+    period.
     """
 
     instead: str | None = None
     default: int | None = None
     phase: int = 1
+    only_if: str | None = None
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
         if isinstance(fields.get(self.key), list):
             return PerLayer(self.key).follow(fields, layer_map)
-        period = self._period(fields)
+        period = self.period(fields)
         if period is None or layer_map.keeps_phase(period):
             return {}
         raise ConfigError(
@@ -217,12 +261,15 @@ class Period(_OneField):
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         if isinstance(fields.get(self.key), list):
             return PerLayer(self.key).kinds(fields, num_layers)
-        period = self._period(fields) if self.default else None
+        period = self.period(fields) if self.default else None
         if period is None:
             return {}
         return {self.key: ["no" if (layer + self.phase) % period else "yes" for layer in range(num_layers)]}
 
-    def _period(self, fields: Fields) -> int | None:
+    def period(self, fields: Fields) -> int | None:
+        """The period of the pattern; None where there is none, or nothing reads it."""
+        if self.only_if is not None and fields.get(self.only_if) is False:
+            return None
         value = fields.get(self.key)
         value = self.default if value is None or value is False else value
         if value is None or (self.instead and fields.get(self.instead) is not None):
@@ -486,18 +533,18 @@ class Inside(_OneField):
 
 @dataclass(frozen=True)
 class DepthScaled(_OneField):
-    """A residual scale that the model divides by the square root of its depth (minicpm3).
+    """A residual scale that the model divides by the square root of its depth (minicpm, minicpm3).
 
     The scale itself is what the weights were trained with, so the field grows by √(s/n). Null means √depth,
     a scale of one at any depth.
     """
 
-    default: float = 1.0
+    default: float | None = 1.0
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
-        if self.key in fields and fields[self.key] is None:
-            return {}
         value = fields.get(self.key, self.default)
+        if value is None:
+            return {}
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a number")
         return {self.key: value * math.sqrt(len(layer_map) / layer_map.num_base_layers)}
@@ -647,6 +694,8 @@ class Refused(_OneField):
     why: str
     # What the class takes where the file is silent: refused too unless falsy.
     default: Any = None
+    # How it follows where a person says that it does (--assume FIELD=map).
+    otherwise: Rule | None = None
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
         if fields.get(self.key, self.default):

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli.errors import UsageError, shown
-from dus_cli.maps.architectures import KNOWN_TYPES
+from dus_cli.maps.architectures import KNOWN_TYPES, TRIED_TYPES
 from dus_cli.maps.layers import LayerMap, parse_layers, stack, typed_map
-from dus_cli.maps.model_config import Assumption, DecoderConfig, decoder_config, deepen_config, refuse_types
+from dus_cli.maps.model_config import DecoderConfig, DeeperConfig, decoder_config, deepen_config, refuse_types
+from dus_cli.maps.naming import QUANTIZATION_KEYS, Assumption
 from dus_cli.maps.recipes import RECIPES, recipe_map
 from dus_cli.maps.rules import Kinds
 from dus_cli.maps.stacks import LayerStack, find_stack
+from dus_cli.maps.unlike import LayerTensors, check_alike
 from dus_cli.planning.dtypes import Dtype, check_castable, config_with_dtype, require_torch
 from dus_cli.planning.layout import Placement, ShardLayout, lay_out
 from dus_cli.planning.projections import zero_patterns
@@ -235,8 +237,13 @@ def make_plan(
     refuse_types(checkpoint.config)
     decoder = decoder_config(checkpoint.config)
     layer_map = request.resolve(decoder.num_layers)
-    deeper = deepen_config(checkpoint.config, layer_map, dict(request.assume))
     layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder)
+    tensors, assume = layer_tensors(checkpoint, layers.prefix, decoder.num_layers), dict(request.assume)
+    deeper = deepen_config(checkpoint.config, layer_map, assume, tensors.names)
+    if layers.prefix in assume:
+        unlike: tuple[str, ...] = (f"differences between the layers under {layers.prefix} were kept, as --assume says",)
+    else:
+        unlike = _check_alike(checkpoint, decoder, tensors, layer_map, deeper)
     treatment, treatment_warnings = _treatment(checkpoint, decoder, layers, layer_map, request, dtype)
     layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes, treatment)
     if len(layouts) == 1:
@@ -245,7 +252,7 @@ def make_plan(
         width = max(5, len(str(len(layouts))))
         names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
         shards = dict(zip(names, layouts, strict=True))
-    warnings = [*stack_warnings, *deeper.warnings, *treatment_warnings]
+    warnings = [*stack_warnings, *deeper.warnings, *unlike, *treatment_warnings]
     if not layer_map.is_deeper:
         warnings.append(
             f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
@@ -277,6 +284,22 @@ def make_plan(
         base_card,
         sum(absent.values()),
     )
+
+
+def layer_tensors(checkpoint: Checkpoint, prefix: str, num_layers: int) -> LayerTensors:
+    """What each of the layers under `prefix` holds, by the headers."""
+    tensors = ((tensor.name, tensor.dtype, tensor.shape) for _, tensor in checkpoint.tensors())
+    return LayerTensors.of(tensors, prefix, num_layers)
+
+
+def _check_alike(
+    checkpoint: Checkpoint, decoder: DecoderConfig, tensors: LayerTensors, layer_map: LayerMap, deeper: DeeperConfig
+) -> tuple[str, ...]:
+    """Warnings about layers of a type in no table that hold other tensors than others; an error where it matters."""
+    if decoder.model_type in TRIED_TYPES:
+        return ()
+    is_quantised = any(checkpoint.config.get(key) or decoder.fields.get(key) for key in QUANTIZATION_KEYS)
+    return check_alike(tensors, layer_map, deeper.tells, is_quantised=is_quantised)
 
 
 def _treatment(

@@ -10,7 +10,7 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.maps.layers import LayerMap, Seam
-from dus_cli.maps.model_config import Assumption
+from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Treatment

@@ -1,0 +1,421 @@
+"""Names and numbers of layers anywhere in a JSON value, and how they follow a layer map. Pure.
+
+A quantiser's lists of modules, settings keyed by module or by layer number, a list with an entry per layer three
+levels down: what names base layer i names every output layer that copies it. What might name a layer and cannot be
+told for certain is refused with its path, and a person may decide: `--assume PATH=keep` or `=map`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from dus_cli.errors import ConfigError, shown
+from dus_cli.maps.layers import LayerMap, split_name
+
+# What a person may decide about a field that dus does not know: leave it, or let it follow the layer map.
+Assumption = Literal["keep", "map"]
+_ASSUMED = {"keep": "was kept", "map": "followed the map"}
+NO_ASSUMPTIONS: Mapping[str, Assumption] = MappingProxyType({})
+
+# Where a config lists modules for a quantiser: compressed-tensors wrote the second before transformers did, MLX reads
+# the third.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+
+# Expressions over module names: `re:` (compressed-tensors, torchao), `+:` and `-:` (GPTQModel's `dynamic`), or shell
+# patterns (quark, modelopt). What says "any number" or counts inside a name (w1, w[13]) names no layer.
+_EXPRESSION = re.compile(r"^(re|[+-]):|[\\*?\[\](){}+^$|]")
+_ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)([+*]|\{1,\d*\})\??|(?<=[A-Za-z_])(\[[\d-]+\]|\d+)")
+_SINGLE_NUMBER = re.compile(r"\d|\\d")
+_LAYER_EXPRESSION = re.compile(r"(^|[^A-Za-z])(layers?|blocks?|blk|h)[^A-Za-z0-9]{1,6}(\d|\\d)")
+
+# The last part of a module's name before a layer's number, and names that count layers without a dot.
+_LAYER_WORDS = frozenset("layers layer blocks block blk h".split())
+_UNDOTTED = re.compile(r"(?:^|[._/-])(?:layers?|blocks?|blk)[_/\[: -]?(\d{1,6})\]?(?=$|[._/:-])", re.ASCII)
+# Parts of names that say that a numbered stack is not the decoder's.
+_OTHER_STACK = re.compile(
+    r"vision|visual|(^|[._])vit([._]|$)|image|video|audio|speech|encoder|tower|(^|[._])mtp|draft|eagle|medusa|projector"
+    r"|resampler|experts?$"
+)
+
+# Keys under which numbers are layers' numbers, or have an entry for each layer.
+_OF_LAYERS = re.compile(r"(^|_)(layer|layers|layerwise|block|blocks|depths?|idxs?|indices|indexes)(_|$)(?!size|shape)")
+# And those under which they are something else, whatever their count: ids of tokens and labels, sizes of images,
+# sections of rotary embeddings, tiles of a quantiser.
+_NOT_OF_LAYERS = re.compile(
+    r"token|vocab|label|lang|(^|_)ids?$|^rope_(scaling|parameters)$|factors?$|section|kernel|stride|dilation|patch"
+    r"|pinpoints|image|video|audio|vision|visual|pixel|crop|_mean$|_std$|betas?$|block_(size|shape)|version|multipliers$"
+)
+# Keys under which a number is one layer's, or a pattern along the depth.
+_ONE_LAYER = re.compile(r"(^|_)(layer|block)(_(id|idx|index|number))?$")
+_PATTERN = re.compile(r"every_n|(layer|block)s?_(interval|freq|frequency|period|step|offset)$")
+# Texts under these keys are no names of modules.
+_NOT_NAMES = re.compile(
+    r"path|(^|_)(dir|file|url|version|act|dtype|license|template|type|name)s?$|auto_map|architectures"
+)
+
+_NUMBERS_AS_TEXT = re.compile(r"\d{1,6}(\s*[,;]\s*\d{1,6})+", re.ASCII)
+_RANGE = re.compile(r"\d{1,6}\s*(-|:|\.\.)\s*\d{1,6}", re.ASCII)
+_LONGEST_TEXT = 10_000  # beyond it is a chat template, say
+
+# The keys from the top of the file down to a value; places in lists are left out.
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NumberedNames:
+    """The numbered prefixes of a checkpoint's tensors: the decoder's stack of layers, and all others.
+
+    `known` are the places where decoders keep their layers, for names written before a library renamed its modules.
+    """
+
+    stack: str | None
+    others: frozenset[str] = frozenset()
+    known: Collection[str] = ()
+
+    def is_layer(self, prefix: str) -> bool | None:
+        """Whether a number after this prefix is that of a decoder layer; None where that is not certain."""
+        if prefix in self.others:
+            return False
+        if self.stack is not None and _is_same_place(prefix, self.stack):
+            return _OTHER_STACK.search(prefix.removesuffix(self.stack)) is None or self.stack.endswith(prefix)
+        if any(_is_same_place(prefix, other) for other in self.others):
+            return False
+        if prefix in self.known:
+            return True
+        is_like_a_stack = prefix.rpartition(".")[2] in _LAYER_WORDS
+        return None if is_like_a_stack and not _OTHER_STACK.search(prefix) else False
+
+
+def _is_same_place(prefix: str, stack: str) -> bool:
+    """Equal, or one is the other seen from a module further out: `layers` and `model.layers`."""
+    return prefix == stack or stack.endswith(f".{prefix}") or prefix.endswith(f".{stack}")
+
+
+@dataclass
+class Carrier:
+    """Carries JSON values to the layers of a map.
+
+    `file` names what the values stand in, for messages; `of_quantiser` says that all of it is a quantiser's settings.
+    `by_length` lets lists follow that have an entry per layer and no name that speaks of layers. `followed` are the
+    fields in which something followed, `tells` what is said there of each base layer, and `warnings` what a person
+    should look at.
+    """
+
+    layer_map: LayerMap
+    names: NumberedNames
+    assume: Mapping[str, Assumption] = field(default_factory=dict)
+    file: str = "config.json"
+    of_quantiser: bool = False
+    by_length: bool = True
+    followed: list[str] = field(default_factory=list)
+    tells: dict[str, list[str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def _depth(self) -> int:
+        return self.layer_map.num_base_layers
+
+    def carry(self, path: Path, value: Any) -> Any:
+        """The value at the depth of the map, unchanged where it says nothing about single layers.
+
+        Raises:
+            ConfigError: it names layers, or may, in a way that cannot follow for certain.
+        """
+        decided = self._decided(path)
+        if decided == "keep" or is_a_model(value):
+            return value
+        if isinstance(value, dict):
+            return self.carry_mapping(path, value, forced=decided == "map")
+        if isinstance(value, list):
+            return self._carry_list(path, value, forced=decided == "map")
+        if isinstance(value, str):
+            return self._carry_text(path, value, forced=decided == "map")
+        if type(value) is int and len(path) > 1:
+            self._check_number(path, value)
+        return value
+
+    def _is_of_quantiser(self, path: Path) -> bool:
+        return self.of_quantiser or any(key in QUANTIZATION_KEYS for key in path)
+
+    def _decided(self, path: Path) -> Assumption | None:
+        """What a person decided about this path, or about what it stands in."""
+        name = ".".join(path)
+        about = [key for key in self.assume if name == key or name.startswith(f"{key}.")]
+        if name in about:
+            self.note_assumption(name)
+        return self.assume[max(about, key=len)] if about else None
+
+    def note_assumption(self, name: str) -> None:
+        """Say in the warnings what a person decided."""
+        warning = f"{self.file}: {shown(name)} {_ASSUMED[self.assume[name]]}, as --assume says"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+
+    def refuse(self, path: Path, what: str, *, can_follow: bool = True) -> ConfigError:
+        """The error that names a path, says what it holds, and how a person may decide."""
+        name = shown(".".join(path))
+        way = "keep, or =map to let it follow the layers" if can_follow else "keep to leave it as it is"
+        return ConfigError(
+            f"{self.file}: {name} looks like it describes single layers: it {what}; say --assume {name}={way}"
+        )
+
+    # --- mappings ------------------------------------------------------------------------------------
+
+    def carry_mapping(self, path: Path, value: dict[str, Any], *, forced: bool) -> dict[str, Any]:
+        numbered = {key: int(key) for key in value if _is_number(key)}
+        if numbered and self._are_layers(path, list(numbered.values()), forced=forced):
+            return self._carry_numbered(path, value, numbered)
+        if any(_RANGE.fullmatch(key) for key in value) and not _NOT_OF_LAYERS.search(_last(path)):
+            raise self.refuse(path, "has ranges of numbers as its keys, which may be layers", can_follow=False)
+        if self._sorts_layers(value) and not _is_of_something_else(path):
+            if not forced:
+                raise self.refuse(path, "has lists of numbers that sort the layers")
+            return {key: self.carry_numbers((*path, key), entry) for key, entry in value.items()}
+        carried: dict[str, Any] = {}
+        for key, entry in value.items():
+            outputs = self.output_names(path, key, forced=forced)
+            content = self.carry((*path, key), entry)
+            if outputs != [key]:
+                self._say(path, key, shown(entry))
+            carried |= dict.fromkeys(outputs, content)
+        return carried
+
+    def _sorts_layers(self, value: dict[str, Any]) -> bool:
+        """Whether the values are lists of numbers that together hold each layer's number once, from 0."""
+        if len(value) < 2 or not all(isinstance(entry, list) and entry for entry in value.values()):
+            return False
+        numbers = [number for entry in value.values() for number in entry]
+        return all(type(number) is int for number in numbers) and sorted(numbers) == list(range(self._depth))
+
+    def _are_layers(self, path: Path, numbers: list[int], *, forced: bool) -> bool:
+        """Whether the numbers that are a mapping's keys are those of layers, from 0 or from 1."""
+        depth = self._depth
+        if _is_of_something_else(path) and not forced:
+            return False
+        if sorted(numbers) in (list(range(depth)), list(range(1, depth + 1))):
+            return True
+        if forced and max(numbers) < depth:
+            return True
+        if max(numbers) >= depth and not _is_of_layers(path):
+            return False
+        raise self.refuse(path, "has numbers as its keys, which may be layers", can_follow=max(numbers) < depth)
+
+    def _carry_numbered(self, path: Path, value: dict[str, Any], numbered: dict[str, int]) -> dict[str, Any]:
+        first = 1 if max(numbered.values()) == self._depth else 0
+        contents = {number - first: self.carry((*path, key), value[key]) for key, number in numbered.items()}
+        self._note(
+            path,
+            f"is keyed by the layers' numbers (from {first}) and followed the map",
+            [shown(contents.get(layer)) for layer in range(self._depth)],
+        )
+        kept = {key: self.carry((*path, key), entry) for key, entry in value.items() if key not in numbered}
+        outputs = enumerate(self.layer_map.sources)
+        return kept | {str(output + first): contents[base] for output, base in outputs if base in contents}
+
+    # --- lists and numbers ---------------------------------------------------------------------------
+
+    def _carry_list(self, path: Path, value: list[Any], *, forced: bool) -> list[Any]:
+        if any(isinstance(entry, str) and self._names_a_layer(path, entry) for entry in value):
+            return list(self._renamed(path, value, forced=forced))
+        if self._has_entry_per_layer(path, value, forced=forced):
+            what = f"is a list with one entry per layer ({self._depth}) and followed the map"
+            self._note(path, what, [str(entry) for entry in value])
+            carried = [self.carry(path, entry) if isinstance(entry, dict) else entry for entry in value]
+            return [carried[base] for base in self.layer_map.sources]
+        if self.may_number_layers(path, value):
+            if not forced or min(value) < 0:
+                raise self.refuse(path, f"is {shown(value)}, which may be layers' numbers", can_follow=min(value) >= 0)
+            return self.carry_numbers(path, value)
+        return list(self._renamed(path, value, forced=forced))
+
+    def _renamed(self, path: Path, value: list[Any], *, forced: bool) -> Iterator[Any]:
+        """Entry by entry: a name once for each layer that copies its own, anything else carried in its place."""
+        for entry in value:
+            if not isinstance(entry, str):
+                yield self.carry(path, entry)
+                continue
+            outputs = self.output_names(path, entry, forced=forced)
+            if outputs != [entry]:
+                self._say(path, entry, "listed")
+            yield from outputs
+
+    def _has_entry_per_layer(self, path: Path, value: list[Any], *, forced: bool) -> bool:
+        if len(value) != self._depth or any(isinstance(entry, str) and "." in entry for entry in _flat(value)):
+            return False
+        if forced:
+            return True
+        if _is_of_something_else(path):
+            return False
+        shortest = 4 if self._is_of_quantiser(path) else 1  # a quantiser's tiles are given by two or three numbers
+        return _is_of_layers(path[-1:]) or (self.by_length and len(value) > shortest)
+
+    def may_number_layers(self, path: Path, value: list[Any]) -> bool:
+        """Distinct numbers within the depth, under a key that speaks of layers."""
+        if not value or not all(type(entry) is int for entry in value) or len(set(value)) != len(value):
+            return False
+        within = -self._depth <= min(value) and max(value) <= self._depth
+        return within and _is_of_layers(path) and not _is_of_something_else(path)
+
+    def carry_numbers(self, path: Path, value: Sequence[int]) -> list[int]:
+        """Layers' numbers, counted from 0, or from 1 where one is the depth: the output layers that copy those."""
+        first = 1 if max(value) == self._depth else 0
+        members = {number - first for number in value}
+        told = ["yes" if layer in members else "no" for layer in range(self._depth)]
+        self._note(path, f"lists layers' numbers (from {first}) and followed the map", told)
+        return [output + first for output, base in enumerate(self.layer_map.sources) if base in members]
+
+    def _check_number(self, path: Path, value: int) -> None:
+        key = path[-1]
+        is_layer = _ONE_LAYER.search(key) and 0 <= value < self._depth
+        if (is_layer or (_PATTERN.search(key) and value > 1)) and not _is_of_something_else(path):
+            raise self.refuse(path, f"is {value}, which may be a layer's number or a pattern", can_follow=False)
+
+    # --- texts and names -----------------------------------------------------------------------------
+
+    def _carry_text(self, path: Path, value: str, *, forced: bool) -> str:
+        if _NOT_NAMES.search(_last(path)) or len(value) > _LONGEST_TEXT or "\n" in value:
+            return value
+        if _NUMBERS_AS_TEXT.fullmatch(value.strip()):
+            numbers = [int(number) for number in re.split(r"[,;]", value)]
+            if not self.may_number_layers(path, numbers):
+                return value
+            if not forced:
+                raise self.refuse(path, f"is {shown(value)!r}, which may be layers' numbers")
+            return ",".join(map(str, self.carry_numbers(path, numbers)))
+        before = [name.strip() for name in value.split(",")]  # auto-round writes names of blocks so
+        after = [output for name in before for output in self.output_names(path, name, forced=forced)]
+        if after == before:
+            return value
+        if len(before) == 1 and len(after) != 1 and not forced and not self._is_of_quantiser(path):
+            raise self.refuse(path, f"is {shown(value)!r}, one layer that the map repeats or drops")
+        for name in before:
+            self._say(path, name, "named")
+        return ",".join(after)
+
+    def _names_a_layer(self, path: Path, name: str) -> bool:
+        split = split_name(name)
+        is_layer = split is not None and self.names.is_layer(split.prefix) is not False
+        return is_layer or _undotted_layer(name) is not None or self._is_layer_expression(path, name)
+
+    def output_names(self, path: Path, name: str, *, forced: bool = False) -> list[str]:
+        """A module's name with a layer's number, once for each output layer that copies that layer; any other as it is.
+
+        Raises:
+            ConfigError: an expression that names single layers, or a number that may be a layer's and may not.
+        """
+        split = split_name(name)
+        is_layer = self.names.is_layer(split.prefix) if split is not None else False
+        if split is not None and (is_layer or (is_layer is None and forced)):
+            if split.index >= self._depth:  # multi-token prediction: keeps its place after the last
+                return [split.at(split.index - self._depth + len(self.layer_map))]
+            end = "." if name.endswith(".") and not split.suffix else ""  # "layers.1." does not begin "layers.10."
+            return [split.at(output) + end for output in self.layer_map.outputs[split.index]]
+        if self._is_layer_expression(path, name):
+            raise self.refuse(
+                path,
+                f"has the expression {shown(name)!r}, which names single layers, and dus cannot rewrite expressions: "
+                "list the modules by their full names",
+                can_follow=False,
+            )
+        if split is not None and is_layer is None and split.index < self._depth:
+            raise self.refuse(path, f"has {shown(name)!r}, which may be a module of layer {split.index}")
+        return self._undotted_outputs(path, name, forced=forced)
+
+    def _undotted_outputs(self, path: Path, name: str, *, forced: bool) -> list[str]:
+        number = _undotted_layer(name)
+        if number is None or int(number[1]) > self._depth:
+            return [name]
+        if not forced or int(number[1]) == self._depth:
+            raise self.refuse(path, f"has {shown(name)!r}, which may be layer {number[1]}")
+        start, end = number.span(1)
+        return [f"{name[:start]}{output}{name[end:]}" for output in self.layer_map.outputs[int(number[1])]]
+
+    def _is_layer_expression(self, path: Path, name: str) -> bool:
+        if len(name) > _LONGEST_TEXT or not _EXPRESSION.search(name):
+            return False
+        single = _SINGLE_NUMBER if self._is_of_quantiser(path) else _LAYER_EXPRESSION
+        return bool(single.search(_ANY_NUMBER.sub("", name)))
+
+    # --- what was found ------------------------------------------------------------------------------
+
+    def _note(self, path: Path, what: str, told: list[str]) -> None:
+        name = ".".join(path)
+        before = self.tells.get(name, [""] * self._depth)
+        self.tells[name] = [f"{old}{new}" for old, new in zip(before, told, strict=True)]
+        warning = f"{self.file}: {shown(name)} {what}"
+        if name not in self.followed:
+            self.followed.append(name)
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+
+    def _say(self, path: Path, name: str, said: str) -> None:
+        """Of one layer, that it is named here, and what is said of it."""
+        top = path[0] if path else self.file
+        if top not in self.followed:
+            self.followed.append(top)
+        split = split_name(name)
+        if split is not None and split.index < self._depth:
+            told = self.tells.setdefault(f"{top} (names)", [""] * self._depth)
+            told[split.index] += f"{split.suffix}={said};"
+
+
+def follow_settings(
+    value: dict[str, Any],
+    layer_map: LayerMap,
+    names: NumberedNames,
+    file: str,
+    assume: Mapping[str, Assumption] = NO_ASSUMPTIONS,
+) -> dict[str, Any]:
+    """A quantiser's settings from a file beside config.json, with names and numbers of layers at the new depth.
+
+    Raises:
+        ConfigError: something in it names layers, or may, in a way that cannot follow; the message names `file`.
+    """
+    carrier = Carrier(layer_map, names, assume, file, of_quantiser=True)
+    found: dict[str, Any] = carrier.carry((), value)
+    return found
+
+
+def is_a_model(value: Any) -> bool:
+    """Whether a mapping describes a model of its own, such as an encoder: its layers are not the decoder's."""
+    return isinstance(value, dict) and ("model_type" in value or "num_hidden_layers" in value)
+
+
+def _is_number(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and key == str(int(key[:9]))
+
+
+def _undotted_layer(name: str) -> re.Match[str] | None:
+    """The number in `layer_3` and the like."""
+    return None if _OTHER_STACK.search(name) else _UNDOTTED.search(name)
+
+
+def _is_of_layers(path: Path) -> bool:
+    return any(_OF_LAYERS.search(key) for key in path if "." not in key)
+
+
+def _is_of_something_else(path: Path) -> bool:
+    """The last key that says anything says that its numbers are no layers'."""
+    key = _last(path)
+    if _OTHER_STACK.search(key) or ("token" in key and "layer" not in key):
+        return True
+    if _OF_LAYERS.search(key):
+        return False
+    return any(_NOT_OF_LAYERS.search(key) for key in path if "." not in key)
+
+
+def _last(path: Path) -> str:
+    """The last key that is no number."""
+    return next((key for key in reversed(path) if not key.isdecimal()), "")
+
+
+def _flat(value: list[Any]) -> Iterator[Any]:
+    for entry in value:
+        if isinstance(entry, list):
+            yield from _flat(entry)
+        else:
+            yield entry
