@@ -329,7 +329,8 @@ def test_openelm_has_its_depth_and_its_lists_by_its_own_names() -> None:
 def test_the_depth_is_found_under_names_that_few_use(key: str) -> None:
     fields: dict[str, Any] = {"num_hidden_layers": ..., key: 8}
     assert deepen(**fields)[key] == 12
-    beside = deepen(**{key: 3}) if not key.endswith("_layers") else None  # of something else, beside the usual name
+    # Of something else, beside the usual name:
+    beside = None if key.endswith("_layers") else deepen(EIGHT, **{key: 3})
     assert beside is None or (beside["num_hidden_layers"], beside[key]) == (12, 3)
 
 

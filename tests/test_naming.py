@@ -61,7 +61,7 @@ def test_what_names_a_layer_follows_it(before: dict[str, Any], after: dict[str, 
 def test_a_setting_keyed_by_name_is_the_one_of_the_copied_layer_in_every_output_layer() -> None:
     bits = {f"model.layers.{layer}.mlp.down_proj": {"bits": layer} for layer in range(8)}
     for key in ("quantization", "quantization_config", "of_our_own"):
-        after = deepen(**{key: {"group_size": 64, **bits}})[key]
+        after = deepen(None, NAMES, **{key: {"group_size": 64, **bits}})[key]
         assert [after[f"model.layers.{output}.mlp.down_proj"]["bits"] for output in range(12)] == SOURCES
         assert len(after) == 13
 
