@@ -82,6 +82,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("cfg.full_idxs", {"cfg": {"full_idxs": [3, 7]}}),
     ("cfg.layer", {"cfg": [{"layer": 3, "bits": 2}]}),
     ("cfg.every_n_layers", {"cfg": {"every_n_layers": 2}}),
+    ("cfg.sliding_window_pattern", {"cfg": {"sliding_window_pattern": 3}}),
+    ("cfg.first_k_dense", {"cfg": {"first_k_dense": 2}}),
+    ("cfg.pattern", {"cfg": {"pattern": "MAMAMAMA"}}),
     ("cfg.dense_layers", {"cfg": {"dense_layers": "3,4,5"}}),
     ("skip", {"skip": ["stages.blocks.3.mlp"]}),
     ("skip", {"skip": ["layer_3"]}),
@@ -106,6 +109,7 @@ def test_what_may_name_a_layer_follows_where_a_person_says_so() -> None:
     assert deepen({"cfg": "map"}, cfg={"3": 1}) == {"cfg": {"3": 1, "7": 1}}
     assert deepen({"cfg.skip_layers": "map"}, cfg={"skip_layers": [3, 6]}) == {"cfg": {"skip_layers": [3, 7, 10]}}
     assert deepen({"cfg": "map"}, cfg={"dense_layers": "3,6"}) == {"cfg": {"dense_layers": "3,7,10"}}
+    assert deepen({"cfg": "map"}, cfg={"pattern": "MMAMMAMM"}) == {"cfg": {"pattern": "MMAMMA" + "AMMAMM"}}
     assert deepen({"skip": "map"}, skip=["layer_3", "x"]) == {"skip": ["layer_3", "layer_7", "x"]}
     assert deepen({"skip_layers": "map"}, skip_layers=[1, 6]) == {"skip_layers": [1, 10]}
     sorted_layers = {"sliding": [0, 1, 2, 4, 5, 6], "full": [3, 7]}
@@ -120,6 +124,7 @@ def test_what_may_name_a_layer_follows_where_a_person_says_so() -> None:
         {"rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1] * 8, "low_freq_factor": 1,
                           "high_freq_factor": 4, "mrope_section": [2, 3, 3]}},
         {"vision_config": {"layers": [1, 3], "layer_types": {"0": 1}, "out": ["layer_1", "encoder.layers.3"]}},
+        {"visual": {"layers": [1, 3], "depth": 3, "blocks": {"3": 1}}, "audio_processor": {"layer_ids": [3, 5]}},
         {"draft": {"model_type": "eagle", "layers": [1, 3], "skip": ["model.layers.3"]}},
         {"image_grid_pinpoints": [[336, 672]] * 8, "vision_feature_layer": [-2, -5], "suppress_tokens": [*range(8)]},
         {"generation": {"suppress_tokens": [*range(8)], "lang_to_id": {"0": 1, "3": 2}, "token_indices": [1, 3]}},

@@ -277,7 +277,7 @@ def _about_type(decoder: DecoderConfig, carrier: Carrier) -> tuple[str, ...]:
         names = list(dict.fromkeys(carrier.followed))
         said = f"what its config says per layer followed the map by general rules ({shown_list(names, 8)})"
     elif any("--assume" in warning for warning in carrier.warnings):
-        said = "what its config says per layer was carried as --assume says"
+        said = "what its config says per layer was carried as decided"
     name = f"model type {shown(decoder.model_type)!r}"
     return (f"{name} is not one dus knows; {said}, but check the result before you spend compute on it",)
 
@@ -339,7 +339,7 @@ def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
         return _decided_field(key, value, carrier)
     if value in (None, [], {}) or isinstance(value, (bool, float)):
         return {}
-    if isinstance(value, dict) and (key in arch.ENCODER_KEYS or is_a_model(value)):
+    if isinstance(value, dict) and (key in arch.ENCODER_KEYS or is_a_model((key,), value)):
         return {}
     carried = carrier.carry((key,), value)
     outputs = carrier.output_names((key,), key)

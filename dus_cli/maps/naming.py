@@ -51,7 +51,10 @@ _NOT_OF_LAYERS = re.compile(
 )
 # Keys under which a number is one layer's, or a pattern along the depth.
 _ONE_LAYER = re.compile(r"(^|_)(layer|block)(_(id|idx|index|number))?$")
-_PATTERN = re.compile(r"every_n|(layer|block)s?_(interval|freq|frequency|period|step|offset)$")
+_PATTERN = re.compile(
+    r"every_n|(layer|block)s?_(interval|freq|frequency|period|step|offset)$|pattern$|attention_interval$|sparse_step$"
+    r"|^first_k_"
+)
 # Texts under these keys are no names of modules.
 _NOT_NAMES = re.compile(
     r"path|(^|_)(dir|file|url|version|act|dtype|license|template|type|name)s?$|auto_map|architectures"
@@ -126,7 +129,7 @@ class Carrier:
             ConfigError: it names layers, or may, in a way that cannot follow for certain.
         """
         decided = self._decided(path)
-        if decided == "keep" or is_a_model(value):
+        if decided == "keep" or (isinstance(value, dict) and is_a_model(path, value)):
             return value
         if isinstance(value, dict):
             return self.carry_mapping(path, value, forced=decided == "map")
@@ -286,6 +289,11 @@ class Carrier:
             if not forced:
                 raise self.refuse(path, f"is {shown(value)!r}, which may be layers' numbers")
             return ",".join(map(str, self.carry_numbers(path, numbers)))
+        if len(value) == self._depth and len(path) > 1 and value.isalnum() and _is_spelled(path):
+            if not forced:
+                raise self.refuse(path, f"is {shown(value)!r}, a character for each layer")
+            self._note(path, "has a character for each layer and followed the map", list(value))
+            return "".join(value[base] for base in self.layer_map.sources)
         before = [name.strip() for name in value.split(",")]  # auto-round writes names of blocks so
         after = [output for name in before for output in self.output_names(path, name, forced=forced)]
         if after == before:
@@ -380,9 +388,11 @@ def follow_settings(
     return found
 
 
-def is_a_model(value: Any) -> bool:
+def is_a_model(path: Path, value: dict[str, Any]) -> bool:
     """Whether a mapping describes a model of its own, such as an encoder: its layers are not the decoder's."""
-    return isinstance(value, dict) and ("model_type" in value or "num_hidden_layers" in value)
+    if "model_type" in value or "num_hidden_layers" in value:
+        return True
+    return bool(path) and "." not in path[-1] and _OTHER_STACK.search(path[-1]) is not None
 
 
 def _is_number(key: str) -> bool:
@@ -396,6 +406,10 @@ def _undotted_layer(name: str) -> re.Match[str] | None:
 
 def _is_of_layers(path: Path) -> bool:
     return any(_OF_LAYERS.search(key) for key in path if "." not in key)
+
+
+def _is_spelled(path: Path) -> bool:
+    return _PATTERN.search(path[-1]) is not None or _is_of_layers(path[-1:])
 
 
 def _is_of_something_else(path: Path) -> bool:
