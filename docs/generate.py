@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from manpage import Command, Option, man_page
 
+from dus_cli.bounds import BOUNDS
 from dus_cli.cli import app
 from dus_cli.maps.layers import stack
 from dus_cli.release.picture import PICTURES, layer_map_svg
@@ -19,7 +20,7 @@ DOCS = Path(__file__).parent
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 SIGTERM, "
     "129 SIGHUP, 141 when nobody reads the results (`dus … | head`; quiet). stdout carries results only. Nothing ever "
-    "asks. `DUS_DEBUG=1` shows the traceback of a known failure."
+    "asks. `DUS_DEBUG=1` shows the traceback of a failure."
 )
 
 
@@ -51,7 +52,10 @@ def _options(command: Any) -> tuple[Option, ...]:
             default = "required"
         elif is_flag or default is None:
             default = ""
-        options.append(Option(shown, parameter.help or "", str(default)))
+        bounds = BOUNDS.get(parameter.opts[0].lstrip("-"))
+        meaning = parameter.help or ""
+        meaning += f" Takes {bounds}." if bounds else ""
+        options.append(Option(shown, meaning, str(default)))
     return tuple(options)
 
 

@@ -39,7 +39,7 @@ _ENVIRONMENT = (
     ("HF_TOKEN, HF_ENDPOINT", "the login and the address of the Hub"),
     ("HF_HUB_OFFLINE", "1: use what is in the cache, and no network"),
     ("NO_COLOR", "no colours in the help"),
-    ("DUS_DEBUG", "1: show the traceback of a known failure"),
+    ("DUS_DEBUG", "1: show the traceback of a failure"),
 )
 
 _EXAMPLES = (

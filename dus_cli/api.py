@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dus_cli import upscaling, verification
+from dus_cli.bounds import check_numbers
 from dus_cli.errors import DusError, UsageError, shown
 from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
@@ -30,8 +31,6 @@ from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
 
 _E = TypeVar("_E", bound=Enum)
 
-_MOST_JOBS = 64
-
 
 def upscale(
     model: str | Path | None,
@@ -46,7 +45,7 @@ def upscale(
     recipe: str | None = None,
     identity: bool = False,
     assume: Mapping[str, Assumption] | None = None,
-    dtype: Dtype | Literal["bfloat16", "float16", "float32"] | None = None,
+    dtype: Dtype | Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"] | None = None,
     max_shard_size: int | str = "5GB",
     copy_mode: CopyMode | Literal["auto", "clone", "copy"] = CopyMode.auto,
     stream: bool = False,
@@ -135,7 +134,7 @@ def plan(
     recipe: str | None = None,
     identity: bool = False,
     assume: Mapping[str, Assumption] | None = None,
-    dtype: Dtype | Literal["bfloat16", "float16", "float32"] | None = None,
+    dtype: Dtype | Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"] | None = None,
     max_shard_size: int | str = "5GB",
     copy_mode: CopyMode | Literal["auto", "clone", "copy"] = CopyMode.auto,
     stream: bool = False,
@@ -260,9 +259,11 @@ def _text(model: str | Path) -> str:
 
 def _size(size: int | str) -> int:
     try:
-        return parse_size(str(size))
+        num_bytes = parse_size(str(size))
     except ValueError as error:
         raise UsageError(f"max_shard_size: {error}") from None
+    check_numbers(max_shard_size=num_bytes)
+    return num_bytes
 
 
 def _choice(kind: type[_E], value: _E | str, name: str) -> _E:
@@ -275,6 +276,5 @@ def _choice(kind: type[_E], value: _E | str, name: str) -> _E:
 
 
 def _jobs(jobs: int) -> int:
-    if not 1 <= jobs <= _MOST_JOBS:
-        raise UsageError(f"jobs: {jobs} is not between 1 and {_MOST_JOBS}")
+    check_numbers(jobs=jobs)
     return jobs

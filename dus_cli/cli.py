@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 from dus_cli import __version__, api, events
-from dus_cli.errors import DusError, StoppedError, UsageError, shown
+from dus_cli.errors import StoppedError, UsageError, shown
 from dus_cli.evaluation.command import evaluate
 from dus_cli.heal.command import heal
 from dus_cli.maps.recipes import RECIPES
@@ -35,6 +35,7 @@ from dus_cli.options import (
     ShowProgress,
     Token,
     check_map,
+    number,
     parser,
     progress_for,
 )
@@ -44,6 +45,7 @@ from dus_cli.probe.command import probe
 from dus_cli.progress import ProgressMode
 from dus_cli.push.command import push_command
 from dus_cli.terminal import say, silence
+from dus_cli.unforeseen import explained
 from dus_cli.verification import VerifyMode
 from dus_cli.writing.outputs import KEPT
 from dus_cli.writing.staging import has_kept
@@ -120,7 +122,7 @@ def upscale(
         typer.Option(
             "--trim",
             "-t",
-            min=0,
+            parser=number("trim"),
             metavar="M",
             help="Layers trimmed from each copy. Default: a quarter.",
             rich_help_panel=_MAP,
@@ -137,7 +139,8 @@ def upscale(
         ),
     ] = None,
     copies: Annotated[
-        int, typer.Option("--copies", min=2, metavar="K", help="Copies to stack.", rich_help_panel=_MAP)
+        int,
+        typer.Option("--copies", parser=number("copies"), metavar="K", help="Copies to stack.", rich_help_panel=_MAP),
     ] = 2,
     assume: Assume = None,
     recipe: Annotated[
@@ -164,7 +167,8 @@ def upscale(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            help="Cast floating-point tensors to bfloat16, float16 or float32, rounding as torch does (heal extra).",
+            parser=parser(Dtype.parse),
+            help="Cast floating-point tensors to bf16, fp16 or fp32, rounding as torch does (heal extra).",
             rich_help_panel=_WRITING,
         ),
     ] = None,
@@ -173,7 +177,7 @@ def upscale(
         typer.Option(
             "--max-shard-size",
             metavar="SIZE",
-            parser=parser(parse_size),
+            parser=number("max-shard-size", parse_size),
             help="Largest shard, in decimal KB, MB, GB or TB.",
             rich_help_panel=_WRITING,
         ),
@@ -198,8 +202,7 @@ def upscale(
         int,
         typer.Option(
             "--jobs",
-            min=1,
-            max=64,
+            parser=number("jobs"),
             metavar="J",
             help="Parallel copies, or requests of --stream.",
             rich_help_panel=_WRITING,
@@ -286,7 +289,9 @@ def verify(
         typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),
     ] = None,
     token: Token = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel reads.")] = DEFAULT_JOBS,
+    jobs: Annotated[
+        int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
+    ] = DEFAULT_JOBS,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -382,10 +387,6 @@ def _run() -> tuple[int, str | None]:
         sys.stdout.flush()
     except StoppedError as error:
         return 128 + error.signum, str(error)
-    except DusError as error:
-        if os.environ.get("DUS_DEBUG"):
-            raise
-        return 2 if isinstance(error, UsageError) else 1, str(error)
     except _UsageError as error:
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         command = getattr(getattr(error, "ctx", None), "command_path", "dus")
@@ -394,13 +395,10 @@ def _run() -> tuple[int, str | None]:
         return 128 + error.signum, f"ended by {signal.Signals(error.signum).name}; nothing was left behind"
     except BrokenPipeError:
         return _closed_pipe()
-    except OSError as error:  # whatever the operating system refuses that no module foresaw
+    except Exception as error:
         if os.environ.get("DUS_DEBUG"):
             raise
-        where = f"{shown(error.filename)}: " if error.filename else ""
-        return 1, f"{where}{error.strerror or error}; check the path, its permissions and the disk"
-    except MemoryError:
-        return 1, "out of memory; nothing was left behind"
+        return 2 if isinstance(error, UsageError) else 1, explained(error)
     except SystemExit as error:
         if not isinstance(error.__context__, BrokenPipeError):  # which typer makes an exit of 1
             raise

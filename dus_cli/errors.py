@@ -7,6 +7,9 @@ from __future__ import annotations
 
 _LONGEST_SHOWN = 120
 
+# A library's own words end where they end, but a log is no reason.
+_LONGEST_REASON = 1000
+
 
 class DusError(Exception):
     """A known failure. Its text is the whole message; `cli` prints it and exits 1."""
@@ -45,7 +48,7 @@ class PushError(DusError):
 
 
 class MissingExtraError(DusError):
-    """A library that comes with an extra is not installed."""
+    """A library that comes with an extra is not installed, or cannot be imported."""
 
 
 class HealError(DusError):
@@ -72,7 +75,7 @@ class StoppedError(DusError):
         self.signum = signum
 
 
-def shown(text: object) -> str:
+def shown(text: object, *, limit: int = _LONGEST_SHOWN) -> str:
     r"""Text from a checkpoint, made fit for one line of a terminal.
 
     Names in a hostile file may hold escape sequences or be megabytes long.
@@ -82,10 +85,21 @@ def shown(text: object) -> str:
     >>> shown("red" + chr(27) + "[31m")
     'red\\x1b[31m'
     """
-    line = str(text)[: _LONGEST_SHOWN + 1]
+    line = str(text)[: limit + 1]
     if not line.isprintable():
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    return line if len(line) <= _LONGEST_SHOWN else line[:_LONGEST_SHOWN] + "…"
+    return line if len(line) <= limit else line[:limit] + "…"
+
+
+def reason_of(error: BaseException) -> str:
+    r"""What another library says of a failure, whole, on one line.
+
+    >>> reason_of(ValueError("no such\n  layer"))
+    'no such layer'
+    >>> reason_of(KeyError())
+    'KeyError'
+    """
+    return shown(" ".join(str(error).split()) or type(error).__name__, limit=_LONGEST_REASON)
 
 
 def shown_list(items: list[str] | tuple[str, ...], limit: int = 3) -> str:

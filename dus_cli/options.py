@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional, TypeVar, cast, get_args
 
 import typer
 
+from dus_cli.bounds import parse_number
 from dus_cli.errors import DusError, shown
 from dus_cli.events import JsonProgress
 from dus_cli.heal.corpus import BadLine
@@ -126,6 +127,11 @@ def parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[s
             raise typer.BadParameter(str(error), param_hint=option) from None
 
     return run
+
+
+def number(name: str, parse: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
+    """A typer parser of an option's number, which must be within its bounds in `bounds`."""
+    return parser(lambda text: parse_number(name, text, parse))
 
 
 def check_map(text: str) -> str:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from dus_cli import __version__
 from dus_cli.errors import CheckpointError, DusError, VerificationError, shown, shown_list
+from dus_cli.libraries import require
 from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.maps.model_config import DecoderConfig, decoder_config, deepen_config
 from dus_cli.maps.naming import Assumption
 from dus_cli.maps.stacks import find_stack
-from dus_cli.planning.dtypes import config_with_dtype, require_torch
+from dus_cli.planning.dtypes import config_with_dtype
 from dus_cli.planning.layout import ShardLayout
 from dus_cli.planning.plan import UpscalePlan, layer_tensors
 from dus_cli.planning.treatment import Making, Treatment, made_pieces
@@ -239,7 +240,7 @@ def verify(
         if all_readable:
             found.problems += problems
         if any(pair.making is Making.cast for pair in pairs):
-            require_torch("--base of a model that was cast")
+            require("--base of a model that was cast", "torch")
         progress.start("comparing with the base", _num_bytes(pairs))
         _compare_all(found, pairs, jobs, progress)
     _check_pictures(folder, found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,23 @@ import pytest
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 
 DUS = [sys.executable, "-m", "dus_cli"]
+
+
+def _let_children_have_their_signals() -> None:
+    """What the suite was started with ignored (`nohup … &`), commands that it starts would ignore too.
+
+    A handler that does nothing keeps such a signal from the suite, and a program that it starts has the default again
+    (execve(2)). What was blocked stays blocked across both, so it is unblocked.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, lambda _signum, _frame: None)
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # else no exit code ever arrives
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+_let_children_have_their_signals()
 
 
 class Run(subprocess.CompletedProcess[str]):

@@ -18,6 +18,8 @@ from test_project import imported_by
 from test_upscale import folder_digest, names_and_bytes
 from test_verify import flip_bit, problems, tensor_at
 
+from dus_cli.api import plan
+from dus_cli.heal.options import MasterWeights, Precision
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import Base, MapRequest, make_plan
@@ -193,6 +195,22 @@ def test_the_dtype_that_it_has_stays_on_the_raw_path_without_torch(base: Path, t
     assert names_and_bytes(Path(out)) == names_and_bytes(tmp_path / "plain")
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("Half", "float16"), ("torch.float", "float32")]
+)
+def test_a_dtype_goes_by_any_of_its_names(name: str, dtype: str, base: Path, tmp_path: Path) -> None:
+    assert dus("upscale", base, "--dtype", name, "-o", tmp_path / "out", "--dry-run", "--json").report["dtype"] == dtype
+    assert plan(base, tmp_path / "out", dtype=name).to_json()["dtype"] == dtype  # type: ignore[arg-type]
+
+
+def test_a_precision_goes_by_the_same_names() -> None:
+    assert Precision("bfloat16") is Precision.parse("BF16") is Precision.bf16
+    assert Precision("float32") is Precision.parse("fp32") is Precision.fp32
+    assert MasterWeights("torch.bfloat16") is MasterWeights.bf16
+    with pytest.raises(ValueError, match="'half' is not one of auto, bf16, fp32"):
+        Precision.parse("half")
+
+
 def test_without_torch_a_cast_is_refused_with_the_extra_that_has_it(base: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
@@ -208,7 +226,7 @@ def test_without_torch_a_cast_is_refused_with_the_extra_that_has_it(base: Path, 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: --dtype needs torch to cast tensors; pip install 'dus-cli[heal]'\n"
+    assert done.stderr == "error: --dtype needs torch; pip install 'dus-cli[heal]'\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 

@@ -575,7 +575,7 @@ def test_what_cannot_be_healed_is_one_line(home: Path, tmp_path: Path) -> None:
     refuse(home, scaled, *data, "--nnodes", "2", parts=("--rdzv-endpoint",))
     refuse(home, scaled, *data, "--node-rank", "1", parts=("--node-rank 1 of 1",))
     refuse(home, scaled, *data, "--offload", parts=("--offload",))
-    refuse(home, scaled, *data, "--track", "wandb", parts=("--track wandb needs the package wandb",))
+    refuse(home, scaled, *data, "--track", "wandb", parts=("--track wandb needs wandb; pip install wandb",))
     for text, part in (("", "no documents"), ('{"text": "a"}\n{"text": \n', "2"), ('{"txt": "a"}\n', "text")):
         corpus = tmp_path / "bad.jsonl"
         corpus.write_text(text)

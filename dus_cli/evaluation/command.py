@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dus_cli.errors import GateError, MissingExtraError
+from dus_cli.errors import GateError
 from dus_cli.evaluation.h6 import plans_of
 from dus_cli.evaluation.options import ScoringOptions, TextOptions
 from dus_cli.evaluation.picture import eval_svg
@@ -20,6 +20,7 @@ from dus_cli.evaluation.report import EvalReport, Gates, LossReport
 from dus_cli.evaluation.tasks import TaskOptions, TaskReport
 from dus_cli.heal.corpus import BadLine
 from dus_cli.heal.options import Precision, parse_count
+from dus_cli.libraries import require
 from dus_cli.options import (
     DATA_KINDS,
     AsJson,
@@ -29,6 +30,7 @@ from dus_cli.options import (
     SpecialTokens,
     TextField,
     Token,
+    number,
     parser,
     progress_for,
 )
@@ -61,14 +63,20 @@ def evaluate(
     special_tokens: SpecialTokens = True,
     max_documents: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--max-documents", min=1, metavar="N", help="The first N documents.", rich_help_panel=_TEXT),
+        typer.Option(
+            "--max-documents",
+            parser=number("max-documents"),
+            metavar="N",
+            help="The first N documents.",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     tokens: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
             "--tokens",
             metavar="N",
-            parser=parser(parse_count),
+            parser=number("tokens", parse_count),
             help="Documents up to the one with which N tokens of the baseline's tokenizer are reached (100K, 1M).",
             rich_help_panel=_TEXT,
         ),
@@ -77,7 +85,7 @@ def evaluate(
         Optional[int],  # noqa: UP045
         typer.Option(
             "--seq-length",
-            min=2,
+            parser=number("seq-length"),
             metavar="T",
             help="Tokens of a window. Default: 2048, or what every MODEL can see.",
             rich_help_panel=_TEXT,
@@ -87,7 +95,7 @@ def evaluate(
         Optional[int],  # noqa: UP045
         typer.Option(
             "--stride",
-            min=1,
+            parser=number("stride"),
             metavar="S",
             help="Tokens between two windows of a long document; T − S tokens of context at least. Default: T / 2.",
             rich_help_panel=_TEXT,
@@ -115,7 +123,7 @@ def evaluate(
         Optional[int],  # noqa: UP045
         typer.Option(
             "--num-fewshot",
-            min=0,
+            parser=number("num-fewshot"),
             metavar="N",
             help="Shots. Default: the task's; h6 has its own.",
             rich_help_panel=_TASKS,
@@ -123,7 +131,13 @@ def evaluate(
     ] = None,
     limit: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--limit", min=1, metavar="N", help="The first N examples of a task.", rich_help_panel=_TASKS),
+        typer.Option(
+            "--limit",
+            parser=number("limit"),
+            metavar="N",
+            help="The first N examples of a task.",
+            rich_help_panel=_TASKS,
+        ),
     ] = None,
     baseline: Annotated[
         Optional[str],  # noqa: UP045
@@ -148,6 +162,7 @@ def evaluate(
         Optional[float],  # noqa: UP045
         typer.Option(
             "--min-improvement",
+            parser=number("min-improvement"),
             metavar="X",
             help="Exit 1 unless each loss is at least X nats per token under the baseline's; -0.05 lets it be above.",
             rich_help_panel=_GATES,
@@ -157,6 +172,7 @@ def evaluate(
         Optional[float],  # noqa: UP045
         typer.Option(
             "--max-loss",
+            parser=number("max-loss"),
             metavar="Y",
             help="Exit 1 where a loss is above Y nats per token (the baseline's aside).",
             rich_help_panel=_GATES,
@@ -166,7 +182,7 @@ def evaluate(
         Optional[float],  # noqa: UP045
         typer.Option(
             "--max-drop",
-            min=0.0,
+            parser=number("max-drop"),
             metavar="P",
             help="Exit 1 where a task's score is more than P points of 100 below the baseline's.",
             rich_help_panel=_GATES,
@@ -183,7 +199,7 @@ def evaluate(
         typer.Option(
             "--batch-tokens",
             metavar="N",
-            parser=parser(parse_count),
+            parser=number("batch-tokens", parse_count),
             help="Tokens run at once. Default: 2,048 on a CPU, else 16,384; at least a window.",
             rich_help_panel=_RUN,
         ),
@@ -192,6 +208,8 @@ def evaluate(
         Precision,
         typer.Option(
             "--precision",
+            metavar="[auto|bf16|fp32]",
+            parser=parser(Precision.parse),
             help="Of weights and activations: auto is bf16, or fp32 on a CPU that is slow at bf16.",
             rich_help_panel=_RUN,
         ),
@@ -259,15 +277,14 @@ def _updated_cards(report: EvalReport, refs: list[ModelRef]) -> tuple[str, ...]:
 
 
 def _verb() -> Callable[..., tuple[LossReport | None, TaskReport | None]]:
-    """`evaluate`, with numpy below it.
+    """`evaluate`, with numpy and torch below it.
 
     Raises:
-        MissingExtraError: it is not there.
+        MissingExtraError: they are not there.
     """
-    try:
-        from dus_cli.evaluation.evaluating import evaluate as verb
-    except ImportError as error:
-        raise MissingExtraError("dus eval needs torch and transformers; pip install 'dus-cli[heal]'") from error
+    require("dus eval", "numpy", "torch", "transformers")
+    from dus_cli.evaluation.evaluating import evaluate as verb
+
     return verb
 
 

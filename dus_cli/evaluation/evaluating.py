@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dus_cli.errors import EvaluationError, MissingExtraError, shown
+from dus_cli.errors import EvaluationError, shown
 from dus_cli.evaluation.candidates import Candidate, base_layers, check_there, find_candidates
 from dus_cli.evaluation.options import ScoringOptions, TextOptions
 from dus_cli.evaluation.report import LossReport, ModelResult
@@ -78,15 +78,8 @@ def evaluate(
 
 
 def import_model() -> Any:
-    """`dus_cli.evaluation.model`, with torch below it.
-
-    Raises:
-        MissingExtraError: torch or transformers is not installed.
-    """
-    try:
-        model = import_module("dus_cli.evaluation.model")
-    except ImportError as error:
-        raise MissingExtraError("dus eval needs torch and transformers; pip install 'dus-cli[heal]'") from error
+    """`dus_cli.evaluation.model`, with torch below it: imported once it is needed."""
+    model = import_module("dus_cli.evaluation.model")
     model.quiet_libraries()
     return model
 

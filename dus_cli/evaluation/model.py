@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from dus_cli.errors import EvaluationError, HealError, shown, shown_list
+from dus_cli.errors import EvaluationError, HealError, reason_of, shown, shown_list
 from dus_cli.evaluation.windows import Window
 from dus_cli.heal.model import Decoder
 from dus_cli.heal.objective import Head, cross_entropies, token_losses
@@ -50,7 +50,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EvaluationError(f"--device {shown(name)}: {_first_line(error)}; give auto, cpu or cuda:0") from error
+        raise EvaluationError(f"--device {shown(name)}: {reason_of(error)}; give auto, cpu or cuda:0") from error
     return device
 
 
@@ -71,7 +71,7 @@ def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise EvaluationError(f"transformers cannot load {shown(name)}: {_first_line(error)}") from error
+        raise EvaluationError(f"transformers cannot load {shown(name)}: {reason_of(error)}") from error
     missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     if missing:
         raise EvaluationError(
@@ -166,7 +166,3 @@ def out_of_memory(name: str) -> Iterator[None]:
         raise EvaluationError(
             f"out of memory while {shown(name)} was evaluated; lower --batch-tokens or --seq-length, or --device cpu"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return shown((str(error).splitlines() or [type(error).__name__])[0])

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dus_cli.errors import EvaluationError, MissingExtraError, shown
+from dus_cli.errors import EvaluationError, reason_of, shown
 from dus_cli.evaluation import h6
 from dus_cli.evaluation.h6 import Plan
+from dus_cli.libraries import require
 from dus_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -108,14 +109,11 @@ class Harness:
             MissingExtraError: the harness is not installed.
             EvaluationError: there is no such task, or its data cannot be had.
         """
-        try:
-            import lm_eval
-            from lm_eval.models import huggingface
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise MissingExtraError(
-                f"--tasks needs lm-evaluation-harness ({shown(error)}); pip install 'dus-cli[eval]'"
-            ) from error
+        require("--tasks", "lm_eval")
+        import lm_eval
+        from lm_eval.models import huggingface
+        from lm_eval.tasks import TaskManager
+
         self._lm_eval, self._models = lm_eval, huggingface
         self._options, self._progress = options, progress
         self.version = str(lm_eval.__version__)
@@ -292,8 +290,7 @@ def _harness_errors(what: str) -> Iterator[None]:
     except (EvaluationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        lines = str(error).splitlines() or [""]
         raise EvaluationError(
-            f"{what}: lm-evaluation-harness fails with {type(error).__name__}: {shown(lines[0])}; DUS_DEBUG=1 shows "
+            f"{what}: lm-evaluation-harness fails with {type(error).__name__}: {reason_of(error)}; DUS_DEBUG=1 shows "
             "where (a data set that is not on this machine comes from the Hub, unless HF_DATASETS_OFFLINE=1)"
         ) from error

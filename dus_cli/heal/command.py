@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -12,6 +13,7 @@ import typer
 
 from dus_cli.heal import options as opt
 from dus_cli.heal.corpus import BadLine, parse_holdout
+from dus_cli.libraries import require
 from dus_cli.options import (
     DATA_KINDS,
     AsJson,
@@ -23,18 +25,15 @@ from dus_cli.options import (
     TextField,
     effective_mode,
 )
+from dus_cli.options import number as _number
 from dus_cli.options import parser as _parser
 from dus_cli.progress import ProgressMode
 
 
-def _workers(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{text!r} is not a positive number; write auto, or 1, 2, …")
-    return int(text)
+def _or_auto(name: str) -> Callable[[str], int | None]:
+    """A typer parser of an option's number, or of `auto`, which is None."""
+    parse = _number(name)
+    return lambda text: None if text == "auto" else parse(text)
 
 
 # The groups in which --help lists the options.
@@ -70,7 +69,7 @@ def heal(
         typer.Option(
             "--holdout",
             metavar="SHARE",
-            parser=_parser(parse_holdout),
+            parser=_number("holdout", parse_holdout),
             help="Share of documents held out, by a hash of their text.",
             rich_help_panel=_DATA,
         ),
@@ -79,7 +78,7 @@ def heal(
         Optional[int],  # noqa: UP045
         typer.Option(
             "--seq-length",
-            min=2,
+            parser=_number("seq-length"),
             metavar="T",
             help="Tokens of a row. Default: min(4096, the model's).",
             rich_help_panel=_DATA,
@@ -99,18 +98,20 @@ def heal(
         typer.Option(
             "--tokens",
             metavar="N",
-            parser=_parser(opt.parse_count),
+            parser=_number("tokens", opt.parse_count),
             help="Budget in tokens (10M, 1B). Default: one epoch.",
             rich_help_panel=_BUDGET,
         ),
     ] = None,
     steps: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--steps", min=1, metavar="N", help="Budget in steps.", rich_help_panel=_BUDGET),
+        typer.Option("--steps", parser=_number("steps"), metavar="N", help="Budget in steps.", rich_help_panel=_BUDGET),
     ] = None,
     epochs: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--epochs", min=0.0, metavar="E", help="Budget in epochs.", rich_help_panel=_BUDGET),
+        typer.Option(
+            "--epochs", parser=_number("epochs"), metavar="E", help="Budget in epochs.", rich_help_panel=_BUDGET
+        ),
     ] = None,
     until: Annotated[
         Optional[opt.Until],  # noqa: UP045
@@ -126,19 +127,22 @@ def heal(
         typer.Option(
             "--batch-tokens",
             metavar="N",
-            parser=_parser(opt.parse_count),
+            parser=_number("batch-tokens", opt.parse_count),
             help="Tokens of a step over all workers. Default: 512 below 1B parameters, else 262,144; at least a row.",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
     lr: Annotated[
-        float, typer.Option("--lr", min=0.0, metavar="LR", help="Highest learning rate.", rich_help_panel=_RECIPE)
+        float,
+        typer.Option(
+            "--lr", parser=_number("lr"), metavar="LR", help="Highest learning rate.", rich_help_panel=_RECIPE
+        ),
     ] = opt.Recipe.lr,
     gain_lr: Annotated[
         float,
         typer.Option(
             "--gain-lr",
-            min=0.0,
+            parser=_number("gain-lr"),
             metavar="LR",
             help="Rate of the residual gains, one factor for each output projection; 0 is none.",
             rich_help_panel=_RECIPE,
@@ -172,7 +176,13 @@ def heal(
     ] = "20%",  # type: ignore[assignment]
     weight_decay: Annotated[
         float,
-        typer.Option("--weight-decay", min=0.0, metavar="W", help="Of AdamW, for matrices.", rich_help_panel=_RECIPE),
+        typer.Option(
+            "--weight-decay",
+            parser=_number("weight-decay"),
+            metavar="W",
+            help="Of AdamW, for matrices.",
+            rich_help_panel=_RECIPE,
+        ),
     ] = opt.Recipe.weight_decay,
     betas: Annotated[
         str, typer.Option("--betas", metavar="B1,B2", help="Of AdamW.", rich_help_panel=_RECIPE)
@@ -180,11 +190,18 @@ def heal(
     grad_clip: Annotated[
         float,
         typer.Option(
-            "--grad-clip", min=0.0, metavar="G", help="Largest gradient norm; 0 is none.", rich_help_panel=_RECIPE
+            "--grad-clip",
+            parser=_number("grad-clip"),
+            metavar="G",
+            help="Largest gradient norm; 0 is none.",
+            rich_help_panel=_RECIPE,
         ),
     ] = opt.Recipe.grad_clip,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, metavar="S", help="Of the data's order.", rich_help_panel=_RECIPE)
+        int,
+        typer.Option(
+            "--seed", parser=_number("seed"), metavar="S", help="Of the data's order.", rich_help_panel=_RECIPE
+        ),
     ] = opt.Recipe.seed,
     train: Annotated[
         str,
@@ -219,7 +236,7 @@ def heal(
         int,
         typer.Option(
             "--max-skipped",
-            min=1,
+            parser=_number("max-skipped"),
             metavar="N",
             help="Bad steps in a row (NaN, spikes) that end a run.",
             rich_help_panel=_RECIPE,
@@ -230,7 +247,7 @@ def heal(
         typer.Option(
             "--micro-batch",
             metavar="ROWS",
-            parser=_parser(_workers),
+            parser=_or_auto("micro-batch"),
             help="Rows at once on a worker; auto tries a GPU's memory.",
             rich_help_panel=_FIT,
         ),
@@ -239,6 +256,8 @@ def heal(
         opt.Precision,
         typer.Option(
             "--precision",
+            metavar="[auto|bf16|fp32]",
+            parser=_parser(opt.Precision.parse),
             help="Of weights and activations; auto is bf16, and fp32 on a CPU that has no instructions for bf16.",
             rich_help_panel=_FIT,
         ),
@@ -246,7 +265,11 @@ def heal(
     master_weights: Annotated[
         opt.MasterWeights,
         typer.Option(
-            "--master-weights", help="fp32 copies, or bf16 alone with stochastic rounding.", rich_help_panel=_FIT
+            "--master-weights",
+            metavar="[fp32|bf16]",
+            parser=_parser(opt.MasterWeights.parse),
+            help="fp32 copies, or bf16 alone with stochastic rounding.",
+            rich_help_panel=_FIT,
         ),
     ] = opt.MasterWeights.fp32,
     activation_checkpointing: Annotated[
@@ -270,23 +293,38 @@ def heal(
         typer.Option(
             "--nproc-per-node",
             metavar="N",
-            parser=_parser(_workers),
+            parser=_or_auto("nproc-per-node"),
             help="Workers of this node; auto is one for each GPU.",
             rich_help_panel=_LAUNCH,
         ),
     ] = "auto",  # type: ignore[assignment]
-    nnodes: Annotated[int, typer.Option("--nnodes", min=1, metavar="N", help="Nodes.", rich_help_panel=_LAUNCH)] = 1,
+    nnodes: Annotated[
+        int, typer.Option("--nnodes", parser=_number("nnodes"), metavar="N", help="Nodes.", rich_help_panel=_LAUNCH)
+    ] = 1,
     node_rank: Annotated[
-        int, typer.Option("--node-rank", min=0, metavar="R", help="This node's number.", rich_help_panel=_LAUNCH)
+        int,
+        typer.Option(
+            "--node-rank", parser=_number("node-rank"), metavar="R", help="This node's number.", rich_help_panel=_LAUNCH
+        ),
     ] = 0,
     rdzv_endpoint: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where nodes meet.", rich_help_panel=_LAUNCH),
+        typer.Option(
+            "--rdzv-endpoint",
+            parser=_parser(opt.parse_endpoint),
+            metavar="HOST:PORT",
+            help="Where nodes meet.",
+            rich_help_panel=_LAUNCH,
+        ),
     ] = None,
     max_restarts: Annotated[
         int,
         typer.Option(
-            "--max-restarts", min=0, metavar="N", help="Restarts after a worker's death.", rich_help_panel=_LAUNCH
+            "--max-restarts",
+            parser=_number("max-restarts"),
+            metavar="N",
+            help="Restarts after a worker's death.",
+            rich_help_panel=_LAUNCH,
         ),
     ] = 3,
     print_command: Annotated[
@@ -296,7 +334,7 @@ def heal(
         Optional[int],  # noqa: UP045
         typer.Option(
             "--eval-every",
-            min=1,
+            parser=_number("eval-every"),
             metavar="STEPS",
             help="Steps between held-out measurements. Default: a 20th of the run.",
             rich_help_panel=_KEEP,
@@ -307,7 +345,7 @@ def heal(
         typer.Option(
             "--eval-tokens",
             metavar="N",
-            parser=_parser(opt.parse_count),
+            parser=_number("eval-tokens", opt.parse_count),
             help="Held-out tokens that are measured, at most.",
             rich_help_panel=_KEEP,
         ),
@@ -323,7 +361,10 @@ def heal(
         ),
     ] = "15m",  # type: ignore[assignment]
     keep: Annotated[
-        int, typer.Option("--keep", min=1, metavar="N", help="Checkpoints kept while it runs.", rich_help_panel=_KEEP)
+        int,
+        typer.Option(
+            "--keep", parser=_number("keep"), metavar="N", help="Checkpoints kept while it runs.", rich_help_panel=_KEEP
+        ),
     ] = 2,
     track: Annotated[
         opt.Track, typer.Option("--track", help="A tracker besides metrics.jsonl.", rich_help_panel=_KEEP)
@@ -345,6 +386,7 @@ def heal(
     parse_phase, adam_betas = _parser(opt.parse_phase, "--phase"), _parser(opt.parse_betas, "--betas")(betas)
     phases = tuple(parse_phase(text) for text in phase) if phase else (opt.Phase(train),)
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
+    require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal import launcher
     from dus_cli.heal.live import view_for
     from dus_cli.heal.resolve import Wishes

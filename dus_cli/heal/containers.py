@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from dus_cli.libraries import require
+
 BUFFER = 1 << 20
 
 # What the files of a compression begin with.
@@ -42,17 +44,18 @@ def import_library(module: str, suffix: str) -> Any:
     """A library that only such files need.
 
     Raises:
-        UnreadableError: it is not installed.
+        UnreadableError: this Python was built without it.
+        MissingExtraError: it is not installed.
     """
+    if module not in {"lzma", "bz2"}:
+        require(f"reading {suffix}", module.partition(".")[0])
+        return importlib.import_module(module)
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        if package in {"lzma", "bz2"}:
-            raise UnreadableError(
-                f"{suffix} files need {package}, which this Python was built without; unpack them"
-            ) from error
-        raise UnreadableError(f"{suffix} files need {package}; install it: pip install {package}") from error
+        raise UnreadableError(
+            f"{suffix} files need {module}, which this Python was built without; unpack them"
+        ) from error
 
 
 @contextmanager

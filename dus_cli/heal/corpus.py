@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dus_cli.errors import DusError, shown, shown_list
+from dus_cli.bounds import parse_number
+from dus_cli.errors import DusError, UsageError, shown, shown_list
 from dus_cli.heal.containers import BUFFER, COMPRESSIONS, UnreadableError
 from dus_cli.heal.options import parse_share
 from dus_cli.heal.texts import BadRecordError, is_one_object_without, texts_in
@@ -199,11 +199,9 @@ _FETCH = "hf download --repo-type dataset ORG/NAME --local-dir DIR, then --data 
 
 def _weight(argument: str, text: str) -> float:
     try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not (weight > 0 and math.isfinite(weight)):
-        raise DataError(f"{shown(argument)}: the weight {shown(text)} is not a positive number; write FILE:0.7")
+        weight: float = parse_number("weight", text)
+    except ValueError as error:
+        raise UsageError(f"{shown(argument)}: the weight {error}; write FILE:0.7") from None
     return weight
 
 

@@ -32,6 +32,7 @@ from dus_cli.heal.options import Launch
 from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
 from dus_cli.heal.run import FAILURE, REPORT, Run, changed_options, check_same, disk_failure, other_options, read_run
 from dus_cli.heal.run import NAME as RUN_NAME
+from dus_cli.libraries import require
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.storage import Storage, ask, free_bytes, known, remove, sync_refusal
 from dus_cli.writing.staging import Staging, check_apart
@@ -102,7 +103,6 @@ def check(wishes: Wishes) -> Model:
     check_apart(wishes.output, wishes.model)
     _check_output(wishes.output)
     check_renames(wishes.output, known(wishes.output.resolve().parent))
-    _check_torch()
     _check_devices(wishes)
     return model
 
@@ -120,18 +120,12 @@ def check_renames(output: Path, found: Storage | None) -> None:
         )
 
 
-def _check_torch() -> None:
-    import importlib.util
-
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise HealError(f"dus heal needs {' and '.join(missing)}; pip install 'dus-cli[heal]'")
-
-
 def _check_devices(wishes: Wishes) -> None:
     import torch
 
     workers = num_processes(wishes.launch) * wishes.launch.nnodes
+    if workers > 1:  # transformers places each worker's shards by it
+        require("dus heal on several workers", "accelerate")
     if wishes.fit.offload and not (torch.accelerator.is_available() and workers > 1):
         raise HealError(
             "--offload moves what FSDP splits from GPUs to memory, and needs two workers on GPUs; leave it out"

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from dus_cli.errors import HealError, shown
+from dus_cli.errors import HealError, reason_of, shown
 from dus_cli.heal.documents import attend_by_document
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.objective import Head, check_head, head_of
@@ -214,8 +214,8 @@ def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
-        raise HealError(f"transformers cannot load {shown(run.model)}: {shown(str(error).splitlines()[0])}") from error
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise HealError(f"transformers cannot load {shown(run.model)}: {reason_of(error)}") from error
     if team.size == 1:
         model = model.to(team.device)
     model.eval()  # until a step is made: routers are noisy in training

@@ -1,10 +1,13 @@
-"""What a user asks of `dus heal`, parsed and grouped. Pure: `dus heal --help` imports no more than this."""
+"""What a user asks of `dus heal`, parsed and grouped. Pure: `dus heal --help` imports no torch for it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from enum import Enum
+
+from dus_cli.bounds import BOUNDS
+from dus_cli.planning.dtypes import DtypeChoice
 
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -23,7 +26,7 @@ class Schedule(str, Enum):
     constant = "constant"
 
 
-class Precision(str, Enum):
+class Precision(DtypeChoice):
     """The dtype of the weights in forward and backward; auto is bf16 where the device has instructions for it."""
 
     auto = "auto"
@@ -39,7 +42,7 @@ class Precision(str, Enum):
         return Precision.bf16 if computes_in_bf16(device_type) else Precision.fp32
 
 
-class MasterWeights(str, Enum):
+class MasterWeights(DtypeChoice):
     """What the optimizer updates: an fp32 copy, or the bf16 weights themselves by stochastic rounding."""
 
     fp32 = "fp32"
@@ -175,11 +178,12 @@ def parse_every(text: str) -> Every:
         ValueError: neither.
     """
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([smh]?)", text.strip().lower(), re.ASCII)
-    if match and match[2] and float(match[1]) > 0:
-        return Every(seconds=float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]])
-    if match and not match[2] and match[1].isdigit() and int(match[1]) > 0:
-        return Every(steps=int(match[1]))
-    raise ValueError(f"{text!r} is not an interval; write steps (500) or a time (30s, 15m, 2h)")
+    if match is None or not (match[2] or match[1].isdigit()):
+        raise ValueError(f"{text!r} is not an interval; write steps (500) or a time (30s, 15m, 2h)")
+    number = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    if not BOUNDS["interval"].holds(number):
+        raise ValueError(f"{text!r} is not {BOUNDS['interval']}, in steps or in seconds")
+    return Every(seconds=number) if match[2] else Every(steps=int(number))
 
 
 def parse_train(text: str) -> str:
@@ -234,6 +238,21 @@ def parse_distill(text: str) -> Distill:
     except ValueError:
         raise ValueError(f"{text!r} is not a weight; write 0.5, or 0.5:80% or 0.5:10M for when it is 0") from None
     return Distill(value, span)
+
+
+def parse_endpoint(text: str) -> str:
+    """A host with or without a port, as torchrun takes it.
+
+    >>> parse_endpoint("node-1:29500"), parse_endpoint("[fe80::1]:29500"), parse_endpoint("node-1")
+    ('node-1:29500', '[fe80::1]:29500', 'node-1')
+
+    Raises:
+        ValueError: no host, or a port that none can have.
+    """
+    match = re.fullmatch(r"([^\s:/]+|\[[^\s\]]+\])(?::(\d{1,5}))?", text, re.ASCII)
+    if match is None or not 0 < int(match[2] or 1) < 1 << 16:
+        raise ValueError(f"{text!r} is not HOST:PORT with a port from 1 to 65,535")
+    return text
 
 
 def parse_betas(text: str) -> tuple[float, float]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli import __version__
-from dus_cli.errors import HealError, shown
+from dus_cli.bounds import check_fields
+from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
 from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
 from dus_cli.heal.run import BasePlan, FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
@@ -144,8 +145,13 @@ def check_wishes(wishes: Wishes, model: Model) -> None:
     """What needs no data to be refused.
 
     Raises:
+        UsageError: a number outside of its bounds, or rates at which nothing learns.
         HealError: options that do not go together, or do not go with this model.
     """
+    for options in (wishes.data, wishes.budget, wishes.recipe, wishes.fit, wishes.launch, wishes.keeping):
+        check_fields(options)
+    if wishes.recipe.lr == 0 and wishes.recipe.gain_lr == 0:
+        raise UsageError("--lr 0 and --gain-lr 0: nothing would learn; raise one of them")
     given = [name for name in ("tokens", "steps", "epochs") if getattr(wishes.budget, name) is not None]
     if len(given) > 1:
         raise HealError(f"--{given[0]} and --{given[1]} both give the budget; leave one out")
@@ -169,8 +175,6 @@ def check_wishes(wishes: Wishes, model: Model) -> None:
     length = wishes.data.seq_length
     if length is not None and model.max_length is not None and length > model.max_length:
         raise HealError(f"--seq-length {length} is more than the model's {model.max_length} positions; choose less")
-    if wishes.keeping.keep < 1:
-        raise HealError("--keep 0 would leave nothing to go on from; keep at least 1")
 
 
 def seq_length(wishes: Wishes, model: Model) -> int:
@@ -241,7 +245,8 @@ def _num_steps(budget: Budget, tokens_per_step: int, steps_per_epoch: float) -> 
         return -(-budget.tokens // tokens_per_step)
     if budget.steps is not None:
         return budget.steps
-    return max(1, int((budget.epochs or 1) * steps_per_epoch))
+    epochs = 1.0 if budget.epochs is None else budget.epochs
+    return max(1, int(epochs * steps_per_epoch))
 
 
 def _recipe(recipe: Recipe, model: Model, steps: int, tokens_per_step: int) -> RecipePlan:

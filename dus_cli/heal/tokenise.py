@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dus_cli.errors import shown
+from dus_cli.errors import reason_of, shown
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents
 from dus_cli.heal.special_tokens import SpecialTokens, special_tokens_of
 from dus_cli.writing.outputs import sync_file, writing
@@ -130,7 +130,8 @@ class Tokeniser:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise DataError(
-                f"cannot load the tokenizer in {shown(folder)}: {shown(error)}; copy the tokenizer files of its base"
+                f"cannot load the tokenizer in {shown(folder)}: {reason_of(error)}; "
+                "copy the tokenizer files of its base"
             ) from error
         self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
         if self._fast is not None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, Protocol
 
-from dus_cli.errors import HealError
-
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+from dus_cli.libraries import require
 
 
 class Tracker(Protocol):
@@ -61,11 +58,10 @@ def check_tracker(name: str) -> None:
     """Hold that a tracker's package is there, before anything is done.
 
     Raises:
-        HealError: it is not installed.
+        MissingExtraError: it is not installed.
     """
-    package = _PACKAGES.get(name)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise HealError(f"--track {name} needs the package {package}; pip install {package}")
+    if name != "none":
+        require(f"--track {name}", name)
 
 
 def open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:

@@ -6,13 +6,12 @@ its dtype: it comes with the `heal` extra, and a checkpoint that has the dtype a
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from dus_cli.errors import CheckpointError, MissingExtraError, shown
+from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.source.headers import DTYPE_BITS, TensorInfo
 
@@ -20,8 +19,56 @@ if TYPE_CHECKING:
     import torch
 
 
-class Dtype(str, Enum):
-    """What tensors can be cast to, by torch's names."""
+# How torch's dtypes are called elsewhere, and by torch itself besides.
+_OTHER_NAMES = {
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f32": "float32",
+    "float": "float32",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "single": "float32",
+}
+
+
+def torch_name(text: str) -> str:
+    """The name that torch prints for a dtype, of any name that is in use; other text comes back in small letters.
+
+    >>> torch_name("bf16"), torch_name("torch.half"), torch_name("F32"), torch_name("auto")
+    ('bfloat16', 'float16', 'float32', 'auto')
+    """
+    name = text.strip().lower().removeprefix("torch.")
+    return _OTHER_NAMES.get(name, name)
+
+
+class DtypeChoice(str, Enum):
+    """A choice among dtypes, each of which may be given by any of its names."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> DtypeChoice | None:
+        name = torch_name(str(value))
+        return next((choice for choice in cls if torch_name(choice.value) == name), None)
+
+    @classmethod
+    def parse(cls, text: str) -> DtypeChoice:
+        """The choice by this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        try:
+            return cls(text)
+        except ValueError:
+            raise ValueError(f"{shown(text)!r} is not one of {', '.join(choice.value for choice in cls)}") from None
+
+
+class Dtype(DtypeChoice):
+    """What tensors can be cast to, by torch's names.
+
+    >>> Dtype("fp16")
+    <Dtype.float16: 'float16'>
+    """
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -87,16 +134,6 @@ def _torch_dtype(stored: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, FLOATS[stored])
     return dtype
-
-
-def require_torch(what: str) -> None:
-    """Hold that torch can be imported.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtraError(f"{what} needs torch to cast tensors; pip install 'dus-cli[heal]'")
 
 
 def overflow(name: str, cast: Cast) -> CheckpointError:

@@ -11,7 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dus_cli.bounds import check_numbers
 from dus_cli.errors import UsageError, shown
+from dus_cli.libraries import require
 from dus_cli.maps.architectures import KNOWN_TYPES, TRIED_TYPES
 from dus_cli.maps.layers import LayerMap, parse_layers, stack, typed_map
 from dus_cli.maps.model_config import DecoderConfig, DeeperConfig, decoder_config, deepen_config, refuse_types
@@ -20,7 +22,7 @@ from dus_cli.maps.recipes import RECIPES, recipe_map
 from dus_cli.maps.rules import Kinds
 from dus_cli.maps.stacks import LayerStack, find_stack
 from dus_cli.maps.unlike import LayerTensors, check_alike
-from dus_cli.planning.dtypes import Dtype, check_castable, config_with_dtype, require_torch
+from dus_cli.planning.dtypes import Dtype, check_castable, config_with_dtype
 from dus_cli.planning.layout import Placement, ShardLayout, lay_out
 from dus_cli.planning.projections import zero_patterns
 from dus_cli.planning.treatment import Making, Treatment
@@ -58,7 +60,7 @@ class MapRequest:
     `assume` says how fields of config.json that dus does not know are to be carried, as (field, "keep" or "map").
 
     Raises:
-        UsageError: options that exclude each other, or no such recipe.
+        UsageError: options that exclude each other, a number outside of its bounds, or no such recipe.
         LayerMapError: `layers` is not of its grammar.
     """
 
@@ -70,6 +72,7 @@ class MapRequest:
     assume: tuple[tuple[str, Assumption], ...] = ()
 
     def __post_init__(self) -> None:
+        check_numbers(trim=self.trim, copies=self.copies)
         given = [name for name in ("layers", "recipe") if getattr(self, name) is not None]
         if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
             others = [f"--{name}" for name in ("trim", "layers", "recipe", "copies") if name != given[-1]]
@@ -172,7 +175,7 @@ class UpscalePlan:
             MissingExtraError: a cast needs torch, and it is not.
         """
         if any(placement.making is Making.cast for placement in self.placements):
-            require_torch("--dtype")
+            require("--dtype", "torch")
 
     @property
     def num_tensors(self) -> int:

@@ -24,6 +24,7 @@ from dus_cli.options import (
     TextField,
     Token,
     check_map,
+    number,
     parser,
     progress_for,
 )
@@ -57,7 +58,7 @@ def probe(
         typer.Option(
             "--tokens",
             metavar="N",
-            parser=parser(opt.parse_count),
+            parser=number("tokens", opt.parse_count),
             help="How many tokens of the data are read, at most.",
             rich_help_panel=_DATA,
         ),
@@ -66,7 +67,7 @@ def probe(
         Optional[int],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
         typer.Option(
             "--seq-length",
-            min=2,
+            parser=number("seq-length"),
             metavar="T",
             help="Tokens of a row. Default: min(512, the model's).",
             rich_help_panel=_DATA,
@@ -80,7 +81,7 @@ def probe(
         typer.Option(
             "--holdout",
             metavar="SHARE",
-            parser=parser(parse_holdout),
+            parser=number("holdout", parse_holdout),
             help="Read only documents that dus heal --holdout SHARE holds out of this data. Default: all.",
             rich_help_panel=_DATA,
         ),
@@ -107,7 +108,13 @@ def probe(
     ] = None,
     copies: Annotated[
         int,
-        typer.Option("--copies", min=2, metavar="K", help="Copies to stack, of each trim.", rich_help_panel=_MAPS),
+        typer.Option(
+            "--copies",
+            parser=number("copies"),
+            metavar="K",
+            help="Copies to stack, of each trim.",
+            rich_help_panel=_MAPS,
+        ),
     ] = 2,
     search: Annotated[
         bool,
@@ -119,7 +126,13 @@ def probe(
     ] = False,
     best: Annotated[
         int,
-        typer.Option("--best", min=1, metavar="K", help="Maps of a search that are measured.", rich_help_panel=_MAPS),
+        typer.Option(
+            "--best",
+            parser=number("best"),
+            metavar="K",
+            help="Maps of a search that are measured.",
+            rich_help_panel=_MAPS,
+        ),
     ] = 10,
     assume: Assume = None,
     within: Annotated[
@@ -127,7 +140,7 @@ def probe(
         typer.Option(
             "--within",
             metavar="SHARE",
-            parser=parser(opt.parse_share),
+            parser=number("within", opt.parse_share),
             help="Recommend the largest model whose loss is at most this much above the base's.",
         ),
     ] = "20%",  # type: ignore[assignment]
@@ -135,6 +148,8 @@ def probe(
         opt.Precision,
         typer.Option(
             "--precision",
+            metavar="[auto|bf16|fp32]",
+            parser=parser(opt.Precision.parse),
             help="Of weights and activations; auto is bf16, or fp32 on a CPU that is slow at bf16.",
             rich_help_panel=_FIT,
         ),
@@ -152,7 +167,7 @@ def probe(
         typer.Option(
             "--max-memory",
             metavar="SIZE",
-            parser=parser(parse_size),
+            parser=number("max-memory", parse_size),
             help="Memory to use (8GB). Rows that do not fit go through the layers later. Default: 85% of what is free.",
             rich_help_panel=_FIT,
         ),

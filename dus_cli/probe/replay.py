@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dus_cli.errors import ProbeError, shown
+from dus_cli.errors import ProbeError, reason_of, shown
 
 # Positions of a row on which ways to the same loss are compared.
 COMPARED = 64
@@ -148,9 +148,8 @@ class Replay:
         try:
             return self.model(input_ids=ids, **self._settings)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ProbeError(
-                f"transformers cannot run model_type {self.model_type} on text alone: {shown(reason)}"
+                f"transformers cannot run model_type {self.model_type} on text alone: {reason_of(error)}"
             ) from error
 
     @contextmanager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dus_cli.errors import MissingExtraError, ProbeError, shown_list
+from dus_cli.errors import ProbeError, shown_list
 from dus_cli.heal.corpus import BadLine, DataError, Unread
 from dus_cli.heal.options import Precision
 from dus_cli.hub.fetching import Fetch
+from dus_cli.libraries import require
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
@@ -127,7 +127,7 @@ def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, 
         DusError: any known failure; see `errors`.
     """
     started = time.monotonic()
-    _check_libraries()
+    require("dus probe", "numpy", "torch", "transformers")
     whole = Wanted(ref, _WHOLE)
     # From the headers alone: that the maps and the model fit is known before gigabytes are fetched.
     of_base = run_plan(whole, fetch=Fetch.files, quiet=quiet)
@@ -349,9 +349,3 @@ def _seq_length(checkpoint: Checkpoint, options: Options) -> int:
     if options.seq_length is not None and most is not None and options.seq_length > most:
         raise ProbeError(f"--seq-length {options.seq_length} is more than the model's {most} positions; choose less")
     return options.seq_length or min(_SEQ_LENGTH, most or _SEQ_LENGTH)
-
-
-def _check_libraries() -> None:
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f"dus probe needs {' and '.join(missing)}; pip install 'dus-cli[heal]'")

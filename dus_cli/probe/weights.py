@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dus_cli.errors import ProbeError, shown, shown_list
+from dus_cli.errors import ProbeError, reason_of, shown, shown_list
 from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.probe.replay import Ready, layers_of
@@ -177,8 +177,7 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ProbeError(f"transformers cannot load {shown(checkpoint.folder)}: {shown(reason)}") from error
+        raise ProbeError(f"transformers cannot load {shown(checkpoint.folder)}: {reason_of(error)}") from error
     finally:
         theirs.set_verbosity(level)
         if has_bars:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dus_cli.options import AsJson, Branch, Private, Quiet, ShowProgress, Token, progress_for
+from dus_cli.options import AsJson, Branch, Private, Quiet, ShowProgress, Token, number, progress_for
 from dus_cli.progress import ProgressMode
 from dus_cli.push.pushing import preview_folder, send
 from dus_cli.push.target import Target
@@ -22,7 +22,9 @@ def push_command(
     private: Private = False,
     branch: Branch = None,
     token: Token = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, max=64, metavar="J", help="Parallel reads.")] = DEFAULT_JOBS,
+    jobs: Annotated[
+        int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
+    ] = DEFAULT_JOBS,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be pushed, and where; push nothing.")
     ] = False,

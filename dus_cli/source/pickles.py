@@ -22,7 +22,8 @@ from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from dus_cli.errors import CheckpointError, shown, shown_list
+from dus_cli.errors import CheckpointError, reason_of, shown, shown_list
+from dus_cli.libraries import require
 from dus_cli.source.headers import Header, TensorInfo
 from dus_cli.source.pickled_files import REMEDY, PickledFile, Places, legacy_places, read_pickled_file
 from dus_cli.source.strided import is_row_major, span
@@ -161,13 +162,9 @@ def _foreign(module: str, name: str, where: str) -> CheckpointError:
 
 
 def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f"{where} is pickled, and reading it takes torch: pip install 'dus-cli[heal]', or use a checkpoint in "
-            "safetensors"
-        ) from None
+    require(f"{where}, a pickle and not safetensors,", "torch")
+    import torch
+
     copy = io.BytesIO()
     keys: dict[int, str] = {}
     with zipfile.ZipFile(copy, "w") as archive:
@@ -184,7 +181,7 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
         state = torch.load(copy, map_location="meta", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{where} cannot be unpickled by torch's weights_only ({_first_line(error)}); it is damaged, or no plain "
+            f"{where} cannot be unpickled by torch's weights_only ({reason_of(error)}); it is damaged, or no plain "
             f"state dict: fetch it again, or {REMEDY}"
         ) from error
     return [
@@ -202,10 +199,6 @@ def _storage_key(name: str, tensor: Tensor, keys: Mapping[int, str], where: str)
     if offset is None or offset not in keys:
         raise CheckpointError(f"{where}: tensor {shown(name)} has no data of its own in the file; {REMEDY}")
     return keys[offset]
-
-
-def _first_line(error: Exception) -> str:
-    return shown(str(error).split("\n", maxsplit=1)[0] or type(error).__name__)
 
 
 def _state_dict(state: object, where: str) -> dict[str, Tensor]:
