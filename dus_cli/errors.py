@@ -102,6 +102,19 @@ def reason_of(error: BaseException) -> str:
     return shown(" ".join(str(error).split()) or type(error).__name__, limit=_LONGEST_REASON)
 
 
+def described(value: object) -> str:
+    """A value of JSON where another kind was wanted: text says that it is text.
+
+    >>> described("4"), described(4.5), described(None)
+    ('the text "4"', '4.5', 'null')
+    """
+    if isinstance(value, str):
+        return f'the text "{shown(value)}"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else shown(value)
+
+
 def shown_list(items: list[str] | tuple[str, ...], limit: int = 3) -> str:
     """The first few of several names, and how many more there are.
 

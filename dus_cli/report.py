@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dus_cli import __version__
+from dus_cli.errors import shown_list
 from dus_cli.hub.streaming import Streamed
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.release.drawing import draw_kinds, draw_map
 from dus_cli.release.lineage import map_record, seam_record
 from dus_cli.release.remaking import Remaking
+from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.writing.outputs import Tally
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ class UpscaleReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Those of the plan, which the card repeats, and those of this run."""
-        return (*self.plan.warnings, *self.notes, *(self.push.warnings if self.push else ()))
+        of_the_push = self.push.warnings if self.push else ()
+        return (*self.plan.warnings, *_unread_warnings(self.plan.checkpoint), *self.notes, *of_the_push)
 
     @property
     def reproduced(self) -> bool | None:
@@ -88,6 +91,7 @@ class UpscaleReport:
             "model": plan.base.ref.text,
             "commit": plan.base.commit,
             "base_format": plan.checkpoint.format,
+            "base_weights": {"read": plan.checkpoint.weight_files, "not_read": list(plan.checkpoint.unread)},
             "output": str(self.output),
             **map_record(plan),
             "seams": [seam_record(seam) for seam in layer_map.seams],
@@ -134,6 +138,11 @@ def upscale_text(report: UpscaleReport) -> str:
         ("tensors", f"{plan.num_tensors:,} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}"),
         ("tensor data", f"{plan.num_data_bytes:,} bytes ({human_bytes(plan.num_data_bytes)})"),
     ]
+    if plan.checkpoint.unread:
+        rows += [
+            ("weights read", shown_list(plan.checkpoint.weight_files)),
+            ("not read", shown_list(plan.checkpoint.unread)),
+        ]
     if plan.checkpoint.is_pickled:
         rows.append(("format", "safetensors (the base's weights are pickled)"))
     if report.dry_run:
@@ -172,6 +181,14 @@ def upscale_text(report: UpscaleReport) -> str:
             f"next: dus heal {output_text} --data corpus.jsonl{' --train new' if plan.treatment.zeros else ''}",
         ]
     return "\n".join(lines)
+
+
+def _unread_warnings(checkpoint: Checkpoint) -> list[str]:
+    """Where the base has its weights twice, in the same format."""
+    if not checkpoint.rivals:
+        return []
+    read = checkpoint.weight_files[0]
+    return [f"the base's weights were read from {read}, as transformers does; {shown_list(checkpoint.rivals)} was not"]
 
 
 def push_text(report: PushReport) -> str:

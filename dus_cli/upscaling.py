@@ -83,13 +83,13 @@ def plan(
     folder, commit = fetching.fetch_small_files(ref, fetch=fetch, quiet=quiet)
     base = wanted.base(commit)
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
-    headers = fetching.remote_headers(ref, commit, folder)
+    remote = fetching.RemoteHeaders(ref, commit, folder)
     absent = fetching.absent_files(ref, commit, folder) if fetch is Fetch.headers else None
-    made = wanted.plan(base, open_checkpoint(folder, headers), absent)
+    made = wanted.plan(base, open_checkpoint(folder, remote), absent)
     if fetch is not Fetch.weights:
         return made
     fetching.fetch_weights(ref, folder, commit, progress)
-    return wanted.plan(base, open_checkpoint(folder))
+    return wanted.plan(base, open_checkpoint(folder, remote))
 
 
 def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = None) -> Checkpoint:

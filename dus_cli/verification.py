@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -17,7 +18,7 @@ from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap, split_name
 from dus_cli.maps.model_config import DecoderConfig, decoder_config, deepen_config
 from dus_cli.maps.naming import Assumption
 from dus_cli.maps.stacks import find_stack
-from dus_cli.planning.dtypes import config_with_dtype
+from dus_cli.planning.dtypes import output_config
 from dus_cli.planning.layout import ShardLayout
 from dus_cli.planning.plan import UpscalePlan, layer_tensors
 from dus_cli.planning.treatment import Making, Treatment, made_pieces
@@ -26,19 +27,23 @@ from dus_cli.release import card, lineage
 from dus_cli.release.checksums import check_sums
 from dus_cli.release.picture import PICTURES
 from dus_cli.report import SCHEMA, human_bytes
-from dus_cli.source.checkpoint import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    Index,
-    read_config,
-    read_index,
-    read_small_file,
-)
+from dus_cli.source.checkpoint import CONFIG_NAME, Checkpoint, read_config
 from dus_cli.source.files import inside
 from dus_cli.source.headers import TensorInfo, read_header
 from dus_cli.source.incomplete import check_whole
+from dus_cli.source.reading import open_regular, read_small_file
+from dus_cli.source.weights import (
+    INDEX_NAME,
+    PICKLED_NAME,
+    SINGLE_NAME,
+    Index,
+    find_weights,
+    is_index,
+    is_pickled,
+    read_index,
+    regular_files,
+    rivals,
+)
 from dus_cli.workers import workers
 from dus_cli.writing.staging import staged_files
 from dus_cli.writing.transfer import DEFAULT_JOBS
@@ -205,7 +210,7 @@ def verify(
     found = Verification(str(folder))
     progress = progress or NoProgress()
     config = _gather(found, lambda: read_config(folder)[0])
-    tensors, all_readable = _open_tensors(folder, found)
+    tensors, all_readable = _open_tensors(folder, config or {}, found)
     found.num_tensors = len(tensors)
     found.num_parameters = sum(place.tensor.num_elements for place in tensors.values())
     decoder = _gather(found, lambda: decoder_config(config)) if config is not None else None
@@ -273,21 +278,29 @@ def _gather(found: Verification, step: Callable[[], Any]) -> Any:
         return None
 
 
-def _open_tensors(folder: Path, found: Verification) -> tuple[dict[str, Place], bool]:
+def _find_shards(folder: Path, config: dict[str, Any], found: Verification) -> tuple[Index | None, list[str]]:
+    """The index, where there is one, and the shards from which transformers would load; [] where there are none."""
+    chosen = _gather(found, lambda: find_weights(folder, config) or PICKLED_NAME)
+    if chosen is None:
+        return None, []
+    if is_pickled(chosen):
+        found.problems.append(f"{shown(folder)} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+        return None, []
+    if others := rivals(regular_files(folder), chosen):
+        found.warnings.append(f"{chosen} was read, as transformers does, and {shown_list(others)} was not")
+    if not is_index(chosen):
+        return None, [chosen]
+    index = _gather(found, lambda: read_index(folder, chosen))
+    return index, [] if index is None else index.shard_names
+
+
+def _open_tensors(folder: Path, config: dict[str, Any], found: Verification) -> tuple[dict[str, Place], bool]:
     """All tensors by name, and whether every shard could be read.
 
     Unlike `open_checkpoint` it goes on past a bad shard, to find every problem.
     """
-    index: Index | None = None
-    if inside(folder, INDEX_NAME).exists():
-        index = _gather(found, lambda: read_index(folder))
-        if index is None:
-            return {}, False
-        shard_names = index.shard_names
-    elif inside(folder, SINGLE_NAME).exists():
-        shard_names = [SINGLE_NAME]
-    else:
-        found.problems.append(f"{shown(folder)} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+    index, shard_names = _find_shards(folder, config, found)
+    if not shard_names:
         return {}, False
     tensors: dict[str, Place] = {}
     unreadable: set[str] = set()
@@ -416,11 +429,16 @@ def _against_base(
     problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
     names = layer_tensors(base, stack.prefix, decoder.num_layers).names
     deeper = deepen_config(base.config, layer_map, assume, names)
-    planned = config_with_dtype(deeper.config, treatment.dtype)
-    if config is not None and config != planned:
-        keys = sorted(k for k in {*config, *planned} if config.get(k) != planned.get(k))
+    planned = output_config(deeper.config, treatment.dtype)
+    if config is not None and _text(config) != _text(planned):
+        keys = sorted(k for k in {*config, *planned} if _text(config.get(k)) != _text(planned.get(k)))
         problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")
     return pairs, problems
+
+
+def _text(value: object) -> str:
+    """A value of JSON as text, by which NaN is the same as NaN."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _num_bytes(pairs: list[Comparison]) -> int:
@@ -447,7 +465,7 @@ def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threa
     if (left.dtype, left.shape) != (dtype, right.shape):
         return f"tensor {name} is {left.dtype} {list(left.shape)}, {pair.right_name} {dtype} {list(right.shape)}"
     try:
-        with pair.left.path.open("rb", 0) as left_file, pair.right.path.open("rb", 0) as right_file:
+        with open_regular(pair.left.path, 0) as left_file, open_regular(pair.right.path, 0) as right_file:
             position = 0
             for theirs in made_pieces(right_file.fileno(), right, pair.making, dtype):
                 if stop.is_set():

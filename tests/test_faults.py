@@ -337,7 +337,7 @@ def test_an_encoder_is_told_by_its_tensors(tmp_path: Path) -> None:
 
 
 def test_damaged_json_is_named(base: Path) -> None:
-    for raw, part in ((b"{", "not valid JSON"), (b"[1]", "not an object"), (b"\xff\xfe", "not UTF-8")):
+    for raw, part in ((b"{", "not valid JSON"), (b"[1]", "not an object"), (b"\xff\xfe{", "not UTF-8")):
         (base / "config.json").write_bytes(raw)
         refuse(base, "config.json", part)
 
@@ -383,15 +383,12 @@ def test_links_into_the_hubs_blobs_are_fine(base: Path, tmp_path: Path) -> None:
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_shards_and_index_must_agree(sharded: Path) -> None:
+def test_an_index_names_shards_that_are_there_and_no_tensor_is_in_two(sharded: Path) -> None:
     path = sharded / "model.safetensors.index.json"
     original = path.read_text()
     weight_map: dict[str, str] = json.loads(original)["weight_map"]
     files = sorted(set(weight_map.values()))
     cases: list[tuple[dict[str, str], str]] = [
-        (weight_map | {"model.layers.0.ghost.weight": files[0]}, "do not hold them"),
-        ({name: file for name, file in weight_map.items() if name != "lm_head.weight"}, "does not name"),
-        (weight_map | {"lm_head.weight": files[0]}, "places in"),
         (weight_map | {"lm_head.weight": "model-9.safetensors"}, "missing from"),
         (weight_map | {"lm_head.weight": "pytorch_model.bin"}, "no safetensors file"),
         ({}, "no weight_map"),

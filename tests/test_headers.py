@@ -90,7 +90,7 @@ def test_a_bad_entry_has_its_own_line(tmp_path: Path, case: str) -> None:
 
 
 BAD_FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "too few"),
+    "empty": (b"", "is empty"),
     "seven bytes": (b"1234567", "too few"),
     "header beyond the file": (struct.pack("<Q", 1000) + b"{}", "truncated"),
     "header of 2^60": (struct.pack("<Q", 2**60) + b"{}", "over the format's limit"),

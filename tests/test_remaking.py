@@ -257,5 +257,5 @@ def test_what_records_no_upscale_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dus.json").write_text('{"schema": 1, "dus_version": "0.1.0", "healing": []}')
     with pytest.raises(DusError, match="records no upscale"):
         read_remaking(tmp_path)
-    with pytest.raises(DusError, match="cannot be read"):
+    with pytest.raises(DusError, match="cannot read"):
         read_remaking(tmp_path / "nowhere.json")

@@ -24,6 +24,7 @@ from dus_cli.evaluation.tasks import TaskScore
 from dus_cli.reference import ModelRef
 from dus_cli.release import checksums
 from dus_cli.release.front_matter import FRONT, RESULTS, field_span
+from dus_cli.source.reading import open_regular
 from dus_cli.writing.outputs import sync_file, writing
 
 NAME = "README.md"
@@ -204,7 +205,7 @@ def _read(folder: Path) -> str:
     try:
         if path.is_symlink():
             raise EvaluationError(f"{shown(path)} is a link, and what it leads to would not change; copy the file here")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise EvaluationError(

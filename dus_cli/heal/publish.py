@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -32,6 +33,7 @@ from dus_cli.release.picture import PICTURES
 from dus_cli.source.checkpoint import Checkpoint, Shard, open_checkpoint
 from dus_cli.source.files import carried_files
 from dus_cli.source.headers import TensorInfo
+from dus_cli.source.reading import open_regular, reading
 from dus_cli.verification import verify
 from dus_cli.workers import PIECE
 from dus_cli.writing.outputs import sync_file, writing
@@ -115,6 +117,8 @@ class Publication:
                 staging.copy_file(name, path)
             for name in _unchanged(self._source):
                 staging.copy_file(name, self._source.folder / name)
+            if self._source.warnings and self._source.index_name is not None:
+                staging.write_text(self._source.index_name, _index(self._source))
             for shard in self._source.shards:
                 self._write_shard(staging.folder / shard.name, shard, optimizer)
             rows = read_metrics(run.metrics_path)
@@ -127,9 +131,11 @@ class Publication:
         self._team.wait()
 
     def _write_shard(self, path: Path, shard: Shard, optimizer: Optimizer) -> None:
-        with writing(shard.name):
+        with writing(shard.name), ExitStack() as closing:
+            with reading(shard.name):
+                source = closing.enter_context(open_regular(shard.path))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with shard.path.open("rb") as source, path.open("wb") as target:
+            with path.open("wb") as target:
                 _copy(source, target, 0, shard.header.data_start)
                 for tensor in shard.header.tensors:
                     value = self._gather(tensor, optimizer)
@@ -203,7 +209,8 @@ class Publication:
         staging.write_text(run_file.REPORT, dump_json(report))
         staging.write_text(lineage.NAME, dump_json(self._lineage(report)))
         card = self._source.folder / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        with reading(card.name):
+            text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         staging.write_text("README.md", healed_card(text, report, Path(run.output).name))
 
     def _lineage(self, report: dict[str, Any]) -> dict[str, Any]:
@@ -255,9 +262,17 @@ def _not_written_back(student: Decoder, what: str) -> HealError:
     )
 
 
+def _index(source: Checkpoint) -> str:
+    """An index of what the shards hold, in the place of one that says otherwise."""
+    weight_map = {tensor.name: shard.name for shard, tensor in source.tensors()}
+    metadata = {"total_size": source.num_bytes, "total_parameters": source.num_parameters}
+    return dump_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
 def _unchanged(source: Checkpoint) -> Iterator[str]:
     """Files of the source that stay as they are and that an upscale would write anew."""
-    for name in ("config.json", "model.safetensors.index.json", *PICTURES):
+    index = [] if source.index_name is None or source.warnings else [source.index_name]
+    for name in ("config.json", *index, *PICTURES):
         if (source.folder / name).is_file():
             yield name
 
@@ -267,7 +282,7 @@ def _read(shard: Shard, tensor: TensorInfo, count: int, start: int = 0) -> Tenso
     dtype = _DTYPES[tensor.dtype]
     if not count:
         return torch.empty(0, dtype=dtype)
-    with shard.path.open("rb") as file:
+    with reading(shard.name), open_regular(shard.path) as file:
         file.seek(tensor.start + start * dtype.itemsize)
         return torch.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype=dtype)
 
@@ -275,6 +290,7 @@ def _read(shard: Shard, tensor: TensorInfo, count: int, start: int = 0) -> Tenso
 def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
     source.seek(start)
     while size:
-        piece = source.read(min(size, PIECE))
+        with reading(Path(source.name).name):
+            piece = source.read(min(size, PIECE))
         target.write(piece)
         size -= len(piece)

@@ -20,6 +20,7 @@ from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.release import lineage
 from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
+from dus_cli.source.reading import open_regular, reading
 
 _LONGEST_SEQUENCE = 4096
 
@@ -131,7 +132,7 @@ def model_key(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(checkpoint.config_sha256.encode())
     for shard in checkpoint.shards:
         digest.update(f"{shard.name} {shard.header.end}".encode())
-        with shard.path.open("rb") as file:
+        with reading(shard.name), open_regular(shard.path) as file:
             digest.update(file.read(shard.header.data_start + _SAMPLE))
     return digest.hexdigest()
 

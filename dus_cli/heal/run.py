@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dus_cli.errors import HealError, shown, shown_list
-from dus_cli.source.headers import parse_json_object
+from dus_cli.source.json_objects import parse_json_object
+from dus_cli.source.reading import open_regular
 
 NAME = "run.json"
 
@@ -159,7 +160,7 @@ def read_run(path: Path) -> Run:
         HealError: not there, damaged, or written by a newer dus.
     """
     try:
-        record = parse_json_object(path.read_bytes(), NAME)
+        record = parse_json_object(_content(path), NAME)
     except OSError as error:
         raise HealError(f"{shown(path)} cannot be read ({error.strerror}); give the run.json of a `dus heal`") from None
     if record.get("schema") != SCHEMA:
@@ -169,6 +170,11 @@ def read_run(path: Path) -> Run:
     except (TypeError, KeyError, ValueError) as error:
         raise HealError(f"{shown(path)} is damaged or was edited ({error}); remove it to start again") from None
     return dataclasses.replace(run, output=str(path.resolve().parent))
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def _build(kind: type[_T], record: dict[str, Any]) -> _T:

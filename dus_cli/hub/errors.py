@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.errors import ModelNotFoundError, shown
+from dus_cli.hub.cache import missing, way_out
 from dus_cli.reference import ModelRef
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
         answer = answered(error)
         if answer is None:
             raise ModelNotFoundError(
-                f"{ref} is not (wholly) in the cache and the Hub cannot be reached{tried(started)}; check the "
-                f"network, HF_ENDPOINT and HF_HUB_OFFLINE{here}"
+                f"{ref} is not (wholly) in the cache: {missing(ref)}; {way_out(tried(started))}{here}"
             ) from error
         status = answer.response.status_code
         advice = "renew the token: --token, HF_TOKEN or `hf auth login`" if status == 401 else "try again later"
@@ -112,6 +112,11 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise ModelNotFoundError(
                 f"the disk of the Hub's cache is full while fetching {ref}; free some space or set HF_HOME elsewhere"
+            ) from error
+        if error.filename is not None:  # of the cache: the disk's, not the Hub's
+            raise ModelNotFoundError(
+                f"cannot fetch {ref} into the Hub's cache: {shown(error.filename)}: {error.strerror}; check its owner "
+                "and its mode, or set HF_HOME elsewhere"
             ) from error
         raise ModelNotFoundError(f"cannot fetch {ref} from the Hub: {shown(error)}{here}") from error
     except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's; hf_xet's

@@ -9,33 +9,31 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from dus_cli import __version__
-from dus_cli.errors import CheckpointError, ModelNotFoundError, shown
+from dus_cli.errors import CheckpointError, DusError, shown, shown_list
+from dus_cli.hub.cache import not_cached
 from dus_cli.hub.errors import LIBRARY, answered, hub_errors, prepare
 from dus_cli.hub.remote import RemoteFile, pause, wait_before
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
 from dus_cli.source.base_card import NAME as CARD_NAME
-from dus_cli.source.checkpoint import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    PICKLED_INDEX_NAME,
-    PICKLED_NAME,
-    SINGLE_NAME,
-    HeaderReader,
-    Index,
-    find_weights,
-    is_pickled,
-    read_config,
-)
+from dus_cli.source.checkpoint import CONFIG_NAME, read_config
 from dus_cli.source.files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS, is_carried
 from dus_cli.source.headers import Header, header_length, parse_header
 from dus_cli.source.pickles import parse_pickled
+from dus_cli.source.weights import (
+    IN_ORDER,
+    INDEX_NAME,
+    choose_weights,
+    is_index,
+    is_pickled,
+    read_index,
+    regular_files,
+)
 from dus_cli.workers import workers
 
 # Most headers fit: one request then gives the length and the JSON (huggingface_hub does the same).
@@ -71,22 +69,43 @@ def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool 
     only = [CONFIG_NAME, CARD_NAME, INDEX_NAME] if fetch is Fetch.headers else None
     bar = _told_of(NoProgress()) if quiet else None  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
     folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
-    if find_weights(folder) is None:
-        _fetch_pickled_index(ref, folder.name)
+    config, _ = read_config(folder)
+    chosen = choose_weights(_names(ref, folder.name, folder), config)
+    if chosen is None:
+        raise _no_weights(ref, folder.name, folder)
+    if is_index(chosen) and not (folder / chosen).exists():
+        _snapshot(ref, folder.name, only=[chosen])
     return folder, folder.name
 
 
 def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
     """Files that go along to the deeper model and are not in the cache: paths and sizes, by the list of that commit."""
+    listed = listed_files(ref, commit) or {}
+    return {name: size for name, size in listed.items() if is_carried(name) and not (folder / name).exists()}
+
+
+def listed_files(ref: ModelRef, commit: str) -> dict[str, int] | None:
+    """Paths and sizes of a commit's files, by the list that the cache has; None where it has none.
+
+    huggingface_hub brings the list whenever it looks at the Hub: without one another program filled the cache, and the
+    Hub cannot be reached.
+    """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     assert ref.repo_id is not None
     try:
-        listed = get_cached_repo_tree(ref.repo_id, revision=commit)
-    except CachedRepoTreeNotFoundError:  # cached by another program, and the Hub cannot be reached
-        return {}
-    return {file.path: file.size for file in listed if is_carried(file.path) and not (folder / file.path).exists()}
+        return {file.path: file.size for file in get_cached_repo_tree(ref.repo_id, revision=commit)}
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
+def _names(ref: ModelRef, commit: str, folder: Path) -> set[str]:
+    """The files among which the weights are chosen: the commit's, or those in the cache where no others can come."""
+    from huggingface_hub import constants
+
+    listed = None if constants.HF_HUB_OFFLINE else listed_files(ref, commit)
+    return regular_files(folder) | set(listed or ())
 
 
 def _snapshot(
@@ -157,25 +176,8 @@ def _told_of(progress: Progress, total: int = 0) -> type[Any]:
 
 def _lacking_bytes(ref: ModelRef, commit: str, folder: Path, names: list[str]) -> int:
     """Bytes of these files that the cache does not hold, by the list of that commit; 0 where that is not known."""
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-
-    assert ref.repo_id is not None
-    try:
-        listed = get_cached_repo_tree(ref.repo_id, revision=commit)
-    except CachedRepoTreeNotFoundError:
-        return 0
-    return sum(file.size for file in listed if file.path in set(names) and not (folder / file.path).exists())
-
-
-def _fetch_pickled_index(ref: ModelRef, commit: str) -> None:
-    from huggingface_hub import HfApi
-
-    assert ref.repo_id is not None
-    # A Hub that cannot be reached is no failure yet: whoever needs the weights says so.
-    with suppress(ModelNotFoundError), hub_errors(ref):
-        if not HfApi(token=ref.token).file_exists(ref.repo_id, SINGLE_NAME, revision=commit):
-            _snapshot(ref, commit, only=[PICKLED_INDEX_NAME])
+    listed = listed_files(ref, commit) or {}
+    return sum(listed.get(name, 0) for name in set(names) if not (folder / name).exists())
 
 
 def fetch_weights(ref: ModelRef, folder: Path, commit: str, progress: Progress | None = None) -> None:
@@ -189,20 +191,14 @@ def fetch_weights(ref: ModelRef, folder: Path, commit: str, progress: Progress |
         ModelNotFoundError: the Hub cannot serve them.
         CheckpointError: the repo has neither safetensors nor pickled weights.
     """
-    read_config(folder)  # says what it is where it is no decoder, before gigabytes are moved
-    weights = find_weights(folder)
-    if isinstance(weights, Index):
-        names = weights.shard_names
-        _snapshot(ref, commit, only=names, bar=_begun(ref, commit, folder, names, progress))
-        for name in names:
-            if not (folder / name).exists():
-                raise _not_there(ref, name, weights.name)
-        return
-    for name in (SINGLE_NAME, PICKLED_NAME) if weights is None else (weights,):
-        _snapshot(ref, commit, only=[name], bar=_begun(ref, commit, folder, [name], progress))
-        if (folder / name).exists():
-            return
-    raise _no_weights(ref)
+    config, _ = read_config(folder)  # says what it is where it is no decoder, before gigabytes are moved
+    chosen = choose_weights(_names(ref, commit, folder), config)
+    if chosen is None:
+        raise _no_weights(ref, commit, folder)
+    names = read_index(folder, chosen).shard_names if is_index(chosen) else [chosen]
+    _snapshot(ref, commit, only=names, bar=_begun(ref, commit, folder, names, progress))
+    if lacking := [name for name in names if not (folder / name).exists()]:
+        raise _not_there(ref, commit, folder, lacking, chosen)
 
 
 def _begun(ref: ModelRef, commit: str, folder: Path, names: list[str], progress: Progress | None) -> type[Any] | None:
@@ -216,42 +212,59 @@ def _begun(ref: ModelRef, commit: str, folder: Path, names: list[str], progress:
     return _told_of(progress, lacking)
 
 
-def _not_there(ref: ModelRef, name: str, index_name: str) -> CheckpointError:
-    return CheckpointError(f"{ref} has no {shown(name)} on the Hub, which its {index_name} names; tell its owner")
+def _not_there(ref: ModelRef, commit: str, folder: Path, lacking: list[str], chosen: str) -> DusError:
+    listed = listed_files(ref, commit)
+    if listed is not None and (gone := [name for name in lacking if name not in listed]):
+        return CheckpointError(f"{ref} has no {shown_list(gone)} on the Hub, which its {chosen} names; tell its owner")
+    return not_cached(ref, folder, lacking)
 
 
-def _no_weights(ref: ModelRef) -> CheckpointError:
+def _no_weights(ref: ModelRef, commit: str, folder: Path) -> DusError:
+    listed = listed_files(ref, commit)
+    expected = None if listed is None else choose_weights(listed, read_config(folder)[0])
+    if expected is not None or listed is None:
+        return not_cached(ref, folder, [expected or IN_ORDER[0]])
     return CheckpointError(
-        f"{ref} has neither {SINGLE_NAME} nor {PICKLED_NAME} nor an index of either on the Hub; dus reads no other "
+        f"{ref} has neither {IN_ORDER[0]} nor {IN_ORDER[2]} nor an index of either on the Hub; dus reads no other "
         "weights, look for a conversion (the repo's refs/pr branches often hold one)"
     )
 
 
-def remote_headers(ref: ModelRef, commit: str, folder: Path) -> HeaderReader:
-    """A reader of shard headers that fetches just those, by range request: at most some 100 kB a shard.
+class RemoteHeaders:
+    """The headers of a repo's weights, by range request: at most some 100 kB a shard.
 
     The first call fetches those of all shards that the index names and `folder` lacks, several at a time. Of a pickled
     shard it fetches the zip's directory and the pickle, about as much.
     """
-    fetched: dict[str, Header | None] = {}
 
-    def fetch_all(index: Index) -> None:
-        absent = [name for name in index.shard_names if not (folder / name).exists()]
-        with workers(_HEADERS_AT_ONCE) as (pool, _):
-            fetched.update(zip(absent, pool.map(lambda name: _read_remote(ref, commit, name), absent), strict=True))
+    def __init__(self, ref: ModelRef, commit: str, folder: Path) -> None:
+        self.names = _names(ref, commit, folder)
+        self._ref, self._commit, self._folder = ref, commit, folder
+        self._fetched: dict[str, Header | None] = {}
 
-    def read(name: str) -> Header | None:
-        weights = None if fetched else find_weights(folder)
-        if isinstance(weights, Index):
-            fetch_all(weights)
-        header = fetched[name] if name in fetched else _read_remote(ref, commit, name)
-        if header is None and name == PICKLED_NAME:
-            raise _no_weights(ref)
-        if header is None and name != SINGLE_NAME:
-            raise _not_there(ref, name, PICKLED_INDEX_NAME if is_pickled(name) else INDEX_NAME)
+    def header(self, name: str) -> Header | None:
+        if not self._fetched:
+            self._fetch_all()
+        if (header := self._fetched.get(name)) is None:
+            raise _not_there(self._ref, self._commit, self._folder, [name], self._chosen or name)
         return header
 
-    return read
+    @property
+    def _chosen(self) -> str | None:
+        return choose_weights(self.names, read_config(self._folder)[0])
+
+    def _fetch_all(self) -> None:
+        from huggingface_hub import constants
+
+        chosen = self._chosen
+        assert chosen is not None  # whoever asks for a header has chosen
+        names = read_index(self._folder, chosen).shard_names if is_index(chosen) else [chosen]
+        absent = [name for name in names if not (self._folder / name).exists()]
+        if constants.HF_HUB_OFFLINE:
+            raise not_cached(self._ref, self._folder, absent)
+        with workers(_HEADERS_AT_ONCE) as (pool, _):
+            found = pool.map(lambda name: _read_remote(self._ref, self._commit, name), absent)
+            self._fetched.update(zip(absent, found, strict=True))
 
 
 def _read_remote(ref: ModelRef, commit: str, name: str) -> Header | None:
@@ -261,7 +274,7 @@ def _read_remote(ref: ModelRef, commit: str, name: str) -> Header | None:
     if file is None:
         return None
     first = file.read(0, min(file.size, _FIRST_BYTES))
-    length = header_length(first[:8], file.size, shown(name))
+    length = header_length(first, file.size, shown(name))
     raw = first[8 : 8 + length]
     if len(raw) < length:
         raw += file.read(len(first), 8 + length)

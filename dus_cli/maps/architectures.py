@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from dus_cli.errors import ConfigError, shown
+from dus_cli.errors import ConfigError, described
 from dus_cli.maps.rules import (
     ByLayer,
     Counts,
@@ -178,7 +178,7 @@ def _number(fields: Fields, key: str, default: int) -> int:
     if value is None:
         return default
     if type(value) is not int or value < 0:
-        raise ConfigError(f"config.json: {key} is {shown(value)}, not a number of layers")
+        raise ConfigError(f"config.json: {key} is {described(value)}, not a number of layers")
     return value
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dus_cli.errors import ConfigError, shown, shown_list
+from dus_cli.errors import ConfigError, described, shown, shown_list
 from dus_cli.maps import architectures as arch
 from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap
 from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, Carrier, NumberedNames, is_a_model
@@ -87,7 +87,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         depths |= {f"{key} (top level)": config[key] for key in arch.DEPTH_KEYS if config.get(key) is not None}
     for key, depth in depths.items():
         if type(depth) is not int or not 1 <= depth <= MAX_OUTPUT_LAYERS:
-            raise ConfigError(f"config.json: {key} is {shown(depth)}, not a number of layers")
+            raise ConfigError(f"config.json: {key} is {described(depth)}, not a number of layers")
     if len(set(depths.values())) > 1:
         said = ", ".join(f"{key} {depth}" for key, depth in depths.items())
         raise ConfigError(f"config.json gives several depths that disagree ({said}); refusing to guess")

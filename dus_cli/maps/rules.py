@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dus_cli.errors import ConfigError, shown
+from dus_cli.errors import ConfigError, described, shown
 from dus_cli.maps.layers import LayerMap, largest_trim, source_layers
 
 Fields = Mapping[str, Any]
@@ -320,7 +320,7 @@ class Threshold(_OneField):
         if value is None or value is False:
             return self.default
         if type(value) is not int or value < 0:
-            raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a number of layers")
+            raise ConfigError(f"config.json: {self.key} is {described(value)}, not a number of layers")
         return value
 
 
@@ -546,7 +546,7 @@ class DepthScaled(_OneField):
         if value is None:
             return {}
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a number")
+            raise ConfigError(f"config.json: {self.key} is {described(value)}, not a number")
         return {self.key: value * math.sqrt(len(layer_map) / layer_map.num_base_layers)}
 
 
@@ -738,7 +738,7 @@ def check_period(key: str, value: Any) -> int:
         ConfigError: not a number of layers.
     """
     if type(value) is not int or value < 1:
-        raise ConfigError(f"config.json: {key} is {shown(value)}, not a number of layers")
+        raise ConfigError(f"config.json: {key} is {described(value)}, not a number of layers")
     return value
 
 

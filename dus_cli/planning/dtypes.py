@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.source.headers import DTYPE_BITS, TensorInfo
+from dus_cli.source.weights import EXPLICIT_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +177,12 @@ def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
 def cast_dtype(tensor: TensorInfo, dtype: Dtype | None) -> str:
     """The dtype of a tensor in the output, by safetensors' name."""
     return dtype.stored if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+
+
+def output_config(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:
+    """The config of weights under the usual names, cast to `dtype`: without a field that names another file."""
+    named = {key: value for key, value in config.items() if key != EXPLICIT_KEY}
+    return config_with_dtype(named, dtype)
 
 
 def config_with_dtype(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:

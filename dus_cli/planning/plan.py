@@ -22,14 +22,15 @@ from dus_cli.maps.recipes import RECIPES, recipe_map
 from dus_cli.maps.rules import Kinds
 from dus_cli.maps.stacks import LayerStack, find_stack
 from dus_cli.maps.unlike import LayerTensors, check_alike
-from dus_cli.planning.dtypes import Dtype, check_castable, config_with_dtype
+from dus_cli.planning.dtypes import Dtype, check_castable, output_config
 from dus_cli.planning.layout import Placement, ShardLayout, lay_out
 from dus_cli.planning.projections import zero_patterns
 from dus_cli.planning.treatment import Making, Treatment
 from dus_cli.reference import ModelRef
 from dus_cli.source.base_card import BaseCard, read_base_card
-from dus_cli.source.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.source.files import carried_files, walk_order
+from dus_cli.source.weights import INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -255,7 +256,7 @@ def make_plan(
         width = max(5, len(str(len(layouts))))
         names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
         shards = dict(zip(names, layouts, strict=True))
-    warnings = [*stack_warnings, *deeper.warnings, *unlike, *treatment_warnings]
+    warnings = [*checkpoint.warnings, *stack_warnings, *deeper.warnings, *unlike, *treatment_warnings]
     if not layer_map.is_deeper:
         warnings.append(
             f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
@@ -279,7 +280,7 @@ def make_plan(
         max_shard_bytes,
         layers,
         treatment,
-        config_with_dtype(deeper.config, dtype),
+        output_config(deeper.config, dtype),
         deeper.kinds,
         shards,
         files,

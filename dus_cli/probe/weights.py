@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ from dus_cli.maps.stacks import LayerStack
 from dus_cli.probe.replay import Ready, layers_of
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import TensorInfo
+from dus_cli.source.reading import open_regular, reading
+
+if TYPE_CHECKING:
+    from io import FileIO
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -70,11 +74,11 @@ class _Stored:
         if dtype is None:
             raise ProbeError(f"{shown(self.tensor.name)} is {self.tensor.dtype}, which --stream-layers does not read")
         content = bytearray(self.tensor.num_bytes)
-        with self.shard.path.open("rb", buffering=0) as file:
+        with reading(self.shard.name), open_regular(self.shard.path, 0) as file:
             file.seek(self.tensor.start)
             view = memoryview(content)
             while view:
-                count = file.readinto(view)
+                count = cast("FileIO", file).readinto(view)
                 if not count:
                     raise ProbeError(f"{shown(self.shard.name)} was cut short while it was read; fetch it again")
                 view = view[count:]

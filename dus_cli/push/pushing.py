@@ -29,6 +29,7 @@ from dus_cli.release import checksums
 from dus_cli.report import human_bytes
 from dus_cli.source.checkpoint import Fingerprint, fingerprint
 from dus_cli.source.files import LEFT_BEHIND, OF_A_HEALING, WRITTEN_ANEW, inside
+from dus_cli.source.reading import file_pieces, reading
 from dus_cli.upscaling import written_texts
 from dus_cli.verification import verify
 from dus_cli.workers import workers
@@ -308,8 +309,12 @@ def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress)
     """SHA-256 of every file, held against SHA256SUMS where there is one."""
     progress.start("summing", sum(sizes.values()))
     with workers(jobs) as (pool, stop):
-        found = pool.map(lambda name: checksums.file_sum(output / name, stop, progress.advance), sizes)
-        sums = dict(zip(sizes, found, strict=True))
+
+        def sum_of(name: str) -> str:
+            with reading(name):
+                return checksums.file_sum(output / name, stop, progress.advance)
+
+        sums = dict(zip(sizes, pool.map(sum_of, sizes), strict=True))
     expected, problems = checksums.expected_sums(output)
     wrong = [name for name, total in expected.items() if sums.get(name) != total]
     if wrong or problems:
@@ -336,9 +341,8 @@ def _differences(output: Path, sums: Mapping[str, str], there: Mapping[str, Repo
 def _git_sum(path: Path) -> str:
     """What git calls a file of this content: a SHA-1 over its length and bytes (git-hash-object(1))."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    for piece in file_pieces(path, path.name):
+        digest.update(piece)
     return digest.hexdigest()
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 from dus_cli.errors import DusError, shown
 from dus_cli.source import incomplete
-from dus_cli.source.checkpoint import read_small_file
 from dus_cli.source.files import inside
+from dus_cli.source.reading import open_regular, read_small_file, reading
 from dus_cli.workers import PIECE, workers
 from dus_cli.writing.staging import staged_files
 
@@ -22,7 +23,7 @@ _MAX_BYTES = 16_000_000
 def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object] = lambda _: None) -> str:
     """SHA-256 of a file, hexadecimal, in memory that does not grow. Of no use once `stop` is set."""
     digest = hashlib.sha256()
-    with path.open("rb", 0) as file:
+    with open_regular(path, 0) as file:
         while not stop.is_set() and (piece := file.read(PIECE)):
             digest.update(piece)
             on_bytes(len(piece))
@@ -39,7 +40,10 @@ def folder_sums(folder: Path, jobs: int, held: Mapping[str, str] | None = None) 
     names = sorted({*there, *texts}, key=PurePosixPath)
 
     def sum_of(name: str) -> str:
-        return hashlib.sha256(texts[name].encode()).hexdigest() if name in texts else file_sum(folder / name, stop)
+        if name in texts:
+            return hashlib.sha256(texts[name].encode()).hexdigest()
+        with reading(name):
+            return file_sum(folder / name, stop)
 
     with workers(jobs) as (pool, stop):
         return dict(zip(names, pool.map(sum_of, names), strict=True))
@@ -56,10 +60,10 @@ def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     expected: dict[str, str] = {}
     try:
         path = inside(folder, NAME)
-        lines = read_small_file(path, NAME, _MAX_BYTES).decode("utf-8", "replace").splitlines() if path.exists() else []
+        raw = read_small_file(path, NAME, _MAX_BYTES) if os.path.lexists(path) else b""
     except DusError as error:
         return {}, [str(error)]
-    for line in lines:
+    for line in raw.decode("utf-8", "replace").splitlines():
         total, separator, name = line.partition("  ")
         if not separator or len(total) != 64:
             problems.append(f"{NAME} has a line that is no sum: {shown(line)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Treatment
-from dus_cli.source.checkpoint import Checkpoint, read_small_file
+from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.source.files import inside
-from dus_cli.source.headers import limit_nesting, parse_json_object
+from dus_cli.source.json_objects import limit_nesting, parse_json_object
+from dus_cli.source.reading import read_small_file
 
 NAME = "dus.json"
 SCHEMA = 1
@@ -89,7 +91,7 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
         CheckpointError: damaged, or written by a newer dus.
     """
     path = inside(folder, NAME)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     return parse_lineage(read_small_file(path, NAME, _MAX_BYTES), NAME)
 

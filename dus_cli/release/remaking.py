@@ -20,8 +20,8 @@ from dus_cli.release import card, lineage
 from dus_cli.release.checksums import NAME as SUMS
 from dus_cli.release.checksums import different_files, expected_sums
 from dus_cli.release.picture import PICTURES
-from dus_cli.source.checkpoint import read_small_file
 from dus_cli.source.files import inside
+from dus_cli.source.reading import read_small_file
 
 _MAX_BYTES = 16_000_000
 
@@ -77,6 +77,13 @@ class Remaking:
         planned = json.loads(dump_json(lineage.lineage(made)))
         then, now = self.record["base"], planned["base"]
         other = [what for key, what in _OF_THE_BASE.items() if key in then and then[key] != now[key]]
+        recorded = then.get("shards")
+        if other and isinstance(recorded, dict) and recorded and recorded.keys() <= set(made.checkpoint.unread):
+            read = made.checkpoint.weight_files[0]
+            raise VerificationError(
+                f"{shown(self.path)} was made from {shown_list(sorted(recorded))}, and beside them {read} counts, as "
+                f"for transformers; move {read} away to make the same again"
+            )
         if other:
             raise VerificationError(
                 f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has {' and '.join(other)}; "

@@ -8,6 +8,7 @@ metadata or begin another field.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.files import inside
+from dus_cli.source.reading import open_regular
 
 NAME = "README.md"
 
@@ -71,9 +73,9 @@ def read_base_card(folder: Path) -> BaseCard:
     """The card of a base's folder. Whatever is wrong with it is no failure: then nothing is taken, and it says so."""
     try:
         path = inside(folder, NAME)
-        if not path.exists():
+        if not os.path.lexists(path):
             return BaseCard()
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(_MAX_FRONT_BYTES).decode("utf-8-sig", "replace")
     except CheckpointError as error:
         return BaseCard(problem=str(error))

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.maps import architectures as arch
+from dus_cli.maps.layers import split_name
 from dus_cli.source.files import inside
-from dus_cli.source.headers import Header, TensorInfo, limit_nesting, parse_json_object, read_header
+from dus_cli.source.headers import Header, TensorInfo, read_header
 from dus_cli.source.incomplete import check_whole
+from dus_cli.source.json_objects import limit_nesting, parse_json_object
+from dus_cli.source.mistaken import is_answer
 from dus_cli.source.pickles import read_pickled
+from dus_cli.source.reading import read_small_file
+from dus_cli.source.weights import (
+    INDEX_NAME,
+    PICKLED_INDEX_NAME,
+    PICKLED_NAME,
+    SINGLE_NAME,
+    Index,
+    choose_weights,
+    files_below,
+    find_weights,
+    is_index,
+    is_pickled,
+    read_index,
+    regular_files,
+    rivals,
+    weight_files,
+)
 from dus_cli.storage import mount_of
 
 CONFIG_NAME = "config.json"
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-PICKLED_NAME = "pytorch_model.bin"
-PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 
 # The output embedding in architectures that can tie it to the input's (`_tied_weights_keys` in transformers).
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "proj_out.weight")
 
 # Larger than any real one by a factor of a hundred: a spike of memory is a denial of service.
 _MAX_CONFIG_BYTES = 16_000_000
-_MAX_INDEX_BYTES = 256_000_000
 
 
 # Device, inode, bytes, and nanoseconds of the last modification.
@@ -49,11 +67,6 @@ def fingerprint(path: Path) -> Fingerprint | None:
     if mount is not None and mount.is_fuse:
         return status.st_dev, 0, status.st_size, status.st_mtime_ns // 10**9 * 10**9
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def is_pickled(name: str) -> bool:
-    """Whether a file of weights is one of torch.save's, by its name."""
-    return name.endswith(".bin")
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ class Checkpoint:
     """A decoder checkpoint, all headers checked and held against the index.
 
     Tensors have distinct names over all shards. `config_sha256` and `index_sha256` are hexadecimal;
-    the latter is None where the weights are one file.
+    the latter is None where the weights are one file. `index_name` is the index that was read, `unread` are the paths
+    of other weights that are there. `warnings` say where index and headers differ.
     """
 
     folder: Path
@@ -86,6 +100,19 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     config_sha256: str
     index_sha256: str | None
+    index_name: str | None = None
+    unread: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def weight_files(self) -> list[str]:
+        """The files of weights that are read, and their index."""
+        return [*([] if self.index_name is None else [self.index_name]), *(shard.name for shard in self.shards)]
+
+    @property
+    def rivals(self) -> list[str]:
+        """Other files from which the model could be loaded, and from which transformers does not."""
+        return rivals(self.unread, self.shards[0].name)
 
     @property
     def is_pickled(self) -> bool:
@@ -115,17 +142,23 @@ class Checkpoint:
                 yield shard, tensor
 
 
-# From a shard's name to its header; None where there is no such file.
-HeaderReader = Callable[[str], "Header | None"]
+class Elsewhere(Protocol):
+    """Files that are not in the folder: a repo on the Hub, planned before its weights are fetched."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Paths of all its files, with "/"."""
+
+    def header(self, name: str) -> Header | None:
+        """The header of a file of weights; None where there is no such file."""
 
 
-def open_checkpoint(folder: Path, absent: HeaderReader | None = None) -> Checkpoint:
-    """Open a folder as a decoder checkpoint: in safetensors, or where it has none in torch.save's files.
+def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpoint:
+    """Open a folder as a decoder checkpoint, with the weights that transformers would load from it.
 
     Args:
         folder: the directory.
-        absent: how to get the header of a shard, by its name, that is not in the folder; without it every
-            shard must be there. A model on the Hub is planned so, before its weights are fetched.
+        elsewhere: where the files are that are not in the folder; without it every shard must be there.
 
     Raises:
         CheckpointError: not a folder, not a decoder checkpoint, or not sound.
@@ -138,31 +171,28 @@ def open_checkpoint(folder: Path, absent: HeaderReader | None = None) -> Checkpo
         )
     check_whole(folder)
     config, config_sha256 = read_config(folder)
-    weights = find_weights(folder)
-    if isinstance(weights, Index):
-        shards = _open_shards(folder, weights, absent)
-    elif weights is not None:
-        shards = (_open_shard(weights, inside(folder, weights), absent),)
+    if elsewhere is None:
+        chosen = find_weights(folder, config)
+        there = files_below(folder)
     else:
-        shards = _open_absent(folder, absent)
-    index_sha256 = weights.sha256 if isinstance(weights, Index) else None
-    return Checkpoint(folder, config, _without_tied_heads(shards, config), config_sha256, index_sha256)
-
-
-def find_weights(folder: Path) -> Index | str | None:
-    """The index of a folder's weights, or the name of the one file that holds them; None where it has neither.
-
-    safetensors come first, as in transformers.
-
-    Raises:
-        CheckpointError: the index is damaged.
-    """
-    for index_name, single_name in ((INDEX_NAME, SINGLE_NAME), (PICKLED_INDEX_NAME, PICKLED_NAME)):
-        if inside(folder, index_name).exists():
-            return read_index(folder, index_name)
-        if inside(folder, single_name).exists():
-            return single_name
-    return None
+        there = files_below(folder) | set(elsewhere.names)
+        chosen = choose_weights(regular_files(folder) | set(elsewhere.names), config)
+    if chosen is None:
+        raise CheckpointError(_no_weights(folder))
+    index = read_index(folder, chosen) if is_index(chosen) else None
+    names = [chosen] if index is None else index.shard_names
+    shards = _open_shards(folder, names, chosen, elsewhere)
+    warnings = [] if index is None else _differences(index, shards, config)
+    return Checkpoint(
+        folder,
+        config,
+        _without_tied_heads(shards, config),
+        config_sha256,
+        None if index is None else index.sha256,
+        None if index is None else index.name,
+        tuple(name for name in weight_files(there) if name not in {chosen, *names}),
+        tuple(warnings),
+    )
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
@@ -172,11 +202,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
         CheckpointError: missing, damaged, or of something else than a decoder.
     """
     path = inside(folder, CONFIG_NAME)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise CheckpointError(_no_config(folder))
     raw = read_small_file(path, CONFIG_NAME, _MAX_CONFIG_BYTES)
     config = parse_json_object(raw, CONFIG_NAME)
     limit_nesting(config, CONFIG_NAME)
+    if is_answer(raw) and "model_type" not in config:
+        answer = shown(" ".join(raw.decode("utf-8").split()))
+        raise CheckpointError(f"{CONFIG_NAME} is a server's answer ({answer}), not a config; download it again")
     architectures = config.get("architectures")
     heads = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
     if config.get("is_encoder_decoder") is True:
@@ -191,96 +224,95 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     return config, hashlib.sha256(raw).hexdigest()
 
 
-@dataclass(frozen=True)
-class Index:
-    """An index file, by `name`: tensor name to shard name; what it says of the size; its own sha256."""
-
-    name: str
-    weight_map: dict[str, str]
-    total_size: object
-    sha256: str
-
-    @property
-    def shard_names(self) -> list[str]:
-        return sorted(set(self.weight_map.values()))
-
-
-def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
-    """The index of a sharded checkpoint.
-
-    Raises:
-        CheckpointError: damaged, empty, or naming a file outside the folder.
-    """
-    raw = read_small_file(inside(folder, name), name, _MAX_INDEX_BYTES)
-    index = parse_json_object(raw, name)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{name} has no weight_map; fetch it again")
-    kind, suffix = ("pickled", ".bin") if name == PICKLED_INDEX_NAME else ("safetensors", ".safetensors")
-    for shard in dict.fromkeys(map(str, weight_map.values())):
-        if not shard.endswith(suffix):
-            raise CheckpointError(f"{name} names {shown(shard)}, which is no {kind} file; fetch it again")
-    if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{name}: weight_map must map text to text; fetch it again")
-    total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return Index(name, weight_map, total_size, hashlib.sha256(raw).hexdigest())
-
-
-def _open_shards(folder: Path, index: Index, absent: HeaderReader | None) -> tuple[Shard, ...]:
-    weight_map = index.weight_map
-    paths = {name: inside(folder, name) for name in index.shard_names}
-    if absent is None:
-        missing = [name for name, path in paths.items() if not path.is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{index.name} names {shown_list(missing)}, missing from {shown(folder)}; download the checkpoint again"
-            )
+def _open_shards(folder: Path, names: list[str], chosen: str, elsewhere: Elsewhere | None) -> tuple[Shard, ...]:
+    """The files of weights, their headers read; `chosen` is what names them."""
+    paths = {name: inside(folder, name) for name in names}
+    missing = [name for name, path in paths.items() if not os.path.lexists(path)]
+    if missing and elsewhere is None:
+        raise CheckpointError(
+            f"{chosen} names {shown_list(missing)}, missing from {shown(folder)}; download the checkpoint again"
+        )
     shards: list[Shard] = []
     holder: dict[str, str] = {}
     for name, path in paths.items():
-        shard = _open_shard(name, path, absent)
+        shard = _open_shard(name, path, elsewhere)
         for tensor in shard.header.tensors:
             other = holder.setdefault(tensor.name, name)
             if other != name:
                 raise CheckpointError(
                     f"tensor {shown(tensor.name)} stands in two shards, {shown(other)} and {shown(name)}; "
-                    "which one counts is not defined, fetch the checkpoint again"
-                )
-            if weight_map.get(tensor.name) != name:
-                where = weight_map.get(tensor.name)
-                said = f"places in {shown(where)}" if where else "does not name"
-                raise CheckpointError(
-                    f"{shown(name)} holds tensor {shown(tensor.name)}, which {index.name} {said}; "
-                    "index and shards are of different checkpoints"
+                    "loaders differ in which one counts, download the checkpoint again"
                 )
         shards.append(shard)
-    if len(holder) != len(weight_map):
-        missing = [tensor for tensor in weight_map if tensor not in holder]
-        raise CheckpointError(
-            f"{index.name} places {shown_list(missing)} in shards that do not hold them; "
-            "index and shards are of different checkpoints"
-        )
     return tuple(shards)
 
 
-def _open_shard(name: str, path: Path, absent: HeaderReader | None) -> Shard:
+def _open_shard(name: str, path: Path, elsewhere: Elsewhere | None) -> Shard:
     before = fingerprint(path)
-    if absent is None or before is not None:
+    if elsewhere is None or before is not None:
         header: Header | None = (read_pickled if is_pickled(name) else read_header)(path, shown(name))
     else:
-        header = absent(name)
+        header = elsewhere.header(name)
     if header is None:
         raise CheckpointError(f"{shown(name)} is missing; download the checkpoint again")
     return Shard(name, path, header, before)
 
 
-def _open_absent(folder: Path, absent: HeaderReader | None) -> tuple[Shard, ...]:
-    """The one shard of a checkpoint whose weights are elsewhere."""
-    if absent is not None:
-        for name in (SINGLE_NAME, PICKLED_NAME):
-            if (header := absent(name)) is not None:
-                return (Shard(name, folder / name, header),)
-    raise CheckpointError(_no_weights(folder))
+def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]) -> list[str]:
+    """Where an index says otherwise than the headers, which count: loaders take the shards' names alone from it.
+
+    Raises:
+        CheckpointError: the index names a tensor that the model needs, and no shard holds it.
+    """
+    held = {tensor.name: shard.name for shard in shards for tensor in shard.header.tensors}
+    absent = [name for name in index.weight_map if name not in held]
+    if needed := _needed(absent, index, held, config):
+        raise CheckpointError(
+            f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs (transformers would "
+            "fill it with random numbers); download the checkpoint again"
+        )
+    unnamed = [name for name in held if name not in index.weight_map]
+    moved = [name for name, shard in held.items() if index.weight_map.get(name, shard) != shard]
+    said = {
+        "which no shard holds: transformers loads the model without": absent,
+        "in other shards than those that hold them: the shards' headers count": moved,
+    }
+    warnings = [f"{index.name} names {shown_list(names)}, {what}" for what, names in said.items() if names]
+    if unnamed:
+        warnings.append(f"{index.name} does not name {shown_list(unnamed)}, which the shards hold: read all the same")
+    return warnings
+
+
+# Parts of a decoder that every one has, beside its layers: embeddings and norms, as architectures call them.
+_ESSENTIAL = re.compile(r"embed|norm|^(?:wte|wpe|ln_\w+)$")
+
+
+def _needed(absent: Sequence[str], index: Index, held: Iterable[str], config: dict[str, Any]) -> list[str]:
+    """Those of the absent tensors that a model lacks.
+
+    That is what has its like in other layers, or should be in every one; embeddings and norms; and an output embedding
+    that is not the input's, where config.json says so (if it is silent, the model's class decides).
+    """
+    layers: dict[str, set[int]] = {}
+    kinds: set[tuple[str, str]] = set()
+    for split in filter(None, map(split_name, held)):
+        layers.setdefault(split.prefix, set()).add(split.index)
+        kinds.add((split.prefix, split.suffix))
+    listed = Counter((split.prefix, split.suffix) for split in filter(None, map(split_name, index.weight_map)))
+    sections = [config, config.get("text_config")]
+    unties = any(isinstance(section, dict) and section.get("tie_word_embeddings") is False for section in sections)
+
+    def is_needed(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if name.endswith(_TIED_HEADS):
+            return unties
+        if (split := split_name(name)) is None:
+            return leaf in ("weight", "bias") and _ESSENTIAL.search(module.rpartition(".")[2]) is not None
+        kind = split.prefix, split.suffix
+        is_of_each = leaf == "weight" and listed[kind] >= len(layers.get(split.prefix, ())) > 0
+        return kind in kinds or is_of_each
+
+    return [name for name in absent if is_needed(name)]
 
 
 def _without_tied_heads(shards: tuple[Shard, ...], config: dict[str, Any]) -> tuple[Shard, ...]:
@@ -306,22 +338,6 @@ def _place(tensor: TensorInfo) -> tuple[object, ...]:
     return tensor.dtype, tensor.shape, tensor.start, tensor.strides
 
 
-def read_small_file(path: Path, name: str, limit: int) -> bytes:
-    """A file of at most `limit` bytes.
-
-    Raises:
-        CheckpointError: unreadable, or larger.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from error
-    if len(raw) > limit:
-        raise CheckpointError(f"{name} is larger than {limit} bytes; it is damaged or no {name}")
-    return raw
-
-
 def _no_config(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return (
@@ -335,11 +351,20 @@ def _no_config(folder: Path) -> str:
     return f"{shown(folder)} has no config.json; give the directory of a Hugging Face checkpoint"
 
 
+# How save_pretrained(variant="fp16") names its files.
+_VARIANT = re.compile(r"model\.(\w+)(?:-\d{5}-of-\d{5})?\.safetensors")
+
+
 def _no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
         return _no_config(folder)
     if any(folder.glob("*.safetensors")):
         names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if variants := {match[1] for match in map(_VARIANT.match, names) if match}:
+            return (
+                f"{shown(folder)} holds weights of a variant alone ({shown_list(sorted(variants))}), which "
+                f"transformers loads only when asked for it; give them the names without it ({SINGLE_NAME})"
+            )
         return (
             f"{shown(folder)} holds {shown_list(names)} but neither {SINGLE_NAME} nor {INDEX_NAME}; "
             "the index is missing, download the checkpoint again"

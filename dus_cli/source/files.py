@@ -9,6 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from dus_cli.errors import CheckpointError, shown
+from dus_cli.source.mistaken import NUM_BYTES, not_fetched
+from dus_cli.source.reading import open_regular, reading, unreadable
 
 # Weights in any format, and what belongs to them. `.bin` is a pickle wherever it occurs on the Hub.
 WEIGHT_PATTERNS = (
@@ -62,6 +64,9 @@ OF_A_HEALING = ("run.json", "metrics.jsonl", "report.json", "healing-*.svg", "te
 
 # Nobody's but the base's own, at any depth.
 LEFT_BEHIND = (".git*", ".cache", "__pycache__", ".DS_Store")
+
+# What may begin as a web page, be compressed, or begin with zeros, and is what it should be.
+_PAGES = (".html", ".htm", ".xml", ".svg", ".gz", ".zip", ".xz", ".zst", ".bz2", ".npy")
 
 # A tokenizer of 100 MB exists; a stray archive of gigabytes in the folder is no part of the model.
 LARGEST_CARRIED_BYTES = 2_000_000_000
@@ -142,9 +147,7 @@ def carried_files(folder: Path) -> Iterator[tuple[str, Path]]:
             try:
                 status = path.stat()
             except OSError as error:
-                raise CheckpointError(
-                    f"{shown(relative)} cannot be read: {error.strerror or error}; remove or repair it"
-                ) from error
+                raise unreadable(relative, error) from error
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{shown(relative)} is not a regular file; remove it from the folder")
             if status.st_size > LARGEST_CARRIED_BYTES:
@@ -152,7 +155,24 @@ def carried_files(folder: Path) -> Iterator[tuple[str, Path]]:
                     f"{shown(relative)} has {status.st_size} bytes and is no weight file that dus knows; "
                     "move it out of the model's folder"
                 )
+            _check_fetched(relative, path)
             yield relative, path
+
+
+def _check_fetched(relative: str, path: Path) -> None:
+    """Hold that a file can be read, and is not what a clone or a download left in its place.
+
+    An empty file is fine: some tokenizers have an empty merges.txt.
+
+    Raises:
+        CheckpointError: it cannot be read, or was never fetched.
+    """
+    with reading(relative), open_regular(path) as file:
+        head = file.read(NUM_BYTES)
+        num_bytes = os.fstat(file.fileno()).st_size
+    what = not_fetched(head, num_bytes) if num_bytes and not relative.endswith(_PAGES) else None
+    if what is not None:
+        raise CheckpointError(f"{shown(relative)} {what}")
 
 
 def _relative(folder: Path, root: str, name: str) -> str:
@@ -160,4 +180,4 @@ def _relative(folder: Path, root: str, name: str) -> str:
 
 
 def _unreadable(error: OSError) -> None:
-    raise CheckpointError(f"{shown(error.filename)} cannot be read: {error.strerror}") from error
+    raise unreadable(str(error.filename), error) from error

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli.errors import CheckpointError, shown
+from dus_cli.source.json_objects import parse_json_object
+from dus_cli.source.mistaken import NUM_BYTES, not_weights
+from dus_cli.source.reading import open_regular, reading
 
 # The library's own limit, MAX_HEADER_SIZE.
 MAX_HEADER_BYTES = 100_000_000
 
 # The library counts with 64-bit machine words and refuses what overflows them.
 _MAX_COUNT = 2**64 - 1
-
-# A real config has four levels.
-_MAX_NESTING = 64
 
 # Bits per element. F4 and F6 are packed: two, or four, elements share bytes.
 DTYPE_BITS: Mapping[str, int] = {
@@ -93,64 +93,6 @@ class Header:
     tensors: tuple[TensorInfo, ...]
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(f"the name {shown(key)!r} stands twice")
-            seen.add(key)
-    return result
-
-
-def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
-    """A JSON object with distinct names and encodable text.
-
-    Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, a name twice, nested too deep, or text
-            that is no Unicode (half a surrogate pair).
-    """
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{where} is not UTF-8 (byte {error.start}); the file is damaged, fetch it again"
-        ) from None
-    except RecursionError:
-        raise CheckpointError(f"{where} is nested too deeply to be what it claims; refusing it") from None
-    except ValueError as error:  # JSONDecodeError, a name twice, or an integer of thousands of digits
-        raise CheckpointError(
-            f"{where} is not valid JSON ({shown(error)}); the file is damaged, fetch it again"
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, not an object; fetch it again")
-    if b"\\u" in raw:  # the only way for half a surrogate pair to get in
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise CheckpointError(f"{where} has text that is not Unicode (half a surrogate pair)") from None
-    return value
-
-
-def limit_nesting(value: object, where: str) -> None:
-    """Hold that JSON is nested no deeper than a real config, so that what walks or writes it may recurse.
-
-    Raises:
-        CheckpointError: deeper than that.
-    """
-    level: list[object] = [value]
-    for _ in range(_MAX_NESTING):
-        level = [c for v in level for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
-        if not level:
-            return
-    raise CheckpointError(f"{where} is nested too deeply to be what it claims; refusing it")
-
-
 def read_header(path: Path, where: str | None = None) -> Header:
     """Read and check the header of a safetensors file, without touching the data.
 
@@ -162,30 +104,31 @@ def read_header(path: Path, where: str | None = None) -> Header:
         CheckpointError: the file is not sound; one message for each way it can be unsound.
     """
     where = where or shown(path.name)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = header_length(prefix, size, where)
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+    with reading(where), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(NUM_BYTES)
+        length = header_length(head, size, where)
+        file.seek(8)
+        raw = file.read(length)
     if len(raw) != length:
         raise CheckpointError(f"{where} became shorter while it was read; copy or download it again")
     return parse_header(raw, size, where)
 
 
-def header_length(prefix: bytes, file_size: int, where: str) -> int:
-    """N of a file of `file_size` bytes that starts with `prefix`.
+def header_length(head: bytes, file_size: int, where: str) -> int:
+    """N of a file of `file_size` bytes that starts with `head`: its first `mistaken.NUM_BYTES`, or more.
 
     Raises:
-        CheckpointError: no room for a header, or a length beyond the file or the format's limit.
+        CheckpointError: something else than safetensors; no room for a header; or a length beyond the file or the
+            format's limit.
     """
-    if len(prefix) < 8:
+    if head[8:9] != b"{" and (what := not_weights(head[:NUM_BYTES], file_size)) is not None:
+        raise CheckpointError(f"{where} {what}")
+    if len(head) < 8:
         raise CheckpointError(
             f"{where} has {file_size} bytes, too few for a safetensors file; copy or download it again"
         )
-    (length,) = struct.unpack("<Q", prefix)
+    (length,) = struct.unpack("<Q", head[:8])
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{where} claims a header of {length} bytes, over the format's limit of {MAX_HEADER_BYTES}; "
@@ -204,7 +147,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     data_start = 8 + len(raw)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where}: its header does not start with '{{'; it is no safetensors file")
-    entries = parse_json_object(raw, f"{where}: the header")
+    entries = parse_json_object(raw, f"{where}: the header", is_header=True)
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ must map text to text")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dus_cli.errors import CheckpointError, shown
+from dus_cli.source.reading import open_regular, unreadable
 
 NAME = "INCOMPLETE"
 
@@ -66,12 +67,12 @@ def owner(folder: Path) -> Owner | None:
     """
     path = folder / NAME
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             raw = file.read(_MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CheckpointError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+        raise unreadable(str(path), error) from error
     with contextlib.suppress(ValueError, TypeError, KeyError):
         record = json.loads(raw)
         texts = {name: str(record[name]) for name in ("key", "host", "started", "token")}

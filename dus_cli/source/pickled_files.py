@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from typing import IO, NamedTuple, cast
 
 from dus_cli.errors import CheckpointError, shown
+from dus_cli.source.headers import MAX_HEADER_BYTES
+from dus_cli.source.mistaken import NUM_BYTES, not_weights
 
 # Of the zip's directory and of a pickle: each holds some 150 bytes a tensor. Reading takes about 30 times that.
 _MAX_BYTES = 16_000_000
@@ -62,8 +64,13 @@ def read_pickled_file(file: IO[bytes], where: str, *, at_hand: bool) -> PickledF
     """
     num_bytes = file.seek(0, io.SEEK_END)
     file.seek(0)
-    if file.read(len(_LEGACY_START)) == _LEGACY_START:
+    head = file.read(NUM_BYTES)
+    if head.startswith(_LEGACY_START):
         return _read_legacy(file, where, num_bytes)
+    if not head.startswith((b"PK", b"\x80")) and (what := not_weights(head, num_bytes)) is not None:
+        raise CheckpointError(f"{where} {what}")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
+        raise CheckpointError(f"{where} is a safetensors file under the name of a pickled one; name it *.safetensors")
     return _read_archive(file, where, num_bytes, at_hand=at_hand)
 
 

@@ -26,6 +26,7 @@ from dus_cli.errors import CheckpointError, reason_of, shown, shown_list
 from dus_cli.libraries import require
 from dus_cli.source.headers import Header, TensorInfo
 from dus_cli.source.pickled_files import REMEDY, PickledFile, Places, legacy_places, read_pickled_file
+from dus_cli.source.reading import open_regular, reading
 from dus_cli.source.strided import is_row_major, span
 
 if TYPE_CHECKING:
@@ -86,11 +87,8 @@ def read_pickled(path: Path, where: str) -> Header:
     Raises:
         CheckpointError: the file is not sound, not a plain state dict or hostile, or torch is not installed.
     """
-    try:
-        with path.open("rb") as file:
-            return parse_pickled(file, where)
-    except OSError as error:
-        raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+    with reading(where), open_regular(path) as file:
+        return parse_pickled(file, where)
 
 
 def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Header:

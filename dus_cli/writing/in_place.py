@@ -13,8 +13,9 @@ from pathlib import Path
 
 from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.source import incomplete
-from dus_cli.source.checkpoint import CONFIG_NAME, INDEX_NAME
+from dus_cli.source.checkpoint import CONFIG_NAME
 from dus_cli.source.incomplete import Owner
+from dus_cli.source.weights import INDEX_NAME
 from dus_cli.storage import remove, sync
 from dus_cli.writing.outputs import writing
 

@@ -17,6 +17,7 @@ from dus_cli.errors import OutputError, shown
 from dus_cli.planning.dtypes import overflow
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
+from dus_cli.source.reading import open_descriptor
 from dus_cli.storage import sync
 from dus_cli.writing.moves import Move
 
@@ -88,7 +89,7 @@ def open_twice(path: Path, flags: int, closing: contextlib.ExitStack) -> Files:
     Raises:
         OSError: it cannot be opened.
     """
-    buffered = os.open(path, flags)
+    buffered = open_descriptor(path, flags)
     closing.callback(_close, buffered, path.name)
     direct = None
     with contextlib.suppress(OSError, AttributeError):  # tmpfs, some network file systems, macOS

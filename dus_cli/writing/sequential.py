@@ -16,10 +16,11 @@ from dus_cli.planning.layout import Placement, ShardLayout
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making, made_pieces
 from dus_cli.source.checkpoint import Shard
+from dus_cli.source.reading import open_descriptor, unreadable
 from dus_cli.storage import sync
 from dus_cli.workers import PIECE, Workers, workers
 from dus_cli.writing.outputs import Tally, writing
-from dus_cli.writing.transfer import DEFAULT_JOBS, check_unchanged, unreadable
+from dus_cli.writing.transfer import DEFAULT_JOBS, check_unchanged
 
 
 def transfer_in_order(
@@ -85,9 +86,9 @@ def _write_shard(path: Path, name: str, layout: ShardLayout, team: Workers, on_b
 
 def _open(shard: Shard, closing: contextlib.ExitStack) -> int:
     try:
-        file = os.open(shard.path, os.O_RDONLY)
+        file = open_descriptor(shard.path, os.O_RDONLY)
     except OSError as error:
-        raise unreadable(shard, error) from error
+        raise unreadable(shard.name, error) from error
     closing.callback(os.close, file)
     return file
 
@@ -100,7 +101,7 @@ def _pieces(placement: Placement, file: int) -> Iterator[bytes | memoryview]:
             num_bytes += len(piece)
             yield piece
     except OSError as error:
-        raise unreadable(placement.shard, error) from error
+        raise unreadable(placement.shard.name, error) from error
     if num_bytes != placement.num_bytes:
         raise CheckpointError(
             f"{shown(placement.shard.name)} became shorter while it was read; copy or download it again"

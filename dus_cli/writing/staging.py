@@ -12,13 +12,13 @@ import ctypes
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dus_cli.errors import CheckpointError, OutputError, VerificationError, shown
 from dus_cli.source import incomplete
+from dus_cli.source.reading import file_pieces
 from dus_cli.storage import Storage, ask, known, remove
 from dus_cli.writing import journal
 from dus_cli.writing.in_place import LAST, InPlace, check_empty, clear_left, in_place_warning
@@ -218,11 +218,18 @@ class Staging:
         sync_file(self.folder / name)
 
     def copy_file(self, name: str, source: Path) -> None:
-        """Copy a small file. Its mode follows the umask, not the source's."""
+        """Copy a small file. Its mode follows the umask, not the source's.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            OutputError: it cannot be written.
+        """
         target = self.folder / name
         with writing(name):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            with target.open("wb") as file:
+                for piece in file_pieces(source, name):
+                    file.write(piece)
         sync_file(target)
 
     def publish(self) -> None:

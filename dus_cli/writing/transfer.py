@@ -26,10 +26,11 @@ from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making
 from dus_cli.source.checkpoint import Shard, fingerprint
 from dus_cli.source.headers import TensorInfo
+from dus_cli.source.reading import unreadable
 from dus_cli.source.strided import tensor_pieces
 from dus_cli.workers import PIECE, workers
 from dus_cli.writing.moves import Move, moves
-from dus_cli.writing.outputs import Outputs, Tally, create_shards, open_twice, sync_file, writing
+from dus_cli.writing.outputs import CLEARED, Outputs, Tally, create_shards, open_twice, sync_file
 
 # Four readers keep a disk busy; more changed nothing on two cores (docs/benchmarks.md).
 DEFAULT_JOBS = 4
@@ -168,7 +169,7 @@ class ShardMover:
             try:
                 self.source = open_twice(self.shard.path, os.O_RDONLY, closing)
             except OSError as error:
-                raise unreadable(self.shard, error) from error
+                raise unreadable(self.shard.name, error) from error
             names = (name for move in shard_moves for name, _ in move.targets)
             self.outputs = Outputs(self.folder, names, closing, self.on_bytes, self.tally)
             # Cloning is work for the file system's metadata alone: threads only contend for it.
@@ -212,8 +213,7 @@ class ShardMover:
                 clone_range(self.source.buffered, move.source_start + head, target, start + head, body)
             except OSError as error:
                 if error.errno not in _CANNOT_CLONE:
-                    with writing(name):
-                        raise
+                    raise self._not_cloned(name, error) from error
                 if self.must_clone:
                     raise OutputError(
                         f"--copy-mode clone: cannot clone into {shown(name)} ({error.strerror}); use --copy-mode auto"
@@ -225,6 +225,14 @@ class ShardMover:
             self._copy(Move(move.source_start + head + body, tail, ((name, start + head + body),)), view)
             self.outputs.done(cloned=body)
         return move._replace(targets=tuple(left))
+
+    def _not_cloned(self, name: str, error: OSError) -> OutputError:
+        """Of an error that may be the source's or the output's."""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space or choose another place" if full else "check the disk"
+        return OutputError(
+            f"cannot clone {shown(self.shard.name)} into {shown(name)}: {error.strerror or error}; {advice}, {CLEARED}"
+        )
 
     def _copy(self, move: Move, view: memoryview) -> None:
         """Read each piece once, write it, or what a cast makes of it, to every target."""
@@ -256,7 +264,7 @@ class ShardMover:
                 self.outputs.deliver(move, position, gathered, view[PIECE:])
                 position += len(piece)
         except OSError as error:  # of reading: writing has its own
-            raise unreadable(self.shard, error) from error
+            raise unreadable(self.shard.name, error) from error
 
     def _read(self, start: int, piece: memoryview, *, direct: bool) -> None:
         filled = 0
@@ -268,7 +276,7 @@ class ShardMover:
                 if error.errno == errno.EINVAL and file == self.source.direct:
                     self.source = replace(self.source, direct=None)  # opened, but not for blocks of 4096
                     continue
-                raise unreadable(self.shard, error) from error
+                raise unreadable(self.shard.name, error) from error
             if count == 0:
                 raise CheckpointError(
                     f"{shown(self.shard.name)} became shorter while it was read; copy or download it again"
@@ -287,10 +295,3 @@ def _cut(move: Move) -> Iterator[Move]:
         size = min(_MOVE - (-move.to_block(position) % BLOCK), move.length - position)
         yield move.part(position, size)
         position += size
-
-
-def unreadable(shard: Shard, error: OSError) -> CheckpointError:
-    """The error for a source shard that the operating system cannot read."""
-    return CheckpointError(
-        f"cannot read {shown(shard.name)}: {error.strerror or error}; check the disk or the network mount"
-    )

@@ -1,0 +1,174 @@
+"""Which files of a folder hold its weights: the choice that transformers makes, and what it leaves unread.
+
+`_get_resolved_checkpoint_files` in transformers' modeling_utils.py: the file that config.json's `transformers_weights`
+names; else the first that is there of one file, then an index, in safetensors, then in torch.save's format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from dus_cli.errors import CheckpointError, shown, shown_list
+from dus_cli.source.files import LEFT_BEHIND, WEIGHT_PATTERNS, inside
+from dus_cli.source.json_objects import parse_json_object
+from dus_cli.source.mistaken import is_answer
+from dus_cli.source.reading import read_small_file, unreadable
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+PICKLED_NAME = "pytorch_model.bin"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+
+# As transformers looks for them.
+IN_ORDER = (SINGLE_NAME, INDEX_NAME, PICKLED_NAME, PICKLED_INDEX_NAME)
+
+# The field of config.json that names the file of weights, or their index. It is not written: save_pretrained drops it.
+EXPLICIT_KEY = "transformers_weights"
+
+_MAX_INDEX_BYTES = 256_000_000
+
+# What workers of transformers write each for itself (is_sharded_checkpoint in its distributed/checkpoint.py).
+_OF_WORKERS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
+
+
+def is_pickled(name: str) -> bool:
+    """Whether a file of weights, or an index, is of torch.save's files, by its name."""
+    return name.endswith((".bin", ".bin.index.json"))
+
+
+def is_index(name: str) -> bool:
+    return name.endswith(".index.json")
+
+
+def choose_weights(names: Collection[str], config: dict[str, Any]) -> str | None:
+    """The file among `names` that transformers takes: of weights, or an index of them. None where there is none.
+
+    Raises:
+        CheckpointError: config.json names a file that is not there or none of safetensors, or the weights are of
+            workers, each its own part.
+    """
+    if of_workers := sorted(name for name in names if _OF_WORKERS.fullmatch(name)):
+        raise CheckpointError(
+            f"{shown_list(of_workers)}: each worker of a distributed run wrote its own part; join them first, with "
+            "transformers' consolidate_distributed_checkpoint, in a folder of their own"
+        )
+    explicit = config.get(EXPLICIT_KEY)
+    if explicit is None:
+        return next((name for name in IN_ORDER if name in names), None)
+    if not isinstance(explicit, str) or not explicit.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(
+            f"config.json: {EXPLICIT_KEY} is {shown(explicit)}; transformers takes a *.safetensors or "
+            "*.safetensors.index.json file there"
+        )
+    if explicit not in names:
+        raise CheckpointError(
+            f"config.json: {EXPLICIT_KEY} names {shown(explicit)}, which is not there; download it, or take the field "
+            "out"
+        )
+    return explicit
+
+
+def rivals(names: Collection[str], chosen: str) -> list[str]:
+    """Other files of the same format from which the model could be loaded, and from which transformers does not."""
+    return [name for name in IN_ORDER if name in names and name != chosen and is_pickled(name) == is_pickled(chosen)]
+
+
+def regular_files(folder: Path) -> set[str]:
+    """The files at the top of a folder, by name; links to files count, what is no regular file does not.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError as error:
+        raise unreadable(str(folder), error) from error
+
+
+def find_weights(folder: Path, config: dict[str, Any]) -> str | None:
+    """`choose_weights` among the files of a folder.
+
+    Raises:
+        CheckpointError: as `choose_weights`; or what stands under a name of weights is no file.
+    """
+    names = regular_files(folder)
+    explicit = config.get(EXPLICIT_KEY)
+    if isinstance(explicit, str) and "/" in explicit and inside(folder, explicit).is_file():
+        names.add(explicit)
+    chosen = choose_weights(names, config)
+    if chosen is None:
+        for name in IN_ORDER:
+            if os.path.lexists(folder / name):
+                raise CheckpointError(f"{name} is no file that can be read{_why(inside(folder, name))}")
+    return chosen
+
+
+def _why(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f" (a link to {shown(path.readlink())}, which is not there); download it again"
+    return " (a directory, pipe, socket or device); put the file itself in its place"
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Those among paths that are weights in any format, or belong to them."""
+    return sorted(name for name in names if _is_weights(name))
+
+
+def _is_weights(relative: str) -> bool:
+    *folders, name = relative.split("/")
+    if any(fnmatch(folder, pattern) for folder in folders for pattern in LEFT_BEHIND):
+        return False
+    return any(fnmatch(name.lower(), pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def files_below(folder: Path) -> set[str]:
+    """Paths, with "/", of all that is below a folder and no folder itself."""
+    found = set()
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in LEFT_BEHIND)]
+        found |= {(Path(root) / name).relative_to(folder).as_posix() for name in names}
+    return found
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index file, by `name`: tensor name to shard name; what it says of the size; its own sha256."""
+
+    name: str
+    weight_map: dict[str, str]
+    total_size: object
+    sha256: str
+
+    @property
+    def shard_names(self) -> list[str]:
+        return sorted(set(self.weight_map.values()))
+
+
+def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
+    """The index of a sharded checkpoint.
+
+    Raises:
+        CheckpointError: damaged, empty, or naming a file outside the folder.
+    """
+    raw = read_small_file(inside(folder, name), name, _MAX_INDEX_BYTES)
+    index = parse_json_object(raw, name)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(weight_map, dict) or not weight_map:
+        what = "is a server's answer, not an index" if is_answer(raw) else "has no weight_map"
+        raise CheckpointError(f"{name} {what}; download it again")
+    kind, suffix = ("pickled", ".bin") if is_pickled(name) else ("safetensors", ".safetensors")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{name}: weight_map must map text to text; download it again")
+    for shard in dict.fromkeys(weight_map.values()):
+        if not shard.endswith(suffix):
+            raise CheckpointError(f"{name} names {shown(shard)}, which is no {kind} file; download it again")
+    total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Index(name, weight_map, total_size, hashlib.sha256(raw).hexdigest())
