@@ -337,14 +337,14 @@ def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
     """A field that no rule reads: decided by a person, plainly harmless, about single layers, or refused."""
     if key in carrier.assume:
         return _decided_field(key, value, carrier)
-    if value in (None, [], {}) or isinstance(value, (bool, float)):
+    if value in (None, [], {}) or (isinstance(value, dict) and (key in arch.ENCODER_KEYS or is_a_model((key,), value))):
         return {}
-    if isinstance(value, dict) and (key in arch.ENCODER_KEYS or is_a_model((key,), value)):
-        return {}
-    carried = carrier.carry((key,), value)
     outputs = carrier.output_names((key,), key)
     if outputs != [key]:
-        return {**dict.fromkeys(outputs, carried)}
+        return dict.fromkeys(outputs, carrier.carry((key,), value))
+    if isinstance(value, (bool, float)):
+        return {}
+    carried = carrier.carry((key,), value)
     if _SUSPICIOUS.search(key) and carried == value and not (isinstance(value, list) and key in carrier.followed):
         raise ConfigError(
             f"config.json: {shown(key)} looks like it describes single layers, and dus does not know how it "

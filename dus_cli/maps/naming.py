@@ -55,6 +55,7 @@ _PATTERN = re.compile(
     r"every_n|(layer|block)s?_(interval|freq|frequency|period|step|offset)$|pattern$|attention_interval$|sparse_step$"
     r"|^first_k_"
 )
+_END_OF_RANGE = re.compile(r"start|end|first|last|from|to|begin|stop")
 # Texts under these keys are no names of modules.
 _NOT_NAMES = re.compile(
     r"path|(^|_)(dir|file|url|version|act|dtype|license|template|type|name)s?$|auto_map|architectures"
@@ -117,6 +118,8 @@ class Carrier:
     followed: list[str] = field(default_factory=list)
     tells: dict[str, list[str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    # Inside what belongs to one base layer: that layer, and the output layer that it is carried to.
+    _own: tuple[int, int] | None = None
 
     @property
     def _depth(self) -> int:
@@ -137,9 +140,7 @@ class Carrier:
             return self._carry_list(path, value, forced=decided == "map")
         if isinstance(value, str):
             return self._carry_text(path, value, forced=decided == "map")
-        if type(value) is int and len(path) > 1:
-            self._check_number(path, value)
-        return value
+        return self._carry_number(path, value) if type(value) is int and len(path) > 1 else value
 
     def _is_of_quantiser(self, path: Path) -> bool:
         return self.of_quantiser or any(key in QUANTIZATION_KEYS for key in path)
@@ -174,24 +175,36 @@ class Carrier:
             return self._carry_numbered(path, value, numbered)
         if any(_RANGE.fullmatch(key) for key in value) and not _NOT_OF_LAYERS.search(_last(path)):
             raise self.refuse(path, "has ranges of numbers as its keys, which may be layers", can_follow=False)
-        if self._sorts_layers(value) and not _is_of_something_else(path):
+        if self._sorts_layers(list(value.values())) and not _is_of_something_else(path):
             if not forced:
                 raise self.refuse(path, "has lists of numbers that sort the layers")
             return {key: self.carry_numbers((*path, key), entry) for key, entry in value.items()}
         carried: dict[str, Any] = {}
         for key, entry in value.items():
             outputs = self.output_names(path, key, forced=forced)
-            content = self.carry((*path, key), entry)
-            if outputs != [key]:
-                self._say(path, key, shown(entry))
-            carried |= dict.fromkeys(outputs, content)
+            if outputs == [key]:
+                carried[key] = self.carry((*path, key), entry)
+                continue
+            self._say(path, key, shown(entry))
+            for output in outputs:
+                split, copied = split_name(key), split_name(output)
+                own = (split.index, copied.index) if split is not None and copied is not None else None
+                carried[output] = self._carry_own(own, (*path, key), entry)
         return carried
 
-    def _sorts_layers(self, value: dict[str, Any]) -> bool:
-        """Whether the values are lists of numbers that together hold each layer's number once, from 0."""
-        if len(value) < 2 or not all(isinstance(entry, list) and entry for entry in value.values()):
+    def _carry_own(self, own: tuple[int, int] | None, path: Path, value: Any) -> Any:
+        """What belongs to one base layer, for an output layer that copies it: its own number becomes that one's."""
+        outer, self._own = self._own, own
+        try:
+            return self.carry(path, value)
+        finally:
+            self._own = outer
+
+    def _sorts_layers(self, value: list[Any]) -> bool:
+        """Whether these are lists of numbers that together hold each layer's number once, from 0."""
+        if len(value) < 2 or not all(isinstance(entry, list) and entry for entry in value):
             return False
-        numbers = [number for entry in value.values() for number in entry]
+        numbers = [number for entry in value for number in entry]
         return all(type(number) is int for number in numbers) and sorted(numbers) == list(range(self._depth))
 
     def _are_layers(self, path: Path, numbers: list[int], *, forced: bool) -> bool:
@@ -209,15 +222,17 @@ class Carrier:
 
     def _carry_numbered(self, path: Path, value: dict[str, Any], numbered: dict[str, int]) -> dict[str, Any]:
         first = 1 if max(numbered.values()) == self._depth else 0
-        contents = {number - first: self.carry((*path, key), value[key]) for key, number in numbered.items()}
+        contents = {number - first: ((*path, key), value[key]) for key, number in numbered.items()}
         self._note(
             path,
             f"is keyed by the layers' numbers (from {first}) and followed the map",
-            [shown(contents.get(layer)) for layer in range(self._depth)],
+            [shown(contents[layer][1]) if layer in contents else "" for layer in range(self._depth)],
         )
         kept = {key: self.carry((*path, key), entry) for key, entry in value.items() if key not in numbered}
-        outputs = enumerate(self.layer_map.sources)
-        return kept | {str(output + first): contents[base] for output, base in outputs if base in contents}
+        outputs = [(output, base) for output, base in enumerate(self.layer_map.sources) if base in contents]
+        return kept | {
+            str(output + first): self._carry_own((base, output), *contents[base]) for output, base in outputs
+        }
 
     # --- lists and numbers ---------------------------------------------------------------------------
 
@@ -227,8 +242,12 @@ class Carrier:
         if self._has_entry_per_layer(path, value, forced=forced):
             what = f"is a list with one entry per layer ({self._depth}) and followed the map"
             self._note(path, what, [str(entry) for entry in value])
-            carried = [self.carry(path, entry) if isinstance(entry, dict) else entry for entry in value]
-            return [carried[base] for base in self.layer_map.sources]
+            return [
+                self._carry_own((base, output), path, value[base]) if isinstance(value[base], dict) else value[base]
+                for output, base in enumerate(self.layer_map.sources)
+            ]
+        if self._sorts_layers(value) and not _is_of_something_else(path) and not forced:
+            raise self.refuse(path, "has lists of numbers that sort the layers", can_follow=False)
         if self.may_number_layers(path, value):
             if not forced or min(value) < 0:
                 raise self.refuse(path, f"is {shown(value)}, which may be layers' numbers", can_follow=min(value) >= 0)
@@ -271,11 +290,16 @@ class Carrier:
         self._note(path, f"lists layers' numbers (from {first}) and followed the map", told)
         return [output + first for output, base in enumerate(self.layer_map.sources) if base in members]
 
-    def _check_number(self, path: Path, value: int) -> None:
+    def _carry_number(self, path: Path, value: int) -> int:
         key = path[-1]
-        is_layer = _ONE_LAYER.search(key) and 0 <= value < self._depth
+        is_layer = 0 <= value < self._depth and (
+            _ONE_LAYER.search(key) or (_END_OF_RANGE.fullmatch(key) and _is_of_layers(path[-2:-1]))
+        )
+        if is_layer and self._own is not None and value == self._own[0]:
+            return self._own[1]
         if (is_layer or (_PATTERN.search(key) and value > 1)) and not _is_of_something_else(path):
             raise self.refuse(path, f"is {value}, which may be a layer's number or a pattern", can_follow=False)
+        return value
 
     # --- texts and names -----------------------------------------------------------------------------
 
@@ -320,6 +344,8 @@ class Carrier:
         if split is not None and (is_layer or (is_layer is None and forced)):
             if split.index >= self._depth:  # multi-token prediction: keeps its place after the last
                 return [split.at(split.index - self._depth + len(self.layer_map))]
+            if self._own is not None and split.index == self._own[0]:
+                return [split.at(self._own[1])]
             end = "." if name.endswith(".") and not split.suffix else ""  # "layers.1." does not begin "layers.10."
             return [split.at(output) + end for output in self.layer_map.outputs[split.index]]
         if self._is_layer_expression(path, name):
@@ -405,7 +431,11 @@ def _undotted_layer(name: str) -> re.Match[str] | None:
 
 
 def _is_of_layers(path: Path) -> bool:
-    return any(_OF_LAYERS.search(key) for key in path if "." not in key)
+    """Whether a key speaks of layers, of those below the last one that names a single module or layer."""
+    below = next(
+        (place for place in range(len(path), 0, -1) if "." in path[place - 1] or _is_number(path[place - 1])), 0
+    )
+    return any(_OF_LAYERS.search(key) for key in path[below:])
 
 
 def _is_spelled(path: Path) -> bool:
