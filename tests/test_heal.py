@@ -478,8 +478,13 @@ def test_without_the_document_mask_attention_crosses_documents(home: Path, alone
 
 def test_a_loss_that_cannot_be_helped_skips_steps_and_ends_the_run_with_the_batch_named(home: Path) -> None:
     out, data = home / "spoiled", ("--data", home / "corpus.jsonl")
-    options = ("--lr", "1e30", "--max-skipped", "3", "--save-every", "1", "--warmup", "0", "--schedule", "constant")
-    failure = tiny.heal(home / "scaled", out, *data, *RECIPE, *options)
+    options = ("--max-skipped", "3", "--save-every", "1", "--warmup", "0", "--schedule", "constant")
+    done = tiny.forked_dus("heal", home / "scaled", "-o", out, *data, *RECIPE, *options, "--print-command", "-q")
+    assert done.returncode == 0, done.stderr
+    run = json.loads((out / "run.json").read_text())
+    run["recipe"]["lr"] = 1e30  # which no command line takes
+    (out / "run.json").write_text(json.dumps(run))
+    failure = tiny.ended(out, tiny.start_workers(out))
     assert "3 steps in a row" in failure
     assert "step 4 (rows 24 to 31" in failure
     assert "last good checkpoint is kept" in failure

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dus_cli.errors import OutputError
+from dus_cli.errors import OutputError, UsageError
 from dus_cli.heal import prepare, tokenise
 from dus_cli.heal import texts as texts_module
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents, parse_holdout, parse_sources
@@ -344,7 +344,7 @@ def test_weights_are_for_all_or_none_and_positive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no weight but others have"):
         parse_sources([f"{a}:0.7", str(a)], tmp_path)
     for weight in ("0", "-1", "nan", "inf", "much", ""):
-        with pytest.raises(DataError, match="is not a positive number"):
+        with pytest.raises(UsageError, match="is not a number from"):
             parse_sources([f"{a}:{weight}"], tmp_path)
 
 

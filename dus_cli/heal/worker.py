@@ -20,6 +20,7 @@ from types import FrameType
 
 from dus_cli.errors import DusError
 from dus_cli.heal.run import FAILURE, disk_failure, read_run
+from dus_cli.unforeseen import explained
 
 # What a disk does that no restart mends.
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -81,16 +82,28 @@ def main(arguments: list[str]) -> int:
     _quiet_libraries()
     try:
         work(path)
-    except (DusError, OSError) as error:
-        is_known = isinstance(error, DusError) or error.errno in _OF_THE_DISK
-        if os.environ.get("DUS_DEBUG") or not is_known:
+    except Exception as error:
+        if os.environ.get("DUS_DEBUG") or _may_pass(error):
             raise
-        text = str(error) if isinstance(error, DusError) else disk_failure(path.parent, error.strerror or "")
+        is_full = isinstance(error, OSError) and not isinstance(error, DusError)
+        text = disk_failure(path.parent, error.strerror or "") if is_full else explained(error)  # type: ignore[attr-defined]
         _leave(failure, launch, text)
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
         os._exit(1)  # others may wait for this worker in a collective: no clean-up that waits for them
     return 0
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a restart may help: the network's failures and a device's are RuntimeErrors of torch, or OSErrors.
+
+    A library that is missing, a config that is wrong and a fault of dus stay what they are.
+    """
+    if isinstance(error, OSError):
+        return error.errno not in _OF_THE_DISK
+    return isinstance(error, (RuntimeError, MemoryError)) and not isinstance(
+        error, (NotImplementedError, RecursionError)
+    )
 
 
 def _leave(path: Path, launch: str, error: str) -> None:
