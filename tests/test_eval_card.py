@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -12,6 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import yaml
 from conftest import dus
+from pictures import check_labels
 
 from dus_cli.errors import EvaluationError, OutputError
 from dus_cli.evaluation import card
@@ -263,8 +265,22 @@ def test_the_picture_shows_every_model_with_its_interval(margin: float | None) -
         xs = [float(circle.attrib["cx"]) for circle in circles[:3]]
         assert xs == sorted(xs)
         assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
-        assert all(190 <= x <= 500 for x in xs)
+        assert all(34 <= x <= 500 for x in xs)
+        assert "h" * 60 in check_labels(text)
     assert "Bits per byte: base 0.9000" in eval_svg(report("base", "other", same=False))
+
+
+def test_the_picture_of_many_models_with_long_names_cuts_none_and_puts_none_on_another() -> None:
+    names = [f"an-organisation/a-model-with-a-name-{'that-goes-on-' * k}{k}" for k in range(8)]
+    found = report(*names)
+    assert found.losses is not None
+    text = check_labels(eval_svg(replace(found, losses=replace(found.losses, text_name="held-out " * 20))))
+    shown = "".join(text)
+    assert all(name in shown for name in names)
+    assert shown.replace(" ", "").startswith("Evaluationon" + "held-out" * 20)
+    assert "30.0 40.0 50.0" in text
+    assert "90.0 100.0" in text
+    assert "healed" in check_labels(eval_svg(report("base", "scaled", "healed")))
 
 
 def test_what_is_written_of_losses_and_tasks() -> None:

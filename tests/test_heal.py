@@ -87,7 +87,8 @@ def assert_same_weights(one: Path, other: Path, within: float) -> None:
 
 def test_held_out_loss_falls_and_the_report_says_from_where(home: Path, healed: Path) -> None:
     report = json.loads((healed / "report.json").read_text())
-    assert report == json.loads((home / "report").read_text())
+    places = {"model": str((home / "scaled").resolve()), "output": str(healed.resolve())}
+    assert json.loads((home / "report").read_text()) == report | places
     assert report["base_loss"] < report["scaled_loss"]
     assert report["loss"] < report["scaled_loss"] - 0.2
     rows = tiny.metrics(healed)
@@ -155,6 +156,16 @@ def test_every_file_is_carried_changed_or_new_and_nothing_is_left_over(
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"README.md", "dus.json", *(name for name in before if name.endswith(".safetensors"))}
     assert not [path.name for path in folder.parent.glob(".*")]
+
+
+def test_the_proof_tells_nothing_of_the_makers_machine_but_what_things_are_called(home: Path, healed: Path) -> None:
+    said = {name: (healed / name).read_text(encoding="utf-8") for name in ("run.json", "report.json", "README.md")}
+    assert not [name for name, text in said.items() if str(home) in text]
+    run, report = json.loads(said["run.json"]), json.loads(said["report.json"])
+    assert run["model"] == report["model"] == "scaled"
+    assert run["output"] == report["output"] == healed.name
+    assert run["options"]["data.files"] == ["corpus.jsonl"]
+    assert [source["name"] for source in run["data"]["sources"]] == ["corpus.jsonl"]
 
 
 def test_dus_json_keeps_the_scaling_and_appends_the_healing(home: Path, healed: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import re
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -466,6 +469,20 @@ def test_a_spike_does_not_flatten_a_long_run() -> None:
     spiked = [row | {"loss": 90.0} if row["step"] == 500 else row for row in rows]
     ticks = [float(text) for text in texts(curve(spiked)) if re.fullmatch(r"\d\.\d+", text)]
     assert max(ticks) < 3.6
+
+
+@pytest.mark.parametrize("num_steps", [90, 400])
+def test_the_training_line_is_smooth_enough_that_the_held_out_one_shows(num_steps: int) -> None:
+    chance = random.Random(0)
+    rows = [row | {"loss": row.get("loss", 0.0) + chance.gauss(0, 0.4)} for row in run_rows(num_steps, 2)]
+    rows[0] = START
+    svg = curve(rows)
+    training, heldout = (
+        [float(point.split(",")[1]) for point in points.split()] for points in re.findall(r'points="([^"]+)"', svg)
+    )
+    rough = statistics.mean(abs(a - b) for a, b in pairwise(training))
+    assert rough < 0.15 * (max(heldout) - min(heldout))
+    assert max(heldout) - min(heldout) > 100  # of 266 pixels
 
 
 def test_titles_are_text_whatever_they_hold() -> None:

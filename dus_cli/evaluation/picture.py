@@ -13,17 +13,21 @@ from dus_cli.release.svg import (
     COLOURS,
     DASHED,
     SERIES,
-    cut,
+    WIDTH,
     document,
     escaped,
     nice_step,
     text_at,
     ticks,
+    wrapped,
 )
 
-# The edges of the plot between names and figures, and the height of a row, in pixels.
+# The edges of the plot between names and figures, and the height of a row and of a line of text, in pixels.
 _LEFT, _RIGHT = 190, 500
-_ROW, _SCORE_ROW = 44, 24
+_ROW, _SCORE_ROW, _LINE = 44, 24, 18
+
+# Characters of a name beside its row, of one in lines of its own above it, of a title, and scores in a line.
+_BESIDE, _ABOVE, _TITLE, _IN_A_LINE = int((_LEFT - 30) / CHARACTER), int((WIDTH - 40) / CHARACTER), 70, 3
 
 # Of the normal distribution: how many standard errors of the harness make a 95% interval.
 _NORMAL = 1.96
@@ -31,15 +35,16 @@ _NORMAL = 1.96
 
 @dataclass(frozen=True)
 class _Scale:
-    """Values from left to right, and the rows from `top` to `bottom` below which they are named."""
+    """Values from `left` to right, and the rows from `top` to `bottom` below which they are named."""
 
     low: float
     high: float
+    left: float
     top: float
     bottom: float
 
     def x(self, value: float) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * (value - self.low) / (self.high - self.low)
+        return self.left + (_RIGHT - self.left) * (value - self.low) / (self.high - self.low)
 
     def axis(self, label: str, colour: dict[str, str]) -> Iterable[str]:
         step = nice_step(self.high - self.low, 5)
@@ -48,7 +53,7 @@ class _Scale:
             x = self.x(value)
             yield f'<path d="M{x:.1f} {self.top:g}V{self.bottom:g}" stroke="{colour["grid"]}"/>'
             yield text_at(x, self.bottom + 18, f"{value:.{decimals}f}", colour["axis"], anchor="middle")
-        yield text_at(_LEFT, self.bottom + 38, label, colour["axis"])
+        yield text_at(self.left, self.bottom + 38, label, colour["axis"])
 
     def whisker(self, y: float, estimate: Estimate, dot: str, stroke: str) -> str:
         """A value, and a line over its interval."""
@@ -59,13 +64,50 @@ class _Scale:
         return line + f'<circle cx="{self.x(estimate.value):.1f}" cy="{y:g}" {dot}/>'
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows of a plot lie. Names that do not fit beside them stand above, in lines, and none is cut."""
+
+    names: tuple[tuple[str, ...], ...]
+    tops: tuple[float, ...]
+    height: float
+    bottom: float
+    is_above: bool
+
+    @classmethod
+    def of(cls, names: Sequence[str], top: float, height: float) -> _Rows:
+        is_above = any(len(name) > _BESIDE for name in names)
+        lines = tuple(tuple(wrapped(name, _ABOVE if is_above else _BESIDE)) for name in names)
+        tops = []
+        for name in lines:
+            top += _LINE * len(name) if is_above else 0
+            tops.append(top)
+            top += height
+        return cls(lines, tuple(tops), height, top, is_above)
+
+    @property
+    def left(self) -> float:
+        return 34 if self.is_above else _LEFT
+
+    def middle(self, k: int) -> float:
+        return self.tops[k] + self.height / 2
+
+    def name(self, k: int, colour: dict[str, str]) -> Iterable[str]:
+        """The name of row k."""
+        first = self.tops[k] - _LINE * len(self.names[k]) + 14 if self.is_above else self.middle(k) + 4.5
+        for number, line in enumerate(self.names[k]):
+            yield text_at(20, first + _LINE * number, line, colour["text"], halo=colour["page"])
+
+
 def eval_svg(report: EvalReport, *, dark: bool = False) -> str:
     """The picture of what was found on the text, in the tasks, or both."""
     colour = COLOURS[dark]
-    text = report.losses.text_name if report.losses is not None else "tasks"
-    title = f"Evaluation on {text}" if report.losses is not None else "Evaluation by tasks"
-    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(cut(title, 70))}</text>']
-    bottom, said = 40.0, []
+    title = "Evaluation by tasks" if report.losses is None else f"Evaluation on {report.losses.text_name}"
+    parts, bottom, said = [], 28.0, []
+    for line in wrapped(title, _TITLE):
+        parts.append(f'<text x="20" y="{bottom:g}" font-size="15" font-weight="600">{escaped(line)}</text>')
+        bottom += 20
+    bottom -= 8
     if report.losses is not None:
         drawn, bottom, description = _losses(report.losses, bottom, colour)
         parts += drawn
@@ -83,7 +125,8 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
     figures = [model.loss if same else model.bits_per_byte for model in report.models]
     ends = [end for figure in figures for end in (figure.interval or (figure.value, figure.value))]
     air = 0.06 * max(max(ends) - min(ends), 0.02 * max(ends), 1e-3)
-    scale = _Scale(min(ends) - air, max(ends) + air, top, top + _ROW * len(figures))
+    rows = _Rows.of([model.name for model in report.models], top, _ROW)
+    scale = _Scale(min(ends) - air, max(ends) + air, rows.left, top, rows.bottom)
     label = "loss (nats per token)" if same else "bits per byte"
     interval = ", with its 95% interval" if report.num_units > 1 else ""
     parts = list(scale.axis(label + interval, colour))
@@ -91,8 +134,8 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
     parts.append(f'<path d="M{first:.1f} {scale.top:g}V{scale.bottom:g}" stroke="{colour["base"]}" {DASHED}/>')
     words = []
     for k, (model, figure) in enumerate(zip(report.models, figures, strict=True)):
-        y, ink = top + _ROW * (k + 0.5), colour["heldout" if k else "base"]
-        parts.append(text_at(20, y + 4.5, cut(model.name, int((_LEFT - 30) / CHARACTER)), colour["text"]))
+        y, ink = rows.middle(k), colour["heldout" if k else "base"]
+        parts += rows.name(k, colour)
         parts.append(scale.whisker(y, figure, f'r="5" fill="{ink}"', f'stroke="{ink}" stroke-width="2" fill="none"'))
         difference = _difference(model, same=same)
         parts.append(text_at(_RIGHT + 14, y - 3.5 if difference else y + 4.5, f"{figure.value:.4f}", colour["text"]))
@@ -115,26 +158,31 @@ def _scores(
 ) -> tuple[list[str], float, str]:
     """A row for each task, a dot for each model. Scores that are no shares have no place on this axis."""
     labels = [score.label for score in report.models[0].scores if score.is_share]
-    scale = _Scale(0, 100, top + 8, top + 8 + _SCORE_ROW * len(labels))
+    lines = -(-len(report.models) // _IN_A_LINE)  # of figures, in a row
+    rows = _Rows.of(labels, top + 8, max(_SCORE_ROW, _LINE * lines + 6))
+    scale = _Scale(0, 100, rows.left, top + 8, rows.bottom)
     parts = list(scale.axis("score in percent, with its 95% interval", colour))
     words = []
     for row, label in enumerate(labels):
-        y = scale.top + _SCORE_ROW * (row + 0.5)
-        parts.append(text_at(20, y + 4.5, cut(label, int((_LEFT - 30) / CHARACTER)), colour["text"]))
+        y = rows.middle(row)
+        parts += rows.name(row, colour)
         values = []
         for k, result in enumerate(report.models):
             score = next(score for score in result.scores if score.label == label)
             error = None if score.stderr is None else 100 * _NORMAL * score.stderr
             parts.append(scale.whisker(y, Estimate(100 * score.value, error), *_look(k, colour, series)))
             values.append(f"{100 * score.value:.1f}")
-        parts.append(text_at(_RIGHT + 14, y + 4.5, cut("  ".join(values), 21), colour["text"]))
+        for number in range(lines):
+            said = "  ".join(values[number * _IN_A_LINE : (number + 1) * _IN_A_LINE])
+            parts.append(text_at(_RIGHT + 14, y + 4.5 + _LINE * (number - (lines - 1) / 2), said, colour["text"]))
         words.append(f"{label} {', '.join(values)}")
     y = scale.bottom + 64
     for k, result in enumerate(report.models):
         dot, stroke = _look(k, colour, series)
         parts.append(f'<path d="M20 {y - 4:g}h26" {stroke}/><circle cx="33" cy="{y - 4:g}" {dot}/>')
-        parts.append(text_at(54, y, cut(result.name, 70), colour["text"]))
-        y += 20
+        for line in wrapped(result.name, _TITLE):
+            parts.append(text_at(54, y, line, colour["text"]))
+            y += 20
     return parts, y, f"Scores in percent of {', '.join(r.name for r in report.models)}: {'; '.join(words)}."
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from dus_cli.errors import shown
 from dus_cli.evaluation.options import TextOptions
 from dus_cli.heal.corpus import BadLine, DataError, Source, Tally, Unread, documents, parse_sources
+from dus_cli.heal.run import public
 
 # Text tokenised at a time (characters): enough for every core.
 _BATCH = 1 << 20
@@ -26,7 +27,9 @@ class Text:
     @property
     def name(self) -> str:
         """What it is called in a card: the names of the files, or of the argument that found many."""
-        return ", ".join(source.paths[0].name if len(source.paths) == 1 else source.text for source in self.sources)
+        return ", ".join(
+            source.paths[0].name if len(source.paths) == 1 else public(source.text) for source in self.sources
+        )
 
     @property
     def unread(self) -> Unread:

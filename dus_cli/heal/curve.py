@@ -41,7 +41,7 @@ MAX_SERIES = 8
 def loss_curve(rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, title: str, dark: bool = False) -> str:
     """The picture of a run, from the rows of its metrics.jsonl.
 
-    Thin: training loss, smoothed where there are many steps. Thick: held-out loss, from right after scaling
+    Thin: training loss, smoothed. Thick: held-out loss, from right after scaling
     to the end. Dashed: the base's held-out loss, with the first measurement that is at it or below it.
     """
     ordered = [row for _, row in sorted({row["step"]: row for row in rows}.items())]
@@ -50,11 +50,12 @@ def loss_curve(rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, ti
     base_loss = _finite(base_loss)
     reached = None if base_loss is None else next((p for p in heldout if p[1] <= base_loss), None)
     smooth = _smoothed(_thinned(training))
-    plot = _Plot.around([*_without_outliers(smooth), *heldout], base_loss, dark)
+    plot = _Plot.around([*smooth, *heldout], base_loss, dark)
     colour = plot.colour
     parts = [plot.frame(title)]
     parts.append(plot.line(smooth, f'stroke="{colour["training"]}" stroke-width="1.3"'))
-    legend = [("training", colour["training"], 1.3)] * bool(training) + [("held-out", colour["heldout"], 2.5)]
+    legend = [("training (smoothed)", colour["training"], 1.3)] * bool(training)
+    legend.append(("held-out", colour["heldout"], 2.5))
     parts.append(_legend_row(legend, colour))
     if base_loss is not None:
         parts.append(plot.base_line(base_loss, colour["base"]))
@@ -269,18 +270,25 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """Losses as means over a fiftieth of the run. Below 100 points they stay as they are."""
-    losses, reach = [loss for _, loss in points], len(points) // 100
-    windows = [losses[max(0, k - reach) : k + reach + 1] for k in range(len(points))]
-    return [(tokens, math.fsum(w) / len(w)) for (tokens, _), w in zip(points, windows, strict=True)]
+    """Losses as means over a sixth of the run, so that batches hide neither the trend nor the held-out line.
+
+    Of each sixth the middle half, so that a spike is none; at the start over fewer, for there the loss falls fastest.
+    """
+    losses = [loss for _, loss in points]
+    reaches = [min(k + 1, len(points) // 12) for k in range(len(points))]
+    windows = [losses[max(0, k - reach) : k + reach + 1] for k, reach in enumerate(reaches)]
+    return [(tokens, _midmean(window)) for (tokens, _), window in zip(points, windows, strict=True)]
 
 
-def _without_outliers(points: Sequence[Point]) -> list[Point]:
-    """The points that set the scale. Of a long run the highest do not, so that a spike flattens nothing."""
-    if len(points) < 100:
-        return list(points)
-    limit = sorted(loss for _, loss in points)[-len(points) // 25]  # a smoothed spike is a fiftieth
-    return [point for point in points if point[1] <= limit]
+def _midmean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest quarter.
+
+    >>> _midmean([2.0, 3.0, 90.0]), _midmean([2.0, 3.0])
+    (3.0, 2.5)
+    """
+    left_out = (len(values) + 1) // 4
+    middle = sorted(values)[left_out : len(values) - left_out]
+    return math.fsum(middle) / len(middle)
 
 
 def _ends_kept(points: Sequence[Point]) -> list[Point]:

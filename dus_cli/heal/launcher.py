@@ -30,7 +30,17 @@ from dus_cli.heal.estimate import Shape, shape_of
 from dus_cli.heal.live import MetricsFollower, View
 from dus_cli.heal.options import Launch
 from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
-from dus_cli.heal.run import FAILURE, REPORT, Run, changed_options, check_same, disk_failure, other_options, read_run
+from dus_cli.heal.run import (
+    FAILURE,
+    REPORT,
+    Run,
+    changed_options,
+    check_same,
+    disk_failure,
+    other_options,
+    public,
+    read_run,
+)
 from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.libraries import require
 from dus_cli.maps.model_config import decoder_config
@@ -79,7 +89,7 @@ def heal(wishes: Wishes, view: View) -> dict[str, Any]:
         StoppedError: a signal ended it; a checkpoint is saved.
     """
     model = check(wishes)
-    finished = _finished(wishes)
+    finished = _finished(wishes, model)
     if finished is not None:
         return finished | {"status": "unchanged"}
     run = prepare_run(wishes, model, view)
@@ -149,24 +159,29 @@ def _check_output(output: Path) -> None:
         raise OutputError(f"{shown(output)} holds {shown(strangers[0])} and no run of dus heal; choose another -o")
 
 
-def _finished(wishes: Wishes) -> dict[str, Any] | None:
+def _finished(wishes: Wishes, model: Model) -> dict[str, Any] | None:
     """The report of a run that is finished already with these options; None where there is none."""
     path = wishes.output / REPORT
     if not path.is_file():
         return None
     run = read_run(wishes.output / RUN_NAME)
     changed = changed_options(run, wishes.to_json())
-    if run.model != str(wishes.model.resolve()):
+    if run.model_key != resolve.model_key(model.checkpoint):
         changed.append("the model")
     for name in ("data.files", "data.eval_files"):  # the tokens are gone, so the names must do
-        if run.options[name] != wishes.to_json()[name]:
+        if public(run.options[name]) != public(wishes.to_json()[name]):
             changed.append("the data")
     if changed:
         raise other_options(run, changed)
     with Staging(wishes.output.resolve(), overwrite=True):
         pass  # clears the run's folder, where a kill came between the rename and its removal
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report
+    return _read_report(wishes.output.resolve(), wishes.model.resolve())
+
+
+def _read_report(folder: Path, model: Path) -> dict[str, Any]:
+    """report.json of a folder, with the places that it keeps to itself."""
+    report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return report | {"model": str(model), "output": str(folder)}
 
 
 def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
@@ -352,10 +367,8 @@ def _relayed() -> Iterator[_Relay]:
 
 def _outcome(run: Run, code: int, signum: int | None) -> dict[str, Any]:
     """The report of a finished run, or the reason why there is none."""
-    report = run.folder / REPORT
-    if report.is_file():
-        found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return found
+    if (run.folder / REPORT).is_file():
+        return _read_report(run.folder, Path(run.model))
     failure = run.folder / FAILURE
     if failure.is_file():
         raise HealError(json.loads(failure.read_text(encoding="utf-8"))["error"])

@@ -199,14 +199,14 @@ class Publication:
 
     def _write_proof(self, staging: Staging, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         run = self._run
-        for name in (run_file.NAME, run.metrics_path.name):
-            staging.copy_file(name, run.folder / name)
+        staging.copy_file(run.metrics_path.name, run.metrics_path)
+        staging.write_text(run_file.NAME, dump_json(run_file.public(asdict(run))))
         if (run.folder / "tensorboard").is_dir():
             shutil.copytree(run.folder / "tensorboard", staging.folder / "tensorboard")
         title = f"Healing {Path(run.output).name}"
         for name, dark in CURVES.items():
             staging.write_text(name, loss_curve(rows, base_loss=report["base_loss"], title=title, dark=dark))
-        staging.write_text(run_file.REPORT, dump_json(report))
+        staging.write_text(run_file.REPORT, dump_json(run_file.public(report)))
         staging.write_text(lineage.NAME, dump_json(self._lineage(report)))
         card = self._source.folder / "README.md"
         with reading(card.name):

@@ -177,6 +177,21 @@ def _content(path: Path) -> bytes:
         return file.read()
 
 
+def public(value: Any) -> Any:
+    """JSON as it goes into a release: of absolute paths the last name, for the rest is about the maker's machine.
+
+    >>> public({"model": "/home/me/models/out", "files": ["/data/*.jsonl:0.7", "more.txt"], "steps": 3})
+    {'model': 'out', 'files': ['*.jsonl:0.7', 'more.txt'], 'steps': 3}
+    """
+    if isinstance(value, dict):
+        return {key: public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value
+
+
 def _build(kind: type[_T], record: dict[str, Any]) -> _T:
     """A dataclass from JSON: nested ones from objects, tuples from lists."""
     nested: dict[str, Any] = {"recipe": RecipePlan, "fit": FitPlan, "keeping": KeepingPlan, "base": BasePlan}

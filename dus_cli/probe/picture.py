@@ -8,24 +8,26 @@ from dataclasses import dataclass
 
 from dus_cli.probe.verb import Measured, Probe
 from dus_cli.release.svg import (
+    CHARACTER,
     COLOURS,
     DASHED,
     SERIES,
     WIDTH,
-    cut,
     document,
     escaped,
     human_count,
     nice_step,
     text_at,
     ticks,
+    wrapped,
 )
 
-# The edges of the upper plot, and of the heat map below it, in pixels.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 64, 330
-_MAP_TOP, _MAP_SIZE = 428, 372
+# The edges of the upper plot, and of the heat map below it, in pixels. What is recommended is named above the plot.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 112, 378
+_NAMES, _NAME = 76, 20
+_MAP_TOP, _MAP_SIZE = 476, 372
 _SCALE_LEFT, _SCALE_WIDTH = 500, 16
-_HEIGHT = 850
+_HEIGHT = 898
 
 # From near to far: a light page goes from pale to deep blue, a dark one from deep to bright. By lightness alone, so
 # that every kind of sight reads it.
@@ -70,10 +72,16 @@ def probe_svg(found: Probe, *, dark: bool = False) -> str:
     colour, series = COLOURS[dark], SERIES[dark]
     measured = [m for m in found.maps if m.is_finite]
     title = f"{found.name}: loss right after scaling, {found.num_layers} layers"
-    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(cut(title, 70))}</text>']
+    lines = wrapped(title, 70)
+    parts = [
+        f'<text x="20" y="{28 + 20 * number}" font-size="15" font-weight="600">{escaped(line)}</text>'
+        for number, line in enumerate(lines)
+    ]
+    below = 20 * (len(lines) - 1)
+    parts.append(f'<g transform="translate(0 {below})">')
     parts += _losses(found, measured, colour, series)
-    parts += _heat_map(found, colour, dark=dark)
-    return document(parts, title, _description(found, measured), _HEIGHT, colour)
+    parts += [*_heat_map(found, colour, dark=dark), "</g>"]
+    return document(parts, title, _description(found, measured), _HEIGHT + below, colour)
 
 
 def _trim_of(measured: Measured, num_layers: int) -> float:
@@ -106,10 +114,11 @@ def _losses(found: Probe, measured: Sequence[Measured], colour: dict[str, str], 
         y = axes.loss_y(loss)
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
         parts.append(text_at(_LEFT - 8, y + 4.5, f"{loss:.{decimals}f}", colour["axis"], anchor="end"))
-    for size in ticks(*axes.sizes, nice_step(axes.sizes[1] - axes.sizes[0], 5)):
+    named = {human_count(size): size for size in ticks(*axes.sizes, nice_step(axes.sizes[1] - axes.sizes[0], 5))}
+    for name, size in named.items():
         y = axes.size_y(size)
         parts.append(f'<path d="M{_RIGHT} {y:.1f}h5" stroke="{size_colour}"/>')
-        parts.append(text_at(_RIGHT + 10, y + 4.5, human_count(size), colour["axis"]))
+        parts.append(text_at(_RIGHT + 10, y + 4.5, name, colour["axis"]))
     parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
     for trim in ticks(*axes.xs, nice_step(axes.xs[1] - axes.xs[0], 15, least=1.0)):
         x = axes.x(trim)
@@ -125,7 +134,8 @@ def _losses(found: Probe, measured: Sequence[Measured], colour: dict[str, str], 
     )
     base_y = axes.loss_y(found.base_loss)
     parts.append(f'<path d="M{_LEFT} {base_y:.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
-    parts.append(text_at(_LEFT + 8, base_y + 17, f"base {found.base_loss:.3f}", colour["base"], halo=colour["page"]))
+    parts.append(f'<path d="M240 46h26" stroke="{colour["base"]}" {DASHED}/>')
+    parts.append(text_at(274, 50, f"base {found.base_loss:.3f}", colour["base"]))
     parts.append(f'<polyline points="{line}" fill="none" stroke="{loss_colour}" stroke-width="2.5"/>')
     parts += [
         f'<circle cx="{axes.x(trim):.1f}" cy="{axes.loss_y(loss):.1f}" r="3.2" fill="{loss_colour}"/>'
@@ -148,7 +158,7 @@ def _axes(points: Sequence[tuple[float, float, int, bool]], found: Probe) -> _Ax
     low, high = min(losses), max(losses)
     spread = max(high - low, 0.02 * abs(high), 1e-3)
     span = max(max(sizes) - min(sizes), 0.02 * max(sizes), 1)
-    # Air below the base's line for its label, and above for the marks.
+    # Air for the marks.
     return _Axes(
         (min(trims), max(trims)),
         (low - 0.14 * spread, high + 0.1 * spread),
@@ -157,25 +167,42 @@ def _axes(points: Sequence[tuple[float, float, int, bool]], found: Probe) -> _Ax
 
 
 def _marks(found: Probe, axes: _Axes, colour: dict[str, str]) -> list[str]:
-    """A ring around what is recommended, with its name above it."""
-    parts = []
+    """A ring around what is recommended, with its name above the plot, where no line runs."""
     names: dict[int, list[str]] = {}
     for number, name in ((found.within, f"within {found.bound:.0%}"), (found.knee, "knee")):
         if number is not None:
             names.setdefault(number, []).append(name)
-    for row, (number, words) in enumerate(names.items()):
+    marks = []
+    for number, words in names.items():
         measured = found.maps[number]
         x, y = axes.x(_trim_of(measured, found.num_layers)), axes.loss_y(measured.loss or 0.0)
-        top = _TOP + 26 + 44 * row
         layers = len(measured.candidate.layer_map)
-        anchor, dx = ("start", 6) if x < (_LEFT + _RIGHT) / 2 else ("end", -6)
-        parts.append(f'<path d="M{x:.1f} {top}V{y - 8:.1f}" stroke="{colour["axis"]}" stroke-dasharray="1.5 3"/>')
+        marks.append((x, y, f"{', '.join(words)}: {layers} layers, {measured.loss:.3f}"))
+    parts = []
+    for row, (x, y, label, anchor) in enumerate(_placed(sorted(marks))):
+        baseline = _NAMES + _NAME * row
+        dx = 6 if anchor == "start" else -6
+        parts.append(
+            f'<path d="M{x:.1f} {baseline - 6}V{y - 8:.1f}" stroke="{colour["axis"]}" stroke-dasharray="1.5 3"/>'
+        )
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7.5" fill="none" stroke="{colour["text"]}" stroke-width="2"/>'
         )
-        label = f"{', '.join(words)}: {layers} layers, {measured.loss:.3f}"
-        parts.append(text_at(x + dx, top + 6, label, colour["text"], anchor=anchor, halo=colour["page"]))
+        parts.append(text_at(x + dx, baseline, label, colour["text"], anchor=anchor, halo=colour["page"]))
     return parts
+
+
+def _placed(marks: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str, str]]:
+    """Marks from left to right, in rows: the lower name away from the line that comes down from the upper one."""
+    if not marks:
+        return []
+    room_behind = WIDTH - 10 - 6 - CHARACTER * len(marks[-1][2])
+    room_before = 20 + 6 + CHARACTER * len(marks[0][2])
+    if marks[-1][0] <= room_behind:
+        return [(*mark, "start") for mark in marks]
+    if marks[0][0] >= room_before:
+        return [(*mark, "end") for mark in reversed(marks)]
+    return [(*mark, "start" if mark is marks[0] else "end") for mark in marks]
 
 
 def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -88,6 +89,22 @@ def escaped(text: str) -> str:
 
 def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """A text in lines of at most so many characters, none of it left out: broken at blanks or behind - / _ . if it can.
+
+    >>> wrapped("a-long-name of a model", 9)
+    ['a-long-', 'name of a', 'model']
+    """
+    lines: list[str] = []
+    while len(text) > width:
+        ends = [match.end() for match in re.finditer(r"[\s/_.-]", text[:width])]
+        ends += [width] * (text[width] == " ")
+        end = max(ends, default=width)
+        lines.append(text[:end].rstrip())
+        text = text[end:].lstrip()
+    return [*lines, text]
 
 
 def nice_step(spread: float, count: int, *, least: float = 0.0) -> float:
