@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -44,7 +45,7 @@ from dus_cli.planning.plan import parse_size
 from dus_cli.probe.command import probe
 from dus_cli.progress import ProgressMode
 from dus_cli.push.command import push_command
-from dus_cli.terminal import say, silence
+from dus_cli.terminal import fitted, say, silence
 from dus_cli.unforeseen import explained
 from dus_cli.verification import VerifyMode
 from dus_cli.writing.outputs import KEPT
@@ -278,7 +279,7 @@ def upscale(
     if as_json:
         print(json.dumps(report.to_json()))
     elif says:
-        print(report)
+        print(fitted(report))
 
 
 @app.command()
@@ -306,7 +307,7 @@ def verify(
     if as_json:
         print(json.dumps(found.to_json()))
     elif says or not found.is_sound:
-        print(found)
+        print(fitted(found))
     if not found.is_sound:
         raise typer.Exit(1)
 
@@ -315,6 +316,15 @@ app.command()(heal)
 app.command("eval")(evaluate)
 app.command()(probe)
 app.command("push")(push_command)
+
+
+def _unbroken(text: str) -> str:
+    """A docstring's paragraphs without their line ends, which --help would keep: a terminal breaks them for itself."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+for _command in app.registered_commands:
+    _command.help = _unbroken(inspect.getdoc(_command.callback) or "")
 
 
 # typer vendors click, so its usage errors have no public name: it is the parent of BadParameter.

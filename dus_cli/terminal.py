@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from contextlib import suppress
@@ -30,6 +32,32 @@ def say(text: str) -> None:
         sys.stderr.flush()
     except OSError:
         silence(sys.stderr.fileno())
+
+
+def fitted(text: object, width: int | None = None) -> str:
+    """A result, its lines broken between words where a terminal would break within them; paths and commands stay whole.
+
+    Where stdout is no terminal and COLUMNS is not set, a line stays a line.
+
+    >>> print(fitted("left out     1,000 empty, 20 too_long", 30))
+    left out     1,000 empty, 20
+                 too_long
+    """
+    if width is None and not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
+        return str(text)
+    width = width or shutil.get_terminal_size().columns
+    return "\n".join(_broken(line, width) for line in str(text).split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    if len(line) <= width or line.lstrip().startswith("dus "):
+        return line
+    label = re.match(r"(?:\S+(?: \S+)*)?\s{2,}", line)  # of a table's first column
+    indent = label.end() if label and label.end() <= width // 2 else 0
+    lines = textwrap.wrap(
+        line[indent:], width - indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return line[:indent] + ("\n" + " " * indent).join(lines)
 
 
 def silence(descriptor: int) -> None:

@@ -350,8 +350,10 @@ def test_heal_probe_and_eval_tell_what_was_not_read(tmp_path: Path) -> None:
     write_corpus(tmp_path / "data/a.jsonl")
     written(tmp_path / "data/b.warc.gz", b"?")
     data = ("--data", tmp_path / "data")
-    dry = forked_dus("heal", model, *data, "--dry-run", "--seq-length", "32")
+    dry = forked_dus("heal", model, *data, "--dry-run", "--seq-length", "32", COLUMNS="80")
     assert "not read     1 file: b.warc.gz" in dry.stdout, dry.stderr
+    long = [line for line in dry.stdout.splitlines() if len(line) > 80]
+    assert all(" " not in line.strip() for line in long), "no word is broken but a path"
     run = forked_dus("heal", model, *data, "--print-command", "--seq-length", "32", "-o", tmp_path / "out")
     assert run.returncode == 0, run.stderr
     in_run = json.loads((tmp_path / "out/run.json").read_text())["data"]

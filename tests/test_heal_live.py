@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
+from dus_cli.errors import StoppedError
 from dus_cli.heal.curve import MAX_SERIES, compare_curves, loss_curve
 from dus_cli.heal.live import LiveView, MetricsFollower, NoView, PlainView, sparkline, view_for
 from dus_cli.heal.metrics import MetricsFile
@@ -345,6 +347,41 @@ def test_notes_stay_in_sight_and_a_waiting_line_does_not(metrics: Path) -> None:
     assert "[b] stays as it is\n" in written(view)
     assert " 75%" in written(view)
     assert picture(view) in ([], [""])
+
+
+def raw(view: LiveView) -> str:
+    file = view._console.file
+    assert isinstance(file, io.TextIOWrapper)
+    assert isinstance(file.buffer, io.BytesIO)
+    return file.buffer.getvalue().decode(file.encoding)
+
+
+def test_where_the_width_changes_the_screen_is_cleared_once_and_drawn_anew(metrics: Path, clock: list[float]) -> None:
+    clear = "\x1b[H\x1b[2J"
+    view, follower = live(metrics, START, step_row(1))
+    for width, times in ((80, 0), (60, 1), (60, 1), (100, 2)):
+        view._console.width = width
+        clock[0] += 1
+        view.update(follower)
+        assert raw(view).count(clear) == times
+    assert max(map(len, picture(view))) <= 96
+
+
+def test_the_last_line_leaves_room_for_what_a_terminal_writes_when_a_key_is_pressed(metrics: Path) -> None:
+    view, _ = live(metrics, START, step_row(1), width=40)
+    assert max(map(len, picture(view))) <= 36
+
+
+def test_of_a_run_that_was_stopped_no_line_of_the_view_stays(metrics: Path) -> None:
+    erased = "\x1b[1A\x1b[2K"
+    for error, stays in ((StoppedError("ended by SIGINT", 2), False), (None, True)):
+        view, _ = live(metrics, START, step_row(1))
+        num_lines = len(picture(view))
+        before = len(raw(view))
+        with suppress(StoppedError), view:
+            if error is not None:
+                raise error
+        assert raw(view)[before:].rstrip().endswith(erased * num_lines) == (not stays)
 
 
 def test_a_pipe_gets_lines_and_quiet_gets_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ from dus_cli.options import (
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
 from dus_cli.release.svg import check_picture, write_pictures
+from dus_cli.terminal import fitted
 
 # The groups in which --help lists the options.
 _TEXT, _TASKS, _RUN, _GATES = "Data", "Tasks", "Running", "What must hold"
@@ -258,7 +259,7 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps(report.to_json()) + "\n")
     elif says:
-        sys.stdout.write(report.text(shutil.get_terminal_size().columns) + "\n")
+        sys.stdout.write(fitted(report.text(shutil.get_terminal_size().columns)) + "\n")
     sys.stdout.flush()
     if report.missed:
         raise GateError("; ".join(report.missed))

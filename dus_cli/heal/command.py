@@ -28,6 +28,7 @@ from dus_cli.options import (
 from dus_cli.options import number as _number
 from dus_cli.options import parser as _parser
 from dus_cli.progress import ProgressMode
+from dus_cli.terminal import fitted
 
 
 def _or_auto(name: str) -> Callable[[str], int | None]:
@@ -378,8 +379,13 @@ def heal(
 ) -> None:
     """Heal an up-scaled model by continued pretraining, and prove that it healed.
 
-    Measures the base's loss and the scaled model's, trains under torchrun, and ends with a directory like
-    any other, with its loss curve. The same command run again goes on where it was.
+    Example: dus heal out/ --data corpus.jsonl --until base -o healed/
+
+    Most need five options: --data (the text), -o (where the model goes), --tokens (how long; one epoch if left out),
+    --until base (or until it is as good as its base) and --dry-run (what that takes).
+
+    Measures the base's loss and the scaled model's, trains under torchrun, and ends with a directory like any other,
+    with its loss curve. The same command run again goes on where it was.
     """
     if phase and train != "all":
         raise typer.BadParameter("--phase says which layers learn; leave out --train", param_hint="--phase")
@@ -443,4 +449,5 @@ def heal(
             report = launcher.heal(wishes, view)
             shown = json.dumps(report) if as_json else heal_text(report)
     if as_json or says or print_command:
-        sys.stdout.write(shown + "\n")
+        is_exact = as_json or (print_command and not dry_run)
+        sys.stdout.write((shown if is_exact else fitted(shown)) + "\n")

@@ -36,6 +36,9 @@ _PATIENCE = 10.0
 # Columns of the labels on a terminal.
 _LABEL = 11
 
+# Columns that stay free at the right: a terminal writes ^C behind the last line, and must not begin another with it.
+_ECHO = 4
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 # For terminals whose encoding has no such characters.
@@ -202,18 +205,22 @@ class LiveView:
         self._is_training = False
         self._tokenised: float | None = None
         self._drawn_at = 0.0
+        self._drawn_width: int | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        # The last picture of a run stays above its report; a status that is over does not.
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # The last picture of a run stays above its report; a status that is over does not, and of a run that ended
+        # otherwise nothing does: its time left and its bar are no longer true.
         self._status, self._tokenised = "", None
+        self._settle()
         self._live.update(self._picture())
-        self._live.transient = not self._standing.has_begun
+        self._live.transient = kind is not None or not self._standing.has_begun
         self._live.stop()
 
     def note(self, text: str) -> None:
+        self._settle()
         self._console.print(self._plain(text), markup=False, highlight=False)
 
     def status(self, text: str) -> None:
@@ -255,12 +262,27 @@ class LiveView:
         if at_once or now - self._drawn_at >= _REDRAW:
             self._drawn_at = now
             self._live.start()  # the first time; later it does nothing
+            self._settle()
             self._live.update(self._picture(), refresh=True)
+
+    def _settle(self) -> None:
+        """Clear the screen where its width changed.
+
+        Some terminals break the lines that are there, others cut them, and tmux tells of it a quarter of a second
+        later: nobody knows how many rows the last picture has now. Most terminals keep what is cleared to scroll to.
+        """
+        from rich.control import Control
+
+        width = self._console.width
+        if self._drawn_width not in {None, width}:
+            self._console.control(Control.home(), Control.clear())
+        self._drawn_width = width
 
     # --- the picture ------------------------------------------------------------------------------
 
     def _picture(self) -> RenderableType:
         from rich.console import Group
+        from rich.constrain import Constrain
         from rich.text import Text
 
         lines: list[RenderableType] = []
@@ -276,7 +298,7 @@ class LiveView:
             frames = "-\\|/" if self._console.options.ascii_only else "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
             frame = frames[int(waited / _REDRAW) % len(frames)]
             lines.append(Text(f"{frame} {self._plain(text)}", no_wrap=True, overflow="crop"))
-        return Group(*lines)
+        return Constrain(Group(*lines), self._console.width - _ECHO)
 
     def _rows(self) -> list[tuple[str, str]]:
         now = self._standing
@@ -284,7 +306,7 @@ class LiveView:
         if now.phase_text():
             rows.append(("phase", now.phase_text()))
         if now.step:
-            width = self._console.width - _LABEL - 8
+            width = self._console.width - _ECHO - _LABEL - 8
             line = "" if self._console.options.ascii_only else sparkline(now.losses, min(width, 60))
             rows.append(("loss", f"{_loss(now.loss):<7} {line}"))
         rows.append(("held-out", now.heldout_text()))

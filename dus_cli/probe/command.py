@@ -33,6 +33,7 @@ from dus_cli.probe.maps import parse_trims
 from dus_cli.progress import ProgressMode
 from dus_cli.reference import ModelRef
 from dus_cli.release.svg import check_picture, write_pictures
+from dus_cli.terminal import fitted
 
 _DATA, _MAPS, _FIT = "Data", "Maps", "Memory and speed"
 
@@ -224,4 +225,4 @@ def probe(
     if as_json:
         sys.stdout.write(json.dumps(probe_json(found)) + "\n")
     elif says:
-        sys.stdout.write(probe_text(found) + "\n")
+        sys.stdout.write(fitted(probe_text(found)) + "\n")

@@ -13,6 +13,7 @@ from dus_cli.progress import ProgressMode
 from dus_cli.push.pushing import preview_folder, send
 from dus_cli.push.target import Target
 from dus_cli.report import folder_push_json, push_text
+from dus_cli.terminal import fitted
 from dus_cli.writing.transfer import DEFAULT_JOBS
 
 
@@ -46,6 +47,6 @@ def push_command(
     if as_json:
         print(json.dumps(folder_push_json(output, report)))
     elif says:
-        print(push_text(report))
+        print(fitted(push_text(report)))
         for warning in report.warnings:
-            print(f"warning: {warning}")
+            print(fitted(f"warning: {warning}"))
