@@ -598,3 +598,25 @@ def test_missing_hub_model_with_a_directory_of_its_name_tells_how_to_write_it(
 ) -> None:
     (desk / "org" / "none").mkdir(parents=True)
     dus("upscale", "org/none", "-q", "-o", "out", cwd=desk, **environment).assert_one_line_error("write ./org/none")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_file_of_a_repo_is_read_before_its_index(
+    stream: bool, hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
+) -> None:
+    """As transformers does; the index's shards are not even fetched."""
+    folder = write_repo(tmp_path / "both", 8)
+    single = write_repo(tmp_path / "one", 6, num_shards=1)
+    shutil.copyfile(single / "model.safetensors", folder / "model.safetensors")
+    shutil.copyfile(single / "config.json", folder / "config.json")
+    repos["org/both"] = one_commit(folder)
+    command = ("upscale", "org/both", "--trim", "1", "-o", "out", "--json", *(["--stream"] if stream else []))
+    report = dus(*command).report
+    assert report["base_weights"]["read"] == ["model.safetensors"]
+    assert set(report["base_weights"]["not_read"]) >= SHARDS | {
+        INDEX,
+        "pytorch_model.bin",
+        "original/consolidated.00.pth",
+    }
+    assert report["num_layers"] == {"base": 6, "output": 10}
+    assert not hub.files_asked_for & SHARDS

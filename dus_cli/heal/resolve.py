@@ -12,7 +12,7 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.bounds import check_fields
-from dus_cli.errors import HealError, UsageError, shown
+from dus_cli.errors import HealError, UsageError, described, shown
 from dus_cli.heal import run as run_file
 from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
 from dus_cli.heal.run import BasePlan, FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
@@ -98,11 +98,17 @@ def open_model(folder: Path) -> Model:
         checkpoint,
         decoder.num_layers,
         length if isinstance(length, int) else None,
-        int(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0),
+        _vocab_size(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0),
         base,
         () if layer_map is None else tuple(seam.output_layers for seam in layer_map.seams),
         () if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
     )
+
+
+def _vocab_size(said: object) -> int:
+    if not isinstance(said, int):
+        raise HealError(f"config.json: vocab_size is {described(said)}, not a number of tokens")
+    return said
 
 
 def _layer_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | None:

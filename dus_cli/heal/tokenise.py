@@ -29,6 +29,8 @@ import numpy as np
 from dus_cli.errors import reason_of, shown
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents
 from dus_cli.heal.special_tokens import SpecialTokens, special_tokens_of
+from dus_cli.source.mistaken import NUM_BYTES, not_fetched
+from dus_cli.source.reading import open_regular, reading
 from dus_cli.writing.outputs import sync_file, writing
 
 if TYPE_CHECKING:
@@ -105,6 +107,22 @@ def tokenizer_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _check_fetched(folder: Path) -> None:
+    """Hold that a tokenizer's files are not what a clone or a download left in their place.
+
+    Raises:
+        DataError: one is.
+    """
+    for name in _TOKENIZER_FILES:
+        path = folder / name
+        if not path.is_file() or not path.stat().st_size:
+            continue
+        with reading(name), open_regular(path) as file:
+            head = file.read(NUM_BYTES)
+        if (what := not_fetched(head, path.stat().st_size)) is not None:
+            raise DataError(f"the tokenizer in {shown(folder)}: {name} {what}")
+
+
 class Tokeniser:
     """The tokenizer in a model's folder.
 
@@ -126,6 +144,7 @@ class Tokeniser:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         from transformers import AutoTokenizer
 
+        _check_fetched(folder)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

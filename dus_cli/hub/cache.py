@@ -24,6 +24,16 @@ def not_cached(ref: ModelRef, folder: Path, names: Sequence[str]) -> ModelNotFou
     return ModelNotFoundError(f"{ref} is not (wholly) in the cache: {what}; {way_out()}")
 
 
+def check_snapshot(ref: ModelRef, folder: Path) -> None:
+    """Hold that a snapshot's folder is a commit's: of an empty ref huggingface_hub makes the folder of them all.
+
+    Raises:
+        ModelNotFoundError: it is not.
+    """
+    if not _COMMIT.fullmatch(folder.name):
+        raise ModelNotFoundError(f"{ref} is not (wholly) in the cache: {missing(ref)}; {way_out()}")
+
+
 def missing(ref: ModelRef) -> str:
     """What the cache lacks of a model, as far as its ref, its snapshot and the list of its files tell."""
     from huggingface_hub import constants

@@ -15,7 +15,7 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.errors import CheckpointError, DusError, shown, shown_list
-from dus_cli.hub.cache import not_cached
+from dus_cli.hub.cache import check_snapshot, not_cached
 from dus_cli.hub.errors import LIBRARY, answered, hub_errors, prepare
 from dus_cli.hub.remote import RemoteFile, pause, wait_before
 from dus_cli.progress import NoProgress, Progress
@@ -69,6 +69,7 @@ def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool 
     only = [CONFIG_NAME, CARD_NAME, INDEX_NAME] if fetch is Fetch.headers else None
     bar = _told_of(NoProgress()) if quiet else None  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
     folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
+    check_snapshot(ref, folder)
     config, _ = read_config(folder)
     chosen = choose_weights(_names(ref, folder.name, folder), config)
     if chosen is None:
