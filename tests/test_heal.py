@@ -17,7 +17,9 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 
 STEPS = 12
-RECIPE = ("--steps 12 --seq-length 64 --batch-tokens 512 --lr 3e-3 --holdout 10% --eval-every 4 --seed 3").split()
+RECIPE = (
+    "--steps 12 --seq-length 64 --batch-tokens 512 --lr 3e-3 --holdout 10% --eval-every 4 --eval-tokens 250K --seed 3"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -673,10 +675,10 @@ def test_a_dry_run_counts_tokens_and_steps_and_writes_nothing(home: Path, tmp_pa
     assert dry(home, *length, "--steps", "7")["tokens"] == 7 * 512
     assert dry(home, *length)["base_layers"] == [0, 1, 2, 5]
     held = dry(home, *length, "--holdout", "20%")
-    assert held["heldout_tokens"] > 3 * whole["heldout_tokens"]
+    assert held["available_heldout_tokens"] > 3 * whole["available_heldout_tokens"]
     other = tiny.write_corpus(tmp_path / "other.jsonl", 20, seed=9)
     own = dry(home, *length, "--eval-data", str(other), "--holdout", "0")
-    assert own["heldout_documents"] == 20
+    assert own["available_heldout_documents"] == 20
     assert own["train_documents"] == 200
 
 

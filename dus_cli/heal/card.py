@@ -57,5 +57,24 @@ def _section(report: dict[str, Any]) -> str:
   <img alt="Training and held-out loss against tokens, with the base's line" src="healing-light.svg">
 </picture>
 
+{_measured_on(report)}
+
 {report["tokens"]:,} tokens in {report["steps"]:,} steps, {report["flops"]:.3g} FLOPs. `metrics.jsonl` has every
 step, `report.json` the figures, `run.json` every option."""
+
+
+def _measured_on(report: dict[str, Any]) -> str:
+    """The data, how often it was gone over, and what the losses are of."""
+    names = ", ".join(f"`{_plain(name)}`" for name in report["data"])
+    there = report["available_heldout_tokens"]
+    of = f" of the {there:,} tokens held out" if there > 1.05 * report["heldout_tokens"] else " held out"
+    return (
+        f"Trained on {names}: {report['train_tokens']:,} tokens of {report['train_documents']:,} documents, "
+        f"{report['epochs']:,.2f} epochs. The losses are over {report['heldout_tokens']:,} tokens of "
+        f"{report['heldout_documents']:,} documents{of}."
+    )
+
+
+def _plain(name: str) -> str:
+    """A name as code of Markdown can hold it."""
+    return "".join(letter if letter.isprintable() and letter != "`" else "?" for letter in name)

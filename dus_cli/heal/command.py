@@ -337,20 +337,20 @@ def heal(
             "--eval-every",
             parser=_number("eval-every"),
             metavar="STEPS",
-            help="Steps between held-out measurements. Default: a 20th of the run.",
+            help="Steps between held-out measurements. Default: a 20th of the run, or more: see --eval-tokens.",
             rich_help_panel=_KEEP,
         ),
     ] = None,
     eval_tokens: Annotated[
-        int,
+        Optional[int],  # noqa: UP045
         typer.Option(
             "--eval-tokens",
             metavar="N",
             parser=_number("eval-tokens", opt.parse_count),
-            help="Held-out tokens that are measured, at most.",
+            help="Held-out tokens of a measurement, at most. Default: 250K, or what takes a tenth of the run's time.",
             rich_help_panel=_KEEP,
         ),
-    ] = "250K",  # type: ignore[assignment]
+    ] = None,
     save_every: Annotated[
         opt.Every,
         typer.Option(

@@ -50,6 +50,10 @@ class EventView:
             stage_event("progress", self._tokenising)
             self._told_at = time.monotonic()
 
+    def plan(self, _lines: Sequence[str], record: dict[str, Any], /) -> None:
+        self._end_tokenising()
+        emit("plan", **record)
+
     def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
         self._end_tokenising()
         self._standing = Standing(num_steps, tokens_per_step, tuple(phases))

@@ -29,6 +29,7 @@ from dus_cli.heal.corpus import BadLine, Source, parse_sources
 from dus_cli.heal.estimate import Shape, shape_of
 from dus_cli.heal.live import MetricsFollower, View
 from dus_cli.heal.options import Launch
+from dus_cli.heal.plan import num_processes, plan_lines, plan_of
 from dus_cli.heal.resolve import Model, Wishes, ties_embeddings
 from dus_cli.heal.run import (
     FAILURE,
@@ -93,6 +94,8 @@ def heal(wishes: Wishes, view: View) -> dict[str, Any]:
     if finished is not None:
         return finished | {"status": "unchanged"}
     run = prepare_run(wishes, model, view)
+    plan = plan_of(run, model_shape(model, run), wishes.launch)
+    view.plan(plan_lines(plan), plan)
     view.begin(run.num_steps, run.tokens_per_step, [phase.train for phase in wishes.recipe.phases])
     code, signum = _launch(run, wishes.launch, view)
     return _outcome(run, code, signum)
@@ -204,15 +207,32 @@ def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
     output.mkdir(exist_ok=True)
     if wishes.launch.node_rank == 0 and folders.is_locked(output / "checkpoints"):
         raise HealError(f"another run is healing into {shown(wishes.output)} at this moment; wait for it")
-    data = prepare_data(wishes, model, output / "tokens", view)
-    run = resolve.make_run(wishes, model, data.record, data.rows_per_epoch)
+    run = _planned(wishes, model, output / "tokens", view)
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
         check_same(begun, run)
         run = replace(run, fit=replace(run.fit, precision=begun.fit.precision))  # auto, on whatever it goes on
+        kept = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)  # whatever --eval-every now is
+        run = _measured(replace(run, keeping=kept), output / "tokens")
     if wishes.launch.node_rank == 0 or not (output / RUN_NAME).exists():
         run.write()
     return run
+
+
+def _planned(wishes: Wishes, model: Model, folder: Path, view: View) -> Run:
+    """The run, with its data's token files in `folder`."""
+    data = prepare_data(wishes, model, folder, view)
+    return _measured(resolve.make_run(wishes, model, data.record, data.rows_per_epoch), folder)
+
+
+def _measured(run: Run, folder: Path) -> Run:
+    """The run, told what its measurements predict."""
+    from dus_cli.heal.tokens import Prepared, heldout_rows
+
+    data = Prepared.from_json(run.data)
+    most = run.keeping.eval_tokens
+    rows = heldout_rows(data, folder, run.seq_length, document_mask=run.document_mask, max_tokens=most)
+    return replace(run, heldout_documents=rows.num_documents, heldout_tokens=rows.num_labels)
 
 
 def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Prepared:
@@ -257,15 +277,6 @@ def _sources(wishes: Wishes, folder: Path) -> tuple[tuple[Source, ...], tuple[So
 
 
 # --- torchrun -------------------------------------------------------------------------------------
-
-
-def num_processes(launch: Launch) -> int:
-    """Workers of this node: as asked, or one for each accelerator, or one."""
-    if launch.nproc_per_node is not None:
-        return launch.nproc_per_node
-    import torch
-
-    return max(1, torch.accelerator.device_count())
 
 
 def torchrun_command(launch: Launch, run_path: Path) -> list[str]:
@@ -413,8 +424,12 @@ def preview(wishes: Wishes, view: View) -> tuple[Run, Shape]:
         folder = wishes.output.resolve() / "tokens"
         if not folder.is_dir():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        data = prepare_data(wishes, model, folder, view)
-    run = resolve.make_run(wishes, model, data.record, data.rows_per_epoch)
+        run = _planned(wishes, model, folder, view)
+    return run, model_shape(model, run)
+
+
+def model_shape(model: Model, run: Run) -> Shape:
+    """What the model's FLOPs and memory depend on."""
     fields = decoder_config(model.checkpoint.config).fields
     tied = {"tie_word_embeddings": ties_embeddings(model.checkpoint)}
-    return run, shape_of(fields | tied, run.num_parameters, run.num_layers)
+    return shape_of(fields | tied, run.num_parameters, run.num_layers)

@@ -98,6 +98,9 @@ class View(Protocol):
     def tokenising(self, done: int, total: int) -> None:
         """How far the data are tokenised, in bytes."""
 
+    def plan(self, lines: Sequence[str], record: dict[str, Any], /) -> None:
+        """What the run will do: for a person, and as JSON."""
+
     def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
         """The size of the run, and the names of its phases where they are worth telling."""
 
@@ -134,6 +137,9 @@ class NoView:
     def tokenising(self, done: int, total: int) -> None:
         pass
 
+    def plan(self, _lines: Sequence[str], _record: dict[str, Any], /) -> None:
+        pass
+
     def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
         pass
 
@@ -158,6 +164,10 @@ class PlainView(NoView):
     def tokenising(self, done: int, total: int) -> None:
         if total and self._is_due():
             self._say(f"tokenising: {done / total:.0%}")
+
+    def plan(self, lines: Sequence[str], _record: dict[str, Any], /) -> None:
+        for line in lines:
+            self.note(line)
 
     def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
         self._standing = Standing(num_steps, tokens_per_step, tuple(phases))
@@ -232,6 +242,10 @@ class LiveView:
     def tokenising(self, done: int, total: int) -> None:
         self._tokenised = min(1.0, done / total) if total else None
         self._draw()
+
+    def plan(self, lines: Sequence[str], _record: dict[str, Any], /) -> None:
+        for line in lines:
+            self.note(line)
 
     def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
         self._tokenised = None

@@ -342,10 +342,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Keeping:
-    """What is measured and kept on the way. `eval_every` None is twenty times a run."""
+    """What is measured and kept on the way. None is as often and as much as a tenth of the run's time allows."""
 
     eval_every: int | None = None
-    eval_tokens: int = 250_000
+    eval_tokens: int | None = None
     save_every: Every = Every(seconds=900.0)
     keep: int = 2
     track: Track = Track.none

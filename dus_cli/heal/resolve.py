@@ -26,8 +26,21 @@ _LONGEST_SEQUENCE = 4096
 
 _SMALL_BATCH, _LARGE_BATCH, _LARGE_MODEL = 512, 262_144, 1_000_000_000
 
-# Held-out measurements in a run, where no interval was given.
-_EVALS = 20
+# Held-out measurements in a run where no interval was given, and the fewest, where each would else be too thin.
+_EVALS, _FEWEST_EVALS = 20, 5
+
+# Held-out tokens of a measurement where none were asked for: the most, and with less it is better to measure seldom.
+_EVAL_TOKENS, _THIN_EVAL_TOKENS = 250_000, 16_384
+
+# Of a run's time, what measurements may take where nothing was asked for.
+_EVAL_SHARE = 0.1
+
+# The time of a forward pass, in steps of as many tokens: forward and twice as much backward, or where few layers
+# learn little more than a backward pass through them.
+_FORWARD_SHARE, _FORWARD_SHARE_OF_FEW = 1 / 3, 2 / 3
+
+# At the start two are measured, the base and the scaled model.
+_AT_START = 2
 
 # Of a shard, how many bytes after its header go into the model's digest: the header has names and sizes.
 _SAMPLE = 1 << 20
@@ -225,6 +238,8 @@ def make_run(wishes: Wishes, model: Model, data: dict[str, Any], rows_per_epoch:
             "give more text, or a smaller --batch-tokens or --seq-length"
         )
     steps = _num_steps(wishes.budget, length * rows, rows_per_epoch / rows)
+    recipe = _recipe(wishes.recipe, model, steps, length * rows)
+    every, most = _measuring(wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data))
     return Run(
         schema=run_file.SCHEMA,
         version=__version__,
@@ -241,9 +256,10 @@ def make_run(wishes: Wishes, model: Model, data: dict[str, Any], rows_per_epoch:
         rows_per_step=rows,
         num_steps=steps,
         until=wishes.budget.until.value if wishes.budget.until else None,
-        recipe=_recipe(wishes.recipe, model, steps, length * rows),
+        recipe=recipe,
         fit=_fit(wishes.fit, wishes.launch),
-        keeping=_keeping(wishes.keeping, steps),
+        keeping=_keeping(wishes.keeping, every, max(most, length)),
+        epochs=steps * rows / rows_per_epoch,
     )
 
 
@@ -316,10 +332,34 @@ def _fit(fit: Fit, launch: Launch) -> FitPlan:
     )
 
 
-def _keeping(keeping: Keeping, steps: int) -> KeepingPlan:
+def _measuring(
+    keeping: Keeping, recipe: RecipePlan, steps: int, tokens_per_step: int, num_heldout: int
+) -> tuple[int, int]:
+    """Steps between two measurements, and held-out tokens of each.
+
+    Where no tokens were asked for, all measurements together take at most a tenth of the run's time: by counting
+    what a forward pass costs beside a step, so that a run that goes on, and any number of workers, measures the same.
+    """
+    if keeping.eval_tokens is not None:
+        return keeping.eval_every or max(1, steps // _EVALS), keeping.eval_tokens
+    learns_all = all(phase.layers is None for phase in recipe.phases)
+    cost = _FORWARD_SHARE if learns_all else _FORWARD_SHARE_OF_FEW
+    total = int(_EVAL_SHARE / (1 - _EVAL_SHARE) * steps * tokens_per_step / cost)
+    worth = max(1, min(_THIN_EVAL_TOKENS, num_heldout))
+    wanted = min(_EVALS, max(_FEWEST_EVALS, total // worth - _AT_START))
+    every = keeping.eval_every or -(-steps // wanted)
+    return every, min(_EVAL_TOKENS, total // (-(-steps // every) + _AT_START))
+
+
+def _num_heldout_tokens(data: dict[str, Any]) -> int:
+    parts = [*data["eval_parts"], *(part for source in data["sources"] for part in source["parts"])]
+    return sum(part["num_heldout_tokens"] for part in parts)
+
+
+def _keeping(keeping: Keeping, eval_every: int, eval_tokens: int) -> KeepingPlan:
     return KeepingPlan(
-        eval_every=keeping.eval_every or max(1, steps // _EVALS),
-        eval_tokens=keeping.eval_tokens,
+        eval_every=eval_every,
+        eval_tokens=eval_tokens,
         save_every_steps=keeping.save_every.steps,
         save_every_seconds=keeping.save_every.seconds,
         keep=keeping.keep,

@@ -103,7 +103,8 @@ class Run:
 
     `options` are the wishes behind the numbers, by group and name: a resumed run is held against them.
     A step is `rows_per_step` sequences of `seq_length` tokens, over all workers. `model_key` is a digest
-    of the model's config and weights' headers: a resumed run must start from the same model.
+    of the model's config and weights' headers: a resumed run must start from the same model. `epochs` is how often
+    the data is trained on; `heldout_documents` and `heldout_tokens` are what each measurement predicts.
     """
 
     schema: int
@@ -124,6 +125,9 @@ class Run:
     recipe: RecipePlan
     fit: FitPlan
     keeping: KeepingPlan
+    epochs: float = 0.0
+    heldout_documents: int = 0
+    heldout_tokens: int = 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -197,6 +201,8 @@ def _build(kind: type[_T], record: dict[str, Any]) -> _T:
     nested: dict[str, Any] = {"recipe": RecipePlan, "fit": FitPlan, "keeping": KeepingPlan, "base": BasePlan}
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in record and field.default is not dataclasses.MISSING:
+            continue  # of an older dus
         value = record[field.name]
         if field.name in nested and value is not None:
             value = _build(nested[field.name], value)

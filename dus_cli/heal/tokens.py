@@ -344,10 +344,20 @@ class RowsInOrder(Sequence[Row]):
         self.tokens, self.packing = tokens, packing
         last = max(0, stop - 1)  # it is predicted, and no input
         starts = packing.whole(tokens, stop) if packing.before and last else range(0, last, packing.stride)
-        self._starts = [*starts, last]
+        self._starts: list[int] = [*starts, last]
 
     def __len__(self) -> int:
         return len(self._starts) - 1
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that some row has a token of."""
+        return len(self.tokens.document_starts(0, self._starts[-1]))
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that are predicted."""
+        return sum(int((row.labels != IGNORED).sum()) for row in self)
 
     def start(self, index: int) -> int:
         """The token with which row `index` begins."""

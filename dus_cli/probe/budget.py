@@ -1,10 +1,8 @@
-"""Memory on paper, before anything is loaded, and how many rows go through the layers together. Pure but for /proc."""
+"""Memory on paper, before anything is loaded, and how many rows go through the layers together. Pure."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from dus_cli.errors import ProbeError
 from dus_cli.maps.layers import split_name
@@ -14,9 +12,6 @@ from dus_cli.source.checkpoint import Checkpoint
 
 # Python with torch and transformers, before any weight.
 _LIBRARIES = 500_000_000
-
-# Of what is free: the rest is for buffers that no formula knows, and for others.
-_USABLE = 0.85
 
 
 @dataclass(frozen=True)
@@ -79,16 +74,3 @@ def plan_memory(
         )
     at_once = min(num_batches, room // each)
     return Memory(weights, at_once * each, others, at_once, -(-num_batches // at_once))
-
-
-def available_bytes() -> int:
-    """Bytes that a new process can use: what the kernel calls available, within the container's limit."""
-    free = 1 << 62
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))  # "max" is no number
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        free = min(free, max(0, limit - used))
-    return int(free * _USABLE)

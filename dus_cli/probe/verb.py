@@ -14,10 +14,11 @@ from dus_cli.heal.options import Precision
 from dus_cli.hub.fetching import Fetch
 from dus_cli.libraries import require
 from dus_cli.maps.model_config import decoder_config
+from dus_cli.memory import available_bytes
 from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
-from dus_cli.probe.budget import Memory, available_bytes, plan_memory, weight_bytes
+from dus_cli.probe.budget import Memory, plan_memory, weight_bytes
 from dus_cli.probe.maps import Asked, Candidate, Cost
 from dus_cli.probe.tree import count_nodes, grow, most_states
 from dus_cli.progress import Progress

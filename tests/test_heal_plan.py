@@ -1,0 +1,115 @@
+"""A run says before it starts what it will measure, what it needs, and where its proof would be thin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from dus_cli.heal import plan as planning
+from dus_cli.heal.options import Keeping, Phase, Recipe
+from dus_cli.heal.resolve import _measuring, _recipe
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    tiny.write_corpus(folder / "corpus.jsonl")
+    tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
+    return folder
+
+
+def dry(home: Path, *arguments: str) -> dict[str, Any]:
+    data = ("--data", home / "corpus.jsonl", "--seq-length", "64", "--batch-tokens", "512")
+    return tiny.forked_dus("heal", home / "scaled", *data, *arguments, "--dry-run", "--json").report
+
+
+def measuring(
+    steps: int, tokens_per_step: int, num_heldout: int, train: str = "all", **keeping: int
+) -> tuple[int, int]:
+    class Model:
+        new_layers, seams, num_layers = (3,), ((3, 4),), 6
+
+    recipe = _recipe(Recipe(phases=(Phase(train),)), Model(), steps, tokens_per_step)  # type: ignore[arg-type]
+    return _measuring(Keeping(**keeping), recipe, steps, tokens_per_step, num_heldout)
+
+
+@pytest.mark.parametrize("train", ["all", "new"])
+@pytest.mark.parametrize("num_heldout", [500, 20_000, 310_000, 10**9])
+@pytest.mark.parametrize(("steps", "tokens_per_step"), [(1, 4096), (15, 4096), (39, 512), (400, 4096), (9000, 262_144)])
+def test_measurements_take_a_tenth_of_a_run_unless_more_was_asked_for(
+    steps: int, tokens_per_step: int, num_heldout: int, train: str
+) -> None:
+    every, tokens = measuring(steps, tokens_per_step, num_heldout, train)
+    forward = 1 / 3 if train == "all" else 2 / 3
+    took = (-(-steps // every) + 2) * min(tokens, num_heldout) * forward
+    assert took <= 0.1 * (took + steps * tokens_per_step)
+    assert 1 <= every <= steps
+    assert tokens <= 250_000
+    assert -(-steps // every) <= 20
+    assert measuring(steps, tokens_per_step, num_heldout, train, eval_tokens=77) == (max(1, steps // 20), 77)
+    often, fewer = measuring(steps, tokens_per_step, num_heldout, train, eval_every=1)
+    assert often == 1
+    assert (steps + 2) * fewer * forward <= 0.1 / 0.9 * steps * tokens_per_step
+
+
+def test_a_long_run_measures_as_much_as_it_ever_did() -> None:
+    assert measuring(9000, 262_144, 310_000) == (450, 250_000)
+
+
+def test_the_plan_tells_what_is_measured_of_what_is_held_out(home: Path) -> None:
+    plan = dry(home, "--holdout", "30%", "--steps", "20")
+    assert plan["heldout_tokens"] < plan["available_heldout_tokens"] / 5
+    assert 0 < plan["heldout_documents"] < plan["available_heldout_documents"]
+    assert plan["evaluation_share"] <= 0.1
+    whole = dry(home, "--holdout", "30%", "--steps", "20", "--eval-tokens", "250K")
+    assert whole["heldout_documents"] == whole["available_heldout_documents"] == plan["available_heldout_documents"]
+    # With the mask nothing predicts a document's first token.
+    assert whole["heldout_tokens"] == whole["available_heldout_tokens"] - whole["available_heldout_documents"]
+    assert whole["evaluation_share"] > plan["evaluation_share"]
+    assert whole["epochs"] == pytest.approx(20 * 8 / ((whole["train_tokens"] - 1) // 64))
+
+
+def test_a_thin_proof_is_warned_of(home: Path) -> None:
+    plan = dry(home, "--steps", "4000", "--eval-tokens", "250K")
+    assert plan["available_heldout_documents"] < 20
+    thin, many = plan["warnings"]
+    assert "held out are too few to prove much; --holdout or --eval-data gives more" in thin
+    assert f"goes over the data {plan['epochs']:,.1f} times" in many
+    few = dry(home, "--holdout", "30%", "--steps", "20")
+    assert ["--eval-tokens 250K measures more" in text for text in few["warnings"]] == [True]
+
+
+def test_memory_that_is_not_there_is_warned_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dry(home)
+    assert plan["fits"]
+    assert plan["device"] == "cpu"
+    assert plan["host_memory"] > plan["memory_per_device"]["total"]
+    assert 0 < plan["memory_available_per_device"] == plan["host_memory_available"]
+    assert plan["seconds"] > 0
+    short = plan | {"fits": False, "memory_available_per_device": 1000}
+    assert "a worker needs" in planning._warnings(short)[-1]
+    assert "a node needs" in planning._warnings(plan | {"fits": False, "host_memory_available": 1000})[-1]
+
+
+def test_text_has_the_same_and_a_run_tells_it_at_its_start(home: Path) -> None:
+    data = ("--data", home / "corpus.jsonl", "--seq-length", "64", "--batch-tokens", "512", "--steps", "2")
+    text = tiny.forked_dus("heal", home / "scaled", *data, "--dry-run").stdout
+    for label in ("data", "held out", "measured", "memory", "time"):
+        assert f"\n{label:<13}" in text
+    assert "warning: " in text
+    done = tiny.forked_dus("heal", home / "scaled", *data, "-o", home / "out", "--progress", "json", "--json")
+    (plan,) = [json.loads(line) for line in done.stderr.splitlines() if json.loads(line)["event"] == "plan"]
+    report = done.report
+    for name in ("data", "heldout_tokens", "heldout_documents", "available_heldout_tokens", "train_documents"):
+        assert plan[name] == report[name], name
+    assert report["data"] == ["corpus.jsonl"]
+    card = (home / "out/README.md").read_text(encoding="utf-8")
+    assert f"`corpus.jsonl`: {report['train_tokens']:,} tokens of {report['train_documents']:,} documents" in card
+    assert f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents" in card
