@@ -31,7 +31,7 @@ def dry(home: Path, *arguments: str) -> dict[str, Any]:
 
 
 def measuring(
-    steps: int, tokens_per_step: int, num_heldout: int, train: str = "all", **keeping: int
+    steps: int, tokens_per_step: int, num_heldout: int, train: str = "all", **keeping: Any
 ) -> tuple[int, int]:
     class Model:
         new_layers, seams, num_layers = (3,), ((3, 4),), 6

@@ -158,7 +158,6 @@ class Packed(RowsInOrder):
         tokeniser.check_ids(int(tokens.ids.max(initial=0)))
         super().__init__(tokens, len(ids), Packing(seq_length, tokeniser.eos, tokeniser.before, document_mask))
         self.num_tokens = len(ids)  # those around the texts counted
-        self.num_documents = len(ends)
         self._ends = tokens.ends
 
     def document_numbers(self, index: int) -> Ids:
