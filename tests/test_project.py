@@ -109,11 +109,7 @@ def test_the_readme_draws_every_module_in_its_room() -> None:
 
 # Each room imports from those before it and from what is shared; the verbs and their commands import all of them.
 ROOMS = ["maps", "source", "planning", "writing", "hub", "release"]
-<<<<<<< HEAD
-SHARED = {"bounds", "errors", "libraries", "progress", "reference", "storage", "workers"}
-=======
-SHARED = {"errors", "memory", "progress", "reference", "storage", "workers"}
->>>>>>> 57a6b5a (The plan's modules are drawn in the README; a sample counts its documents as any rows do)
+SHARED = {"bounds", "errors", "libraries", "memory", "progress", "reference", "storage", "workers"}
 
 
 def test_the_rooms_import_one_way() -> None:
