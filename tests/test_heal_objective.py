@@ -177,7 +177,7 @@ def test_phases_follow_each_other() -> None:
 
 
 def test_gains_follow_adam_and_leave_what_does_not_learn() -> None:
-    gains = Gains(["a.o_proj.weight", "a.q_proj.weight", "b.down_proj.weight"])
+    gains = Gains({name: torch.empty(4, 4) for name in ("a.o_proj.weight", "a.q_proj.weight", "b.down_proj.weight")})
     assert gains.names == ["a.o_proj.weight", "b.down_proj.weight"]
     # Adam's first step has the size of its rate whatever the gradient's, and goes against its sign.
     assert gains.factors([5.0, None], lr=0.1) == pytest.approx([math.exp(-0.1), 1.0])

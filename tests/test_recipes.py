@@ -265,7 +265,7 @@ WRAPPERS = frozenset(["gemma4", "gemma4_unified"])
 @pytest.mark.parametrize("model_type", zoo.EQUAL)
 @pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
 def test_with_identities_the_logits_are_the_bases(model_type: str, tmp_path: Path) -> None:
-    """Every type that dus knows: to the last bit the base's logits, or refused with a reason."""
+    """Every type that dus knows: to the last bit the base's logits, or refused with a reason; and zeros can learn."""
     model = zoo.tiny_model(model_type)
     model.save_pretrained(tmp_path / "base")
     done = forked_dus("upscale", tmp_path / "base", "-t", "2", "--identity", "-o", tmp_path / "out", "--json")
@@ -277,6 +277,10 @@ def test_with_identities_the_logits_are_the_bases(model_type: str, tmp_path: Pat
     assert complaints == {}
     tokens = zoo.tokens(base)
     assert torch.equal(zoo.logits(written, tokens), zoo.logits(base, tokens))
+    assert (
+        zoo.zeros_without_gradient(written, tokens, done.report["new_layers"], done.report["num_layers"]["output"])
+        == []
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -352,13 +352,17 @@ def generates_alike_without_cache(model: Any) -> bool:
     return torch.equal(*found)
 
 
+@torch.no_grad()
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Shape (batch, tokens, vocabulary)."""
+    return _logits(model, tokens)
+
+
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     forward = inspect.signature(model.forward).parameters
     takes_cache = "use_cache" in forward or any(p.kind is p.VAR_KEYWORD for p in forward.values())
     settings = {"use_cache": False} if takes_cache else {}
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=tokens, **_image(model, tokens), **settings).logits.float()
+    found: torch.Tensor = model(input_ids=tokens, **_image(model, tokens), **settings).logits.float()
     return found
 
 
@@ -452,3 +456,19 @@ def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> torch.
 
     with _forwards(layers, replay) as originals:
         return logits(model, tokens)
+
+
+def zeros_without_gradient(model: Any, tokens: torch.Tensor, layers: Sequence[int], num_layers: int) -> list[str]:
+    """Matrices of these layers, of `num_layers`, that are zeros and get no gradient from any logit."""
+    holder, name = decoder_layers(model, num_layers)
+    found = {
+        f"{layer}.{suffix}": parameter
+        for layer in layers
+        for suffix, parameter in getattr(holder, name)[layer].named_parameters()
+        if parameter.ndim > 1 and not parameter.any()
+    }
+    assert found
+    torch.manual_seed(0)
+    outputs = _logits(model, tokens)
+    (outputs * torch.randn_like(outputs)).sum().backward()
+    return [name for name, parameter in found.items() if parameter.grad is None or not parameter.grad.any()]

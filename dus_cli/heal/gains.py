@@ -10,31 +10,45 @@ added to forward or backward. docs/healing.md has what it brings.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dus_cli.planning.projections import is_output_projection
+from dus_cli.maps.layers import split_name
+from dus_cli.planning.projections import pattern, stream_writers
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8
 
 
-def writes_to_the_stream(name: str) -> bool:
-    """Whether a parameter is the matrix of an output projection, by its name.
+def matrices_of_the_stream(parameters: Mapping[str, Tensor]) -> list[str]:
+    """The matrices of output projections, by name, shape and place; where that is not clear, none.
 
-    >>> writes_to_the_stream("model.layers.3.mlp.down_proj.weight"), writes_to_the_stream("lm_head.weight")
-    (True, False)
+    >>> shapes = {"mlp.up_proj.weight": (32, 8), "mlp.down_proj.weight": (8, 32)}
+    >>> layer = {f"model.layers.3.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    >>> matrices_of_the_stream(layer | {"lm_head.weight": torch.empty(64, 8)})
+    ['model.layers.3.mlp.down_proj.weight']
     """
-    return name.endswith(".weight") and is_output_projection(name)
+    layers: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    places: dict[str, tuple[str, str]] = {}
+    for name, parameter in parameters.items():
+        split = split_name(name)
+        layer, suffix = ("", name) if split is None else (f"{split.prefix}.{split.index}", split.suffix)
+        layers[layer][suffix] = tuple(parameter.shape)
+        places[name] = (layer, suffix)
+    found = {layer: stream_writers(shapes).found for layer, shapes in layers.items()}
+    return [
+        name for name, (layer, suffix) in places.items() if name.endswith(".weight") and pattern(suffix) in found[layer]
+    ]
 
 
 class Gains:
     """Adam's moments for the gains, one of each for every matrix, the same on every worker."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = [name for name in names if writes_to_the_stream(name)]
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.names = matrices_of_the_stream(parameters)
         self.exp_avg = torch.zeros(len(self.names), dtype=torch.float64)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.steps = torch.zeros_like(self.exp_avg)

@@ -33,6 +33,9 @@ from dus_cli.source.headers import DTYPE_BITS, MAX_HEADER_BYTES, TensorInfo, enc
 # Block of every common file system on x86 and Arm. Larger ones copy what does not agree with theirs.
 BLOCK = 4096
 
+# What the tensors' lines in a header may come to: the rest is for metadata and for the padding.
+_MOST_HEADER_BYTES = MAX_HEADER_BYTES * 3 // 4
+
 # A run shorter than this part of a shard is not worth a shard of its own.
 _WORTH_A_SHARD = 16
 
@@ -42,18 +45,17 @@ _FEW = 64
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """An output tensor: its name and dtype, the base tensor that it comes from, the shard that holds that, and how."""
+    """An output tensor: its name and dtype, the base tensor that it comes from, the shard that holds that, and how.
+
+    `num_bytes` are those in the output: stored, because a plan of 100,000 layers asks for them millions of times.
+    """
 
     name: str
     tensor: TensorInfo
     shard: Shard
     making: Making
     dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        """In the output."""
-        return self.tensor.num_elements * DTYPE_BITS[self.dtype] // 8
+    num_bytes: int
 
     @property
     def can_agree(self) -> bool:
@@ -135,7 +137,9 @@ def lay_out(
     treatment = treatment or Treatment()
     sequences = [s for shard in checkpoint.shards for s in _sequences(shard, stack, layer_map, treatment)]
     placements = [placement for sequence in sequences for placement in sequence]
-    if sum(map(_cost, placements)) <= max_shard_bytes:
+    num_header_bytes = sum(map(_header_cost, placements))
+    num_bytes = sum(placement.num_bytes for placement in placements)
+    if num_bytes + num_header_bytes <= max_shard_bytes and num_header_bytes <= _MOST_HEADER_BYTES:
         return (_finish(placements),)
     return tuple(_finish(group) for group in _pack(sequences, max_shard_bytes))
 
@@ -144,28 +148,32 @@ def _sequences(shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: 
     """The output tensors that come from one source shard, in orders that keep the source's distances."""
     waiting = [(tensor, stack.output_names(tensor.name, layer_map)) for tensor in shard.header.tensors]
     sequence: list[Placement] = []
+    size = done = 0  # bytes of the sequence; copies of each waiting tensor that are placed
     while waiting:
         later: list[tuple[TensorInfo, tuple[str, ...]]] = []
         for tensor, names in waiting:
-            together = len(names) if tensor.num_bytes % BLOCK == 0 else 1
-            sequence.extend(
-                Placement(name, tensor, shard, treatment.making(name, tensor), treatment.dtype_of(tensor))
-                for name in names[:together]
-            )
-            if names[together:]:
-                later.append((tensor, names[together:]))
-        waiting = later
-        num_later = sum(tensor.num_bytes for tensor, _ in later)
-        if num_later * _FEW > sum(placement.tensor.num_bytes for placement in sequence):
+            stop = len(names) if tensor.num_bytes % BLOCK == 0 else done + 1
+            dtype = treatment.dtype_of(tensor)
+            num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8
+            placed = [
+                Placement(name, tensor, shard, treatment.making(name, tensor), dtype, num_bytes)
+                for name in names[done:stop]
+            ]
+            sequence.extend(placed)
+            size += tensor.num_bytes * len(placed)
+            if len(names) > stop:
+                later.append((tensor, names))
+        waiting, done = later, done + 1
+        if sum(tensor.num_bytes for tensor, _ in later) * _FEW > size:
             yield sequence
-            sequence = []
+            sequence, size = [], 0
     if sequence:
         yield sequence
 
 
-def _cost(placement: Placement) -> int:
-    """Bytes that a tensor adds to its shard: data, and an upper bound of its line in the header."""
-    return placement.num_bytes + 2 * len(placement.name) + 100 + 21 * len(placement.tensor.shape)
+def _header_cost(placement: Placement) -> int:
+    """An upper bound of the bytes that a tensor adds to its shard's header."""
+    return 2 * len(placement.name) + 100 + 21 * len(placement.tensor.shape)
 
 
 def _runs(sequence: Sequence[Placement]) -> Iterator[list[Placement]]:
@@ -187,7 +195,7 @@ def _pack(sequences: Iterable[Sequence[Placement]], max_shard_bytes: int) -> Ite
     """Fill shards up to the limit; begin a new one also where the phase changes between long runs."""
     worth_a_shard = max_shard_bytes // _WORTH_A_SHARD
     group: list[Placement] = []
-    size = offset = 0  # size counts header lines too; offset is where the next tensor's data would start
+    header = offset = 0  # upper bound of the header's bytes, and where the next tensor's data would start
     phase: int | None = None  # of the long run that this shard was begun for
     for sequence in sequences:
         for run in _runs(sequence):
@@ -198,15 +206,17 @@ def _pack(sequences: Iterable[Sequence[Placement]], max_shard_bytes: int) -> Ite
             shift = (run[0].tensor.start - offset) % BLOCK
             if is_long and group and phase is not None and shift != phase:
                 yield group
-                group, size, offset, phase = [], 0, 0, None
+                group, header, offset, phase = [], 0, 0, None
             for placement in run:
-                if group and size + _cost(placement) > max_shard_bytes - BLOCK:
+                line = _header_cost(placement)
+                size = header + offset + line + placement.num_bytes
+                if group and (size > max_shard_bytes - BLOCK or header + line > _MOST_HEADER_BYTES):
                     yield group
-                    group, size, offset, phase = [], 0, 0, None
+                    group, header, offset, phase = [], 0, 0, None
                 if is_long and phase is None:
                     phase = (placement.tensor.start - offset) % BLOCK
                 group.append(placement)
-                size += _cost(placement)
+                header += line
                 offset += placement.num_bytes
     if group:
         yield group

@@ -8,9 +8,9 @@ from models/*/modeling_*.py; tests/test_recipes.py holds every model type of the
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from dus_cli.errors import CheckpointError, ConfigError, LayerMapError, shown, shown_list
 from dus_cli.maps.layers import LayerMap, split_name
@@ -19,7 +19,8 @@ from dus_cli.maps.stacks import LayerStack
 from dus_cli.planning.dtypes import FLOATS
 from dus_cli.source.headers import TensorInfo
 
-# The general rule: whatever bears one of these names writes to the residual stream.
+# The general rule: whatever bears one of these names writes to the residual stream, unless its shape says otherwise:
+# w2 is the output of Llama's w1, w2, w3 and an input of Qwen 1's w1, w2, c_proj.
 PROJECTIONS = frozenset(
     """
     o_proj out_proj c_proj down_proj dense_4h_to_h fc2 fc_out w2 output_linear linear_out proj_down
@@ -34,12 +35,13 @@ IN_BLOCK = frozenset(
         ("self_attention", "dense"),  # bloom, falcon
         ("self_attn", "dense"),  # phi, persimmon
         ("multi_head_attention", "dense"),  # ctrl
+        ("attention", "wo"),  # internlm2
     ]
 )
 
-# What else a model type adds to the stream, as the names end; `*` is a number.
+# What else a model type adds to the stream, as patterns.
 BY_TYPE: Mapping[str, tuple[str, ...]] = {
-    "ctrl": ("ffn.*.weight", "ffn.*.bias"),  # two matrices by number; the first may be zeros as well
+    "ctrl": ("ffn.2.weight", "ffn.2.bias"),  # of two matrices, known by their places in a Sequential
     "jetmoe": ("mlp.bias", "self_attention.experts.bias"),
 }
 
@@ -75,16 +77,22 @@ _AFTER_BLOCKS = frozenset(["attn_sconv", "mlp_sconv"])
 # Matrices that stand in a layer without a block around them, and the block that they are (opt, xglm, biogpt).
 _BARE = frozenset(["fc1", "fc2"])
 
+# Fields of the config that say how wide the residual stream is, where no norm does.
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim")
+
+# Matrices that read the stream in any block of attention: their shape tells which side of a matrix is its input.
+_READERS = re.compile(r"^(c_attn|query_key_value|w?qkv(_proj)?|w?[qkv]|[qkv]_proj|qkv)$", re.IGNORECASE)
+
 _NORM = re.compile(r"norm\d?$|norm_\w+$|^ln_?|layernorm", re.IGNORECASE)
 _GATE = re.compile(r"gates?$|^router$")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)(?!\.(weight|bias)$)")
 
 
 def pattern(suffix: str) -> str:
-    """A tensor's name within its layer, numbers (of experts) as `*`.
+    """A tensor's name within its layer, numbers (of experts) as `*`; a place in a Sequential stays.
 
-    >>> pattern("mlp.experts.31.down_proj.weight")
-    'mlp.experts.*.down_proj.weight'
+    >>> pattern("mlp.experts.31.down_proj.weight"), pattern("ffn.2.weight")
+    ('mlp.experts.*.down_proj.weight', 'ffn.2.weight')
     """
     return _NUMBER.sub("*", suffix)
 
@@ -97,13 +105,132 @@ def is_output_projection(suffix: str, model_type: str = "") -> bool:
     """
     if pattern(suffix) in BY_TYPE.get(model_type, ()):
         return True
-    parts = suffix.split(".")
-    if parts[-1] in {"weight", "bias"}:
+    parts = _stem(suffix).split(".")
+    return parts[-1] in PROJECTIONS or tuple(parts[-2:]) in IN_BLOCK
+
+
+class Writers(NamedTuple):
+    """What of a layer writes to the residual stream, as patterns; and modules in which several matrices may."""
+
+    found: frozenset[str]
+    unclear: tuple[tuple[str, ...], ...]
+
+
+def stream_writers(layer: Mapping[str, Sequence[int]], model_type: str = "", width: int | None = None) -> Writers:
+    """Tell a layer's output projections, weights and biases, by name, shape and place.
+
+    Matrices of one module compete: where the names of several say that they write, the one whose output is as wide
+    as the stream does. Zeros, or gains, on two factors of one product would leave none of them a gradient.
+
+    Args:
+        layer: shapes of the layer's tensors by their names within it.
+        model_type: of the decoder.
+        width: of the residual stream, where the layer has no norm that says it.
+
+    >>> shapes = {"input_layernorm.weight": (8,), "mlp.w1.weight": (32, 8), "mlp.w2.weight": (32, 8)}
+    >>> sorted(stream_writers(shapes | {"mlp.c_proj.weight": (8, 32)}).found)
+    ['mlp.c_proj.weight']
+    """
+    width = _stream_width(layer) or width
+    modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for suffix, shape in layer.items():
+        if len(shape) > 1 and not suffix.endswith("bias") and _block_of(suffix) is not None:
+            stem = _stem(suffix)
+            modules[stem.rpartition(".")[0]].setdefault(stem, tuple(shape))
+    orientation = _orientation(layer)
+    chosen: set[str] = set()
+    unclear = []
+    for matrices in modules.values():
+        named = [stem for stem in matrices if is_output_projection(stem)]
+        writer = _writer(matrices, named, orientation, width) if named else None
+        if writer is not None:
+            chosen.add(writer)
+        elif named:
+            unclear.append(tuple(named))
+    own = BY_TYPE.get(model_type, ())
+    found = frozenset(pattern(suffix) for suffix in layer if _stem(suffix) in chosen or pattern(suffix) in own)
+    return Writers(found, tuple(unclear))
+
+
+def _stem(suffix: str) -> str:
+    """The pattern of the module that a weight or bias belongs to; experts in one tensor are called so too.
+
+    >>> _stem("mlp.experts.7.w2.weight"), _stem("mlp.experts.down_proj_bias")
+    ('mlp.experts.*.w2', 'mlp.experts.down_proj')
+    """
+    parts = pattern(suffix).split(".")
+    if len(parts) > 1 and parts[-1] in {"weight", "bias"}:
         parts.pop()
     if len(parts) > 1 and parts[-1] == "linear":  # moshi
         parts.pop()
-    leaf = parts[-1].removesuffix("_bias").removesuffix("_weight") if parts else ""
-    return leaf in PROJECTIONS or (len(parts) > 1 and (parts[-2], leaf) in IN_BLOCK)
+    parts[-1] = parts[-1].removesuffix("_bias").removesuffix("_weight")
+    return ".".join(parts)
+
+
+def _stream_width(layer: Mapping[str, Sequence[int]]) -> int | None:
+    """As wide as most of the layer's own norms are."""
+    widths = Counter(shape[0] for suffix, shape in layer.items() if len(shape) == 1 and _is_norm(suffix))
+    return widths.most_common(1)[0][0] if widths else None
+
+
+def _orientation(layer: Mapping[str, Sequence[int]]) -> int | None:
+    """Which side of this layer's matrices is their output: 0 as in `nn.Linear`, 1 as in GPT-2's Conv1D, if it shows.
+
+    It shows in a bias, which is as long as the output, and in the matrices that read the stream for attention.
+    """
+    votes = [0, 0]
+    width = _stream_width(layer)
+    for suffix, shape in layer.items():
+        if len(shape) != 2 or shape[0] == shape[1] or not suffix.endswith("weight"):
+            continue
+        bias = layer.get(f"{suffix.removesuffix('weight')}bias")
+        if bias is not None and len(bias) == 1 and bias[0] in shape:
+            votes[list(shape).index(bias[0])] += 1
+        elif _READERS.search(_stem(suffix).rpartition(".")[2]) and width in shape:
+            votes[1 - list(shape).index(width)] += 1
+    if votes[0] == votes[1]:
+        return None
+    return int(votes[1] > votes[0])
+
+
+def _writer(
+    matrices: Mapping[str, tuple[int, ...]], named: Sequence[str], orientation: int | None, width: int | None
+) -> str | None:
+    """Of one module's matrices the one that writes to the stream; None where that is not clear.
+
+    `named` are those whose names say that they do.
+    """
+    if orientation is None:
+        orientation = _odd_one_out(matrices, width)
+    writing = [stem for stem in named if _writes(matrices[stem], orientation, width)]
+    if len(named) > 1:
+        return writing[0] if len(writing) == 1 else None
+    if writing:
+        return writing[0]
+    others = [
+        stem
+        for stem, shape in matrices.items()
+        if stem not in named and len(shape) == 2 and shape[0] != shape[1] and _writes(shape, orientation, width)
+    ]
+    if not others:
+        return named[0]  # the name alone says so (dbrx), and no shape says anything else
+    return others[0] if len(others) == 1 and orientation is not None else None
+
+
+def _writes(shape: tuple[int, ...], orientation: int | None, width: int | None) -> bool:
+    """Whether a matrix's output is as wide as the stream; of many in one tensor either side may be the output."""
+    if len(shape) == 2 and orientation is not None:
+        return shape[orientation] == width
+    return width in shape[-2:]
+
+
+def _odd_one_out(matrices: Mapping[str, tuple[int, ...]], width: int | None) -> int | None:
+    """The side on which the only matrix of its shape has the stream: a block reads more often than it writes."""
+    sides = Counter(
+        shape.index(width) for shape in matrices.values() if len(shape) == 2 and shape[0] != shape[1] and width in shape
+    )
+    alone = [side for side, count in sides.items() if count == 1 and sides[1 - side] > 1]
+    return alone[0] if alone else None
 
 
 def zero_patterns(
@@ -121,17 +248,26 @@ def zero_patterns(
     _check_map(layer_map)
     _check_config(decoder)
     copied = {layer_map.sources[output] for output in layer_map.new_layers}
-    layers: dict[int, list[TensorInfo]] = defaultdict(list)
-    suffixes: dict[str, str] = {}
+    layers: dict[int, dict[str, TensorInfo]] = defaultdict(dict)
     for tensor in tensors:
         split = split_name(tensor.name)
         if split is not None and split.prefix == stack.prefix and split.index in copied:
-            layers[split.index].append(tensor)
-            suffixes[tensor.name] = split.suffix
-    found: set[str] = set()
-    for layer in sorted(layers):
-        found |= _zeros_of([(suffixes[tensor.name], tensor) for tensor in layers[layer]], decoder.model_type)
-    return frozenset(found)
+            layers[split.index][split.suffix] = tensor
+    width = next((decoder.fields[key] for key in _WIDTHS if type(decoder.fields.get(key)) is int), None)
+    of_kind: dict[tuple[tuple[str, str, tuple[int, ...]], ...], frozenset[str]] = {}
+    for index in sorted(layers):
+        kind = tuple(sorted((suffix, t.dtype, t.shape) for suffix, t in layers[index].items()))
+        if kind not in of_kind:
+            of_kind[kind] = _zeros_of(layers[index], decoder.model_type, width)
+    found = frozenset().union(*of_kind.values())
+    for kind, zeros in of_kind.items():
+        both = sorted(found & {pattern(suffix) for suffix, _, _ in kind} - zeros)
+        if both:
+            raise CheckpointError(
+                f"--identity: {shown_list(both)} writes to the residual stream in some layers and not in others, by "
+                "its shapes; leave out --identity"
+            )
+    return found
 
 
 def _check_map(layer_map: LayerMap) -> None:
@@ -155,31 +291,46 @@ def _check_config(decoder: DecoderConfig) -> None:
             raise ConfigError(f"--identity: config.json has {key} {value}, so layers cannot be identities: {reason}")
 
 
-def _zeros_of(layer: list[tuple[str, TensorInfo]], model_type: str) -> set[str]:
+def _zeros_of(layer: Mapping[str, TensorInfo], model_type: str, width: int | None) -> frozenset[str]:
     """The patterns of one layer's output projections, once every block has one."""
+    writers = stream_writers({suffix: tensor.shape for suffix, tensor in layer.items()}, model_type, width)
     blocks: dict[str, list[str]] = defaultdict(list)
-    zeros: set[str] = set()
     ended: set[str] = set()
-    for suffix, tensor in layer:
+    for suffix, tensor in layer.items():
         block = _block_of(suffix)
         if block is None:
             continue
         blocks[block].append(tensor.name)
-        if is_output_projection(suffix, model_type):
+        if pattern(suffix) in writers.found:
             _check_float(tensor)
-            zeros.add(pattern(suffix))
             ended |= {block, block.partition(".")[0]}  # experts end the block whose router chooses them
+        elif is_output_projection(suffix, model_type):
+            if tensor.dtype not in FLOATS:
+                raise _quantised(tensor)
         elif any(
             part in PROJECTIONS or part.startswith(tuple(f"{p}_" for p in PROJECTIONS)) for part in suffix.split(".")
         ):
             raise _quantised(tensor)
+    if writers.unclear:
+        names = [tensor.name for suffix, tensor in layer.items() if _stem(suffix) in writers.unclear[0]]
+        raise CheckpointError(
+            f"--identity: by name and shape {shown_list(names)} may or may not be what writes to the residual stream, "
+            "and zeros in the wrong matrix would never learn; leave out --identity"
+        )
     for block, names in blocks.items():
         if block not in ended:
             raise CheckpointError(
                 f"--identity: no output projection is known in {shown_list(names)}: dus cannot make this layer an "
                 "identity; leave out --identity"
             )
-    return zeros
+    return frozenset(writers.found & {pattern(suffix) for suffix in layer if _block_of(suffix) is not None})
+
+
+def _is_norm(suffix: str) -> bool:
+    """Whether a tensor is of one of the layer's own norms."""
+    for wrapper in _WRAPPERS:
+        suffix = suffix.removeprefix(wrapper)
+    return _NORM.search(suffix.partition(".")[0]) is not None
 
 
 def _block_of(suffix: str) -> str | None:

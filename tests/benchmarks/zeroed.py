@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dus_cli.heal.gains import writes_to_the_stream
+from dus_cli.heal.gains import matrices_of_the_stream
 
 
 def main() -> None:
@@ -29,10 +29,10 @@ def main() -> None:
     inserted = range(base - trim, deeper - trim)
     for path in out.glob("*.safetensors"):
         tensors = load_file(path)
-        for name, tensor in tensors.items():
+        for name in matrices_of_the_stream(tensors):
             layer = re.search(r"layers\.(\d+)\.", name)
-            if layer and int(layer[1]) in inserted and writes_to_the_stream(name):
-                tensors[name] = torch.zeros_like(tensor)
+            if layer and int(layer[1]) in inserted:
+                tensors[name] = torch.zeros_like(tensors[name])
         save_file(tensors, path, metadata={"format": "pt"})
     print(f"layers {inserted.start} to {inserted.stop - 1} are silent")
 
