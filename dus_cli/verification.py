@@ -216,9 +216,10 @@ def verify(
     decoder = _gather(found, lambda: decoder_config(config)) if config is not None else None
     if decoder is not None:
         found.num_layers = decoder.num_layers
-    if decoder is not None and all_readable:
-        _gather(found, lambda: find_stack(tensors, decoder))
     record = _gather(found, lambda: lineage.read_lineage(folder))
+    if decoder is not None and all_readable:
+        prefix = None if record is None else record.get("layer_prefix")
+        _gather(found, lambda: find_stack(tensors, decoder, recorded=prefix if isinstance(prefix, str) else None))
     is_healed = record is not None and bool(record.get("healing"))
     has_map = record is not None and not (is_healed and "layer_map" not in record)
     recorded = _gather(found, lambda: _recorded(record)) if has_map else None
@@ -413,7 +414,7 @@ def _against_base(
         return [], [
             f"the base has {decoder.num_layers} layers, {lineage.NAME} was made from {layer_map.num_base_layers}"
         ]
-    stack, _ = find_stack((tensor.name for _, tensor in base.tensors()), decoder)
+    stack, _ = find_stack((tensor.name for _, tensor in base.tensors()), decoder, assume)
     pairs: list[Comparison] = []
     problems: list[str] = []
     expected: set[str] = set()

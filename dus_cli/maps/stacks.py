@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.maps import architectures as arch
 from dus_cli.maps.layers import LayerMap, split_name
 from dus_cli.maps.model_config import DecoderConfig
+from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption
+
+# Parts of a prefix by which a stack is of another tower than the language model's, whatever its depth.
+_OTHER_TOWER = re.compile(
+    r"vision|visual|image|img|audio|speech|video|(^|[._])(vit|vpm|apm|clip|siglip|encoder|resampler|perceiver|projector"
+    r"|connector|draft|medusa|eagle)([._]|$)|encoder\.|projector|resampler"
+)
+
+# Tensors of a head that gives logits: an encoder's stack alone has none.
+_HEADS = frozenset(["lm_head", "output_layer", "embed_out"])
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,19 @@ class LayerStack:
         return tuple(split.at(output) for output in layer_map.outputs[split.index])
 
 
-def find_stack(names: Iterable[str], decoder: DecoderConfig) -> tuple[LayerStack, tuple[str, ...]]:
+def find_stack(
+    names: Iterable[str],
+    decoder: DecoderConfig,
+    assume: Mapping[str, Assumption] = NO_ASSUMPTIONS,
+    recorded: str | None = None,
+) -> tuple[LayerStack, tuple[str, ...]]:
     """The decoder's layer stack, and warnings.
+
+    Args:
+        names: of all tensors.
+        decoder: what config.json says.
+        assume: other numbered stacks that are kept, or that follow the map, by prefix.
+        recorded: the stack's prefix, where it is known: then no other stack is doubted.
 
     Raises:
         CheckpointError: no stack of the config's depth, layers missing or beyond the depth, layers
@@ -54,7 +76,10 @@ def find_stack(names: Iterable[str], decoder: DecoderConfig) -> tuple[LayerStack
         if split is not None:
             indices[split.prefix].add(split.index)
     depth = decoder.num_layers
-    prefix, warnings = _choose(indices, decoder)
+    if recorded is not None and recorded in indices:
+        prefix, warnings = recorded, []
+    else:
+        prefix, warnings = _choose(indices, names, decoder, assume)
     found = indices[prefix]
     missing = sorted(set(range(depth)) - found)
     if missing:
@@ -63,8 +88,10 @@ def find_stack(names: Iterable[str], decoder: DecoderConfig) -> tuple[LayerStack
             f"of the {depth} that config.json counts; shards are missing, download the checkpoint again"
         )
     num_extra = _count_extra(prefix, found, decoder)
-    beside = _beside(indices, decoder)
-    _check_others(indices, (prefix, *(name for name, _ in beside)), decoder)
+    beside = (*_beside(indices, decoder), *_assumed_beside(indices, prefix, depth, assume))
+    if recorded is None:
+        others = indices.keys() - {prefix, *(name for name, _ in beside), *_apart(decoder)}
+        warnings += _check_others({name: indices[name] for name in others}, prefix, decoder, assume)
     needs = arch.architecture(decoder.model_type).needs
     lacking = [need for need in needs if not any(name.endswith(need) for name in names)]
     if lacking:
@@ -72,7 +99,21 @@ def find_stack(names: Iterable[str], decoder: DecoderConfig) -> tuple[LayerStack
             f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then makes them up from the layers' "
             "numbers, which change; load and save the base once with a current transformers, which writes them"
         )
-    return LayerStack(prefix, depth, num_extra, beside), warnings
+    return LayerStack(prefix, depth, num_extra, beside), tuple(warnings)
+
+
+def _assumed_beside(
+    indices: Mapping[str, set[int]], chosen: str, depth: int, assume: Mapping[str, Assumption]
+) -> tuple[tuple[str, int], ...]:
+    """Stacks outside the layers that follow the map because a person says so."""
+    following = [p for p, assumption in assume.items() if assumption == "map" and p in indices and p != chosen]
+    for prefix in following:
+        if indices[prefix] != set(range(depth)):
+            raise CheckpointError(
+                f"--assume {shown(prefix)}=map: it has no entry for each of the {depth} layers; "
+                f"say {shown(prefix)}=keep, or leave it out"
+            )
+    return tuple((prefix, 0) for prefix in following)
 
 
 def _beside(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[tuple[str, int], ...]:
@@ -91,32 +132,89 @@ def _beside(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[tuple
     return found
 
 
-def _choose(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[str, tuple[str, ...]]:
+def _choose(
+    indices: Mapping[str, set[int]],
+    names: Iterable[str],
+    decoder: DecoderConfig,
+    assume: Mapping[str, Assumption],
+) -> tuple[str, list[str]]:
+    """The prefix of the decoder's layers, and warnings: a known one, or else the only stack of the config's depth."""
     depth = decoder.num_layers
     known = [prefix for prefix in indices if prefix in arch.LAYER_STACKS or _is_bert_decoder(prefix, decoder)]
     known = [prefix for prefix in known if prefix not in _apart(decoder)]
-    if len(known) == 1:
-        return known[0], ()
-    if len(known) > 1:
+    complete = [prefix for prefix, found in indices.items() if len(found) == depth and max(found) == depth - 1]
+    right = [prefix for prefix in known if prefix in complete]
+    likely = [prefix for prefix in complete if prefix not in known and _may_be_decoder(prefix, names, decoder)]
+    right = _not_assumed(right, assume)
+    if len(right) > 1 or (len(known) > 1 and not right and not likely):
         raise CheckpointError(
-            f"there are several layer stacks ({shown_list(sorted(known))}) where one decoder is meant; "
-            "dus deepens decoder-only language models"
+            f"there are several layer stacks ({shown_list(sorted(right or known))}) where one decoder is meant; "
+            "dus deepens decoder-only language models; for another that has nothing to do with the layers, "
+            "say --assume PREFIX=keep"
         )
-    encoders = [prefix for prefix in indices if prefix.endswith(("encoder.layer", "encoder.layers", "encoder.block"))]
-    if encoders:
+    if right or (known and len(likely) != 1):
+        chosen = (right or known)[0]
+        _refuse_encoder_decoder(chosen, indices)
+        return chosen, []
+    if not likely:
+        raise _no_stack(indices, decoder)
+    by_name = _not_assumed([prefix for prefix in likely if not _OTHER_TOWER.search(prefix)] or likely, assume)
+    if len(by_name) != 1:
         raise CheckpointError(
+            f"there are several stacks of {depth} numbered entries ({shown_list(sorted(by_name))}), and dus knows none "
+            "of their names; say --assume PREFIX=keep of those that are not the decoder's layers"
+        )
+    (chosen,) = by_name
+    _refuse_encoder_decoder(chosen, indices)
+    return chosen, [f"the layers were taken to be {shown(chosen)}.0 to {depth - 1}, a place dus does not know"]
+
+
+def _not_assumed(prefixes: list[str], assume: Mapping[str, Assumption]) -> list[str]:
+    """Of several stacks those about which no person decided; of one that stack, whose differences may be assumed."""
+    return [prefix for prefix in prefixes if prefix not in assume] or prefixes
+
+
+def _may_be_decoder(prefix: str, names: Iterable[str], decoder: DecoderConfig) -> bool:
+    """Whether a stack of the right depth may be a decoder's: one called an encoder is, if the model gives logits.
+
+    ChatGLM's decoder stands under transformer.encoder.layers; BERT's kin have `encoder.layer`, T5's `encoder.block`.
+    """
+    if prefix.endswith(("encoder.layer", "encoder.block")):
+        return False
+    if not prefix.endswith("encoder.layers"):
+        return True
+    heads, loaders = decoder.fields.get("architectures"), decoder.fields.get("auto_map")
+    return (
+        (isinstance(heads, list) and any(str(head).endswith("ForCausalLM") for head in heads))
+        or (isinstance(loaders, dict) and "AutoModelForCausalLM" in loaders)
+        or any(not _HEADS.isdisjoint(name.split(".")) for name in names)
+    )
+
+
+def _refuse_encoder_decoder(prefix: str, indices: Mapping[str, set[int]]) -> None:
+    """Hold that what was taken for the decoder has no counterpart: model.decoder.layers, and model.encoder.layers."""
+    for mine, other in (("decoder", "encoder"), ("encoder", "decoder")):
+        counterpart = re.sub(rf"\b{mine}\b", other, prefix)
+        if counterpart != prefix and counterpart in indices:
+            raise CheckpointError(
+                f"{shown(prefix)} stands beside {shown(counterpart)}: this is an encoder-decoder model; "
+                "dus deepens decoder-only language models"
+            )
+
+
+def _no_stack(indices: Mapping[str, set[int]], decoder: DecoderConfig) -> CheckpointError:
+    depth = decoder.num_layers
+    encoders = [prefix for prefix in indices if prefix.endswith(("encoder.layer", "encoder.layers", "encoder.block"))]
+    if any(len(indices[prefix]) == depth for prefix in encoders):
+        return CheckpointError(
             f"the layers stand under {shown_list(sorted(encoders))}: this is an encoder; "
             "dus deepens decoder-only language models"
         )
-    complete = [prefix for prefix, found in indices.items() if len(found) == depth and max(found) == depth - 1]
-    if len(complete) != 1:
-        seen = f"; numbered names: {shown_list(sorted(indices))}" if indices else ""
-        raise CheckpointError(
-            f"no tensors are named like the {depth} layers that config.json counts "
-            f"(model.layers.0 to model.layers.{depth - 1}, for example){seen}"
-        )
-    warning = f"the layers were taken to be {shown(complete[0])}.0 to {depth - 1}, a place dus does not know"
-    return complete[0], (warning,)
+    seen = f"; numbered names: {shown_list(sorted(indices))}" if indices else ""
+    return CheckpointError(
+        f"no tensors are named like the {depth} layers that config.json counts "
+        f"(model.layers.0 to model.layers.{depth - 1}, for example){seen}"
+    )
 
 
 def _apart(decoder: DecoderConfig) -> tuple[str, ...]:
@@ -140,20 +238,37 @@ def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
     )
 
 
-def _check_others(indices: dict[str, set[int]], known: tuple[str, ...], decoder: DecoderConfig) -> None:
-    """Numbered names outside the decoder's layers: understood, or an error that names them.
+def _check_others(
+    others: Mapping[str, set[int]], prefix: str, decoder: DecoderConfig, assume: Mapping[str, Assumption]
+) -> list[str]:
+    """Numbered names outside the decoder's layers: understood, or an error that names them. Returns warnings.
 
-    A multimodal model's encoders stand outside the language model and stay as they are. Inside it a
-    numbered stack may be a table with one entry per layer (gemma3n's altup projections).
+    A multimodal model's encoders stand outside the language model and stay as they are. Elsewhere, what is not
+    numbered 0 to depth - 1 is no table with one entry per layer, and stays as well; what is so numbered may be one
+    (gemma3n's altup projections).
     """
-    prefix = known[0]
     language_model = prefix.rpartition(".")[0]
-    for other in sorted(indices.keys() - {*known, *_apart(decoder)}):
+    assumed, kept = [], []
+    for other in sorted(others):
         if arch.MTP_STACK.search(other):
             continue
         is_inside = language_model not in ("", "model") and other.startswith(f"{language_model}.")
-        if is_inside or not decoder.is_multimodal:
+        if other in assume:
+            assumed.append(other)
+        elif decoder.is_multimodal and not is_inside:
+            continue
+        elif others[other] != set(range(decoder.num_layers)):
+            kept.append(other)
+        else:
             raise CheckpointError(
-                f"{shown(other)} is a numbered stack ({len(indices[other])} entries) beside {prefix}; "
-                "dus does not know whether it follows the layer map"
+                f"{shown(other)} is a numbered stack ({len(others[other])} entries) beside {prefix}; "
+                f"dus does not know whether it follows the layer map; say --assume {shown(other)}=keep, or =map if it "
+                "has an entry per layer"
             )
+    warnings = [f"{shown(other)} was kept, as --assume says" for other in assumed]
+    if kept:
+        warnings.append(
+            f"{shown_list(kept)}: numbered, but not from 0 to {decoder.num_layers - 1} like the layers; "
+            "dus kept them as they are"
+        )
+    return warnings

@@ -58,7 +58,8 @@ class MapRequest:
     """The layer map that was asked for, before the base's depth is known.
 
     `layers` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as identities.
-    `assume` says how fields of config.json that dus does not know are to be carried, as (field, "keep" or "map").
+    `assume` says how fields of config.json, and numbered stacks of tensors by their prefix, that dus does not know are
+    to be carried, as (field or prefix, "keep" or "map").
 
     Raises:
         UsageError: options that exclude each other, a number outside of its bounds, or no such recipe.
@@ -241,8 +242,9 @@ def make_plan(
     refuse_types(checkpoint.config)
     decoder = decoder_config(checkpoint.config)
     layer_map = request.resolve(decoder.num_layers)
-    layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder)
-    tensors, assume = layer_tensors(checkpoint, layers.prefix, decoder.num_layers), dict(request.assume)
+    assume = dict(request.assume)
+    layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder, assume)
+    tensors = layer_tensors(checkpoint, layers.prefix, decoder.num_layers)
     deeper = deepen_config(checkpoint.config, layer_map, assume, tensors.names)
     if layers.prefix in assume:
         unlike: tuple[str, ...] = (f"differences between the layers under {layers.prefix} were kept, as --assume says",)
