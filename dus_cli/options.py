@@ -158,8 +158,8 @@ Assume = Annotated[
         "--assume",
         metavar="FIELD=keep|map",
         parser=parse_assumption,
-        help="What dus cannot tell of a field of config.json (a.b for b in a), or of a numbered stack of tensors (by its "
-        "prefix): keep it, or let it follow the layers.",
+        help="What dus cannot tell of a field of config.json (a.b for b in a), or of a numbered stack of tensors "
+        "(by its prefix): keep it, or let it follow the layers.",
         rich_help_panel="Layer map",
     ),
 ]

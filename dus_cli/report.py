@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dus_cli import __version__
 from dus_cli.errors import shown_list
 from dus_cli.hub.streaming import Streamed
-from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.plan import Start, UpscalePlan
 from dus_cli.release.drawing import draw_kinds, draw_map
 from dus_cli.release.lineage import map_record, seam_record
 from dus_cli.release.remaking import Remaking
@@ -27,8 +27,12 @@ _VERIFIED = {"none": "no (--verify none)", "structure": "structure", "full": "st
 
 _VERIFIED_STREAM = "structure, what stands twice, whole files by sha256"
 
-_STATE = "It is not healed yet: the seam makes it worse than its base."
-_STATE_IDENTITY = "It computes what its base does, until its new layers are trained."
+_STATE = {
+    Start.seams: "It is not healed yet: {seams} it worse than its base.",
+    Start.identity: "It computes what its base does, until its new layers are trained.",
+    Start.base: "It has its base's layers, all and in order: there is nothing to heal.",
+    Start.part: "It is not healed yet: the layers that it leaves out make it worse than its base.",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class UpscaleReport:
             "output": str(self.output),
             **map_record(plan),
             "seams": [seam_record(seam) for seam in layer_map.seams],
+            "start": plan.start.value,
             "kinds": plan.output_kinds,
             "parameters": {"base": plan.checkpoint.num_parameters, "output": plan.num_parameters},
             "bytes": plan.num_data_bytes,
@@ -176,10 +181,11 @@ def upscale_text(report: UpscaleReport) -> str:
     elif report.status == "unchanged":
         lines.append(f"{output_text} is already what this command writes: nothing was done.")
     else:
-        lines += [
-            f"Wrote {output_text}. {_STATE_IDENTITY if plan.treatment.zeros else _STATE}",
-            f"next: dus heal {output_text} --data corpus.jsonl{' --train new' if plan.treatment.zeros else ''}",
-        ]
+        seams = "the seam makes" if len(plan.layer_map.seams) == 1 else "the seams make"
+        lines.append(f"Wrote {output_text}. {_STATE[plan.start].format(seams=seams)}")
+        if plan.start is not Start.base:
+            train = " --train new" if plan.start is Start.identity else ""
+            lines.append(f"next: dus heal {output_text} --data corpus.jsonl{train}")
     return "\n".join(lines)
 
 

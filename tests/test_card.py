@@ -252,6 +252,34 @@ def test_new_layers_that_start_as_identities_are_outlined() -> None:
     assert len([rect for rect in root.findall(".//{*}rect") if rect.attrib["fill"] == "none"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("layers", "start", "said", "is_to_heal"),
+    [
+        ("0:8", "base", "all and in order", False),
+        ("2:7", "part", "leaves out", True),
+        ("0", "part", "leaves out", True),
+        ("0:2,4:8", "seams", "the seam", True),
+        ("0:8,7", "seams", "the seam", True),
+        ("0:5,3:6,3:8", "seams", "the seams", True),
+    ],
+)
+def test_a_seam_is_blamed_where_there_is_one(
+    base: Path, tmp_path: Path, layers: str, start: str, said: str, is_to_heal: bool
+) -> None:
+    out = tmp_path / "out"
+    report = dus("upscale", base, "--layers", layers, "-o", out, "--json").report
+    text = dus("upscale", base, "--layers", layers, "-o", tmp_path / "again").stdout
+    card = (out / "README.md").read_text()
+    assert (report["start"], bool(report["seams"])) == (start, start == "seams")
+    state = " ".join(text.partition("Wrote ")[2].split())
+    assert said.replace("leaves", "leave") in state.replace("leaves", "leave")
+    for shown in (state, card):
+        assert ("worse than its base" in " ".join(shown.replace("> ", "").split())) == is_to_heal
+        assert ("dus heal" in shown) == is_to_heal
+    assert ("the seam" in state) == (start == "seams")
+    assert ("at the\n> seam" in card) == (start == "seams")
+
+
 @pytest.mark.skipif(not os.environ.get("SMOLLM2"), reason="SMOLLM2 names no checkpoint; `make test` makes one")
 def test_the_card_of_a_real_model_is_valid(tmp_path: Path) -> None:
     card = card_of(Path(os.environ["SMOLLM2"]), tmp_path / "out", trim=7)

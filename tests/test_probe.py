@@ -348,3 +348,36 @@ def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> N
     assert [line.split()[:3] for line in lines[2:5]] == [["trim", str(m), str(2 * (7 - m))] for m in (1, 2, 3)]
     assert all(len(line) <= 80 for line in lines if "  dus upscale" not in line and "4:7" not in line)
     assert "layers" in run.stderr
+
+
+@pytest.mark.parametrize("how", [(), ("--stream-layers",)])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.3.mlp.down_proj.weight", ("behind layer 3", "layer 3: mlp.down_proj.weight")),
+        ("model.layers.0.self_attn.k_proj.weight", ("behind layer 0", "layer 0: self_attn.k_proj.weight")),
+        ("model.norm.weight", ("behind its last layer", "model.norm.weight")),
+    ],
+)
+def test_damaged_weights_of_the_base_are_not_blamed_on_a_map(
+    model: Path, corpus: Path, tmp_path: Path, name: str, said: tuple[str, str], how: tuple[str, ...]
+) -> None:
+    """NaN equals nothing: what is compared with itself would look like something that the model's class does."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("--data", corpus, "--trims", "1:3", "--tokens", "2000", "--precision", "fp32", *how, "-q")
+    forked_dus("probe", damaged, *arguments).assert_one_line_error("the base itself", *said, "are damaged")
+
+
+def test_a_weight_that_is_read_for_one_token_only_is_named_as_well(model: Path, corpus: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = math.inf
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("--data", corpus, "--trims", "1:2", "--tokens", "2000", "--precision", "fp32", "-q")
+    done = forked_dus("probe", damaged, *arguments)
+    done.assert_one_line_error("the base itself", "before layer 0", "model.embed_tokens.weight")

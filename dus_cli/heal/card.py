@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, NOT_HEALED, NOT_TRAINED, SCALED
+from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, SCALED, STATES
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
 
@@ -19,7 +19,7 @@ def healed_card(card: str, report: dict[str, Any], name: str) -> str:
     if report["reached_base"] is not False:
         card = re.sub(f"{re.escape(HEAL_START)}.*?{re.escape(HEAL_END)}\n*", "", card, count=1, flags=re.DOTALL)
     section = f"{_START}\n{_section(report)}\n{_END}"
-    for state in (NOT_HEALED, NOT_TRAINED):
+    for state in STATES.values():
         if state in card:
             return card.replace(state, section)
     earlier = re.compile(f"{re.escape(_START)}.*?{re.escape(_END)}", re.DOTALL)

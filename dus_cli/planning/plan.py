@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,19 @@ class Base:
         return self.recorded_name or self.ref.name
 
 
+class Start(str, Enum):
+    """How a model stands to its base before any training.
+
+    `seams`: layers meet that never met, which makes it worse; `identity`: its new layers do nothing yet; `base`: the
+    map has the base's layers, all and in order, and nothing else; `part`: some that follow each other, and no seam.
+    """
+
+    seams = "seams"
+    identity = "identity"
+    base = "base"
+    part = "part"
+
+
 @dataclass(frozen=True)
 class UpscalePlan:
     """The whole output: shards, config, files, and the figures that the report gives.
@@ -159,6 +173,16 @@ class UpscalePlan:
         if self.max_shard_bytes != DEFAULT_SHARD_BYTES:
             options += f" --max-shard-size {self.max_shard_bytes}B"
         return options
+
+    @property
+    def start(self) -> Start:
+        """What the output is to its base before any training."""
+        layer_map = self.layer_map
+        if self.treatment.zeros:
+            return Start.identity
+        if layer_map.seams:
+            return Start.seams
+        return Start.base if len(layer_map) == layer_map.num_base_layers else Start.part
 
     @property
     def output_kinds(self) -> Kinds:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dus_cli.errors import ProbeError, reason_of, shown
+from dus_cli.errors import ProbeError, reason_of, shown, shown_list
 
 # Positions of a row on which ways to the same loss are compared.
 COMPARED = 64
@@ -179,6 +179,7 @@ class Replay:
                 calls[number], before = Call.of(args, kwargs), hidden.clone()
                 with ready(number):
                     output = self._forwards[number](*args, **kwargs)
+                    self._hold_finite(number, before, _hidden_of(output))
                 if not torch.equal(before, hidden):
                     self._works_in_place.add(number)
                 if not isinstance(_hidden_of(output), Tensor) or type(output) not in (Tensor, tuple, list):
@@ -225,11 +226,37 @@ class Replay:
             ):
                 raise self._refusal(f"layer {number} is handed more from other layers than hidden states")
 
+    def _hold_finite(self, number: int, before: Tensor, behind: Any) -> None:
+        """Hold that numbers of the base stay numbers: what is NaN equals nothing, not even itself.
+
+        Raises:
+            ProbeError: they do not, before this layer or in it.
+        """
+        if not torch.isfinite(before).all():
+            raise damaged(f"before layer {number}", self.model)
+        if isinstance(behind, Tensor) and not torch.isfinite(behind).all():
+            raise damaged(f"behind layer {number}", self.layers[number], f"layer {number}: ")
+
     def _refusal(self, what: str) -> ProbeError:
         return ProbeError(
             f"dus probe cannot measure maps of model_type {self.model_type}: {what}; write the models with dus upscale "
             "and measure those"
         )
+
+
+def damaged(where: str, module: nn.Module, prefix: str = "") -> ProbeError:
+    """An error about the base itself, whatever the map: which of this module's weights is NaN or infinite."""
+    names = [
+        f"{prefix}{name}"
+        for name, parameter in module.named_parameters()
+        if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all()
+    ]
+    what = f"the base itself, with no map, computes NaN or infinite numbers {where}"
+    if names:
+        return ProbeError(f"{what}: weights in {shown_list(names)} are damaged; fetch or save the base again")
+    return ProbeError(
+        f"{what}, though its weights there are finite: they are beyond this precision; try --precision fp32"
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.nn import functional
 from dus_cli.errors import ProbeError
 from dus_cli.heal.objective import cross_entropy, head_of
 from dus_cli.heal.tokens import IGNORED
-from dus_cli.probe.replay import Replay
+from dus_cli.probe.replay import Replay, damaged
 
 # Of a loss: what two orders of the same sums may differ by, in fp32 and in 16 bits.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -45,9 +45,7 @@ class Tail:
         some = labels[:, -logits.shape[1] :]
         self._theirs = _full_cross_entropy(logits, some)
         if not math.isfinite(self._theirs):
-            raise ProbeError(
-                f"the base's loss is {self._theirs}: its weights are damaged, or too large for this --precision"
-            )
+            raise damaged("behind its last layer", replay.model)
         self._some = torch.full_like(labels, IGNORED)
         self._some[:, -logits.shape[1] :] = some
         if not self._agrees(self.loss(ids, self._some, replay.behind)):

@@ -229,6 +229,7 @@ def _measure(
     from dus_cli.probe import weights
     from dus_cli.probe.distances import Depths
     from dus_cli.probe.measure import Meter
+    from dus_cli.probe.replay import damaged
 
     checkpoint, num_layers = of_base.checkpoint, found.num_layers
     text, batches, num_labels, warnings = _read(checkpoint, options, found.seq_length, plan.rows_at_once)
@@ -261,6 +262,8 @@ def _measure(
     else:
         base_loss, *mine = losses(candidates, depths)
         distances = depths.distances()
+    if not math.isfinite(base_loss):
+        raise damaged("on this text", model)
     values = iter(mine)
     maps = tuple(
         Measured(c, None if c.refused else next(values), tuple(distances.of(seam) for seam in c.layer_map.seams))

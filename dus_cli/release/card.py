@@ -10,7 +10,7 @@ from typing import Any
 from dus_cli.errors import shown
 from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.recipes import RECIPES
-from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.plan import Start, UpscalePlan
 from dus_cli.reference import ModelRef
 from dus_cli.release.drawing import draw_map
 from dus_cli.release.lineage import base_chain
@@ -18,7 +18,7 @@ from dus_cli.release.picture import PICTURES, describe_map, layer_map_svg
 
 NAME = "README.md"
 
-# What `dus heal` replaces in the card: one of these two.
+# What `dus heal` replaces in the card: one of these.
 NOT_HEALED = """\
 > **This model is not healed.** Its layers are copies of the base's, stacked by depthwise scaling; at the
 > seam layers meet that never met before, so it is worse than its base until it has had continued
@@ -28,6 +28,21 @@ NOT_TRAINED = """\
 > **The new layers of this model are not trained.** Their output projections are zeros, so they are
 > identities and it computes what its base does; continued pretraining makes use of them:
 > `dus heal OUT --data corpus.jsonl --train new`."""
+
+SAME_AS_BASE = """\
+> **This model computes what its base does.** It has the base's layers, all and in order, and no others: there is
+> nothing to heal."""
+
+LAYERS_LEFT_OUT = """\
+> **This model is not healed.** It has some of its base's layers, in order, and leaves out the others, so it is worse
+> than its base until it has had continued pretraining: `dus heal OUT --data corpus.jsonl`."""
+
+STATES = {
+    Start.seams: NOT_HEALED,
+    Start.identity: NOT_TRAINED,
+    Start.base: SAME_AS_BASE,
+    Start.part: LAYERS_LEFT_OUT,
+}
 
 # How to heal it stands between these; a healed model's card has no need of it.
 HEAL_START, HEAL_END = "<!-- dus: heal it -->", "<!-- /dus: heal it -->"
@@ -65,15 +80,15 @@ def model_card(plan: UpscalePlan) -> str:
     """Markdown with the Hub's metadata in front. Like dus.json it has no times and no output path."""
     layer_map, base_parameters, chain = plan.layer_map, plan.checkpoint.num_parameters, base_chain(plan.checkpoint)
     warnings = "".join(f"\n> **Note:** {warning}\n" for warning in plan.warnings)
-    train = " --train new" if plan.treatment.zeros else ""
+    how = "depth up-scaled" if layer_map.is_deeper else "rearranged"
     light, dark = PICTURES
     return f"""---
 {_metadata(plan, chain)}
 ---
 
-# {shown(plan.base.ref.repo_id or plan.base.name)}, depth up-scaled to {len(layer_map)} layers
+# {shown(plan.base.ref.repo_id or plan.base.name)}, {how} to {len(layer_map)} layers
 
-{NOT_TRAINED if plan.treatment.zeros else NOT_HEALED}
+{STATES[plan.start]}
 {warnings}
 <picture>
   <source media="(prefers-color-scheme: dark)" srcset="{dark}">
@@ -105,19 +120,7 @@ It is an ordinary checkpoint; OUT is its directory, or its id on the Hub.
 {_loading(plan)}
 ```
 
-{HEAL_START}
-## Heal it
-
-```
-pip install 'dus-cli[heal]'
-dus heal OUT --data corpus.jsonl{train} --dry-run    # tokens, memory and FLOPs first
-dus heal OUT --data corpus.jsonl{train}
-```
-
-OUT must be a directory here.
-{HEAL_END}
-
-## Lineage
+{_healing(plan)}## Lineage
 
 {_lineage(plan, len(chain))}
 
@@ -130,6 +133,26 @@ OUT must be a directory here.
 ## Citation
 
 {_CITATION}
+"""
+
+
+def _healing(plan: UpscalePlan) -> str:
+    """How to heal it, with an empty line behind; nothing where there is nothing to heal."""
+    if plan.start is Start.base:
+        return ""
+    train = " --train new" if plan.start is Start.identity else ""
+    return f"""{HEAL_START}
+## Heal it
+
+```
+pip install 'dus-cli[heal]'
+dus heal OUT --data corpus.jsonl{train} --dry-run    # tokens, memory and FLOPs first
+dus heal OUT --data corpus.jsonl{train}
+```
+
+OUT must be a directory here.
+{HEAL_END}
+
 """
 
 
