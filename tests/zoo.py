@@ -470,5 +470,5 @@ def zeros_without_gradient(model: Any, tokens: torch.Tensor, layers: Sequence[in
     assert found
     torch.manual_seed(0)
     outputs = _logits(model, tokens)
-    (outputs * torch.randn_like(outputs)).sum().backward()
+    torch.autograd.backward((outputs * torch.randn_like(outputs)).sum())
     return [name for name, parameter in found.items() if parameter.grad is None or not parameter.grad.any()]

@@ -76,9 +76,8 @@ def find_stack(
         if split is not None:
             indices[split.prefix].add(split.index)
     depth = decoder.num_layers
-    if recorded is not None and recorded in indices:
-        prefix, warnings = recorded, []
-    else:
+    prefix, warnings = recorded or "", list[str]()
+    if prefix not in indices:
         prefix, warnings = _choose(indices, names, decoder, assume)
     found = indices[prefix]
     missing = sorted(set(range(depth)) - found)

@@ -186,7 +186,7 @@ def _orientation(layer: Mapping[str, Sequence[int]]) -> int | None:
         bias = layer.get(f"{suffix.removesuffix('weight')}bias")
         if bias is not None and len(bias) == 1 and bias[0] in shape:
             votes[list(shape).index(bias[0])] += 1
-        elif _READERS.search(_stem(suffix).rpartition(".")[2]) and width in shape:
+        elif width is not None and width in shape and _READERS.search(_stem(suffix).rpartition(".")[2]):
             votes[1 - list(shape).index(width)] += 1
     if votes[0] == votes[1]:
         return None
