@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -349,22 +350,44 @@ def _kept_if_streamed(output: Path, *, stream: bool) -> Iterator[None]:
         raise
 
 
-def _handle_signals() -> None:
-    def handle(signum: int, _frame: FrameType | None) -> None:
-        for other in handled:  # a second Ctrl-C must not interrupt the clean-up
-            signal.signal(other, signal.SIG_IGN)
-        raise _Terminated(signum)
+# Seconds that a clean-up has before another signal ends the process in the middle of it.
+_CLEAN_UP = 5.0
 
-    handled = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    for signum in handled:
-        signal.signal(signum, handle)
+
+class _Signals:
+    """The signals that end a run: the first unwinds it, another one ends what does not unwind."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._came = 0.0
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.signum is None:
+            self.signum, self._came = signum, time.monotonic()
+            raise _Terminated(signum)
+        if time.monotonic() - self._came > _CLEAN_UP:  # an impatient Ctrl-C does not interrupt the clean-up
+            os._exit(128 + signum)
+
+
+def _ended_by(signum: int) -> tuple[int, str]:
+    return 128 + signum, f"ended by {signal.Signals(signum).name}; nothing was left behind"
 
 
 def main() -> NoReturn:
     """The entry point of `dus`: turns outcomes into exit codes. DUS_DEBUG=1 shows tracebacks."""
     _open_streams()
-    _handle_signals()
-    code, message = _run()
+    signals = _Signals()
+    try:
+        code, message = _run()
+    except Exception:
+        if signals.signum is None or os.environ.get("DUS_DEBUG"):
+            raise
+        code, message = 1, None
+    if code == 1 and signals.signum is not None:  # a library made another error of it, in the middle of an import
+        code, message = _ended_by(signals.signum)
     if events.are_wanted(sys.argv[1:]):
         events.emit("exit", exit_code=code, error=message)
     elif message is not None:
@@ -402,7 +425,7 @@ def _run() -> tuple[int, str | None]:
         command = getattr(getattr(error, "ctx", None), "command_path", "dus")
         return 2, f"{message.rstrip('.')}; see {command} --help" if message else None  # `dus` alone printed the help
     except _Terminated as error:
-        return 128 + error.signum, f"ended by {signal.Signals(error.signum).name}; nothing was left behind"
+        return _ended_by(error.signum)
     except BrokenPipeError:
         return _closed_pipe()
     except Exception as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,10 +95,52 @@ def test_a_failed_save_is_one_line_and_leaves_the_one_before_whole(
     assert float(found["weight"][0, 0]) == 1.0
 
 
+def test_a_checkpoint_without_room_is_refused_before_a_byte_with_what_it_takes_and_what_is_kept(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dus_cli.heal.checkpoints.free_bytes", lambda _: 1_000_000)
+    with pytest.raises(OutputError) as refused:
+        checkpoints.save(1, tensors(1.0), {"step": 1})
+    place = f"No space left on device, in {tmp_path}, where a checkpoint takes 1.20 MB, with 1.00 MB free"
+    assert str(refused.value).startswith(place)
+    assert "no checkpoint is saved yet, and the same command starts again once" in str(refused.value)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    monkeypatch.undo()
+    checkpoints.save(1, tensors(1.0), {"step": 1})
+    checkpoints.finish()
+    monkeypatch.setattr("dus_cli.heal.checkpoints.free_bytes", lambda _: 1_000_000)
+    with pytest.raises(OutputError, match="the checkpoint of step 1 is whole, and the same command goes on from there"):
+        checkpoints.save(2, tensors(2.0), {"step": 2})
+
+
+@pytest.mark.parametrize("limit", ["No space left on device", "File too large"])
+def test_what_the_system_says_is_told_where_torch_says_unexpected_pos(
+    checkpoints: Checkpoints, tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = {"No space left on device": errno.ENOSPC, "File too large": errno.EFBIG}[limit]
+
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(code, os.strerror(code))
+
+    @contextlib.contextmanager
+    def full(*_: object) -> Iterator[io.BytesIO]:
+        yield Full()
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
+    checkpoints.save(1, tensors(1.0), {"step": 1})
+    with pytest.raises(OutputError) as refused:
+        checkpoints.finish()
+    assert limit in str(refused.value)
+    assert "no checkpoint is saved yet" in str(refused.value)
+    assert "pos" not in str(refused.value)
+
+
 def test_a_second_run_on_the_same_checkpoints_is_refused(
     checkpoints: Checkpoints, team: teams.Team, tmp_path: Path
 ) -> None:
-    assert folders.is_locked(tmp_path / "checkpoints")
+    with pytest.raises(HealError, match=rf"another run .*\(process {os.getpid()} on"):
+        folders.check_unlocked(tmp_path / "checkpoints")
     with pytest.raises(HealError, match="another run"):
         Checkpoints(tmp_path / "checkpoints", team, keep=1)
 

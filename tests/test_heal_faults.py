@@ -432,7 +432,7 @@ def stop(home: Path, out: Path, *arguments: str, at: int = 5) -> Path:
     (worker,) = tiny.start_workers(out)
     assert until(lambda: last_step(out) >= at)
     worker[0].terminate()
-    assert tiny.ended(out, [worker]) == ""
+    assert tiny.wait(worker[0]) == 128 + signal.SIGTERM
     assert not (out / "config.json").exists(), "it was over before the signal came"
     assert checkpoints(out)[-1] == f"step-{last_step(out):08}"
     return out

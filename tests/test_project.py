@@ -109,7 +109,7 @@ def test_the_readme_draws_every_module_in_its_room() -> None:
 
 # Each room imports from those before it and from what is shared; the verbs and their commands import all of them.
 ROOMS = ["maps", "source", "planning", "writing", "hub", "release"]
-SHARED = {"bounds", "errors", "libraries", "memory", "progress", "reference", "storage", "workers"}
+SHARED = {"bounds", "errors", "libraries", "locks", "memory", "progress", "reference", "storage", "workers"}
 
 
 def test_the_rooms_import_one_way() -> None:

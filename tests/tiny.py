@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -118,8 +119,8 @@ def _context() -> Any:
     return context
 
 
-def _child(log: str, environment: dict[str, str], target: str, arguments: list[str]) -> None:
-    """In a forked process: output to `log` and `log`.err, then the program."""
+def _child(log: str, environment: dict[str, str], target: str, arguments: list[str], first: str) -> None:
+    """In a forked process: output to `log` and `log`.err, then `first`, which is Python, and the program."""
     for stream, path in ((sys.stdout, log), (sys.stderr, f"{log}.err")):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())
@@ -128,6 +129,8 @@ def _child(log: str, environment: dict[str, str], target: str, arguments: list[s
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    exec(first, {})  # noqa: S102  (a test's own)
     if target == "dus":
         from dus_cli.cli import main
 
@@ -156,8 +159,8 @@ def _save_logits(run_path: Path, folder: Path) -> None:
         torch.save(logits, folder / f"logits-{team.size}-{team.rank}.pt")
 
 
-def _start(log: Path, environment: dict[str, str], target: str, arguments: list[str]) -> Any:
-    process = _context().Process(target=_child, args=(str(log), environment, target, arguments))
+def _start(log: Path, environment: dict[str, str], target: str, arguments: list[str], first: str = "") -> Any:
+    process = _context().Process(target=_child, args=(str(log), environment, target, arguments, first))
     process.start()
     return process
 
@@ -170,11 +173,16 @@ def wait(process: Any, seconds: float = 240) -> int:
     return int(process.exitcode)
 
 
-def forked_dus(*arguments: str | Path, **environment: str) -> Run:
-    """`dus` in a process that was forked with everything imported."""
+def start_dus(log: Path, *arguments: str | Path, first: str = "") -> Any:
+    """`dus` on its way, in a process that was forked with everything imported; what it says is in `log`, `log`.err."""
+    return _start(log, {}, "dus", [str(argument) for argument in arguments], first)
+
+
+def forked_dus(*arguments: str | Path, first: str = "", **environment: str) -> Run:
+    """`dus` in a process that was forked with everything imported. `first` is Python that runs before it."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        code = wait(_start(log, environment, "dus", [str(argument) for argument in arguments]))
+        code = wait(_start(log, environment, "dus", [str(argument) for argument in arguments], first))
         return Run(arguments, code, log.read_text(encoding="utf-8"), Path(f"{log}.err").read_text(encoding="utf-8"))
 
 
@@ -192,6 +200,7 @@ def start_workers(
     target: str = "worker",
     more: tuple[str, ...] = (),
     extra: dict[str, str] | None = None,
+    first: str = "",
 ) -> list[tuple[Any, Path]]:
     """The workers of OUT/run.json and their logs, started as Slurm would start them: by environment variables."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
@@ -201,7 +210,7 @@ def start_workers(
     for rank in range(size):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % (num_local or size))}
         log = logs / str(rank)
-        workers.append((_start(log, environment, target, [str(out / "run.json"), *more]), log))
+        workers.append((_start(log, environment, target, [str(out / "run.json"), *more], first), log))
     return workers
 
 

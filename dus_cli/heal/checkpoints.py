@@ -23,9 +23,12 @@ from torch import Tensor
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.team import Team
-from dus_cli.storage import sync
+from dus_cli.report import human_bytes
+from dus_cli.storage import free_bytes, sync
 
 _STATE = "state.json"
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass
@@ -33,6 +36,7 @@ class _Pending:
     future: Future[Any]
     partial: Path
     final: Path
+    num_bytes: int
 
 
 class Checkpoints:
@@ -83,7 +87,7 @@ class Checkpoints:
         """
         path = self._folder / folders.name(step)
         try:
-            dcp.load(dict(tensors), checkpoint_id=path)  # type: ignore[attr-defined]
+            dcp.load(dict(tensors), checkpoint_id=path, no_dist=self._team.size == 1)  # type: ignore[attr-defined]
         except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
             raise _cannot_read(path, error) from error
 
@@ -92,11 +96,12 @@ class Checkpoints:
         written while training goes on.
 
         Raises:
-            OutputError: the checkpoint before this one could not be written.
+            OutputError: the checkpoint before this one could not be written, or there is no room for this one.
         """
         self.finish()
         if step == self._saved:
             return
+        self.check_room(tensors)
         partial = self._folder / f".{folders.name(step)}"
         try:
             if self._team.is_first:
@@ -105,22 +110,52 @@ class Checkpoints:
             self._team.wait()
             future = self._begin(tensors, partial)
         except OSError as error:
-            if self._team.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise _cannot_save(error) from error
-        self._pending = _Pending(future, partial, self._folder / folders.name(step))
+            raise self._cannot_save(error, partial, num_bytes(tensors)) from error
+        self._pending = _Pending(future, partial, self._folder / folders.name(step), num_bytes(tensors))
         self._saved = step
+
+    def check_room(self, tensors: Mapping[str, Tensor], more: int = 0) -> None:
+        """Hold that the disk has room for a checkpoint of these tensors, and for some bytes more.
+
+        Raises:
+            OutputError: it has not.
+        """
+        needed = num_bytes(tensors)
+        free = free_bytes(self._folder) if self._team.is_first else None
+        if self._team.any(free is not None and free < needed + more):
+            raise OutputError(self._no_room(needed, more, free))
+
+    def _no_room(self, needed: int, more: int, free: int | None) -> str:
+        parts = [f"a checkpoint takes {human_bytes(needed)}"] if needed else []
+        parts += [f"the healed model takes {human_bytes(more)}"] if more else []
+        sizes = f", where {' and '.join(parts)}"
+        sizes += "" if free is None else f", with {human_bytes(free)} free"
+        return folders.disk_failure(self._folder, os.strerror(errno.ENOSPC), sizes)
+
+    def _cannot_save(self, error: BaseException | None, partial: Path, needed: int) -> OutputError:
+        """The refusal after a failed save, of which nothing stays."""
+        free = free_bytes(self._folder)
+        if self._team.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        code = _code(error)
+        if code is None and free is not None and free < needed:  # another worker's failure comes as text, without it
+            code = errno.ENOSPC
+        if code == errno.ENOSPC:
+            return OutputError(self._no_room(needed, 0, None))
+        reason = f"a checkpoint cannot be saved ({shown(_reason(error) if code is None else os.strerror(code))})"
+        return OutputError(folders.disk_failure(self._folder, reason, f", where one takes {human_bytes(needed)}"))
 
     def _begin(self, tensors: Mapping[str, Tensor], partial: Path) -> Future[Any]:
         """Save from a copy in the background; on a CPU, whose memory the copy would take, at once."""
-        group = self._team.saving
+        where: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._team.saving}
+        where["no_dist"] = self._team.size == 1
         if self._in_background:
-            saving = dcp.async_save(dict(tensors), checkpoint_id=partial, process_group=group)  # type: ignore[attr-defined]
+            saving = dcp.async_save(dict(tensors), **where)  # type: ignore[attr-defined]
             assert isinstance(saving, Future)
             return saving
         done: Future[Any] = Future()
         try:
-            done.set_result(dcp.save(dict(tensors), checkpoint_id=partial, process_group=group))  # type: ignore[attr-defined]
+            done.set_result(dcp.save(dict(tensors), **where))  # type: ignore[attr-defined]
         except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
             done.set_exception(error)
         return done
@@ -141,9 +176,7 @@ class Checkpoints:
             return
         failure = pending.future.exception()
         if self._team.any(failure is not None):
-            if self._team.is_first:
-                shutil.rmtree(pending.partial, ignore_errors=True)
-            raise _cannot_save(failure) from failure
+            raise self._cannot_save(failure, pending.partial, pending.num_bytes) from failure
         if self._team.is_first:
             _sync(pending.partial)
             pending.partial.replace(pending.final)
@@ -172,18 +205,28 @@ def _cannot_read(path: Path, error: BaseException) -> HealError:
     return HealError(f"{shown(path)} cannot be read ({shown(_reason(error))}); remove it to go on from the one before")
 
 
-def _cannot_save(error: BaseException | None) -> OutputError:
-    return OutputError(
-        f"a checkpoint cannot be saved: {shown(_reason(error))}; the one before it is whole, "
-        "make room and run the same command again"
-    )
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What a checkpoint of these tensors takes, of all workers together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _code(error: BaseException | None) -> int | None:
+    """The operating system's code for a failure that torch wraps in its own, again and again."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, OSError) and one.errno in _OF_THE_DISK:
+            return one.errno
+        waiting += [one.__cause__, one.__context__]
+        if isinstance(one, dcp.api.CheckpointException):
+            waiting += [failure[0] for failure in one.failures.values()]
+    return next((code for code in _OF_THE_DISK if os.strerror(code) in str(error)), None)
 
 
 def _reason(error: BaseException | None) -> str:
-    """The operating system's word for a failure that torch wraps in its own."""
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """The last line of what a library says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

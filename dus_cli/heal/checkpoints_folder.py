@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from dus_cli.errors import HealError, shown
+from dus_cli.locks import holder
 
 
 def name(step: int) -> str:
@@ -29,6 +30,17 @@ def newest(folder: Path) -> int | None:
     return steps[-1] if steps else None
 
 
+def disk_failure(folder: Path, reason: str, sizes: str = "") -> str:
+    """What to say where the disk of a run fails. `folder` has its checkpoints, `sizes` says what was wanted of it."""
+    step = newest(folder)
+    kept = (
+        "no checkpoint is saved yet, and the same command starts again"
+        if step is None
+        else f"the checkpoint of step {step} is whole, and the same command goes on from there"
+    )
+    return f"{reason}, in {shown(folder.parent)}{sizes}: {kept} once the disk has room or is mended"
+
+
 def lock(folder: Path) -> int:
     """Take the folder for this process; the file descriptor that holds the lock until it is closed.
 
@@ -39,19 +51,21 @@ def lock(folder: Path) -> int:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        who = holder(file)
         os.close(file)
-        raise HealError(f"another run is healing into {shown(folder.parent)} at this moment; wait for it") from None
+        raise HealError(
+            f"another run is healing into {shown(folder.parent)} at this moment ({who}); wait for it, or end it"
+        ) from None
     except OSError:
         pass  # no locks on this file system
     return file
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a run is using these checkpoints at this moment."""
-    if not folder.is_dir():
-        return False
-    try:
+def check_unlocked(folder: Path) -> None:
+    """Hold that no run is using these checkpoints at this moment.
+
+    Raises:
+        HealError: one is.
+    """
+    if folder.is_dir():
         os.close(lock(folder))
-    except HealError:
-        return True
-    return False

@@ -329,7 +329,8 @@ def heal(
         ),
     ] = 3,
     print_command: Annotated[
-        bool, typer.Option("--print-command", help="Print torchrun's command line and exit.", rich_help_panel=_LAUNCH)
+        bool,
+        typer.Option("--print-command", help="Print the workers' command line and exit.", rich_help_panel=_LAUNCH),
     ] = False,
     eval_every: Annotated[
         Optional[int],  # noqa: UP045

@@ -124,6 +124,22 @@ def block_words(device_type: str, num_rows: int) -> int:
     return max(1024, _BLOCK_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * max(1, num_rows)))
 
 
+def checkpoint_bytes(shape: Shape, *, num_learning_layers: int, weight_bytes: int, has_fp32_masters: bool) -> int:
+    """Bytes of a checkpoint: of what learns the weight, two fp32 moments, and the fp32 master where it is another one.
+
+    Args:
+        shape: the model's.
+        num_learning_layers: layers that learn at some time; all of them is the whole model, embeddings included.
+        weight_bytes: of a parameter as it computes.
+        has_fp32_masters: whether bf16 weights are followed by fp32 ones.
+    """
+    each = weight_bytes + 8 + (4 if has_fp32_masters and weight_bytes != 4 else 0)
+    if num_learning_layers == shape.num_layers:
+        return shape.num_parameters * each
+    layers = shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size
+    return layers * num_learning_layers // max(1, shape.num_layers) * each
+
+
 def memory_per_device(
     shape: Shape,
     *,

@@ -9,12 +9,17 @@ import torch
 from dus_cli.heal.batches import stacked
 from dus_cli.heal.model import Decoder
 from dus_cli.heal.objective import loss_sums
+from dus_cli.heal.stopping import Brake
 from dus_cli.heal.team import Team
 from dus_cli.heal.tokens import Row
 
 
-def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: int) -> float:
-    """Mean cross-entropy in nats over the labelled tokens of the rows, which the workers share out."""
+def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: int, brake: Brake) -> float:
+    """Mean cross-entropy in nats over the labelled tokens of the rows, which the workers share out.
+
+    Raises:
+        StopRequested: by a signal.
+    """
     decoder.model.eval()
     total, count = 0.0, 0.0
     # Every worker makes the same number of forwards, as FSDP needs: spare ones count nothing.
@@ -24,14 +29,17 @@ def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: i
         batch = stacked(mine or rows[:1], len(mine), team.device)
         with torch.no_grad():
             hidden = decoder.hidden(batch.input_ids, batch.position_ids)
-            _, loss, _ = loss_sums(hidden, decoder.output, batch.labels, decoder.head)
+            _, loss, _ = loss_sums(hidden, decoder.output, batch.labels, decoder.head, between=brake.alone)
         total += float(loss)
         count += batch.num_labels
+    brake.check()
     total, count = team.sum([total, count])
     return total / count
 
 
-def base_loss(decoder: Decoder, layers: Sequence[int], rows: Sequence[Row], team: Team, rows_at_once: int) -> float:
+def base_loss(
+    decoder: Decoder, layers: Sequence[int], rows: Sequence[Row], team: Team, rows_at_once: int, brake: Brake
+) -> float:
     """The base's held-out loss, from the layers of an untrained up-scaled model that are the base."""
     with decoder.only(layers):
-        return mean_loss(decoder, rows, team, rows_at_once)
+        return mean_loss(decoder, rows, team, rows_at_once, brake)

@@ -1,6 +1,6 @@
-"""The verb: check, tokenise, write run.json, start torchrun, follow it, report.
+"""The verb: check, tokenise, write run.json, start torchrun or the one worker, follow it, report.
 
-The command line of torchrun is built apart from running it, so that it can be printed and tested.
+The command line is built apart from running it, so that it can be printed and tested.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,6 @@ from dus_cli.heal.run import (
     Run,
     changed_options,
     check_same,
-    disk_failure,
     other_options,
     public,
     read_run,
@@ -56,7 +56,13 @@ _OURS = {RUN_NAME, "metrics.jsonl", "tokens", "checkpoints", LOGS, FAILURE, "ten
 # Seconds that workers have to save a checkpoint after a signal, before torchrun kills them.
 _PATIENCE = 600
 
+# Seconds for a connection of this machine to itself.
+_LOOPBACK_PATIENCE = 5.0
+
 _POLL = 0.2
+
+# Exit codes of workers that somebody else told to stop; torchrun's is 0.
+_STOPPED = {0: signal.SIGTERM} | {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT)}
 
 # With less free than this a disk is full: a failure or a log line may find no place.
 _NO_ROOM = 1 << 16
@@ -145,6 +151,8 @@ def _check_devices(wishes: Wishes) -> None:
         )
     if wishes.launch.nnodes > 1 and wishes.launch.rdzv_endpoint is None:
         raise HealError("--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every node")
+    if wishes.launch.nnodes == 1 and workers > 1:
+        _check_loopback()
     if wishes.launch.node_rank >= wishes.launch.nnodes:
         raise HealError(f"--node-rank {wishes.launch.node_rank} of {wishes.launch.nnodes} nodes: they count from 0")
 
@@ -205,8 +213,8 @@ def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
     finally:
         remove(probe)
     output.mkdir(exist_ok=True)
-    if wishes.launch.node_rank == 0 and folders.is_locked(output / "checkpoints"):
-        raise HealError(f"another run is healing into {shown(wishes.output)} at this moment; wait for it")
+    if wishes.launch.node_rank == 0:
+        folders.check_unlocked(output / "checkpoints")
     run = _planned(wishes, model, output / "tokens", view)
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
@@ -279,8 +287,14 @@ def _sources(wishes: Wishes, folder: Path) -> tuple[tuple[Source, ...], tuple[So
 # --- torchrun -------------------------------------------------------------------------------------
 
 
-def torchrun_command(launch: Launch, run_path: Path) -> list[str]:
-    """The exact line that starts the workers of one node. It needs nothing but run.json."""
+def workers_command(launch: Launch, run_path: Path) -> list[str]:
+    """The exact line that starts the workers of one node. It needs nothing but run.json.
+
+    One worker in all needs no torchrun, which opens a port even then.
+    """
+    worker = ["-m", "dus_cli.heal.worker", str(run_path)]
+    if _is_alone(launch):
+        return [sys.executable, *worker]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes(launch)}"]
     if launch.nnodes == 1:
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
@@ -295,36 +309,78 @@ def torchrun_command(launch: Launch, run_path: Path) -> list[str]:
         f"--max-restarts={launch.max_restarts}",
         f"--log-dir={run_path.parent / LOGS / str(launch.node_rank)}",
         "--redirects=3",
-        "-m",
-        "dus_cli.heal.worker",
-        str(run_path),
     ]
-    return command
+    return command + worker
+
+
+def _is_alone(launch: Launch) -> bool:
+    """Whether there is one worker in all."""
+    return launch.nnodes == 1 and num_processes(launch) == 1
+
+
+def _check_loopback() -> None:
+    """Hold that the workers of this machine can talk to each other; torchrun would try for minutes.
+
+    Raises:
+        HealError: they cannot.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), _LOOPBACK_PATIENCE).close()
+    except OSError as error:
+        raise HealError(
+            f"several workers talk over this machine's loopback interface, and 127.0.0.1 cannot be used "
+            f"({error.strerror or error}); bring it up (ip link set lo up), or give --nproc-per-node 1"
+        ) from None
 
 
 def prepared_command(wishes: Wishes, view: View) -> list[str]:
-    """What `--print-command` prints: torchrun's line for a batch job or a container. Data and run.json are made first.
+    """What `--print-command` prints, for a batch job or a container. Data and run.json are made first.
 
     Raises:
         DusError: as `heal`.
     """
     prepare_run(wishes, check(wishes), view)
-    return torchrun_command(wishes.launch, wishes.output.resolve() / RUN_NAME)
+    return workers_command(wishes.launch, wishes.output.resolve() / RUN_NAME)
 
 
 def _launch(run: Run, launch: Launch, view: View) -> tuple[int, int | None]:
-    """Run torchrun to its end: its exit code, and the signal that came meanwhile."""
-    command = torchrun_command(launch, run.folder / RUN_NAME)
+    """Run the workers to their end: the exit code, and the signal that came meanwhile."""
     logs = run.folder / LOGS / str(launch.node_rank)
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
     if launch.node_rank == 0:
         (run.folder / FAILURE).unlink(missing_ok=True)
     follower = MetricsFollower(run.metrics_path)
+    with _relayed() as relay:
+        if not _is_alone(launch):  # torchrun starts workers again by itself
+            return _start(run, launch, logs, view, follower, relay), relay.signum
+        before = None
+        for attempt in range(launch.max_restarts + 1):
+            own = logs / f"attempt_{attempt}"
+            own.mkdir()
+            code = _start(run, launch, own, view, follower, relay)
+            is_stopped = code in (128 + signal.SIGTERM, 128 + signal.SIGINT) or relay.count > 0
+            if code == 0 or is_stopped or (run.folder / FAILURE).is_file():
+                break
+            died = (_last_words(own), _size(run.metrics_path), folders.newest(run.checkpoints_folder))
+            if died == before:  # nothing was gained by another start
+                break
+            before = died
+    return code, relay.signum
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _start(run: Run, launch: Launch, logs: Path, view: View, follower: MetricsFollower, relay: _Relay) -> int:
+    """Start torchrun, or the one worker, and follow it to its end; its exit code."""
     view.status("loading the model")
-    with _relayed() as relay, (logs / "torchrun.log").open("wb") as log:
+    name = "stderr.log" if _is_alone(launch) else "torchrun.log"  # the workers of which have logs of their own
+    with (logs / name).open("wb") as log:
         process = subprocess.Popen(
-            command,
+            workers_command(launch, run.folder / RUN_NAME),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -341,13 +397,16 @@ def _launch(run: Run, launch: Launch, view: View) -> tuple[int, int | None]:
             view.update(follower)
             time.sleep(_POLL)
         view.update(follower)
-    return process.returncode, relay.signum
+    return process.returncode
 
 
 def _environment(launch: Launch) -> dict[str, str]:
     import torch
 
     environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE), "PYTHONUNBUFFERED": "1"}
+    if _is_alone(launch):  # whatever a job's own launcher has set
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment.pop("TORCHELASTIC_RUN_ID", None)
     if torch.accelerator.is_available():
         return environment
     # torchrun gives each of several workers one thread; on a CPU they share the cores instead.
@@ -383,16 +442,21 @@ def _outcome(run: Run, code: int, signum: int | None) -> dict[str, Any]:
     failure = run.folder / FAILURE
     if failure.is_file():
         raise HealError(json.loads(failure.read_text(encoding="utf-8"))["error"])
-    if signum is not None or code == 0:
+    signum = signum or _STOPPED.get(code)
+    if signum is not None:
         step = folders.newest(run.checkpoints_folder)
-        where = "before the first checkpoint" if step is None else f"with a checkpoint at step {step}"
+        where = (
+            "before the first checkpoint; the same command starts again"
+            if step is None
+            else f"with a checkpoint at step {step}; the same command goes on from there"
+        )
         raise StoppedError(
-            f"ended by {signal.Signals(signum or signal.SIGTERM).name} {where}; the same command goes on from there",
-            signum or signal.SIGTERM,
+            f"ended by {signal.Signals(signum).name} {where}",
+            signum,
         )
     free = free_bytes(run.folder)
     if free is not None and free < _NO_ROOM:  # then nobody could leave a word
-        raise OutputError(disk_failure(run.folder, os.strerror(errno.ENOSPC)))
+        raise OutputError(folders.disk_failure(run.checkpoints_folder, os.strerror(errno.ENOSPC)))
     words = _last_words(run.folder / LOGS)
     raise HealError(
         f"a worker died{f' ({shown(words)})' if words else ', killed from outside or out of memory'}; "

@@ -19,6 +19,7 @@ from dus_cli.heal.documents import attend_by_document
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.objective import Head, check_head, head_of
 from dus_cli.heal.run import Run
+from dus_cli.heal.stopping import Brake
 from dus_cli.heal.team import Team
 
 # Of a norm: what two orders of the same sums may differ by in bf16.
@@ -71,6 +72,22 @@ class Decoder:
     def _keep(self, hidden: Tensor) -> Tensor:
         self._hidden = hidden
         return hidden[..., :1].clone()  # what follows is for logits; a view would upset FSDP's hooks
+
+    def brake_at_layers(self, brake: Brake, num_tokens: int) -> None:
+        """Let a signal end a pass at a layer, forwards and backwards. A micro-batch has `num_tokens` tokens at most.
+
+        Every worker counts the same FLOPs, whatever rows it has: they are only to come to the same place.
+        """
+        whole = [2.0 * num_tokens * sum(p.numel() for p in layer.parameters()) for layer in self.layers]
+
+        def after(flops: float, output: Any) -> None:
+            brake.passed(flops)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda _: brake.passed(2 * flops))  # type: ignore[no-untyped-call]
+
+        for layer, flops in zip(self.layers, whole, strict=True):
+            layer.register_forward_hook(lambda _layer, _input, output, flops=flops: after(flops, output))
 
     def check_loss(self, input_ids: Tensor, position_ids: Tensor) -> None:
         """Hold our way to the loss against the model's own, on a few tokens.

@@ -9,6 +9,7 @@ say", so they cost one pass. On a CPU that pass goes over a few rows at a time, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class _Loss(torch.autograd.Function):
         teacher: Teaching | None,
         head: Head,
         scale: float,
+        between: Callable[[], object],
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         share = teacher.weight if teacher is not None else 0.0
@@ -71,6 +73,7 @@ class _Loss(torch.autograd.Function):
         sums = hidden.new_zeros(2, dtype=torch.float32)
         at_once = chunk_rows(hidden.device.type, weight.shape[0])
         for start in range(0, len(hidden), at_once):
+            between()
             rows = slice(start, start + at_once)
             products = functional.linear(hidden[rows], weight, bias)  # (chunk, vocabulary)
             theirs = None if teacher is None else teacher.products(rows)
@@ -99,7 +102,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         # In place: a head's gradient is large, and a second backward pass would raise.
         found = (None if saved is None else saved.mul_(gradients[0]) for saved in ctx.saved_tensors)
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
 def _to_gradient(
@@ -155,6 +158,7 @@ def loss_sums(
     head: Head,
     teaching: Teaching | None = None,
     scale: float = 1.0,
+    between: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the labelled tokens: what is minimised, cross-entropy, KL(teacher ‖ model), in nats, fp32.
 
@@ -165,6 +169,7 @@ def loss_sums(
         head: how logits are scaled.
         teaching: the teacher's view of the same rows; without it the KL term is 0.
         scale: of what is minimised: 1 / tokens makes the sum a mean.
+        between: called before each chunk of rows; what it raises ends the work.
     """
     parts: tuple[Any, ...] = (hidden.reshape(-1, hidden.shape[-1]), output.weight, getattr(output, "bias", None))
     if not torch.is_grad_enabled():  # which a Function is not told: it asks the tensors
@@ -175,6 +180,7 @@ def loss_sums(
         teaching,
         head,
         scale,
+        between,
     )
     return loss
 

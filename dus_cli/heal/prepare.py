@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +39,7 @@ from dus_cli.heal.tokenise import (
     write_part,
 )
 from dus_cli.heal.tokens import Part, Prepared, PreparedSource
+from dus_cli.locks import holder, this_process
 from dus_cli.workers import PIECE
 from dus_cli.writing.outputs import writing
 from dus_cli.writing.staging import Staging
@@ -368,7 +368,7 @@ def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterat
     try:
         has_said = False
         while not _try_lock(lock, folder, say):
-            owner = os.pread(lock, 300, 0).decode(errors="replace") or "another process"
+            owner = os.pread(lock, 300, 0).decode(errors="replace") or holder(lock)
             if not wait:
                 raise DataError(f"another run is preparing the data in {shown(folder)} ({shown(owner)}); wait for it")
             if not has_said:
@@ -377,7 +377,7 @@ def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterat
             time.sleep(_POLL)
         with writing(".lock"):
             os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
+            os.pwrite(lock, this_process().encode(), 0)
         yield
     finally:
         os.close(lock)

@@ -42,6 +42,7 @@ from dus_cli.writing.staging import Staging
 if TYPE_CHECKING:
     from dus_cli.heal.model import Decoder
     from dus_cli.heal.run import Run
+    from dus_cli.heal.stopping import Brake
     from dus_cli.heal.team import Team
     from dus_cli.heal.training import Progress
 
@@ -64,6 +65,11 @@ class Publication:
         config = dict(student.inner.config.to_dict())
         self.shape = shape_of(config, self._source.num_parameters, run.num_layers)
         self.flops_per_token = flops_per_token(self.shape, run.seq_length)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the healed model will take on the disk."""
+        return sum(tensor.num_bytes for _, tensor in self._source.tensors())
 
     def _check_values(self, student: Decoder) -> None:
         """Hold that what transformers loaded is what the file holds, so that it can be written back as it is.
@@ -104,11 +110,16 @@ class Publication:
         count = torch.Size(shape).numel()
         return _read(shard, tensor, count, offset * row).float().reshape(shape)
 
-    def publish(self, optimizer: Optimizer, progress: Progress, peak: float, peak_source: str) -> None:
-        """Write everything beside the run's folder, verify it, and let the two change places."""
+    def publish(self, optimizer: Optimizer, progress: Progress, peak: float, peak_source: str, brake: Brake) -> None:
+        """Write everything beside the run's folder, verify it, and let the two change places.
+
+        Raises:
+            StopRequested: by a signal, before they have.
+        """
         run = self._run
         if not self._team.is_first:
             for _, tensor in self._source.tensors():
+                brake.check()
                 self._gather(tensor, optimizer)
             self._team.wait()
             return
@@ -120,7 +131,7 @@ class Publication:
             if self._source.warnings and self._source.index_name is not None:
                 staging.write_text(self._source.index_name, _index(self._source))
             for shard in self._source.shards:
-                self._write_shard(staging.folder / shard.name, shard, optimizer)
+                self._write_shard(staging.folder / shard.name, shard, optimizer, brake)
             rows = read_metrics(run.metrics_path)
             report = self._report(progress, rows, peak, peak_source)
             self._write_proof(staging, report, rows)
@@ -130,14 +141,16 @@ class Publication:
             staging.publish()
         self._team.wait()
 
-    def _write_shard(self, path: Path, shard: Shard, optimizer: Optimizer) -> None:
-        with writing(shard.name), ExitStack() as closing:
+    def _write_shard(self, path: Path, shard: Shard, optimizer: Optimizer, brake: Brake) -> None:
+        left = "the checkpoints are kept, and the same command writes it again"
+        with writing(shard.name, left), ExitStack() as closing:
             with reading(shard.name):
                 source = closing.enter_context(open_regular(shard.path))
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as target:
                 _copy(source, target, 0, shard.header.data_start)
                 for tensor in shard.header.tensors:
+                    brake.check()
                     value = self._gather(tensor, optimizer)
                     if value is None:
                         _copy(source, target, tensor.start, tensor.num_bytes)

@@ -244,11 +244,3 @@ def other_options(old: Run, changed: list[str]) -> HealError:
         f"{shown(old.folder)} holds a run with other options ({shown_list(changed)}); "
         "give the same ones to go on, or another -o to start anew"
     )
-
-
-def disk_failure(folder: Path, reason: str) -> str:
-    """What to say where the disk fails in the middle of a run."""
-    return (
-        f"{shown(folder)} cannot be written to: {reason}; the last checkpoint is whole, "
-        "make room and run the same command again"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from dus_cli import __version__
@@ -13,6 +14,7 @@ from dus_cli.heal.plan import REFERENCE_GPU, TYPICAL_MFU, plan_lines, plan_of
 from dus_cli.heal.resolve import Wishes
 from dus_cli.heal.run import SCHEMA, Run
 from dus_cli.report import human_bytes, human_time
+from dus_cli.storage import free_bytes
 
 
 def heal_text(report: dict[str, Any]) -> str:
@@ -94,6 +96,7 @@ def dry_run_json(run: Run, shape: Shape, wishes: Wishes) -> dict[str, Any]:
         "tokens_per_step": run.tokens_per_step,
         "flops": flops,
         "fraction_of_pretraining": flops / estimate.pretraining_flops(shape, run.seq_length),
+        "disk": _disk(run, shape, wishes),
         "h100_tokens_per_second": round(per_device, 1),
         "h100_hours": round(plan["tokens"] / per_device / 3600, 4),
         **plan,
@@ -105,7 +108,9 @@ def dry_run_text(run: Run, shape: Shape, wishes: Wishes) -> str:
     report = dry_run_json(run, shape, wishes)
     memory = report["memory_per_device"]
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "total" and size)
-    recipe = run.recipe
+    recipe, disk = run.recipe, report["disk"]
+    free = "" if disk["free"] is None else f", {human_bytes(disk['free'])} free"
+    checkpoint, written = human_bytes(disk["checkpoint"]), human_bytes(disk["model"])
     speed = f"{report['h100_tokens_per_second']:,.0f} tokens/s a {REFERENCE_GPU} at {TYPICAL_MFU:.0%} MFU"
     gpus = f"{speed}, {report['h100_hours']:,.3g} GPU hours"
     rows = [
@@ -120,7 +125,30 @@ def dry_run_text(run: Run, shape: Shape, wishes: Wishes) -> str:
         ("cost", f"{report['flops']:.3g} FLOPs, {report['fraction_of_pretraining']:.2g} of pretraining"),
         ("", gpus),
         ("memory", parts),
+        ("disk", f"{human_bytes(disk['total'])} at most{free}"),
+        ("", f"{disk['num_checkpoints']} checkpoints of {checkpoint}, the model {written}"),
     ]
     lines = [f"{label:<13}{value}" for label, value in rows]
     done = f"Dry run: nothing was written to {shlex.quote(run.output)}."
     return "\n".join([*lines, *plan_lines(report), done])
+
+
+def _disk(run: Run, shape: Shape, wishes: Wishes) -> dict[str, int | None]:
+    """Bytes that the run takes at most at a time, token files aside: those kept, the one being written, the model."""
+    phases = [phase.layers for phase in run.recipe.phases]
+    learning = {layer for layers in phases if layers is not None for layer in layers}
+    checkpoint = estimate.checkpoint_bytes(
+        shape,
+        num_learning_layers=run.num_layers if None in phases else len(learning),
+        weight_bytes=2 if run.fit.precision == "bf16" else 4,
+        has_fp32_masters=run.fit.master_weights == "fp32",
+    )
+    model = sum(path.stat().st_size for path in Path(run.model).glob("*.safetensors"))
+    number = run.keeping.keep + 1
+    return {
+        "total": number * checkpoint + model,
+        "num_checkpoints": number,
+        "checkpoint": checkpoint,
+        "model": model,
+        "free": free_bytes(wishes.output.resolve().parent),
+    }

@@ -17,32 +17,36 @@ _TIMEOUT = timedelta(minutes=60)
 
 @dataclass(frozen=True)
 class Team:
-    """A worker's place. `saving` is a group of its own: a checkpoint is saved while training goes on."""
+    """A worker's place. One worker has no groups, and needs no port.
+
+    `saving` is a group of its own: a checkpoint is saved while training goes on. So is `talking`, which is gloo's on
+    every device: what the workers tell each other needs no GPU, and a lost one is an error there at once.
+    """
 
     rank: int
     size: int
     num_local: int
     device: torch.device
     saving: dist.ProcessGroup | None
+    talking: dist.ProcessGroup | None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values summed over the workers, in float64 where the device has it."""
+        """The values summed over the workers, in float64."""
         if self.size == 1:
             return list(values)
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor(values, dtype=dtype, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.talking)
         return [float(value) for value in total.tolist()]
 
     def max(self, value: float) -> float:
         if self.size == 1:
             return value
-        total = torch.tensor([value], dtype=torch.float32, device=self.device)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        total = torch.tensor([value], dtype=torch.float32)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.talking)
         return float(total.item())
 
     def any(self, flag: bool) -> bool:
@@ -55,7 +59,7 @@ class Team:
 
     def wait(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.talking)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next is honest."""
@@ -77,12 +81,14 @@ def gathered() -> Iterator[Team]:
     if accelerator is not None:
         device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.accelerator.set_device_index(device.index)
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size == 1:
+        yield Team(rank, size, num_local, device, saving=None, talking=None)
+        return
     backend = dist.get_default_backend_for_device(device.type)
-    # one worker needs no port
-    store = dist.HashStore() if size == 1 else None  # type: ignore[attr-defined]
-    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=_TIMEOUT)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
-        saving = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        yield Team(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device, saving)
+        saving, talking = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
+        yield Team(rank, size, num_local, device, saving, talking)
     finally:
         dist.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from dus_cli.heal.objective import Teaching, loss_sums
 from dus_cli.heal.optimizer import Optimizer
 from dus_cli.heal.publish import Publication
 from dus_cli.heal.run import Run
+from dus_cli.heal.stopping import Brake, Signals
 from dus_cli.heal.team import Team
 from dus_cli.heal.tokens import Prepared, Rows, heldout_rows
 from dus_cli.heal.tracking import open_tracker
@@ -54,6 +55,8 @@ class Progress:
     variance: float = 0.0
     seen: int = 0
     adam_steps: dict[str, int] = field(default_factory=dict)
+    # The row of the last step, while its held-out measurement is to come.
+    unmeasured: dict[str, Any] | None = None
 
     def is_spike(self, loss: float) -> bool:
         """Whether a loss is far above what the run has seen: its step would do more harm than good."""
@@ -105,9 +108,10 @@ class _Clock:
 class Training:
     """A run on one worker: what it holds, and the steps. Every method is called by every worker."""
 
-    def __init__(self, run: Run, team: Team, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, run: Run, team: Team, signals: Signals) -> None:
         torch.manual_seed(run.recipe.seed)
-        self.run, self.team, self._should_stop = run, team, should_stop
+        self.run, self.team, self._signals = run, team, signals
+        self.brake = Brake(team, lambda: signals.is_asked)
         self.clock = _Clock(team)
         self.checkpoints = Checkpoints(run.checkpoints_folder, team, run.keeping.keep)
         self.student = load(run, team)
@@ -145,51 +149,76 @@ class Training:
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    def go(self) -> bool:
-        """Train until the budget, the goal or a signal ends it; whether the run is finished."""
+    def go(self) -> None:
+        """Train until the budget or the goal ends it.
+
+        Raises:
+            OutputError: there is no room for a checkpoint and the healed model.
+            StopRequested: a signal did; `keep` saves what there is.
+        """
         progress = self.progress
+        if not self._is_over():
+            self.checkpoints.check_room(self.optimizer.tensors(), self.publication.num_bytes)
+        self._set_brakes()
         if progress.step == 0 and progress.scaled_loss is None:
             self._measure_start()
-        while not self._is_over():
-            started = time.perf_counter()
-            row = self._step()
-            if row is None:  # a signal
-                self._save()
-                self.checkpoints.finish()
-                return False
-            progress.step += 1
+        while progress.unmeasured is not None or not self._is_over():
+            if progress.unmeasured is None:  # else a signal came in the middle of its measurement
+                started = time.perf_counter()
+                row = self._step()
+                progress.step, progress.unmeasured = progress.step + 1, row
+                progress.seconds += time.perf_counter() - started
+            row = progress.unmeasured
             if self._evaluates():
+                started = time.perf_counter()
                 row["eval_loss"] = self._evaluate()
-            progress.seconds += time.perf_counter() - started
+                progress.seconds += time.perf_counter() - started
+            progress.unmeasured = None
             row["seconds"] = self.clock.lap()
             self._log(row)
             self._check_streak(row)
             self._save_when_due()
             self._enter_phase()
         self._save()
-        self.checkpoints.finish()
-        return True
+        with self._signals.held():
+            self.checkpoints.finish()
+
+    def _set_brakes(self) -> None:
+        """From here on the workers stop together, at the next layer where a pass takes long."""
+        tokens = self.at_once * self.run.seq_length
+        self.student.brake_at_layers(self.brake, tokens)
+        if self.teacher is not None:
+            self.teacher.brake_at_layers(self.brake, tokens)
+        self._signals.cooperate()
+
+    def keep(self) -> None:
+        """Save the last finished step, after `StopRequested`. Of step 0 there is only what was measured."""
+        if self.progress.scaled_loss is None:
+            return
+        with self._signals.held():
+            self._save()
+            self.checkpoints.finish()
 
     def _is_over(self) -> bool:
         reached = self.run.until == "base" and self.progress.evals_at_base >= 2
         return reached or self.progress.step >= self.run.num_steps
 
-    def _step(self) -> dict[str, Any] | None:
-        """One step: gradients over all micro-batches, then the update, unless it would do harm. None to stop."""
+    def _step(self) -> dict[str, Any]:
+        """One step: gradients over all micro-batches, then the update, unless it would do harm."""
         run, team, step = self.run, self.team, self.progress.step
         self.student.model.train()
         started = time.perf_counter()
         with self.clock("data"):
+            self.brake.check()
             batches = micro_batches(self.rows, step, run.rows_per_step, self.at_once, team)
-            counted, stop = team.sum([sum(batch.num_labels for batch in batches), float(self._should_stop())])
-        if stop:
-            return None
+            counted = team.sum([sum(batch.num_labels for batch in batches)])[0]
         kl_weight = schedule.distill_weight(run.recipe, step)
         sums = [0.0, 0.0]
         for batch in batches:
             cross_entropy, divergence = self._backward(batch, counted, kl_weight)
             sums = [sums[0] + cross_entropy, sums[1] + divergence]
-        with self.clock("optimizer"):
+        self.brake.check()
+        with self.clock("optimizer"), self._signals.held():
             loss, divergence = (total / counted for total in team.sum(sums))
             norm = self.optimizer.gradient_norm()
             share = schedule.rate_share(run.recipe, step, run.num_steps)
@@ -225,7 +254,7 @@ class Training:
             # FSDP averages over the team what is a sum over its tokens.
             scale = self.team.size / counted
             loss, cross_entropy, divergence = loss_sums(
-                hidden, self.student.output, batch.labels, self.student.head, teaching, scale
+                hidden, self.student.output, batch.labels, self.student.head, teaching, scale, self.brake.alone
             )
         with self.clock("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
@@ -264,7 +293,7 @@ class Training:
         with self.clock("eval"):
             if self.run.base is not None:
                 self.progress.base_loss = base_loss(
-                    self.student, self.run.base.layers, self.heldout, self.team, self.at_once
+                    self.student, self.run.base.layers, self.heldout, self.team, self.at_once, self.brake
                 )
             self.progress.measured(self._mean_loss())
         self.progress.scaled_loss = self.progress.eval_loss
@@ -283,7 +312,7 @@ class Training:
         return loss
 
     def _mean_loss(self) -> float:
-        return mean_loss(self.student, self.heldout, self.team, self.at_once)
+        return mean_loss(self.student, self.heldout, self.team, self.at_once, self.brake)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -318,7 +347,8 @@ class Training:
 
     def _save(self) -> None:
         self.progress.adam_steps = self.optimizer.steps()
-        self.checkpoints.save(self.progress.step, self.optimizer.tensors(), asdict(self.progress))
+        with self._signals.held():
+            self.checkpoints.save(self.progress.step, self.optimizer.tensors(), asdict(self.progress))
         self._saved_at = time.monotonic()
 
     def _peak_flops(self) -> float:
@@ -328,7 +358,8 @@ class Training:
 
     def publish(self) -> None:
         """Write the healed model with its proof, and give it the run's place."""
+        self.checkpoints.check_room({}, self.publication.num_bytes)
         if self.metrics is not None:
             self.metrics.close()
             self.tracker.close()
-        self.publication.publish(self.optimizer, self.progress, self.peak, self.peak_source)
+        self.publication.publish(self.optimizer, self.progress, self.peak, self.peak_source, self.brake)

@@ -1,8 +1,9 @@
 """The worker: `torchrun … -m dus_cli.heal.worker OUT/run.json`. One of these runs for each device.
 
 It loads its part of the model, measures base and scaled loss, goes on from the newest checkpoint, trains,
-and with its team writes the healed model. It exits 0 when the run is finished, or when a signal asked it to
-stop and a checkpoint is saved; 1 on a failure, which it leaves in one line in `failure.json`.
+and with its team writes the healed model. It exits 0 when the run is finished; 1 on a failure, which it leaves in one
+line in `failure.json`; and with 128 + the signal when one asked it to stop and a checkpoint is saved, under torchrun
+with 0, because torchrun starts again what failed.
 """
 
 from __future__ import annotations
@@ -12,50 +13,40 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
-from types import FrameType
 
 from dus_cli.errors import DusError
-from dus_cli.heal.run import FAILURE, disk_failure, read_run
+from dus_cli.heal.checkpoints_folder import disk_failure
+from dus_cli.heal.run import FAILURE, read_run
+from dus_cli.heal.stopping import Signals, StopRequested, end_with_torchrun
 from dus_cli.unforeseen import explained
 
 # What a disk does that no restart mends.
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
-class _Signals:
-    """SIGTERM and SIGINT, remembered until a step is over."""
-
-    def __init__(self) -> None:
-        self.stop = False
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._remember)
-
-    def _remember(self, _signum: int, _frame: FrameType | None) -> None:
-        self.stop = True
-
-
-def work(path: Path) -> bool:
-    """Be a worker of the run in this file; whether the run is finished.
+def work(path: Path, signals: Signals) -> int:
+    """Be a worker of the run in this file; the exit code.
 
     Raises:
         DusError: any known failure.
     """
-    signals = _Signals()
     run = read_run(path)
     # Imported here: a known failure that torchrun restarts is told again without loading torch first.
     from dus_cli.heal.team import gathered
     from dus_cli.heal.training import Training
 
     with gathered() as team:
-        training = Training(run, team, lambda: signals.stop)
-        if not training.go():
-            return False
-        training.publish()
-    return True
+        training = Training(run, team, signals)
+        try:
+            training.go()
+            training.publish()
+        except StopRequested:
+            training.keep()
+            return signals.exit_code
+    return 0
 
 
 def _quiet_libraries() -> None:
@@ -74,6 +65,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         sys.stderr.write("error: give one run.json; see dus heal --print-command\n")
         return 2
+    signals = Signals()
+    end_with_torchrun()
     path = Path(arguments[0])
     failure = path.parent / FAILURE
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
@@ -81,17 +74,16 @@ def main(arguments: list[str]) -> int:
         return 1  # torchrun restarts workers, a known failure stays what it is
     _quiet_libraries()
     try:
-        work(path)
+        return work(path, signals)
     except Exception as error:
         if os.environ.get("DUS_DEBUG") or _may_pass(error):
             raise
         is_full = isinstance(error, OSError) and not isinstance(error, DusError)
-        text = disk_failure(path.parent, error.strerror or "") if is_full else explained(error)  # type: ignore[attr-defined]
+        text = disk_failure(path.parent / "checkpoints", error.strerror or "") if is_full else explained(error)  # type: ignore[attr-defined]
         _leave(failure, launch, text)
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
         os._exit(1)  # others may wait for this worker in a collective: no clean-up that waits for them
-    return 0
 
 
 def _may_pass(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dus_cli.errors import CheckpointError, OutputError, VerificationError, shown
+from dus_cli.locks import holder
 from dus_cli.source import incomplete
 from dus_cli.source.reading import file_pieces
 from dus_cli.storage import Storage, ask, known, remove
@@ -176,8 +177,9 @@ class Staging:
         try:
             fcntl.flock(self._locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            who = holder(self._locks[-1])
             raise OutputError(
-                f"another run is writing {shown(self.output)} at this moment; wait for it, or choose another -o"
+                f"another run is writing {shown(self.output)} at this moment ({who}); wait for it, or choose another -o"
             ) from None
         except OSError:
             pass  # no locks on this file system: a second run is then noticed only when it publishes

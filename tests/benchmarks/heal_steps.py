@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dus_cli.heal.devices import peak_memory_bytes
 from dus_cli.heal.run import read_run
+from dus_cli.heal.stopping import Signals
 from dus_cli.heal.team import gathered
 from dus_cli.heal.training import Training
 
@@ -30,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     run = read_run(options.run)
     with gathered() as team:
-        training = Training(run, team, lambda: False)
+        training = Training(run, team, Signals())
         training._step()
         if options.profile:
             with profile(activities=[ProfilerActivity.CPU]) as found:
