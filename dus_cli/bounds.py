@@ -43,7 +43,7 @@ class Bounds:
 BOUNDS = {
     "batch-tokens": Bounds(1, _BILLION),
     "best": Bounds(1, _MOST_LAYERS),
-    "copies": Bounds(2, 1000),
+    "copies": Bounds(2, _MOST_LAYERS),
     "epochs": Bounds(0, 1_000_000, is_whole=False, is_above=True),
     "eval-every": Bounds(1, _BILLION),
     "eval-tokens": Bounds(1, _TRILLION),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from checkpoints import llama_config
 from dus_cli.errors import ConfigError
 from dus_cli.maps.layers import LayerMap, stack, typed_map
 from dus_cli.maps.model_config import decoder_config, deepen_config
+from dus_cli.maps.rules import PeriodAndOffset
 
 EIGHT = stack(8, trim=2)  # 0…5, 2…7: the shift is 4
 
@@ -422,3 +424,21 @@ def test_the_warning_about_a_type_names_what_followed(fields: dict[str, Any], na
 def test_the_warning_about_a_type_says_where_nothing_was_found(fields: dict[str, Any]) -> None:
     warning = deepen_config(llama_config(8) | {"model_type": "our_own"} | fields, EIGHT).warnings[0]
     assert "nothing per-layer was found in its config" in warning
+
+
+def test_a_period_and_an_offset_are_found_where_trying_every_pair_would_find_them() -> None:
+    rule = PeriodAndOffset("period", "offset", (8, 4), "attention", "mamba")
+    for num_layers, period in product(range(1, 9), range(1, 5)):
+        maps = [(*range(a), *range(b, num_layers)) for a in range(1, num_layers + 1) for b in range(num_layers)]
+        for offset, sources in product(range(period), maps):
+            wanted = [base % period == offset for base in sources]
+            pairs = [(period, offset), *((p, o) for p in range(1, len(sources) + 1) for o in range(p))]
+            fits = (pair for pair in pairs if wanted == [j % pair[0] == pair[1] for j in range(len(sources))])
+            expected = next(fits, None)
+            fields = {"period": period, "offset": offset}
+            if expected is None:
+                with pytest.raises(ConfigError, match="out of step"):
+                    rule.follow(fields, LayerMap(sources, num_layers))
+            else:
+                changed = rule.follow(fields, LayerMap(sources, num_layers))
+                assert tuple((fields | changed).values()) == expected

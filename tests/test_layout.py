@@ -141,3 +141,17 @@ def test_clone_mode_fails_where_blocks_cannot_be_shared(tmp_path: Path, reflinks
     done.assert_one_line_error("--copy-mode clone", "reflinks")
     assert not any(reflinks.glob("*out*"))
     assert dus("upscale", base, "-o", reflinks / "out", "-q").returncode == 0
+
+
+def test_a_header_that_would_pass_the_formats_limit_begins_another_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100,000 layers of tiny tensors the lines in one header would be more than 100 MB."""
+    folder = source(tmp_path / "m", 12, 24, num_layers=6)
+    assert len(plan_of(folder, request=MapRequest(copies=8)).shards) == 1
+    monkeypatch.setattr("dus_cli.planning.layout._MOST_HEADER_BYTES", 20_000)
+    plan = plan_of(folder, request=MapRequest(copies=8))
+    assert len(plan.shards) > 1
+    assert all(len(layout.header) < 20_000 + BLOCK for layout in plan.shards.values())
+    names = [placement.name for layout in plan.shards.values() for placement in layout.placements]
+    assert len(names) == len(set(names)) == plan.num_tensors

@@ -369,7 +369,8 @@ def test_damaged_weights_of_the_base_are_not_blamed_on_a_map(
     tensors[name].view(-1)[0] = math.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     arguments = ("--data", corpus, "--trims", "1:3", "--tokens", "2000", "--precision", "fp32", *how, "-q")
-    forked_dus("probe", damaged, *arguments).assert_one_line_error("the base itself", *said, "are damaged")
+    done = forked_dus("probe", damaged, *map(str, arguments))
+    done.assert_one_line_error("the base itself", *said, "are damaged")
 
 
 def test_a_weight_that_is_read_for_one_token_only_is_named_as_well(model: Path, corpus: Path, tmp_path: Path) -> None:

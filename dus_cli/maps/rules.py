@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from dus_cli.errors import ConfigError, described, shown
@@ -439,7 +440,12 @@ class PeriodAndOffset:
     def _fitting(self, fields: Fields, layer_map: LayerMap) -> tuple[int, int] | None:
         period, offset = self._pair(fields)
         wanted = [base % period == offset for base in layer_map.sources]
-        candidates = [(period, offset), *((p, o) for p in range(1, len(wanted) + 1) for o in range(p))]
+        places = [layer for layer, is_it in enumerate(wanted) if is_it]
+        candidates = [(period, offset)]
+        if places:  # the first two places say what no other pair could
+            first = places[0]
+            step = places[1] - first if len(places) > 1 else max(first + 1, len(wanted) - first)
+            candidates += [(step, first)] if first < step else []
         return next((pair for pair in candidates if wanted == self._pattern(pair, len(wanted))), None)
 
     @staticmethod
@@ -749,7 +755,8 @@ def trims_that_would(layer_map: LayerMap, fits: Callable[[LayerMap], bool]) -> s
     '; --trim 1 or 4 or 7 or 10 or 13 would keep it'
     """
     n = layer_map.num_base_layers
-    trims = [trim for trim in range(largest_trim(n) + 1) if fits(LayerMap(source_layers(n, trim), n))]
+    fitting = (trim for trim in range(largest_trim(n) + 1) if fits(LayerMap(source_layers(n, trim), n)))
+    trims = list(islice(fitting, 6))
     if not trims:
         return "; no trim keeps it"
-    return f"; --trim {' or '.join(map(str, trims[:6]))} would keep it"
+    return f"; --trim {' or '.join(map(str, trims))} would keep it"
