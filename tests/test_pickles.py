@@ -378,7 +378,7 @@ def test_bare_pickles_and_old_formats_are_refused(tmp_path: Path) -> None:
     (folder / NAME).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     refuse(folder, "no zip archive as torch.save writes it")
     (folder / NAME).write_text("version https://git-lfs.github.com/spec/v1\n")
-    refuse_file(folder / NAME, "no zip archive as torch.save writes it")
+    refuse_file(folder / NAME, "is a Git LFS pointer, not the file itself")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder / NAME)
     refuse_file(folder / NAME, "TorchScript")
     assert not (tmp_path / "ran").exists()
