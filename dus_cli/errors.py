@@ -91,6 +91,15 @@ def shown(text: object, *, limit: int = _LONGEST_SHOWN) -> str:
     return line if len(line) <= limit else line[:limit] + "…"
 
 
+def encodable(text: str) -> str:
+    r"""Text that any file can hold: bytes of a path that are no UTF-8 (PEP 383) are spelled out.
+
+    >>> encodable("caf" + chr(0xDCE9))
+    'caf\\udce9'
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def reason_of(error: BaseException) -> str:
     r"""What another library says of a failure, whole, on one line.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-from dus_cli.errors import ModelNotFoundError, UsageError, shown
+from dus_cli.errors import ModelNotFoundError, UsageError, encodable, shown
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w./+%-]+))?", re.ASCII)
@@ -23,8 +23,9 @@ _NO_REVISION = re.compile(r"[\0-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[/-]|[/.]$|^$")
 class ModelRef:
     """Where a model is: exactly one of `path` and `repo_id` is set.
 
-    `text` is what the user typed; reports and lineage repeat it. `token` is the one given for this model, which nothing
-    prints; without it huggingface_hub takes HF_TOKEN or the stored login.
+    `text` is what the user typed, with bytes that are no UTF-8 spelled out; reports and lineage repeat it.
+    `token` is the one given for this model, which nothing prints; without it huggingface_hub takes HF_TOKEN or the
+    stored login.
     """
 
     text: str
@@ -76,7 +77,7 @@ class ModelRef:
             raise ModelNotFoundError(f"MODEL is {shown(text)!r}; give a directory or a Hub id such as org/name")
         if revision is not None:
             raise UsageError(f"--revision is for a Hub id such as org/name, and {shown(text)} is a directory")
-        return cls(text, path=Path(text).expanduser())
+        return cls(encodable(text), path=Path(text).expanduser())
 
     @property
     def name(self) -> str:
@@ -84,7 +85,7 @@ class ModelRef:
         if self.repo_id is not None:
             return self.repo_id.split("/")[1]
         assert self.path is not None
-        return self.path.resolve().name
+        return encodable(self.path.resolve().name)
 
     def __str__(self) -> str:
         """In messages: a directory as typed, org/name or org/name@revision."""

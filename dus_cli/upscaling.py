@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, shown
+from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, encodable, shown
 from dus_cli.hub import fetching
 from dus_cli.hub.fetching import Fetch
 from dus_cli.hub.streaming import Streamed, check_against_hub, stream_weights
@@ -322,7 +322,8 @@ def _stream_weights(
 def written_texts(made: UpscalePlan) -> dict[str, str]:
     """Every file that is made up rather than copied, by name: config, index, card, pictures, lineage."""
     records = {card.NAME: card.model_card(made), lineage.NAME: dump_json(lineage.lineage(made))}
-    return {**made.text_files(), **card.pictures(made), **records}
+    texts = {**made.text_files(), **card.pictures(made), **records}
+    return {name: encodable(text) for name, text in texts.items()}
 
 
 def _space(made: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: bool) -> Space:

@@ -389,3 +389,16 @@ def test_encoders_of_a_multimodal_model_stay_as_they_are(tmp_path: Path) -> None
     vision = {name for name in names_and_bytes(tmp_path / "out") if name.startswith("vision_tower")}
     assert len(vision) == 4
     assert len(layer_bytes(tmp_path / "out", "language_model.model.layers")) == 6
+
+
+def test_a_folder_whose_name_is_not_utf8_is_deepened_verified_and_named_by_its_bytes(
+    base: Path, tmp_path: Path
+) -> None:
+    strange = base.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    out = tmp_path / os.fsdecode(b"d\xe9eper")
+    report = dus("upscale", strange, "-o", out, "--json", "--checksums").report
+    assert report["status"] == "written"
+    assert dus("verify", out, "--base", strange, "-q").returncode == 0
+    assert dus("upscale", strange, "-o", out, "--checksums", "--json").report["status"] == "unchanged"
+    assert "caf\\udce9" in (out / "README.md").read_text(encoding="utf-8")
+    assert "\\udc" not in (out / "dus.json").read_text(encoding="utf-8").replace("\\\\udc", "")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dus_cli.errors import reason_of, shown
+from dus_cli.errors import encodable, reason_of, shown
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents
 from dus_cli.heal.special_tokens import SpecialTokens, special_tokens_of
 from dus_cli.source.mistaken import NUM_BYTES, not_fetched
@@ -145,6 +145,8 @@ class Tokeniser:
         from transformers import AutoTokenizer
 
         _check_fetched(folder)
+        if str(folder) != encodable(str(folder)):
+            raise DataError(f"the name of {shown(folder)} is not UTF-8, and tokenizers opens no such path; rename it")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from dus_cli.errors import OutputError, shown
+from dus_cli.errors import OutputError, encodable, shown
 from dus_cli.writing.outputs import writing
 
 # The width of a picture, in pixels.
@@ -164,7 +164,7 @@ def write_pictures(path: Path, draw: Callable[[bool], str]) -> None:
         partial = target.with_name(f".{target.name}.partial")
         try:
             with writing(target.name):
-                partial.write_text(draw(dark), encoding="utf-8")
+                partial.write_text(encodable(draw(dark)), encoding="utf-8")
                 partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)

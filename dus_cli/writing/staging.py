@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dus_cli.errors import CheckpointError, OutputError, VerificationError, shown
+from dus_cli.errors import CheckpointError, OutputError, VerificationError, encodable, shown
 from dus_cli.locks import holder
 from dus_cli.source import incomplete
 from dus_cli.source.reading import file_pieces
@@ -216,7 +216,7 @@ class Staging:
             self.held[name] = text
             return
         with writing(name):
-            (self.folder / name).write_text(text, encoding="utf-8")
+            (self.folder / name).write_text(encodable(text), encoding="utf-8")
         sync_file(self.folder / name)
 
     def copy_file(self, name: str, source: Path) -> None:
