@@ -22,7 +22,7 @@ from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest, parse_size
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.push import pushing
 from dus_cli.push.target import Target, look
-from dus_cli.reference import ModelRef
+from dus_cli.reference import ModelRef, user_path
 from dus_cli.release.remaking import read_remaking
 from dus_cli.report import UpscaleReport
 from dus_cli.upscaling import Wanted
@@ -106,7 +106,7 @@ def upscale(
         look(target)  # what is in the way is said before gigabytes are written
     report = upscaling.upscale(
         wanted,
-        Path(output),
+        user_path(output),
         copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
         stream=stream,
         jobs=_jobs(jobs),
@@ -118,7 +118,7 @@ def upscale(
     )
     if target is None:
         return report
-    return replace(report, push=pushing.send(Path(output), target, jobs=jobs, progress=told, is_verified=True))
+    return replace(report, push=pushing.send(user_path(output), target, jobs=jobs, progress=told, is_verified=True))
 
 
 def plan(
@@ -159,7 +159,7 @@ def plan(
     remote = None if target is None else look(target)
     report = upscaling.preview(
         wanted,
-        Path(output),
+        user_path(output),
         copy_mode=_choice(CopyMode, copy_mode, "copy_mode"),
         stream=stream,
         overwrite=overwrite,
@@ -192,12 +192,12 @@ def verify(
         UsageError: an argument that no model could make right.
         DusError: the folder is not there, or the base cannot be read.
     """
-    told = progress or NoProgress()
-    if not Path(folder).is_dir():
+    told, folder = progress or NoProgress(), user_path(folder)
+    if not folder.is_dir():
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     ref = None if base is None else ModelRef.parse(_text(base), token=token)
     checkpoint = None if ref is None else upscaling.open_base(ref, quiet=not told.is_live, progress=told)
-    return verification.verify(Path(folder), checkpoint, jobs=_jobs(jobs), progress=told)
+    return verification.verify(folder, checkpoint, jobs=_jobs(jobs), progress=told)
 
 
 def _wanted(
@@ -231,7 +231,7 @@ def _wanted(
         names = [f"--{name}" for name, value in given.items() if value is not None and value is not False]
         if names:
             raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
-        remaking = read_remaking(Path(lineage), None if model is None else _text(model), token=token)
+        remaking = read_remaking(user_path(lineage), None if model is None else _text(model), token=token)
         return Wanted(*remaking.parts, remaking)
     if model is None:
         raise UsageError("which model? give a directory or a Hub id, or lineage")

@@ -39,6 +39,7 @@ from dus_cli.options import (
     check_map,
     number,
     parser,
+    path_parser,
     progress_for,
 )
 from dus_cli.planning.dtypes import Dtype
@@ -102,7 +103,10 @@ def _refuse_beside_from(context: typer.Context, lineage: Path | None) -> None:
 def upscale(
     context: typer.Context,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write; must not exist, or be empty.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", parser=path_parser, help="Where to write; must not exist, or be empty."
+        ),
     ],
     model: Annotated[
         Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
@@ -113,6 +117,7 @@ def upscale(
         typer.Option(
             "--from",
             metavar="DUS.JSON",
+            parser=path_parser,
             help="Make a release again from its dus.json, and compare with the SHA256SUMS beside it. MODEL then says "
             "where the base is now.",
         ),
@@ -285,7 +290,7 @@ def upscale(
 
 @app.command()
 def verify(
-    model: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to check.")],
+    model: Annotated[Path, typer.Argument(metavar="OUT", parser=path_parser, help="The directory to check.")],
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),

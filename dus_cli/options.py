@@ -15,6 +15,7 @@ from dus_cli.heal.corpus import BadLine
 from dus_cli.maps.layers import parse_layers
 from dus_cli.maps.naming import Assumption
 from dus_cli.progress import NoProgress, Progress, ProgressMode
+from dus_cli.reference import user_path
 from dus_cli.terminal import BarProgress, PlainProgress, is_live
 
 # The group in which --help lists what concerns the Hub.
@@ -132,6 +133,10 @@ def parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[s
 def number(name: str, parse: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
     """A typer parser of an option's number, which must be within its bounds in `bounds`."""
     return parser(lambda text: parse_number(name, text, parse))
+
+
+# Of every option and argument that is a path.
+path_parser = parser(user_path)
 
 
 def check_map(text: str) -> str:

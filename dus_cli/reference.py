@@ -19,6 +19,20 @@ _URI, _URI_OF_A_MODEL = "hf://", "models/"
 _NO_REVISION = re.compile(r"[\0-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[/-]|[/.]$|^$")
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as it was typed, with `~` and `~name` as a shell has them: it leaves them alone in --output=~/out.
+
+    Raises:
+        UsageError: it cannot be a path, or there is no such user.
+    """
+    if not str(text) or "\0" in str(text):
+        raise UsageError(f"{shown(str(text))!r} is no path; give one, or ./ for this folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{shown(text)}: there is no such user; write ./{shown(text)} for a name with ~") from None
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """Where a model is: exactly one of `path` and `repo_id` is set.
@@ -77,7 +91,7 @@ class ModelRef:
             raise ModelNotFoundError(f"MODEL is {shown(text)!r}; give a directory or a Hub id such as org/name")
         if revision is not None:
             raise UsageError(f"--revision is for a Hub id such as org/name, and {shown(text)} is a directory")
-        return cls(encodable(text), path=Path(text).expanduser())
+        return cls(encodable(text), path=user_path(text))
 
     @property
     def name(self) -> str:

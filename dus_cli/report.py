@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dus_cli import __version__
-from dus_cli.errors import shown_list
+from dus_cli.errors import shown, shown_list
 from dus_cli.hub.streaming import Streamed
 from dus_cli.planning.plan import Start, UpscalePlan
 from dus_cli.release.drawing import draw_kinds, draw_map
@@ -105,7 +105,8 @@ class UpscaleReport:
             "bytes": plan.num_data_bytes,
             "tensors": plan.num_tensors,
             "shards": [{"name": name, "bytes": layout.num_bytes} for name, layout in plan.shards.items()],
-            "files": [name for name, _ in plan.files],
+            "files": plan.along,
+            "left_out": list(plan.left_out),
             "space": {"needed": self.space.needed, "free": self.space.free, "can_clone": self.space.can_clone},
             "bytes_cloned": self.tally.cloned,
             "bytes_copied": self.tally.copied,
@@ -159,7 +160,7 @@ def upscale_text(report: UpscaleReport) -> str:
         ]
         if len(plan.shards) > 20:
             rows.append(("", f"… {len(plan.shards) - 20} more"))
-        rows.append(("other files", ", ".join(name for name, _ in plan.files) or "none"))
+        rows.append(("other files", ", ".join(map(shown, plan.along)) or "none"))
     elif report.status == "written":
         streams_full = report.streamed is not None and report.verified == "full"
         rows += [
@@ -172,6 +173,8 @@ def upscale_text(report: UpscaleReport) -> str:
             *([("reproduced", "every file is what the sums say")] if report.reproduced else []),
             ("time", f"{report.seconds:.2f} s"),
         ]
+    if plan.left_out and report.status != "unchanged":
+        rows.append(("left out", shown_list(plan.left_out, limit=8)))
     if report.push is not None:
         rows.append(("push", push_text(report.push)))
     lines = _table(rows) + [f"warning: {warning}" for warning in report.warnings]
@@ -201,17 +204,18 @@ def push_text(report: PushReport) -> str:
     """What was pushed, or would be, for a person."""
     target, remote = report.target, report.remote
     what = f"{report.num_files} files, {human_bytes(report.num_bytes)}"
+    here = f"; not dus's, and left here: {shown_list(report.left_out)}" if report.left_out else ""
     if report.status == "planned":
         kind = "private " if (remote.private if remote.exists else target.private) else ""
         repo = f"the {kind}repo is there" if remote.exists else f"the {kind}repo would be created"
         branch = f", branch {target.branch}{'' if remote.head else ' would be created'}" * (target.branch != "main")
         token = "the token may write" if remote.can_write else "whether the token may write shows when it is tried"
-        return f"{target.url}: {what}; {repo}{branch}; {token}"
+        return f"{target.url}: {what}; {repo}{branch}; {token}{here}"
     commit = (report.commit or "")[:12]
     if report.status == "unchanged":
-        return f"{target.url} already holds these {what}, at commit {commit}"
+        return f"{target.url} already holds these {what}, at commit {commit}{here}"
     removed = f"; {len(report.removed)} of an earlier model removed" if report.removed else ""
-    return f"{target.url} holds {what}, at commit {commit}, each compared with what was verified{removed}"
+    return f"{target.url} holds {what}, at commit {commit}, each compared with what was verified{removed}{here}"
 
 
 def folder_push_json(output: Path, report: PushReport) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,17 @@ def mount_of(device: int) -> Mount | None:
                 if fields[2] == number:
                     return Mount(fields[after + 1], fields[after + 2])
     return None
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Whether something is mounted at a folder, also another folder of the same file system (mount --bind)."""
+    if os.path.ismount(folder):
+        return True
+    # The spaces and backslashes of a path stand there in octal (proc_pid_mountinfo(5)).
+    name = re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % ord(match[0]), os.fsencode(folder.resolve()))
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as lines:
+        return any(line.split()[4] == name for line in lines)
+    return False
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dus_cli.writing.in_place import check_left, in_place_warning
 from dus_cli.writing.journal import Journal
 from dus_cli.writing.outputs import Tally
 from dus_cli.writing.sequential import transfer_in_order
-from dus_cli.writing.staging import Staging, check_apart, check_output
+from dus_cli.writing.staging import Staging, check_apart, check_output, why_within
 from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode, can_clone, transfer
 
 
@@ -84,12 +84,12 @@ def plan(
     base = wanted.base(commit)
     # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
     remote = fetching.RemoteHeaders(ref, commit, folder)
-    absent = fetching.absent_files(ref, commit, folder) if fetch is Fetch.headers else None
+    absent = fetching.absent_files(ref, commit, folder)
     made = wanted.plan(base, open_checkpoint(folder, remote), absent)
     if fetch is not Fetch.weights:
         return made
     fetching.fetch_weights(ref, folder, commit, progress)
-    return wanted.plan(base, open_checkpoint(folder, remote))
+    return wanted.plan(base, open_checkpoint(folder, remote), fetching.absent_files(ref, commit, folder))
 
 
 def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = None) -> Checkpoint:
@@ -124,12 +124,13 @@ def preview(
     _check_stream(ref, copy_mode, stream=stream)
     made = plan(wanted, fetch=Fetch.headers, quiet=quiet)
     streams = _streams(made, stream=stream)
-    folder = output.resolve().parent
+    within = why_within(output.resolve())
+    folder = output.resolve() if within is not None else output.resolve().parent
     while not folder.is_dir():
         folder = folder.parent
     space = _space(made, folder, CopyMode.copy if streams else copy_mode, may_create=False)
     obstacles = []
-    why = storage.no_rename if (storage := known(folder)) is not None else None
+    why = storage.no_rename if (storage := known(folder)) is not None else within
     checks: list[Callable[[], object]] = [
         lambda: check_output(output, overwrite=overwrite),
         lambda: check_left(output, lineage.digest(lineage.lineage(made)), overwrite=overwrite),
@@ -198,7 +199,8 @@ def upscale(
     streams = _streams(made, stream=stream)
     check_apart(output, made.checkpoint.folder)
     progress.planned(made)
-    with Staging(real, overwrite=overwrite, key=lineage.digest(lineage.lineage(made)), resumes=streams) as staging:
+    key, files = lineage.digest(lineage.lineage(made)), [*lineage.output_files(made), lineage.NAME, checksums.NAME]
+    with Staging(real, overwrite=overwrite, key=key, resumes=streams, files=files) as staging:
         for warning in staging.warnings:
             progress.note(f"warning: {warning}")
         way = copy_mode if staging.storage.writes_anywhere and not streams else CopyMode.copy

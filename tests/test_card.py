@@ -22,7 +22,7 @@ from dus_cli.planning.plan import MapRequest
 from dus_cli.reference import ModelRef
 from dus_cli.release.picture import PICTURES, layer_map_svg
 from dus_cli.source.base_card import BaseCard, parse_base_card, read_base_card
-from dus_cli.source.files import carried_files
+from dus_cli.source.belonging import carried_files
 from dus_cli.upscaling import Wanted, upscale
 
 LLAMA = """---
@@ -196,7 +196,7 @@ def test_the_pictures_belong_to_the_output_and_not_to_its_base(base: Path, tmp_p
     once, twice = tmp_path / "once", tmp_path / "twice"
     card_of(base, once, with_checksums=True)
     card_of(once, twice, trim=1)
-    assert not {name for name, _ in carried_files(once)} & set(PICTURES)
+    assert not {name for name, _ in carried_files(once).files} & set(PICTURES)
     for name in PICTURES:
         assert f'"{name}"' in (once / "README.md").read_text()
         assert f"  {name}\n" in (once / "SHA256SUMS").read_text()

@@ -228,7 +228,7 @@ def _refresh_sum(folder: Path) -> bool:
         return False
     total = hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
     sums = path.read_text(encoding="utf-8", errors="surrogateescape")
-    line = re.compile(rf"^[0-9a-f]{{64}}(?=[ ][ *]{re.escape(NAME)}$)", re.MULTILINE)
+    line = re.compile(rf"^[0-9a-fA-F]{{64}}(?=[ ][ *](?:\./)?{re.escape(NAME)}\r?$)", re.MULTILINE)
     changed = line.sub(total, sums)
     if changed == sums:
         return False

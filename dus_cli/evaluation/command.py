@@ -32,6 +32,7 @@ from dus_cli.options import (
     Token,
     number,
     parser,
+    path_parser,
     progress_for,
 )
 from dus_cli.progress import ProgressMode
@@ -116,6 +117,7 @@ def evaluate(
         typer.Option(
             "--include-path",
             metavar="DIR",
+            parser=path_parser,
             help="Tasks of your own: YAML files of the harness. A !function in them is run.",
             rich_help_panel=_TASKS,
         ),
@@ -150,7 +152,12 @@ def evaluate(
     ] = False,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--plot", metavar="FILE.svg", help="Also draw the figures; FILE-dark.svg for dark pages."),
+        typer.Option(
+            "--plot",
+            metavar="FILE.svg",
+            parser=path_parser,
+            help="Also draw the figures; FILE-dark.svg for dark pages.",
+        ),
     ] = None,
     update_card: Annotated[
         bool,

@@ -24,6 +24,7 @@ from dus_cli.options import (
     SpecialTokens,
     TextField,
     effective_mode,
+    path_parser,
 )
 from dus_cli.options import number as _number
 from dus_cli.options import parser as _parser
@@ -43,7 +44,9 @@ _LAUNCH, _KEEP = "Workers", "Measuring and saving"
 
 
 def heal(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The directory of the model to heal.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", parser=path_parser, help="The directory of the model to heal.")
+    ],
     data: Annotated[
         list[str],
         typer.Option(
@@ -57,7 +60,13 @@ def heal(
     more_data: MoreData = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
-        typer.Option("--output", "-o", metavar="OUT", help="Where the healed model goes. Default: MODEL-healed."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            parser=path_parser,
+            help="Where the healed model goes. Default: MODEL-healed.",
+        ),
     ] = None,
     text_field: TextField = "text",
     on_bad_line: OnBadLine = BadLine.error,

@@ -22,6 +22,7 @@ from dus_cli.errors import DusError, UsageError, shown, shown_list
 from dus_cli.heal.containers import BUFFER, COMPRESSIONS, UnreadableError
 from dus_cli.heal.options import parse_share
 from dus_cli.heal.texts import BadRecordError, is_one_object_without, texts_in
+from dus_cli.reference import user_path
 from dus_cli.storage import sync
 from dus_cli.writing.outputs import writing
 
@@ -209,6 +210,7 @@ def _find(text: str, spool: Path, text_field: str) -> _Found:
     """Files of known kinds, absolute and in a fixed order. None where there is nothing by this name."""
     if text == "-":
         return _Found([_spooled(spool)])
+    text = str(user_path(text)) if text.startswith("~") and not os.path.lexists(text) else text
     if os.path.lexists(text) and not Path(text).is_dir():
         path = Path(text).absolute()
         _check_file(path)

@@ -38,6 +38,7 @@ from dus_cli.heal.run import (
     Run,
     changed_options,
     check_same,
+    is_of_a_run,
     other_options,
     public,
     read_run,
@@ -46,12 +47,12 @@ from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.libraries import require
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.storage import Storage, ask, free_bytes, known, remove, sync_refusal
-from dus_cli.writing.staging import Staging, check_apart
+from dus_cli.writing.staging import Staging, check_apart, why_within
 
 LOGS = "logs"
 
-# What a run that is under way may have in its folder; anything else is somebody's own.
-_OURS = {RUN_NAME, "metrics.jsonl", "tokens", "checkpoints", LOGS, FAILURE, "tensorboard", "wandb"}
+# By one of these files a folder `tokens` is known as a run's.
+_OF_TOKENS = (".lock", "sources.jsonl", "stdin.jsonl", ".stdin.jsonl.partial")
 
 # Seconds that workers have to save a checkpoint after a signal, before torchrun kills them.
 _PATIENCE = 600
@@ -164,10 +165,24 @@ def _check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{shown(output)} exists and is not a directory; choose another name for -o")
+    if (why := why_within(output.resolve())) is not None:
+        raise OutputError(
+            f"{shown(output)} cannot be healed into, because {why}: the healed model takes the place of the run's "
+            f"folder at the end; name a folder in it, such as -o {shown(output / 'healed')}"
+        )
     is_run = (output / RUN_NAME).is_file()
-    strangers = sorted(path.name for path in output.iterdir() if path.name not in _OURS)
+    strangers = sorted(path.name for path in output.iterdir() if not _is_ours(path))
     if strangers and not is_run:
         raise OutputError(f"{shown(output)} holds {shown(strangers[0])} and no run of dus heal; choose another -o")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder in OUT is what a run leaves that ended before it wrote run.json: tokens alone."""
+    return (
+        path.name == "tokens"
+        and path.is_dir()
+        and (not any(path.iterdir()) or any((path / name).exists() for name in _OF_TOKENS))
+    )
 
 
 def _finished(wishes: Wishes, model: Model) -> dict[str, Any] | None:
@@ -184,7 +199,7 @@ def _finished(wishes: Wishes, model: Model) -> dict[str, Any] | None:
             changed.append("the data")
     if changed:
         raise other_options(run, changed)
-    with Staging(wishes.output.resolve(), overwrite=True):
+    with Staging(wishes.output.resolve(), overwrite=True, claim=is_of_a_run):
         pass  # clears the run's folder, where a kill came between the rename and its removal
     return _read_report(wishes.output.resolve(), wishes.model.resolve())
 

@@ -42,7 +42,8 @@ from dus_cli.heal.tokens import Part, Prepared, PreparedSource
 from dus_cli.locks import holder, this_process
 from dus_cli.workers import PIECE
 from dus_cli.writing.outputs import writing
-from dus_cli.writing.staging import Staging
+from dus_cli.writing.replacing import remove_claimed
+from dus_cli.writing.staging import MARK, Staging
 
 # Source bytes of small files that share a part.
 _SHARED_PART = 64 << 20
@@ -212,7 +213,7 @@ class _Shelf:
         """Clear what killed runs left. Only under the lock."""
         self.may_build = True
         for left in self.folder.glob(".*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+            remove_claimed(left, lambda name: name == MARK or _is_of_a_part(name))
         self.digests.start_recording()
         self._total = sum(_stamp(path)[0] for path in paths if not self.digests.knows(path))
 
@@ -263,7 +264,7 @@ class _Shelf:
         if not self.may_build:
             raise _MissingError
         tokeniser = self._load()
-        with Staging(self.folder / key, overwrite=True) as staging:  # in the place of a damaged one
+        with Staging(self.folder / key, overwrite=True, claim=_is_of_a_part) as staging:  # for a damaged one
             meta = write_part(staging.folder, files, self.reading, split, tokeniser, self._advance)
             staging.publish()
         return meta
@@ -280,6 +281,10 @@ class _Shelf:
         return frozenset(
             number for key in keys for number in np.fromfile(self.folder / key / "hashes.bin", np.uint64).tolist()
         )
+
+
+def _is_of_a_part(relative: str) -> bool:
+    return relative == "meta.json" or relative.partition(".")[0] in ("train", "heldout", "hashes")
 
 
 def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:

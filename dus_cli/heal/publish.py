@@ -30,14 +30,14 @@ from dus_cli.heal.tokens import Prepared
 from dus_cli.planning.plan import dump_json
 from dus_cli.release import lineage
 from dus_cli.release.picture import PICTURES
+from dus_cli.source.belonging import carried_files
 from dus_cli.source.checkpoint import Checkpoint, Shard, open_checkpoint
-from dus_cli.source.files import carried_files
 from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import open_regular, reading
 from dus_cli.verification import verify
 from dus_cli.workers import PIECE
 from dus_cli.writing.outputs import sync_file, writing
-from dus_cli.writing.staging import Staging
+from dus_cli.writing.staging import Staging, staged_files
 
 if TYPE_CHECKING:
     from dus_cli.heal.model import Decoder
@@ -123,8 +123,8 @@ class Publication:
                 self._gather(tensor, optimizer)
             self._team.wait()
             return
-        with Staging(run.folder, overwrite=True) as staging:
-            for name, path in carried_files(self._source.folder):
+        with Staging(run.folder, overwrite=True, claim=run_file.is_of_a_run) as staging:
+            for name, path in carried_files(self._source.folder).files:
                 staging.copy_file(name, path)
             for name in _unchanged(self._source):
                 staging.copy_file(name, self._source.folder / name)
@@ -226,11 +226,12 @@ class Publication:
         for name, dark in CURVES.items():
             staging.write_text(name, loss_curve(rows, base_loss=report["base_loss"], title=title, dark=dark))
         staging.write_text(run_file.REPORT, dump_json(run_file.public(report)))
-        staging.write_text(lineage.NAME, dump_json(self._lineage(report)))
         card = self._source.folder / "README.md"
         with reading(card.name):
             text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         staging.write_text("README.md", healed_card(text, report, Path(run.output).name))
+        record = self._lineage(report) | {"files": list(staged_files(staging.folder))}
+        staging.write_text(lineage.NAME, dump_json(record))
 
     def _lineage(self, report: dict[str, Any]) -> dict[str, Any]:
         """dus.json of the source with this healing appended. It has no times and no output path."""

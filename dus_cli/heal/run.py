@@ -22,6 +22,10 @@ NAME = "run.json"
 FAILURE = "failure.json"
 REPORT = "report.json"
 
+# What a run that is under way writes into its folder; of checkpoints/ see `is_of_a_run`.
+_FILES = (NAME, FAILURE, REPORT, "metrics.jsonl")
+_FOLDERS = ("tokens", "logs", "tensorboard")
+
 SCHEMA = 1
 
 # What may change between a run and its resumption: nothing here changes what is learned, rounding aside.
@@ -155,6 +159,14 @@ class Run:
         partial = path.with_suffix(".json.partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def is_of_a_run(relative: str) -> bool:
+    """Whether a file in the folder of a run is one that dus writes while it heals, by its path with "/"."""
+    first, _, rest = relative.partition("/")
+    if first == "checkpoints":
+        return not rest or rest.lstrip(".").startswith("step-")
+    return first in _FOLDERS if rest or relative.endswith("/") else relative in _FILES
 
 
 def read_run(path: Path) -> Run:

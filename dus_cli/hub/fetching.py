@@ -21,8 +21,9 @@ from dus_cli.hub.remote import RemoteFile, pause, wait_before
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.reference import ModelRef
 from dus_cli.source.base_card import NAME as CARD_NAME
+from dus_cli.source.belonging import DECIDING
 from dus_cli.source.checkpoint import CONFIG_NAME, read_config
-from dus_cli.source.files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS, is_carried
+from dus_cli.source.files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS
 from dus_cli.source.headers import Header, header_length, parse_header
 from dus_cli.source.pickles import parse_pickled
 from dus_cli.source.weights import (
@@ -55,8 +56,8 @@ class Fetch(Enum):
 def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool = False) -> tuple[Path, str]:
     """Everything but weights, and the weights' index: the snapshot's folder and its commit.
 
-    The index of pickled weights comes only where there are no safetensors. With `Fetch.headers` config, card and index
-    alone: a tokenizer may have 30 MB.
+    The index of pickled weights comes only where there are no safetensors. With `Fetch.headers` config, card, index and
+    what says which others go along: a tokenizer may have 30 MB.
 
     The revision is resolved here, once; the snapshot's folder is named after the commit.
 
@@ -66,7 +67,7 @@ def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool 
     silence(quiet=quiet)
     ignored = [case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
-    only = [CONFIG_NAME, CARD_NAME, INDEX_NAME] if fetch is Fetch.headers else None
+    only = [CONFIG_NAME, CARD_NAME, INDEX_NAME, *DECIDING] if fetch is Fetch.headers else None
     bar = _told_of(NoProgress()) if quiet else None  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
     folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
     check_snapshot(ref, folder)
@@ -80,9 +81,9 @@ def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool 
 
 
 def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
-    """Files that go along to the deeper model and are not in the cache: paths and sizes, by the list of that commit."""
+    """The repo's files that are not in the cache: paths and sizes, by the list of that commit."""
     listed = listed_files(ref, commit) or {}
-    return {name: size for name, size in listed.items() if is_carried(name) and not (folder / name).exists()}
+    return {name: size for name, size in listed.items() if not (folder / name).exists()}
 
 
 def listed_files(ref: ModelRef, commit: str) -> dict[str, int] | None:

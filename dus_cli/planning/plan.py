@@ -26,11 +26,13 @@ from dus_cli.maps.unlike import LayerTensors, check_alike
 from dus_cli.planning.dtypes import Dtype, check_castable, output_config
 from dus_cli.planning.layout import Placement, ShardLayout, lay_out
 from dus_cli.planning.projections import zero_patterns
+from dus_cli.planning.sidecars import go_along
 from dus_cli.planning.treatment import Making, Treatment
 from dus_cli.reference import ModelRef
 from dus_cli.source.base_card import BaseCard, read_base_card
+from dus_cli.source.belonging import Carried, belongs_by_name, carried_files
 from dus_cli.source.checkpoint import Checkpoint
-from dus_cli.source.files import carried_files, walk_order
+from dus_cli.source.files import WRITTEN_ANEW, is_index, walk_order
 from dus_cli.source.weights import INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -134,9 +136,10 @@ class Start(str, Enum):
 class UpscalePlan:
     """The whole output: shards, config, files, and the figures that the report gives.
 
-    `shards` maps file names to layouts, in order. `files` are the source's other files, as
-    (path with "/", file); those that were not fetched have `num_absent_bytes`. `kinds` are what the config says of each
-    base layer. `base_card` is what the base's model card says that ours repeats.
+    `shards` maps file names to layouts, in order. `files` are those of the source's other files that go along, as
+    (path with "/", file); those that were not fetched have `num_absent_bytes`. `sidecars` go along too, with names of
+    layers that followed the map, and `left_out` do not. `kinds` are what the config says of each base layer.
+    `base_card` is what the base's model card says that ours repeats.
     """
 
     base: Base
@@ -150,6 +153,8 @@ class UpscalePlan:
     kinds: Kinds
     shards: dict[str, ShardLayout]
     files: tuple[tuple[str, Path], ...]
+    sidecars: Mapping[str, dict[str, Any]]
+    left_out: tuple[str, ...]
     warnings: tuple[str, ...]
     base_card: BaseCard
     num_absent_bytes: int = 0
@@ -188,6 +193,11 @@ class UpscalePlan:
     def output_kinds(self) -> Kinds:
         """What each output layer is: what its source is, by every field that tells the base's layers apart."""
         return {name: [kinds[base] for base in self.layer_map.sources] for name, kinds in self.kinds.items()}
+
+    @property
+    def along(self) -> list[str]:
+        """The names of the base's other files that go along, changed or as they are."""
+        return sorted([*(name for name, _ in self.files), *self.sidecars], key=walk_order)
 
     @property
     def placements(self) -> Iterator[Placement]:
@@ -235,8 +245,9 @@ class UpscalePlan:
         return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
     def text_files(self) -> dict[str, str]:
-        """config.json and the index, as they are written."""
-        files = {"config.json": dump_json(self.config)}
+        """config.json, what goes along changed, and the index, as they are written."""
+        files = {name: dump_json(record) for name, record in self.sidecars.items()}
+        files |= {"config.json": dump_json(self.config)}
         index = self.index()
         return files if index is None else files | {INDEX_NAME: dump_json(index)}
 
@@ -256,7 +267,7 @@ def make_plan(
 ) -> UpscalePlan:
     """Decide everything that will be written. Reads headers and names only.
 
-    `dtype`: what floats are cast to. `absent`: files that go along and are not in the checkpoint's folder, with sizes.
+    `dtype`: what floats are cast to. `absent`: files of the repo that are not in the checkpoint's folder, with sizes.
 
     Raises:
         LayerMapError: the map is not valid for this model.
@@ -292,9 +303,8 @@ def make_plan(
             f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last layer, as "
             f"{layers.prefix}.{len(layer_map)} and on"
         )
-    absent = absent or {}
-    here = [*carried_files(checkpoint.folder), *((name, checkpoint.folder / name) for name in absent)]
-    files = tuple(sorted(here, key=lambda file: walk_order(file[0])))
+    along = go_along(_carried(checkpoint, absent or {}), layer_map, tensors.names)
+    warnings += along.warnings
     base_card = read_base_card(checkpoint.folder)
     if base_card.problem is not None:
         warnings.append(base_card.problem)
@@ -309,10 +319,12 @@ def make_plan(
         output_config(deeper.config, dtype),
         deeper.kinds,
         shards,
-        files,
+        along.files,
+        along.records,
+        along.left_out,
         tuple(warnings),
         base_card,
-        sum(absent.values()),
+        sum((absent or {}).get(name, 0) for name, path in along.files if not path.exists()),
     )
 
 
@@ -330,6 +342,19 @@ def _check_alike(
         return ()
     is_quantised = any(checkpoint.config.get(key) or decoder.fields.get(key) for key in QUANTIZATION_KEYS)
     return check_alike(tensors, layer_map, deeper.tells, is_quantised=is_quantised)
+
+
+def _carried(checkpoint: Checkpoint, absent: Mapping[str, int]) -> Carried:
+    """What goes along from the checkpoint's folder, and from its repo where only some of it was fetched."""
+    weights = {shard.name for shard in checkpoint.shards}
+    here = carried_files(checkpoint.folder, weights)
+    names = [name for name in absent if belongs_by_name(name)]
+    files = [*here.files, *((name, checkpoint.folder / name) for name in names)]
+    folders = {name.split("/")[0] for name, _ in files if "/" in name}
+    others = [name for name in absent if name not in {*names, *weights, *WRITTEN_ANEW} and not is_index(name)]
+    cut = (name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/" for name in others)
+    left_out = {*here.left_out, *cut}
+    return Carried(tuple(sorted(files, key=lambda file: walk_order(file[0]))), tuple(sorted(left_out)))
 
 
 def _treatment(

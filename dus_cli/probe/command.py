@@ -26,6 +26,7 @@ from dus_cli.options import (
     check_map,
     number,
     parser,
+    path_parser,
     progress_for,
 )
 from dus_cli.planning.plan import parse_size
@@ -176,7 +177,10 @@ def probe(
     plot: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            "--plot", metavar="FILE.svg", help="Also draw losses and distances; FILE-dark.svg for dark pages."
+            "--plot",
+            metavar="FILE.svg",
+            parser=path_parser,
+            help="Also draw losses and distances; FILE-dark.svg for dark pages.",
         ),
     ] = None,
     revision: Revision = None,

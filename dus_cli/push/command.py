@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dus_cli.options import AsJson, Branch, Private, Quiet, ShowProgress, Token, number, progress_for
+from dus_cli.options import AsJson, Branch, Private, Quiet, ShowProgress, Token, number, path_parser, progress_for
 from dus_cli.progress import ProgressMode
 from dus_cli.push.pushing import preview_folder, send
 from dus_cli.push.target import Target
@@ -18,7 +18,10 @@ from dus_cli.writing.transfer import DEFAULT_JOBS
 
 
 def push_command(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The directory that dus upscale or dus heal wrote.")],
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", parser=path_parser, help="The directory that dus upscale or dus heal wrote."),
+    ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to push: org/name on the Hub.")],
     private: Private = False,
     branch: Branch = None,

@@ -27,8 +27,9 @@ from dus_cli.progress import NoProgress, Progress
 from dus_cli.push.target import Remote, Target, client, listed, look, patiently, push_errors
 from dus_cli.release import checksums
 from dus_cli.report import human_bytes
+from dus_cli.source.belonging import indexed_weights, model_files, read_record
 from dus_cli.source.checkpoint import Fingerprint, fingerprint
-from dus_cli.source.files import LEFT_BEHIND, OF_A_HEALING, WRITTEN_ANEW, inside
+from dus_cli.source.files import OF_A_HEALING, WRITTEN_ANEW, inside
 from dus_cli.source.reading import file_pieces, reading
 from dus_cli.upscaling import written_texts
 from dus_cli.verification import verify
@@ -65,6 +66,7 @@ class PushReport:
     commit: str | None = None
     uploaded: int | None = None
     removed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -83,6 +85,7 @@ class PushReport:
             "bytes": self.num_bytes,
             "uploaded": self.uploaded,
             "removed": list(self.removed),
+            "left_out": list(self.left_out),
             "compared": self.status != "planned",
             "seconds": round(self.seconds, 3),
             "warnings": list(self.warnings),
@@ -114,7 +117,13 @@ def preview_folder(output: Path, target: Target) -> PushReport:
     _verify(output)
     sizes = _sizes(output)
     return PushReport(
-        target, "planned", look(target), len(sizes), sum(sizes.values()), seconds=time.monotonic() - started
+        target,
+        "planned",
+        look(target),
+        len(sizes),
+        sum(sizes.values()),
+        left_out=tuple(_left_here(output)),
+        seconds=time.monotonic() - started,
     )
 
 
@@ -177,6 +186,7 @@ class Push:
             commit,
             len(self.differing),
             tuple(self.stale),
+            tuple(_left_here(self.output)),
             tuple(remarks),
             time.monotonic() - self.started,
         )
@@ -278,12 +288,18 @@ def _verify(output: Path) -> None:
 
 
 def _files(output: Path) -> list[str]:
-    """What is pushed: all but what git and the Hub's own caches leave in folders."""
+    """What is pushed: what dus.json says that dus wrote; of a folder without one, what a checkpoint's files are."""
+    ours = {*model_files(output, read_record(output)), *indexed_weights(output), checksums.NAME}
+    return [name for name in staged_files(output) if name in ours and inside(output, name)]
 
-    def is_left(name: str) -> bool:
-        return any(fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in LEFT_BEHIND)
 
-    return [name for name in staged_files(output) if not is_left(name) and inside(output, name)]
+def _left_here(output: Path) -> list[str]:
+    """Files that are not pushed; a folder of which none is ends with "/"."""
+    pushed = _files(output)
+    folders = {name.split("/")[0] for name in pushed if "/" in name}
+    others = (name for name in staged_files(output) if name not in pushed)
+    cut = (name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/" for name in others)
+    return list(dict.fromkeys(cut))
 
 
 def _sizes(output: Path) -> dict[str, int]:
@@ -316,6 +332,10 @@ def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress)
 
         sums = dict(zip(sizes, pool.map(sum_of, sizes), strict=True))
     expected, problems = checksums.expected_sums(output)
+    expected = {name: total for name, total in expected.items() if name in sums or not (output / name).is_file()}
+    uncovered = sorted(name for name in sums if name not in expected and name != checksums.NAME)
+    if checksums.are_in(output) and uncovered:
+        problems.append(checksums.lacking(uncovered))
     wrong = [name for name, total in expected.items() if sums.get(name) != total]
     if wrong or problems:
         what = f"{shown_list(wrong)} does not match its sum in {checksums.NAME}" if wrong else problems[0]

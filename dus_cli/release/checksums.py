@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from dus_cli.errors import DusError, shown
+from dus_cli.errors import DusError, shown, shown_list
 from dus_cli.source import incomplete
-from dus_cli.source.files import inside
+from dus_cli.source.files import LEFT_BEHIND, inside
 from dus_cli.source.reading import open_regular, read_small_file, reading
 from dus_cli.workers import PIECE, workers
 from dus_cli.writing.staging import staged_files
@@ -18,6 +20,9 @@ from dus_cli.writing.staging import staged_files
 NAME = "SHA256SUMS"
 
 _MAX_BYTES = 16_000_000
+
+_LINE = re.compile(r"(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+?)\r?")
+_TAGGED_LINE = re.compile(r"SHA256 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{64})\r?")
 
 
 def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object] = lambda _: None) -> str:
@@ -55,7 +60,11 @@ def sums_text(sums: Mapping[str, str]) -> str:
 
 
 def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """What a folder's SHA256SUMS says, by file name, where it has one; and problems."""
+    """What a folder's SHA256SUMS says, by file name, where it has one; and problems.
+
+    It is read as sha256sum reads it: a "*" before a name, Windows' line ends, upper case, "./", and the lines of
+    `sha256sum --tag`.
+    """
     problems: list[str] = []
     expected: dict[str, str] = {}
     try:
@@ -64,12 +73,36 @@ def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     except DusError as error:
         return {}, [str(error)]
     for line in raw.decode("utf-8", "replace").splitlines():
-        total, separator, name = line.partition("  ")
-        if not separator or len(total) != 64:
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line) or _TAGGED_LINE.fullmatch(line)
+        if match is None:
             problems.append(f"{NAME} has a line that is no sum: {shown(line)}")
-        else:
-            expected[name] = total
+            continue
+        name, total = match["name"].removeprefix("./"), match["sum"].lower()
+        if expected.setdefault(name, total) != total:
+            problems.append(f"{NAME} has two sums of {shown(name)}")
     return expected, problems
+
+
+def are_in(folder: Path) -> bool:
+    """Whether a folder has sums, be they none."""
+    return os.path.lexists(folder / NAME)
+
+
+def not_covered(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """The files of a folder of which its SHA256SUMS has no sum; what git and the Hub's tools leave there aside."""
+
+    def is_left(name: str) -> bool:
+        return any(fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in LEFT_BEHIND)
+
+    ours = (NAME, incomplete.NAME)
+    return [name for name in staged_files(folder) if name not in expected and name not in ours and not is_left(name)]
+
+
+def lacking(names: list[str]) -> str:
+    """The problem of files without a sum."""
+    return f"{NAME} has no sum of {shown_list(names)}"
 
 
 def different_files(sums: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
@@ -78,11 +111,16 @@ def different_files(sums: Mapping[str, str], expected: Mapping[str, str]) -> lis
 
 
 def check_sums(folder: Path, jobs: int) -> tuple[int, list[str]]:
-    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and problems."""
+    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and problems.
+
+    A file that it has no sum of is a problem too.
+    """
     expected, problems = expected_sums(folder)
     with workers(jobs) as (pool, stop):
         found = pool.map(lambda item: _problem(folder, item[0], item[1], stop), expected.items())
         problems += [problem for problem in found if problem]
+    if are_in(folder) and (uncovered := not_covered(folder, expected)):
+        problems.append(lacking(uncovered))
     return len(expected), problems
 
 

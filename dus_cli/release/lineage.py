@@ -15,12 +15,14 @@ from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Treatment
+from dus_cli.release.picture import PICTURES
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.source.files import inside
 from dus_cli.source.json_objects import limit_nesting, parse_json_object
 from dus_cli.source.reading import read_small_file
 
 NAME = "dus.json"
+CARD_FILES = ("README.md", *PICTURES)
 SCHEMA = 1
 
 _MAX_BYTES = 16_000_000
@@ -75,8 +77,14 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
         "total_size": plan.num_data_bytes,
+        "files": output_files(plan),
         "chain": base_chain(checkpoint),
     }
+
+
+def output_files(plan: UpscalePlan) -> list[str]:
+    """Every file that is written but dus.json itself and SHA256SUMS: what may be pushed, or replaced, later."""
+    return sorted({*plan.shards, *plan.text_files(), *plan.along, *CARD_FILES})
 
 
 def digest(record: dict[str, Any]) -> str:

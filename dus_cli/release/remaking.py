@@ -15,10 +15,10 @@ from dus_cli.maps.layers import source_layers
 from dus_cli.maps.recipes import RECIPES
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, dump_json
-from dus_cli.reference import ModelRef
+from dus_cli.reference import ModelRef, user_path
 from dus_cli.release import card, lineage
 from dus_cli.release.checksums import NAME as SUMS
-from dus_cli.release.checksums import different_files, expected_sums
+from dus_cli.release.checksums import are_in, different_files, expected_sums
 from dus_cli.release.picture import PICTURES
 from dus_cli.source.files import inside
 from dus_cli.source.reading import read_small_file
@@ -89,8 +89,8 @@ class Remaking:
                 f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has {' and '.join(other)}; "
                 "give the right one as MODEL"
             )
-        # An older dus recorded fewer fields; those of both must agree.
-        fields = self.record.keys() & planned.keys() - {"base", "dus_version"}
+        # An older dus recorded fewer fields; those of both must agree. Of files that differ their sums tell more.
+        fields = self.record.keys() & planned.keys() - {"base", "dus_version", "files"}
         if differing := sorted(key for key in fields if self.record[key] != planned[key]):
             raise VerificationError(
                 f"dus {__version__} would make something else than {shown(self.path)} records: {shown_list(differing)} "
@@ -151,6 +151,8 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
     found, problems = expected_sums(path.parent)
     if problems:
         raise CheckpointError(f"beside {shown(path)}: {problems[0]}; restore it, or take it away to compare nothing")
+    if not found and are_in(path.parent):
+        raise CheckpointError(f"{SUMS} beside {shown(path)} is empty; restore it, or take it away to compare nothing")
     sums = found or None
     if record.get("healing"):
         warnings.append(f"the model of {shown(path)} was healed since: this makes it as it was before")
@@ -197,8 +199,8 @@ def _recorded_ref(path: Path, base: dict[str, Any], token: str | None) -> ModelR
     """Where the base was: a repo at its commit, whatever its branches name now; or a path as it was typed."""
     if base.get("repo_id") is not None:
         return ModelRef.parse(base["repo_id"], revision=base["commit"], token=token)
-    ref = ModelRef(base["path"], path=Path(base["path"]).expanduser())
-    if not Path(base["path"]).expanduser().is_dir():
+    ref = ModelRef(base["path"], path=user_path(base["path"]))
+    if not user_path(base["path"]).is_dir():
         raise CheckpointError(
             f"{shown(path)} records its base at {shown(ref)}, where no directory is; say where it is now: dus upscale "
             "MODEL --from …"

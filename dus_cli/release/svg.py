@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -48,6 +49,9 @@ SERIES = {
     True: ("#56b4e9", "#e8793a", "#2fc296", "#d68fb9"),
 }
 
+# Of every picture with axes, by which one that is there is known as dus's own.
+_BEGINNING = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}"'
+
 DASHED = 'stroke-width="1.5" stroke-dasharray="6 4"'
 
 
@@ -74,7 +78,7 @@ def text_at(x: float, y: float, text: str, fill: str, *, anchor: str = "start", 
 def document(parts: Iterable[str], title: str, description: str, height: int, colour: Mapping[str, str]) -> str:
     """The whole picture. Title and description are for those who do not see it."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'{_BEGINNING} height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" role="img">'
         f"<title>{escaped(title)}</title><desc>{escaped(description)}</desc>"
         f'<rect width="{WIDTH}" height="{height}" rx="6" fill="{colour["page"]}"/>'
@@ -135,12 +139,26 @@ def check_picture(path: Path) -> None:
     """Hold that a picture can be written, before anything is measured.
 
     Raises:
-        OutputError: no .svg, or no place for it.
+        OutputError: no .svg, no place for it, or a file there that dus did not draw.
     """
     if path.suffix.lower() != ".svg":
         raise OutputError(f"--plot {shown(path)}: dus draws SVG; give a name that ends in .svg")
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise OutputError(f"--plot {shown(path)} is no place for a file; give a name in a folder that exists")
+    for target in (path, dark_twin(path)):
+        if os.path.lexists(target) and not _is_drawn(target):
+            raise OutputError(f"--plot: {shown(target)} exists and is no picture that dus drew; choose another name")
+
+
+def _is_drawn(path: Path) -> bool:
+    """Whether a file begins as the pictures here do."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_BEGINNING)) == _BEGINNING.encode()
+    except OSError:
+        return False
 
 
 def dark_twin(path: Path) -> Path:

@@ -1,16 +1,14 @@
-"""Which files of a checkpoint's folder are weights, and which go along to the deeper model."""
+"""Names of a checkpoint's files: weights, what is written anew, what a healing leaves; and paths within the folder."""
 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.mistaken import NUM_BYTES, not_fetched
-from dus_cli.source.reading import open_regular, reading, unreadable
+from dus_cli.source.reading import open_regular, reading
 
 # Weights in any format, and what belongs to them. `.bin` is a pickle wherever it occurs on the Hub.
 WEIGHT_PATTERNS = (
@@ -63,31 +61,24 @@ WRITTEN_ANEW = ("README.md", "layer-map-light.svg", "layer-map-dark.svg", "dus.j
 OF_A_HEALING = ("run.json", "metrics.jsonl", "report.json", "healing-*.svg", "tensorboard", "tokens", "checkpoints")
 
 # Nobody's but the base's own, at any depth.
-LEFT_BEHIND = (".git*", ".cache", "__pycache__", ".DS_Store")
+LEFT_BEHIND = (".git*", ".cache", "__pycache__", ".DS_Store", "lost+found")
 
 # What may begin as a web page, be compressed, or begin with zeros, and is what it should be.
 _PAGES = (".html", ".htm", ".xml", ".svg", ".gz", ".zip", ".xz", ".zst", ".bz2", ".npy")
 
-# A tokenizer of 100 MB exists; a stray archive of gigabytes in the folder is no part of the model.
-LARGEST_CARRIED_BYTES = 2_000_000_000
 
+def is_weights(relative: str) -> bool:
+    """Whether a file holds weights of some format, or their index, by its name.
 
-def is_carried(relative: str) -> bool:
-    """Whether a file at this path (with "/") goes along: neither weights nor another format's folder.
-
-    >>> is_carried("tokenizer.json"), is_carried("original/params.json"), is_carried("model.safetensors")
-    (True, False, False)
+    >>> is_weights("model.safetensors"), is_weights("tokenizer.json")
+    (True, False)
     """
-    *folders, name = PurePosixPath(relative).parts
-    if relative in WRITTEN_ANEW:
-        return False
-    if any(fnmatch((*folders, name)[0], pattern) for pattern in OF_A_HEALING):
-        return False
-    if any(fnmatch(part, pattern) for part in (*folders, name) for pattern in LEFT_BEHIND):
-        return False
-    if any(fnmatch(folder, pattern) for folder in folders for pattern in OTHER_FORMAT_FOLDERS):
-        return False
-    return not any(fnmatch(name.lower(), pattern) for pattern in WEIGHT_PATTERNS)
+    return any(fnmatch(PurePosixPath(relative).name.lower(), pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def is_index(relative: str) -> bool:
+    """Whether a file at the top is an index of weights, by its name."""
+    return "/" not in relative and relative.endswith(".index.json")
 
 
 def inside(folder: Path, relative: str) -> Path:
@@ -122,7 +113,7 @@ def inside(folder: Path, relative: str) -> Path:
 
 
 def walk_order(relative: str) -> list[tuple[bool, str]]:
-    """Sorts paths as `carried_files` finds them: by name, a folder's own files before those in folders below it.
+    """Sorts paths as a person lists them: by name, a folder's own files before those in folders below it.
 
     >>> sorted(["b/c", "a/d", "z"], key=walk_order)
     ['z', 'a/d', 'b/c']
@@ -131,35 +122,7 @@ def walk_order(relative: str) -> list[tuple[bool, str]]:
     return [*((True, folder) for folder in folders), (False, name)]
 
 
-def carried_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files that go along, as (path with "/", file), sorted so that two runs write the same.
-
-    Raises:
-        CheckpointError: a link that leaves the folder, or something that is no file.
-    """
-    for root, folders, names in os.walk(folder, onerror=_unreadable):
-        folders[:] = sorted(name for name in folders if is_carried(_relative(folder, root, name) + "/x"))
-        for name in sorted(names + [f for f in folders if (Path(root) / f).is_symlink()]):
-            relative = _relative(folder, root, name)
-            if not is_carried(relative):
-                continue
-            path = inside(folder, relative)
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise unreadable(relative, error) from error
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{shown(relative)} is not a regular file; remove it from the folder")
-            if status.st_size > LARGEST_CARRIED_BYTES:
-                raise CheckpointError(
-                    f"{shown(relative)} has {status.st_size} bytes and is no weight file that dus knows; "
-                    "move it out of the model's folder"
-                )
-            _check_fetched(relative, path)
-            yield relative, path
-
-
-def _check_fetched(relative: str, path: Path) -> None:
+def check_fetched(relative: str, path: Path) -> None:
     """Hold that a file can be read, and is not what a clone or a download left in its place.
 
     An empty file is fine: some tokenizers have an empty merges.txt.
@@ -173,11 +136,3 @@ def _check_fetched(relative: str, path: Path) -> None:
     what = not_fetched(head, num_bytes) if num_bytes and not relative.endswith(_PAGES) else None
     if what is not None:
         raise CheckpointError(f"{shown(relative)} {what}")
-
-
-def _relative(folder: Path, root: str, name: str) -> str:
-    return (Path(root) / name).relative_to(folder).as_posix()
-
-
-def _unreadable(error: OSError) -> None:
-    raise unreadable(str(error.filename), error) from error

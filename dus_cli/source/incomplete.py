@@ -26,6 +26,7 @@ _MAX_BYTES = 100_000
 class Owner:
     """The run that writes. `key` is a digest of what it writes, `token` tells this run from any other.
 
+    `files` names all that it writes; None where an older dus did not say.
     `started` tells its process from a later one of the same number: clock ticks after the system's start.
     """
 
@@ -35,6 +36,7 @@ class Owner:
     started: str = field(default_factory=lambda: _started(os.getpid()))
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     about: str = _ABOUT
+    files: tuple[str, ...] | None = None
 
     def to_text(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -76,7 +78,8 @@ def owner(folder: Path) -> Owner | None:
     with contextlib.suppress(ValueError, TypeError, KeyError):
         record = json.loads(raw)
         texts = {name: str(record[name]) for name in ("key", "host", "started", "token")}
-        return Owner(pid=int(record["pid"]), **texts)
+        files = record.get("files")
+        return Owner(pid=int(record["pid"]), **texts, files=None if files is None else tuple(map(str, files)))
     return Owner("", "an unknown host", 0, "", "")
 
 

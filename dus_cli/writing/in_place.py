@@ -8,19 +8,27 @@ and a model of one file has no index.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
-from dus_cli.errors import CheckpointError, OutputError, shown
+from dus_cli.errors import CheckpointError, OutputError, shown, shown_list
 from dus_cli.source import incomplete
 from dus_cli.source.checkpoint import CONFIG_NAME
 from dus_cli.source.incomplete import Owner
 from dus_cli.source.weights import INDEX_NAME
-from dus_cli.storage import remove, sync
+from dus_cli.storage import is_mount_point, sync
 from dus_cli.writing.outputs import writing
+from dus_cli.writing.replacing import Claim, claim_by_names, claim_model, others, remove_claimed
 
 # Written after all else, in this order.
 LAST = (INDEX_NAME, CONFIG_NAME)
+
+# The folder in which a run works where OUT is a mount point: within OUT, for OUT's own name cannot be given anew.
+WITHIN = ".dus.partial"
+
+# What an output may hold from the start: that, and what mke2fs makes in every new file system.
+_ALWAYS = (WITHIN, "lost+found", incomplete.NAME)
 
 
 def check_left(output: Path, key: str, *, overwrite: bool) -> Owner | None:
@@ -51,7 +59,13 @@ def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
     left = check_left(output, key, overwrite=overwrite)
     if left is None:
         return None
-    remaining = _clear(output)
+    claim = claim_model(output) if left.files is None else claim_by_names(left.files)
+    if found := others(output, claim, _ALWAYS):
+        raise OutputError(
+            f"{shown(output)} was left half-written ({left}) and holds {shown_list(found)}, which dus did not write; "
+            "move that away, or choose another -o"
+        )
+    remaining = _clear(output, claim)
     if remaining:
         raise OutputError(f"{shown(output)} was left half-written and {shown(remaining)} in it cannot be removed")
     if left.is_of_this_host:
@@ -65,11 +79,16 @@ def check_empty(output: Path, why: str) -> None:
     Raises:
         OutputError: `output` holds something.
     """
-    if output.is_dir() and any(output.iterdir()):
+    if holds_something(output):
         raise OutputError(
             f"{shown(output)} cannot be replaced in one step, because {why}: the old model could not stay until the "
             "new one is whole; remove it first, or choose another -o"
         )
+
+
+def holds_something(output: Path) -> bool:
+    """Whether a folder holds more than what a disk has from its making, and a run within it from its beginning."""
+    return output.is_dir() and any(path.name not in _ALWAYS for path in output.iterdir())
 
 
 def in_place_warning(output: Path, why: str) -> str:
@@ -83,10 +102,10 @@ def in_place_warning(output: Path, why: str) -> str:
 class InPlace:
     """OUT while it is written in place. A run that finds its mark replaced by another's leaves everything to it."""
 
-    def __init__(self, output: Path, key: str) -> None:
+    def __init__(self, output: Path, key: str, files: Collection[str] | None = None) -> None:
         self.output = output
         self._mark = output / incomplete.NAME
-        self._owner = Owner(key)
+        self._owner = Owner(key, files=None if files is None else tuple(sorted(files)))
 
     def claim(self, why: str) -> None:
         """Mark the folder as ours and incomplete. Two hosts may both get so far; `check_ours` then tells one of them.
@@ -143,7 +162,8 @@ class InPlace:
         """Remove what this run wrote, if it is still this run's and not finished."""
         with contextlib.suppress(CheckpointError, OSError):
             if self._is_ours():
-                _clear(self.output)
+                files = self._owner.files
+                _clear(self.output, (lambda _: True) if files is None else claim_by_names(files))
             elif incomplete.owner(self.output) is None:  # not even marked, or finished: then it is not empty
                 self.output.rmdir()
 
@@ -155,19 +175,33 @@ def _write(path: Path, text: str) -> None:
         sync(file.fileno())
 
 
-def _clear(folder: Path) -> str | None:
-    """Remove a folder, its mark last: what cannot be removed stays marked, and is named."""
-    entries = [path for path in folder.iterdir() if path.name != incomplete.NAME]
-    for path in sorted(entries, key=lambda path: path.name not in LAST):
+def _clear(folder: Path, claim: Claim) -> str | None:
+    """Remove the claimed files of a folder, its mark last: what cannot be removed stays marked, and is named."""
+    for name in LAST:
+        if claim(name):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
+    for path in sorted(folder.iterdir()):
+        if path.name in _ALWAYS:
+            continue
         with contextlib.suppress(OSError):
-            remove(path)
-    remaining = [path.name for path in entries if path.exists()]
+            if path.is_dir() and not path.is_symlink():
+                remove_claimed(path, partial(_below, claim, path.name))
+            elif claim(path.name):
+                path.unlink(missing_ok=True)
+    remaining = [path.name for path in folder.iterdir() if path.name not in _ALWAYS]
     if remaining:
         return remaining[0]
     try:
         (folder / incomplete.NAME).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # some stores have no empty folders
+        if not any(folder.iterdir()) and not is_mount_point(folder):
             folder.rmdir()
+    except FileNotFoundError:  # some stores have no empty folders
+        return None
     except OSError:
         return incomplete.NAME
     return None
+
+
+def _below(claim: Claim, folder: str, relative: str) -> bool:
+    return claim(f"{folder}/{relative}")
