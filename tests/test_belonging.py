@@ -12,7 +12,11 @@ import pytest
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import Run, dus
 
+from dus_cli.errors import OutputError
+from dus_cli.heal.launcher import check_run_folder
+from dus_cli.heal.run import is_of_a_run
 from dus_cli.source.belonging import belongs_by_name, carried_files
+from dus_cli.writing.staging import Staging
 
 UP = ("--trim", "1", "--json")
 
@@ -212,7 +216,8 @@ def mounted(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     out, other = tmp_path / "out dir", tmp_path / "other"
     out.mkdir()
     other.mkdir()
-    command = ["mount", "-t", "tmpfs", "tmpfs", out] if request.param == "tmpfs" else ["mount", "--bind", other, out]
+    what = ["-t", "tmpfs", "tmpfs"] if request.param == "tmpfs" else ["--bind", str(other)]
+    command = ["mount", *what, str(out)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("mounting takes root")
     (out / "lost+found").mkdir()
@@ -284,13 +289,12 @@ def test_a_tilde_is_the_home_directory_wherever_a_path_is_given(base: Path, tmp_
     home = tmp_path / "home"
     home.mkdir()
     base.rename(home / "base")
-    environment = {"HOME": str(home)}
-    assert dus("upscale", "~/base", *UP, "--output=~/out", "--checksums", **environment).returncode == 0
-    assert dus("verify", "~/out", "--base", "~/base", "-q", **environment).returncode == 0
-    done = dus("upscale", "--from=~/out/dus.json", "-o", "~/again", "-q", **environment)
+    assert dus("upscale", "~/base", *UP, "--output=~/out", "--checksums", HOME=str(home)).returncode == 0
+    assert dus("verify", "~/out", "--base", "~/base", "-q", HOME=str(home)).returncode == 0
+    done = dus("upscale", "--from=~/out/dus.json", "-o", "~/again", "-q", HOME=str(home))
     assert done.returncode == 0, done.stderr
-    dus("heal", "~/out", "--data", "~/none.jsonl", "-q", **environment).assert_one_line_error("none.jsonl")
-    dus("upscale", "~/base", "-q", "-o", "~nobody-here/out", **environment).assert_one_line_error(
+    dus("heal", "~/out", "--data", "~/none.jsonl", "-q", HOME=str(home)).assert_one_line_error("none.jsonl")
+    dus("upscale", "~/base", "-q", "-o", "~nobody-here/out", HOME=str(home)).assert_one_line_error(
         "no such user", code=2
     )
 
@@ -299,3 +303,40 @@ def test_a_plot_replaces_no_picture_that_dus_did_not_draw(base: Path, tmp_path: 
     put(tmp_path, "figure-dark.svg")
     run = dus("probe", base, "--data", "x.jsonl", "--plot", tmp_path / "figure.svg", "-q")
     run.assert_one_line_error("figure-dark.svg", "no picture that dus drew")
+
+
+# --- a run of dus heal --------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run_is_replaced_and_what_is_not_the_runs_moves_along(tmp_path: Path) -> None:
+    out = tmp_path / "healed"
+    put(out, "run.json", "metrics.jsonl", "tokens/.lock", "checkpoints/step-00000010/state.json", "logs/0/torchrun.log")
+    put(out, "notes.txt", "wandb/offline.db", "checkpoints/mine/x", "README.md")
+    with Staging(out, overwrite=True, claim=is_of_a_run) as staging:
+        staging.write_text("README.md", "healed")
+        staging.publish()
+    assert set(tree(out)) == {"README.md", "README.md.before", "notes.txt", "wandb/offline.db", "checkpoints/mine/x"}
+    assert (out / "README.md").read_text() == "healed"
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+
+
+def test_what_comes_into_an_output_while_it_is_replaced_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write_checkpoint(tmp_path / "out", llama_tensors(4), llama_config(4))
+    before = tree(out)
+    monkeypatch.setattr("dus_cli.writing.staging.check_replaceable", lambda folder: put(folder, "thesis.tex"))
+    with Staging(out, overwrite=True) as staging:
+        staging.write_text("config.json", "{}")
+        with pytest.raises(OutputError, match=r"thesis\.tex since a moment ago"):
+            staging.publish()
+    assert tree(out) == before | {"thesis.tex": b"of thesis.tex"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_healing_takes_no_folder_that_has_checkpoints_or_tokens_of_somebody_else(tmp_path: Path) -> None:
+    put(tmp_path / "out", "checkpoints/step-00000010/model.pt")
+    put(tmp_path / "out2", "tokens/api.key")
+    for name, stranger in (("out", "checkpoints"), ("out2", "tokens")):
+        with pytest.raises(OutputError, match=f"holds {stranger} and no run of dus heal"):
+            check_run_folder(tmp_path / name)

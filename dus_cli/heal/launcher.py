@@ -121,7 +121,7 @@ def check(wishes: Wishes) -> Model:
     resolve.rows_per_step(wishes, model)
     check_tracker(wishes.keeping.track.value)
     check_apart(wishes.output, wishes.model)
-    _check_output(wishes.output)
+    check_run_folder(wishes.output)
     check_renames(wishes.output, known(wishes.output.resolve().parent))
     _check_devices(wishes)
     return model
@@ -158,7 +158,12 @@ def _check_devices(wishes: Wishes) -> None:
         raise HealError(f"--node-rank {wishes.launch.node_rank} of {wishes.launch.nnodes} nodes: they count from 0")
 
 
-def _check_output(output: Path) -> None:
+def check_run_folder(output: Path) -> None:
+    """Hold that OUT is free, or holds a run of dus heal.
+
+    Raises:
+        OutputError: it holds something else, or its name could not be given to the healed model.
+    """
     if not output.resolve().parent.is_dir():
         raise OutputError(f"{shown(output.resolve().parent)} is not a directory; create it first")
     if not output.exists():
