@@ -1,0 +1,122 @@
+"""Every extra alone: the built wheel in an environment with nothing else, and the commands that the extra is for.
+
+Each extra holds the one before it (core, heal, eval), so that one environment grows and each stage has exactly what
+`pip install dus-cli[…]` brings. It takes minutes and a package index: `make test` sets DUS_TEST_EXTRAS=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hub_uploads import WRITER, WritableHub
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif("DUS_TEST_EXTRAS" not in os.environ, reason="DUS_TEST_EXTRAS=1 installs each extra")
+
+TASK = """task: guesses
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_target: 0
+doc_to_choice: ["a", "b"]
+metric_list:
+  - metric: acc
+"""
+
+
+class Alone:
+    """An environment with the wheel and what was asked for behind it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        self.pip("wheel", "--no-deps", "--wheel-dir", folder, ROOT)
+        self.wheel = next(folder.glob("dus_cli-*.whl"))
+
+    def pip(self, verb: str, *arguments: str | Path) -> None:
+        constraints = ["--constraint", str(ROOT / "tests/constraints.txt")] if verb == "install" else []
+        command = [str(self.folder / "venv/bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check", verb]
+        subprocess.run([*command, *constraints, *arguments], check=True, env=os.environ | {"PYTHONPATH": ""})
+
+    def dus(self, *arguments: str | Path, code: int = 0, environment: dict[str, str] | None = None) -> str:
+        """What the installed command prints; on stderr where it fails."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        done = subprocess.run(
+            [self.folder / "venv/bin/dus", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=self.folder,
+            env=kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (environment or {}),
+        )
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else done.stdout
+
+    def report(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.dus(*arguments, "--json", environment=environment))
+        return found
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    alone = Alone(tmp_path_factory.mktemp("alone"))
+    alone.pip("install", alone.wheel)
+    tiny.write_base(alone.folder / "base")
+    tiny.write_corpus(alone.folder / "corpus.jsonl")
+    return alone
+
+
+def test_the_wheel_alone_scales_verifies_and_pushes(core: Alone) -> None:
+    report = core.report("upscale", "./base", "--trim", "1", "-o", "out", "--checksums")
+    assert report["status"] == "written"
+    assert core.report("verify", "out", "--base", "./base")["sound"] is True
+    hub = {"HF_TOKEN": WRITER, "HF_HOME": str(core.folder / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    with WritableHub({}) as running:
+        core.dus("push", "out", "org/deeper", "-q", environment=hub | {"HF_ENDPOINT": running.endpoint})
+        assert "org/deeper" in running.repos
+    for verb in ("heal", "probe", "eval"):
+        error = core.dus(verb, "./out", "--data", "corpus.jsonl", code=1)
+        assert error == f"error: dus {verb} needs numpy, torch and transformers; pip install 'dus-cli[heal]'\n"
+
+
+@pytest.fixture(scope="module")
+def healing(core: Alone) -> Alone:
+    core.pip("install", "torch")  # by the constraints, and from the same index as make's
+    core.pip("install", f"{core.wheel}[heal]")
+    core.dus("upscale", "./base", "--trim", "1", "-o", "scaled", "-q")
+    return core
+
+
+def test_the_heal_extra_alone_heals_on_two_workers_and_measures(healing: Alone) -> None:
+    data = ("--data", "corpus.jsonl")
+    few = ("--seq-length", "32", "--steps", "2", "--batch-tokens", "128", "--holdout", "5%")
+    report = healing.report("heal", "scaled", *data, *few, "--nproc-per-node", "2", "-o", "healed")
+    assert report["status"] == "healed"
+    assert report["num_workers"] == 2
+    healing.dus("probe", "./base", *data, "--tokens", "256", "-q")
+    healing.dus("eval", "./base", "./healed", *data, "--max-documents", "4", "-q")
+    error = healing.dus("eval", "./base", "--tasks", "h6", code=1)
+    assert "error: --tasks needs lm_eval; pip install 'dus-cli[eval]'\n" in error
+
+
+def test_the_eval_extra_alone_runs_a_task(healing: Alone) -> None:
+    healing.pip("install", f"{healing.wheel}[eval]")
+    tasks = healing.folder / "tasks"
+    tasks.mkdir()
+    (tasks / "test.jsonl").write_text("".join(json.dumps({"text": f"word {n}"}) + "\n" for n in range(4)))
+    (tasks / "guesses.yaml").write_text(TASK.format(file=tasks / "test.jsonl"))
+    home = {"HF_HOME": str(healing.folder / "hf"), "HF_DATASETS_OFFLINE": "1"}
+    report = healing.report("eval", "./base", "--tasks", "guesses", "--include-path", "tasks", environment=home)
+    assert report["models"][0]["scores"][0]["task"] == "guesses"
