@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def _let_children_have_their_signals() -> None:
 
 
 _let_children_have_their_signals()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --no-loadscope-reorder, xdist's order (files of many tests first), but the extras' long chain before all."""
+    if not config.getoption("loadscopereorder", default=True):
+        num_tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.name != "test_extras.py", -num_tests[item.path]))
 
 
 class Run(subprocess.CompletedProcess[str]):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,13 @@ class Alone:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.environment = {
+            "HF_HOME": str(folder / "hf"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         self.pip("wheel", "--no-deps", "--wheel-dir", folder, ROOT)
         self.wheel = next(folder.glob("dus_cli-*.whl"))
@@ -50,8 +59,8 @@ class Alone:
         command = [str(self.folder / "venv/bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check", verb]
         subprocess.run([*command, *constraints, *arguments], check=True, env=os.environ | {"PYTHONPATH": ""})
 
-    def dus(self, *arguments: str | Path, code: int = 0, environment: dict[str, str] | None = None) -> str:
-        """What the installed command prints; on stderr where it fails."""
+    def dus(self, *arguments: str | Path, code: int = 0, **environment: str) -> str:
+        """What the installed command prints; on stderr where it fails. No GPU: two workers would need two."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
         done = subprocess.run(
             [self.folder / "venv/bin/dus", *arguments],
@@ -59,33 +68,34 @@ class Alone:
             text=True,
             check=False,
             cwd=self.folder,
-            env=kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (environment or {}),
+            env=kept | self.environment | environment,
         )
         assert done.returncode == code, done.stderr
         return done.stderr if code else done.stdout
 
-    def report(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.dus(*arguments, "--json", environment=environment))
+    def report(self, *arguments: str | Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.dus(*arguments, "--json"))
         return found
 
 
 @pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     alone = Alone(tmp_path_factory.mktemp("alone"))
     alone.pip("install", alone.wheel)
     tiny.write_base(alone.folder / "base")
     tiny.write_corpus(alone.folder / "corpus.jsonl")
-    return alone
+    yield alone
+    shutil.rmtree(alone.folder / "venv")  # pytest keeps the folders of three runs, and torch takes gigabytes
 
 
 def test_the_wheel_alone_scales_verifies_and_pushes(core: Alone) -> None:
     report = core.report("upscale", "./base", "--trim", "1", "-o", "out", "--checksums")
     assert report["status"] == "written"
     assert core.report("verify", "out", "--base", "./base")["sound"] is True
-    hub = {"HF_TOKEN": WRITER, "HF_HOME": str(core.folder / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    with WritableHub({}) as running:
-        core.dus("push", "out", "org/deeper", "-q", environment=hub | {"HF_ENDPOINT": running.endpoint})
-        assert "org/deeper" in running.repos
+    with WritableHub({}) as hub:
+        into = ("push", "out", "org/deeper", "-q")
+        core.dus(*into, HF_ENDPOINT=hub.endpoint, HF_TOKEN=WRITER, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+        assert "org/deeper" in hub.repos
     for verb in ("heal", "probe", "eval"):
         error = core.dus(verb, "./out", "--data", "corpus.jsonl", code=1)
         assert error == f"error: dus {verb} needs numpy, torch and transformers; pip install 'dus-cli[heal]'\n"
@@ -93,7 +103,6 @@ def test_the_wheel_alone_scales_verifies_and_pushes(core: Alone) -> None:
 
 @pytest.fixture(scope="module")
 def healing(core: Alone) -> Alone:
-    core.pip("install", "torch")  # by the constraints, and from the same index as make's
     core.pip("install", f"{core.wheel}[heal]")
     core.dus("upscale", "./base", "--trim", "1", "-o", "scaled", "-q")
     return core
@@ -117,6 +126,5 @@ def test_the_eval_extra_alone_runs_a_task(healing: Alone) -> None:
     tasks.mkdir()
     (tasks / "test.jsonl").write_text("".join(json.dumps({"text": f"word {n}"}) + "\n" for n in range(4)))
     (tasks / "guesses.yaml").write_text(TASK.format(file=tasks / "test.jsonl"))
-    home = {"HF_HOME": str(healing.folder / "hf"), "HF_DATASETS_OFFLINE": "1"}
-    report = healing.report("eval", "./base", "--tasks", "guesses", "--include-path", "tasks", environment=home)
+    report = healing.report("eval", "./base", "--tasks", "guesses", "--include-path", "tasks")
     assert report["models"][0]["scores"][0]["task"] == "guesses"

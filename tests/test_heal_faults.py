@@ -55,7 +55,7 @@ def processes(out: Path) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {"launcher": [], "torchrun": [], "worker": []}
     for folder in Path("/proc").iterdir():
         try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0") if folder.name.isdigit() else []
+            words = os.fsdecode((folder / "cmdline").read_bytes()).split("\0") if folder.name.isdigit() else []
         except OSError:
             continue
         if not any(word in (str(out), str(out / "run.json")) for word in words):
@@ -66,8 +66,8 @@ def processes(out: Path) -> dict[str, list[int]]:
 
 
 def are_gone(out: Path) -> bool:
-    """Whether nobody works on this output, a few seconds on at the latest."""
-    return until(lambda: not any(processes(out).values()), 15)
+    """Whether nobody works on this output any more, or soon: a checkpoint may be on its way to a busy disk."""
+    return until(lambda: not any(processes(out).values()), 60)
 
 
 def until(is_so: Callable[[], object], seconds: float = PATIENCE) -> bool:

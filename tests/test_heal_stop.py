@@ -104,6 +104,21 @@ def slow(*args, **kwargs):
 dcp.save = slow
 """
 
+# A disk that takes longer to give a checkpoint its name than a worker has, once it saves, to come to a brake.
+NAMING = """
+import time
+import dus_cli.heal.checkpoints as checkpoints, dus_cli.heal.stopping as stopping
+save, sync = checkpoints.dcp.save, checkpoints._sync
+def hurried(*args, **kwargs):
+    stopping._GRACE = 0.5
+    time.sleep(1)
+    return save(*args, **kwargs)
+def slow(folder):
+    time.sleep(2)
+    sync(folder)
+checkpoints.dcp.save, checkpoints._sync = hurried, slow
+"""
+
 PUBLISHING = """
 from dus_cli.heal.publish import Publication
 gather = Publication._gather
@@ -222,6 +237,11 @@ def test_a_signal_while_a_checkpoint_is_saved_lets_it_be_saved(home: Path, out: 
     assert stop(out, SAVING) == 143
     assert saved(out) == ["step-00000006"]
     assert_goes_on(home, out)
+
+
+def test_the_checkpoint_that_a_signal_asked_for_gets_its_name_however_slow_the_disk_is(out: Path) -> None:
+    assert stop(out, STEPPING + NAMING) == 143
+    assert saved(out) == ["step-00000002"]
 
 
 def test_a_signal_while_the_model_is_written_leaves_the_run_and_no_half_of_it(home: Path, out: Path) -> None:

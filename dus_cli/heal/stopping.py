@@ -70,12 +70,15 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The time to come to a brake does not run: what is under way ends soon, or is what is to be kept."""
-        self._is_held = True
+        """The time to come to a brake does not run: what is under way ends soon, or is what is to be kept.
+
+        One within another ends with the outer one.
+        """
+        before, self._is_held = self._is_held, True
         try:
             yield
         finally:
-            self._is_held = False
+            self._is_held = before
 
     def _listen(self) -> None:
         self.signum = os.read(self._ear, 1)[0]

@@ -333,7 +333,8 @@ class Training:
         )
 
     def _save_when_due(self) -> None:
-        self.checkpoints.poll()
+        with self._signals.held():
+            self.checkpoints.poll()
         if self.progress.skipped_in_a_row:
             return  # a checkpoint is a state worth going back to
         keeping = self.run.keeping
