@@ -102,7 +102,7 @@ def ask(folder: Path) -> Storage:
     probe, renamed = folder / "probe", folder / "renamed"
     found = known(folder) or Storage(writes_anywhere=True)
     if probe.exists():  # of a run before, and it could not be removed
-        raise _not_removed(probe, errno.EPERM)
+        raise not_removed(probe, errno.EPERM)
     try:
         probe.mkdir()
         with (probe / "in-order").open("xb") as file:
@@ -120,13 +120,14 @@ def ask(folder: Path) -> Storage:
     finally:
         codes = [code for code in map(_remove_probe, (probe, renamed)) if code is not None]
     if codes:
-        raise _not_removed(probe, codes[0])
+        raise not_removed(probe, codes[0])
     return found
 
 
-def _not_removed(probe: Path, code: int) -> OutputError:
+def not_removed(path: Path, code: int) -> OutputError:
+    """The error where what dus wrote cannot be removed again. `code` is the system's errno."""
     return OutputError(
-        f"{shown(probe)} cannot be removed ({os.strerror(code)}), and a run that fails must take away what it wrote; "
+        f"{shown(path)} cannot be removed ({os.strerror(code)}), and a run that fails must take away what it wrote; "
         "mount the store with deletion allowed (mount-s3 --allow-delete), or write to a disk and copy"
     )
 

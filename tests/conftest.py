@@ -34,6 +34,10 @@ def _let_children_have_their_signals() -> None:
 
 _let_children_have_their_signals()
 
+# pytest imports readline, which tells children a width that nobody asked for; pytest-xdist's workers are such children.
+for _width in ("COLUMNS", "LINES"):
+    os.environ.pop(_width, None)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --no-loadscope-reorder, xdist's order (files of many tests first), but the extras' long chain before all."""

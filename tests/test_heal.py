@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
+from dus_cli.source.belonging import model_files, read_record  # noqa: E402
+
 STEPS = 12
 RECIPE = (
     "--steps 12 --seq-length 64 --batch-tokens 512 --lr 3e-3 --holdout 10% --eval-every 4 --eval-tokens 250K --seed 3"
@@ -154,6 +156,7 @@ def test_every_file_is_carried_changed_or_new_and_nothing_is_left_over(
     before, after = tiny.digests(home / source), tiny.digests(folder)
     proof = {"run.json", "metrics.jsonl", "report.json", "healing-light.svg", "healing-dark.svg"}
     assert after.keys() - before.keys() == proof
+    assert model_files(folder, read_record(folder)) & after.keys() == after.keys(), "what is pushed"
     assert before.keys() <= after.keys()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"README.md", "dus.json", *(name for name in before if name.endswith(".safetensors"))}
@@ -686,6 +689,7 @@ def test_tensorboard_gets_every_figure(home: Path) -> None:
     pytest.importorskip("tensorboard")
     out = heal_in(home, "boarded", "--track", "tensorboard", "--steps", "3")
     (events,) = (out / "tensorboard").iterdir()
+    assert f"tensorboard/{events.name}" in model_files(out, read_record(out)), "what is pushed"
     raw = events.read_bytes()
     for name in (b"loss", b"eval_loss", b"base_loss", b"seconds/forward"):
         assert name in raw

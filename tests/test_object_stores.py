@@ -91,8 +91,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def with_small_files(base: Path) -> Path:
     (base / "tokenizer.json").write_text("{}")
-    (base / "extra").mkdir()
-    (base / "extra/notes.txt").write_text("kept")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/rag.jinja").write_text("kept")
     return base
 
 
@@ -347,7 +347,7 @@ def test_a_damaged_mark_is_nobodys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("refusals", [Refusals(), replace(IN_PLACE, unstable_inodes=True)], ids=["rename", "in place"])
-@pytest.mark.parametrize("ending", [".safetensors", "notes.txt", "README.md", "config.json"])
+@pytest.mark.parametrize("ending", [".safetensors", "rag.jinja", "README.md", "config.json"])
 def test_an_upload_that_fails_at_close_is_one_line_and_nothing_stays(
     base: Path, mounted: Mounting, refusals: Refusals, ending: str
 ) -> None:

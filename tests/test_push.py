@@ -212,13 +212,19 @@ def spoil(folder: Path, **texts: str | None) -> None:
         path.write_text(text) if text is not None else path.unlink()
 
 
+def link(path: Path, target: Path) -> None:
+    """In the place of a file, a link to another."""
+    path.unlink()
+    path.symlink_to(target)
+
+
 UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard is gone": (lambda o: min(o.glob("*.safetensors")).unlink(), "does not verify"),
     "a shard is cut": (lambda o: os.truncate(min(o.glob("*.safetensors")), 50_000), "does not verify"),
     "a byte is another": (lambda o: spoil(o, tokenizer="[]"), "does not match its sum"),
     "no config": (lambda o: spoil(o, config=None), "does not verify"),
     "a run of dus heal": (lambda o: spoil(o, config=None, run="{}"), "has not ended"),
-    "a link to elsewhere": (lambda o: (o / "notes").symlink_to("/etc/hostname"), "leaves the model's folder"),
+    "a link to elsewhere": (lambda o: link(o / "tokenizer.json", Path("/etc/hostname")), "leaves the model's folder"),
 }
 
 
@@ -235,16 +241,33 @@ def test_what_does_not_verify_is_not_pushed(
     assert hub.repos == {}
 
 
-def test_a_healed_model_goes_with_its_proof(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_named", [True, False], ids=["dus.json names it", "an older dus.json names no files"])
+def test_a_healed_model_goes_with_its_proof(
+    is_named: bool, folders: dict[str, Path], hub: WritableHub, tmp_path: Path
+) -> None:
     out = tmp_path / "healed"
     upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
-    record = json.loads((out / "dus.json").read_text()) | {"healing": [{"steps": 1}]}
-    spoil(out, dus=json.dumps(record), run="{}", report="{}")
-    for name in ("metrics.jsonl", "healing-light.svg", "tensorboard/events"):
+    proof = (
+        "run.json",
+        "report.json",
+        "metrics.jsonl",
+        "healing-light.svg",
+        "tensorboard/events.out.tfevents.1.host.2",
+    )
+    for name in proof:
         (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("x")
+        (out / name).write_text("{}")
+    record = json.loads((out / "dus.json").read_text()) | {"healing": [{"steps": 1}]}
+    record["files"] = [*record["files"], *proof]
+    if not is_named:
+        del record["files"]
+    spoil(out, dus=json.dumps(record))
+    expected = content(out)
+    for name in ("checkpoints/step-00000001/state.json", "logs/0.log", "README.md.before"):  # of the run, and before it
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
     assert dus("push", out, "org/healed", "-q").returncode == 0
-    assert hub.files("org/healed") == content(out)
+    assert hub.files("org/healed") == expected
 
 
 def test_what_is_no_directory_is_refused(tmp_path: Path, hub: WritableHub) -> None:
@@ -253,21 +276,32 @@ def test_what_is_no_directory_is_refused(tmp_path: Path, hub: WritableHub) -> No
     assert hub.repos == {}
 
 
-def test_git_and_caches_in_the_folder_stay_here(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
+def test_what_is_not_the_models_stays_here_and_is_named(
+    folders: dict[str, Path], hub: WritableHub, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
-    expected = content(out) | {"a [note].txt": b"x"}
-    for name in (
-        ".git/config",
-        ".cache/huggingface/download/x.metadata",
-        ".gitignore",
-        "__pycache__/x",
-        "a [note].txt",
-    ):
+    expected = content(out)
+    strangers = (
+        ".cache/huggingface/download/x.metadata", ".env", ".git/config", ".gitignore", "__pycache__/x", "a [note].txt",
+        "checkpoint-500/model.safetensors", "id_rsa", "wandb/run/a.log",
+    )  # fmt: skip
+    for name in strangers:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("*" if name == ".gitignore" else "x")
-    assert dus("push", out, "org/model", "-q").returncode == 0
+    (out / "notes").symlink_to("/etc/hostname")
+    before = digests(out)
+    left = {
+        ".cache/", ".env", ".git/", ".gitignore", "__pycache__/", "a [note].txt", "checkpoint-500/", "id_rsa", "wandb/",
+        "notes",
+    }  # fmt: skip
+    planned = dus("push", out, "org/model", "--dry-run", "--json").report["push"]
+    done = dus("push", out, "org/model", "--json").report["push"]
     assert hub.files("org/model") == expected
+    assert (set(planned["left_out"]), planned["files"]) == (left, len(expected))
+    assert (set(done["left_out"]), done["files"]) == (left, len(expected))
+    assert digests(out) == before
+    assert "left here: .cache/, .env, " in dus("push", out, "org/model").stdout
 
 
 @pytest.mark.parametrize(

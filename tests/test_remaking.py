@@ -138,7 +138,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-1] + b"x"),
         "not reproduced: model.safetensors",
     ),
-    "a new small file": (lambda b: (b / "notes.txt").write_text("x"), "not reproduced: notes.txt"),
+    "a new small file": (lambda b: (b / "vocab.txt").write_text("x"), "not reproduced: dus.json, vocab.txt"),
     "its licence": (lambda b: (b / "README.md").write_text("---\nlicense: mit\n---\n"), "not reproduced: README.md"),
 }
 

@@ -24,7 +24,7 @@ from dus_cli.errors import CheckpointError, OutputError, VerificationError, enco
 from dus_cli.locks import holder
 from dus_cli.source import incomplete
 from dus_cli.source.reading import file_pieces
-from dus_cli.storage import Storage, ask, is_mount_point, known, remove
+from dus_cli.storage import Storage, ask, is_mount_point, known, not_removed, remove
 from dus_cli.writing import journal
 from dus_cli.writing.in_place import (
     LAST,
@@ -234,8 +234,9 @@ class Staging:
         self.keeps = self.resumes and journal.belongs(self.folder, self.key)
         if not self.keeps:
             self._clear_partial()
-        with writing(self.folder.name):
-            (self.folder / MARK).touch()
+        if not (self.folder / MARK).exists():
+            with writing(self.folder.name):
+                (self.folder / MARK).touch()
         note = clear_left(self.output, self.key, overwrite=self.overwrite)
         self.warnings += [] if note is None else [note]
         if self.claim is None:
@@ -267,8 +268,13 @@ class Staging:
                     f"{shown(self.folder)}, where the work for {shown(self.output)} is done, holds "
                     f"{shown_list(found)}, which dus did not write; move it away, or choose another -o"
                 )
-        for left in sorted(entries, key=lambda path: path.name == MARK):  # the mark last
-            remove(left)
+        for left in entries:
+            if left.name == MARK and left.is_file() and not left.is_symlink():
+                continue  # it is needed again at once, and says whose the rest is meanwhile
+            try:
+                remove(left)
+            except OSError as error:
+                raise not_removed(left, error.errno or errno.EIO) from error
 
     def _claim_of(self, folder: Path) -> Claim:
         return claim_model(folder) if self.claim is None else self.claim
