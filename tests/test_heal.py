@@ -177,6 +177,8 @@ def test_dus_json_keeps_the_scaling_and_appends_the_healing(home: Path, healed: 
     before, after = (json.loads((folder / "dus.json").read_text()) for folder in (home / "scaled", healed))
     report = json.loads((healed / "report.json").read_text())
     (healing,) = after.pop("healing")
+    assert after.pop("files") == sorted({path.name for path in healed.iterdir()} - {"dus.json"})
+    assert set(before.pop("files")) < {path.name for path in healed.iterdir()}
     assert after == before
     assert {key: healing[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")} == {
         key: report[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")
@@ -208,7 +210,7 @@ def heldout(home: Path, out: Path, *, document_mask: bool = True) -> list[Any]:
     if not again.exists():
         mask = () if document_mask else ("--no-document-mask",)
         data = ("--data", home / "corpus.jsonl")
-        done = tiny.forked_dus("heal", run.model, "-o", again, *data, *RECIPE, *mask, "--print-command", "-q")
+        done = tiny.forked_dus("heal", home / run.model, "-o", again, *data, *RECIPE, *mask, "--print-command", "-q")
         assert done.returncode == 0, done.stderr
     return list(
         heldout_rows(

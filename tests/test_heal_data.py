@@ -29,6 +29,7 @@ from dus_cli.heal import texts as texts_module
 from dus_cli.heal.corpus import BadLine, DataError, Tally, documents, parse_holdout, parse_sources
 from dus_cli.heal.order import Order, permute
 from dus_cli.heal.tokens import IGNORED, Prepared, Row, Rows, RowsInOrder, Stream, heldout_rows
+from dus_cli.writing.staging import MARK
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -679,7 +680,8 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(
     synced: list[Path] = []
     monkeypatch.setattr(tokenise, "sync_file", synced.append)
     prepared = run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
-    assert sorted(path.name for path in synced) == listed(tmp_path / "tokens" / prepared.parts[0].key)
+    part = listed(tmp_path / "tokens" / prepared.parts[0].key)
+    assert sorted(path.name for path in synced) == sorted([*part, MARK])
     assert {path.parent.name for path in synced} == {f".{prepared.parts[0].key}.partial"}
 
 

@@ -165,7 +165,8 @@ def _start(log: Path, environment: dict[str, str], target: str, arguments: list[
     return process
 
 
-def wait(process: Any, seconds: float = 240) -> int:
+def wait(process: Any, seconds: float = 900) -> int:
+    """The exit code; of a process that hangs, -9. A busy machine takes minutes for what takes seconds alone."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -242,7 +243,8 @@ def ended(out: Path, workers: list[tuple[Any, Path]]) -> str:
     failure = out / "failure.json"
     if failure.is_file():
         return str(json.loads(failure.read_text())["error"])
-    return "\n".join(Path(f"{log}.err").read_text(encoding="utf-8") for _, log in workers)
+    said = [Path(f"{log}.err").read_text(encoding="utf-8") for _, log in workers]
+    return "\n".join([f"workers ended with {codes}", *said])
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
