@@ -7,8 +7,8 @@ from __future__ import annotations
 
 _LONGEST_SHOWN = 120
 
-# A library's own words end where they end, but a log is no reason.
-_LONGEST_REASON = 1000
+# A library's own words end where they end, but an essay or a log is no reason.
+_LONGEST_REASON = 600
 
 
 class DusError(Exception):
@@ -101,14 +101,20 @@ def encodable(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    r"""What another library says of a failure, whole, on one line.
+    r"""What another library says of a failure, on one line; of an essay its first sentences, at least one.
 
     >>> reason_of(ValueError("no such\n  layer"))
     'no such layer'
     >>> reason_of(KeyError())
     'KeyError'
+    >>> reason_of(ValueError("no such layer. " + "See the manual. " * 100)).count("See the manual.")
+    36
     """
-    return shown(" ".join(str(error).split()) or type(error).__name__, limit=_LONGEST_REASON)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > _LONGEST_REASON:
+        end = text.rfind(". ", 0, _LONGEST_REASON + 1)
+        text = text if end < 0 else text[: end + 1]
+    return shown(text, limit=_LONGEST_REASON)
 
 
 def described(value: object) -> str:

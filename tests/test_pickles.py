@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
 from conftest import dus
 from pickled import INDEX, Payload, random_tensors, save_pickled, write_pickled
@@ -229,7 +230,7 @@ def test_model_saved_by_torch_computes_the_same_from_the_output(tmp_path: Path) 
     model = AutoModelForCausalLM.from_config(config).eval()
     save_pickled(tmp_path / "base", model.state_dict(), config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     assert dus("upscale", tmp_path / "base", "--layers", "0:4", "-o", tmp_path / "out", "-q").returncode == 0
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -548,6 +549,19 @@ def test_of_2000_damaged_files_all_end_in_tensors_within_the_file_or_one_line(as
     assert min(outcomes.values()) > 60, outcomes
 
 
+def test_torchs_objection_is_told_without_its_advice_to_run_the_file(tmp_path: Path) -> None:
+    """Torch itself says that weights_only=False will likely succeed, at length."""
+    path = tmp_path / "x.bin"
+    raw = saved_bytes(as_zip=False)
+    assert b"BFloat16Storage" in raw
+    path.write_bytes(raw.replace(b"BFloat16Storage", b"BFloat17Storage"))
+    problem = one_line_problem(lambda: read_pickled(path, path.name))
+    assert problem is not None
+    assert "GLOBAL torch.BFloat17Storage was not an allowed global by default)" in problem
+    assert "arbitrary code" not in problem
+    assert len(problem) < 400
+
+
 def check_places(path: Path) -> None:
     size = path.stat().st_size
     for tensor in read_pickled(path, path.name).tensors:
@@ -563,8 +577,7 @@ def test_index_and_shards_must_agree(state: dict[str, torch.Tensor], tmp_path: P
     weight_map: dict[str, str] = json.loads((base / INDEX).read_text())["weight_map"]
     first, second, _ = sorted(set(weight_map.values()))
     for change, part in (
-        ({"model.layers.0.ghost": first}, "do not hold them"),
-        ({"lm_head.weight": first}, f"which {INDEX} places in"),
+        ({"model.layers.4.mlp.up_proj.weight": first}, "which no shard holds and the model needs"),
         ({"lm_head.weight": "pytorch_model-9.bin"}, "missing from"),
         ({"lm_head.weight": "../pytorch_model.bin"}, "points outside"),
         ({"lm_head.weight": "model.safetensors"}, "no pickled file"),
@@ -574,6 +587,26 @@ def test_index_and_shards_must_agree(state: dict[str, torch.Tensor], tmp_path: P
     (base / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     shutil.copyfile(base / first, base / second)
     refuse(base, "two shards")
+
+
+def test_what_transformers_does_not_mind_in_an_index_is_a_warning(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """It takes the shards' names alone from there, of pickles as of safetensors."""
+    base = save_pickled(tmp_path / "m", state, llama_config(4), num_shards=3)
+    index: dict[str, Any] = json.loads((base / INDEX).read_text())
+    weight_map: dict[str, str] = index["weight_map"]
+    first, _, last = sorted(set(weight_map.values()))
+    place = weight_map["lm_head.weight"]
+    change = {"model.layers.0.ghost": first, "lm_head.weight": first if place == last else last}
+    assert dus("upscale", base, "--trim", "1", "-o", tmp_path / "agrees", "--json").report["warnings"] == []
+    (base / INDEX).write_text(json.dumps(index | {"weight_map": weight_map | change}))
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(base, output_loading_info=True)
+    assert not any(info.values())
+    warnings = dus("upscale", base, "--trim", "1", "-o", tmp_path / "differs", "--json").report["warnings"]
+    assert f"{INDEX} names model.layers.0.ghost, which no shard holds: transformers loads the model without" in warnings
+    assert any(f"{INDEX} names lm_head.weight, in other shards" in warning for warning in warnings)
+    assert names_and_bytes(tmp_path / "differs") == names_and_bytes(tmp_path / "agrees")
 
 
 def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:

@@ -277,10 +277,8 @@ def test_with_identities_the_logits_are_the_bases(model_type: str, tmp_path: Pat
     assert complaints == {}
     tokens = zoo.tokens(base)
     assert torch.equal(zoo.logits(written, tokens), zoo.logits(base, tokens))
-    assert (
-        zoo.zeros_without_gradient(written, tokens, done.report["new_layers"], done.report["num_layers"]["output"])
-        == []
-    )
+    layer_map, new_layers = done.report["layer_map"], done.report["new_layers"]
+    assert zoo.zeros_without_gradient(written, base, tokens, layer_map, new_layers) == []
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -458,17 +458,47 @@ def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> torch.
         return logits(model, tokens)
 
 
-def zeros_without_gradient(model: Any, tokens: torch.Tensor, layers: Sequence[int], num_layers: int) -> list[str]:
-    """Matrices of these layers, of `num_layers`, that are zeros and get no gradient from any logit."""
-    holder, name = decoder_layers(model, num_layers)
-    found = {
-        f"{layer}.{suffix}": parameter
+def zeros_without_gradient(
+    model: Any, base: Any, tokens: torch.Tensor, sources: Sequence[int], layers: Sequence[int]
+) -> list[str]:
+    """Matrices of these layers that are zeros and get no gradient from any logit, though the base's do.
+
+    Text alone leaves some of a base's matrices without one too: cross-attention runs only where an encoder does.
+
+    Args:
+        model: the deeper model; layer i is the base's layer `sources[i]`.
+        base: what it was made from.
+        tokens: shape (batch, tokens).
+        sources: the layer map.
+        layers: the layers of `model` to look at.
+    """
+    written, original = _layer_matrices(model, len(sources)), _layer_matrices(base)
+    zeros = {
+        (layer, suffix): original[sources[layer]][suffix]
         for layer in layers
-        for suffix, parameter in getattr(holder, name)[layer].named_parameters()
-        if parameter.ndim > 1 and not parameter.any()
+        for suffix, matrix in written[layer].items()
+        if not matrix.any()
     }
-    assert found
+    for one in (model, base):
+        _backward(one, tokens)
+    can_learn = [place for place, matrix in zeros.items() if _has_gradient(matrix)]
+    assert can_learn
+    return [f"{layer}.{suffix}" for layer, suffix in can_learn if not _has_gradient(written[layer][suffix])]
+
+
+def _layer_matrices(model: Any, num_layers: int = NUM_LAYERS) -> list[dict[str, torch.nn.Parameter]]:
+    holder, name = decoder_layers(model, num_layers)
+    return [
+        {suffix: parameter for suffix, parameter in layer.named_parameters() if parameter.ndim > 1}
+        for layer in getattr(holder, name)
+    ]
+
+
+def _backward(model: Any, tokens: torch.Tensor) -> None:
     torch.manual_seed(0)
     outputs = _logits(model, tokens)
     torch.autograd.backward((outputs * torch.randn_like(outputs)).sum())
-    return [name for name, parameter in found.items() if parameter.grad is None or not parameter.grad.any()]
+
+
+def _has_gradient(matrix: torch.nn.Parameter) -> bool:
+    return matrix.grad is not None and bool(matrix.grad.any())

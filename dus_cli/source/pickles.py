@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import struct
 import warnings
 import zipfile
@@ -71,6 +72,10 @@ _NAMES = frozenset(
         ("torch.storage", "UntypedStorage"),
     }
 )
+
+# What torch's weights_only objects to. Around it torch says how to run the file all the same, and where to read on
+# (`_get_wo_message` in torch/serialization.py).
+_OBJECTION = re.compile(r"WeightsUnpickler error:\s*(.+?)(?:\. |\n|$)")
 
 
 class _Described(NamedTuple):
@@ -179,13 +184,19 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
         state = torch.load(copy, map_location="meta", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{where} cannot be unpickled by torch's weights_only ({reason_of(error)}); it is damaged, or no plain "
+            f"{where} cannot be unpickled by torch's weights_only ({_objection(error)}); it is damaged, or no plain "
             f"state dict: fetch it again, or {REMEDY}"
         ) from error
     return [
         _Described(name, tensor, _storage_key(name, tensor, keys, where))
         for name, tensor in _state_dict(state, where).items()
     ]
+
+
+def _objection(error: Exception) -> str:
+    """The first sentence of what torch objects to, or all of it where that is no objection of weights_only."""
+    match = _OBJECTION.search(str(error))
+    return reason_of(error) if match is None else shown(match[1])
 
 
 def _storage_key(name: str, tensor: Tensor, keys: Mapping[int, str], where: str) -> str:
