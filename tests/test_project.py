@@ -94,8 +94,8 @@ def test_every_field_of_the_reports_is_documented(base: Path, tmp_path: Path) ->
             assert f"`{field}`" in layout, field
 
 
-def test_the_readme_draws_every_module_in_its_room() -> None:
-    tree = (ROOT / "README.md").read_text().split("\ndus_cli/\n")[1].split("\ntests/ ")[0]
+def test_the_page_for_developers_draws_every_module_in_its_room() -> None:
+    tree = (ROOT / "docs/development.md").read_text().split("\ndus_cli/\n")[1].split("\ntests/ ")[0]
     drawn, room = [], ""
     for indent, name in re.findall(r"^( +)([a-z0-9_]+(?:\.py|/)) ", tree, re.MULTILINE):
         room = "" if len(indent) == 2 else room
