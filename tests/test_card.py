@@ -176,7 +176,10 @@ def test_the_base_model_of_a_chain_is_the_one_on_the_hub(base: Path, tmp_path: P
 
 def report(*, reached: bool | None) -> dict[str, Any]:
     losses = {"base_loss": None if reached is None else 2.0, "scaled_loss": 3.0, "loss": 1.9, "tokens_to_base": 10}
-    return losses | {"reached_base": reached, "fraction_of_pretraining": 0.1, "tokens": 10, "steps": 1, "flops": 1.0}
+    spent = {"fraction_of_pretraining": 0.1, "tokens": 10, "steps": 1, "flops": 1.0, "epochs": 0.5}
+    data = {"data": ["corpus.jsonl"], "train_tokens": 20, "train_documents": 2}
+    heldout = {"heldout_tokens": 5, "heldout_documents": 1, "available_heldout_tokens": 50}
+    return losses | spent | data | heldout | {"reached_base": reached}
 
 
 def test_a_healed_card_is_a_finetune_with_both_pictures_and_no_advice_to_heal(base: Path, tmp_path: Path) -> None:
@@ -189,6 +192,7 @@ def test_a_healed_card_is_a_finetune_with_both_pictures_and_no_advice_to_heal(ba
     assert "## Heal it" not in healed
     assert "not healed" not in healed
     assert "## Lineage" in healed
+    assert "over 5 tokens of 1 documents of the 50 tokens held out" in healed
     assert "## Heal it" in healed_card(text, report(reached=False), "out")
 
 

@@ -140,6 +140,7 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(base: Path, tmp_path: Pat
     left = tmp_path / ".out.partial"
     (left / "deep").mkdir(parents=True)
     (left / "deep/model.safetensors").write_text("half")
+    (left / staging.MARK).touch()  # as dus leaves it
     assert dus("upscale", base, "-o", tmp_path / "out", "-q").returncode == 0
     assert not (tmp_path / "out/deep").exists()
     assert beside(tmp_path / "out") == []
@@ -210,8 +211,9 @@ def test_a_missing_parent_is_one_line(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_output_is_apart_from_the_model_and_the_current_directory(base: Path, tmp_path: Path) -> None:
-    for out in (base, base / "out", tmp_path):
+    for out in (base, base / "out"):
         dus("upscale", base, "-o", out, "--overwrite", "-q").assert_one_line_error("contain each other")
+    dus("upscale", base, "-o", tmp_path, "--overwrite", "-q").assert_one_line_error("holds base/config.json")
     (tmp_path / "here").mkdir()
     dus("upscale", base, "-o", ".", "-q", cwd=tmp_path / "here").assert_one_line_error("directory you stand in")
     assert len(list(base.iterdir())) == 2
