@@ -153,7 +153,7 @@ def test_known_failures_raise_one_line(
         assert why in str(raised.value)
         assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match="jobs: 0 is not between 1 and 64"):
+    with pytest.raises(UsageError, match="jobs: 0 is not a whole number from 1 to 64"):
         upscale(base, tmp_path / "out", jobs=0)
 
 
