@@ -166,7 +166,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             f"every {plan['eval_every']:,} steps, about {plan['evaluation_share']:.0%} of the run",
         ),
         (
-            "memory",
+            "needed",
             f"{memory} a worker, "
             + ("not known what there is" if available is None else f"{human_bytes(available)} there")
             + f" ({plan['device']})",
