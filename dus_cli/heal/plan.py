@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dus_cli.heal import estimate
 from dus_cli.heal.estimate import MemoryEstimate, Shape, num_shards
@@ -12,6 +12,9 @@ from dus_cli.heal.options import Launch
 from dus_cli.heal.run import Run
 from dus_cli.memory import available_bytes, smallest_gpu
 from dus_cli.report import human_bytes, human_time
+
+if TYPE_CHECKING:
+    from dus_cli.heal.tokens import Prepared
 
 # What a well-tuned run reaches of a device's peak; times are told for it.
 TYPICAL_MFU = 0.45
@@ -36,6 +39,20 @@ def num_processes(launch: Launch) -> int:
     return max(1, torch.accelerator.device_count())
 
 
+def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
+    """What a run trains and measures on, as the plan and the proof record it. Paths are left out of names."""
+    return {
+        "data": [Path(source.name).name or source.name for source in data.sources],
+        "epochs": epochs,
+        "train_tokens": data.num_train_tokens,
+        "train_documents": data.num_train_documents,
+        "heldout_tokens": run.heldout_tokens,
+        "heldout_documents": run.heldout_documents,
+        "available_heldout_tokens": data.num_heldout_tokens,
+        "available_heldout_documents": data.num_heldout_documents,
+    }
+
+
 def plan_of(run: Run, shape: Shape, launch: Launch) -> dict[str, Any]:
     """The plan as JSON; docs/layout.md describes each field."""
     import torch
@@ -50,14 +67,7 @@ def plan_of(run: Run, shape: Shape, launch: Launch) -> dict[str, Any]:
     flops = estimate.flops_per_token(shape, run.seq_length)
     measured = run.heldout_tokens * (-(-run.num_steps // run.keeping.eval_every) + (2 if run.base else 1))
     plan: dict[str, Any] = {
-        "data": [Path(source.name).name or source.name for source in data.sources],
-        "epochs": run.epochs,
-        "train_tokens": data.num_train_tokens,
-        "train_documents": data.num_train_documents,
-        "heldout_tokens": run.heldout_tokens,
-        "heldout_documents": run.heldout_documents,
-        "available_heldout_tokens": data.num_heldout_tokens,
-        "available_heldout_documents": data.num_heldout_documents,
+        **data_record(run, data, run.epochs),
         "before": list(data.before),
         "steps": run.num_steps,
         "tokens": tokens,

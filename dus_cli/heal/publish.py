@@ -26,6 +26,7 @@ from dus_cli.heal.curve import loss_curve
 from dus_cli.heal.estimate import flops_per_token, pretraining_flops, shape_of
 from dus_cli.heal.metrics import read_metrics
 from dus_cli.heal.optimizer import Optimizer, local
+from dus_cli.heal.plan import data_record
 from dus_cli.heal.tokens import Prepared
 from dus_cli.planning.plan import dump_json
 from dus_cli.release import lineage
@@ -204,14 +205,7 @@ class Publication:
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
             "peak_flops": peak,
             "peak_flops_source": peak_source,
-            "data": [Path(source.name).name or source.name for source in data.sources],
-            "epochs": run.epochs * progress.step / run.num_steps,
-            "train_tokens": data.num_train_tokens,
-            "train_documents": data.num_train_documents,
-            "heldout_tokens": run.heldout_tokens,
-            "heldout_documents": run.heldout_documents,
-            "available_heldout_tokens": data.num_heldout_tokens,
-            "available_heldout_documents": data.num_heldout_documents,
+            **data_record(run, data, run.epochs * progress.step / run.num_steps),
             "skipped_lines": data.skipped,
             "unread_files": data.unread,
         }
