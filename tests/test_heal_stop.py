@@ -257,11 +257,20 @@ def test_what_a_library_does_not_come_back_from_ends_all_the_same(out: Path) -> 
 
 
 def test_a_second_signal_ends_it_whatever_it_does(out: Path) -> None:
-    (worker,) = start(out, "from dus_cli.heal import stopping\nstopping._GRACE = 1e9\n" + STUCK)
+    (worker,) = start(out, "from dus_cli.heal import stopping\nstopping._GRACE, stopping._SAME = 1e9, 0\n" + STUCK)
     for _ in range(2):
         os.kill(worker.pid, signal.SIGTERM)
         time.sleep(0.5)  # two of a kind at once are one
     assert tiny.wait(worker, PATIENCE) == 143
+
+
+def test_what_a_killed_launcher_sends_twice_is_one_signal_and_the_checkpoint_is_kept(out: Path) -> None:
+    (worker,) = start(out, "from dus_cli.heal import stopping\nstopping._SAME = 1e9\n" + STEPPING + NAMING)
+    for _ in range(2):
+        os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(0.5)
+    assert tiny.wait(worker, PATIENCE) == 143
+    assert saved(out) == ["step-00000002"]
 
 
 def test_a_signal_to_one_of_two_workers_ends_both_with_one_checkpoint(home: Path, out: Path) -> None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _GRACE = 8.0
 _POLL = 0.1
 
+# Seconds in which signals count as one. A launcher that is killed sends SIGTERM more than once: the kernel does so as
+# each of its threads ends, and torchrun passes on what it got.
+_SAME = 2.0
+
 # FLOPs between two questions of a team to itself: some tenths of a second, against a fraction of a millisecond.
 _WORK = {"cpu": 2e10}
 _WORK_ELSEWHERE = 1e14
@@ -39,8 +43,8 @@ class StopRequested(BaseException):
 class Signals:
     """SIGTERM and SIGINT of this process, heard by a thread, so also while a library is at work for long.
 
-    The first one ends the process at once, unless it is `cooperating`; then the work has to come to a `Brake` soon. The
-    second one ends it whatever it does.
+    The first one ends the process at once, unless it is `cooperating`; then the work has to come to a `Brake` soon. A
+    later one ends it whatever it does, from two seconds after the first on.
     """
 
     def __init__(self) -> None:
@@ -82,10 +86,13 @@ class Signals:
 
     def _listen(self) -> None:
         self.signum = os.read(self._ear, 1)[0]
-        deadline = time.monotonic() + _GRACE
+        heard = time.monotonic()
+        deadline = heard + _GRACE
         while self._cooperates and time.monotonic() < deadline:
             if select.select([self._ear], [], [], _POLL)[0]:
-                break
+                os.read(self._ear, 1)
+                if time.monotonic() > heard + _SAME:
+                    break
             if self._is_held:
                 deadline = time.monotonic() + _GRACE
         os._exit(self.exit_code)  # whoever waits for a lost worker in a collective would wait for long
