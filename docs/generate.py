@@ -10,10 +10,10 @@ from typing import Any
 import typer
 from manpage import Command, Option, man_page
 
-from dus_cli.bounds import BOUNDS
 from dus_cli.cli import app
+from dus_cli.common.bounds import BOUNDS
 from dus_cli.maps.layers import stack
-from dus_cli.release.picture import PICTURES, layer_map_svg
+from dus_cli.pictures.layer_map import PICTURES, layer_map_svg
 
 DOCS = Path(__file__).parent
 

@@ -7,39 +7,32 @@ These and their results are loaded when they are first asked for (PEP 562), so t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from dus_cli.api import plan, upscale, verify
-    from dus_cli.errors import DusError, UsageError
-    from dus_cli.progress import Progress
-    from dus_cli.report import UpscaleReport
-    from dus_cli.verification import Verification
-else:
-    _MODULES = {
-        "plan": "api",
-        "upscale": "api",
-        "verify": "api",
-        "DusError": "errors",
-        "UsageError": "errors",
-        "Progress": "progress",
-        "UpscaleReport": "report",
-        "Verification": "verification",
-    }
+_MODULES = {
+    "plan": "api",
+    "upscale": "api",
+    "verify": "api",
+    "DusError": "errors",
+    "UsageError": "errors",
+    "Progress": "progress",
+    "UpscaleReport": "upscaling.report",
+    "Verification": "verification.report",
+}
 
-    def __getattr__(name: str) -> object:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
 
-        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = value
-        return value
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

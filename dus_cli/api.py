@@ -13,20 +13,24 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from dus_cli import upscaling, verification
-from dus_cli.bounds import check_numbers
+from dus_cli.common.bounds import check_numbers
+from dus_cli.common.reference import ModelRef, user_path
+from dus_cli.common.units import parse_size
 from dus_cli.errors import DusError, UsageError, shown
+from dus_cli.hub.opening import open_base
 from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
-from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest, parse_size
+from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.progress import NoProgress, Progress
-from dus_cli.push import pushing
+from dus_cli.push import verb as pushing
 from dus_cli.push.target import Target, look
-from dus_cli.reference import ModelRef, user_path
 from dus_cli.release.remaking import read_remaking
-from dus_cli.report import UpscaleReport
-from dus_cli.upscaling import Wanted
-from dus_cli.verification import Verification, VerifyMode
+from dus_cli.upscaling import verb as upscaling
+from dus_cli.upscaling.report import UpscaleReport
+from dus_cli.upscaling.wanted import Wanted
+from dus_cli.verification import verb as verification
+from dus_cli.verification.planned import VerifyMode
+from dus_cli.verification.report import Verification
 from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
 
 _E = TypeVar("_E", bound=Enum)
@@ -196,7 +200,7 @@ def verify(
     if not folder.is_dir():
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     ref = None if base is None else ModelRef.parse(_text(base), token=token)
-    checkpoint = None if ref is None else upscaling.open_base(ref, quiet=not told.is_live, progress=told)
+    checkpoint = None if ref is None else open_base(ref, quiet=not told.is_live, progress=told)
     return verification.verify(folder, checkpoint, jobs=_jobs(jobs), progress=told)
 
 

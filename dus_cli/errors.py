@@ -138,3 +138,7 @@ def shown_list(items: list[str] | tuple[str, ...], limit: int = 3) -> str:
     """
     text = ", ".join(shown(item) for item in items[:limit])
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
+
+
+class DataError(DusError):
+    """Training data that cannot be found, read or used."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from dus_cli.planning.plan import UpscalePlan
+from typing import Protocol
 
 
 class ProgressMode(str, Enum):
@@ -18,6 +15,45 @@ class ProgressMode(str, Enum):
     plain = "plain"
     json = "json"
     none = "none"
+
+
+class PlannedLayers(Protocol):
+    """The layer map of a plan; its text is in the grammar of `--layers`."""
+
+    @property
+    def num_base_layers(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
+class Named(Protocol):
+    """A model as it was asked for, `text`: a path or a Hub id."""
+
+    @property
+    def text(self) -> str: ...
+
+
+class PlannedBase(Protocol):
+    """The base of a plan. `commit` is None for a local directory."""
+
+    @property
+    def ref(self) -> Named: ...
+
+    @property
+    def commit(self) -> str | None: ...
+
+
+class Plan(Protocol):
+    """What a view may read of an upscale's plan before the first byte is written."""
+
+    @property
+    def base(self) -> PlannedBase: ...
+
+    @property
+    def layer_map(self) -> PlannedLayers: ...
+
+    @property
+    def num_data_bytes(self) -> int: ...
 
 
 class Progress(Protocol):
@@ -31,7 +67,7 @@ class Progress(Protocol):
     @property
     def is_live(self) -> bool: ...
 
-    def planned(self, plan: UpscalePlan) -> None: ...
+    def planned(self, plan: Plan) -> None: ...
 
     def start(self, what: str, total: int | None, unit: str = "bytes") -> None: ...
 
@@ -49,7 +85,7 @@ class NoProgress:
 
     is_live = False
 
-    def planned(self, plan: UpscalePlan) -> None:
+    def planned(self, plan: Plan) -> None:
         pass
 
     def start(self, what: str, total: int | None, unit: str = "bytes") -> None:

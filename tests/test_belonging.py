@@ -13,7 +13,7 @@ from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import Run, dus
 
 from dus_cli.errors import OutputError
-from dus_cli.heal.launcher import check_run_folder
+from dus_cli.heal.launch.verb import check_run_folder
 from dus_cli.heal.run import is_of_a_run
 from dus_cli.source.belonging import belongs_by_name, carried_files
 from dus_cli.writing.staging import Staging

@@ -11,8 +11,8 @@ import typer
 from conftest import dus
 
 from dus_cli import UsageError, plan
-from dus_cli.bounds import BOUNDS, check_fields, check_numbers, parse_number
 from dus_cli.cli import app
+from dus_cli.common.bounds import BOUNDS, check_fields, check_numbers, parse_number
 from dus_cli.heal.options import Budget, Keeping, Recipe, parse_endpoint, parse_every
 
 COMMANDS: Any = typer.main.get_command(app)

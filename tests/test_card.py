@@ -15,15 +15,16 @@ from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import dus
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from dus_cli.heal.card import healed_card
+from dus_cli.common.reference import ModelRef
+from dus_cli.heal.proof.card import healed_card
 from dus_cli.maps.layers import LayerMap, stack, typed_map
 from dus_cli.maps.recipes import recipe_map
+from dus_cli.pictures.layer_map import PICTURES, layer_map_svg
 from dus_cli.planning.plan import MapRequest
-from dus_cli.reference import ModelRef
-from dus_cli.release.picture import PICTURES, layer_map_svg
 from dus_cli.source.base_card import BaseCard, parse_base_card, read_base_card
 from dus_cli.source.belonging import carried_files
-from dus_cli.upscaling import Wanted, upscale
+from dus_cli.upscaling.verb import upscale
+from dus_cli.upscaling.wanted import Wanted
 
 LLAMA = """---
 license: other

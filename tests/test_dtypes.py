@@ -19,13 +19,14 @@ from test_upscale import folder_digest, names_and_bytes
 from test_verify import flip_bit, problems, tensor_at
 
 from dus_cli.api import plan
-from dus_cli.heal.options import MasterWeights, Precision
+from dus_cli.common.reference import ModelRef
+from dus_cli.heal.options import MasterWeights
+from dus_cli.models.precision import Precision
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import Base, MapRequest, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
-from dus_cli.verification import check_bytes_against_plan
+from dus_cli.verification.planned import check_bytes_against_plan
 from dus_cli.writing import transfer
 
 torch = pytest.importorskip("torch")

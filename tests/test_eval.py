@@ -19,16 +19,16 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
+from dus_cli.common.reference import ModelRef  # noqa: E402
 from dus_cli.errors import EvaluationError  # noqa: E402
-from dus_cli.evaluation import intervals  # noqa: E402
-from dus_cli.evaluation.evaluating import evaluate  # noqa: E402
+from dus_cli.evaluation import intervals, scorer  # noqa: E402
 from dus_cli.evaluation.options import ScoringOptions, TextOptions  # noqa: E402
 from dus_cli.evaluation.report import LossReport  # noqa: E402
+from dus_cli.evaluation.verb import evaluate  # noqa: E402
 from dus_cli.evaluation.windows import Window, batches, windows  # noqa: E402
-from dus_cli.heal.objective import Head  # noqa: E402
-from dus_cli.heal.options import Precision  # noqa: E402
+from dus_cli.models.losses import Head  # noqa: E402
+from dus_cli.models.precision import Precision  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
-from dus_cli.reference import ModelRef  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
 BOS, EOS, UNKNOWN = 0, 1, 2
@@ -140,16 +140,14 @@ def test_the_loss_is_transformers_own_on_the_same_tokens(tmp_path: Path, model_t
 def test_the_fast_way_to_the_loss_is_taken_and_a_strange_one_goes_by_the_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dus_cli.evaluation import model
-
     folder = zoo_model(tmp_path / "model", "gemma2")
     data = write_text(tmp_path / "text.jsonl", [30, 7])
     usual = found([folder], data).models[0].loss.value
-    loaded = model.load(folder, "model", "fp32", torch.device("cpu"))
-    assert model.Scorer(loaded, 7, (BOS,))._decoder is not None
-    monkeypatch.setattr("dus_cli.heal.model.head_of", lambda _: Head(scale=3.0))
-    assert model.Scorer(loaded, 7, (BOS,))._decoder is None
-    assert model.Scorer(loaded, 99, (BOS,))._decoder is None
+    loaded = scorer.load(folder, "model", "fp32", torch.device("cpu"))
+    assert scorer.Scorer(loaded, 7, (BOS,))._decoder is not None
+    monkeypatch.setattr("dus_cli.models.decoder.head_of", lambda _: Head(scale=3.0))
+    assert scorer.Scorer(loaded, 7, (BOS,))._decoder is None
+    assert scorer.Scorer(loaded, 99, (BOS,))._decoder is None
     assert found([folder], data).models[0].loss.value == pytest.approx(usual, rel=1e-6)
 
 
@@ -506,7 +504,6 @@ def test_text_that_is_none_is_one_line(home: Path, tmp_path: Path, run: Callable
 
 
 def test_memory_that_runs_out_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dus_cli.evaluation import model
 
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -517,7 +514,7 @@ def test_memory_that_runs_out_is_one_line(home: Path, monkeypatch: pytest.Monkey
         def fail(*_: Any, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr(model.Scorer, "losses", fail)
+        monkeypatch.setattr(scorer.Scorer, "losses", fail)
         with pytest.raises(EvaluationError, match="out of memory while base was evaluated; lower --batch-tokens"):
             found([home / "base"], home / "corpus.jsonl")
 

@@ -15,6 +15,7 @@ import yaml
 from conftest import dus
 from pictures import check_labels
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import EvaluationError, OutputError
 from dus_cli.evaluation import card
 from dus_cli.evaluation.h6 import Plan
@@ -23,7 +24,6 @@ from dus_cli.evaluation.options import ScoringOptions
 from dus_cli.evaluation.picture import eval_svg
 from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult
 from dus_cli.evaluation.tasks import TaskOptions, TaskReport, TaskResult, TaskScore
-from dus_cli.reference import ModelRef
 
 BODY = "# A model\n\nText with --- in it, ünïcode and trailing spaces.   \n\n---\n\nThe end, without a newline"
 

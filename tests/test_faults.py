@@ -20,12 +20,13 @@ import pytest
 from checkpoints import Tensor, fill_randomly, header_bytes, llama_config, llama_tensors, write_checkpoint
 from conftest import DUS, dus
 
-from dus_cli import upscaling as verb
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, DusError, OutputError
-from dus_cli.planning.plan import MapRequest, UpscalePlan
-from dus_cli.progress import NoProgress
-from dus_cli.reference import ModelRef
-from dus_cli.verification import VerifyMode
+from dus_cli.planning.plan import MapRequest
+from dus_cli.progress import NoProgress, Plan
+from dus_cli.upscaling import space, verb
+from dus_cli.upscaling.wanted import Wanted
+from dus_cli.verification.planned import VerifyMode
 from dus_cli.writing import staging, transfer
 from dus_cli.writing.staging import Staging
 
@@ -169,7 +170,7 @@ def test_where_names_cannot_be_exchanged_two_renames_do(
 
 
 def run_verb(base: Path, out: Path, *, trim: int | None = None, overwrite: bool = False, **options: Any) -> None:
-    verb.upscale(verb.Wanted(ModelRef(str(base), path=base), MapRequest(trim)), out, overwrite=overwrite, **options)
+    verb.upscale(Wanted(ModelRef(str(base), path=base), MapRequest(trim)), out, overwrite=overwrite, **options)
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(large: Path, small_di
 def test_a_disk_that_fills_midway_is_one_line_and_nothing_stays(
     large: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "free_bytes", lambda _: 10**12)
+    monkeypatch.setattr(space, "free_bytes", lambda _: 10**12)
     with pytest.raises(OutputError, match="No space left on device"):
         run_verb(large, small_disk / "out")
     assert list(small_disk.iterdir()) == []
@@ -231,7 +232,7 @@ class Meddler(NoProgress):
     def __init__(self, action: Callable[[], object]) -> None:
         self.actions = [action]
 
-    def planned(self, plan: UpscalePlan) -> None:
+    def planned(self, plan: Plan) -> None:
         pass
 
     def advance(self, num_bytes: int) -> None:  # noqa: ARG002  (the protocol's name)

@@ -13,9 +13,9 @@ import pytest
 from checkpoints import header_bytes, llama_config, llama_tensors, write_checkpoint
 from safetensors import SafetensorError, safe_open
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, DusError
 from dus_cli.planning.plan import Base, MapRequest, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
 from dus_cli.source.headers import DTYPE_BITS, encode_header, is_aligned, read_header
 

@@ -202,8 +202,8 @@ def test_the_card_tells_of_the_healing_and_shows_the_curve(home: Path, healed: P
 
 def heldout(home: Path, out: Path, *, document_mask: bool = True) -> list[Any]:
     """The held-out rows of a run, tokenised anew by the launcher's own functions: those of the run are gone."""
+    from dus_cli.data.streams import Prepared, heldout_rows
     from dus_cli.heal.run import read_run
-    from dus_cli.heal.tokens import Prepared, heldout_rows
 
     run = read_run(out / "run.json")
     again = home / f"{out.name}-again"
@@ -355,7 +355,7 @@ def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_train
 
 def test_the_new_layers_are_those_that_dus_json_names(home: Path, tmp_path: Path) -> None:
     from dus_cli.errors import CheckpointError
-    from dus_cli.heal.resolve import open_model
+    from dus_cli.heal.launch.resolve import open_model
 
     folder = shutil.copytree(home / "scaled", tmp_path / "model")
     record = json.loads((folder / "dus.json").read_text())
@@ -376,8 +376,8 @@ def test_all_layers_and_the_embeddings_change_by_default(home: Path, healed: Pat
 
 def first_rows(home: Path, out: Path, num_rows: int) -> list[Any]:
     """The rows of a run's first step."""
+    from dus_cli.data.streams import Prepared, Rows
     from dus_cli.heal.run import read_run
-    from dus_cli.heal.tokens import Prepared, Rows
 
     heldout(home, out)
     run = read_run(out / "run.json")

@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch")
 
 from dus_cli.errors import HealError, OutputError  # noqa: E402
 from dus_cli.heal import checkpoints_folder as folders  # noqa: E402
-from dus_cli.heal import team as teams  # noqa: E402
-from dus_cli.heal.checkpoints import Checkpoints  # noqa: E402
+from dus_cli.heal.train.checkpoints import Checkpoints  # noqa: E402
+from dus_cli.models import team as teams  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed.checkpoint warns of its own ways
 
@@ -98,7 +98,7 @@ def test_a_failed_save_is_one_line_and_leaves_the_one_before_whole(
 def test_a_checkpoint_without_room_is_refused_before_a_byte_with_what_it_takes_and_what_is_kept(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dus_cli.heal.checkpoints.free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr("dus_cli.heal.train.checkpoints.free_bytes", lambda _: 1_000_000)
     with pytest.raises(OutputError) as refused:
         checkpoints.save(1, tensors(1.0), {"step": 1})
     place = f"No space left on device, in {tmp_path}, where a checkpoint takes 1.20 MB, with 1.00 MB free"
@@ -108,7 +108,7 @@ def test_a_checkpoint_without_room_is_refused_before_a_byte_with_what_it_takes_a
     monkeypatch.undo()
     checkpoints.save(1, tensors(1.0), {"step": 1})
     checkpoints.finish()
-    monkeypatch.setattr("dus_cli.heal.checkpoints.free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr("dus_cli.heal.train.checkpoints.free_bytes", lambda _: 1_000_000)
     with pytest.raises(OutputError, match="the checkpoint of step 1 is whole, and the same command goes on from there"):
         checkpoints.save(2, tensors(2.0), {"step": 2})
 

@@ -23,12 +23,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dus_cli.errors import OutputError, UsageError
-from dus_cli.heal import prepare, tokenise
-from dus_cli.heal import texts as texts_module
-from dus_cli.heal.corpus import BadLine, DataError, Tally, documents, parse_holdout, parse_sources
-from dus_cli.heal.order import Order, permute
-from dus_cli.heal.tokens import IGNORED, Prepared, Row, Rows, RowsInOrder, Stream, heldout_rows
+from dus_cli.data import shelf, token_files
+from dus_cli.data import texts as texts_module
+from dus_cli.data.documents import BadLine, Tally, documents
+from dus_cli.data.holdout import parse_holdout, text_hash
+from dus_cli.data.order import Order, permute
+from dus_cli.data.sources import parse_sources
+from dus_cli.data.streams import IGNORED, Prepared, Row, Rows, RowsInOrder, Stream, heldout_rows
+from dus_cli.data.tokeniser import Tokeniser, pieces_of
+from dus_cli.errors import DataError, OutputError, UsageError
 from dus_cli.writing.staging import MARK
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -89,7 +92,7 @@ def read(path: Path, field: str = "text", on_bad_line: BadLine = BadLine.error) 
 
 def run(model: Path, folder: Path, *data: Path | str, eval_data: Sequence[Path] = (), **options: Any) -> Prepared:
     """Prepare these files below folder/tokens. Nothing is held out unless asked for."""
-    return prepare.prepare(
+    return shelf.prepare(
         parse_sources([str(name) for name in data], folder),
         parse_sources([str(name) for name in eval_data], folder),
         model,
@@ -393,7 +396,7 @@ def test_a_share_to_hold_out_is_a_percentage_or_a_fraction_up_to_half() -> None:
 
 
 def test_reading_data_needs_neither_torch_nor_transformers_nor_numpy() -> None:
-    code = "import sys, dus_cli.heal.corpus, dus_cli.heal.order; print(*sys.modules)"
+    code = "import sys, dus_cli.data.documents, dus_cli.data.order; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "tokenizers", "numpy", "pyarrow", "zstandard"} & set(loaded)
 
@@ -505,8 +508,8 @@ def test_a_stream_crosses_parts_as_if_they_were_one(
         write_jsonl(tmp_path / f"data/{i}.jsonl", texts[20 * i : 20 * i + 20])
     (tmp_path / "data/3a.jsonl").write_text("")
     whole = run(model, tmp_path, tmp_path / "data")
-    monkeypatch.setattr(prepare, "_SHARED_PART", 1)
-    monkeypatch.setattr("dus_cli.heal.tokens._MOST_OPEN", 2)
+    monkeypatch.setattr(shelf, "_SHARED_PART", 1)
+    monkeypatch.setattr("dus_cli.data.streams._MOST_OPEN", 2)
     cut = run(model, tmp_path, tmp_path / "data")
     assert (len(whole.parts), len(cut.parts)) == (1, 7)
     one, many = (Stream(tmp_path / "tokens", p.parts, "train", p.dtype) for p in (whole, cut))
@@ -607,7 +610,7 @@ def test_the_share_is_doubled_until_it_holds_a_document(model: Path, tmp_path: P
     texts = some_texts(12)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     prepared = run(model, tmp_path, path, holdout=0.001)
-    hashes = sorted(tokenise.text_hash(text.encode()) / 2**64 for text in texts)
+    hashes = sorted(text_hash(text.encode()) / 2**64 for text in texts)
     assert prepared.holdout / 0.001 == pytest.approx(2 ** round(np.log2(prepared.holdout / 0.001)))
     assert prepared.holdout / 2 <= hashes[0] < prepared.holdout
     assert prepared.num_heldout_documents == sum(h < prepared.holdout for h in hashes) > 0
@@ -652,7 +655,7 @@ def test_nothing_to_train_on_is_one_line_that_says_why(model: Path, tmp_path: Pa
         run(model, tmp_path, one, eval_data=[one])
     with pytest.raises(DataError, match=r"empty.jsonl has no documents to evaluate on"):
         run(model, tmp_path, one, eval_data=[empty])
-    low = next(text for text in some_texts(50) if tokenise.text_hash(text.encode()) < 2**62)
+    low = next(text for text in some_texts(50) if text_hash(text.encode()) < 2**62)
     with pytest.raises(DataError, match=r"all 1 fall into the held-out set; lower --holdout"):
         run(model, tmp_path, write_jsonl(tmp_path / "low.jsonl", [low]), holdout=0.5)
 
@@ -678,7 +681,7 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(tokenise, "sync_file", synced.append)
+    monkeypatch.setattr(token_files, "sync_file", synced.append)
     prepared = run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
     part = listed(tmp_path / "tokens" / prepared.parts[0].key)
     assert sorted(path.name for path in synced) == sorted([*part, MARK])
@@ -719,7 +722,7 @@ def test_the_second_run_reads_no_source_and_loads_no_tokenizer(
     with open(path, "r+b") as file:  # the same size, inode and time, but no text
         file.write(b"\0" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    monkeypatch.setattr(prepare, "Tokeniser", None)
+    monkeypatch.setattr(shelf, "Tokeniser", None)
     assert run(model, tmp_path, path, holdout=0.001) == first
     os.utime(path)
     with pytest.raises(TypeError):  # now it was looked at
@@ -731,7 +734,7 @@ def test_the_same_content_by_another_name_is_not_tokenised_again(
 ) -> None:
     first = run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", some_texts(100)))
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "some.other.jsonl")
-    monkeypatch.setattr(prepare, "Tokeniser", None)
+    monkeypatch.setattr(shelf, "Tokeniser", None)
     assert run(model, tmp_path, tmp_path / "some.other.jsonl").content_key == first.content_key
 
 
@@ -800,7 +803,7 @@ def test_progress_ends_at_the_whole(model: Path, tmp_path: Path) -> None:
 def test_the_real_tokenizers_ids_are_those_of_transformers() -> None:
     if not REAL:
         pytest.skip("SMOLLM2 names no checkpoint; `make test` makes one")
-    ours = tokenise.Tokeniser(Path(REAL), 49152)
+    ours = Tokeniser(Path(REAL), 49152)
     texts = [*TEXTS, "", "def f(x):\n    return x<|im_end|>", "a  b \n\n c" * 50]
     theirs = transformers.AutoTokenizer.from_pretrained(REAL)(texts, add_special_tokens=False)["input_ids"]
     assert list(ours.encode(texts)) == theirs
@@ -814,15 +817,15 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path, m
     assert REAL is not None
     readme = Path(__file__).parent.parent / "README.md"
     text = "\n\n".join([readme.read_text(), Path(__file__).read_text()])
-    monkeypatch.setattr(tokenise, "_LONGEST_PIECE", 500)
-    pieces = list(tokenise.pieces_of(text))
+    monkeypatch.setattr("dus_cli.data.tokeniser._LONGEST_PIECE", 500)
+    pieces = list(pieces_of(text))
     assert len(pieces) > len(text) // 500
     assert "".join(piece for piece, _ in pieces) == text
     assert [is_last for _, is_last in pieces] == [False] * (len(pieces) - 1) + [True]
     path = write_jsonl(tmp_path / "a.jsonl", [text])
     prepared = run(Path(REAL), tmp_path, path, vocab_size=49152)
     stream = Stream(tmp_path / "tokens", prepared.parts, "train", prepared.dtype)
-    whole = next(iter(tokenise.Tokeniser(Path(REAL), 49152).encode([text])))
+    whole = next(iter(Tokeniser(Path(REAL), 49152).encode([text])))
     assert stream.read(0, stream.num_tokens).tolist() == [*whole, prepared.eos]
     assert prepared.num_train_documents == 1
 
@@ -832,14 +835,14 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path, m
 CHILD = """
 import json, sys
 from pathlib import Path
-from dus_cli.heal import prepare, tokenise
-from dus_cli.heal.corpus import parse_sources
+from dus_cli.data import shelf, token_files
+from dus_cli.data.sources import parse_sources
 
 model, folder, data = sys.argv[1:]
-tokenise._BATCH = 1 << 15
-said, built, write_part = [], [], prepare.write_part
-prepare.write_part = lambda *a, **k: built.append(1) or write_part(*a, **k)
-prepared = prepare.prepare(
+token_files._BATCH = 1 << 15
+said, built, write_part = [], [], shelf.write_part
+shelf.write_part = lambda *a, **k: built.append(1) or write_part(*a, **k)
+prepared = shelf.prepare(
     parse_sources([data], Path(folder)), (), Path(model), Path(folder) / "tokens", vocab_size=257, holdout=0.1,
     say=said.append,
 )
@@ -944,12 +947,12 @@ def test_a_file_that_changes_while_it_is_read_is_one_line(
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(100))
 
     def and_change(*arguments: Any) -> Any:
-        meta = tokenise.write_part(*arguments)
+        meta = token_files.write_part(*arguments)
         with open(path, "a") as file:
             file.write("\n")
         return meta
 
-    monkeypatch.setattr(prepare, "write_part", and_change)
+    monkeypatch.setattr(shelf, "write_part", and_change)
     with pytest.raises(DataError, match=r"a.jsonl changed while it was read; start again"):
         run(model, tmp_path, path)
     monkeypatch.undo()

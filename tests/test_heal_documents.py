@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
-from dus_cli.heal import documents  # noqa: E402
+from dus_cli.models import attention  # noqa: E402
 
 LENGTH = 24
 LAYER = SimpleNamespace(is_causal=True, num_key_value_groups=2)
@@ -43,14 +43,14 @@ def lengths_asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
         asked.append((query.shape[2], mask is not None))
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    monkeypatch.setattr(documents, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
     return asked
 
 
 def test_documents_one_by_one_attend_as_under_their_mask(lengths_asked: list[tuple[int, bool]]) -> None:
     query, key, value = inputs = _inputs(2)
     mask = _mask((5, 6), (17,))
-    found = documents._attention(LAYER, query, key, value, mask)[0]
+    found = attention._attention(LAYER, query, key, value, mask)[0]
     expected = sdpa_attention_forward(LAYER, query, key, value, mask)[0]
     assert torch.allclose(found, expected, atol=1e-6)
     assert lengths_asked == [(5, False), (1, False), (18, False), (17, False), (7, False)]
@@ -68,6 +68,6 @@ def test_a_mask_that_says_more_or_less_is_left_to_transformers(
     mask: Any, lengths_asked: list[tuple[int, bool]]
 ) -> None:
     query, key, value = _inputs(1)
-    found = documents._attention(LAYER, query, key, value, mask)[0]
+    found = attention._attention(LAYER, query, key, value, mask)[0]
     assert torch.equal(found, sdpa_attention_forward(LAYER, query, key, value, mask)[0])
     assert lengths_asked == [(LENGTH, mask is not None)]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from dus_cli.heal.estimate import Shape, flops_per_token, memory_per_device, num_shards
+from dus_cli.heal.estimate import memory_per_device, num_shards
 from dus_cli.heal.metrics import MetricsFile, read_metrics
+from dus_cli.maps.shape import Shape, flops_per_token
 
 
 def test_metrics_have_null_for_what_is_not_finite_and_lose_a_cut_line(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
-from dus_cli.heal.devices import computes_in_bf16  # noqa: E402
+from dus_cli.models.devices import computes_in_bf16  # noqa: E402
 
 STEPS = 90
 RECIPE = (

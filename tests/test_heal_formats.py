@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from tiny import forked_dus, write_base, write_corpus
 
-from dus_cli.heal import texts as texts_module
-from dus_cli.heal.corpus import BadLine, DataError, Tally, Unread, documents, parse_sources
+from dus_cli.data import texts as texts_module
+from dus_cli.data.documents import BadLine, Tally, documents
+from dus_cli.data.sources import Unread, parse_sources
+from dus_cli.errors import DataError
 
 TEXTS = ["one", 'two, "quoted"\nand a second line', "три;\t", "四\U0001f600"]
 OBJECTS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]

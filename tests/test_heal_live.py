@@ -22,9 +22,11 @@ import pytest
 from rich.console import Console
 
 from dus_cli.errors import StoppedError
-from dus_cli.heal.curve import MAX_SERIES, compare_curves, loss_curve
-from dus_cli.heal.live import LiveView, MetricsFollower, NoView, PlainView, sparkline, view_for
 from dus_cli.heal.metrics import MetricsFile
+from dus_cli.heal.watch.follower import MetricsFollower
+from dus_cli.heal.watch.standing import sparkline
+from dus_cli.heal.watch.views import LiveView, NoView, PlainView, view_for
+from dus_cli.pictures.curves import MAX_SERIES, compare_curves, loss_curve
 from dus_cli.progress import ProgressMode
 
 Rows = list[dict[str, Any]]
@@ -400,7 +402,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch: pytest.M
 
 def test_views_for_logs_do_without_rich() -> None:
     code = (
-        "import sys; from dus_cli.heal.live import view_for, MetricsFollower\n"
+        "import sys; from dus_cli.heal.watch.views import view_for, MetricsFollower\n"
         "from pathlib import Path\n"
         "from dus_cli.progress import ProgressMode\n"
         "view_for(ProgressMode.auto).update(MetricsFollower(Path('/nowhere')))\n"

@@ -12,12 +12,13 @@ torch = pytest.importorskip("torch")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dus_cli.errors import HealError  # noqa: E402
-from dus_cli.heal import objective, schedule  # noqa: E402
-from dus_cli.heal.devices import computes_in_bf16  # noqa: E402
-from dus_cli.heal.gains import Gains  # noqa: E402
-from dus_cli.heal.objective import Head, Teaching, check_head, loss_sums  # noqa: E402
-from dus_cli.heal.optimizer import stochastically_rounded  # noqa: E402
 from dus_cli.heal.run import PhasePlan, RecipePlan  # noqa: E402
+from dus_cli.heal.train import schedule  # noqa: E402
+from dus_cli.heal.train.gains import Gains  # noqa: E402
+from dus_cli.heal.train.optimizer import stochastically_rounded  # noqa: E402
+from dus_cli.models import losses  # noqa: E402
+from dus_cli.models.devices import computes_in_bf16  # noqa: E402
+from dus_cli.models.losses import Head, Teaching, check_head, loss_sums  # noqa: E402
 
 VOCAB, WIDTH = 97, 16
 
@@ -51,8 +52,8 @@ def _reference(hidden: Any, output: Any, labels: Any, head: Head, teaching: Teac
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "chunk_rows", lambda *_: 64)  # 300 rows: four whole chunks and a part
-    monkeypatch.setattr(objective, "block_rows", lambda *_: 24)  # of each chunk: two whole blocks and a part
+    monkeypatch.setattr(losses, "chunk_rows", lambda *_: 64)  # 300 rows: four whole chunks and a part
+    monkeypatch.setattr(losses, "block_rows", lambda *_: 24)  # of each chunk: two whole blocks and a part
 
 
 @pytest.mark.parametrize("head", [Head(), Head(scale=0.25), Head(cap=3.0), Head(scale=2.0, cap=5.0)])

@@ -12,9 +12,9 @@ import tiny
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from dus_cli.heal import plan as planning
+from dus_cli.heal.launch import plan as planning
+from dus_cli.heal.launch.resolve import _measuring, _recipe
 from dus_cli.heal.options import Keeping, Phase, Recipe
-from dus_cli.heal.resolve import _measuring, _recipe
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from dus_cli.heal.corpus import DataError, parse_sources  # noqa: E402
-from dus_cli.heal.prepare import prepare  # noqa: E402
-from dus_cli.heal.sample import Packed, read_sample  # noqa: E402
-from dus_cli.heal.tokenise import Tokeniser  # noqa: E402
-from dus_cli.heal.tokens import IGNORED, heldout_rows  # noqa: E402
+from dus_cli.data.sample import Packed, read_sample  # noqa: E402
+from dus_cli.data.shelf import prepare  # noqa: E402
+from dus_cli.data.sources import parse_sources  # noqa: E402
+from dus_cli.data.streams import IGNORED, heldout_rows  # noqa: E402
+from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
+from dus_cli.errors import DataError  # noqa: E402
 
 VOCAB = 260
 

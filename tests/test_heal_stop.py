@@ -41,13 +41,13 @@ def stuck():
 """
 
 LOADING = """
-import dus_cli.heal.training as training
+import dus_cli.heal.train.loop as training
 training.load = lambda *_, **__: (reached(), stuck())
 """
 
 # The second measurement is that after step 2, behind the base's and the scaled model's.
 MEASURING = """
-import dus_cli.heal.evaluate as evaluate, dus_cli.heal.training as training
+import dus_cli.heal.train.evaluate as evaluate, dus_cli.heal.train.loop as training
 measure, calls = evaluate.mean_loss, []
 def longer(decoder, rows, *rest):
     calls.append(0)
@@ -60,7 +60,7 @@ evaluate.mean_loss = training.mean_loss = longer
 
 # Step 3 has thousands of micro-batches.
 STEPPING = """
-import dus_cli.heal.training as training
+import dus_cli.heal.train.loop as training
 cut = training.micro_batches
 def longer(rows, step, *rest):
     batches = cut(rows, step, *rest)
@@ -74,7 +74,7 @@ training.micro_batches = longer
 # Each layer takes its time in step 3, forwards or backwards.
 ONE_PASS = """
 import time
-import dus_cli.heal.training as training
+import dus_cli.heal.train.loop as training
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 cut, forward, late = training.micro_batches, LlamaDecoderLayer.forward, []
 def noted(rows, step, *rest):
@@ -107,7 +107,7 @@ dcp.save = slow
 # A disk that takes longer to give a checkpoint its name than a worker has, once it saves, to come to a brake.
 NAMING = """
 import time
-import dus_cli.heal.checkpoints as checkpoints, dus_cli.heal.stopping as stopping
+import dus_cli.heal.train.checkpoints as checkpoints, dus_cli.models.stopping as stopping
 save, sync = checkpoints.dcp.save, checkpoints._sync
 def hurried(*args, **kwargs):
     stopping._GRACE = 0.5
@@ -120,7 +120,7 @@ checkpoints.dcp.save, checkpoints._sync = hurried, slow
 """
 
 PUBLISHING = """
-from dus_cli.heal.publish import Publication
+from dus_cli.heal.proof.publish import Publication
 gather = Publication._gather
 def slow(*args):
     reached()
@@ -130,8 +130,8 @@ Publication._gather = slow
 """
 
 STUCK = """
-from dus_cli.heal.optimizer import Optimizer
-import dus_cli.heal.training as training
+from dus_cli.heal.train.optimizer import Optimizer
+import dus_cli.heal.train.loop as training
 training.mean_loss = lambda *_: (reached(), stuck())
 """
 
@@ -257,7 +257,7 @@ def test_what_a_library_does_not_come_back_from_ends_all_the_same(out: Path) -> 
 
 
 def test_a_second_signal_ends_it_whatever_it_does(out: Path) -> None:
-    (worker,) = start(out, "from dus_cli.heal import stopping\nstopping._GRACE, stopping._SAME = 1e9, 0\n" + STUCK)
+    (worker,) = start(out, "from dus_cli.models import stopping\nstopping._GRACE, stopping._SAME = 1e9, 0\n" + STUCK)
     for _ in range(2):
         os.kill(worker.pid, signal.SIGTERM)
         time.sleep(0.5)  # two of a kind at once are one
@@ -265,7 +265,7 @@ def test_a_second_signal_ends_it_whatever_it_does(out: Path) -> None:
 
 
 def test_what_a_killed_launcher_sends_twice_is_one_signal_and_the_checkpoint_is_kept(out: Path) -> None:
-    (worker,) = start(out, "from dus_cli.heal import stopping\nstopping._SAME = 1e9\n" + STEPPING + NAMING)
+    (worker,) = start(out, "from dus_cli.models import stopping\nstopping._SAME = 1e9\n" + STEPPING + NAMING)
     for _ in range(2):
         os.kill(worker.pid, signal.SIGTERM)
         time.sleep(0.5)
@@ -291,7 +291,7 @@ def test_a_worker_that_lost_another_ends_by_itself(out: Path) -> None:
 # --- the command itself ---------------------------------------------------------------------------
 
 TOKENISING = """
-from dus_cli.heal.tokenise import Tokeniser
+from dus_cli.data.tokeniser import Tokeniser
 def slow(self, texts):
     reached()
     time.sleep(1e6)

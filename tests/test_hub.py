@@ -25,7 +25,7 @@ from forked import dus, stop
 from hub_server import HANG_UP, READER, STRANGER, StandInHub, StandInRepo, commit_of, only_hub
 from pickled import Payload, write_pickled
 
-from dus_cli.reference import ModelRef
+from dus_cli.common.reference import ModelRef
 
 SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md", ".gitattributes"}
 INDEX = "model.safetensors.index.json"

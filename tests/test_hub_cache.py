@@ -9,10 +9,10 @@ import pytest
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 from huggingface_hub import constants
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import DusError
 from dus_cli.planning.plan import MapRequest
-from dus_cli.reference import ModelRef
-from dus_cli.upscaling import Wanted, plan
+from dus_cli.upscaling.wanted import Wanted, plan
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

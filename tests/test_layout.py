@@ -12,9 +12,9 @@ import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
 from conftest import dus
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
 from dus_cli.writing.moves import moves
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import dus
 
+from dus_cli.common.locks import holder, this_process
 from dus_cli.errors import HealError
 from dus_cli.heal import checkpoints_folder
-from dus_cli.locks import holder, this_process
 
 HOLD = (
     "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "

@@ -21,21 +21,23 @@ from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkp
 from conftest import DUS, dus
 from object_store import Mount, Refusals
 
-from dus_cli import storage
-from dus_cli import upscaling as verb
+from dus_cli.common import storage
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, OutputError
-from dus_cli.heal import launcher
-from dus_cli.heal.live import NoView
+from dus_cli.heal.launch import verb as launcher
+from dus_cli.heal.launch.resolve import Wishes, open_model
 from dus_cli.heal.options import DataOptions
-from dus_cli.heal.resolve import Wishes, open_model
+from dus_cli.heal.watch.views import NoView
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import MapRequest
 from dus_cli.progress import NoProgress
-from dus_cli.reference import ModelRef
-from dus_cli.report import UpscaleReport
 from dus_cli.source import incomplete
 from dus_cli.source.checkpoint import fingerprint, open_checkpoint
-from dus_cli.verification import VerifyMode, verify
+from dus_cli.upscaling import verb
+from dus_cli.upscaling.report import UpscaleReport
+from dus_cli.upscaling.wanted import Wanted
+from dus_cli.verification.planned import VerifyMode
+from dus_cli.verification.verb import verify
 from dus_cli.writing import in_place
 from dus_cli.writing.staging import Staging
 from dus_cli.writing.transfer import CopyMode
@@ -81,7 +83,7 @@ def mounted(tmp_path: Path) -> Iterator[Mounting]:
 
 
 def run(base: Path, out: Path, *, trim: int | None = None, **options: Any) -> UpscaleReport:
-    wanted = verb.Wanted(ModelRef(str(base), path=base), MapRequest(trim), max_shard_bytes=200_000)
+    wanted = Wanted(ModelRef(str(base), path=base), MapRequest(trim), max_shard_bytes=200_000)
     return verb.upscale(wanted, out, **options)
 
 
@@ -132,7 +134,7 @@ def test_zeros_and_casts_are_written_in_order_too(base: Path, tmp_path: Path, mo
     mount = mounted(STORES["goofys"])
     request = MapRequest(None, "0:8,4:8", identity=True)
     ref, dtype = ModelRef(str(base), path=base), Dtype.float32
-    reports = [verb.upscale(verb.Wanted(ref, request, dtype=dtype), out / "out") for out in (tmp_path, mount)]
+    reports = [verb.upscale(Wanted(ref, request, dtype=dtype), out / "out") for out in (tmp_path, mount)]
     assert contents(tmp_path / "out") == contents(mount / "out")
     assert reports[0].tally == reports[1].tally
     assert reports[0].tally.zeros
@@ -388,7 +390,7 @@ def test_a_number_beyond_the_dtype_is_found_where_shards_are_written_in_order(
     )
     mount = mounted(IN_PLACE)
     with pytest.raises(CheckpointError, match="beyond float16's range"):
-        verb.upscale(verb.Wanted(ModelRef(str(base), path=base), MapRequest(1), dtype=Dtype.float16), mount / "out")
+        verb.upscale(Wanted(ModelRef(str(base), path=base), MapRequest(1), dtype=Dtype.float16), mount / "out")
     assert list(mount.iterdir()) == []
 
 

@@ -30,8 +30,8 @@ from test_headers import mutate, one_line_problem
 from test_upscale import names_and_bytes
 from test_verify import problems
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import Base, MapRequest, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source import strided
 from dus_cli.source.checkpoint import open_checkpoint
 from dus_cli.source.headers import DTYPE_BITS, TensorInfo

@@ -23,23 +23,26 @@ transformers = pytest.importorskip("transformers")
 import zoo  # noqa: E402  (it imports both)
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from dus_cli.common.reference import ModelRef  # noqa: E402
+from dus_cli.data.sample import Packed, read_sample  # noqa: E402
+from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
 from dus_cli.errors import ProbeError  # noqa: E402
-from dus_cli.heal.options import Precision  # noqa: E402
-from dus_cli.heal.sample import Packed, read_sample  # noqa: E402
-from dus_cli.heal.tokenise import Tokeniser  # noqa: E402
 from dus_cli.maps.layers import source_layers  # noqa: E402
+from dus_cli.models.precision import Precision  # noqa: E402
 from dus_cli.planning.plan import MapRequest  # noqa: E402
 from dus_cli.probe import recommend  # noqa: E402
 from dus_cli.probe.budget import plan_memory  # noqa: E402
+from dus_cli.probe.found import Probe  # noqa: E402
 from dus_cli.probe.maps import Asked  # noqa: E402
 from dus_cli.probe.measure import Batch, Meter  # noqa: E402
+from dus_cli.probe.options import Options  # noqa: E402
 from dus_cli.probe.replay import Replay  # noqa: E402
-from dus_cli.probe.verb import Options, Probe, probe  # noqa: E402
+from dus_cli.probe.verb import probe  # noqa: E402
 from dus_cli.probe.weights import stream  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
-from dus_cli.reference import ModelRef  # noqa: E402
 from dus_cli.source.checkpoint import open_checkpoint  # noqa: E402
-from dus_cli.upscaling import Wanted, plan, upscale  # noqa: E402
+from dus_cli.upscaling.verb import upscale  # noqa: E402
+from dus_cli.upscaling.wanted import Wanted, plan  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
 

@@ -12,9 +12,9 @@ from pictures import check_labels
 from dus_cli.maps.layers import stack, typed_map
 from dus_cli.probe.budget import Memory
 from dus_cli.probe.distances import Distances
+from dus_cli.probe.found import Measured, Probe
 from dus_cli.probe.maps import Candidate, Cost
 from dus_cli.probe.picture import probe_svg
-from dus_cli.probe.verb import Measured, Probe
 
 
 def found(

@@ -14,10 +14,10 @@ from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import DUS, Run, dus
 from hub_server import StandInHub, StandInRepo, commit_of
 
-from dus_cli import events
-from dus_cli.options import progress_for
+from dus_cli.commands.options import progress_for
+from dus_cli.console import events
+from dus_cli.console.terminal import BarProgress, PlainProgress
 from dus_cli.progress import NoProgress, ProgressMode
-from dus_cli.terminal import BarProgress, PlainProgress
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,9 +129,9 @@ def test_a_stage_that_fails_has_no_end(capsys: pytest.CaptureFixture[str]) -> No
     assert [event["event"] for event in told(capsys.readouterr().err)] == ["start"]
 
 
-@pytest.mark.parametrize("kind", [events.JsonProgress, PlainProgress, BarProgress])
-def test_many_threads_may_advance_at_once(kind: Any, clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with kind() as progress:
+@pytest.mark.parametrize("view", [events.JsonProgress, lambda: PlainProgress(draw), lambda: BarProgress(draw)])
+def test_many_threads_may_advance_at_once(view: Any, clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with view() as progress:
         progress.start("writing", 8000)
 
         def work() -> None:
@@ -146,11 +146,15 @@ def test_many_threads_may_advance_at_once(kind: Any, clock: list[float], capsys:
         assert progress._stage.done == 8000
 
 
+def draw(plan: Any, width: int) -> str:
+    return "a drawing of the plan"
+
+
 # --- lines and bars -------------------------------------------------------------------------------
 
 
 def test_a_log_has_a_line_a_minute(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with PlainProgress() as progress:
+    with PlainProgress(draw) as progress:
         progress.start("writing", 20_000_000_000)
         for _ in range(100):
             clock[0] += 2
@@ -165,7 +169,7 @@ def test_a_log_has_a_line_a_minute(clock: list[float], capsys: pytest.CaptureFix
 
 def test_a_bar_says_amounts_and_speed_in_its_unit(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    with BarProgress() as bar:
+    with BarProgress(draw) as bar:
         bar.start("measuring", 12, "maps")
         clock[0] += 2
         bar.advance(3)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -97,7 +99,7 @@ def test_every_field_of_the_reports_is_documented(base: Path, tmp_path: Path) ->
 def test_the_page_for_developers_draws_every_module_in_its_room() -> None:
     tree = (ROOT / "docs/development.md").read_text().split("\ndus_cli/\n")[1].split("\ntests/ ")[0]
     drawn, room = [], ""
-    for indent, name in re.findall(r"^( +)([a-z0-9_]+(?:\.py|/)) ", tree, re.MULTILINE):
+    for indent, name in re.findall(r"^( +)([a-z0-9_/]+(?:\.py|/)) ", tree, re.MULTILINE):
         room = "" if len(indent) == 2 else room
         if name.endswith("/"):
             room = name
@@ -107,19 +109,51 @@ def test_the_page_for_developers_draws_every_module_in_its_room() -> None:
     assert sorted(drawn) == sorted(str(path.relative_to(package)) for path in package.rglob("[!_]*.py"))
 
 
-# Each room imports from those before it and from what is shared; the verbs and their commands import all of them.
-ROOMS = ["maps", "source", "planning", "writing", "hub", "release"]
-SHARED = {"bounds", "errors", "libraries", "locks", "memory", "progress", "reference", "storage", "workers"}
+# The floors of the house, from the ground up: a room imports from itself and from those below it.
+FLOORS = (
+    "errors progress common maps source pictures planning console writing data hub release models verification "
+    "evaluation push upscaling probe heal api commands cli __main__"
+).split()
 
 
-def test_the_rooms_import_one_way() -> None:
-    for number, room in enumerate(ROOMS):
-        allowed = SHARED | set(ROOMS[: number + 1])
-        for path in (ROOT / "dus_cli" / room).glob("*.py"):
-            assert set(re.findall(r"^ *from dus_cli\.(\w+)", path.read_text(), re.MULTILINE)) <= allowed, path
-    for name in SHARED:
-        text = (ROOT / f"dus_cli/{name}.py").read_text()
-        assert set(re.findall(r"^from dus_cli\.(\w+)", text, re.MULTILINE)) <= SHARED, name
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere in its text, for type checkers alone or not."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dus_cli":
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            modules |= {name if module_file(name) else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            modules |= {name.name for name in node.names if name.name.startswith("dus_cli.")}
+    return modules - {"dus_cli"}
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT / name.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def test_a_room_imports_nothing_from_a_floor_above_it() -> None:
+    for path in sorted((ROOT / "dus_cli").rglob("*.py")):
+        room = path.relative_to(ROOT / "dus_cli").parts[0].removesuffix(".py")
+        if room == "__init__":
+            assert not imported_modules(path), "importing the package costs nothing"
+            continue
+        for module in imported_modules(path):
+            assert FLOORS.index(module.split(".")[1]) <= FLOORS.index(room), (path, module)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {
+        name: imported_modules(path)
+        for path in (ROOT / "dus_cli").rglob("*.py")
+        if (name := str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")) != "dus_cli.__init__"
+    }
+    assert tuple(TopologicalSorter(graph).static_order())
+
+
+def test_the_top_level_has_six_modules_at_most() -> None:
+    assert len(list((ROOT / "dus_cli").glob("[!_]*.py"))) <= 6
 
 
 def test_every_command_and_option_has_help() -> None:

@@ -14,7 +14,7 @@ from tiny import forked_dus
 from torch import Tensor
 from torch.nn.functional import silu
 
-from dus_cli.heal.gains import matrices_of_the_stream
+from dus_cli.heal.train.gains import matrices_of_the_stream
 from dus_cli.planning.projections import stream_writers
 
 H, WIDE, E = 8, 24, 2  # the stream, within a block, experts

@@ -18,9 +18,10 @@ from hub_server import HANG_UP, READER, StandInRepo, commit_of
 from hub_uploads import WRITER, WritableHub
 from tiny import digests
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import MapRequest
-from dus_cli.reference import ModelRef
-from dus_cli.upscaling import Wanted, upscale
+from dus_cli.upscaling.verb import upscale
+from dus_cli.upscaling.wanted import Wanted
 
 # Retries without their waits: huggingface_hub's back-off takes half a minute.
 NO_WAIT = "import time; time.sleep = lambda _: None"
@@ -402,12 +403,12 @@ def test_a_folder_that_changes_while_it_is_pushed_is_told(
     upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     change = f"""
 import time; time.sleep = lambda _: None
-from dus_cli.push import pushing
-upload = pushing.Push._upload
+from dus_cli.push import verb
+upload = verb.Push._upload
 def changed(self):
     with open({str(out / "config.json")!r}, "a") as file: file.write(" ")
     return upload(self)
-pushing.Push._upload = changed
+verb.Push._upload = changed
 """
     dus("push", out, "org/model", "-q", first=change).assert_one_line_error("config.json changed while it was pushed")
 

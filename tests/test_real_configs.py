@@ -20,11 +20,11 @@ import pytest
 from checkpoints import Tensor, num_bytes, write_checkpoint
 from tiny import forked_dus as dus
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.maps.layers import stack
 from dus_cli.maps.model_config import decoder_config, deepen_config
 from dus_cli.maps.stacks import find_stack
 from dus_cli.planning.plan import Base, MapRequest, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
 
 torch = pytest.importorskip("torch")

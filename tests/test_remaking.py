@@ -14,14 +14,15 @@ from checkpoints import llama_config, llama_tensors, write_checkpoint
 from forked import dus
 from tiny import digests
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import DusError
 from dus_cli.evaluation.card import update_card
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
-from dus_cli.reference import ModelRef
 from dus_cli.release.remaking import read_remaking
-from dus_cli.report import UpscaleReport
-from dus_cli.upscaling import Wanted, upscale
+from dus_cli.upscaling.report import UpscaleReport
+from dus_cli.upscaling.verb import upscale
+from dus_cli.upscaling.wanted import Wanted
 
 
 def release(

@@ -14,13 +14,13 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from dus_cli.heal import tokenise  # noqa: E402
-from dus_cli.heal.corpus import DataError, parse_sources  # noqa: E402
-from dus_cli.heal.prepare import prepare  # noqa: E402
-from dus_cli.heal.sample import Packed, read_sample  # noqa: E402
-from dus_cli.heal.special_tokens import SpecialTokens, special_tokens_of  # noqa: E402
-from dus_cli.heal.tokenise import Tokeniser  # noqa: E402
-from dus_cli.heal.tokens import IGNORED, Prepared, Rows, Stream, heldout_rows  # noqa: E402
+from dus_cli.data.sample import Packed, read_sample  # noqa: E402
+from dus_cli.data.shelf import prepare  # noqa: E402
+from dus_cli.data.sources import parse_sources  # noqa: E402
+from dus_cli.data.special_tokens import SpecialTokens, special_tokens_of  # noqa: E402
+from dus_cli.data.streams import IGNORED, Prepared, Rows, Stream, heldout_rows  # noqa: E402
+from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
+from dus_cli.errors import DataError  # noqa: E402
 
 SPECIAL = ["<eos>", "<s>", "<gmask>", "<sop>", "[CLS]", "[SEP]"]
 EOS, BOS, GMASK, SOP, CLS, SEP = range(256, 262)
@@ -231,7 +231,7 @@ def test_training_rows_are_made_in_the_same_way_and_none_is_lost(tmp_path: Path)
 
 
 def test_a_document_in_pieces_begins_and_ends_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, "_LONGEST_PIECE", 40)
+    monkeypatch.setattr("dus_cli.data.tokeniser._LONGEST_PIECE", 40)
     model = write_tokenizer(tmp_path / "model", "<s> $A [SEP]")
     prepared = prepared_of(model, tmp_path, ["some words " * 30, "short"])
     stream = Stream(tmp_path / "tokens", prepared.eval_parts, "heldout", prepared.dtype)

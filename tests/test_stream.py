@@ -252,7 +252,7 @@ def test_a_disk_with_room_for_the_rest_takes_a_run_that_goes_on(total: int, hub:
         Path("disk/other").write_bytes(bytes(10_000_000))
         dus(*command).assert_one_line_error("needs", "free")
         assert not Path("disk/.out.partial").exists()
-        blind = f"{SMALL}\nimport dus_cli.upscaling as u; u.free_bytes = lambda _: 10**12"
+        blind = f"{SMALL}\nimport dus_cli.upscaling.space as u; u.free_bytes = lambda _: 10**12"
         run = dus(*command, first=blind)
         run.assert_one_line_error("No space left on device", "free some space", "what was fetched is kept")
         os.truncate("disk/other", 9_000_000)

@@ -13,11 +13,11 @@ import pytest
 from checkpoints import Tensor, fill_with_layer, llama_config, llama_tensors, write_checkpoint, write_shard
 from conftest import dus
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, ConfigError, DusError
 from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
-from dus_cli.verification import verify
+from dus_cli.verification.verb import verify
 from dus_cli.writing.staging import Staging
 
 INDEX = "model.safetensors.index.json"

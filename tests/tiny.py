@@ -106,9 +106,9 @@ def train(folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64
 
 # What every one of them imports first: several seconds, spent once in a server that forks.
 _PRELOADED = (
-    "dus_cli.cli dus_cli.heal.launcher dus_cli.heal.prepare dus_cli.heal.tokens dus_cli.heal.training "
-    "dus_cli.heal.model dus_cli.heal.checkpoints dus_cli.heal.optimizer dus_cli.heal.publish dus_cli.heal.evaluate "
-    "dus_cli.heal.team dus_cli.evaluation.evaluating dus_cli.evaluation.model pyarrow "
+    "dus_cli.cli dus_cli.heal.launch.verb dus_cli.data.shelf dus_cli.data.streams dus_cli.heal.train.loop "
+    "dus_cli.models.decoder dus_cli.heal.train.checkpoints dus_cli.heal.train.optimizer dus_cli.heal.proof.publish "
+    "dus_cli.heal.train.evaluate dus_cli.models.team dus_cli.evaluation.verb dus_cli.evaluation.scorer pyarrow "
     "transformers.models.llama.modeling_llama"
 ).split()
 
@@ -148,9 +148,9 @@ def _save_logits(run_path: Path, folder: Path) -> None:
     """A worker that loads its part of a run's model and leaves what the whole says to some bytes."""
     import torch
 
-    from dus_cli.heal.model import load
     from dus_cli.heal.run import read_run
-    from dus_cli.heal.team import gathered
+    from dus_cli.heal.train.loading import load
+    from dus_cli.models.team import gathered
 
     with gathered() as team, torch.no_grad():
         decoder = load(read_run(run_path), team)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dus_cli.common.reference import ModelRef
+from dus_cli.data.tokeniser import Tokeniser
 from dus_cli.errors import ConfigError, EvaluationError, ModelNotFoundError, shown
-from dus_cli.heal import run as heal_run
-from dus_cli.heal.resolve import open_model
-from dus_cli.heal.tokenise import Tokeniser
+from dus_cli.hub.opening import open_base
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.progress import Progress
-from dus_cli.reference import ModelRef
-from dus_cli.upscaling import open_base
+from dus_cli.release.within import base_within
+from dus_cli.source.incomplete import is_unfinished_healing
 
 # Fields of config.json, by age of the architecture, that say how many tokens a model sees at once.
 _LENGTHS = "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length".split()
@@ -50,7 +50,7 @@ def check_there(refs: Sequence[ModelRef]) -> None:
         if not ref.path.is_dir():
             what = "is not a directory" if ref.path.exists() else "does not exist"
             raise ModelNotFoundError(f"{shown(ref)} {what}; give a model's directory or a Hub id such as org/name")
-        if (ref.path / heal_run.NAME).is_file() and not (ref.path / "config.json").exists():
+        if is_unfinished_healing(ref.path):
             raise EvaluationError(
                 f"{shown(ref)} is a healing that has not finished; end it with the same dus heal command, then evaluate"
             )
@@ -105,7 +105,7 @@ def base_layers(candidate: Candidate) -> tuple[int, ...]:
     Raises:
         DusError: it is not an up-scaled model that has not been trained since.
     """
-    base = open_model(candidate.folder).base
+    base = base_within(candidate.folder)
     if base is None:
         raise EvaluationError(
             f"--with-base: no base stands in {shown(candidate.name)} (only a model as dus upscale wrote it, not healed "

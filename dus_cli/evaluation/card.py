@@ -18,14 +18,14 @@ from typing import Any
 
 import yaml
 
+from dus_cli.common.files import sync_file, writing
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import EvaluationError, shown
 from dus_cli.evaluation.report import EvalReport, ModelResult
 from dus_cli.evaluation.tasks import TaskScore
-from dus_cli.reference import ModelRef
 from dus_cli.release import checksums
 from dus_cli.release.front_matter import FRONT, RESULTS, field_span
 from dus_cli.source.reading import open_regular
-from dus_cli.writing.outputs import sync_file, writing
 
 NAME = "README.md"
 

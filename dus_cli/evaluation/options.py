@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dus_cli.heal.corpus import BadLine
-from dus_cli.heal.options import Precision
+from dus_cli.data.documents import BadLine
+from dus_cli.models.precision import Precision
 
 
 @dataclass(frozen=True)

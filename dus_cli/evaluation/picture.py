@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dus_cli.evaluation.intervals import Estimate
 from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult
 from dus_cli.evaluation.tasks import TaskReport
-from dus_cli.release.svg import (
+from dus_cli.pictures.svg import (
     CHARACTER,
     COLOURS,
     DASHED,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dus_cli import __version__
+from dus_cli.data.sources import Unread
 from dus_cli.errors import shown
 from dus_cli.evaluation import h6
 from dus_cli.evaluation.intervals import LEVEL, Estimate, ratio
 from dus_cli.evaluation.options import ScoringOptions
 from dus_cli.evaluation.scores import Scores
 from dus_cli.evaluation.tasks import TaskReport, TaskResult
-from dus_cli.heal.corpus import Unread
 
 if TYPE_CHECKING:
     from dus_cli.evaluation.candidates import Candidate

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dus_cli.common.libraries import require
 from dus_cli.errors import EvaluationError, reason_of, shown
 from dus_cli.evaluation import h6
 from dus_cli.evaluation.h6 import Plan
-from dus_cli.libraries import require
 from dus_cli.progress import Progress
 
 if TYPE_CHECKING:

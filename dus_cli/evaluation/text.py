@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dus_cli.errors import shown
+from dus_cli.common.reports import public
+from dus_cli.data.documents import BadLine, Tally, documents
+from dus_cli.data.sources import Source, Unread, parse_sources
+from dus_cli.errors import DataError, shown
 from dus_cli.evaluation.options import TextOptions
-from dus_cli.heal.corpus import BadLine, DataError, Source, Tally, Unread, documents, parse_sources
-from dus_cli.heal.run import public
 
 # Text tokenised at a time (characters): enough for every core.
 _BATCH = 1 << 20

@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from dus_cli.common.locks import holder
 from dus_cli.errors import HealError, shown
-from dus_cli.locks import holder
 
 
 def name(step: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from dus_cli.maps.shape import Shape
+from dus_cli.models.chunks import LOGITS_BYTES_ELSEWHERE
 
 # Dense bf16 peak in FLOP/s without sparsity, from the vendors' data sheets, by part of the device's name.
 # The longer name comes first where one contains the other.
@@ -21,46 +23,6 @@ PEAK_FLOPS = {
     "MI300X": 1307e12,
     "MI250X": 191.5e12,
 }
-
-# Tokens per parameter at which pretraining spends its compute best (Chinchilla, arXiv:2203.15556, table 3).
-TOKENS_PER_PARAMETER = 20
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What FLOPs and memory depend on. `num_matmul_parameters` excludes the embedding that is only looked up."""
-
-    num_parameters: int
-    num_matmul_parameters: int
-    num_layers: int
-    hidden_size: int
-    attention_size: int
-    vocab_size: int
-
-
-def shape_of(config: dict[str, Any], num_parameters: int, num_layers: int) -> Shape:
-    """The shape of a decoder, from its config's fields (the text part of it)."""
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0)
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
-    head_size = int(config.get("head_dim") or (hidden // heads if heads else 0))
-    vocab = int(config.get("vocab_size") or 0)
-    # Tied weights stand once in num_parameters and are multiplied once, as the head; untied ones stand twice.
-    looked_up = 0 if config.get("tie_word_embeddings") else vocab * hidden
-    return Shape(num_parameters, num_parameters - looked_up, num_layers, hidden, heads * head_size, vocab)
-
-
-def flops_per_token(shape: Shape, seq_length: int) -> float:
-    """FLOPs of forward and backward for one token: 6 · N + 12 · L · A · T (PaLM, arXiv:2204.02311, appendix B).
-
-    N are the parameters that are multiplied, L layers, A the width of attention over all heads, T the
-    sequence length. As in the paper the causal half is not subtracted and recomputation is not counted.
-    """
-    return 6.0 * shape.num_matmul_parameters + 12.0 * shape.num_layers * shape.attention_size * seq_length
-
-
-def pretraining_flops(shape: Shape, seq_length: int) -> float:
-    """FLOPs of pretraining a model of this shape on 20 tokens a parameter (Chinchilla, arXiv:2203.15556)."""
-    return TOKENS_PER_PARAMETER * shape.num_parameters * flops_per_token(shape, seq_length)
 
 
 def num_shards(sharding: str, size: int, num_local: int) -> int:
@@ -100,28 +62,6 @@ class MemoryEstimate:
 # Bytes kept for the backward pass, per token, layer and unit of hidden size: 34 with flash attention
 # (Korthikanti et al., arXiv:2205.05198, equation 2 without its attention matrix).
 _ACTIVATION_BYTES = {"none": 34.0, "selective": 18.0, "full": 2.0}
-
-# Bytes of fp32 logits that exist at a time: enough rows for the matrix products to be efficient.
-_LOGITS_BYTES = {"cpu": 128 << 20}
-_LOGITS_BYTES_ELSEWHERE = 512 << 20
-
-# Bytes of them that a CPU works on at a time: they fit its cache, memory is several times slower.
-_BLOCK_BYTES = {"cpu": 4 << 20}
-
-
-def chunk_rows(device_type: str, vocab_size: int) -> int:
-    """Rows whose logits are held at a time by the loss."""
-    return max(64, _LOGITS_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
-
-
-def block_rows(device_type: str, vocab_size: int) -> int:
-    """Rows of a chunk whose softmax is taken at a time, in fp32."""
-    return max(4, _BLOCK_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * vocab_size))
-
-
-def block_words(device_type: str, num_rows: int) -> int:
-    """Words of the vocabulary whose logits are held at a time where no gradient is wanted, in fp32."""
-    return max(1024, _BLOCK_BYTES.get(device_type, _LOGITS_BYTES_ELSEWHERE) // (4 * max(1, num_rows)))
 
 
 def checkpoint_bytes(shape: Shape, *, num_learning_layers: int, weight_bytes: int, has_fp32_masters: bool) -> int:
@@ -171,6 +111,6 @@ def memory_per_device(
         gathered=(2 * layer + shape.vocab_size * shape.hidden_size) * weight_bytes if is_sharded else 0.0,
         activations=activations * weight_bytes / 2,
         # the logits, their gradient, and the head's gradient in fp32
-        logits=3.0 * min(_LOGITS_BYTES_ELSEWHERE, 4 * micro_batch_tokens * shape.vocab_size)
+        logits=3.0 * min(LOGITS_BYTES_ELSEWHERE, 4 * micro_batch_tokens * shape.vocab_size)
         + 4.0 * shape.vocab_size * shape.hidden_size,
     )

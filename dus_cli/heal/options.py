@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from dus_cli.bounds import BOUNDS
+from dus_cli.common.bounds import BOUNDS
+from dus_cli.common.units import parse_count, parse_share
+from dus_cli.models.precision import Precision
 from dus_cli.planning.dtypes import DtypeChoice
-
-_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class Until(str, Enum):
@@ -24,22 +24,6 @@ class Schedule(str, Enum):
     wsd = "wsd"
     cosine = "cosine"
     constant = "constant"
-
-
-class Precision(DtypeChoice):
-    """The dtype of the weights in forward and backward; auto is bf16 where the device has instructions for it."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-    def on(self, device_type: str | None = None) -> Precision:
-        """What is computed in on such a device ("cpu", "cuda" and so on), or on the one that torch finds by default."""
-        if self is not Precision.auto:
-            return self
-        from dus_cli.heal.devices import computes_in_bf16  # torch is below it
-
-        return Precision.bf16 if computes_in_bf16(device_type) else Precision.fp32
 
 
 class MasterWeights(DtypeChoice):
@@ -117,38 +101,6 @@ class Every:
 
     steps: int | None = None
     seconds: float | None = None
-
-
-def parse_count(text: str) -> int:
-    """A count with a decimal unit.
-
-    >>> parse_count("1B"), parse_count("1.5M"), parse_count("4096")
-    (1000000000, 1500000, 4096)
-
-    Raises:
-        ValueError: not a positive count.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMBT]?)", text.strip().upper(), re.ASCII)
-    count = round(float(match[1]) * _COUNT_UNITS[match[2]]) if match else 0
-    if count < 1:
-        raise ValueError(f"{text!r} is not a count; write it like 4096, 500K, 10M or 1B")
-    return count
-
-
-def parse_share(text: str) -> float:
-    """A share of a whole.
-
-    >>> parse_share("0.5%"), parse_share("0.25")
-    (0.005, 0.25)
-
-    Raises:
-        ValueError: not between 0 and 1.
-    """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(%?)", text.strip(), re.ASCII)
-    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
-    if not 0 <= share <= 1:
-        raise ValueError(f"{text!r} is not a share; write it like 10% or 0.1")
-    return share
 
 
 def parse_span(text: str) -> Span:

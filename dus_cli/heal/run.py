@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dus_cli.errors import HealError, shown, shown_list
+from dus_cli.release.within import BasePlan
 from dus_cli.source.json_objects import parse_json_object
 from dus_cli.source.reading import open_regular
 
@@ -91,14 +92,6 @@ class KeepingPlan:
     save_every_seconds: float | None
     keep: int
     track: str
-
-
-@dataclass(frozen=True)
-class BasePlan:
-    """The base inside the model: `layers` are the output layers that, run alone, are the base."""
-
-    layers: tuple[int, ...]
-    name: str
 
 
 @dataclass(frozen=True)
@@ -191,21 +184,6 @@ def read_run(path: Path) -> Run:
 def _content(path: Path) -> bytes:
     with open_regular(path) as file:
         return file.read()
-
-
-def public(value: Any) -> Any:
-    """JSON as it goes into a release: of absolute paths the last name, for the rest is about the maker's machine.
-
-    >>> public({"model": "/home/me/models/out", "files": ["/data/*.jsonl:0.7", "more.txt"], "steps": 3})
-    {'model': 'out', 'files': ['*.jsonl:0.7', 'more.txt'], 'steps': 3}
-    """
-    if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(inner) for inner in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
-        return Path(value).name
-    return value
 
 
 def _build(kind: type[_T], record: dict[str, Any]) -> _T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from dus_cli.libraries import require
+from dus_cli.common.libraries import require
 
 
 class Tracker(Protocol):

@@ -17,11 +17,11 @@ import sys
 import warnings
 from pathlib import Path
 
+from dus_cli.common.unforeseen import explained
 from dus_cli.errors import DusError
 from dus_cli.heal.checkpoints_folder import disk_failure
 from dus_cli.heal.run import FAILURE, read_run
-from dus_cli.heal.stopping import Signals, StopRequested, end_with_torchrun
-from dus_cli.unforeseen import explained
+from dus_cli.models.stopping import Signals, StopRequested, end_with_torchrun
 
 # What a disk does that no restart mends.
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -35,8 +35,8 @@ def work(path: Path, signals: Signals) -> int:
     """
     run = read_run(path)
     # Imported here: a known failure that torchrun restarts is told again without loading torch first.
-    from dus_cli.heal.team import gathered
-    from dus_cli.heal.training import Training
+    from dus_cli.heal.train.loop import Training
+    from dus_cli.models.team import gathered
 
     with gathered() as team:
         training = Training(run, team, signals)

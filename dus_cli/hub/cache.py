@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import ModelNotFoundError, shown, shown_list
-from dus_cli.reference import ModelRef
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import ModelNotFoundError, shown
 from dus_cli.hub.cache import missing, way_out
-from dus_cli.reference import ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

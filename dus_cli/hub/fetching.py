@@ -14,28 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli import __version__
+from dus_cli.common.reference import ModelRef
+from dus_cli.common.workers import workers
 from dus_cli.errors import CheckpointError, DusError, shown, shown_list
 from dus_cli.hub.cache import check_snapshot, not_cached
 from dus_cli.hub.errors import LIBRARY, answered, hub_errors, prepare
 from dus_cli.hub.remote import RemoteFile, pause, wait_before
 from dus_cli.progress import NoProgress, Progress
-from dus_cli.reference import ModelRef
 from dus_cli.source.base_card import NAME as CARD_NAME
 from dus_cli.source.belonging import DECIDING
 from dus_cli.source.checkpoint import CONFIG_NAME, read_config
 from dus_cli.source.files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS
 from dus_cli.source.headers import Header, header_length, parse_header
 from dus_cli.source.pickles import parse_pickled
-from dus_cli.source.weights import (
-    IN_ORDER,
-    INDEX_NAME,
-    choose_weights,
-    is_index,
-    is_pickled,
-    read_index,
-    regular_files,
-)
-from dus_cli.workers import workers
+from dus_cli.source.weights import IN_ORDER, INDEX_NAME, choose_weights, is_index, is_pickled, read_index, regular_files
 
 # Most headers fit: one request then gives the length and the JSON (huggingface_hub does the same).
 _FIRST_BYTES = 100_000

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dus_cli import __version__
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import ModelNotFoundError, shown
 from dus_cli.hub.errors import LIBRARY, hub_errors, prepare
-from dus_cli.reference import ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's

@@ -21,17 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from dus_cli.common.files import sync_file, writing
+from dus_cli.common.reference import ModelRef
+from dus_cli.common.workers import workers
 from dus_cli.errors import CheckpointError, ModelNotFoundError, OutputError, VerificationError, shown
 from dus_cli.hub.remote import RemoteFile
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import Shard
-from dus_cli.workers import workers
 from dus_cli.writing.journal import Journal
 from dus_cli.writing.moves import Move, moves
-from dus_cli.writing.outputs import KEPT, Outputs, Tally, sync_file, writing
+from dus_cli.writing.outputs import KEPT, Outputs, Tally
 from dus_cli.writing.transfer import ShardMover, check_unchanged
 
 # What one request asks for. Larger ones wait less for answers; each thread holds one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dus_cli.bounds import check_numbers
+from dus_cli.common.bounds import check_numbers
+from dus_cli.common.libraries import require
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import UsageError, shown
-from dus_cli.libraries import require
 from dus_cli.maps.architectures import KNOWN_TYPES, TRIED_TYPES
 from dus_cli.maps.layers import LayerMap, parse_layers, stack, typed_map
 from dus_cli.maps.model_config import DecoderConfig, DeeperConfig, decoder_config, deepen_config, refuse_types
@@ -28,7 +28,6 @@ from dus_cli.planning.layout import Placement, ShardLayout, lay_out
 from dus_cli.planning.projections import zero_patterns
 from dus_cli.planning.sidecars import go_along
 from dus_cli.planning.treatment import Making, Treatment
-from dus_cli.reference import ModelRef
 from dus_cli.source.base_card import BaseCard, read_base_card
 from dus_cli.source.belonging import Carried, belongs_by_name, carried_files
 from dus_cli.source.checkpoint import Checkpoint
@@ -36,24 +35,6 @@ from dus_cli.source.files import WRITTEN_ANEW, is_index, walk_order
 from dus_cli.source.weights import INDEX_NAME, SINGLE_NAME
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_size(text: str) -> int:
-    """A size in decimal units, as transformers and the Hub count.
-
-    >>> parse_size("5GB"), parse_size("1.5 MB"), parse_size("300")
-    (5000000000, 1500000, 300)
-
-    Raises:
-        ValueError: not a positive number with KB, MB, GB or TB.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?B)?", text.strip().upper(), re.ASCII)
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
-        raise ValueError(f"{text!r} is not a size; write it like 5GB, 300MB or 1.5TB (decimal units)")
-    return size
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from dus_cli.common.workers import PIECE
 from dus_cli.maps.layers import split_name
 from dus_cli.planning.dtypes import Cast, Dtype, cast_dtype, overflow
 from dus_cli.planning.projections import pattern
 from dus_cli.source.headers import DTYPE_BITS, TensorInfo
 from dus_cli.source.strided import tensor_pieces
-from dus_cli.workers import PIECE
 
 
 class Making(Enum):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dus_cli.common.units import human_bytes
 from dus_cli.errors import ProbeError
 from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
-from dus_cli.report import human_bytes
 from dus_cli.source.checkpoint import Checkpoint
 
 # Python with torch and transformers, before any weight.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dus_cli.heal.tokens import IGNORED
+from dus_cli.data.streams import IGNORED
 from dus_cli.maps.layers import Seam
 
 # Bytes of hidden states that are kept of all depths together, in fp32.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dus_cli.errors import ConfigError, LayerMapError
-from dus_cli.heal.estimate import flops_per_token, shape_of
 from dus_cli.maps.layers import LayerMap, largest_trim, stack
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.naming import Assumption
+from dus_cli.maps.shape import flops_per_token, shape_of
 from dus_cli.planning.plan import MapRequest, UpscalePlan, make_plan
 from dus_cli.source.checkpoint import Checkpoint
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dus_cli.probe.verb import Measured, Probe
-from dus_cli.release.svg import (
+from dus_cli.common.units import human_count
+from dus_cli.pictures.svg import (
     CHARACTER,
     COLOURS,
     DASHED,
@@ -15,12 +15,12 @@ from dus_cli.release.svg import (
     WIDTH,
     document,
     escaped,
-    human_count,
     nice_step,
     text_at,
     ticks,
     wrapped,
 )
+from dus_cli.probe.found import Measured, Probe
 
 # The edges of the upper plot, and of the heat map below it, in pixels. What is recommended is named above the plot.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 112, 378

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dus_cli.errors import ProbeError, reason_of, shown, shown_list
+from dus_cli.models.decoder import layers_of
 
 # Positions of a row on which ways to the same loss are compared.
 COMPARED = 64
@@ -272,19 +273,6 @@ def last_positions(model: Any) -> Iterator[None]:
         yield
     finally:
         del output.forward
-
-
-def layers_of(model: Any, num_layers: int) -> list[Any]:
-    """The decoder's layers: the first list of as many modules that have parameters."""
-    inner = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for whole in (inner, model):
-        for module in whole.modules():
-            for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) == num_layers and list(child.parameters()):
-                    return list(child)
-    raise ProbeError(
-        f"{shown(type(model).__name__)} has no list of {num_layers} layers; dus probe does not know this model_type"
-    )
 
 
 def _hidden_of(output: Any) -> Tensor:

@@ -5,32 +5,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dus_cli.errors import ProbeError, shown_list
-from dus_cli.heal.corpus import BadLine, DataError, Unread
-from dus_cli.heal.options import Precision
+from dus_cli.common.libraries import require
+from dus_cli.common.memory import available_bytes
+from dus_cli.common.reference import ModelRef
+from dus_cli.errors import DataError, ProbeError, shown_list
 from dus_cli.hub.fetching import Fetch
-from dus_cli.libraries import require
 from dus_cli.maps.model_config import decoder_config
-from dus_cli.memory import available_bytes
+from dus_cli.models.precision import Precision
 from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
 from dus_cli.probe.budget import Memory, plan_memory, weight_bytes
-from dus_cli.probe.maps import Asked, Candidate, Cost
+from dus_cli.probe.found import Measured, Probe, Text
+from dus_cli.probe.maps import Asked, Candidate
+from dus_cli.probe.options import Options
 from dus_cli.probe.tree import count_nodes, grow, most_states
 from dus_cli.progress import Progress
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import Checkpoint
-from dus_cli.upscaling import Wanted
-from dus_cli.upscaling import plan as run_plan
+from dus_cli.upscaling.wanted import Wanted
+from dus_cli.upscaling.wanted import plan as run_plan
 
 if TYPE_CHECKING:
     import torch
 
-    from dus_cli.probe.distances import Depths, Distances
+    from dus_cli.probe.distances import Depths
     from dus_cli.probe.measure import Batch
 
 # Tokens that go through a layer at once: enough for the matrix products, and few enough for a CPU's cache.
@@ -41,84 +42,6 @@ _SEQ_LENGTH = 512
 
 # The base as the map of its own layers: where they stand and what they cost, whatever else may be refused.
 _WHOLE = MapRequest(layers="0:")
-
-
-@dataclass(frozen=True)
-class Text:
-    """What is measured on: `tokens` are those that are predicted, `before` the ids that a document begins with."""
-
-    files: tuple[str, ...]
-    tokens: int
-    documents: int
-    num_bytes: int
-    skipped: dict[str, int]
-    before: tuple[int, ...] = ()
-    unread: Unread = field(default_factory=Unread)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A map and its loss in nats per token; None where it was refused, or not measured (a dry run).
-
-    `seams` are the angular distance and block influence of each of its seams; () in a dry run.
-    """
-
-    candidate: Candidate
-    loss: float | None
-    seams: tuple[tuple[float, float], ...] = ()
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether it was measured, and its hidden states stayed within what the precision can say."""
-        return self.loss is not None and math.isfinite(self.loss)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was found. `within` and `knee` are numbers of `maps`. `distances` are None in a dry run."""
-
-    model: str
-    name: str
-    commit: str | None
-    num_layers: int
-    base_cost: Cost
-    base_loss: float | None
-    maps: tuple[Measured, ...]
-    text: Text | None
-    seq_length: int
-    precision: str
-    device: str
-    streams: bool
-    memory: Memory
-    distances: Distances | None
-    bound: float
-    within: int | None
-    knee: int | None
-    layer_passes: int
-    seconds: float
-    peak_bytes: int | None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def is_dry_run(self) -> bool:
-        return self.base_loss is None
-
-
-@dataclass(frozen=True)
-class Options:
-    """How it is measured. `bound` is a share above the base's loss."""
-
-    files: tuple[str, ...]
-    tokens: int = 20_480
-    seq_length: int | None = None
-    text_field: str = "text"
-    on_bad_line: BadLine = BadLine.error
-    holdout: float | None = None
-    precision: Precision = Precision.auto
-    stream_layers: bool = False
-    max_memory: int | None = None
-    bound: float = 0.2
-    special_tokens: bool = True
 
 
 def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, dry_run: bool, quiet: bool) -> Probe:
@@ -225,7 +148,7 @@ def _measure(
     progress: Progress,
     started: float,
 ) -> Probe:
-    from dus_cli.heal.devices import peak_memory_bytes
+    from dus_cli.models.devices import peak_memory_bytes
     from dus_cli.probe import weights
     from dus_cli.probe.distances import Depths
     from dus_cli.probe.measure import Meter
@@ -309,9 +232,10 @@ def _read(
     import numpy as np
     import torch
 
-    from dus_cli.heal.sample import Packed, read_sample
-    from dus_cli.heal.tokenise import Reading, Tokeniser
-    from dus_cli.heal.tokens import IGNORED
+    from dus_cli.data.documents import Reading
+    from dus_cli.data.sample import Packed, read_sample
+    from dus_cli.data.streams import IGNORED
+    from dus_cli.data.tokeniser import Tokeniser
     from dus_cli.probe.measure import Batch
 
     fields = decoder_config(checkpoint.config).fields

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dus_cli.errors import ProbeError, reason_of, shown, shown_list
 from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
-from dus_cli.probe.replay import Ready, layers_of
+from dus_cli.models.decoder import layers_of
+from dus_cli.probe.replay import Ready
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import open_regular, reading

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dus_cli import __version__
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import PushError, UsageError, shown
 from dus_cli.hub import errors as hub_errors
 from dus_cli.hub import fetching
-from dus_cli.reference import ModelRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

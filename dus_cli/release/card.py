@@ -7,14 +7,14 @@ import re
 import shlex
 from typing import Any
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.errors import shown
 from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.recipes import RECIPES
+from dus_cli.pictures.layer_map import PICTURES, describe_map, layer_map_svg
 from dus_cli.planning.plan import Start, UpscalePlan
-from dus_cli.reference import ModelRef
 from dus_cli.release.drawing import draw_map
 from dus_cli.release.lineage import base_chain
-from dus_cli.release.picture import PICTURES, describe_map, layer_map_svg
 
 NAME = "README.md"
 

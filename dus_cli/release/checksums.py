@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from dus_cli.common.workers import PIECE, workers
 from dus_cli.errors import DusError, shown, shown_list
 from dus_cli.source import incomplete
 from dus_cli.source.files import LEFT_BEHIND, inside
 from dus_cli.source.reading import open_regular, read_small_file, reading
-from dus_cli.workers import PIECE, workers
 from dus_cli.writing.staging import staged_files
 
 NAME = "SHA256SUMS"

@@ -12,10 +12,10 @@ from dus_cli import __version__
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.maps.layers import LayerMap, Seam
 from dus_cli.maps.naming import Assumption
+from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Treatment
-from dus_cli.release.picture import PICTURES
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.source.files import inside
 from dus_cli.source.json_objects import limit_nesting, parse_json_object

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli import __version__
+from dus_cli.common.reference import ModelRef, user_path
 from dus_cli.errors import CheckpointError, VerificationError, shown, shown_list
 from dus_cli.maps.layers import source_layers
 from dus_cli.maps.recipes import RECIPES
+from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, dump_json
-from dus_cli.reference import ModelRef, user_path
 from dus_cli.release import card, lineage
 from dus_cli.release.checksums import NAME as SUMS
 from dus_cli.release.checksums import are_in, different_files, expected_sums
-from dus_cli.release.picture import PICTURES
 from dus_cli.source.files import inside
 from dus_cli.source.reading import read_small_file
 
@@ -174,7 +174,7 @@ def _sum_without_results(folder: Path, total: str | None) -> str | None:
         return None  # then it is held against the sum as it stands
     if hashlib.sha256(raw).hexdigest() != total:
         return None
-    from dus_cli.release.front_matter import without_results  # brings yaml, which most commands do without
+    from dus_cli.release.front_matter import without_results
 
     before = without_results(text)
     return None if before == text else hashlib.sha256(before.encode()).hexdigest()

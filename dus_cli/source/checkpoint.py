@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from dus_cli.common.storage import mount_of
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.maps import architectures as arch
 from dus_cli.maps.layers import split_name
@@ -37,7 +38,6 @@ from dus_cli.source.weights import (
     rivals,
     weight_files,
 )
-from dus_cli.storage import mount_of
 
 CONFIG_NAME = "config.json"
 

@@ -54,6 +54,11 @@ class Owner:
         return f"process {self.pid} on {shown(self.host)}"
 
 
+def is_unfinished_healing(folder: Path) -> bool:
+    """Whether a run of `dus heal` has begun in this folder and not written its model yet."""
+    return (folder / "run.json").is_file() and not (folder / "config.json").exists()
+
+
 def _started(pid: int) -> str:
     """When a process began, as proc_pid_stat(5) has it in field 22; "" where there is none, or no /proc."""
     with contextlib.suppress(OSError, IndexError):

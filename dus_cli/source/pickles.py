@@ -23,8 +23,8 @@ from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
+from dus_cli.common.libraries import require
 from dus_cli.errors import CheckpointError, reason_of, shown, shown_list
-from dus_cli.libraries import require
 from dus_cli.source.headers import Header, TensorInfo
 from dus_cli.source.pickled_files import REMEDY, PickledFile, Places, legacy_places, read_pickled_file
 from dus_cli.source.reading import open_regular, reading

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from dus_cli.common.workers import PIECE
 from dus_cli.errors import CheckpointError, shown
-from dus_cli.workers import PIECE
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",

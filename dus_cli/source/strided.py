@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from dus_cli.common.workers import PIECE
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.headers import DTYPE_BITS, TensorInfo
-from dus_cli.workers import PIECE
 
 if TYPE_CHECKING:
     from torch import Tensor

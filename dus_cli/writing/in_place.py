@@ -12,13 +12,13 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
+from dus_cli.common.files import writing
+from dus_cli.common.storage import is_mount_point, sync
 from dus_cli.errors import CheckpointError, OutputError, shown, shown_list
 from dus_cli.source import incomplete
 from dus_cli.source.checkpoint import CONFIG_NAME
 from dus_cli.source.incomplete import Owner
 from dus_cli.source.weights import INDEX_NAME
-from dus_cli.storage import is_mount_point, sync
-from dus_cli.writing.outputs import writing
 from dus_cli.writing.replacing import Claim, claim_by_names, claim_model, others, remove_claimed
 
 # Written after all else, in this order.

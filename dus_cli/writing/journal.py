@@ -12,8 +12,9 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from dus_cli.storage import sync
-from dus_cli.writing.outputs import KEPT, writing
+from dus_cli.common.files import writing
+from dus_cli.common.storage import sync
+from dus_cli.writing.outputs import KEPT
 
 NAME = ".dus-journal"  # in the staged folder; never published, and no part of SHA256SUMS
 

@@ -9,16 +9,16 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dus_cli.errors import OutputError, shown
+from dus_cli.common.files import CLEARED, writing
+from dus_cli.common.storage import sync
 from dus_cli.planning.dtypes import overflow
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.source.reading import open_descriptor
-from dus_cli.storage import sync
 from dus_cli.writing.moves import Move
 
 
@@ -32,35 +32,7 @@ class Tally:
     zeros: int = 0
 
 
-CLEARED = "nothing was left behind"
 KEPT = "what was fetched is kept, and the same command goes on from there"
-
-
-@contextlib.contextmanager
-def writing(name: str, left: str = CLEARED) -> Iterator[None]:
-    """Turn a failure to write into one line. `left` says what becomes of what was written so far."""
-    try:
-        yield
-    except OSError as error:
-        advice = {
-            errno.ENOSPC: "; free some space or choose another place, ",
-            errno.EDQUOT: "; raise the quota or choose another place, ",
-        }.get(error.errno or 0, "; ")
-        raise OutputError(f"cannot write {shown(name)}: {error.strerror or error}{advice}{left}") from error
-
-
-def sync_file(path: Path) -> None:
-    """See a file's content on the disk.
-
-    Raises:
-        OutputError: the disk failed, or was full after all.
-    """
-    with writing(path.name):
-        file = os.open(path, os.O_RDONLY)
-        try:
-            sync(file)
-        finally:
-            os.close(file)
 
 
 def create_shards(plan: UpscalePlan, folder: Path) -> None:

@@ -11,15 +11,16 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dus_cli.common.files import writing
+from dus_cli.common.storage import sync
+from dus_cli.common.workers import PIECE, Workers, workers
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.planning.layout import Placement, ShardLayout
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making, made_pieces
 from dus_cli.source.checkpoint import Shard
 from dus_cli.source.reading import open_descriptor, unreadable
-from dus_cli.storage import sync
-from dus_cli.workers import PIECE, Workers, workers
-from dus_cli.writing.outputs import Tally, writing
+from dus_cli.writing.outputs import Tally
 from dus_cli.writing.transfer import DEFAULT_JOBS, check_unchanged
 
 

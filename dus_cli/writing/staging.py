@@ -20,30 +20,15 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dus_cli.common.files import sync_file, writing
+from dus_cli.common.locks import holder
+from dus_cli.common.storage import Storage, ask, is_mount_point, known, not_removed, remove
 from dus_cli.errors import CheckpointError, OutputError, VerificationError, encodable, shown, shown_list
-from dus_cli.locks import holder
 from dus_cli.source import incomplete
 from dus_cli.source.reading import file_pieces
-from dus_cli.storage import Storage, ask, is_mount_point, known, not_removed, remove
 from dus_cli.writing import journal
-from dus_cli.writing.in_place import (
-    LAST,
-    WITHIN,
-    InPlace,
-    check_empty,
-    clear_left,
-    holds_something,
-    in_place_warning,
-)
-from dus_cli.writing.outputs import sync_file, writing
-from dus_cli.writing.replacing import (
-    Claim,
-    check_replaceable,
-    claim_model,
-    move_others,
-    others,
-    remove_claimed,
-)
+from dus_cli.writing.in_place import LAST, WITHIN, InPlace, check_empty, clear_left, holds_something, in_place_warning
+from dus_cli.writing.replacing import Claim, check_replaceable, claim_model, move_others, others, remove_claimed
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on

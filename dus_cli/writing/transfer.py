@@ -20,6 +20,8 @@ from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
+from dus_cli.common.files import CLEARED, sync_file
+from dus_cli.common.workers import PIECE, workers
 from dus_cli.errors import CheckpointError, OutputError, shown
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
@@ -28,9 +30,8 @@ from dus_cli.source.checkpoint import Shard, fingerprint
 from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import unreadable
 from dus_cli.source.strided import tensor_pieces
-from dus_cli.workers import PIECE, workers
 from dus_cli.writing.moves import Move, moves
-from dus_cli.writing.outputs import CLEARED, Outputs, Tally, create_shards, open_twice, sync_file
+from dus_cli.writing.outputs import Outputs, Tally, create_shards, open_twice
 
 # Four readers keep a disk busy; more changed nothing on two cores (docs/benchmarks.md).
 DEFAULT_JOBS = 4

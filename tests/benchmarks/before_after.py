@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks, write_pictures
+from dus_cli.pictures.files import write_pictures
+from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks
 
 _LEFT, _RIGHT, _TOP, _ROW = 216, 664, 92, 30
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import checkpoints
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import Base, MapRequest, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
 from dus_cli.source.headers import TensorInfo, read_header
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import Base, MapRequest, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
 
 SHAPES = [  # hidden, intermediate, key/value and vocabulary sizes; source shards

@@ -14,7 +14,8 @@ import argparse
 import re
 from pathlib import Path
 
-from dus_cli.release.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks, write_pictures
+from dus_cli.pictures.files import write_pictures
+from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 664, 64, 350
 

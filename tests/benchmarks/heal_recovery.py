@@ -26,7 +26,7 @@ import torch
 from heal_speed import HERE, run_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dus_cli.heal.curve import compare_curves
+from dus_cli.pictures.curves import compare_curves
 
 SEQUENCE = 512
 

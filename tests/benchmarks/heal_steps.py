@@ -16,11 +16,11 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from dus_cli.heal.devices import peak_memory_bytes
 from dus_cli.heal.run import read_run
-from dus_cli.heal.stopping import Signals
-from dus_cli.heal.team import gathered
-from dus_cli.heal.training import Training
+from dus_cli.heal.train.loop import Training
+from dus_cli.models.devices import peak_memory_bytes
+from dus_cli.models.stopping import Signals
+from dus_cli.models.team import gathered
 
 
 def main() -> None:

@@ -28,14 +28,15 @@ import torch
 from checkpoints import write_mistral
 from transformers import AutoModelForCausalLM
 
-from dus_cli.heal.options import Precision
-from dus_cli.heal.sample import Packed, read_sample
-from dus_cli.heal.tokenise import Tokeniser
+from dus_cli.common.reference import ModelRef
+from dus_cli.data.sample import Packed, read_sample
+from dus_cli.data.tokeniser import Tokeniser
 from dus_cli.maps.layers import largest_trim, source_layers
+from dus_cli.models.precision import Precision
 from dus_cli.probe.maps import Asked
-from dus_cli.probe.verb import Options, probe
+from dus_cli.probe.options import Options
+from dus_cli.probe.verb import probe
 from dus_cli.progress import NoProgress
-from dus_cli.reference import ModelRef
 
 SEQUENCE = 512
 

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, make_plan
-from dus_cli.reference import ModelRef
 from dus_cli.source.checkpoint import open_checkpoint
 
 Copy = Callable[[int, int, int, int, int], None]  # source, target, source position, position, length

@@ -21,7 +21,7 @@ from checkpoints import write_mistral
 from hub_server import StandInHub, StandInRepo, commit_of
 from upscale import Run, spawn
 
-from dus_cli.planning.plan import parse_size
+from dus_cli.common.units import parse_size
 
 
 def used(folder: Path) -> int:

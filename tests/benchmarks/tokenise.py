@@ -31,8 +31,8 @@ def make_corpus(data: Path, target: Path, size: int) -> None:
 
 
 def child(corpus: str, model: str, folder: str) -> None:
-    from dus_cli.heal.corpus import parse_sources
-    from dus_cli.heal.prepare import prepare
+    from dus_cli.data.shelf import prepare
+    from dus_cli.data.sources import parse_sources
 
     before, cpu_before = time.monotonic(), time.process_time()
     sources = parse_sources([corpus], Path(folder))

@@ -21,8 +21,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from dus_cli.data.streams import Prepared, Rows, RowsInOrder, heldout_rows
 from dus_cli.heal.run import Run, read_run
-from dus_cli.heal.tokens import Prepared, Rows, RowsInOrder, heldout_rows
 
 
 class _Rows(Dataset[dict[str, Any]]):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dus_cli.heal.gains import matrices_of_the_stream
+from dus_cli.heal.train.gains import matrices_of_the_stream
 
 
 def main() -> None:

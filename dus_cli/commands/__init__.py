@@ -1,0 +1,1 @@
+"""The command line of each verb: parse, call, print."""

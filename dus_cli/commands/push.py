@@ -1,0 +1,65 @@
+"""`dus push`: the typer command. Parses, calls, prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dus_cli.commands.options import (
+    AsJson,
+    Branch,
+    Private,
+    Quiet,
+    ShowProgress,
+    Token,
+    number,
+    path_parser,
+    progress_for,
+)
+from dus_cli.console.terminal import fitted
+from dus_cli.progress import ProgressMode
+from dus_cli.push.report import folder_push_json, push_text
+from dus_cli.push.target import Target
+from dus_cli.push.verb import preview_folder, send
+from dus_cli.writing.transfer import DEFAULT_JOBS
+
+
+def push_command(
+    output: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", parser=path_parser, help="The directory that dus upscale or dus heal wrote."),
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to push: org/name on the Hub.")],
+    private: Private = False,
+    branch: Branch = None,
+    token: Token = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
+    ] = DEFAULT_JOBS,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be pushed, and where; push nothing.")
+    ] = False,
+    progress: ShowProgress = ProgressMode.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Push a finished model to the Hub, once it is verified, and compare what the Hub then holds.
+
+    The same command again goes on with a push that was cut off, and leaves a finished one as it is.
+    """
+    target = Target.parse(repo, branch=branch, private=private, token=token)
+    says = not (quiet or as_json)
+    if dry_run:
+        report = preview_folder(output, target)
+    else:
+        with progress_for(progress, quiet=not says) as told:
+            report = send(output, target, jobs=jobs, progress=told)
+    if as_json:
+        print(json.dumps(folder_push_json(output, report)))
+    elif says:
+        print(fitted(push_text(report)))
+        for warning in report.warnings:
+            print(fitted(f"warning: {warning}"))

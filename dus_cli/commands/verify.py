@@ -1,0 +1,52 @@
+"""The command `dus verify`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from dus_cli import api
+from dus_cli.commands.options import (
+    AsJson,
+    Quiet,
+    ShowProgress,
+    Token,
+    number,
+    path_parser,
+    progress_for,
+)
+from dus_cli.console.terminal import fitted
+from dus_cli.progress import ProgressMode
+from dus_cli.writing.transfer import DEFAULT_JOBS
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="OUT", parser=path_parser, help="The directory to check.")],
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),
+    ] = None,
+    token: Token = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
+    ] = DEFAULT_JOBS,
+    progress: ShowProgress = ProgressMode.auto,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
+
+    Lists every problem it finds, and exits 1 if there is any.
+    """
+    says = not (quiet or as_json)
+    with progress_for(progress, quiet=not says) as told:
+        found = api.verify(model, base=base, token=token, jobs=jobs, progress=told)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    elif says or not found.is_sound:
+        print(fitted(found))
+    if not found.is_sound:
+        raise typer.Exit(1)

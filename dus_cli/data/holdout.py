@@ -1,0 +1,54 @@
+"""Which documents are held out of training."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from dus_cli.common.units import parse_share
+from dus_cli.errors import DataError, shown
+
+# --- which files -----------------------------------------------------------------------------------
+
+
+def parse_holdout(text: str) -> float:
+    """The share of documents to hold out, 0…0.5.
+
+    >>> parse_holdout("0.5%"), parse_holdout("0.005"), parse_holdout("0")
+    (0.005, 0.005, 0.0)
+
+    Raises:
+        DataError: not a share, or more than half.
+    """
+    try:
+        share = parse_share(text)
+    except ValueError:
+        share = 1.0
+    if share > 0.5:
+        raise DataError(f"{shown(text)} is no share of documents to hold out; give 0% to 50%, such as 0.5% or 0.005")
+    return share
+
+
+HASH_BITS = 64
+
+# The share of evaluation data that is held out.
+EVERYTHING = 1.0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a document goes, by the hash of its text: so that the split stays the same when data is added.
+
+    `share` of the documents is held out; those whose hash is in `left_out` go nowhere.
+    """
+
+    share: float
+    left_out: frozenset[int] = frozenset()
+
+    def holds_out(self, number: int) -> bool:
+        return number < int(self.share * 2**HASH_BITS)
+
+
+def text_hash(text: bytes) -> int:
+    """64 bits of a document's text."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=HASH_BITS // 8).digest(), "big")

@@ -1,0 +1,112 @@
+"""Which row of which source comes when: a pure function of the seed, computed row by row.
+
+Nothing is shuffled in memory and nothing is kept: the order of a billion rows costs nothing, any worker
+can ask for any row, and a run that is resumed with more or fewer workers goes on with the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+from dus_cli.errors import DataError
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 6
+# Below 2**4 values a Feistel network has too few bits to mix; it then walks through 16.
+_FEWEST_BITS = 4
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where a pseudo-random permutation of range(size) takes `index`. Time and memory do not grow with `size`.
+
+    A Feistel network is a permutation of 2**b values whatever its rounds compute; walking along its cycle
+    until the value is below `size` makes it one of range(size) (Black and Rogaway, Ciphers with arbitrary
+    finite domains, 2002). Fewer than two steps on average, where size is above 2**4.
+
+    >>> [permute(index, 10, key=1) for index in range(10)]
+    [0, 2, 4, 9, 1, 3, 6, 7, 5, 8]
+    """
+    assert 0 <= index < size <= 1 << 64
+    num_bits = max((size - 1).bit_length(), _FEWEST_BITS)
+    value = index
+    while True:
+        value = _encrypt(value, num_bits, key)
+        if value < size:
+            return value
+
+
+def _encrypt(value: int, num_bits: int, key: int) -> int:
+    low_bits = num_bits // 2
+    for number in range(_ROUNDS):
+        low = value & ((1 << low_bits) - 1)
+        high_bits = num_bits - low_bits
+        high = (value >> low_bits) ^ (_mix(low ^ _mix(key + number)) & ((1 << high_bits) - 1))
+        value = low << high_bits | high  # the halves change places
+        low_bits = high_bits
+    return value
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's output function (Steele, Lea and Flood, 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _key(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+class Order:
+    """The rows of several sources, in the order in which a run with this seed sees them.
+
+    Without weights an epoch is every row once. With weights an epoch has rows in these proportions, as
+    many as there are until the first source is used up; no row comes twice in an epoch, and in the next
+    one a source that was not used up goes on with its next rows.
+
+    Raises:
+        DataError: no rows at all, or a source with a weight has none.
+    """
+
+    def __init__(self, num_rows: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0) -> None:
+        if sum(num_rows) == 0 or (weights is not None and 0 in num_rows):
+            raise DataError("a source has too few tokens for one row; add data, or choose a smaller --seq-length")
+        self.num_rows = tuple(num_rows)
+        self.is_weighted = weights is not None
+        self.seed = seed
+        quotas = self.num_rows if weights is None else _quotas(self.num_rows, weights)
+        self._ends = tuple(accumulate(quotas))
+        self._quotas = quotas
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Source and row of the run's row `index` = 0, 1, …; epochs follow each other without an end."""
+        epoch, place = divmod(index, self.rows_per_epoch)
+        slot = permute(place, self.rows_per_epoch, _key(self.seed, "epoch", epoch))
+        source = bisect_right(self._ends, slot)
+        offset = slot - (self._ends[source] - self._quotas[source])
+        if not self.is_weighted:
+            return source, offset
+        # One permutation for all passes: an epoch that begins in one pass and ends in the next repeats no row.
+        pick = epoch * self._quotas[source] + offset
+        size = self.num_rows[source]
+        return source, permute(pick % size, size, _key(self.seed, "source", source))
+
+
+def _quotas(num_rows: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
+    """Rows of each source in an epoch.
+
+    >>> _quotas([100, 1000], [0.5, 0.5])
+    (100, 100)
+    >>> _quotas([70, 1000], [0.7, 0.3])
+    (70, 30)
+    """
+    scale = min(size / weight for size, weight in zip(num_rows, weights, strict=True))
+    return tuple(max(1, min(size, round(weight * scale))) for size, weight in zip(num_rows, weights, strict=True))

@@ -1,0 +1,395 @@
+"""Data, tokenised once: whoever asks first builds, the others wait, and the next run starts at once.
+
+Below `tokens/`:
+
+- `<key>/`: a part, see `tokenise`. A large file is one part; small files of a source share one, in order.
+  The key is a digest of all that its tokens depend on: content, tokenizer, field, and how it was split.
+- `sources.jsonl`: the SHA-256 of each file by path, size, time and inode, so that a second run need not read it.
+- `.lock`: held while parts are built (flock: the kernel releases it however the process ends).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dus_cli.common.files import writing
+from dus_cli.common.locks import holder, this_process
+from dus_cli.common.workers import PIECE
+from dus_cli.data.documents import BadLine, Reading
+from dus_cli.data.holdout import EVERYTHING, Split
+from dus_cli.data.sources import Source, Unread, kind_of
+from dus_cli.data.streams import Part, Prepared, PreparedSource
+from dus_cli.data.token_files import FORMAT, is_whole, token_dtype, write_part
+from dus_cli.data.tokeniser import Tokeniser, tokenizer_identity
+from dus_cli.errors import DataError, shown, shown_list
+from dus_cli.writing.replacing import remove_claimed
+from dus_cli.writing.staging import MARK, Staging
+
+# Source bytes of small files that share a part.
+_SHARED_PART = 64 << 20
+# Seconds between two looks at whether another run is done.
+_POLL = 0.25
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+def prepare(
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    tokenizer_folder: Path,
+    folder: Path,
+    *,
+    vocab_size: int,
+    text_field: str = "text",
+    on_bad_line: BadLine = BadLine.error,
+    holdout: float = 0.005,
+    special_tokens: bool = True,
+    wait: bool = True,
+    say: Callable[[str], object] = lambda _: None,
+    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
+) -> Prepared:
+    """Tokenise what is not there yet.
+
+    Where the share `holdout` holds no document it is doubled until it does, up to a half: the sets are
+    nested, so a document once held out stays so as long as the share is the same or larger. With
+    `eval_sources` their documents are held out, all of them, and left out of training.
+
+    Args:
+        sources: training data.
+        eval_sources: evaluation data, or none.
+        tokenizer_folder: a model's folder.
+        folder: `tokens/`, made if it is not there.
+        vocab_size: of the model; no id may reach it.
+        text_field: of a JSON object, or a parquet column.
+        on_bad_line: stop there, or count it.
+        holdout: the share of documents held out; not used with `eval_sources`.
+        special_tokens: whether documents have what the tokenizer puts around a text.
+        wait: for another run that builds; else that is an error.
+        say: told once what is waited for.
+        on_progress: told bytes done and bytes in all, where each file that is not yet known counts twice:
+            it is read for its digest, then for its text.
+
+    Raises:
+        DataError: no documents to train on; a file, the tokenizer or an id is not usable; another run is building.
+        OutputError: the disk is full, or failed.
+    """
+    if any(source.weight is not None for source in eval_sources):
+        raise DataError("evaluation data has no mixture; leave the weights of --eval-data out")
+    reading = Reading(text_field, on_bad_line)
+    shelf = _Shelf(folder, tokenizer_folder, vocab_size, reading, on_progress, special_tokens=special_tokens)
+    try:  # without the lock, for all is there but the first time
+        prepared = _assemble(shelf, sources, eval_sources, holdout)
+    except _MissingError:
+        with writing(folder.name):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, wait=wait, say=say), contextlib.closing(shelf):
+            shelf.start_building([path for source in (*sources, *eval_sources) for path in source.paths])
+            prepared = _assemble(shelf, sources, eval_sources, holdout)
+    return prepared
+
+
+def _assemble(shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[Source], holdout: float) -> Prepared:
+    eval_parts = shelf.parts(eval_sources, Split(EVERYTHING), "")
+    if eval_sources:
+        holdout = 0.0
+        if not any(meta["num_documents"]["heldout"] for _, meta in eval_parts):
+            raise DataError(f"{_names(eval_sources)} has no documents to evaluate on; choose other data")
+    split_by = [part.key for part, _ in eval_parts]
+
+    def split_at(share: float) -> list[list[tuple[Part, dict[str, Any]]]]:
+        split = Split(share, shelf.hashes(split_by))
+        return [shelf.parts([source], split, split_by) for source in sources]
+
+    groups = split_at(holdout)
+    metas = [meta for group in groups for _, meta in group]
+    if holdout and not any(meta["num_documents"]["heldout"] for meta in metas):
+        holdout = _share_that_holds_some(metas, holdout)
+        if holdout:
+            groups = split_at(holdout)
+            metas = [meta for group in groups for _, meta in group]
+    _check_there_is_training(metas, sources)
+    skipped: Counter[str] = Counter()
+    for meta in (*metas, *(meta for _, meta in eval_parts)):
+        skipped.update(meta["skipped"])
+    named = [
+        PreparedSource(source.text, source.weight, tuple(part for part, _ in group))
+        for source, group in zip(sources, groups, strict=True)
+    ]
+    keys = [[part.key for part in source.parts] for source in named]
+    return Prepared(
+        sources=tuple(named),
+        eval_parts=tuple(part for part, _ in eval_parts),
+        holdout=holdout,
+        dtype=metas[0]["dtype"],
+        eos=metas[0]["eos"],
+        before=tuple(metas[0]["before"]),
+        skipped=dict(sorted(skipped.items())),
+        content_key=_digest([keys, split_by]),
+        unread=sum((source.unread for source in (*sources, *eval_sources)), Unread()).to_json(),
+    )
+
+
+def _share_that_holds_some(metas: Sequence[dict[str, Any]], share: float) -> float:
+    """The share doubled until it holds a document but not all; 0 if there is no such one up to a half."""
+    lowest = min((meta["lowest_hash"] for meta in metas), default=0)
+    highest = max((meta["highest_hash"] for meta in metas), default=0)
+    while share < 0.5:
+        share = min(2 * share, 0.5)
+        if Split(share).holds_out(lowest):
+            return 0.0 if Split(share).holds_out(highest) else share
+    return 0.0
+
+
+def _check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[Source]) -> None:
+    if any(meta["num_documents"]["train"] for meta in metas):
+        return
+    num_held_out = sum(meta["num_documents"]["heldout"] for meta in metas)
+    left_out = Counter[str]()
+    for meta in metas:
+        left_out.update(meta["skipped"])
+    if num_held_out:
+        why = f"all {num_held_out} fall into the held-out set; lower --holdout, or name --eval-data"
+    elif left_out:
+        why = f"left out: {shown_list([f'{count} {reason}' for reason, count in left_out.items()])}; check the data"
+    else:
+        why = "the files are empty; choose others"
+    raise DataError(f"{_names(sources)} has no documents to train on: {why}")
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return shown_list([source.text for source in sources])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+class _MissingError(Exception):
+    """Something is to be built, and this shelf only looks."""
+
+
+class _Shelf:
+    """The parts that there are; once `start_building` was called, also those that there are not yet."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer_folder: Path,
+        vocab_size: int,
+        reading: Reading,
+        on_progress: Callable[[int, int], object],
+        *,
+        special_tokens: bool,
+    ) -> None:
+        self.special_tokens = special_tokens
+        self.folder, self.tokenizer_folder = folder, tokenizer_folder
+        self.vocab_size, self.reading = vocab_size, reading
+        self.identity = tokenizer_identity(tokenizer_folder)
+        self.digests = _Digests(folder / "sources.jsonl", self._advance)
+        self.tokeniser: Tokeniser | None = None
+        self.may_build = False
+        self._on_progress, self._done, self._total = on_progress, 0, 0
+
+    def start_building(self, paths: Sequence[Path]) -> None:
+        """Clear what killed runs left. Only under the lock."""
+        self.may_build = True
+        for left in self.folder.glob(".*.partial"):
+            remove_claimed(left, lambda name: name == MARK or _is_of_a_part(name))
+        self.digests.start_recording()
+        self._total = sum(_stamp(path)[0] for path in paths if not self.digests.knows(path))
+
+    def close(self) -> None:
+        self.digests.close()
+
+    def _advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._on_progress(self._done, self._total)
+
+    def parts(self, sources: Sequence[Source], split: Split, split_by: object) -> list[tuple[Part, dict[str, Any]]]:
+        """The parts of these sources and their meta.json. `split_by` is what names `split.left_out` in the key."""
+        if self.may_build:
+            self._total += sum(_stamp(path)[0] for source in sources for path in source.paths)
+        return [self._part(files, split, split_by) for source in sources for files in _groups(source.paths)]
+
+    def _part(self, files: Sequence[Path], split: Split, split_by: object) -> tuple[Part, dict[str, Any]]:
+        stamps = [_stamp(path) for path in files]
+        digests = [self.digests.get(path) for path in files]
+        # The same bytes may be .txt here and .jsonl there; more of the name is nothing to the tokens.
+        kinds = [kind_of(path.name) for path in files]
+        dtype = np.dtype(token_dtype(self.vocab_size)).name
+        way = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
+        key = _digest([FORMAT, digests, kinds, *way, split.share, split_by])
+        meta = self._stored(key)
+        if meta is None:
+            meta = self._build(key, files, split)
+            if stamps != [_stamp(path) for path in files]:
+                shutil.rmtree(self.folder / key)
+                raise DataError(f"{shown_list([p.name for p in files])} changed while it was read; start again")
+        elif self.may_build:
+            self._advance(sum(_stamp(path)[0] for path in files))
+        if max(meta["highest_id"], meta["eos"]) >= self.vocab_size:
+            self._load().check_ids(max(meta["highest_id"], meta["eos"]))
+        tokens, documents = meta["num_tokens"], meta["num_documents"]
+        part = Part(key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"])
+        return part, meta
+
+    def _stored(self, key: str) -> dict[str, Any] | None:
+        """The meta.json of a part that is there and whole."""
+        try:
+            meta: dict[str, Any] = json.loads((self.folder / key / "meta.json").read_bytes())
+            return meta if is_whole(self.folder / key, meta) else None
+        except (OSError, ValueError):
+            return None
+
+    def _build(self, key: str, files: Sequence[Path], split: Split) -> dict[str, Any]:
+        if not self.may_build:
+            raise _MissingError
+        tokeniser = self._load()
+        with Staging(self.folder / key, overwrite=True, claim=_is_of_a_part) as staging:  # for a damaged one
+            meta = write_part(staging.folder, files, self.reading, split, tokeniser, self._advance)
+            staging.publish()
+        return meta
+
+    def _load(self) -> Tokeniser:
+        if self.tokeniser is None:
+            self.tokeniser = Tokeniser(self.tokenizer_folder, self.vocab_size, special_tokens=self.special_tokens)
+        return self.tokeniser
+
+    def hashes(self, keys: Sequence[str]) -> frozenset[int]:
+        """Of all documents in parts of evaluation data. Not read where nothing is built."""
+        if not self.may_build:
+            return frozenset()
+        return frozenset(
+            number for key in keys for number in np.fromfile(self.folder / key / "hashes.bin", np.uint64).tolist()
+        )
+
+
+def _is_of_a_part(relative: str) -> bool:
+    return relative == "meta.json" or relative.partition(".")[0] in ("train", "heldout", "hashes")
+
+
+def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Neighbours that together stay below the size of a shared part; a larger file is alone."""
+    group: list[Path] = []
+    size = 0
+    for path in paths:
+        more = _stamp(path)[0]
+        if group and size + more > _SHARED_PART:
+            yield group
+            group, size = [], 0
+        group.append(path)
+        size += more
+    if group:
+        yield group
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to or replaced."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {shown(path)}: {error.strerror}; check the disk or the network") from error
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+class _Digests:
+    """SHA-256 by path, size, time and inode, in a file that only grows: a torn line is one that is not known."""
+
+    def __init__(self, path: Path, on_bytes: Callable[[int], object]) -> None:
+        self._path, self._on_bytes = path, on_bytes
+        self._file: int | None = None
+        self._load()
+
+    def _load(self) -> None:
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}
+        with contextlib.suppress(OSError):
+            for line in self._path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    record = json.loads(line)
+                    self._known[record["path"]] = (tuple(record["stamp"]), record["sha256"])
+
+    def start_recording(self) -> None:
+        self._load()  # the run that had the lock before us may have added some
+        with writing(self._path.name):
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+    def knows(self, path: Path) -> bool:
+        return self._known.get(str(path), (None,))[0] == _stamp(path)
+
+    def get(self, path: Path) -> str:
+        stamp = _stamp(path)
+        known, digest = self._known.get(str(path), (None, ""))
+        if known == stamp:
+            return digest
+        if self._file is None:
+            raise _MissingError
+        digest = self._read(path)
+        self._known[str(path)] = stamp, digest
+        record = json.dumps({"path": str(path), "stamp": stamp, "sha256": digest})
+        with writing(self._path.name):
+            os.write(self._file, f"\n{record}\n".encode())
+        return digest
+
+    def _read(self, path: Path) -> str:
+        digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while count := file.readinto(piece):
+                    digest.update(piece[:count])
+                    self._on_bytes(count)
+        except OSError as error:
+            raise DataError(f"cannot read {shown(path)}: {error.strerror}; check the disk or the network") from error
+        return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterator[None]:
+    """Build alone. Polled, because a blocking lock on a network file system may not see a dead owner's go."""
+    with writing(".lock"):
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        has_said = False
+        while not _try_lock(lock, folder, say):
+            owner = os.pread(lock, 300, 0).decode(errors="replace") or holder(lock)
+            if not wait:
+                raise DataError(f"another run is preparing the data in {shown(folder)} ({shown(owner)}); wait for it")
+            if not has_said:
+                say(f"waiting for another run to prepare the data in {shown(folder)} ({shown(owner)})")
+                has_said = True
+            time.sleep(_POLL)
+        with writing(".lock"):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, this_process().encode(), 0)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _try_lock(lock: int, folder: Path, say: Callable[[str], object]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise DataError(
+                f"cannot lock {shown(folder / '.lock')}: {error.strerror}; choose another folder"
+            ) from error
+        say(f"{shown(folder)} is on a file system without locks; start no second run until this one has its data")
+    return True

@@ -1,0 +1,481 @@
+"""The texts in a file, one at a time, by the kind of file that its name tells.
+
+- JSON (`.jsonl`, `.ndjson`, `.json`): an object a line, or one array of objects, or objects over several lines; the
+  content tells which. The text is in one of their fields.
+- `.csv`, `.tsv`: a row is a document, the text in the column that the first row names. RFC 4180, of which only the
+  comma is taken loosely: where the first row has the column with semicolons, tabs or bars, they separate.
+- `.txt`: cut at blank lines into pieces of at most 64 KiB, each a document.
+- `.parquet`, `.arrow`, `.feather`: a row is a document, the text in one of the columns. Of Arrow the file and
+  the stream format.
+
+Memory is the longest document, whatever the size of a file. Text is UTF-8; a byte order mark at the start of a file
+is dropped.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from enum import Enum
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dus_cli.data.containers import BUFFER, UnreadableError, check_is_text, import_library, opened
+from dus_cli.errors import shown, shown_list
+
+# A longer line or item is garbage: what a disk full of zeros or a binary file by a wrong name looks like.
+LONGEST_LINE = 64 << 20
+
+# A piece of a .txt file, in bytes.
+TEXT_PIECE = 64 << 10
+
+# What is looked at to tell what is in a file of JSON.
+_HEAD = 64 << 10
+
+_BOM = b"\xef\xbb\xbf"
+# Arrow's names of what can hold text; a column without a value is "null".
+_TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"}
+_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+# Rows of a table that are turned into texts at a time.
+_ROWS = 64
+
+
+class BadRecordError(Exception):
+    """A line, row or item without a text: the reason as it is counted, and in words."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+# Told what is counted (line, row or item), its number from 1, and what is wrong with it.
+OnBad = Callable[[str, int, BadRecordError], None]
+# Told how many bytes of the file were read.
+OnPosition = Callable[[int], None]
+
+
+def texts_in(path: Path, kind: str, text_field: str, on_bad: OnBad, on_position: OnPosition) -> Iterator[str]:
+    """The texts in a file of a kind, its suffix without a compression's: ".jsonl". White space alone is a text, too.
+
+    Raises:
+        UnreadableError: it cannot be read, ends too early, lacks the column.
+        OSError: the disk fails.
+    """
+    if kind in {".parquet", ".arrow", ".feather"}:
+        read = _parquet_texts if kind == ".parquet" else _arrow_texts
+        yield from read(path, text_field, on_bad, on_position)
+        return
+    head = head_of(path)
+    check_is_text(head)
+    with opened(path) as (raw, stream):
+        if kind in {".csv", ".tsv"}:
+            texts = _csv_texts(stream, "\t" if kind == ".tsv" else None, text_field, on_bad)
+        elif kind == ".txt":
+            texts = _txt_pieces(stream, on_bad)
+        elif (shape := _shape(head)) is _Shape.lines:
+            texts = _line_texts(stream, text_field, on_bad)
+        else:
+            texts = _value_texts(stream, shape, text_field, on_bad)
+        for text in texts:
+            on_position(raw.tell())
+            yield text
+
+
+def head_of(path: Path) -> bytes:
+    """What a file begins with, unpacked."""
+    with opened(path) as (_, stream):
+        return stream.read(_HEAD)
+
+
+def is_one_object_without(path: Path, text_field: str) -> bool:
+    """Whether a file of JSON is one object without this field: a description of data beside them, and no data.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    try:
+        with opened(path) as (_, stream):
+            first = list(islice(_Values(stream, is_array=False), 2))
+    except UnreadableError:
+        return False
+    return len(first) == 1 and isinstance(first[0], dict) and text_field not in first[0]
+
+
+# --- JSON ------------------------------------------------------------------------------------------
+
+
+class _Shape(Enum):
+    lines = "lines"
+    array = "array"
+    values = "values"
+
+
+def _shape(head: bytes) -> _Shape:
+    """What a file of JSON is, by its beginning: a line that goes on is not a value by itself."""
+    text = head.removeprefix(_BOM).lstrip()
+    line, newline, rest = text.partition(b"\n")
+    try:
+        written = line.decode(errors="replace").rstrip()
+        json.loads(written, parse_int=float)
+        goes_on = text.startswith(b"[") and not rest.strip()  # all of an array in one line
+    except json.JSONDecodeError as error:
+        goes_on = error.pos >= len(written) if newline else len(head) == _HEAD
+    except (ValueError, RecursionError):
+        goes_on = False
+    if goes_on and text.startswith(b"["):
+        return _Shape.array
+    return _Shape.values if goes_on and newline and text.startswith(b"{") else _Shape.lines
+
+
+def _line_texts(stream: BinaryIO, text_field: str, on_bad: OnBad) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        try:
+            if len(line) > LONGEST_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(BUFFER)
+                raise BadRecordError("too_long", f"longer than {LONGEST_LINE >> 20} MiB")
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                yield _text_of(_value(line), text_field)
+        except BadRecordError as problem:
+            on_bad("line", number, problem)
+
+
+def _value(line: bytes) -> object:
+    """The value in a line of JSON."""
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _not_utf8(error) from None
+    except json.JSONDecodeError as error:
+        raise BadRecordError("malformed_json", f"not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets a thousand deep
+        raise BadRecordError("malformed_json", "no JSON that can be read") from None
+
+
+def _value_texts(stream: BinaryIO, shape: _Shape, text_field: str, on_bad: OnBad) -> Iterator[str]:
+    for number, value in enumerate(_Values(stream, is_array=shape is _Shape.array), 1):
+        try:
+            yield _text_of(value, text_field)
+        except BadRecordError as problem:
+            on_bad("item", number, problem)
+
+
+class _Values:
+    """The items of a JSON array, or values one behind the other, decoded one at a time.
+
+    Raises:
+        UnreadableError: from the iteration, where no value can be read: what follows it cannot be told apart.
+    """
+
+    def __init__(self, stream: BinaryIO, *, is_array: bool) -> None:
+        self._stream, self._is_array = stream, is_array
+        # A bad byte is that of one item.
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        self._text, self._at, self._is_end = "", 0, False
+        self._lines_before = self._number = 0
+
+    def __iter__(self) -> Iterator[object]:
+        closing = "]" if self._is_array else ""
+        if self._is_array:
+            self._take("[")
+        if self._next() != closing:
+            yield self._value()
+        while self._next() != closing:
+            if self._is_array:
+                self._take(",")
+            yield self._value()
+        if self._is_array:
+            self._take("]")
+            if self._next():
+                raise self._no_json("something stands behind the array")
+
+    def _more(self) -> None:
+        """Twice the rest, so that a long item is scanned a few times only."""
+        rest = self._text[self._at :]
+        piece = self._stream.read(max(BUFFER, len(rest)))
+        self._lines_before += self._text.count("\n", 0, self._at)
+        self._text, self._at, self._is_end = rest + self._decode(piece, not piece), 0, not piece
+
+    def _next(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            match = _SPACE.match(self._text, self._at)
+            assert match is not None
+            self._at = match.end()
+            if self._at < len(self._text) or self._is_end:
+                return self._text[self._at : self._at + 1]
+            self._more()
+
+    def _take(self, expected: str) -> None:
+        if self._next() != expected:
+            raise self._no_json(f"no {expected} where one belongs")
+        self._at += 1
+
+    def _value(self) -> object:
+        self._number += 1
+        self._next()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._is_end:
+                    raise self._no_json(error.msg, error.pos) from None
+            except RecursionError:
+                raise self._no_json("brackets too deep") from None
+            else:
+                if end < len(self._text) or self._is_end:  # else a number may go on
+                    self._at = end
+                    return value
+            if len(self._text) - self._at > LONGEST_LINE:
+                raise self._no_json(f"longer than {LONGEST_LINE >> 20} MiB")
+            self._more()
+
+    def _no_json(self, why: str, at: int | None = None) -> UnreadableError:
+        line = self._lines_before + self._text.count("\n", 0, self._at if at is None else at) + 1
+        return UnreadableError(
+            f"its JSON breaks off at item {self._number or 1}, line {line} ({why}); mend it, or copy it again"
+        )
+
+
+# A number of any length is read: items cannot be left out where one is not.
+_DECODER = json.JSONDecoder(parse_int=float)
+
+
+def _text_of(record: object, text_field: str) -> str:
+    """The text in an object."""
+    if not isinstance(record, dict) or text_field not in record:
+        holds = f"an object with {shown_list(list(record)) or 'nothing'}" if isinstance(record, dict) else "no object"
+        raise BadRecordError("missing_field", f"no field {shown(text_field)} but {holds} (--text-field)")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise BadRecordError(
+            "not_a_string", f"the field {shown(text_field)} is no string but {shown(json.dumps(text))}"
+        )
+    return _encodable(text)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # of surrogateescape
+            detail = f"not UTF-8 (byte 0x{code - 0xDC00:02x}); convert it with iconv"
+        else:  # JSON can say half of a character: "\ud83d"
+            detail = f"{text[error.start]!a} is half of a character"
+        raise BadRecordError("invalid_utf8", detail) from None
+    return text
+
+
+def _not_utf8(error: UnicodeDecodeError) -> BadRecordError:
+    byte = error.object[error.start]
+    return BadRecordError("invalid_utf8", f"not UTF-8 (byte 0x{byte:02x} at {error.start}); convert it with iconv")
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+
+def _txt_pieces(stream: BinaryIO, on_bad: OnBad) -> Iterator[str]:
+    """Pieces that depend on what is in them alone, so that text added behind changes but the last."""
+    rest = stream.read(TEXT_PIECE + len(_BOM)).removeprefix(_BOM)
+    number = 1
+    while rest:
+        if len(rest) <= TEXT_PIECE:
+            rest += stream.read(2 * TEXT_PIECE)
+        piece = rest[: _piece_end(rest)]
+        rest = rest[len(piece) :]
+        try:
+            yield piece.decode()
+        except UnicodeDecodeError:
+            yield "".join(_good_lines(piece, number, on_bad))
+        number += piece.count(b"\n")
+
+
+def _piece_end(text: bytes) -> int:
+    """Behind the last blank line of the first 64 KiB; without one in their second half a line's end; else anywhere."""
+    if len(text) <= TEXT_PIECE:
+        return len(text)
+    blank_lines = list(_BLANK_LINE.finditer(text, TEXT_PIECE // 2, TEXT_PIECE))
+    if blank_lines:
+        return blank_lines[-1].end()
+    line_end = text.rfind(b"\n", 0, TEXT_PIECE) + 1
+    if line_end:
+        return line_end
+    end = TEXT_PIECE
+    while end > TEXT_PIECE - 3 and text[end] & 0xC0 == 0x80:  # within a character
+        end -= 1
+    return end
+
+
+def _good_lines(piece: bytes, first: int, on_bad: OnBad) -> Iterator[str]:
+    for number, line in enumerate(io.BytesIO(piece), first):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            on_bad("line", number, _not_utf8(error))
+
+
+# --- tables ----------------------------------------------------------------------------------------
+
+
+def _csv_texts(stream: BinaryIO, delimiter: str | None, text_field: str, on_bad: OnBad) -> Iterator[str]:
+    """A delimiter of None is told by the first row. Rows are counted behind it, from 1."""
+    with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
+        lines = _csv_lines(text)
+        first = next(lines, "")
+        csv.field_size_limit(LONGEST_LINE)
+        rows = csv.reader(chain([first], lines), delimiter=delimiter or _delimiter(first, text_field), strict=True)
+        column: int | None = None
+        width = number = 0
+        for row in _csv_rows(rows):
+            if column is None:
+                if isinstance(row, csv.Error):
+                    raise UnreadableError(f"its first row is no CSV ({row}); mend it")
+                if text_field not in row:
+                    raise _no_column(row, text_field)
+                column, width = row.index(text_field), len(row)
+                continue
+            number += 1
+            try:
+                if isinstance(row, csv.Error):
+                    raise BadRecordError("malformed_csv", f"no CSV ({row})")
+                if len(row) != width:
+                    raise BadRecordError("malformed_csv", f"{len(row)} fields where the first row names {width}")
+                yield _encodable(row[column])
+            except BadRecordError as problem:
+                on_bad("row", number, problem)
+
+
+def _csv_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """Lines with their ends, as csv wants them."""
+    number = 0
+    while line := text.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise UnreadableError(f"its line {number} is longer than {LONGEST_LINE >> 20} MiB; mend it")
+        yield line
+
+
+def _csv_rows(rows: Any) -> Iterator[list[str] | csv.Error]:
+    """Rows of a csv.reader, or what is wrong with a row of one line. Blank lines are none."""
+    while True:
+        line = rows.line_num
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            if rows.line_num > line + 1:  # nobody knows where it ends
+                raise UnreadableError(f"its row on line {line + 1} is no CSV ({error}); mend it") from None
+            yield error
+            continue
+        if row is None:
+            return
+        if row:
+            yield row
+
+
+def _delimiter(line: str, text_field: str) -> str:
+    """What separates columns so that one of them is the text's; a comma where none does."""
+    for delimiter in ",;\t|":
+        if text_field in next(csv.reader([line], delimiter=delimiter), []):
+            return delimiter
+    return ","
+
+
+def _no_column(names: list[str], text_field: str) -> UnreadableError:
+    return UnreadableError(
+        f"it has no column {shown(text_field)} but {shown_list(names) or 'none'}; choose with --text-field, or leave"
+        " the file out"
+    )
+
+
+def _parquet_texts(path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition) -> Iterator[str]:
+    arrow, parquet = import_library("pyarrow", ".parquet"), import_library("pyarrow.parquet", ".parquet")
+    _check_is_no_pointer(path)
+    size, number = path.stat().st_size, 0
+    try:
+        # Pages as they come: otherwise a row group, which may be gigabytes, is read at once.
+        with parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                raise _no_column(names, text_field)
+            num_rows = file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field], use_threads=False):
+                yield from _column_texts(arrow, batch.column(0), number, text_field, on_bad)
+                number += len(batch)
+                on_position(size * number // max(num_rows, 1))
+    except arrow.ArrowException as error:
+        raise UnreadableError(f"{shown(error)}; copy or download it again") from error
+
+
+def _arrow_texts(path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition) -> Iterator[str]:
+    """Of the file format (Feather 2 is one) or the stream format; the content tells which."""
+    arrow, ipc = import_library("pyarrow", path.suffix), import_library("pyarrow.ipc", path.suffix)
+    head = _check_is_no_pointer(path)
+    if head.startswith(b"FEA1"):
+        raise UnreadableError("it is of Feather's first version; write it anew with pyarrow.feather.write_feather")
+    number = 0
+    try:
+        with arrow.memory_map(str(path)) as source:
+            is_file = head.startswith(b"ARROW1")
+            with ipc.open_file(source) if is_file else ipc.open_stream(source) as reader:
+                names = reader.schema.names
+                if text_field not in names:
+                    raise _no_column(names, text_field)
+                for batch in _batches(reader) if is_file else reader:
+                    column = batch.column(names.index(text_field))
+                    column.validate()
+                    for start in range(0, len(column), _ROWS):
+                        yield from _column_texts(
+                            arrow, column[start : start + _ROWS], number + start, text_field, on_bad
+                        )
+                    number += len(batch)
+                    on_position(source.tell())
+    except arrow.ArrowException as error:
+        raise UnreadableError(f"{shown(error)}; copy or download it again") from error
+
+
+def _batches(reader: Any) -> Iterator[Any]:
+    for index in range(reader.num_record_batches):
+        yield reader.get_batch(index)
+
+
+def _check_is_no_pointer(path: Path) -> bytes:
+    """Hold that a file is not what Git LFS leaves in its place; what it begins with."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version "):
+        check_is_text(head)
+    return head
+
+
+def _column_texts(arrow: Any, column: Any, number: int, text_field: str, on_bad: OnBad) -> Iterator[str]:
+    """The texts of some rows, of which `number` came before. Undecoded bytes: a bad one would fail all of them."""
+    if arrow.types.is_dictionary(column.type):
+        column.validate(full=True)
+        column = column.dictionary_decode()
+    if str(column.type) not in _TEXT_TYPES:
+        raise UnreadableError(f"the column is no text but {shown(column.type)}; choose another with --text-field")
+    name = str(column.type)
+    if name.endswith(("string", "string_view")):
+        column = column.view(name.replace("string", "binary"))
+    column.validate(full=True)  # of a damaged file it may point outside of memory
+    for row, value in enumerate(column.to_pylist(), number + 1):
+        try:
+            if value is None:
+                raise BadRecordError("missing_field", f"nothing in the column {shown(text_field)}")
+            yield value.decode()
+        except UnicodeDecodeError as error:
+            on_bad("row", row, _not_utf8(error))
+        except BadRecordError as problem:
+            on_bad("row", row, problem)

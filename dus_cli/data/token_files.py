@@ -1,0 +1,227 @@
+"""Text to token files: the model's own tokenizer, in parallel, in memory that does not grow with the text.
+
+A part is a folder:
+
+- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, one document behind the other. A document begins with
+  what the model's tokenizer puts before a text, and ends with what it puts behind one and with one end-of-text.
+- `train.idx`, `heldout.idx`: uint64, where each document ends, in tokens.
+- `hashes.bin`: uint64, the hash of each document where all are held out (evaluation data); else empty.
+- `meta.json`: counts, and what the files must measure.
+
+While one batch is tokenised (by the tokenizer's own threads, without Python's lock) a thread reads the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dus_cli.common.files import sync_file, writing
+from dus_cli.data.documents import Reading, Tally, documents
+from dus_cli.data.holdout import EVERYTHING, HASH_BITS, Split, text_hash
+from dus_cli.data.tokeniser import Tokeniser, pieces_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+FORMAT = 2
+
+# Bytes of text tokenised at a time: enough for every core, and the tokenizer needs some 40 times as much.
+_BATCH = min(os.cpu_count() or 1, 16) << 20
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
+    """The smallest type that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+@dataclass
+class Summary:
+    """What building a part found. `lowest_hash` and `highest_hash` are of the documents that were not left out."""
+
+    skipped: dict[str, int] = field(default_factory=dict)
+    highest_id: int = 0
+    lowest_hash: int = 2**HASH_BITS
+    highest_hash: int = -1
+
+
+class _Piece(NamedTuple):
+    """A document or a piece of one: whether it is held out, and whether the document begins and ends with it."""
+
+    text: str
+    is_held_out: bool
+    is_first: bool
+    is_last: bool
+
+
+class _Batch(NamedTuple):
+    pieces: list[_Piece]
+    num_source_bytes: int
+
+
+def write_part(
+    folder: Path,
+    files: Sequence[Path],
+    reading: Reading,
+    split: Split,
+    tokeniser: Tokeniser,
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Tokenise files into an empty folder, down to the disk; return what meta.json says.
+
+    Args:
+        folder: where.
+        files: read in this order.
+        reading: how documents are found.
+        split: which of them are held out, or left out.
+        tokeniser: the model's.
+        on_bytes: told how many bytes of the files were done, again and again.
+
+    Raises:
+        DataError: a file cannot be read, or an id is beyond the model's vocabulary.
+        OutputError: writing failed.
+    """
+    summary = Summary()
+    hashes = array("Q")
+    dtype = token_dtype(tokeniser.vocab_size)
+    with ExitStack() as closing:
+        train = closing.enter_context(_TokenFile(folder, "train", dtype))
+        heldout = closing.enter_context(_TokenFile(folder, "heldout", dtype))
+        for batch in _read_ahead(_batches(files, reading, split, summary, hashes)):
+            encoded = tokeniser.encode([piece.text for piece in batch.pieces])
+            for piece, ids in zip(batch.pieces, encoded, strict=True):
+                target = heldout if piece.is_held_out else train
+                if piece.is_first:
+                    target.add(tokeniser.before)
+                target.add(ids)
+                if piece.is_last:
+                    target.add(tokeniser.ending)
+                    target.end_document()
+            for target in (train, heldout):
+                summary.highest_id = max(summary.highest_id, target.highest_id)
+                tokeniser.check_ids(target.highest_id)
+                target.flush()
+            on_bytes(batch.num_source_bytes)
+    with writing("hashes.bin"):
+        (folder / "hashes.bin").write_bytes(hashes.tobytes())
+    meta = {
+        "format": FORMAT,
+        "dtype": np.dtype(dtype).name,
+        "eos": tokeniser.eos,
+        "before": tokeniser.before,
+        "num_tokens": {"train": train.num_tokens, "heldout": heldout.num_tokens},
+        "num_documents": {"train": train.num_documents, "heldout": heldout.num_documents},
+        "num_hashes": len(hashes),
+        **vars(summary),
+    }
+    with writing("meta.json"):
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for path in folder.iterdir():
+        sync_file(path)
+    return meta
+
+
+def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
+    """Whether the files of a part measure what its meta.json says."""
+    try:
+        size = np.dtype(meta["dtype"]).itemsize
+        return (folder / "hashes.bin").stat().st_size == meta["num_hashes"] * 8 and all(
+            (folder / f"{name}.bin").stat().st_size == meta["num_tokens"][name] * size
+            and (folder / f"{name}.idx").stat().st_size == meta["num_documents"][name] * 8
+            for name in ("train", "heldout")
+        )
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+def _read_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same batches, the next one read while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = pool.submit(next, batches, None)
+            yield batch
+
+
+def _batches(
+    files: Sequence[Path], reading: Reading, split: Split, summary: Summary, hashes: array[int]
+) -> Iterator[_Batch]:
+    pieces: list[_Piece] = []
+    num_bytes = position = 0
+    for file in files:
+        tally = Tally(skipped=summary.skipped)
+        start, size = position, file.stat().st_size
+        for text in documents(file, reading.text_field, reading.on_bad_line, tally):
+            encoded = text.encode()
+            number = text_hash(encoded)
+            if number in split.left_out:
+                tally.skip("in_eval_data")
+                continue
+            if split.share == EVERYTHING:
+                hashes.append(number)
+            summary.lowest_hash = min(summary.lowest_hash, number)
+            summary.highest_hash = max(summary.highest_hash, number)
+            is_first = True
+            for piece, is_last in pieces_of(text):
+                pieces.append(_Piece(piece, split.holds_out(number), is_first, is_last))
+                is_first = False
+                num_bytes += len(encoded) * len(piece) // len(text)
+                if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
+                    reached = start + min(tally.position, size)
+                    yield _Batch(pieces, reached - position)
+                    pieces, num_bytes, position = [], 0, reached
+        yield _Batch(pieces, start + size - position)
+        pieces, num_bytes, position = [], 0, start + size
+
+
+class _TokenFile:
+    """NAME.bin and NAME.idx, written a batch at a time."""
+
+    def __init__(self, folder: Path, name: str, dtype: type[np.uint16 | np.uint32]) -> None:
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._ids, self._ends = array("I"), array("Q")
+        self.num_tokens = self.num_documents = 0
+
+    def __enter__(self) -> Self:
+        with writing(f"{self._name}.bin"):
+            self._bin = open(self._folder / f"{self._name}.bin", "xb", buffering=0)
+            self._idx = open(self._folder / f"{self._name}.idx", "xb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bin.close()
+        self._idx.close()
+
+    def add(self, ids: Sequence[int]) -> None:
+        self._ids.extend(ids)
+        self.num_tokens += len(ids)
+
+    def end_document(self) -> None:
+        self._ends.append(self.num_tokens)
+        self.num_documents += 1
+
+    @property
+    def highest_id(self) -> int:
+        """Of the ids not yet written."""
+        return int(np.frombuffer(self._ids, np.uint32).max(initial=0))
+
+    def flush(self) -> None:
+        ids = np.frombuffer(self._ids, np.uint32).astype(self._dtype)
+        with writing(f"{self._name}.bin"):
+            _write_all(self._bin, ids.data.cast("B") if len(ids) else b"")
+            _write_all(self._idx, memoryview(self._ends).cast("B"))
+        self._ids, self._ends = array("I"), array("Q")
+
+
+def _write_all(file: Any, content: memoryview | bytes) -> None:
+    while len(content):
+        content = content[file.write(content) :]

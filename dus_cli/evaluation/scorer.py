@@ -1,0 +1,168 @@
+"""A model of transformers that says what each token of a batch costs it, in nats."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from dus_cli.data.streams import IGNORED
+from dus_cli.errors import EvaluationError, HealError, reason_of, shown, shown_list
+from dus_cli.evaluation.windows import Window
+from dus_cli.models.decoder import Decoder
+from dus_cli.models.losses import Head, cross_entropies, token_losses
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Nats by which the losses by way of hidden states may differ from the model's own: both are of the same products.
+_TOLERANCE = 0.01
+
+# In the RuntimeError of torch's allocator for the CPU.
+_NO_MEMORY = ("allocate memory", "not enough memory")
+
+
+def quiet_libraries() -> None:
+    """Their bars and advice would come between ours; what matters in them is an error here."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch|transformers")
+
+
+def device_of(name: str) -> torch.device:
+    """The device by this name; "auto" is the accelerator where there is one, else the CPU.
+
+    Raises:
+        EvaluationError: there is no such device here.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise EvaluationError(f"--device {shown(name)}: {reason_of(error)}; give auto, cpu or cuda:0") from error
+    return device
+
+
+def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
+    """A causal language model with all its weights, for inference. No code of the checkpoint's is run.
+
+    Raises:
+        EvaluationError: transformers cannot load it, or would make up weights that the files lack.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_DTYPES[precision],
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise EvaluationError(f"transformers cannot load {shown(name)}: {reason_of(error)}") from error
+    missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if missing:
+        raise EvaluationError(
+            f"{shown(name)}: transformers finds no weights for {shown_list(sorted(missing))} and would make them up; "
+            "dus verify tells what the files hold"
+        )
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+class Scorer:
+    """Losses of a loaded model, token by token, without the logits of a whole batch where its structure is known.
+
+    Each window stands behind the ids `before`. Where the structure is not known (an output embedding that is none,
+    logits that are changed in an unknown way) they are taken from the logits.
+    """
+
+    def __init__(self, model: Any, num_layers: int, before: Sequence[int]) -> None:
+        self.device: torch.device = model.device
+        self._model, self._before = model, tuple(before)
+        self._decoder: Decoder | None = None
+        try:
+            self._decoder = Decoder(model, num_layers)
+        except (HealError, AttributeError, NotImplementedError):
+            return
+        self._check_decoder()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    def losses(self, batch: Sequence[Window]) -> list[float]:
+        """Of each window the sum over its scored tokens, in nats.
+
+        Rows are padded behind their end, where no token of a causal model looks.
+        """
+        longest = max(len(window.ids) for window in batch) + len(self._before) - 1
+        labels = torch.full((len(batch), longest), IGNORED)  # (windows, longest)
+        inputs = torch.zeros_like(labels)
+        for row, window in enumerate(batch):
+            ids = torch.tensor([*self._before, *window.ids])
+            length = len(ids) - 1
+            inputs[row, :length] = ids[:-1]
+            labels[row, length - window.num_scored : length] = ids[len(ids) - window.num_scored :]
+        inputs, labels = inputs.to(self.device), labels.to(self.device)
+        each = self._token_losses(inputs, labels).cpu().double()  # MPS has no float64
+        rows = (labels != IGNORED).nonzero()[:, 0].cpu()
+        sums: list[float] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, each).tolist()
+        return sums
+
+    @contextmanager
+    def only(self, layers: Sequence[int]) -> Iterator[None]:
+        """Score with these layers alone: the base inside an up-scaled model."""
+        if self._decoder is None:
+            raise EvaluationError(
+                f"model_type {self._model.config.model_type!r} is not known well enough to run its base alone; "
+                "give the base itself as a MODEL"
+            )
+        with self._decoder.only(layers):
+            yield
+
+    @torch.no_grad()
+    def _token_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Of the labelled positions of inputs and labels (rows, length), in order: (tokens,)."""
+        counted = labels != IGNORED
+        if self._decoder is not None:
+            hidden = self._decoder.hidden(inputs)[counted]  # (tokens, width)
+            return token_losses(hidden, self._decoder.output, labels[counted], self._decoder.head)
+        logits = self._model(input_ids=inputs, use_cache=False).logits[counted]
+        return cross_entropies(logits, labels[counted], Head())
+
+    def _check_decoder(self) -> None:
+        """Hold our way to the losses against the model's own logits, on a few tokens; without it where they differ."""
+        ids = torch.arange(1, 33, device=self.device)[None] % self.vocab_size
+        ours = self._token_losses(ids[:, :-1], ids[:, 1:])
+        decoder, self._decoder = self._decoder, None
+        theirs = self._token_losses(ids[:, :-1], ids[:, 1:])
+        difference = float((ours - theirs).abs().max())
+        if difference <= _TOLERANCE or math.isnan(difference):
+            self._decoder = decoder
+
+
+@contextmanager
+def out_of_memory(name: str) -> Iterator[None]:
+    """Turn what an allocator says into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a bare RuntimeError
+        known = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, known) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise EvaluationError(
+            f"out of memory while {shown(name)} was evaluated; lower --batch-tokens or --seq-length, or --device cpu"
+        ) from error

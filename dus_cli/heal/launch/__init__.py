@@ -1,0 +1,1 @@
+"""From options to run.json, and torchrun started on it."""

@@ -1,0 +1,165 @@
+"""What a healing has to say at its end, and its dry run before it: for a person and as JSON."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__
+from dus_cli.common.storage import free_bytes
+from dus_cli.common.units import human_bytes, human_time
+from dus_cli.data.sources import Unread
+from dus_cli.heal import estimate
+from dus_cli.heal.launch.plan import REFERENCE_GPU, TYPICAL_MFU, plan_lines, plan_of
+from dus_cli.heal.launch.resolve import Wishes
+from dus_cli.heal.run import (
+    REPORT,
+    SCHEMA,
+    Run,
+)
+from dus_cli.maps.shape import Shape, flops_per_token, pretraining_flops
+
+
+def heal_text(report: dict[str, Any]) -> str:
+    """The closing summary."""
+    base, scaled, loss = report["base_loss"], report["scaled_loss"], report["loss"]
+    rows = [
+        ("held-out", f"{loss:.4f}" + ("" if base is None else f" (base {base:.4f}, right after scaling {scaled:.4f})")),
+        *_measured_row(report),
+        ("tokens", f"{report['tokens']:,} in {report['steps']:,} steps"),
+        ("cost", f"{report['flops']:.3g} FLOPs, {human_time(report['seconds'])}"),
+    ]
+    if report["tokens_per_second"] is not None:
+        memory = human_bytes(report["peak_memory_bytes"])
+        rows.append(("speed", f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {memory} a worker"))
+    if report["skipped_steps"]:
+        rows.append(("skipped", f"{report['skipped_steps']} steps with a loss or gradient out of bounds"))
+    if report["skipped_lines"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["skipped_lines"].items())
+        rows.append(("left out", reasons))
+    rows += _unread_row(report)
+    lines = [f"{label:<13}{value}" for label, value in rows]
+    output = shlex.quote(report["output"])
+    if report["status"] == "unchanged":
+        lines.append(f"{output} is finished already, with these options; nothing was done.")
+    elif base is None:
+        lines.append(f"Wrote {output}. No base stands in this model to compare it with.")
+    elif report["tokens_to_base"] == 0:
+        lines.append(f"Wrote {output}. It was no worse than its base to begin with.")
+    elif report["reached_base"]:
+        lines.append(
+            f"Wrote {output}. It reached its base after {report['tokens_to_base']:,} tokens, "
+            f"{report['fraction_of_pretraining']:.2g} of pretraining."
+        )
+    else:
+        lines.append(f"Wrote {output}. It has not reached its base yet: give it more tokens (--tokens, --until base).")
+    return "\n".join(lines)
+
+
+def _measured_row(report: dict[str, Any]) -> list[tuple[str, str]]:
+    if "heldout_documents" not in report:  # of an older dus
+        return []
+    return [("", f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents")]
+
+
+def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:
+    unread = report.get("unread_files") or {"count": 0, "names": []}  # no report of an older dus has them
+    found = Unread(unread["count"], tuple(unread["names"]))
+    return [("not read", str(found))] if found.count else []
+
+
+def command_json(command: list[str], wishes: Wishes) -> dict[str, Any]:
+    """The report of `--print-command --json`; docs/layout.md describes each field."""
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": str(wishes.model.resolve()),
+        "output": str(wishes.output.resolve()),
+        "command": command,
+    }
+
+
+def dry_run_json(run: Run, shape: Shape, wishes: Wishes) -> dict[str, Any]:
+    """The report of a dry run; docs/layout.md describes each field."""
+    plan = plan_of(run, shape, wishes.launch)
+    flops = plan["tokens"] * flops_per_token(shape, run.seq_length)
+    per_device = TYPICAL_MFU * estimate.PEAK_FLOPS[REFERENCE_GPU] / flops_per_token(shape, run.seq_length)
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "dry_run": True,
+        "model": run.model,
+        "output": run.output,
+        "num_parameters": run.num_parameters,
+        "num_layers": run.num_layers,
+        "base_layers": None if run.base is None else list(run.base.layers),
+        "skipped_lines": run.data["skipped"],
+        "unread_files": run.data["unread"],
+        "seq_length": run.seq_length,
+        "tokens_per_step": run.tokens_per_step,
+        "flops": flops,
+        "fraction_of_pretraining": flops / pretraining_flops(shape, run.seq_length),
+        "disk": _disk(run, shape, wishes),
+        "h100_tokens_per_second": round(per_device, 1),
+        "h100_hours": round(plan["tokens"] / per_device / 3600, 4),
+        **plan,
+    }
+
+
+def dry_run_text(run: Run, shape: Shape, wishes: Wishes) -> str:
+    """The same for a person."""
+    report = dry_run_json(run, shape, wishes)
+    memory = report["memory_per_device"]
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "total" and size)
+    recipe, disk = run.recipe, report["disk"]
+    free = "" if disk["free"] is None else f", {human_bytes(disk['free'])} free"
+    checkpoint, written = human_bytes(disk["checkpoint"]), human_bytes(disk["model"])
+    speed = f"{report['h100_tokens_per_second']:,.0f} tokens/s a {REFERENCE_GPU} at {TYPICAL_MFU:.0%} MFU"
+    gpus = f"{speed}, {report['h100_hours']:,.3g} GPU hours"
+    rows = [
+        ("model", f"{run.num_parameters:,} parameters, {run.num_layers} layers"),
+        ("base", "its layers stand in the model" if run.base else "none in this model"),
+        *_unread_row(report),
+        ("budget", f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens: {report['tokens']:,} tokens"),
+        (
+            "recipe",
+            f"lr {recipe.lr:g} {recipe.schedule}, warm-up {recipe.warmup_steps}, decay {recipe.decay_steps} steps",
+        ),
+        ("cost", f"{report['flops']:.3g} FLOPs, {report['fraction_of_pretraining']:.2g} of pretraining"),
+        ("", gpus),
+        ("memory", parts),
+        ("disk", f"{human_bytes(disk['total'])} at most{free}"),
+        ("", f"{disk['num_checkpoints']} checkpoints of {checkpoint}, the model {written}"),
+    ]
+    lines = [f"{label:<13}{value}" for label, value in rows]
+    done = f"Dry run: nothing was written to {shlex.quote(run.output)}."
+    return "\n".join([*lines, *plan_lines(report), done])
+
+
+def _disk(run: Run, shape: Shape, wishes: Wishes) -> dict[str, int | None]:
+    """Bytes that the run takes at most at a time, token files aside: those kept, the one being written, the model."""
+    phases = [phase.layers for phase in run.recipe.phases]
+    learning = {layer for layers in phases if layers is not None for layer in layers}
+    checkpoint = estimate.checkpoint_bytes(
+        shape,
+        num_learning_layers=run.num_layers if None in phases else len(learning),
+        weight_bytes=2 if run.fit.precision == "bf16" else 4,
+        has_fp32_masters=run.fit.master_weights == "fp32",
+    )
+    model = sum(path.stat().st_size for path in Path(run.model).glob("*.safetensors"))
+    number = run.keeping.keep + 1
+    return {
+        "total": number * checkpoint + model,
+        "num_checkpoints": number,
+        "checkpoint": checkpoint,
+        "model": model,
+        "free": free_bytes(wishes.output.resolve().parent),
+    }
+
+
+def read_report(folder: Path, model: Path) -> dict[str, Any]:
+    """report.json of a folder, with the places that it keeps to itself."""
+    report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return report | {"model": str(model), "output": str(folder)}

@@ -1,0 +1,342 @@
+"""From what was asked to a `Run` with every number filled in, or one line that says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dus_cli import __version__
+from dus_cli.common.bounds import check_fields
+from dus_cli.errors import HealError, UsageError, described, shown
+from dus_cli.heal import run as run_file
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
+from dus_cli.heal.run import FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
+from dus_cli.maps.model_config import decoder_config
+from dus_cli.release import lineage
+from dus_cli.release.within import BasePlan, recorded_base, recorded_map
+from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
+from dus_cli.source.reading import open_regular, reading
+
+_LONGEST_SEQUENCE = 4096
+
+_SMALL_BATCH, _LARGE_BATCH, _LARGE_MODEL = 512, 262_144, 1_000_000_000
+
+# Held-out measurements in a run where no interval was given, and the fewest, where each would else be too thin.
+_EVALS, _FEWEST_EVALS = 20, 5
+
+# Held-out tokens of a measurement where none were asked for: the most, and with less it is better to measure seldom.
+_EVAL_TOKENS, _THIN_EVAL_TOKENS = 250_000, 16_384
+
+# Of a run's time, what measurements may take where nothing was asked for.
+_EVAL_SHARE = 0.1
+
+# The time of a forward pass, in steps of as many tokens: forward and twice as much backward, or where few layers
+# learn little more than a backward pass through them.
+_FORWARD_SHARE, _FORWARD_SHARE_OF_FEW = 1 / 3, 2 / 3
+
+# At the start two are measured, the base and the scaled model.
+_AT_START = 2
+
+# Of a shard, how many bytes after its header go into the model's digest: the header has names and sizes.
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """All that was typed, in groups."""
+
+    model: Path
+    output: Path
+    data: DataOptions
+    budget: Budget = field(default_factory=Budget)
+    recipe: Recipe = field(default_factory=Recipe)
+    fit: Fit = field(default_factory=Fit)
+    launch: Launch = field(default_factory=Launch)
+    keeping: Keeping = field(default_factory=Keeping)
+
+    def to_json(self) -> dict[str, Any]:
+        """The options that make a run what it is, for run.json: how it is launched is another matter."""
+        groups = {name: getattr(self, name) for name in ("data", "budget", "recipe", "fit", "keeping")}
+        return {
+            f"{name}.{key}": value
+            for name, group in groups.items()
+            for key, value in json.loads(json.dumps(dataclasses.asdict(group))).items()
+        }
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model to heal: its checkpoint, where its base stands in it, its seams.
+
+    `new_layers` are the output layers that are none of the base's own: () where dus.json tells of none.
+    """
+
+    checkpoint: Checkpoint
+    num_layers: int
+    max_length: int | None
+    vocab_size: int
+    base: BasePlan | None
+    seams: tuple[tuple[int, int], ...]
+    new_layers: tuple[int, ...]
+
+
+def open_model(folder: Path) -> Model:
+    """A model's directory, with what its dus.json says about the base.
+
+    Raises:
+        DusError: not a checkpoint of a decoder.
+    """
+    if not folder.is_dir():
+        raise HealError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.is_pickled:
+        raise HealError(
+            f"{shown(folder)} holds pickled weights, and dus heal writes back the safetensors that it was given; "
+            "deepen it with dus upscale, which writes them, or load it in transformers and save_pretrained it"
+        )
+    decoder = decoder_config(checkpoint.config)
+    fields = decoder.fields
+    record = lineage.read_lineage(folder)
+    layer_map = recorded_map(record, decoder.num_layers)
+    length = fields.get("max_position_embeddings") or fields.get("n_positions")
+    return Model(
+        checkpoint,
+        decoder.num_layers,
+        length if isinstance(length, int) else None,
+        _vocab_size(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0),
+        recorded_base(record, layer_map),
+        () if layer_map is None else tuple(seam.output_layers for seam in layer_map.seams),
+        () if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
+    )
+
+
+def _vocab_size(said: object) -> int:
+    if not isinstance(said, int):
+        raise HealError(f"config.json: vocab_size is {described(said)}, not a number of tokens")
+    return said
+
+
+def model_key(checkpoint: Checkpoint) -> str:
+    """A digest by which a resumed run knows its model: config, headers, and a sample of each shard's data."""
+    digest = hashlib.sha256(checkpoint.config_sha256.encode())
+    for shard in checkpoint.shards:
+        digest.update(f"{shard.name} {shard.header.end}".encode())
+        with reading(shard.name), open_regular(shard.path) as file:
+            digest.update(file.read(shard.header.data_start + _SAMPLE))
+    return digest.hexdigest()
+
+
+def ties_embeddings(checkpoint: Checkpoint) -> bool:
+    """Whether the output embedding is the input's: then the file has no tensor for it."""
+    return not any(tensor.name.endswith(("lm_head.weight", "embed_out.weight")) for _, tensor in checkpoint.tensors())
+
+
+def check_wishes(wishes: Wishes, model: Model) -> None:
+    """What needs no data to be refused.
+
+    Raises:
+        UsageError: a number outside of its bounds, or rates at which nothing learns.
+        HealError: options that do not go together, or do not go with this model.
+    """
+    for options in (wishes.data, wishes.budget, wishes.recipe, wishes.fit, wishes.launch, wishes.keeping):
+        check_fields(options)
+    if wishes.recipe.lr == 0 and wishes.recipe.gain_lr == 0:
+        raise UsageError("--lr 0 and --gain-lr 0: nothing would learn; raise one of them")
+    given = [name for name in ("tokens", "steps", "epochs") if getattr(wishes.budget, name) is not None]
+    if len(given) > 1:
+        raise HealError(f"--{given[0]} and --{given[1]} both give the budget; leave one out")
+    needs = {
+        "--until base": wishes.budget.until is not None,
+        "--distill": wishes.recipe.distill is not None and wishes.recipe.distill.weight > 0,
+    }
+    for option, is_asked in needs.items():
+        if is_asked and model.base is None:
+            raise HealError(
+                f"{option} needs the base inside the model, and {shown(wishes.model)} has no {lineage.NAME} that tells "
+                "its layers (or it was healed before); give one that dus upscale wrote, or leave the option out"
+            )
+    if any(phase.train == "new" for phase in wishes.recipe.phases) and not model.new_layers:
+        raise HealError(f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of; use --train all")
+    if any(phase.train.startswith("seam") for phase in wishes.recipe.phases) and not model.seams:
+        raise HealError(f"{shown(wishes.model)} has no seam that {lineage.NAME} tells of; use --train all")
+    unbounded = [phase for phase in wishes.recipe.phases[:-1] if phase.length is None]
+    if unbounded:
+        raise HealError(f"--phase {unbounded[0].train} is not the last one and needs a length, such as ,tokens=1M")
+    length = wishes.data.seq_length
+    if length is not None and model.max_length is not None and length > model.max_length:
+        raise HealError(f"--seq-length {length} is more than the model's {model.max_length} positions; choose less")
+
+
+def seq_length(wishes: Wishes, model: Model) -> int:
+    """Tokens of a row: as asked, or min(4096, the model's)."""
+    return wishes.data.seq_length or min(_LONGEST_SEQUENCE, model.max_length or _LONGEST_SEQUENCE)
+
+
+def rows_per_step(wishes: Wishes, model: Model) -> int:
+    """Rows of a step: `--batch-tokens` in whole rows.
+
+    Raises:
+        HealError: less than a row.
+    """
+    length = seq_length(wishes, model)
+    tokens = wishes.recipe.batch_tokens
+    if tokens is None:
+        return max(1, default_batch_tokens(model) // length)
+    if tokens < length:
+        raise HealError(f"--batch-tokens {tokens} is less than one row of {length} tokens; see --seq-length")
+    return tokens // length
+
+
+def default_batch_tokens(model: Model) -> int:
+    """Tokens of a step where none were asked for: few for a small model, which heals in the fewest tokens so.
+
+    docs/healing.md measures that. From a billion parameters on it is what keeps many devices busy, unmeasured.
+    """
+    return _SMALL_BATCH if model.checkpoint.num_parameters < _LARGE_MODEL else _LARGE_BATCH
+
+
+def make_run(wishes: Wishes, model: Model, data: dict[str, Any], rows_per_epoch: int) -> Run:
+    """Everything resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its rows at this sequence length.
+
+    Raises:
+        HealError: less data than one step, or phases longer than the run.
+    """
+    length, rows = seq_length(wishes, model), rows_per_step(wishes, model)
+    if rows_per_epoch < rows:
+        raise HealError(
+            f"the data has {rows_per_epoch} rows of {length} tokens and a step takes {rows}; "
+            "give more text, or a smaller --batch-tokens or --seq-length"
+        )
+    steps = _num_steps(wishes.budget, length * rows, rows_per_epoch / rows)
+    recipe = _recipe(wishes.recipe, model, steps, length * rows)
+    every, most = _measuring(wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data))
+    return Run(
+        schema=run_file.SCHEMA,
+        version=__version__,
+        model=str(wishes.model.resolve()),
+        model_key=model_key(model.checkpoint),
+        output=str(wishes.output.resolve()),
+        options=wishes.to_json(),
+        num_layers=model.num_layers,
+        num_parameters=model.checkpoint.num_parameters,
+        base=model.base,
+        data=data,
+        seq_length=length,
+        document_mask=wishes.data.document_mask,
+        rows_per_step=rows,
+        num_steps=steps,
+        until=wishes.budget.until.value if wishes.budget.until else None,
+        recipe=recipe,
+        fit=_fit(wishes.fit, wishes.launch),
+        keeping=_keeping(wishes.keeping, every, max(most, length)),
+        epochs=steps * rows / rows_per_epoch,
+    )
+
+
+def _num_steps(budget: Budget, tokens_per_step: int, steps_per_epoch: float) -> int:
+    if budget.tokens is not None:
+        return -(-budget.tokens // tokens_per_step)
+    if budget.steps is not None:
+        return budget.steps
+    epochs = 1.0 if budget.epochs is None else budget.epochs
+    return max(1, int(epochs * steps_per_epoch))
+
+
+def _recipe(recipe: Recipe, model: Model, steps: int, tokens_per_step: int) -> RecipePlan:
+    distill = recipe.distill
+    until = steps
+    if distill is not None and distill.until is not None:
+        until = distill.until.in_steps(steps, tokens_per_step)
+    return RecipePlan(
+        lr=recipe.lr,
+        gain_lr=recipe.gain_lr,
+        schedule=recipe.schedule.value,
+        warmup_steps=recipe.warmup.in_steps(steps, tokens_per_step),
+        decay_steps=recipe.decay.in_steps(steps, tokens_per_step),
+        weight_decay=recipe.weight_decay,
+        betas=recipe.betas,
+        grad_clip=recipe.grad_clip,
+        seed=recipe.seed,
+        phases=_phases(recipe.phases, model, steps, tokens_per_step),
+        distill_weight=distill.weight if distill is not None else 0.0,
+        distill_steps=until,
+        max_skipped=recipe.max_skipped,
+    )
+
+
+def _phases(phases: Sequence[Phase], model: Model, steps: int, tokens_per_step: int) -> tuple[PhasePlan, ...]:
+    plans: list[PhasePlan] = []
+    start = 0
+    for phase in phases:
+        if start >= steps:
+            raise HealError(f"--phase {phase.train} would begin after the run's {steps} steps; shorten those before it")
+        plans.append(PhasePlan(start, _layers(phase.train, model)))
+        length = phase.length or Span(share=1.0)
+        start += length.in_steps(steps, tokens_per_step)
+    return tuple(plans)
+
+
+def _layers(train: str, model: Model) -> tuple[int, ...] | None:
+    """Output layers that learn: None for the whole model, embeddings and norm included."""
+    if train == "all":
+        return None
+    if train == "new":
+        return model.new_layers
+    reach = int(train.removeprefix("seam:"))
+    near = {layer for _, above in model.seams for layer in range(above - reach, above + reach)}
+    return tuple(sorted(near & set(range(model.num_layers))))
+
+
+def _fit(fit: Fit, launch: Launch) -> FitPlan:
+    sharding = fit.sharding.value
+    if sharding == "auto":
+        sharding = "hsdp" if launch.nnodes > 1 else "fsdp"
+    return FitPlan(
+        micro_batch_rows=fit.micro_batch,
+        precision=fit.precision.on().value,
+        master_weights=fit.master_weights.value,
+        activation_checkpointing=fit.activation_checkpointing.value,
+        compile=fit.compile,
+        sharding=sharding,
+        offload=fit.offload,
+    )
+
+
+def _measuring(
+    keeping: Keeping, recipe: RecipePlan, steps: int, tokens_per_step: int, num_heldout: int
+) -> tuple[int, int]:
+    """Steps between two measurements, and held-out tokens of each.
+
+    Where no tokens were asked for, all measurements together take at most a tenth of the run's time: by counting
+    what a forward pass costs beside a step, so that a run that goes on, and any number of workers, measures the same.
+    """
+    if keeping.eval_tokens is not None:
+        return keeping.eval_every or max(1, steps // _EVALS), keeping.eval_tokens
+    learns_all = all(phase.layers is None for phase in recipe.phases)
+    cost = _FORWARD_SHARE if learns_all else _FORWARD_SHARE_OF_FEW
+    total = int(_EVAL_SHARE / (1 - _EVAL_SHARE) * steps * tokens_per_step / cost)
+    worth = max(1, min(_THIN_EVAL_TOKENS, num_heldout))
+    wanted = min(_EVALS, max(_FEWEST_EVALS, total // worth - _AT_START))
+    every = keeping.eval_every or -(-steps // wanted)
+    return every, min(_EVAL_TOKENS, total // (-(-steps // every) + _AT_START))
+
+
+def _num_heldout_tokens(data: dict[str, Any]) -> int:
+    parts = [*data["eval_parts"], *(part for source in data["sources"] for part in source["parts"])]
+    return sum(part["num_heldout_tokens"] for part in parts)
+
+
+def _keeping(keeping: Keeping, eval_every: int, eval_tokens: int) -> KeepingPlan:
+    return KeepingPlan(
+        eval_every=eval_every,
+        eval_tokens=eval_tokens,
+        save_every_steps=keeping.save_every.steps,
+        save_every_seconds=keeping.save_every.seconds,
+        keep=keeping.keep,
+        track=keeping.track.value,
+    )

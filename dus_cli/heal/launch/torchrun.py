@@ -1,0 +1,239 @@
+"""torchrun: its command line, its process and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dus_cli.common.storage import free_bytes
+from dus_cli.errors import HealError, OutputError, StoppedError, shown
+from dus_cli.heal import checkpoints_folder as folders
+from dus_cli.heal.launch.plan import num_processes
+from dus_cli.heal.launch.report import read_report
+from dus_cli.heal.options import Launch
+from dus_cli.heal.run import FAILURE, REPORT, Run
+from dus_cli.heal.run import NAME as RUN_NAME
+from dus_cli.heal.watch.follower import MetricsFollower
+from dus_cli.heal.watch.views import View
+
+LOGS = "logs"
+
+# Seconds that workers have to save a checkpoint after a signal, before torchrun kills them.
+_PATIENCE = 600
+
+# Seconds for a connection of this machine to itself.
+_LOOPBACK_PATIENCE = 5.0
+
+_POLL = 0.2
+
+# Exit codes of workers that somebody else told to stop; torchrun's is 0.
+_STOPPED = {0: signal.SIGTERM} | {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT)}
+
+# With less free than this a disk is full: a failure or a log line may find no place.
+_NO_ROOM = 1 << 16
+
+
+@dataclass
+class _Relay:
+    """Signals that came while torchrun ran."""
+
+    signum: int | None = None
+    count: int = field(default=0)
+
+    def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        self.signum = signum
+        self.count += 1
+
+
+# --- torchrun -------------------------------------------------------------------------------------
+
+
+def workers_command(launch: Launch, run_path: Path) -> list[str]:
+    """The exact line that starts the workers of one node. It needs nothing but run.json.
+
+    One worker in all needs no torchrun, which opens a port even then.
+    """
+    worker = ["-m", "dus_cli.heal.worker", str(run_path)]
+    if _is_alone(launch):
+        return [sys.executable, *worker]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes(launch)}"]
+    if launch.nnodes == 1:
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    else:
+        command += [
+            f"--nnodes={launch.nnodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={launch.rdzv_endpoint}",
+            f"--rdzv-id={run_path.parent.name}",
+        ]
+    command += [
+        f"--max-restarts={launch.max_restarts}",
+        f"--log-dir={run_path.parent / LOGS / str(launch.node_rank)}",
+        "--redirects=3",
+    ]
+    return command + worker
+
+
+def _is_alone(launch: Launch) -> bool:
+    """Whether there is one worker in all."""
+    return launch.nnodes == 1 and num_processes(launch) == 1
+
+
+def check_loopback() -> None:
+    """Hold that the workers of this machine can talk to each other; torchrun would try for minutes.
+
+    Raises:
+        HealError: they cannot.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), _LOOPBACK_PATIENCE).close()
+    except OSError as error:
+        raise HealError(
+            f"several workers talk over this machine's loopback interface, and 127.0.0.1 cannot be used "
+            f"({error.strerror or error}); bring it up (ip link set lo up), or give --nproc-per-node 1"
+        ) from None
+
+
+def run_torchrun(run: Run, launch: Launch, view: View) -> tuple[int, int | None]:
+    """Run the workers to their end: the exit code, and the signal that came meanwhile."""
+    logs = run.folder / LOGS / str(launch.node_rank)
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    if launch.node_rank == 0:
+        (run.folder / FAILURE).unlink(missing_ok=True)
+    follower = MetricsFollower(run.metrics_path)
+    with _relayed() as relay:
+        if not _is_alone(launch):  # torchrun starts workers again by itself
+            return _start(run, launch, logs, view, follower, relay), relay.signum
+        before = None
+        for attempt in range(launch.max_restarts + 1):
+            own = logs / f"attempt_{attempt}"
+            own.mkdir()
+            code = _start(run, launch, own, view, follower, relay)
+            is_stopped = code in (128 + signal.SIGTERM, 128 + signal.SIGINT) or relay.count > 0
+            if code == 0 or is_stopped or (run.folder / FAILURE).is_file():
+                break
+            died = (_last_words(own), _size(run.metrics_path), folders.newest(run.checkpoints_folder))
+            if died == before:  # nothing was gained by another start
+                break
+            before = died
+    return code, relay.signum
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _start(run: Run, launch: Launch, logs: Path, view: View, follower: MetricsFollower, relay: _Relay) -> int:
+    """Start torchrun, or the one worker, and follow it to its end; its exit code."""
+    view.status("loading the model")
+    name = "stderr.log" if _is_alone(launch) else "torchrun.log"  # the workers of which have logs of their own
+    with (logs / name).open("wb") as log:
+        process = subprocess.Popen(
+            workers_command(launch, run.folder / RUN_NAME),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=_environment(launch),
+            start_new_session=True,  # Ctrl-C reaches the launcher, which lets the workers save
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (no thread of ours runs)
+        )
+        told = 0
+        while process.poll() is None:
+            if relay.count > told:
+                view.status("saving a checkpoint" if relay.count == 1 else "ending at once")
+                os.killpg(process.pid, signal.SIGKILL) if relay.count > 1 else process.terminate()
+                told = relay.count
+            view.update(follower)
+            time.sleep(_POLL)
+        view.update(follower)
+    return process.returncode
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    import torch
+
+    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE), "PYTHONUNBUFFERED": "1"}
+    if _is_alone(launch):  # whatever a job's own launcher has set
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment.pop("TORCHELASTIC_RUN_ID", None)
+    if torch.accelerator.is_available():
+        return environment
+    # torchrun gives each of several workers one thread; on a CPU they share the cores instead.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes(launch))))
+    # glibc gives each activation back to the kernel and faults it in anew: half the speed (docs/healing.md).
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
+    return environment
+
+
+def _die_with_parent() -> None:
+    """In the child before exec: a launcher that is killed takes its workers along, and they save."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def _relayed() -> Iterator[_Relay]:
+    relay = _Relay()
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = [(signum, signal.signal(signum, relay)) for signum in signals]
+    try:
+        yield relay
+    finally:
+        for signum, handler in before:
+            signal.signal(signum, handler)
+
+
+def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
+    """The report of a finished run, or the reason why there is none."""
+    if (run.folder / REPORT).is_file():
+        return read_report(run.folder, Path(run.model))
+    failure = run.folder / FAILURE
+    if failure.is_file():
+        raise HealError(json.loads(failure.read_text(encoding="utf-8"))["error"])
+    signum = signum or _STOPPED.get(code)
+    if signum is not None:
+        step = folders.newest(run.checkpoints_folder)
+        where = (
+            "before the first checkpoint; the same command starts again"
+            if step is None
+            else f"with a checkpoint at step {step}; the same command goes on from there"
+        )
+        raise StoppedError(
+            f"ended by {signal.Signals(signum).name} {where}",
+            signum,
+        )
+    free = free_bytes(run.folder)
+    if free is not None and free < _NO_ROOM:  # then nobody could leave a word
+        raise OutputError(folders.disk_failure(run.checkpoints_folder, os.strerror(errno.ENOSPC)))
+    words = _last_words(run.folder / LOGS)
+    raise HealError(
+        f"a worker died{f' ({shown(words)})' if words else ', killed from outside or out of memory'}; "
+        f"{shown(run.folder / LOGS)} has what it said; the same command goes on from the last checkpoint"
+    )
+
+
+def _last_words(logs: Path) -> str:
+    """The last line of the newest worker's log that says something."""
+    for path in sorted(logs.rglob("stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        said = [line for line in lines if line]
+        if said:
+            return said[-1]
+    return ""

@@ -1,0 +1,271 @@
+"""The end of a run: the healed model in the run's place, whole, with its proof.
+
+Each tensor is gathered from the workers by itself and written where the source has it: same shards, same
+order, same dtype. Memory does not grow with the model. What did not learn is copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dus_cli import __version__
+from dus_cli.common.files import sync_file, writing
+from dus_cli.common.reports import public
+from dus_cli.common.workers import PIECE
+from dus_cli.data.streams import Prepared
+from dus_cli.errors import VerificationError
+from dus_cli.heal import run as run_file
+from dus_cli.heal.launch.plan import data_record
+from dus_cli.heal.metrics import read_metrics
+from dus_cli.heal.proof.card import healed_card
+from dus_cli.heal.train.optimizer import Optimizer, local
+from dus_cli.heal.train.origin import STORED_DTYPES, not_written_back, parameter_names, read_elements
+from dus_cli.maps.shape import flops_per_token, pretraining_flops, shape_of
+from dus_cli.pictures.curves import loss_curve
+from dus_cli.pictures.layer_map import PICTURES
+from dus_cli.planning.plan import dump_json
+from dus_cli.release import lineage
+from dus_cli.source.belonging import carried_files
+from dus_cli.source.checkpoint import Checkpoint, Shard, open_checkpoint
+from dus_cli.source.headers import TensorInfo
+from dus_cli.source.reading import open_regular, reading
+from dus_cli.verification.verb import verify
+from dus_cli.writing.staging import Staging, staged_files
+
+if TYPE_CHECKING:
+    from dus_cli.heal.run import Run
+    from dus_cli.heal.train.state import TrainState
+    from dus_cli.models.decoder import Decoder
+    from dus_cli.models.stopping import Brake
+    from dus_cli.models.team import Team
+
+# The pictures that the card shows, for a light and a dark page.
+CURVES = {"healing-light.svg": False, "healing-dark.svg": True}
+
+
+class Publication:
+    """Made before training starts, so that a model that could not be written back is refused then."""
+
+    def __init__(self, run: Run, student: Decoder, team: Team) -> None:
+        self._run, self._team = run, team
+        self._source = open_checkpoint(Path(run.model))
+        self._names = parameter_names(self._source, student)
+        self._check_values(student)
+        self._student = student
+        self._places = {self._names[t.name]: (shard, t) for shard, t in self._source.tensors() if t.name in self._names}
+        config = dict(student.inner.config.to_dict())
+        self.shape = shape_of(config, self._source.num_parameters, run.num_layers)
+        self.flops_per_token = flops_per_token(self.shape, run.seq_length)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the healed model will take on the disk."""
+        return sum(tensor.num_bytes for _, tensor in self._source.tensors())
+
+    def _check_values(self, student: Decoder) -> None:
+        """Hold that what transformers loaded is what the file holds, so that it can be written back as it is.
+
+        Raises:
+            HealError: a tensor was converted while it was loaded.
+        """
+        for shard, tensor in self._source.tensors():
+            name = self._names.get(tensor.name)
+            if name is None:
+                continue
+            parameter = student.parameters[name]
+            if tuple(parameter.shape) != tensor.shape:
+                raise not_written_back(student, tensor.name)
+            part = local(parameter.detach())
+            if self._team.is_first and part.numel():  # the first worker's part starts where the tensor does
+                count = min(part.numel(), 256)
+                stored = read_elements(shard, tensor, count).to(part.dtype)
+                if not torch.equal(stored, part.flatten()[:count].cpu()):
+                    raise not_written_back(student, tensor.name)
+
+    def stored(self, name: str) -> Tensor | None:
+        """A worker's part of a parameter, in fp32 from the file, where bf16 would lose some of it.
+
+        Parts are whole rows, as FSDP splits them, so they lie in one piece.
+        """
+        shard, tensor = self._places[name]
+        parameter = self._student.parameters[name]
+        if STORED_DTYPES[tensor.dtype] == torch.bfloat16:
+            return None
+        shape, offset = tuple(parameter.shape), 0
+        if isinstance(parameter, DTensor):
+            shape, offsets = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            offset = offsets[0] if offsets else 0
+        row = tensor.num_elements // max(1, tensor.shape[0]) if tensor.shape else 1
+        count = torch.Size(shape).numel()
+        return read_elements(shard, tensor, count, offset * row).float().reshape(shape)
+
+    def publish(self, optimizer: Optimizer, progress: TrainState, peak: float, peak_source: str, brake: Brake) -> None:
+        """Write everything beside the run's folder, verify it, and let the two change places.
+
+        Raises:
+            StopRequested: by a signal, before they have.
+        """
+        run = self._run
+        if not self._team.is_first:
+            for _, tensor in self._source.tensors():
+                brake.check()
+                self._gather(tensor, optimizer)
+            self._team.wait()
+            return
+        with Staging(run.folder, overwrite=True, claim=run_file.is_of_a_run) as staging:
+            for name, path in carried_files(self._source.folder).files:
+                staging.copy_file(name, path)
+            for name in _unchanged(self._source):
+                staging.copy_file(name, self._source.folder / name)
+            if self._source.warnings and self._source.index_name is not None:
+                staging.write_text(self._source.index_name, _index(self._source))
+            for shard in self._source.shards:
+                self._write_shard(staging.folder / shard.name, shard, optimizer, brake)
+            rows = read_metrics(run.metrics_path)
+            report = self._report(progress, rows, peak, peak_source)
+            self._write_proof(staging, report, rows)
+            found = verify(staging.folder)
+            if not found.is_sound:
+                raise VerificationError(f"the healed model does not verify: {found.problems[0]}; nothing was published")
+            staging.publish()
+        self._team.wait()
+
+    def _write_shard(self, path: Path, shard: Shard, optimizer: Optimizer, brake: Brake) -> None:
+        left = "the checkpoints are kept, and the same command writes it again"
+        with writing(shard.name, left), ExitStack() as closing:
+            with reading(shard.name):
+                source = closing.enter_context(open_regular(shard.path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as target:
+                _copy(source, target, 0, shard.header.data_start)
+                for tensor in shard.header.tensors:
+                    brake.check()
+                    value = self._gather(tensor, optimizer)
+                    if value is None:
+                        _copy(source, target, tensor.start, tensor.num_bytes)
+                    else:
+                        target.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+        sync_file(path)
+
+    def _gather(self, tensor: TensorInfo, optimizer: Optimizer) -> Tensor | None:
+        """A tensor as it was trained, in the source's dtype, on the first worker's CPU; None where it was not."""
+        name = self._names.get(tensor.name)
+        value = optimizer.trained(name) if name is not None else None
+        if value is None:
+            return None
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole.to(STORED_DTYPES[tensor.dtype]).cpu() if self._team.is_first else None
+
+    # --- the proof --------------------------------------------------------------------------------
+
+    def _report(
+        self, progress: TrainState, rows: list[dict[str, Any]], peak: float, peak_source: str
+    ) -> dict[str, Any]:
+        """report.json; docs/layout.md describes each field."""
+        run = self._run
+        rows = [row for row in rows if row["step"]]
+        tokens = progress.step * run.tokens_per_step
+        reached = None if progress.reached_at is None else progress.reached_at * run.tokens_per_step
+        flops = tokens * self.flops_per_token
+        pretraining = pretraining_flops(self.shape, run.seq_length)
+        flops_to_base = None if reached is None else reached * self.flops_per_token
+        data = Prepared.from_json(run.data)
+        speeds = sorted(row["tokens_per_second"] for row in rows)
+        return {
+            "schema": run_file.SCHEMA,
+            "version": __version__,
+            "status": "healed" if reached is not None else "trained",
+            "model": run.model,
+            "output": run.output,
+            "base_loss": progress.base_loss,
+            "scaled_loss": progress.scaled_loss,
+            "loss": progress.eval_loss,
+            "reached_base": None if progress.base_loss is None else reached is not None,
+            "tokens_to_base": reached,
+            "tokens": tokens,
+            "steps": progress.step,
+            "skipped_steps": progress.skipped,
+            "num_parameters": self._source.num_parameters,
+            "num_workers": self._team.size,
+            "flops": flops,
+            "flops_to_base": flops_to_base,
+            "fraction_of_pretraining": None if flops_to_base is None else flops_to_base / pretraining,
+            "seconds": round(progress.seconds, 1),
+            "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+            "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
+            "peak_flops": peak,
+            "peak_flops_source": peak_source,
+            **data_record(run, data, run.epochs * progress.step / run.num_steps),
+            "skipped_lines": data.skipped,
+            "unread_files": data.unread,
+        }
+
+    def _write_proof(self, staging: Staging, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        run = self._run
+        staging.copy_file(run.metrics_path.name, run.metrics_path)
+        staging.write_text(run_file.NAME, dump_json(public(asdict(run))))
+        if (run.folder / "tensorboard").is_dir():
+            shutil.copytree(run.folder / "tensorboard", staging.folder / "tensorboard")
+        title = f"Healing {Path(run.output).name}"
+        for name, dark in CURVES.items():
+            staging.write_text(name, loss_curve(rows, base_loss=report["base_loss"], title=title, dark=dark))
+        staging.write_text(run_file.REPORT, dump_json(public(report)))
+        card = self._source.folder / "README.md"
+        with reading(card.name):
+            text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        staging.write_text("README.md", healed_card(text, report, Path(run.output).name))
+        record = self._lineage(report) | {"files": list(staged_files(staging.folder))}
+        staging.write_text(lineage.NAME, dump_json(record))
+
+    def _lineage(self, report: dict[str, Any]) -> dict[str, Any]:
+        """dus.json of the source with this healing appended. It has no times and no output path."""
+        run = self._run
+        record = lineage.read_lineage(self._source.folder) or {"schema": lineage.SCHEMA, "dus_version": __version__}
+        healing = {
+            "dus_version": __version__,
+            "model_key": run.model_key,
+            "data": run.data["content_key"],
+            "seq_length": run.seq_length,
+            "tokens_per_step": run.tokens_per_step,
+            "steps": report["steps"],
+            "tokens": report["tokens"],
+            "recipe": asdict(run.recipe),
+            **{key: report[key] for key in ("base_loss", "scaled_loss", "loss", "tokens_to_base")},
+        }
+        return record | {"healing": [*record.get("healing", []), healing]}
+
+
+def _index(source: Checkpoint) -> str:
+    """An index of what the shards hold, in the place of one that says otherwise."""
+    weight_map = {tensor.name: shard.name for shard, tensor in source.tensors()}
+    metadata = {"total_size": source.num_bytes, "total_parameters": source.num_parameters}
+    return dump_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _unchanged(source: Checkpoint) -> Iterator[str]:
+    """Files of the source that stay as they are and that an upscale would write anew."""
+    index = [] if source.index_name is None or source.warnings else [source.index_name]
+    for name in ("config.json", *index, *PICTURES):
+        if (source.folder / name).is_file():
+            yield name
+
+
+def _copy(source: BinaryIO, target: BinaryIO, start: int, size: int) -> None:
+    source.seek(start)
+    while size:
+        with reading(Path(source.name).name):
+            piece = source.read(min(size, PIECE))
+        target.write(piece)
+        size -= len(piece)

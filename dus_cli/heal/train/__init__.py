@@ -1,0 +1,1 @@
+"""What a worker does: the training loop and its parts."""

@@ -1,0 +1,232 @@
+"""Checkpoints of a run: saved by torch.distributed.checkpoint in the background, complete or invisible.
+
+`checkpoints/step-00000120/` holds the optimizer's tensors, split over the workers that wrote them, and
+`state.json`. It is written under another name, synced, and renamed by the first worker when every worker is
+done. A run with another number of workers can read it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from dus_cli.common.storage import free_bytes, sync
+from dus_cli.common.units import human_bytes
+from dus_cli.errors import HealError, OutputError, shown
+from dus_cli.heal import checkpoints_folder as folders
+from dus_cli.models.team import Team
+
+_STATE = "state.json"
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@dataclass
+class _Pending:
+    future: Future[Any]
+    partial: Path
+    final: Path
+    num_bytes: int
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is called by every worker, in the same order."""
+
+    def __init__(self, folder: Path, team: Team, keep: int) -> None:
+        self._folder = folder
+        self._team = team
+        self._keep = keep
+        self._in_background = team.device.type != "cpu"
+        self._pending: _Pending | None = None
+        self._saved: int | None = None
+        self._lock = -1
+        if team.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = folders.lock(folder)
+            for left in folder.glob(".step-*"):
+                shutil.rmtree(left)
+        team.wait()
+
+    def newest(self) -> int | None:
+        """The step of the newest complete checkpoint, as the first worker sees it."""
+        steps = folders.complete(self._folder) if self._team.is_first else []
+        newest = self._team.sum([float(steps[-1] + 1) if steps else 0.0])[0]
+        self._saved = int(newest) - 1 if newest else None
+        return self._saved
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What `save` was given as state.
+
+        Raises:
+            HealError: it cannot be read.
+        """
+        path = self._folder / folders.name(step)
+        try:
+            state: dict[str, Any] = dict(json.loads((path / _STATE).read_text(encoding="utf-8")))
+            if not state:
+                raise ValueError(f"{_STATE} is empty")
+        except (OSError, ValueError, TypeError) as error:
+            raise _cannot_read(path, error) from error
+        return state
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Read a checkpoint into tensors that are already there.
+
+        Raises:
+            HealError: it cannot be read.
+        """
+        path = self._folder / folders.name(step)
+        try:
+            dcp.load(dict(tensors), checkpoint_id=path, no_dist=self._team.size == 1)  # type: ignore[attr-defined]
+        except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
+            raise _cannot_read(path, error) from error
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Begin to save, unless this step is saved. From an accelerator tensors are copied before it returns, and
+        written while training goes on.
+
+        Raises:
+            OutputError: the checkpoint before this one could not be written, or there is no room for this one.
+        """
+        self.finish()
+        if step == self._saved:
+            return
+        self.check_room(tensors)
+        partial = self._folder / f".{folders.name(step)}"
+        try:
+            if self._team.is_first:
+                partial.mkdir()
+                _write(partial / _STATE, json.dumps(state))
+            self._team.wait()
+            future = self._begin(tensors, partial)
+        except OSError as error:
+            raise self._cannot_save(error, partial, num_bytes(tensors)) from error
+        self._pending = _Pending(future, partial, self._folder / folders.name(step), num_bytes(tensors))
+        self._saved = step
+
+    def check_room(self, tensors: Mapping[str, Tensor], more: int = 0) -> None:
+        """Hold that the disk has room for a checkpoint of these tensors, and for some bytes more.
+
+        Raises:
+            OutputError: it has not.
+        """
+        needed = num_bytes(tensors)
+        free = free_bytes(self._folder) if self._team.is_first else None
+        if self._team.any(free is not None and free < needed + more):
+            raise OutputError(self._no_room(needed, more, free))
+
+    def _no_room(self, needed: int, more: int, free: int | None) -> str:
+        parts = [f"a checkpoint takes {human_bytes(needed)}"] if needed else []
+        parts += [f"the healed model takes {human_bytes(more)}"] if more else []
+        sizes = f", where {' and '.join(parts)}"
+        sizes += "" if free is None else f", with {human_bytes(free)} free"
+        return folders.disk_failure(self._folder, os.strerror(errno.ENOSPC), sizes)
+
+    def _cannot_save(self, error: BaseException | None, partial: Path, needed: int) -> OutputError:
+        """The refusal after a failed save, of which nothing stays."""
+        free = free_bytes(self._folder)
+        if self._team.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        code = _code(error)
+        if code is None and free is not None and free < needed:  # another worker's failure comes as text, without it
+            code = errno.ENOSPC
+        if code == errno.ENOSPC:
+            return OutputError(self._no_room(needed, 0, None))
+        reason = f"a checkpoint cannot be saved ({shown(_reason(error) if code is None else os.strerror(code))})"
+        return OutputError(folders.disk_failure(self._folder, reason, f", where one takes {human_bytes(needed)}"))
+
+    def _begin(self, tensors: Mapping[str, Tensor], partial: Path) -> Future[Any]:
+        """Save from a copy in the background; on a CPU, whose memory the copy would take, at once."""
+        where: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._team.saving}
+        where["no_dist"] = self._team.size == 1
+        if self._in_background:
+            saving = dcp.async_save(dict(tensors), **where)  # type: ignore[attr-defined]
+            assert isinstance(saving, Future)
+            return saving
+        done: Future[Any] = Future()
+        try:
+            done.set_result(dcp.save(dict(tensors), **where))  # type: ignore[attr-defined]
+        except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+            done.set_exception(error)
+        return done
+
+    def poll(self) -> None:
+        """Give a checkpoint its name if every worker is done with it."""
+        if self._pending is not None and not self._team.any(not self._pending.future.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being saved is complete, name it, and remove those beyond `keep`.
+
+        Raises:
+            OutputError: it could not be written; those before it are whole.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        failure = pending.future.exception()
+        if self._team.any(failure is not None):
+            raise self._cannot_save(failure, pending.partial, pending.num_bytes) from failure
+        if self._team.is_first:
+            _sync(pending.partial)
+            pending.partial.replace(pending.final)
+            _sync(self._folder)
+            for step in folders.complete(self._folder)[: -self._keep]:
+                shutil.rmtree(self._folder / folders.name(step), ignore_errors=True)
+        self._team.wait()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        sync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync(file)
+    finally:
+        os.close(file)
+
+
+def _cannot_read(path: Path, error: BaseException) -> HealError:
+    return HealError(f"{shown(path)} cannot be read ({shown(_reason(error))}); remove it to go on from the one before")
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What a checkpoint of these tensors takes, of all workers together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _code(error: BaseException | None) -> int | None:
+    """The operating system's code for a failure that torch wraps in its own, again and again."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, OSError) and one.errno in _OF_THE_DISK:
+            return one.errno
+        waiting += [one.__cause__, one.__context__]
+        if isinstance(one, dcp.api.CheckpointException):
+            waiting += [failure[0] for failure in one.failures.values()]
+    return next((code for code in _OF_THE_DISK if os.strerror(code) in str(error)), None)
+
+
+def _reason(error: BaseException | None) -> str:
+    """The last line of what a library says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

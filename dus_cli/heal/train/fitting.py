@@ -1,0 +1,74 @@
+"""Rows that fit a device at once, and the peak FLOP/s it reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from dus_cli.heal.estimate import PEAK_FLOPS
+from dus_cli.models.team import Team
+
+# Tokens at once where there is no accelerator: enough for the matrix products, little for the memory.
+_CPU_MICRO_BATCH_TOKENS = 512
+
+# Seconds: a product that takes longer is large enough to measure with.
+_LONG_PRODUCT = 0.05
+
+# Of a device's memory: the rest is for the allocator's fragments and the libraries' own.
+_USABLE = 0.85
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s of one device at its best, and where the number comes from: a data sheet, or a measurement here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PEAK_FLOPS.items():
+            if part in name:
+                return flops, f"data sheet of {part}"
+    return _measured(device, dtype), f"matrix product in {str(dtype).removeprefix('torch.')}, measured"
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of a few products of growing size, as a layer makes them.
+
+    It stops growing where a product takes long: a CPU without instructions for bf16 is a hundred times slower in it.
+    """
+    best = 0.0
+    for size in (256, 512, 1024, 2048) if device.type == "cpu" else (8192,):
+        hidden, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(5):
+            started = time.perf_counter()
+            product = functional.linear(hidden, weight)
+            if device.type != "cpu":
+                product.sum().item()
+            seconds = time.perf_counter() - started
+            best = max(best, 2 * size**3 / seconds)
+            if seconds > _LONG_PRODUCT:
+                return best
+    return best
+
+
+def rows_at_once(team: Team, seq_length: int, most: int, trial: Callable[[int], None]) -> int:
+    """Rows of a micro-batch. On a GPU by a trial: memory at one row and at two gives what a row costs.
+
+    Args:
+        team: the workers; all take the smallest answer.
+        seq_length: tokens of a row.
+        most: rows that a worker has in a step.
+        trial: runs forward and backward on that many rows.
+    """
+    if team.device.type != "cuda":
+        return max(1, min(most, _CPU_MICRO_BATCH_TOKENS // seq_length))
+    peaks = []
+    for rows in (1, 2):
+        trial(rows)  # the first run of a shape allocates workspaces that stay
+        torch.accelerator.reset_peak_memory_stats()
+        trial(rows)
+        peaks.append(torch.accelerator.max_memory_allocated())
+    total = torch.cuda.get_device_properties(team.device).total_memory
+    each = max(1, peaks[1] - peaks[0])
+    fits = 1 + int(max(0.0, _USABLE * total - peaks[0]) // each)
+    return max(1, int(-team.max(-float(min(most, fits)))))

@@ -1,0 +1,61 @@
+"""The state of a training run: steps, tokens and losses so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+# Weight of the past in the running mean and variance of the loss, and when they are trusted.
+_MEMORY = 0.98
+_TRUSTED_AFTER = 20
+
+# A loss this many standard deviations and this many nats above its mean is a spike.
+_SPIKE_DEVIATIONS = 6.0
+_SPIKE_NATS = 1.0
+
+
+@dataclass
+class TrainState:
+    """How far a run is; saved with each checkpoint. `step` counts finished steps, `seconds` all sessions' time."""
+
+    step: int = 0
+    seconds: float = 0.0
+    base_loss: float | None = None
+    scaled_loss: float | None = None
+    eval_loss: float | None = None
+    reached_at: int | None = None
+    evals_at_base: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    seen: int = 0
+    adam_steps: dict[str, int] = field(default_factory=dict)
+    # The row of the last step, while its held-out measurement is to come.
+    unmeasured: dict[str, Any] | None = None
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a loss is far above what the run has seen: its step would do more harm than good."""
+        if not math.isfinite(loss):
+            return True
+        if self.seen < _TRUSTED_AFTER:
+            return False
+        return loss > self.mean + max(_SPIKE_DEVIATIONS * math.sqrt(self.variance), _SPIKE_NATS)
+
+    def saw(self, loss: float) -> None:
+        """Take a loss into the running mean and variance (West 1979, exponentially weighted)."""
+        weight = max(1 - _MEMORY, 1 / (self.seen + 1))
+        difference = loss - self.mean
+        self.mean += weight * difference
+        self.variance = (1 - weight) * (self.variance + weight * difference**2)
+        self.seen += 1
+
+    def measured(self, loss: float) -> None:
+        """Take in a held-out loss."""
+        self.eval_loss = loss
+        if self.base_loss is None:
+            return
+        self.evals_at_base = self.evals_at_base + 1 if loss <= self.base_loss else 0
+        if self.evals_at_base and self.reached_at is None:
+            self.reached_at = self.step

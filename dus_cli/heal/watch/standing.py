@@ -1,0 +1,168 @@
+"""Where a run stands: losses, pace and time left."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from dus_cli.common.units import human_bytes, human_count, human_time
+
+# Losses that the sparkline is drawn from, and steps whose pace tells the time left.
+_NUM_LOSSES, _NUM_PACED = 1000, 50
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Standing:
+    """What the rows so far come to, in numbers and in words."""
+
+    num_steps: int
+    tokens_per_step: int
+    phases: tuple[str, ...] = ()
+    has_begun: bool = False
+    row: dict[str, Any] = field(default_factory=dict)
+    base_loss: float | None = None
+    scaled_loss: float | None = None
+    eval_loss: float | None = None
+    is_measured: bool = False
+    num_skipped: int = 0
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PACED))
+
+    def blank(self) -> Standing:
+        """The same run without a row."""
+        return Standing(self.num_steps, self.tokens_per_step, self.phases)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.has_begun, self.row = True, row
+        self.is_measured = row.get("eval_loss") is not None
+        if self.is_measured:
+            self.eval_loss = row["eval_loss"]
+        if not row["step"]:
+            self.base_loss, self.scaled_loss = row.get("base_loss"), row.get("eval_loss")
+            return
+        self.num_skipped += bool(row.get("skipped"))
+        if not row.get("skipped") and math.isfinite(self.loss):
+            self.losses.append(self.loss)
+        seconds = sum((row.get("seconds") or {}).values())
+        if seconds > 0:
+            self.paces.append(seconds)
+
+    @property
+    def step(self) -> int:
+        return int(self.row.get("step", 0))
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.num_steps > 0
+
+    @property
+    def loss(self) -> float:
+        return self._number("loss")
+
+    def _number(self, name: str) -> float:
+        """A figure of the last row. What is not finite is null there, as JSON has it."""
+        value = self.row.get(name)
+        return math.nan if value is None else float(value)
+
+    def line(self) -> str:
+        """Everything that matters, in one line."""
+        if not self.step:
+            return self.start_text()
+        heldout = f"held-out {self.heldout_text()}" if self.is_measured else ""
+        parts = [f"step {self.step_text(', ')}", f"loss {loss_text(self.loss)}", heldout, self.speed_texts()[0]]
+        return ", ".join(part for part in (*parts, self.time_left_text()) if part)
+
+    def step_text(self, separator: str) -> str:
+        done, budget = human_count(self.step * self.tokens_per_step), human_count(self.num_steps * self.tokens_per_step)
+        parts = [f"{self.step:,} of {self.num_steps:,}", f"{done} of {budget} tokens"]
+        return separator.join(parts + [f"{self.num_skipped:,} skipped"] * bool(self.num_skipped))
+
+    def resumed_text(self) -> str:
+        return f"going on from step {self.step:,}"
+
+    def phase_text(self) -> str:
+        """The phase, where the run has several."""
+        index = int(self.row.get("phase", 0))
+        if len(self.phases) > 1:
+            return f"{index + 1} of {len(self.phases)}: {self.phases[min(index, len(self.phases) - 1)]}"
+        return f"{index + 1}" if index else ""
+
+    def start_text(self) -> str:
+        if self.base_loss is None:
+            return f"held-out loss at the start: {loss_text(self.eval_loss)}"
+        return f"held-out loss after scaling: {loss_text(self.eval_loss)}, of the base: {loss_text(self.base_loss)}"
+
+    def heldout_text(self) -> str:
+        """The held-out loss on its way from right after scaling to the base."""
+        now, scaled, base = self.eval_loss, self.scaled_loss, self.base_loss
+        if scaled is None or now is None:
+            return loss_text(now)
+        if base is None:
+            return f"{loss_text(now)} (at the start {loss_text(scaled)})"
+        where = _way(scaled, now, base)
+        return f"{loss_text(now)} (scaled {loss_text(scaled)} → base {loss_text(base)}{', ' if where else ''}{where})"
+
+    def speed_texts(self) -> list[str]:
+        texts = [f"{self._number('tokens_per_second'):,.0f} tokens/s"]
+        if self.row.get("mfu") is not None:
+            texts.append(f"MFU {self.row['mfu']:.1%}")
+        if self.row.get("peak_memory_bytes"):
+            texts.append(f"peak {human_bytes(self.row['peak_memory_bytes'])}")
+        return texts
+
+    def optimizer_texts(self) -> list[str]:
+        texts = [f"lr {self._number('lr'):.2e}", f"gradient norm {self._number('grad_norm'):.3g}"]
+        if self.row.get("kl") is not None:
+            texts.append(f"KL {self.row['kl']:.3f}")
+        return texts
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The mean of the latest steps, measurements included; None before the first."""
+        return sum(self.paces) / len(self.paces) if self.paces else None
+
+    def time_left_text(self) -> str:
+        """The steps that remain at the pace of the latest ones, measurements included."""
+        if not self.paces or self.is_done:
+            return ""
+        return f"{human_time((self.num_steps - self.step) * (self.seconds_per_step or 0))} left"
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
+    """The values as at most `width` blocks from lowest to highest, each the mean of its neighbours.
+
+    >>> sparkline([8, 7, 6, 5, 4, 3, 2, 1], width=8), sparkline([3, 1, 2, 2], width=2), sparkline([5, 5], width=9)
+    ('█▇▆▅▄▃▂▁', '▁▁', '▁▁')
+    """
+    known = [value for value in values if math.isfinite(value)]
+    count = min(len(known), max(0, width))
+    edges = [len(known) * k // count for k in range(count + 1)] if count else []
+    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, spread = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
+    return "".join(_BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
+
+
+def loss_text(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"
+
+
+def _way(scaled: float, now: float, base: float) -> str:
+    """How much of the way from scaled to base is done. It is all of it only where the base is reached.
+
+    >>> _way(3.417, 2.91, 2.85), _way(3.417, 2.8501, 2.85), _way(3.417, 2.85, 2.85), _way(2.8, 2.9, 2.85)
+    ('89% of the way', '99% of the way', 'reached', '')
+    """
+    if now <= base:
+        return "reached"
+    if not scaled > base or not math.isfinite(now):
+        return ""
+    return f"{min(99, math.floor((scaled - now) / (scaled - base) * 100 + 1e-9))}% of the way"

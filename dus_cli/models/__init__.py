@@ -1,0 +1,1 @@
+"""Models in torch: loading, running, losses, devices."""

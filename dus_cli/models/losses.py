@@ -1,0 +1,253 @@
+"""The loss, without the logits of a whole batch: cross-entropy, and the KL divergence from a teacher.
+
+At 49,152 words and 8 × 512 tokens full logits are 800 MB in fp32, and as much again for their gradient.
+Here a chunk of rows is multiplied, its loss is taken, its gradient takes the place of its logits, and both are
+forgotten, as in Liger (arXiv:2410.10989). Both terms have the gradient "what the model says − what it should
+say", so they cost one pass. On a CPU that pass goes over a few rows at a time, which stay in its cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dus_cli.data.streams import IGNORED
+from dus_cli.errors import HealError
+from dus_cli.models.chunks import block_rows, block_words, chunk_rows
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: z = scale · (h Wᵀ + b), then cap · tanh(z / cap) where there is a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Logits in fp32, (tokens, vocabulary), of h Wᵀ + b. They may take the place of products that are fp32."""
+        logits = products.float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient before scale and cap, in place."""
+        if self.cap is not None:
+            gradient *= 1 - (logits / self.cap) ** 2
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+def head_of(config: Any) -> Head:
+    """How this architecture scales its logits: Cohere multiplies, Granite divides, Gemma caps."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+class _Loss(torch.autograd.Function):
+    """Sums over tokens of scale · ((1 − w) · CE + w · KL), and of CE and KL. Gradients flow from the first only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        teacher: Teaching | None,
+        head: Head,
+        scale: float,
+        between: Callable[[], object],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        share = teacher.weight if teacher is not None else 0.0
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient: Tensor | None = None
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        sums = hidden.new_zeros(2, dtype=torch.float32)
+        at_once = chunk_rows(hidden.device.type, weight.shape[0])
+        for start in range(0, len(hidden), at_once):
+            between()
+            rows = slice(start, start + at_once)
+            products = functional.linear(hidden[rows], weight, bias)  # (chunk, vocabulary)
+            theirs = None if teacher is None else teacher.products(rows)
+            sums += _to_gradient(products, labels[rows], head, scale, teacher, theirs)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = products @ weight
+            if needs_weight:
+                # One chunk's is rounded once, as any layer's; those of several are summed in fp32.
+                product = products.mT @ hidden[rows]
+                weight_gradient = product if weight_gradient is None else weight_gradient.float().add_(product)
+            if bias_gradient is not None:
+                bias_gradient += products.sum(0, dtype=torch.float32)
+            del products, theirs
+        ctx.save_for_backward(
+            hidden_gradient,
+            None if weight_gradient is None else weight_gradient.to(weight.dtype),
+            None if bias_gradient is None or bias is None else bias_gradient.to(bias.dtype),
+        )
+        cross_entropy, divergence = sums.unbind()
+        cross_entropy, divergence = cross_entropy.clone(), divergence.clone()
+        loss = scale * ((1 - share) * cross_entropy + share * divergence)
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return loss, cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        # In place: a head's gradient is large, and a second backward pass would raise.
+        found = (None if saved is None else saved.mul_(gradients[0]) for saved in ctx.saved_tensors)
+        return *found, None, None, None, None, None
+
+
+def _to_gradient(
+    products: Tensor, labels: Tensor, head: Head, scale: float, teacher: Teaching | None, theirs: Tensor | None
+) -> Tensor:
+    """Sums of CE and KL over the rows of h Wᵀ + b, (rows, vocabulary), which becomes its own gradient in place."""
+    share = teacher.weight if teacher is not None else 0.0
+    sums = products.new_zeros(2, dtype=torch.float32)
+    at_once = block_rows(products.device.type, products.shape[1])
+    for start in range(0, len(products), at_once):
+        rows = slice(start, start + at_once)
+        counted = labels[rows] != IGNORED
+        targets = labels[rows].clamp(min=0)[:, None]
+        logits = head.logits(products[rows])
+        total = logits.logsumexp(-1, keepdim=True)
+        sums[0] += ((total - logits.gather(1, targets))[:, 0] * counted).sum()
+        q: Tensor | None = None
+        if teacher is not None and theirs is not None:
+            other = teacher.head.logits(theirs[rows])
+            other_total = other.logsumexp(-1, keepdim=True)
+            q = (other - other_total).exp_()
+            # KL = Σ q · (log q − log p), without a log-softmax of either kept
+            each = other.sub_(logits).mul_(q).sum(-1) + (total - other_total)[:, 0]
+            sums[1] += (each * counted).sum()
+        capped = logits.clone() if head.cap is not None else logits
+        gradient = logits.sub_(total).exp_()  # p
+        if q is not None:
+            gradient.sub_(q, alpha=share)
+        gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, share - 1.0))
+        gradient *= counted[:, None] * scale
+        products[rows] = head.backward(gradient, capped)
+    return sums
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The teacher's hidden states (tokens, width) for the same rows, its head, and the weight of its word."""
+
+    hidden: Tensor
+    output: nn.Module
+    head: Head
+    weight: float
+
+    def products(self, rows: slice) -> Tensor:
+        """The teacher's h Wᵀ + b, (rows, vocabulary)."""
+        return functional.linear(self.hidden[rows], self.output.weight, getattr(self.output, "bias", None))  # type: ignore[arg-type]
+
+
+def loss_sums(
+    hidden: Tensor,
+    output: nn.Module,
+    labels: Tensor,
+    head: Head,
+    teaching: Teaching | None = None,
+    scale: float = 1.0,
+    between: Callable[[], object] = lambda: None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the labelled tokens: what is minimised, cross-entropy, KL(teacher ‖ model), in nats, fp32.
+
+    Args:
+        hidden: the decoder's output, (rows, length, width).
+        output: the output embedding; its weight is (vocabulary, width).
+        labels: next tokens, (rows, length); -100 where none counts.
+        head: how logits are scaled.
+        teaching: the teacher's view of the same rows; without it the KL term is 0.
+        scale: of what is minimised: 1 / tokens makes the sum a mean.
+        between: called before each chunk of rows; what it raises ends the work.
+    """
+    parts: tuple[Any, ...] = (hidden.reshape(-1, hidden.shape[-1]), output.weight, getattr(output, "bias", None))
+    if not torch.is_grad_enabled():  # which a Function is not told: it asks the tensors
+        parts = tuple(part if part is None else part.detach() for part in parts)
+    loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
+        *parts,
+        labels.reshape(-1),
+        teaching,
+        head,
+        scale,
+        between,
+    )
+    return loss
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
+    """Cross-entropy of each token in nats, fp32, (tokens,): of hidden states (tokens, width) and next tokens (tokens,).
+
+    Without a gradient, and like the sums without the logits of all tokens at once.
+    """
+    weight: Tensor = output.weight  # type: ignore[assignment]
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    at_once = chunk_rows(hidden.device.type, weight.shape[0])
+    for start in range(0, len(hidden), at_once):
+        rows = slice(start, start + at_once)
+        products = functional.linear(hidden[rows], weight, getattr(output, "bias", None))  # (chunk, vocabulary)
+        losses[rows] = cross_entropies(products, labels[rows], head)
+    return losses
+
+
+def cross_entropies(products: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """Of each token, fp32, (tokens,): from h Wᵀ + b, (tokens, vocabulary), which may be overwritten."""
+    losses = torch.empty(len(products), dtype=torch.float32, device=products.device)
+    at_once = block_rows(products.device.type, products.shape[1])
+    for start in range(0, len(products), at_once):
+        rows = slice(start, start + at_once)
+        logits = head.logits(products[rows])
+        losses[rows] = logits.logsumexp(-1) - logits.gather(1, labels[rows, None])[:, 0]
+    return losses
+
+
+def cross_entropy(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
+    """The sum over the labelled tokens of cross-entropy in nats, without a gradient: what a measurement needs.
+
+    The vocabulary is taken in blocks with a running log-sum-exp (online softmax, arXiv:1805.02867): each weight is
+    read once, and no more logits exist at a time than a CPU's cache holds. Arguments as of `loss_sums`.
+    """
+    weight: Tensor = output.weight  # type: ignore[assignment]
+    bias: Tensor | None = getattr(output, "bias", None)
+    counted = labels.reshape(-1) != IGNORED
+    rows, targets = hidden.reshape(-1, hidden.shape[-1])[counted], labels.reshape(-1)[counted]
+    at_once = block_words(rows.device.type, len(rows))
+    total: Tensor | None = None
+    for start in range(0, len(weight), at_once):
+        words = slice(start, start + at_once)
+        products = functional.linear(rows, weight[words], None if bias is None else bias[words])
+        part = head.logits(products).logsumexp(-1)
+        total = part if total is None else torch.logaddexp(total, part)
+    assert total is not None
+    theirs = (rows.float() * weight[targets].float()).sum(-1)
+    return (total - head.logits(theirs if bias is None else theirs + bias[targets].float())).sum()
+
+
+def check_head(ours: float, theirs: float, model_type: str) -> None:
+    """Hold that our loss is the model's own.
+
+    Raises:
+        HealError: the architecture does something between hidden states and logits that we do not know, or the
+            weights are damaged.
+    """
+    if not math.isfinite(theirs):
+        raise HealError(
+            f"the model's loss before training is {theirs}: its weights are damaged; dus verify --base finds the "
+            "tensors that differ from the base's"
+        )
+    if not abs(ours - theirs) <= 0.02 * max(1.0, abs(theirs)):
+        raise HealError(
+            f"the loss that dus computes for model_type {model_type!r} is {ours:.4f}, transformers' is {theirs:.4f}: "
+            "this architecture changes its logits in a way dus does not know; please report it"
+        )

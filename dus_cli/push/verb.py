@@ -1,0 +1,369 @@
+"""The verb `push`: a verified output to the Hub, by huggingface_hub's upload of large folders, and the proof.
+
+Everything in the folder is summed before it goes, and afterwards the Hub's own list of files, one request, is held
+against these sums: what was pushed is what was verified. A push that was cut off goes on with the same command: what
+the Hub has already (files of the branch, and objects uploaded for a commit that never came) is not sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
+
+from dus_cli import __version__
+from dus_cli.common.units import human_bytes
+from dus_cli.common.workers import workers
+from dus_cli.errors import PushError, StoppedError, VerificationError, shown, shown_list
+from dus_cli.hub import fetching
+from dus_cli.planning.plan import UpscalePlan
+from dus_cli.progress import NoProgress, Progress
+from dus_cli.push.report import PushReport
+from dus_cli.push.target import Remote, Target, client, listed, look, patiently, push_errors
+from dus_cli.release import checksums
+from dus_cli.release.texts import written_texts
+from dus_cli.source.belonging import indexed_weights, model_files, read_record
+from dus_cli.source.checkpoint import Fingerprint, fingerprint
+from dus_cli.source.files import OF_A_HEALING, WRITTEN_ANEW, inside
+from dus_cli.source.incomplete import is_unfinished_healing
+from dus_cli.source.reading import file_pieces, reading
+from dus_cli.verification.verb import verify
+from dus_cli.writing.staging import staged_files
+from dus_cli.writing.transfer import DEFAULT_JOBS
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
+# The Hub takes no larger file (huggingface.co/docs/hub/storage-limits).
+LARGEST_FILE = 50_000_000_000
+
+# What an earlier push may have left that would be loaded beside this model's weights, or instead of them (transformers
+# takes model.safetensors before an index), or that records another model.
+_OF_A_MODEL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
+_Result = TypeVar("_Result")
+
+
+def preview(plan: UpscalePlan, target: Target, remote: Remote, *, with_checksums: bool = False) -> PushReport:
+    """What `--push-to` would do with the output of a plan. Creates nothing.
+
+    Raises:
+        PushError: a shard is too large.
+    """
+    sizes = {name: layout.num_bytes for name, layout in plan.shards.items()}
+    sizes |= {name: path.stat().st_size for name, path in plan.files}
+    sizes |= {name: len(text.encode()) for name, text in written_texts(plan).items()}
+    if with_checksums:
+        sizes[checksums.NAME] = len(checksums.sums_text(dict.fromkeys(sizes, "0" * 64)))
+    _check_sizes(sizes)
+    return PushReport(target, "planned", remote, len(sizes), sum(sizes.values()))
+
+
+def preview_folder(output: Path, target: Target) -> PushReport:
+    """What `dus push` would do with a directory, which is verified. Creates nothing.
+
+    Raises:
+        PushError: as `look`; VerificationError: it is not sound.
+    """
+    started = time.monotonic()
+    _verify(output)
+    sizes = _sizes(output)
+    return PushReport(
+        target,
+        "planned",
+        look(target),
+        len(sizes),
+        sum(sizes.values()),
+        left_out=tuple(_left_here(output)),
+        seconds=time.monotonic() - started,
+    )
+
+
+# --- the push -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Push:
+    """A push that is ready to go: what is in the folder, and what of it the branch has otherwise or not."""
+
+    output: Path
+    target: Target
+    remote: Remote
+    sizes: dict[str, int]
+    sums: dict[str, str]
+    fingerprints: dict[str, Fingerprint | None]
+    differing: list[str]
+    stale: list[str]
+    started: float
+
+    @property
+    def num_lacking_bytes(self) -> int:
+        """Bytes of the files that the branch does not hold."""
+        return sum(self.sizes[name] for name in self.differing)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the branch holds every file, and none of an earlier model."""
+        return self.remote.head is not None and not (self.differing or self.stale)
+
+    def run(self) -> PushReport:
+        """Send what is lacking, and hold what the Hub then has against the sums.
+
+        Raises:
+            PushError: see `errors`; what was uploaded stays, and the same push goes on.
+            StoppedError: a signal came while bytes were sent.
+        """
+        target, commit, remarks = self.target, self.remote.head, list[str]()
+        with push_errors(target):
+            if commit is None or not self.is_done:
+                commit, remarks = _until_signalled(lambda: patiently(self._upload))
+            there = listed(target, commit)
+        now = _fingerprints(self.output)
+        if changed := sorted(name for name in now | self.fingerprints if now.get(name) != self.fingerprints.get(name)):
+            raise PushError(
+                f"{shown_list(changed)} changed while it was pushed: commit {commit[:12]} of {target.repo_id} is not "
+                "what was verified; let nothing write to the folder, and push again"
+            )
+        if lacking := _differences(self.output, self.sums, there):
+            raise PushError(
+                f"the Hub holds other bytes of {shown_list(lacking)} in commit {commit[:12]} of {target.repo_id} than "
+                "were verified here; push again, and tell the Hub if it stays so"
+            )
+        return PushReport(
+            target,
+            "unchanged" if commit == self.remote.head else "pushed",
+            self.remote,
+            len(self.sizes),
+            sum(self.sizes.values()),
+            commit,
+            len(self.differing),
+            tuple(self.stale),
+            tuple(_left_here(self.output)),
+            tuple(remarks),
+            time.monotonic() - self.started,
+        )
+
+    def _upload(self) -> tuple[str, list[str]]:
+        """Create what is lacking, upload and commit: the commit, and what the Hub remarked."""
+        target, api = self.target, client(self.target)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if not self.remote.exists:
+                api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+            if target.branch != "main" and self.remote.head is None:
+                api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
+            if self.remote.parent is not None and not (self.differing or self.stale):
+                return self.remote.parent, []  # the new branch holds what main does
+            done = api.upload_folder(
+                repo_id=target.repo_id,
+                folder_path=self.output,
+                revision=target.branch,
+                allow_patterns=[escape(name) for name in self.sums],
+                delete_patterns=[escape(name) for name in self.stale] or None,
+                commit_message=f"Upload {self.output.resolve().name} with dus {__version__}",
+            )
+        # Those that huggingface_hub gives a user; libraries below it have others for each other.
+        remarks = [str(warning.message) for warning in caught if warning.category is UserWarning]
+        return done.oid, [shown(" ".join(remark.split())) for remark in remarks]
+
+
+def send(
+    output: Path, target: Target, *, jobs: int = DEFAULT_JOBS, progress: Progress, is_verified: bool = False
+) -> PushReport:
+    """Verify and sum, told by `progress`, then send: huggingface_hub draws that itself where `progress` is live.
+
+    A log or a program is told of the upload as of any stage.
+
+    Raises:
+        DusError: as `prepare` and `Push.run`.
+    """
+    ready = prepare(output, target, jobs=jobs, progress=progress, quiet=not progress.is_live, is_verified=is_verified)
+    progress.rest()
+    if progress.is_live or ready.is_done:
+        return ready.run()
+    progress.start("uploading", ready.num_lacking_bytes)
+    report = ready.run()
+    progress.advance(ready.num_lacking_bytes)
+    return report
+
+
+def prepare(
+    output: Path,
+    target: Target,
+    *,
+    jobs: int = DEFAULT_JOBS,
+    progress: Progress | None = None,
+    quiet: bool = True,
+    is_verified: bool = False,
+) -> Push:
+    """Look, verify and sum; nothing is changed yet, here or on the Hub.
+
+    Args:
+        output: a directory that dus upscale or dus heal wrote, or any checkpoint.
+        target: the repo and branch.
+        jobs: parallel reads.
+        progress: told of the sums; huggingface_hub draws the upload itself.
+        quiet: no progress bars from huggingface_hub.
+        is_verified: it was a moment ago.
+
+    Raises:
+        VerificationError: not sound.
+        PushError: as `look`; the directory holds no model; a file is too large.
+    """
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    fetching.silence(quiet=quiet)
+    remote = look(target)
+    if not is_verified:
+        _verify(output)
+    sizes, fingerprints = _sizes(output), _fingerprints(output)
+    sums = _sums(output, sizes, jobs, progress)
+    with push_errors(target):
+        there = {} if remote.parent is None else listed(target, remote.parent)
+    differing, stale = _differences(output, sums, there), _stale(sums, there)
+    return Push(output, target, remote, sizes, sums, fingerprints, differing, stale, started)
+
+
+def _verify(output: Path) -> None:
+    if not output.is_dir():
+        raise PushError(f"{shown(output)} is not a directory; give the one that dus upscale or dus heal wrote")
+    if is_unfinished_healing(output):
+        raise PushError(
+            f"{shown(output)} is a run of dus heal that has not ended, and no model yet; the same dus heal command "
+            "goes on with it"
+        )
+    found = verify(output, deep=False)
+    if not found.is_sound:
+        more = len(found.problems) - 1
+        rest = f" (and {more} more: dus verify lists them)" if more else ""
+        raise VerificationError(f"{shown(output)} does not verify: {found.problems[0]}{rest}; nothing was pushed")
+
+
+def _files(output: Path) -> list[str]:
+    """What is pushed: what dus.json says that dus wrote; of a folder without one, what a checkpoint's files are."""
+    ours = {*model_files(output, read_record(output)), *indexed_weights(output), checksums.NAME}
+    return [name for name in staged_files(output) if name in ours and inside(output, name)]
+
+
+def _left_here(output: Path) -> list[str]:
+    """Files that are not pushed; a folder of which none is ends with "/"."""
+    pushed = _files(output)
+    folders = {name.split("/")[0] for name in pushed if "/" in name}
+    others = (name for name in staged_files(output) if name not in pushed)
+    cut = (name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/" for name in others)
+    return list(dict.fromkeys(cut))
+
+
+def _sizes(output: Path) -> dict[str, int]:
+    sizes = {name: (output / name).stat().st_size for name in _files(output)}
+    _check_sizes(sizes)
+    return sizes
+
+
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if size > LARGEST_FILE:
+            raise PushError(
+                f"{shown(name)} has {human_bytes(size)} and the Hub takes no file over {human_bytes(LARGEST_FILE)}; "
+                "make the model again with a smaller --max-shard-size, such as 5GB"
+            )
+
+
+def _fingerprints(output: Path) -> dict[str, Fingerprint | None]:
+    return {name: fingerprint(output / name) for name in _files(output)}
+
+
+def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress) -> dict[str, str]:
+    """SHA-256 of every file, held against SHA256SUMS where there is one."""
+    progress.start("summing", sum(sizes.values()))
+    with workers(jobs) as (pool, stop):
+
+        def sum_of(name: str) -> str:
+            with reading(name):
+                return checksums.file_sum(output / name, stop, progress.advance)
+
+        sums = dict(zip(sizes, pool.map(sum_of, sizes), strict=True))
+    expected, problems = checksums.expected_sums(output)
+    expected = {name: total for name, total in expected.items() if name in sums or not (output / name).is_file()}
+    uncovered = sorted(name for name in sums if name not in expected and name != checksums.NAME)
+    if checksums.are_in(output) and uncovered:
+        problems.append(checksums.lacking(uncovered))
+    wrong = [name for name, total in expected.items() if sums.get(name) != total]
+    if wrong or problems:
+        what = f"{shown_list(wrong)} does not match its sum in {checksums.NAME}" if wrong else problems[0]
+        raise VerificationError(f"{shown(output)} does not verify: {what}; nothing was pushed")
+    return sums
+
+
+# --- what the Hub has ----------------------------------------------------------------------------
+
+
+def _differences(output: Path, sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
+    """The files that the Hub has otherwise, or not: by SHA-256 of large files, by git's own sum of small ones."""
+
+    def is_there(name: str) -> bool:
+        entry = there.get(name)
+        if entry is None:
+            return False
+        return entry.blob_id == _git_sum(output / name) if entry.lfs is None else entry.lfs.sha256 == sums[name]
+
+    return [name for name in sums if not is_there(name)]
+
+
+def _git_sum(path: Path) -> str:
+    """What git calls a file of this content: a SHA-1 over its length and bytes (git-hash-object(1))."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    for piece in file_pieces(path, path.name):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _stale(sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
+    """Files of an earlier model on the branch: its weights, records and pictures. Others are nobody's business."""
+    ours = (*_OF_A_MODEL, *WRITTEN_ANEW, *OF_A_HEALING)
+
+    def is_ours(name: str) -> bool:
+        return any(fnmatch(PurePosixPath(name).parts[0], pattern) for pattern in ours)
+
+    return sorted(name for name in there if name not in sums and is_ours(name))
+
+
+def _until_signalled(work: Callable[[], _Result]) -> _Result:
+    """The work's result. A signal ends the wait at once, in whatever the library's threads are at that moment.
+
+    Raises:
+        StoppedError: a signal came. What the Hub has stays there.
+    """
+    results: list[_Result] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():  # not one long wait: a signal that another thread is given would not end it
+            thread.join(0.1)
+    except BaseException as error:
+        signum = getattr(error, "signum", None)
+        if signum is None:
+            raise
+        raise StoppedError(
+            f"ended by {signal.Signals(signum).name}; what was sent stays on the Hub, and the same command goes on",
+            signum,
+        ) from None
+    if failures:
+        raise failures[0]
+    return results[0]

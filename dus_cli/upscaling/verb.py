@@ -1,0 +1,246 @@
+"""The verb: resolve, open, plan, write, verify, publish, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dus_cli.common.reference import ModelRef
+from dus_cli.common.storage import known
+from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, shown
+from dus_cli.hub.fetching import Fetch
+from dus_cli.hub.streaming import Streamed, check_against_hub, stream_weights
+from dus_cli.planning.plan import UpscalePlan, dump_json
+from dus_cli.progress import NoProgress, Progress
+from dus_cli.release import checksums, lineage
+from dus_cli.release.texts import written_texts
+from dus_cli.source import incomplete
+from dus_cli.upscaling.report import UpscaleReport
+from dus_cli.upscaling.space import Space, check_space, space_for
+from dus_cli.upscaling.wanted import Wanted, plan
+from dus_cli.verification.planned import VerifyMode, check_against_plan, check_bytes_against_plan
+from dus_cli.writing import journal
+from dus_cli.writing.in_place import check_left, in_place_warning
+from dus_cli.writing.journal import Journal
+from dus_cli.writing.outputs import Tally
+from dus_cli.writing.sequential import transfer_in_order
+from dus_cli.writing.staging import Staging, check_apart, check_output, why_within
+from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode, transfer
+
+
+def preview(
+    wanted: Wanted,
+    output: Path,
+    *,
+    copy_mode: CopyMode = CopyMode.auto,
+    overwrite: bool = False,
+    stream: bool = False,
+    quiet: bool = True,
+) -> UpscaleReport:
+    """The report of a dry run: the whole plan, and in its warnings what would stop the run. Writes nothing.
+
+    Raises:
+        DusError: as `plan`.
+    """
+    started = time.monotonic()
+    ref, remaking = wanted.ref, wanted.remaking
+    _check_stream(ref, copy_mode, stream=stream)
+    made = plan(wanted, fetch=Fetch.headers, quiet=quiet)
+    streams = _streams(made, stream=stream)
+    within = why_within(output.resolve())
+    folder = output.resolve() if within is not None else output.resolve().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    space = space_for(made, folder, CopyMode.copy if streams else copy_mode, may_create=False)
+    obstacles = []
+    why = storage.no_rename if (storage := known(folder)) is not None else within
+    checks: list[Callable[[], object]] = [
+        lambda: check_output(output, overwrite=overwrite),
+        lambda: check_left(output, lineage.digest(lineage.lineage(made)), overwrite=overwrite),
+        lambda: check_apart(output, made.checkpoint.folder),
+        lambda: check_space(space, copy_mode, output),
+    ]
+    if not overwrite and _is_made(made, ref, output, 1, VerifyMode.none, with_checksums=False):
+        checks.clear()
+        obstacles.append(f"{shown(output)} is already what this would write; the run would leave it as it is")
+    for check in checks:
+        try:
+            check()
+        except OutputError as error:
+            obstacles.append(str(error))
+    if why is not None:
+        obstacles.append(in_place_warning(output, why))
+    warnings = (*(remaking.warnings if remaking else ()), *obstacles)
+    return UpscaleReport(
+        made, output, "planned", space, Tally(), "none", time.monotonic() - started, warnings, remaking
+    )
+
+
+def upscale(
+    wanted: Wanted,
+    output: Path,
+    *,
+    copy_mode: CopyMode = CopyMode.auto,
+    jobs: int = DEFAULT_JOBS,
+    verify: VerifyMode = VerifyMode.structure,
+    with_checksums: bool = False,
+    overwrite: bool = False,
+    stream: bool = False,
+    quiet: bool = True,
+    progress: Progress | None = None,
+) -> UpscaleReport:
+    """Write the deeper model beside `output`, verify it, and give it its name in one step.
+
+    Where no folder can be renamed it is written in place, marked as incomplete until it is whole (`writing.in_place`).
+    Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
+    is to replace untouched. An output that is already what would be written, by its lineage, is left as it is.
+    Where a lineage is followed again, it is also held against the recorded sums.
+
+    Raises:
+        DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the base
+            is unreadable or changed meanwhile, or a number is beyond the dtype), MissingExtraError (a cast needs
+            torch), VerificationError (what was written is not what was planned).
+    """
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    ref, remaking = wanted.ref, wanted.remaking
+    _check_stream(ref, copy_mode, stream=stream)
+    sums_wanted = remaking is not None and remaking.sums is not None
+    with_checksums = with_checksums or sums_wanted
+    warnings = tuple(remaking.warnings) if remaking is not None else ()
+    if not overwrite and (output / lineage.NAME).is_file():
+        fetch = Fetch.weights if verify is VerifyMode.full and not stream else Fetch.headers
+        made = plan(wanted, fetch=fetch, quiet=quiet, progress=progress)
+        if _is_made(made, ref, output, jobs, verify, with_checksums=with_checksums):
+            if sums_wanted and remaking is not None:
+                remaking.check_sums(checksums.folder_sums(output, jobs))
+            space = space_for(made, output.resolve().parent, copy_mode, may_create=False)
+            seconds = time.monotonic() - started
+            return UpscaleReport(made, output, "unchanged", space, Tally(), verify.value, seconds, warnings, remaking)
+    real = check_output(output, overwrite=overwrite)
+    made = plan(wanted, fetch=Fetch.files if stream else Fetch.weights, quiet=quiet, progress=progress)
+    streams = _streams(made, stream=stream)
+    check_apart(output, made.checkpoint.folder)
+    progress.planned(made)
+    key, files = lineage.digest(lineage.lineage(made)), [*lineage.output_files(made), lineage.NAME, checksums.NAME]
+    with Staging(real, overwrite=overwrite, key=key, resumes=streams, files=files) as staging:
+        for warning in staging.warnings:
+            progress.note(f"warning: {warning}")
+        way = copy_mode if staging.storage.writes_anywhere and not streams else CopyMode.copy
+        space = space_for(made, staging.folder, way, may_create=True)
+        check_space(space, copy_mode, output)
+        for name, path in made.files:
+            staging.copy_file(name, path)
+        if streams:
+            tally, streamed = _stream_weights(made, ref, staging, output, jobs, progress)
+        else:
+            tally, streamed = _write_weights(made, staging, space, copy_mode, jobs, progress), None
+        for name, text in written_texts(made).items():
+            staging.write_text(name, text)
+        if verify is not VerifyMode.none:
+            check_against_plan(made, staging.folder, staging.held)
+        if verify is VerifyMode.full:
+            progress.start("verifying", made.num_data_bytes)
+            _check_bytes(made, ref, staging.folder, jobs, progress.advance)
+        if with_checksums:
+            sums = checksums.folder_sums(staging.folder, jobs, staging.held)
+            if remaking is not None:
+                remaking.check_sums(sums)
+            staging.write_text(checksums.NAME, checksums.sums_text(sums))
+        journal.remove(staging.folder)
+        staging.publish()
+    seconds, notes = time.monotonic() - started, (*warnings, *staging.warnings)
+    return UpscaleReport(
+        made,
+        output,
+        "written",
+        space,
+        tally,
+        verify.value,
+        seconds,
+        notes,
+        remaking,
+        staging.published,
+        streamed=streamed,
+    )
+
+
+def _check_stream(ref: ModelRef, copy_mode: CopyMode, *, stream: bool) -> None:
+    if stream and ref.path is not None:
+        raise UsageError(f"--stream is for a model on the Hub, and {shown(ref)} is a directory; leave it out")
+    if stream and copy_mode is CopyMode.clone:
+        raise UsageError("--stream has no copy of the model to share blocks with; leave out --copy-mode clone")
+
+
+def _streams(made: UpscalePlan, *, stream: bool) -> bool:
+    """Whether weights come over the network: not those that are in the cache.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    if not stream or all(shard.fingerprint is not None for shard in made.checkpoint.shards):
+        return False
+    if made.checkpoint.is_pickled:
+        raise CheckpointError(
+            "--stream: the weights are pickled, and where their tensors lie is known for sure only once they are here; "
+            "leave out --stream, or name a revision with safetensors (refs/pr/N often is one)"
+        )
+    return True
+
+
+def _is_made(
+    made: UpscalePlan, ref: ModelRef, output: Path, jobs: int, verify: VerifyMode, *, with_checksums: bool
+) -> bool:
+    """Whether `output` is what this plan would write: by its lineage, its headers and, on request, its bytes."""
+    try:
+        incomplete.check_whole(output)
+        if lineage.read_lineage(output) != json.loads(dump_json(lineage.lineage(made))):
+            return False
+        if with_checksums and not (output / checksums.NAME).is_file():
+            return False
+        check_against_plan(made, output)
+        if verify is VerifyMode.full:
+            _check_bytes(made, ref, output, jobs, lambda _: None)
+    except (DusError, OSError):
+        return False  # then it is in the way, and said to be
+    return True
+
+
+def _check_bytes(made: UpscalePlan, ref: ModelRef, folder: Path, jobs: int, on_bytes: Callable[[int], object]) -> None:
+    """Every byte against its source; of a source that is on the Hub alone, against its twins and the Hub's sha256."""
+    check_bytes_against_plan(made, folder, jobs, on_bytes)
+    check_against_hub(made, ref, folder, jobs=jobs)
+
+
+def _write_weights(
+    made: UpscalePlan, staging: Staging, space: Space, copy_mode: CopyMode, jobs: int, progress: Progress
+) -> Tally:
+    progress.start("writing", made.num_data_bytes)
+    if not staging.storage.writes_anywhere:
+        return transfer_in_order(
+            made, staging.folder, jobs=jobs, before_shard=staging.check_ours, on_bytes=progress.advance
+        )
+    return transfer(
+        made,
+        staging.folder,
+        clone=space.can_clone,
+        must_clone=copy_mode is CopyMode.clone,
+        jobs=jobs,
+        on_bytes=progress.advance,
+    )
+
+
+def _stream_weights(
+    made: UpscalePlan, ref: ModelRef, staging: Staging, output: Path, jobs: int, progress: Progress
+) -> tuple[Tally, Streamed]:
+    if not staging.storage.writes_anywhere:
+        raise OutputError(
+            f"--stream writes what comes as it comes, and the file system of {shown(output)} takes files from their "
+            "first byte to their last alone; leave out --stream"
+        )
+    progress.start("streaming", made.num_data_bytes)
+    with Journal(staging.folder, staging.key) as notes:
+        staging.keeps = True
+        return stream_weights(made, ref, staging.folder, notes, jobs=jobs, on_bytes=progress.advance)
