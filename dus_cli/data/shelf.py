@@ -33,7 +33,7 @@ from dus_cli.data.holdout import EVERYTHING, Split
 from dus_cli.data.sources import Source, Unread, kind_of
 from dus_cli.data.streams import Part, Prepared, PreparedSource
 from dus_cli.data.token_files import FORMAT, is_whole, token_dtype, write_part
-from dus_cli.data.tokeniser import Tokeniser, tokenizer_identity
+from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, Tokeniser, tokenizer_identity
 from dus_cli.errors import DataError, shown, shown_list
 from dus_cli.writing.replacing import remove_claimed
 from dus_cli.writing.staging import MARK, Staging
@@ -51,7 +51,7 @@ def prepare(
     tokenizer_folder: Path,
     folder: Path,
     *,
-    vocab_size: int,
+    vocab_size: int | None,
     text_field: str = "text",
     on_bad_line: BadLine = BadLine.error,
     holdout: float = 0.005,
@@ -71,7 +71,7 @@ def prepare(
         eval_sources: evaluation data, or none.
         tokenizer_folder: a model's folder.
         folder: `tokens/`, made if it is not there.
-        vocab_size: of the model; no id may reach it.
+        vocab_size: of the model; no id may reach it. None where its config does not say.
         text_field: of a JSON object, or a parquet column.
         on_bad_line: stop there, or count it.
         holdout: the share of documents held out; not used with `eval_sources`.
@@ -187,7 +187,7 @@ class _Shelf:
         self,
         folder: Path,
         tokenizer_folder: Path,
-        vocab_size: int,
+        vocab_size: int | None,
         reading: Reading,
         on_progress: Callable[[int, int], object],
         *,
@@ -195,7 +195,7 @@ class _Shelf:
     ) -> None:
         self.special_tokens = special_tokens
         self.folder, self.tokenizer_folder = folder, tokenizer_folder
-        self.vocab_size, self.reading = vocab_size, reading
+        self.vocab_size, self.reading = vocab_size or UNKNOWN_VOCABULARY, reading
         self.identity = tokenizer_identity(tokenizer_folder)
         self.digests = _Digests(folder / "sources.jsonl", self._advance)
         self.tokeniser: Tokeniser | None = None

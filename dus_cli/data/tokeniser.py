@@ -58,6 +58,10 @@ def _check_fetched(folder: Path) -> None:
             raise DataError(f"the tokenizer in {shown(folder)}: {name} {what}")
 
 
+# Stands for a size that config.json does not give: token ids are numbers of 32 bits.
+UNKNOWN_VOCABULARY = 1 << 32
+
+
 class Tokeniser:
     """The tokenizer in a model's folder.
 
@@ -67,14 +71,14 @@ class Tokeniser:
 
     Args:
         folder: the model's.
-        vocab_size: of the model.
+        vocab_size: of the model; None where its config does not say, and any id may be.
         special_tokens: False leaves out what the tokenizer puts around a text.
 
     Raises:
         DataError: it cannot be loaded, has no end-of-text token, or one beyond the model's vocabulary.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, *, special_tokens: bool = True) -> None:
+    def __init__(self, folder: Path, vocab_size: int | None, *, special_tokens: bool = True) -> None:
         # Otherwise tokenizers warns in every process that is forked from this one.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         from transformers import AutoTokenizer
@@ -93,7 +97,7 @@ class Tokeniser:
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
-        self.folder, self.vocab_size = folder, vocab_size
+        self.folder, self.vocab_size = folder, vocab_size or UNKNOWN_VOCABULARY
         around = self._special_tokens() if special_tokens else SpecialTokens()
         eos = self._tokenizer.eos_token_id
         if eos is None and around.behind:

@@ -11,12 +11,10 @@ from dus_cli.data.tokeniser import Tokeniser
 from dus_cli.errors import ConfigError, EvaluationError, ModelNotFoundError, shown
 from dus_cli.hub.opening import open_base
 from dus_cli.maps.model_config import decoder_config
+from dus_cli.maps.shape import context_length, vocab_size
 from dus_cli.progress import Progress
 from dus_cli.release.within import base_within
 from dus_cli.source.incomplete import is_unfinished_healing
-
-# Fields of config.json, by age of the architecture, that say how many tokens a model sees at once.
-_LENGTHS = "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length".split()
 
 
 @dataclass(frozen=True)
@@ -84,18 +82,14 @@ def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, special_t
         fields, num_layers = decoder.fields, decoder.num_layers
     except ConfigError:  # transformers may know it all the same
         fields, num_layers = checkpoint.config, 0
-    lengths = [fields[key] for key in _LENGTHS if isinstance(fields.get(key), int)]
-    vocab_size = fields.get("vocab_size") or checkpoint.config.get("vocab_size")
     return Candidate(
         ref,
         name,
         checkpoint.folder,
         checkpoint.folder.name if ref.repo_id is not None else None,
         num_layers,
-        next((length for length in lengths if length > 1), None),
-        Tokeniser(
-            checkpoint.folder, vocab_size if isinstance(vocab_size, int) else 1 << 32, special_tokens=special_tokens
-        ),
+        context_length(fields),
+        Tokeniser(checkpoint.folder, vocab_size(checkpoint.config, fields), special_tokens=special_tokens),
     )
 
 

@@ -5,6 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dus_cli.errors import ConfigError, described
+
+# The fields of config.json that give the number of positions a decoder knows, the usual one first: then GPT-2's, GPT's
+# and CTRL's, MPT's, DBRX's, ChatGLM's and BLOOM's, RWKV's.
+_CONTEXT_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "context_length",
+)
+
 # Tokens per parameter at which pretraining spends its compute best (Chinchilla, arXiv:2203.15556, table 3).
 TOKENS_PER_PARAMETER = 20
 
@@ -21,12 +35,41 @@ class Shape:
     vocab_size: int
 
 
+def context_length(fields: dict[str, Any]) -> int | None:
+    """How many positions a decoder knows, in tokens; None where its fields of config.json do not say.
+
+    >>> context_length({"model_type": "mpt", "max_seq_len": 2048})
+    2048
+    """
+    lengths = (fields.get(name) for name in _CONTEXT_LENGTHS)
+    return next((length for length in lengths if type(length) is int and length > 1), None)
+
+
+def vocab_size(config: dict[str, Any], fields: dict[str, Any] | None = None) -> int | None:
+    """How many words a model's embedding has; None where config.json does not say.
+
+    Args:
+        config: the whole config.json.
+        fields: the decoder's part of it, which is asked first.
+
+    Raises:
+        ConfigError: what stands there is no number of words.
+    """
+    said = (fields or {}).get("vocab_size")
+    said = config.get("vocab_size") if said is None else said
+    if said is None:
+        return None
+    if type(said) is not int or said < 1:
+        raise ConfigError(f"config.json: vocab_size is {described(said)}, not a number of tokens")
+    return said
+
+
 def shape_of(config: dict[str, Any], num_parameters: int, num_layers: int) -> Shape:
     """The shape of a decoder, from its config's fields (the text part of it)."""
     hidden = int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0)
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
     head_size = int(config.get("head_dim") or (hidden // heads if heads else 0))
-    vocab = int(config.get("vocab_size") or 0)
+    vocab = vocab_size(config) or 0
     # Tied weights stand once in num_parameters and are multiplied once, as the head; untied ones stand twice.
     looked_up = 0 if config.get("tie_word_embeddings") else vocab * hidden
     return Shape(num_parameters, num_parameters - looked_up, num_layers, hidden, heads * head_size, vocab)

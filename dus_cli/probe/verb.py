@@ -14,6 +14,7 @@ from dus_cli.common.reference import ModelRef
 from dus_cli.errors import DataError, ProbeError, shown_list
 from dus_cli.hub.fetching import Fetch
 from dus_cli.maps.model_config import decoder_config
+from dus_cli.maps.shape import context_length, vocab_size
 from dus_cli.models.precision import Precision
 from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
@@ -239,8 +240,8 @@ def _read(
     from dus_cli.probe.measure import Batch
 
     fields = decoder_config(checkpoint.config).fields
-    vocab_size = int(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0)
-    tokeniser = Tokeniser(checkpoint.folder, vocab_size, special_tokens=options.special_tokens)
+    words = vocab_size(checkpoint.config, fields)
+    tokeniser = Tokeniser(checkpoint.folder, words, special_tokens=options.special_tokens)
     reading = Reading(options.text_field, options.on_bad_line)
     sample = read_sample(options.files, tokeniser, options.tokens, reading=reading, holdout=options.holdout)
     rows = Packed(sample.texts, tokeniser, seq_length, document_mask=False)
@@ -271,9 +272,7 @@ def _read(
 
 
 def _seq_length(checkpoint: Checkpoint, options: Options) -> int:
-    fields = decoder_config(checkpoint.config).fields
-    most = fields.get("max_position_embeddings") or fields.get("n_positions")
-    most = most if isinstance(most, int) else None
+    most = context_length(decoder_config(checkpoint.config).fields)
     if options.seq_length is not None and most is not None and options.seq_length > most:
         raise ProbeError(f"--seq-length {options.seq_length} is more than the model's {most} positions; choose less")
     return options.seq_length or min(_SEQ_LENGTH, most or _SEQ_LENGTH)

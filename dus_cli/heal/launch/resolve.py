@@ -12,11 +12,12 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.common.bounds import check_fields
-from dus_cli.errors import HealError, UsageError, described, shown
+from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
 from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
 from dus_cli.heal.run import FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
 from dus_cli.maps.model_config import decoder_config
+from dus_cli.maps.shape import context_length, vocab_size
 from dus_cli.release import lineage
 from dus_cli.release.within import BasePlan, recorded_base, recorded_map
 from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
@@ -73,13 +74,14 @@ class Wishes:
 class Model:
     """The model to heal: its checkpoint, where its base stands in it, its seams.
 
-    `new_layers` are the output layers that are none of the base's own: () where dus.json tells of none.
+    `max_length` and `vocab_size` are None where config.json does not say. `new_layers` are the output layers that are
+    none of the base's own: () where dus.json tells of none.
     """
 
     checkpoint: Checkpoint
     num_layers: int
     max_length: int | None
-    vocab_size: int
+    vocab_size: int | None
     base: BasePlan | None
     seams: tuple[tuple[int, int], ...]
     new_layers: tuple[int, ...]
@@ -100,25 +102,17 @@ def open_model(folder: Path) -> Model:
             "deepen it with dus upscale, which writes them, or load it in transformers and save_pretrained it"
         )
     decoder = decoder_config(checkpoint.config)
-    fields = decoder.fields
     record = lineage.read_lineage(folder)
     layer_map = recorded_map(record, decoder.num_layers)
-    length = fields.get("max_position_embeddings") or fields.get("n_positions")
     return Model(
         checkpoint,
         decoder.num_layers,
-        length if isinstance(length, int) else None,
-        _vocab_size(fields.get("vocab_size") or checkpoint.config.get("vocab_size") or 0),
+        context_length(decoder.fields),
+        vocab_size(checkpoint.config, decoder.fields),
         recorded_base(record, layer_map),
         () if layer_map is None else tuple(seam.output_layers for seam in layer_map.seams),
         () if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
     )
-
-
-def _vocab_size(said: object) -> int:
-    if not isinstance(said, int):
-        raise HealError(f"config.json: vocab_size is {described(said)}, not a number of tokens")
-    return said
 
 
 def model_key(checkpoint: Checkpoint) -> str:
