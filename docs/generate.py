@@ -1,4 +1,4 @@
-"""Write docs/cli.md and docs/dus.1 from the code, and the two pictures of the layer map. `--check` only compares."""
+"""Write docs/cli.md, dus.1 and engines.md from the code, and two pictures of the layer map. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from enginespage import engines_page
 from manpage import Command, Option, man_page
 
 from dus_cli.cli import app
@@ -84,6 +85,7 @@ def main() -> None:
     solar = stack(32, trim=8)
     root, *others = commands()
     pages = {"cli.md": cli_reference(root, others), "dus.1": man_page(root, others)}
+    pages["engines.md"] = engines_page()
     pages |= {name: layer_map_svg(solar, dark=dark) for name, dark in PICTURES.items()}
     stale = [
         name

@@ -7,7 +7,7 @@ behind. docs/api.md describes the results.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -18,6 +18,7 @@ from dus_cli.common.reference import ModelRef, user_path
 from dus_cli.common.units import parse_size
 from dus_cli.errors import DusError, UsageError, shown
 from dus_cli.hub.opening import open_base
+from dus_cli.maps.engines import parse_engines
 from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
@@ -48,6 +49,7 @@ def upscale(
     copies: int = 2,
     recipe: str | None = None,
     identity: bool = False,
+    engines: Sequence[str] = (),
     assume: Mapping[str, Assumption] | None = None,
     dtype: Dtype | Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"] | None = None,
     max_shard_size: int | str = "5GB",
@@ -79,6 +81,9 @@ def upscale(
         copies: how many copies are stacked.
         recipe: a published map by name. It excludes `trim`, `layers` and `copies`, as `layers` does the others.
         identity: new layers start as identities, so that the model computes what its base does.
+        engines: names of inference engines, such as "llama.cpp", that must compute the output as config.json says;
+            "all" for every one that dus knows. Without `trim` it is then the nearest to a quarter that is right for
+            them.
         assume: for fields of config.json that dus does not know, "keep" or "map".
         dtype: what floating-point tensors are cast to (takes the heal extra).
         max_shard_size: of the largest file of weights: bytes, or text such as "5GB" in decimal units.
@@ -100,7 +105,19 @@ def upscale(
     """
     told = progress or NoProgress()
     wanted = _wanted(
-        model, lineage, revision, token, trim, layers, copies, recipe, assume, dtype, max_shard_size, identity=identity
+        model,
+        lineage,
+        revision,
+        token,
+        trim,
+        layers,
+        copies,
+        recipe,
+        assume,
+        dtype,
+        max_shard_size,
+        identity=identity,
+        engines=parse_engines(engines),
     )
     mode = _choice(VerifyMode, verify, "verify")
     target = _target(push_to, branch, token, private=private)
@@ -137,6 +154,7 @@ def plan(
     copies: int = 2,
     recipe: str | None = None,
     identity: bool = False,
+    engines: Sequence[str] = (),
     assume: Mapping[str, Assumption] | None = None,
     dtype: Dtype | Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"] | None = None,
     max_shard_size: int | str = "5GB",
@@ -157,7 +175,19 @@ def plan(
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
     wanted = _wanted(
-        model, lineage, revision, token, trim, layers, copies, recipe, assume, dtype, max_shard_size, identity=identity
+        model,
+        lineage,
+        revision,
+        token,
+        trim,
+        layers,
+        copies,
+        recipe,
+        assume,
+        dtype,
+        max_shard_size,
+        identity=identity,
+        engines=parse_engines(engines),
     )
     target = _target(push_to, branch, token, private=private)
     remote = None if target is None else look(target)
@@ -177,6 +207,7 @@ def verify(
     folder: str | Path,
     *,
     base: str | Path | None = None,
+    engines: Sequence[str] = (),
     token: str | None = None,
     jobs: int = DEFAULT_JOBS,
     progress: Progress | None = None,
@@ -188,6 +219,7 @@ def verify(
     Args:
         folder: the directory to check.
         base: also hold every tensor against this base, a Hub id or a directory.
+        engines: names of inference engines: what one of them would not compute as config.json says is a problem.
         token: of the Hub, for the base; HF_TOKEN or the stored login by default.
         jobs: parallel reads, 1 to 64.
         progress: told what happens while it happens, from several threads.
@@ -197,11 +229,12 @@ def verify(
         DusError: the folder is not there, or the base cannot be read.
     """
     told, folder = progress or NoProgress(), user_path(folder)
+    names = parse_engines(engines)
     if not folder.is_dir():
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     ref = None if base is None else ModelRef.parse(_text(base), token=token)
     checkpoint = None if ref is None else open_base(ref, quiet=not told.is_live, progress=told)
-    return verification.verify(folder, checkpoint, jobs=_jobs(jobs), progress=told)
+    return verification.verify(folder, checkpoint, engines=names, jobs=_jobs(jobs), progress=told)
 
 
 def _wanted(
@@ -218,6 +251,7 @@ def _wanted(
     max_shard_size: int | str,
     *,
     identity: bool,
+    engines: tuple[str, ...],
 ) -> Wanted:
     size = _size(max_shard_size)
     if lineage is not None:
@@ -236,12 +270,13 @@ def _wanted(
         if names:
             raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
         remaking = read_remaking(user_path(lineage), None if model is None else _text(model), token=token)
+        remaking = replace(remaking, request=replace(remaking.request, engines=engines))
         return Wanted(*remaking.parts, remaking)
     if model is None:
         raise UsageError("which model? give a directory or a Hub id, or lineage")
     return Wanted(
         ModelRef.parse(_text(model), revision=revision, token=token),
-        MapRequest(trim, layers, copies, recipe=recipe, identity=identity, assume=tuple((assume or {}).items())),
+        MapRequest(trim, layers, copies, recipe, identity, tuple((assume or {}).items()), engines),
         size,
         None if dtype is None else _choice(Dtype, dtype, "dtype"),
     )

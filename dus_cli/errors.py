@@ -35,6 +35,10 @@ class ConfigError(DusError):
     """A field of config.json cannot be carried to the new depth, or is not understood."""
 
 
+class EngineError(DusError):
+    """An engine that was named with --for would not compute what the model's config says."""
+
+
 class OutputError(DusError):
     """The output cannot be written: taken, no room, no permission, or the disk failed."""
 

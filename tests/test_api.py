@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 MAP = (
     "lineage: 'str | Path | None' = None, revision: 'str | None' = None, token: 'str | None' = None, "
     "trim: 'int | None' = None, layers: 'str | None' = None, copies: 'int' = 2, recipe: 'str | None' = None, "
-    "identity: 'bool' = False, assume: 'Mapping[str, Assumption] | None' = None, "
+    "identity: 'bool' = False, engines: 'Sequence[str]' = (), assume: 'Mapping[str, Assumption] | None' = None, "
     "dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32', 'bf16', 'fp16', 'fp32'] | None\" = None, "
     "max_shard_size: 'int | str' = '5GB', "
     "copy_mode: \"CopyMode | Literal['auto', 'clone', 'copy']\" = <CopyMode.auto: 'auto'>, "
@@ -40,8 +40,8 @@ SIGNATURES: dict[Any, str] = {
     f"checksums: 'bool' = False, {PUSH}, progress: 'Progress | None' = None) -> 'UpscaleReport'",
     plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}checksums: 'bool' = False, {PUSH}) "
     "-> 'UpscaleReport'",
-    verify: "(folder: 'str | Path', *, base: 'str | Path | None' = None, token: 'str | None' = None, jobs: 'int' = 4, "
-    "progress: 'Progress | None' = None) -> 'Verification'",
+    verify: "(folder: 'str | Path', *, base: 'str | Path | None' = None, engines: 'Sequence[str]' = (), "
+    "token: 'str | None' = None, jobs: 'int' = 4, progress: 'Progress | None' = None) -> 'Verification'",
 }
 
 FIELDS: dict[Any, dict[str, str]] = {
@@ -68,6 +68,7 @@ FIELDS: dict[Any, dict[str, str]] = {
         "num_layers": "int | None",
         "bytes_compared": "int",
         "files_summed": "int",
+        "engines": "list[dict[str, Any]]",
     },
 }
 

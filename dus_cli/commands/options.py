@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Optional, TypeVar, cast, get_args
 
@@ -14,6 +14,7 @@ from dus_cli.console.events import JsonProgress
 from dus_cli.console.terminal import BarProgress, PlainProgress, is_live
 from dus_cli.data.documents import BadLine
 from dus_cli.errors import DusError, shown
+from dus_cli.maps.engines import ALL, ENGINES, parse_engines
 from dus_cli.maps.layers import parse_layers
 from dus_cli.maps.naming import Assumption
 from dus_cli.progress import NoProgress, Progress, ProgressMode
@@ -170,3 +171,20 @@ Assume = Annotated[
         rich_help_panel="Layer map",
     ),
 ]
+
+
+def engines_option(help_text: str, panel: str | None = None) -> Any:
+    """`--for` with what it means to a command. Several engines stand behind it with commas, or it is repeated."""
+    return typer.Option(
+        "--for",
+        metavar="ENGINE",
+        parser=parser(lambda text: parse_engines([text])),
+        autocompletion=lambda: [*(engine.name for engine in ENGINES), ALL],
+        help=f"{help_text} One or more of {', '.join(engine.name for engine in ENGINES)}, or {ALL}.",
+        rich_help_panel=panel,
+    )
+
+
+def named_engines(given: Sequence[tuple[str, ...]] | None) -> tuple[str, ...]:
+    """The engines of every `--for`."""
+    return tuple(dict.fromkeys(name for names in given or () for name in names))

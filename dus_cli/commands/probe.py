@@ -22,6 +22,8 @@ from dus_cli.commands.options import (
     TextField,
     Token,
     check_map,
+    engines_option,
+    named_engines,
     number,
     parser,
     path_parser,
@@ -137,6 +139,10 @@ def probe(
             rich_help_panel=_MAPS,
         ),
     ] = 10,
+    engines: Annotated[
+        Optional[list[Any]],  # noqa: UP045
+        engines_option("Recommend only what inference engines compute as config.json says.", _MAPS),
+    ] = None,
     assume: Assume = None,
     within: Annotated[
         float,
@@ -206,7 +212,7 @@ def probe(
     from dus_cli.probe.verb import probe as run
 
     ref = ModelRef.parse(model, revision=revision, token=token)
-    asked = Asked(trims, tuple(layers or ()), copies, search, best, tuple(assume or ()))
+    asked = Asked(trims, tuple(layers or ()), copies, search, best, tuple(assume or ()), named_engines(engines))
     options = Options(
         (*data, *(more_data or ())),
         tokens,

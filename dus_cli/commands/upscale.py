@@ -23,6 +23,8 @@ from dus_cli.commands.options import (
     ShowProgress,
     Token,
     check_map,
+    engines_option,
+    named_engines,
     number,
     parser,
     path_parser,
@@ -93,7 +95,8 @@ def upscale(
             "-t",
             parser=number("trim"),
             metavar="M",
-            help="Layers trimmed from each copy. Default: a quarter.",
+            help="Layers trimmed from each copy. Default: a quarter, or the nearest to it that every inference engine "
+            "computes as it should.",
             rich_help_panel=_MAP,
         ),
     ] = None,
@@ -131,6 +134,14 @@ def upscale(
             rich_help_panel=_MAP,
         ),
     ] = False,
+    engines: Annotated[
+        Optional[list[Any]],  # noqa: UP045
+        engines_option(
+            "Refuse what an inference engine would not compute as config.json says; without --trim, take the nearest "
+            "to a quarter that is right for it.",
+            _MAP,
+        ),
+    ] = None,
     dtype: Annotated[
         Optional[Dtype],  # noqa: UP045
         typer.Option(
@@ -228,6 +239,7 @@ def upscale(
         "copies": copies,
         "recipe": recipe,
         "identity": identity,
+        "engines": named_engines(engines),
         "assume": dict(assume or ()),
         "dtype": dtype,
         "max_shard_size": max_shard_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -14,6 +14,8 @@ from dus_cli.commands.options import (
     Quiet,
     ShowProgress,
     Token,
+    engines_option,
+    named_engines,
     number,
     path_parser,
     progress_for,
@@ -29,6 +31,10 @@ def verify(
         Optional[str],  # noqa: UP045
         typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),
     ] = None,
+    engines: Annotated[
+        Optional[list[Any]],  # noqa: UP045
+        engines_option("Also say whether inference engines compute what config.json says, whoever made OUT."),
+    ] = None,
     token: Token = None,
     jobs: Annotated[
         int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
@@ -43,7 +49,7 @@ def verify(
     """
     says = not (quiet or as_json)
     with progress_for(progress, quiet=not says) as told:
-        found = api.verify(model, base=base, token=token, jobs=jobs, progress=told)
+        found = api.verify(model, base=base, engines=named_engines(engines), token=token, jobs=jobs, progress=told)
     if as_json:
         print(json.dumps(found.to_json()))
     elif says or not found.is_sound:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from dus_cli.common.libraries import require
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import UsageError, shown
 from dus_cli.maps.architectures import KNOWN_TYPES, TRIED_TYPES
+from dus_cli.maps.engines import parse_engines
 from dus_cli.maps.layers import LayerMap, parse_layers, stack, typed_map
 from dus_cli.maps.model_config import DecoderConfig, DeeperConfig, decoder_config, deepen_config, refuse_types
 from dus_cli.maps.naming import QUANTIZATION_KEYS, Assumption
@@ -24,6 +25,7 @@ from dus_cli.maps.rules import Kinds
 from dus_cli.maps.stacks import LayerStack, find_stack
 from dus_cli.maps.unlike import LayerTensors, check_alike
 from dus_cli.planning.dtypes import Dtype, check_castable, output_config
+from dus_cli.planning.judging import Judged, Maps, check_right, choose_trim, engine_warnings
 from dus_cli.planning.layout import Placement, ShardLayout, lay_out
 from dus_cli.planning.projections import zero_patterns
 from dus_cli.planning.sidecars import go_along
@@ -43,10 +45,11 @@ class MapRequest:
 
     `layers` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as identities.
     `assume` says how fields of config.json, and numbered stacks of tensors by their prefix, that dus does not know are
-    to be carried, as (field or prefix, "keep" or "map").
+    to be carried, as (field or prefix, "keep" or "map"). `engines` are names of those that must compute the output as
+    config.json says.
 
     Raises:
-        UsageError: options that exclude each other, a number outside of its bounds, or no such recipe.
+        UsageError: options that exclude each other, a number outside of its bounds, or no such recipe or engine.
         LayerMapError: `layers` is not of its grammar.
     """
 
@@ -56,8 +59,10 @@ class MapRequest:
     recipe: str | None = None
     identity: bool = False
     assume: tuple[tuple[str, Assumption], ...] = ()
+    engines: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        parse_engines(self.engines)
         check_numbers(trim=self.trim, copies=self.copies)
         given = [name for name in ("layers", "recipe") if getattr(self, name) is not None]
         if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
@@ -67,6 +72,11 @@ class MapRequest:
             raise UsageError(f"there is no recipe {shown(self.recipe)!r}; there are {', '.join(RECIPES)}")
         if self.layers is not None:
             parse_layers(self.layers)
+
+    @property
+    def leaves_trim_open(self) -> bool:
+        """Whether nobody said which layers: then the model decides about the trim."""
+        return self.trim is None and self.layers is None and self.recipe is None
 
     @property
     def starts_as_base(self) -> bool:
@@ -120,7 +130,8 @@ class UpscalePlan:
     `shards` maps file names to layouts, in order. `files` are those of the source's other files that go along, as
     (path with "/", file); those that were not fetched have `num_absent_bytes`. `sidecars` go along too, with names of
     layers that followed the map, and `left_out` do not. `kinds` are what the config says of each base layer.
-    `base_card` is what the base's model card says that ours repeats.
+    `base_card` is what the base's model card says that ours repeats. `engines` are what each inference engine makes of
+    the output, and `why_trim` says why a trim that nobody gave is not a quarter of the layers.
     """
 
     base: Base
@@ -139,6 +150,8 @@ class UpscalePlan:
     warnings: tuple[str, ...]
     base_card: BaseCard
     num_absent_bytes: int = 0
+    engines: tuple[Judged, ...] = ()
+    why_trim: str | None = None
 
     @property
     def options(self) -> str:
@@ -253,6 +266,7 @@ def make_plan(
     Raises:
         LayerMapError: the map is not valid for this model.
         ConfigError: a field of the config cannot follow the map.
+        EngineError: one of the request's engines would not compute what config.json says.
         CheckpointError: tensors that the layer map, or an identity, does not account for; or that cannot be cast.
     """
     refuse_types(checkpoint.config)
@@ -261,7 +275,13 @@ def make_plan(
     assume = dict(request.assume)
     layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder, assume)
     tensors = layer_tensors(checkpoint, layers.prefix, decoder.num_layers)
+    maps, why_trim = Maps(checkpoint.config, decoder, request.copies, assume, tensors.names), None
+    if request.leaves_trim_open:
+        trim, why_trim = choose_trim(maps, request.engines)
+        layer_map = replace(request, trim=trim).resolve(decoder.num_layers)
     deeper = deepen_config(checkpoint.config, layer_map, assume, tensors.names)
+    judged = maps.judge(layer_map)
+    check_right(maps, judged, request.engines, layer_map.trim)
     if layers.prefix in assume:
         unlike: tuple[str, ...] = (f"differences between the layers under {layers.prefix} were kept, as --assume says",)
     else:
@@ -275,6 +295,7 @@ def make_plan(
         names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
         shards = dict(zip(names, layouts, strict=True))
     warnings = [*checkpoint.warnings, *stack_warnings, *deeper.warnings, *unlike, *treatment_warnings]
+    warnings += engine_warnings(maps, judged, request.engines, layer_map.trim)
     if not layer_map.is_deeper:
         warnings.append(
             f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
@@ -306,6 +327,8 @@ def make_plan(
         tuple(warnings),
         base_card,
         sum((absent or {}).get(name, 0) for name, path in along.files if not path.exists()),
+        maps.with_trims(judged, layer_map.trim),
+        why_trim,
     )
 
 

@@ -46,7 +46,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found. `within` and `knee` are numbers of `maps`. `distances` are None in a dry run."""
+    """What was found. `within` and `knee` are numbers of `maps`. `distances` are None in a dry run.
+
+    `engines` are those that what is recommended must be right for.
+    """
 
     model: str
     name: str
@@ -69,6 +72,7 @@ class Probe:
     seconds: float
     peak_bytes: int | None
     warnings: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ()
 
     @property
     def is_dry_run(self) -> bool:

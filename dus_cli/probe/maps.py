@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dus_cli.errors import ConfigError, LayerMapError
+from dus_cli.maps.engines import Engine
 from dus_cli.maps.layers import LayerMap, largest_trim, stack
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.naming import Assumption
 from dus_cli.maps.shape import flops_per_token, shape_of
+from dus_cli.planning.judging import Judged
 from dus_cli.planning.plan import MapRequest, UpscalePlan, make_plan
 from dus_cli.source.checkpoint import Checkpoint
 
@@ -21,7 +23,7 @@ Assumptions = tuple[tuple[str, Assumption], ...]
 class Asked:
     """What is to be measured: trims (None is all of them, unless maps are typed), typed maps, and a search.
 
-    `best` is how many maps a search measures.
+    `best` is how many maps a search measures. `engines` are those that what is recommended must be right for.
     """
 
     trims: tuple[int, int | None] | None = None
@@ -30,6 +32,7 @@ class Asked:
     search: bool = False
     best: int = 10
     assume: Assumptions = ()
+    engines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,25 @@ class Cost:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A map, the options that make it, and what it costs; or the reason for which `dus upscale` refuses it."""
+    """A map, the options that make it, and what it costs; or the reason for which `dus upscale` refuses it.
+
+    `engines` are what each inference engine makes of its output.
+    """
 
     layer_map: LayerMap
     options: str
     cost: Cost | None
     refused: str | None = None
+    engines: tuple[Judged, ...] = ()
+
+    @property
+    def wrong(self) -> tuple[Engine, ...]:
+        """The inference engines that would not compute the output as config.json says."""
+        return tuple(judged.engine for judged in self.engines if judged.verdict.is_wrong)
+
+    def is_right_for(self, engines: Sequence[str]) -> bool:
+        """Whether none of these engines is among them."""
+        return not any(engine.name in engines for engine in self.wrong)
 
 
 def parse_trims(text: str) -> tuple[int, int | None]:
@@ -99,7 +115,7 @@ def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candida
         plan = make_plan(of_base.base, of_base.checkpoint, request)
     except ConfigError as error:
         return Candidate(layer_map, options, None, str(error))
-    return Candidate(layer_map, options, cost_of(plan, seq_length))
+    return Candidate(layer_map, options, cost_of(plan, seq_length), engines=plan.engines)
 
 
 def options_of(layer_map: LayerMap, request: MapRequest) -> str:

@@ -47,6 +47,7 @@ def probe_json(found: Probe) -> dict[str, Any]:
         "device": found.device,
         "stream_layers": found.streams,
         "base": _figures(found.base_loss, found.base_cost),
+        "for": list(found.engines),
         "maps": [_map_json(measured) for measured in found.maps],
         "recommended": {
             "within": None if found.is_dry_run else _within_json(found),
@@ -98,6 +99,7 @@ def _map_json(measured: Measured) -> dict[str, Any]:
         **_figures(measured.loss, measured.candidate.cost),
         "num_layers": len(layer_map),
         "seams": seams,
+        "engines": [judged.to_json() for judged in measured.candidate.engines],
         "options": measured.candidate.options,
         "refused": measured.candidate.refused,
     }
@@ -121,7 +123,8 @@ def upscale_command(found: Probe, number: int) -> str:
 
 
 def probe_text(found: Probe) -> str:
-    """The table and the advice, at most 80 columns wide but for commands, long maps and warnings."""
+    """The table and the advice, at most 80 columns wide but for commands, long maps, engines and warnings."""
+    wrong = list(dict.fromkeys(engine for measured in found.maps for engine in measured.candidate.wrong))
     head = ["map", "layers", "params", "bytes", "FLOP/token", "loss", "perplexity", "seam"]
     rows = [head, _row("base", found.base_cost, found.base_cost.num_layers, found.base_loss, "")]
     for measured in found.maps:
@@ -129,12 +132,19 @@ def probe_text(found: Probe) -> str:
         name = str(layer_map) if layer_map.trim is None else f"trim {layer_map.trim}"
         seam = f"{max(angular for angular, _ in measured.seams):.3f}" if measured.seams else ""
         rows.append(_row(name, measured.candidate.cost, len(layer_map), measured.loss, seam))
+    if wrong:  # a column of its own, of initials
+        not_in = ["".join(engine.name[0] for engine in measured.candidate.wrong) for measured in found.maps]
+        rows = [[*row, cell] for row, cell in zip(rows, ["not in", "", *not_in], strict=True)]
+        head = rows[0]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     refused = [measured.candidate for measured in found.maps if measured.candidate.refused is not None]
     lines += [f"refused: {candidate.options}: {candidate.refused}" for candidate in refused]
     typed = [str(m.candidate.layer_map) for m in found.maps if m.candidate.layer_map.trim is None]
     lines += [f"{_short(name)} is {name}" for name in typed if len(name) > _WIDTH]
+    if wrong:
+        names = ", ".join(f"{engine.name[0]} {engine.title}" for engine in wrong)
+        lines.append(f"not in: {names} would not compute it as config.json says")
     return "\n".join([*lines, "", *_closing(found), *(f"warning: {warning}" for warning in found.warnings)])
 
 
@@ -176,7 +186,10 @@ def _closing(found: Probe) -> list[str]:
     ]
     limit = (1 + found.bound) * found.base_loss
     if found.within is None:
-        lines.append(f"No deeper model is within {found.bound:.0%} of the base's loss ({limit:.3f}); see --within.")
+        asked = f" that is right for {', '.join(found.engines)}" if found.engines else ""
+        lines.append(
+            f"No deeper model{asked} is within {found.bound:.0%} of the base's loss ({limit:.3f}); see --within."
+        )
     else:
         lines.append(
             f"largest within {found.bound:.0%} of the base's loss ({limit:.3f}): {_named(found, found.within)}"

@@ -83,6 +83,7 @@ def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, 
         layer_passes=count_nodes(grow(_layers(of_base, candidates))),
         seconds=time.monotonic() - started,
         peak_bytes=None,
+        engines=asked.engines,
     )
     if dry_run:
         return found
@@ -196,7 +197,7 @@ def _measure(
     lost = [m.candidate.options for m in maps if m.loss is not None and not m.is_finite]
     if lost:
         warnings = (*warnings, f"no finite loss in {found.precision}: {shown_list(lost)}; try --precision fp32")
-    within, knee = _recommended(maps, base_loss, options.bound)
+    within, knee = _recommended(maps, base_loss, options.bound, asked.engines)
     return replace(
         found,
         base_loss=base_loss,
@@ -213,12 +214,17 @@ def _measure(
     )
 
 
-def _recommended(maps: Sequence[Measured], base_loss: float, bound: float) -> tuple[int | None, int | None]:
-    """Numbers of the largest map within the bound and of the knee among the depthwise scalings."""
+def _recommended(
+    maps: Sequence[Measured], base_loss: float, bound: float, engines: Sequence[str]
+) -> tuple[int | None, int | None]:
+    """Numbers of the largest map within the bound and of the knee among the depthwise scalings.
+
+    Only of those whose output `engines` compute as config.json says.
+    """
     deeper = [
         (number, m.loss, len(m.candidate.layer_map))
         for number, m in enumerate(maps)
-        if m.is_finite and m.loss is not None and m.candidate.layer_map.is_deeper
+        if m.is_finite and m.loss is not None and m.candidate.layer_map.is_deeper and m.candidate.is_right_for(engines)
     ]
     largest = recommend.within([(loss, size) for _, loss, size in deeper], (1 + bound) * base_loss)
     scaled = [entry for entry in deeper if maps[entry[0]].candidate.layer_map.trim is not None]

@@ -43,6 +43,11 @@ def map_record(plan: UpscalePlan) -> dict[str, Any]:
     }
 
 
+def engines_record(plan: UpscalePlan) -> list[dict[str, Any]]:
+    """What `dus.json` and the report say of each inference engine."""
+    return [judged.to_json() for judged in plan.engines]
+
+
 def seam_record(seam: Seam) -> dict[str, Any]:
     return {
         "output_layers": list(seam.output_layers),
@@ -74,6 +79,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "layer_prefix": plan.stack.prefix,
         "max_shard_size": plan.max_shard_bytes,
         "seams": [seam_record(seam) for seam in layer_map.seams],
+        "engines": engines_record(plan),
         "num_tensors": plan.num_tensors,
         "num_parameters": plan.num_parameters,
         "total_size": plan.num_data_bytes,

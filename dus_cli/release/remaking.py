@@ -89,8 +89,9 @@ class Remaking:
                 f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has {' and '.join(other)}; "
                 "give the right one as MODEL"
             )
-        # An older dus recorded fewer fields; those of both must agree. Of files that differ their sums tell more.
-        fields = self.record.keys() & planned.keys() - {"base", "dus_version", "files"}
+        # An older dus recorded fewer fields; those of both must agree. Of files that differ their sums tell more, and
+        # what engines make of the model is another dus's to judge.
+        fields = self.record.keys() & planned.keys() - {"base", "dus_version", "files", "engines"}
         if differing := sorted(key for key in fields if self.record[key] != planned[key]):
             raise VerificationError(
                 f"dus {__version__} would make something else than {shown(self.path)} records: {shown_list(differing)} "

@@ -15,7 +15,7 @@ from dus_cli.hub.streaming import Streamed
 from dus_cli.planning.plan import Start, UpscalePlan
 from dus_cli.push.report import push_text
 from dus_cli.release.drawing import draw_kinds, draw_map
-from dus_cli.release.lineage import map_record, seam_record
+from dus_cli.release.lineage import engines_record, map_record, seam_record
 from dus_cli.release.remaking import Remaking
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.upscaling.space import Space
@@ -93,6 +93,8 @@ class UpscaleReport:
             "seams": [seam_record(seam) for seam in layer_map.seams],
             "start": plan.start.value,
             "kinds": plan.output_kinds,
+            "why_trim": plan.why_trim,
+            "engines": engines_record(plan),
             "parameters": {"base": plan.checkpoint.num_parameters, "output": plan.num_parameters},
             "bytes": plan.num_data_bytes,
             "tensors": plan.num_tensors,
@@ -132,6 +134,7 @@ def upscale_text(report: UpscaleReport) -> str:
     plan, tally, space = report.plan, report.tally, report.space
     base, output = plan.checkpoint.num_parameters, plan.num_parameters
     rows = [
+        *([("trim", plan.why_trim)] if plan.why_trim else []),
         ("parameters", f"{output:,} (base {base:,}, ×{output / base:.2f})"),
         ("tensors", f"{plan.num_tensors:,} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}"),
         ("tensor data", f"{plan.num_data_bytes:,} bytes ({human_bytes(plan.num_data_bytes)})"),

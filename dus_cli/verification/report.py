@@ -22,6 +22,7 @@ class Verification:
     num_layers: int | None = None
     bytes_compared: int = 0
     files_summed: int = 0
+    engines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
@@ -39,6 +40,7 @@ class Verification:
             "parameters": self.num_parameters,
             "bytes_compared": self.bytes_compared,
             "files_summed": self.files_summed,
+            "engines": self.engines,
             "problems": self.problems,
             "warnings": self.warnings,
         }

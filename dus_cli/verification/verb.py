@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dus_cli.maps.model_config import DecoderConfig, decoder_config, deepen_conf
 from dus_cli.maps.naming import Assumption
 from dus_cli.maps.stacks import find_stack
 from dus_cli.pictures.layer_map import PICTURES
+from dus_cli.planning import judging
 from dus_cli.planning.dtypes import output_config
 from dus_cli.planning.plan import layer_tensors
 from dus_cli.planning.treatment import Making, Treatment
@@ -55,6 +56,7 @@ def verify(
     base: Checkpoint | None = None,
     *,
     deep: bool = True,
+    engines: Sequence[str] = (),
     jobs: int = DEFAULT_JOBS,
     progress: Progress | None = None,
 ) -> Verification:
@@ -63,7 +65,7 @@ def verify(
     Every header, the index against the headers, the config against the tensors; with dus.json the
     layers that stand twice against each other, byte by byte; with `base` every tensor against its
     source and the config against the base's; with SHA256SUMS every file's sum. Without `deep` no data is read:
-    neither layers that stand twice nor sums.
+    neither layers that stand twice nor sums. Of `engines` what they make of the config, by name.
 
     Raises:
         CheckpointError: a run is writing it in place, or left it half-written.
@@ -111,11 +113,26 @@ def verify(
             require("--base of a model that was cast", "torch")
         progress.start("comparing with the base", _num_bytes(pairs))
         _compare_all(found, pairs, jobs, progress)
+    _check_engines(config if decoder is not None else None, record or {}, engines, found)
     _check_pictures(folder, found)
     if deep:
         found.files_summed, problems = check_sums(folder, jobs)
         found.problems += problems
     return found
+
+
+def _check_engines(
+    config: dict[str, Any] | None, record: dict[str, Any], engines: Sequence[str], found: Verification
+) -> None:
+    """What inference engines would not compute as the config says it."""
+    if config is None or not engines:
+        return
+    assume = _gather(found, lambda: lineage.recorded_assumptions(record)) or {}
+    judged = _gather(found, lambda: judging.judge_config(config, assume))
+    of_these = [one for one in judged or () if one.engine.name in engines]
+    found.engines = [one.to_json() for one in of_these]
+    found.problems += judging.problems(of_these)
+    found.warnings += judging.asides(of_these)
 
 
 def _check_pictures(folder: Path, found: Verification) -> None:
