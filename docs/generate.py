@@ -11,7 +11,7 @@ import typer
 from enginespage import engines_page
 from manpage import Command, Option, man_page
 
-from dus_cli.cli import app
+from dus_cli.cli import COMMANDS, app, load_command
 from dus_cli.common.bounds import BOUNDS
 from dus_cli.maps.layers import stack
 from dus_cli.pictures.layer_map import PICTURES, layer_map_svg
@@ -29,7 +29,8 @@ def commands() -> list[Command]:
     """`dus` itself and every command, as typer knows them."""
     group: Any = typer.main.get_command(app)
     found = [Command("dus", group.help, _options(group))]
-    for name, command in group.commands.items():
+    for name in COMMANDS:
+        command: Any = load_command(name)
         usage = " ".join(["dus", name, "[OPTIONS]", *(p.metavar for p in command.params if _is_argument(p))])
         found.append(Command(usage, command.help.strip(), _options(command)))
     return found

@@ -23,7 +23,6 @@ from dus_cli.maps.naming import Assumption
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.progress import NoProgress, Progress
-from dus_cli.push import verb as pushing
 from dus_cli.push.target import Target, look
 from dus_cli.release.remaking import read_remaking
 from dus_cli.upscaling import verb as upscaling
@@ -139,6 +138,8 @@ def upscale(
     )
     if target is None:
         return report
+    from dus_cli.push import verb as pushing  # most outputs are pushed by nobody
+
     return replace(report, push=pushing.send(user_path(output), target, jobs=jobs, progress=told, is_verified=True))
 
 
@@ -200,6 +201,8 @@ def plan(
     )
     if target is None or remote is None:
         return report
+    from dus_cli.push import verb as pushing
+
     return replace(report, push=pushing.preview(report.plan, target, remote, with_checksums=checksums))
 
 

@@ -11,29 +11,76 @@ import os
 import signal
 import sys
 import threading
-from typing import Annotated, NoReturn
+from importlib import import_module
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from dus_cli import __version__
-from dus_cli.commands.eval import evaluate
-from dus_cli.commands.heal import heal
-from dus_cli.commands.probe import probe
-from dus_cli.commands.push import push_command
 from dus_cli.commands.signals import Signals, Terminated, ended_by
-from dus_cli.commands.upscale import upscale
-from dus_cli.commands.verify import verify
 from dus_cli.common.unforeseen import explained
 from dus_cli.console import events
 from dus_cli.console.terminal import say, silence
 from dus_cli.errors import StoppedError, UsageError
 
+# Every command: the function in dus_cli.commands that it is, and what `dus --help` says of it. Importing all of them
+# takes longer than most of them run, so each is imported when it is named; a test holds the texts to the functions'.
+COMMANDS = {
+    "upscale": ("upscale.upscale", "Write a deeper model: base layers 0…n−m−1, then m…n−1."),
+    "verify": (
+        "verify.verify",
+        "Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.",
+    ),
+    "heal": ("heal.heal", "Heal an up-scaled model by continued pretraining, and prove that it healed."),
+    "eval": (
+        "eval.evaluate",
+        "Compare models on the same held-out text: loss, perplexity, bits per byte, paired intervals.",
+    ),
+    "probe": ("probe.probe", "Measure what loss layer maps would have right after scaling, and write no model."),
+    "push": (
+        "push.push_command",
+        "Push a finished model to the Hub, once it is verified, and compare what the Hub then holds.",
+    ),
+}
+
+_HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+
+def load_command(name: str) -> TyperCommand:
+    """A command with its options, its module imported."""
+    module, _, function = COMMANDS[name][0].partition(".")
+    callback = getattr(import_module(f"dus_cli.commands.{module}"), function)
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP_OPTIONS)
+    alone.command(name, help=_unbroken(inspect.getdoc(callback) or ""))(callback)
+    return cast("TyperCommand", typer.main.get_command(alone))
+
+
+def _unbroken(text: str) -> str:
+    """A docstring's paragraphs without their line ends, which --help would keep: a terminal breaks them for itself."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+class _Unloaded(TyperCommand):
+    """A command's name and summary; the command itself takes its place as soon as there are arguments to parse."""
+
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> typer.Context:
+        return cast("typer.Context", load_command(str(self.name)).make_context(info_name, args, *others, **extra))
+
+
+class _Commands(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {name: _Unloaded(name, help=summary) for name, (_, summary) in COMMANDS.items()}
+
+
 app = typer.Typer(
     name="dus",
+    cls=_Commands,
     help="Depth up-scaling: grow a language model by stacking two trimmed copies of its layers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP_OPTIONS,
 )
 
 
@@ -50,23 +97,6 @@ def _root(
     ] = False,
 ) -> None:
     """Depth up-scaling: grow a language model by stacking two trimmed copies of its layers."""
-
-
-app.command()(upscale)
-app.command()(verify)
-app.command()(heal)
-app.command("eval")(evaluate)
-app.command()(probe)
-app.command("push")(push_command)
-
-
-def _unbroken(text: str) -> str:
-    """A docstring's paragraphs without their line ends, which --help would keep: a terminal breaks them for itself."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-
-
-for _command in app.registered_commands:
-    _command.help = _unbroken(inspect.getdoc(_command.callback) or "")
 
 
 # typer vendors click, so its usage errors have no public name: it is the parent of BadParameter.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,11 +12,9 @@ import typer
 from conftest import dus
 
 from dus_cli import UsageError, plan
-from dus_cli.cli import app
+from dus_cli.cli import COMMANDS, app, load_command
 from dus_cli.common.bounds import BOUNDS, check_fields, check_numbers, parse_number
 from dus_cli.heal.options import Budget, Keeping, Recipe, parse_endpoint, parse_every
-
-COMMANDS: Any = typer.main.get_command(app)
 
 NO_NUMBERS = ["nan", "inf", "-inf", "1e999", "9" * 30, "-1e30", "9" * 5000, "x", "", "0x10", "1/2", "5 GB B"]
 
@@ -23,11 +22,10 @@ NO_NUMBERS = ["nan", "inf", "-inf", "1e999", "9" * 30, "-1e30", "9" * 5000, "x",
 def numeric_options() -> list[tuple[str, Any]]:
     """Command and option of everything that becomes a number."""
     found = []
-    for info in app.registered_commands:
-        assert info.callback is not None
-        name = info.name or info.callback.__name__
-        hints = get_type_hints(info.callback)
-        for parameter in COMMANDS.commands[name].params:
+    for name in COMMANDS:
+        command: Any = load_command(name)
+        hints = get_type_hints(inspect.unwrap(command.callback))
+        for parameter in command.params:
             hint = hints.get(parameter.name)
             if {int, float} & {hint, *get_args(hint)}:
                 found.append((name, parameter))
@@ -52,7 +50,7 @@ def test_a_number_of_a_command_is_in_the_table_and_held_to_it(command: str, opti
     beyond = [str(bounds.least - 1), str(int(bounds.most) + 1)]
     for text in [*NO_NUMBERS, *beyond]:
         with pytest.raises(typer.BadParameter) as caught:
-            COMMANDS.main([command, *NEEDS[command], option.opts[0], text], standalone_mode=False)
+            typer.main.get_command(app).main([command, *NEEDS[command], option.opts[0], text], standalone_mode=False)
         assert caught.value.param is not None
         assert caught.value.param.opts[0] == option.opts[0]
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import DUS, dus
 
+from dus_cli.cli import COMMANDS, load_command
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -165,6 +167,23 @@ def test_every_command_and_option_has_help() -> None:
         assert options
         for line in options:
             assert len(line.strip("│ ").split("  ")[-1].strip()) > 3, line
+
+
+def test_the_summary_of_each_command_is_how_its_own_help_begins() -> None:
+    for name, (_, summary) in COMMANDS.items():
+        assert load_command(name).help.split("\n\n")[0] == summary  # type: ignore[union-attr]
+
+
+def test_a_command_is_imported_when_it_is_named_and_no_other() -> None:
+    for name, (target, _) in COMMANDS.items():
+        code = (
+            "import contextlib, sys\nfrom dus_cli.cli import main\n"
+            f"sys.argv = ['dus', {name!r}, '--help']\nwith contextlib.suppress(SystemExit): main()\n"
+            "print('\\n', *(m for m in sys.modules if m.startswith('dus_cli.commands.')))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        loaded = {module.removeprefix("dus_cli.commands.") for module in done.stdout.splitlines()[-1].split()}
+        assert loaded & {other.split(".")[0] for other, _ in COMMANDS.values()} == {target.split(".")[0]}
 
 
 def test_the_help_of_heal_begins_with_an_example_and_the_options_that_most_need() -> None:

@@ -5,7 +5,6 @@ They are imported inside functions, where they are needed: `dus --help` and `dus
 
 from __future__ import annotations
 
-import importlib.metadata
 from importlib.util import find_spec
 
 from dus_cli.errors import MissingExtraError, reason_of
@@ -63,6 +62,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _version(module: str) -> str:
+    import importlib.metadata  # it reads the parser of e-mails, which is a quarter of what `dus --version` imports
+
     try:
         return importlib.metadata.version(module)
     except importlib.metadata.PackageNotFoundError:
