@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_project import HEAVY, imported_by
+from imports import HEAVY, imported_by
 
 from dus_cli.maps.recipes import RECIPES
 

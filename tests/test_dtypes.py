@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from checkpoints import Tensor, llama_config, llama_tensors, write_checkpoint
 from conftest import dus
-from test_project import imported_by
-from test_upscale import folder_digest, names_and_bytes
-from test_verify import flip_bit, problems, tensor_at
+from imports import imported_by
+from written import flip_bit, folder_digest, names_and_bytes, problems, tensor_at
 
 from dus_cli.api import plan
 from dus_cli.common.reference import ModelRef

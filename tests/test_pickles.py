@@ -23,12 +23,11 @@ import torch
 import transformers
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
 from conftest import dus
+from damage import mutate, one_line_problem
 from pickled import INDEX, Payload, random_tensors, save_pickled, write_pickled
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_headers import mutate, one_line_problem
-from test_upscale import names_and_bytes
-from test_verify import problems
+from written import names_and_bytes, problems
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import Base, MapRequest, make_plan

@@ -13,27 +13,12 @@ from pathlib import Path
 
 import pytest
 from conftest import DUS, dus
+from imports import HEAVY, imported_by
 
 from dus_cli.cli import COMMANDS, load_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-# What `dus upscale` of a local model must not import: each takes longer than a reflinked upscale.
-HEAVY = {"torch", "transformers", "numpy", "huggingface_hub", "httpx", "httpx2", "requests", "tqdm"}
-
-
-def imported_by(*arguments: str) -> set[str]:
-    """Top-level modules in sys.modules after a command."""
-    code = (
-        "import sys, json, contextlib\n"
-        "from dus_cli.cli import main\n"
-        f"sys.argv = ['dus', *{list(arguments)!r}]\n"
-        "with contextlib.suppress(SystemExit): main()\n"
-        "print('\\n' + json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_help_version_upscale_and_verify_import_nothing_heavy(base: Path, tmp_path: Path) -> None:
@@ -156,6 +141,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 def test_the_top_level_has_six_modules_at_most() -> None:
     assert len(list((ROOT / "dus_cli").glob("[!_]*.py"))) <= 6
+
+
+def test_no_test_is_a_helper_of_another() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.findall(r"^ *(?:from|import) test_\w+", path.read_text(), re.MULTILINE), path
 
 
 def test_every_command_and_option_has_help() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from checkpoints import Tensor, llama_config, write_checkpoint
-from test_upscale import layer_bytes, names_and_bytes
 from tiny import forked_dus as dus
+from written import layer_bytes, names_and_bytes
 
 from dus_cli.errors import ConfigError
 from dus_cli.maps.layers import stack

@@ -10,9 +10,8 @@ import torch
 import zoo
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
 from conftest import dus
-from test_upscale import folder_digest, layer_bytes, names_and_bytes
-from test_verify import flip_bit, problems, tensor_at
 from tiny import forked_dus
+from written import flip_bit, folder_digest, layer_bytes, names_and_bytes, problems, tensor_at
 
 from dus_cli.errors import LayerMapError
 from dus_cli.maps.layers import stack, typed_map

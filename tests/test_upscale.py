@@ -14,37 +14,9 @@ import pytest
 from checkpoints import fill_with_layer, llama_config, llama_tensors, write_checkpoint, write_mistral
 from conftest import dus
 from safetensors import safe_open
+from written import folder_digest, layer_bytes, names_and_bytes
 
 from dus_cli.source.headers import read_header
-
-
-def layer_bytes(folder: Path, prefix: str = "model.layers") -> dict[int, set[int]]:
-    """For every output layer the distinct bytes found in its tensors: with our fixtures, its base layer."""
-    found: dict[int, set[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        raw = path.read_bytes()
-        for tensor in read_header(path).tensors:
-            if tensor.name.startswith(prefix + "."):
-                index = int(tensor.name.removeprefix(prefix + ".").split(".")[0])
-                found.setdefault(index, set()).update(raw[tensor.start : tensor.end])
-    return found
-
-
-def names_and_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        raw = path.read_bytes()
-        for t in read_header(path).tensors:
-            found[t.name] = (t.dtype, t.shape, raw[t.start : t.end])
-    return found
-
-
-def folder_digest(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_each_output_layer_holds_the_bytes_of_its_base_layer(base: Path, tmp_path: Path) -> None:

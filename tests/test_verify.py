@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
 from conftest import dus
+from written import flip_bit, problems, tensor_at
 
 from dus_cli.source.headers import TensorInfo, read_header
 
@@ -23,31 +24,6 @@ def out(random_base: Path, tmp_path: Path) -> Path:
     options = ("--trim", "1", "--max-shard-size", "200KB", "-q")
     assert dus("upscale", random_base, "-o", tmp_path / "out", *options).returncode == 0
     return tmp_path / "out"
-
-
-def tensor_at(folder: Path, name: str) -> tuple[Path, TensorInfo]:
-    for path in folder.glob("*.safetensors"):
-        for tensor in read_header(path).tensors:
-            if tensor.name == name:
-                return path, tensor
-    raise LookupError(name)
-
-
-def flip_bit(path: Path, position: int, bit: int = 0) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ (1 << bit)]))
-
-
-def problems(folder: Path, *options: str | Path) -> list[str]:
-    done = dus("verify", folder, "--json", *options)
-    report = json.loads(done.stdout)
-    assert done.returncode == (1 if report["problems"] else 0)
-    assert report["sound"] == (not report["problems"])
-    found: list[str] = report["problems"]
-    return found
 
 
 def test_a_fresh_output_is_sound(out: Path, random_base: Path) -> None:

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import zoo  # noqa: E402  (it imports both)
-from test_zoo import check_equality, hold_table, save_base  # noqa: E402
+from equality import check_equality, hold_table, save_base  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
 

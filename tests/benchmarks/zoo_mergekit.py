@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 import zoo
-from test_zoo import TRIM, save_base
+from equality import TRIM, save_base
 from zoo import EQUAL
 
 from dus_cli.maps.layers import source_layers
