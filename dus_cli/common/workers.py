@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 # Bytes that a worker holds at a time, whatever it does with them.
 PIECE = 4 << 20
@@ -29,3 +33,20 @@ def workers(jobs: int) -> Iterator[Workers]:
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], window: int = 32
+) -> Iterator[_Result]:
+    """Like `pool.map`, but at most `window` results wait for whoever takes them: memory does not grow with the items.
+
+    Raises:
+        Exception: the function's, at the result's turn.
+    """
+    waiting: deque[Future[_Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= window:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -222,6 +222,20 @@ def typed_map(text: str, num_layers: int) -> LayerMap:
     return LayerMap(tuple(sources), num_layers)
 
 
+# Canonical decimal numbers only: "007" or a non-ASCII digit is not how any library writes an index.
+_LAYER_NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|\Z)")
+
+
+def number_span(name: str) -> tuple[int, int] | None:
+    """Where in a tensor's name its layer's number stands, as of `split_name`: for loops over very many names.
+
+    >>> number_span("model.layers.17.mlp.weight")
+    (13, 15)
+    """
+    match = _LAYER_NUMBER.search(name)
+    return None if match is None else match.span(1)
+
+
 @dataclass(frozen=True)
 class LayerName:
     """A tensor's name split at its layer number: prefix + "." + index, and "." + suffix where there is one."""
@@ -244,9 +258,7 @@ def split_name(name: str) -> LayerName | None:
     >>> split_name("lm_head.weight") is None
     True
     """
-    parts = name.split(".")
-    for position, part in enumerate(parts[1:], start=1):
-        # Canonical decimal numbers only: "007" or a non-ASCII digit is not how any library writes an index.
-        if part.isdecimal() and part.isascii() and part == str(int(part[:9])):
-            return LayerName(".".join(parts[:position]), int(part), ".".join(parts[position + 1 :]))
-    return None
+    match = _LAYER_NUMBER.search(name)
+    if match is None:
+        return None
+    return LayerName(name[: match.start()], int(match[1]), name[match.end() + 1 :])

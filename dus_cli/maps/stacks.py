@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.maps import architectures as arch
-from dus_cli.maps.layers import LayerMap, split_name
+from dus_cli.maps.layers import LayerMap, number_span, split_name
 from dus_cli.maps.model_config import DecoderConfig
-from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption
+from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, NumberedNames
 
 # Parts of a prefix by which a stack is of another tower than the language model's, whatever its depth.
 _OTHER_TOWER = re.compile(
@@ -28,27 +28,49 @@ class LayerStack:
     """Where the decoder's layers stand: tensors `prefix.0.…` to `prefix.n-1.…`.
 
     `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3). `beside` are other
-    prefixes that hold a tensor for each layer from some layer on, which is number 0 there (inkling2).
+    prefixes that hold a tensor for each layer from some layer on, which is number 0 there (inkling2). `others` are all
+    numbered prefixes but the layers'.
     """
 
     prefix: str
     num_layers: int
     num_extra: int = 0
     beside: tuple[tuple[str, int], ...] = ()
+    others: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    @property
+    def names(self) -> NumberedNames:
+        """The numbered names, for what a config says by them."""
+        return NumberedNames(self.prefix, self.others)
 
     def output_names(self, name: str, layer_map: LayerMap) -> tuple[str, ...]:
         """The names under which a base tensor stands in the output: none where the map drops its layer."""
         split = split_name(name)
         if split is None:
             return (name,)
-        for prefix, first in self.beside:
-            if split.prefix == prefix:
-                return tuple(split.at(output - first) for output in layer_map.outputs[split.index + first])
-        if split.prefix != self.prefix:
-            return (name,)
-        if split.index >= self.num_layers:
-            return (split.at(split.index - self.num_layers + len(layer_map)),)
-        return tuple(split.at(output) for output in layer_map.outputs[split.index])
+        return tuple(map(split.at, self.output_numbers(split.prefix, split.index, layer_map)))
+
+    def output_numbers(self, prefix: str, index: int, layer_map: LayerMap) -> tuple[int, ...]:
+        """The numbers that a base tensor has in the output instead of `index`, which stands behind `prefix`."""
+        if prefix == self.prefix:
+            if index < self.num_layers:
+                return layer_map.outputs[index]
+            return (index - self.num_layers + len(layer_map),)
+        for other, first in self.beside:
+            if prefix == other:
+                return tuple(output - first for output in layer_map.outputs[index + first])
+        return (index,)
+
+
+def _numbered(names: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers behind each prefix of tensor names that have one."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        span = number_span(name)
+        if span is not None:
+            start, end = span
+            found[name[: start - 1]].add(int(name[start:end]))
+    return found
 
 
 def find_stack(
@@ -69,12 +91,8 @@ def find_stack(
         CheckpointError: no stack of the config's depth, layers missing or beyond the depth, layers
             that hold no tensor, or a second stack that dus does not understand.
     """
-    indices: dict[str, set[int]] = defaultdict(set)
     names = tuple(names)
-    for name in names:
-        split = split_name(name)
-        if split is not None:
-            indices[split.prefix].add(split.index)
+    indices = _numbered(names)
     depth = decoder.num_layers
     prefix, warnings = recorded or "", list[str]()
     if prefix not in indices:
@@ -98,7 +116,7 @@ def find_stack(
             f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then makes them up from the layers' "
             "numbers, which change; load and save the base once with a current transformers, which writes them"
         )
-    return LayerStack(prefix, depth, num_extra, beside), tuple(warnings)
+    return LayerStack(prefix, depth, num_extra, beside, frozenset(indices.keys() - {prefix})), tuple(warnings)
 
 
 def _assumed_beside(

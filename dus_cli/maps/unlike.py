@@ -7,12 +7,12 @@ the depth, as a class would continue it that goes by the layers' numbers. Anythi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dus_cli.errors import ConfigError, shown, shown_list
 from dus_cli.maps.layers import LayerMap, split_name
-from dus_cli.maps.naming import NumberedNames
 from dus_cli.maps.rules import Kinds
 
 # What older files hold of a layer that is no parameter, in some layers or in all.
@@ -28,13 +28,11 @@ _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 class LayerTensors:
     """What each base layer holds: the ends of its tensors' names, with their shapes.
 
-    `others` are the numbered prefixes of tensors outside the layers, `is_quantised` whether a layer's tensors are of
-    types that only quantisers write.
+    `is_quantised`: some of them are of types that only quantisers write.
     """
 
     prefix: str
     by_layer: list[dict[str, tuple[int, ...]]]
-    others: set[str] = field(default_factory=set)
     is_quantised: bool = False
 
     @classmethod
@@ -43,19 +41,11 @@ class LayerTensors:
         found = cls(prefix, [{} for _ in range(num_layers)])
         for name, dtype, shape in tensors:
             split = split_name(name)
-            if split is None:
-                continue
-            if split.prefix != prefix:
-                found.others.add(split.prefix)
-            elif split.index < num_layers:
-                found.by_layer[split.index][split.suffix] = shape
+            if split is not None and split.prefix == prefix and split.index < num_layers:
+                # Interned: every layer has the same ones.
+                found.by_layer[split.index][sys.intern(split.suffix)] = shape
                 found.is_quantised = found.is_quantised or dtype not in _FLOATS
         return found
-
-    @property
-    def names(self) -> NumberedNames:
-        """The numbered names, for what a config says by them."""
-        return NumberedNames(self.prefix, frozenset(self.others))
 
     def signatures(self, *, is_quantised: bool) -> list[frozenset[object]]:
         """For each layer what tells it from layers of another build.

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -211,16 +212,16 @@ class UpscalePlan:
     def num_tensors(self) -> int:
         return sum(len(layout.placements) for layout in self.shards.values())
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
-        return sum(placement.tensor.num_elements for placement in self.placements)
+        return sum(origin.tensor.num_elements for origin, _ in self.placements)
 
     @property
     def num_data_bytes(self) -> int:
         """Bytes of tensor data, the index's `total_size`."""
-        return sum(layout.num_bytes - len(layout.header) for layout in self.shards.values())
+        return sum(layout.num_bytes - layout.data_start for layout in self.shards.values())
 
-    @property
+    @cached_property
     def num_clonable_bytes(self) -> int:
         """Bytes that a file system with reflinks need not write."""
         return sum(len(s.clonable) for layout in self.shards.values() for s in layout.segments())
@@ -240,10 +241,14 @@ class UpscalePlan:
 
     def text_files(self) -> dict[str, str]:
         """config.json, what goes along changed, and the index, as they are written."""
-        files = {name: dump_json(record) for name, record in self.sidecars.items()}
-        files |= {"config.json": dump_json(self.config)}
         index = self.index()
-        return files if index is None else files | {INDEX_NAME: dump_json(index)}
+        records = {**self.sidecars, "config.json": self.config, **({} if index is None else {INDEX_NAME: index})}
+        return {name: dump_json(record) for name, record in records.items()}
+
+    @property
+    def text_names(self) -> list[str]:
+        """The names of `text_files`."""
+        return [*self.sidecars, "config.json", *([] if SINGLE_NAME in self.shards else [INDEX_NAME])]
 
 
 def dump_json(value: object) -> str:
@@ -274,18 +279,17 @@ def make_plan(
     layer_map = request.resolve(decoder.num_layers)
     assume = dict(request.assume)
     layers, stack_warnings = find_stack((t.name for _, t in checkpoint.tensors()), decoder, assume)
-    tensors = layer_tensors(checkpoint, layers.prefix, decoder.num_layers)
-    maps, why_trim = Maps(checkpoint.config, decoder, request.copies, assume, tensors.names), None
+    maps, why_trim = Maps(checkpoint.config, decoder, request.copies, assume, layers.names), None
     if request.leaves_trim_open:
         trim, why_trim = choose_trim(maps, request.engines)
         layer_map = replace(request, trim=trim).resolve(decoder.num_layers)
-    deeper = deepen_config(checkpoint.config, layer_map, assume, tensors.names)
+    deeper = deepen_config(checkpoint.config, layer_map, assume, layers.names)
     judged = maps.judge(layer_map)
     check_right(maps, judged, request.engines, layer_map.trim)
     if layers.prefix in assume:
         unlike: tuple[str, ...] = (f"differences between the layers under {layers.prefix} were kept, as --assume says",)
     else:
-        unlike = _check_alike(checkpoint, decoder, tensors, layer_map, deeper)
+        unlike = _check_alike(checkpoint, decoder, layers, layer_map, deeper)
     treatment, treatment_warnings = _treatment(checkpoint, decoder, layers, layer_map, request, dtype)
     layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes, treatment)
     if len(layouts) == 1:
@@ -305,7 +309,7 @@ def make_plan(
             f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last layer, as "
             f"{layers.prefix}.{len(layer_map)} and on"
         )
-    along = go_along(_carried(checkpoint, absent or {}), layer_map, tensors.names)
+    along = go_along(_carried(checkpoint, absent or {}), layer_map, layers.names)
     warnings += along.warnings
     base_card = read_base_card(checkpoint.folder)
     if base_card.problem is not None:
@@ -332,19 +336,15 @@ def make_plan(
     )
 
 
-def layer_tensors(checkpoint: Checkpoint, prefix: str, num_layers: int) -> LayerTensors:
-    """What each of the layers under `prefix` holds, by the headers."""
-    tensors = ((tensor.name, tensor.dtype, tensor.shape) for _, tensor in checkpoint.tensors())
-    return LayerTensors.of(tensors, prefix, num_layers)
-
-
 def _check_alike(
-    checkpoint: Checkpoint, decoder: DecoderConfig, tensors: LayerTensors, layer_map: LayerMap, deeper: DeeperConfig
+    checkpoint: Checkpoint, decoder: DecoderConfig, layers: LayerStack, layer_map: LayerMap, deeper: DeeperConfig
 ) -> tuple[str, ...]:
     """Warnings about layers of a type in no table that hold other tensors than others; an error where it matters."""
     if decoder.model_type in TRIED_TYPES:
         return ()
     is_quantised = any(checkpoint.config.get(key) or decoder.fields.get(key) for key in QUANTIZATION_KEYS)
+    described = ((tensor.name, tensor.dtype, tensor.shape) for _, tensor in checkpoint.tensors())
+    tensors = LayerTensors.of(described, layers.prefix, decoder.num_layers)
     return check_alike(tensors, layer_map, deeper.tells, is_quantised=is_quantised)
 
 

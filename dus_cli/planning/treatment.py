@@ -13,6 +13,8 @@ from dus_cli.planning.projections import pattern
 from dus_cli.source.headers import DTYPE_BITS, TensorInfo
 from dus_cli.source.strided import tensor_pieces
 
+_NONE: frozenset[int] = frozenset()
+
 
 class Making(Enum):
     """How a tensor's bytes come to be.
@@ -40,24 +42,26 @@ class Treatment:
 
     def making(self, name: str, tensor: TensorInfo) -> Making:
         """How the output tensor of this name comes to be from this base tensor."""
-        if self.is_zero(name):
-            return Making.zeros
-        return Making.copied if self.dtype_of(tensor) == tensor.dtype else Making.cast
+        return Making.zeros if self.is_zero(name) else making_of(tensor, self.dtype_of(tensor))
 
     def dtype_of(self, tensor: TensorInfo) -> str:
         """The dtype that this base tensor has in the output, by safetensors' name."""
         return cast_dtype(tensor, self.dtype)
 
     def is_zero(self, name: str) -> bool:
-        if not self.zeros:
-            return False
-        split = split_name(name)
-        return (
-            split is not None
-            and split.prefix == self.layer_prefix
-            and split.index in self.new_layers
-            and pattern(split.suffix) in self.zeros
-        )
+        split = split_name(name) if self.zeros else None
+        return split is not None and split.index in self.zeroed(split.prefix, split.suffix)
+
+    def zeroed(self, prefix: str, suffix: str) -> frozenset[int]:
+        """The layers in which the tensor with a name of these parts is zeros."""
+        if not self.zeros or prefix != self.layer_prefix or pattern(suffix) not in self.zeros:
+            return _NONE
+        return self.new_layers
+
+
+def making_of(tensor: TensorInfo, dtype: str) -> Making:
+    """How a tensor that is no zeros comes to have this dtype."""
+    return Making.copied if dtype == tensor.dtype else Making.cast
 
 
 def made_pieces(file: int, tensor: TensorInfo, making: Making, dtype: str) -> Iterator[bytes | memoryview]:

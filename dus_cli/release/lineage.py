@@ -90,7 +90,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
 
 def output_files(plan: UpscalePlan) -> list[str]:
     """Every file that is written but dus.json itself and SHA256SUMS: what may be pushed, or replaced, later."""
-    return sorted({*plan.shards, *plan.text_files(), *plan.along, *CARD_FILES})
+    return sorted({*plan.shards, *plan.text_names, *plan.along, *CARD_FILES})
 
 
 def digest(record: dict[str, Any]) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dus_cli.common.storage import mount_of
+from dus_cli.common.workers import ahead, workers
 from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.maps import architectures as arch
 from dus_cli.maps.layers import split_name
 from dus_cli.source.files import inside
-from dus_cli.source.headers import Header, TensorInfo, read_header
+from dus_cli.source.headers import Header, TensorInfo, header_bytes, parse_header
 from dus_cli.source.incomplete import check_whole
 from dus_cli.source.json_objects import limit_nesting, parse_json_object
 from dus_cli.source.mistaken import is_answer
@@ -47,6 +48,8 @@ _TIED_HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight",
 # Larger than any real one by a factor of a hundred: a spike of memory is a denial of service.
 _MAX_CONFIG_BYTES = 16_000_000
 
+# Shards whose headers are read at once: a disk answers several requests in the time of one, a network more.
+_HEADERS_AT_ONCE = 16
 
 # Device, inode, bytes, and nanoseconds of the last modification.
 Fingerprint = tuple[int, int, int, int]
@@ -233,29 +236,48 @@ def _open_shards(folder: Path, names: list[str], chosen: str, elsewhere: Elsewhe
             f"{chosen} names {shown_list(missing)}, missing from {shown(folder)}; download the checkpoint again"
         )
     shards: list[Shard] = []
-    holder: dict[str, str] = {}
-    for name, path in paths.items():
-        shard = _open_shard(name, path, elsewhere)
-        for tensor in shard.header.tensors:
-            other = holder.setdefault(tensor.name, name)
-            if other != name:
-                raise CheckpointError(
-                    f"tensor {shown(tensor.name)} stands in two shards, {shown(other)} and {shown(name)}; "
-                    "loaders differ in which one counts, download the checkpoint again"
-                )
-        shards.append(shard)
+    seen: set[str] = set()
+    with workers(_HEADERS_AT_ONCE) as (pool, _):
+        read = ahead(pool, lambda file: _read(*file, is_elsewhere=elsewhere is not None), paths.items())
+        for (name, path), (before, raw) in zip(paths.items(), read, strict=True):
+            shard = Shard(name, path, _header(name, path, raw, None if before else elsewhere), before)
+            seen.update(tensor.name for tensor in shard.header.tensors)
+            shards.append(shard)
+    if len(seen) != sum(len(shard.header.tensors) for shard in shards):
+        _refuse_twice(shards)
     return tuple(shards)
 
 
-def _open_shard(name: str, path: Path, elsewhere: Elsewhere | None) -> Shard:
+def _read(name: str, path: Path, *, is_elsewhere: bool) -> tuple[Fingerprint | None, tuple[bytes, int] | None]:
+    """What a shard's file was before its header was read, and the header, where it is one of safetensors and here.
+
+    This is what waits for a disk or a network, and several do it at once; to understand headers is one thread's work.
+    """
     before = fingerprint(path)
-    if elsewhere is None or before is not None:
-        header: Header | None = (read_pickled if is_pickled(name) else read_header)(path, shown(name))
-    else:
-        header = elsewhere.header(name)
+    if is_pickled(name) or (before is None and is_elsewhere):
+        return before, None
+    return before, header_bytes(path, shown(name))
+
+
+def _header(name: str, path: Path, raw: tuple[bytes, int] | None, elsewhere: Elsewhere | None) -> Header:
+    if raw is not None:
+        return parse_header(*raw, shown(name))
+    header = read_pickled(path, shown(name)) if elsewhere is None else elsewhere.header(name)
     if header is None:
         raise CheckpointError(f"{shown(name)} is missing; download the checkpoint again")
-    return Shard(name, path, header, before)
+    return header
+
+
+def _refuse_twice(shards: Iterable[Shard]) -> None:
+    holder: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.header.tensors:
+            other = holder.setdefault(tensor.name, shard.name)
+            if other != shard.name:
+                raise CheckpointError(
+                    f"tensor {shown(tensor.name)} stands in two shards, {shown(other)} and {shown(shard.name)}; "
+                    "loaders differ in which one counts, download the checkpoint again"
+                )
 
 
 def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]) -> list[str]:
@@ -266,7 +288,7 @@ def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]
     """
     held = {tensor.name: shard.name for shard in shards for tensor in shard.header.tensors}
     absent = [name for name in index.weight_map if name not in held]
-    if needed := _needed(absent, index, held, config):
+    if absent and (needed := _needed(absent, index, held, config)):
         raise CheckpointError(
             f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs (transformers would "
             "fill it with random numbers); download the checkpoint again"

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.json_objects import parse_json_object
@@ -58,8 +60,7 @@ DTYPE_BITS: Mapping[str, int] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """A tensor as its header describes it. `start` and `end` are byte positions in the file.
 
     `strides`, in elements, are those of a tensor whose bytes do not lie in row-major order, which only
@@ -104,6 +105,15 @@ def read_header(path: Path, where: str | None = None) -> Header:
         CheckpointError: the file is not sound; one message for each way it can be unsound.
     """
     where = where or shown(path.name)
+    return parse_header(*header_bytes(path, where), where)
+
+
+def header_bytes(path: Path, where: str) -> tuple[bytes, int]:
+    """The JSON of a safetensors file's header, called `where` in messages, and the file's size.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has no room for a header.
+    """
     with reading(where), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(NUM_BYTES)
@@ -112,7 +122,7 @@ def read_header(path: Path, where: str | None = None) -> Header:
         raw = file.read(length)
     if len(raw) != length:
         raise CheckpointError(f"{where} became shorter while it was read; copy or download it again")
-    return parse_header(raw, size, where)
+    return raw, size
 
 
 def header_length(head: bytes, file_size: int, where: str) -> int:
@@ -147,23 +157,23 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     data_start = 8 + len(raw)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where}: its header does not start with '{{'; it is no safetensors file")
-    entries = parse_json_object(raw, f"{where}: the header", is_header=True)
+    entries = parse_json_object(raw, f"{where}: the header", is_header=True, on_object=_Entries())
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ must map text to text")
-    tensors = sorted(
-        (_tensor(name, entry, data_start, where) for name, entry in entries.items()),
-        key=lambda tensor: (tensor.start, tensor.end),
-    )
+    described = sorted(((*_checked(name, entry, where), name) for name, entry in entries.items()), key=itemgetter(0, 1))
+    del entries
+    tensors: list[TensorInfo] = []
     position = data_start
-    for tensor in tensors:
-        if tensor.start != position:
-            kind = "overlaps the one before it" if tensor.start < position else "leaves a gap before it"
+    for start, end, kind, name in described:
+        if data_start + start != position:
+            where_it_is = "overlaps the one before it" if data_start + start < position else "leaves a gap before it"
             raise CheckpointError(
-                f"{where}: tensor {shown(tensor.name)} {kind} (starts at {tensor.start - data_start}, "
+                f"{where}: tensor {shown(name)} {where_it_is} (starts at {start}, "
                 f"expected {position - data_start}); the file is damaged, fetch it again"
             )
-        position = tensor.end
+        first, position = position, data_start + end
+        tensors.append(TensorInfo(name, kind.dtype, kind.shape, first, position))
     if position != file_size:
         state = "truncated" if file_size < position else "followed by other data"
         raise CheckpointError(
@@ -173,17 +183,63 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     return Header(data_start, position, metadata, tuple(tensors))
 
 
+class _Kind(NamedTuple):
+    """What many tensors share: a dtype and a shape, and the bytes that they come to."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+# A sound entry: where it starts and ends in the data, and what it is.
+_Entry = tuple[int, int, _Kind]
+
+_KEYS = ["dtype", "shape", "data_offsets"]
+
+
+class _Entries:
+    """Takes the entries of a header as the JSON parser meets them, so that what tensors share is kept once.
+
+    A header of 100,000 tensors has a hundred kinds of them. An entry that is not as the library writes it stays what it
+    was, for `_checked` to judge.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[str, tuple[int, ...]], _Kind] = {}
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> _Entry | None:
+        if len(pairs) != 3 or [key for key, _ in pairs] != _KEYS:
+            return None
+        (_, dtype), (_, shape), (_, offsets) = pairs
+        if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+            return None
+        start, end = offsets
+        for number in (*shape, start, end):
+            if type(number) is not int:
+                return None
+        kind = self._kinds.get((dtype, tuple(shape)))
+        if kind is None:
+            if dtype not in DTYPE_BITS or not all(map(_is_count, shape)):
+                return None
+            total_bits = _total_bits(shape, DTYPE_BITS[dtype])
+            if total_bits is None or total_bits % 8:
+                return None
+            kind = self._kinds[dtype, tuple(shape)] = _Kind(dtype, tuple(shape), total_bits // 8)
+        return (start, end, kind) if start >= 0 and end - start == kind.num_bytes and end <= _MAX_COUNT else None
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_COUNT
 
 
-def _tensor(name: str, entry: object, data_start: int, where: str) -> TensorInfo:
+def _checked(name: str, entry: object, where: str) -> _Entry:
+    if type(entry) is tuple:
+        return entry
     label = f"{where}: tensor {shown(name)}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != set(_KEYS):
         raise CheckpointError(f"{label} must have just dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
-    if bits is None:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
             f"{label} has the dtype {shown(dtype)}, which safetensors does not define (as far as this dus "
             f"knows); known are {', '.join(DTYPE_BITS)}"
@@ -192,20 +248,26 @@ def _tensor(name: str, entry: object, data_start: int, where: str) -> TensorInfo
         raise CheckpointError(f"{label} has the shape {shown(shape)}, not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise CheckpointError(f"{label} has the data_offsets {shown(offsets)}, not [start, end]")
-    total_bits = bits
-    num_elements = 1
-    for size in shape:
-        num_elements *= size
-        total_bits = num_elements * bits
-        if total_bits > _MAX_COUNT:
-            raise CheckpointError(f"{label}: the shape {shown(shape)} overflows 64 bits")
     start, end = offsets
+    total_bits = _total_bits(shape, DTYPE_BITS[dtype])
+    if total_bits is None:
+        raise CheckpointError(f"{label}: the shape {shown(shape)} overflows 64 bits")
     if total_bits % 8 or end - start != total_bits // 8:
         raise CheckpointError(
             f"{label}: data_offsets hold {end - start} bytes but shape {shown(shape)} of {dtype} needs "
             f"{total_bits / 8:g}; the file is damaged, fetch it again"
         )
-    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
+    return start, end, _Kind(dtype, tuple(shape), total_bits // 8)
+
+
+def _total_bits(shape: list[int], bits: int) -> int | None:
+    """The bits of a tensor; None where they are more than the library can count."""
+    num_elements = 1
+    for size in shape:
+        num_elements *= size
+        if num_elements * bits > _MAX_COUNT:
+            return None
+    return num_elements * bits
 
 
 def encode_header(
@@ -220,15 +282,42 @@ def encode_header(
     agrees with the source's modulo the file system's block is what lets the data be cloned.
     `block` and `phase` must be multiples of 8, the alignment that the format asks for.
     """
+    text = "".join(_header_text(metadata, tensors)).encode("utf-8")
+    padding = _padding(len(text), block, phase)
+    return struct.pack("<Q", len(text) + padding) + text + b" " * padding
+
+
+def header_size(
+    metadata: Mapping[str, str],
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
+    block: int = 8,
+    phase: int = 0,
+) -> int:
+    """How many bytes `encode_header` makes of the same, in memory that does not grow with the tensors."""
+    length = sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in _header_text(metadata, tensors))
+    return 8 + length + _padding(length, block, phase)
+
+
+def _padding(num_bytes: int, block: int, phase: int) -> int:
     assert block % 8 == phase % 8 == 0
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    return (phase - 8 - num_bytes) % block
+
+
+def _header_text(
+    metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...], int]]
+) -> Iterator[str]:
+    """The JSON piece by piece, as json.dumps would write it without spaces."""
+    yield '{"__metadata__":' + json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)
+    kinds: dict[tuple[str, tuple[int, ...]], str] = {}
     offset = 0
     for name, dtype, shape, num_bytes in tensors:
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, offset + num_bytes)}
+        kind = kinds.get((dtype, shape))
+        if kind is None:
+            sizes = ",".join(map(str, shape))
+            kind = kinds[dtype, shape] = f':{{"dtype":{encode_basestring(dtype)},"shape":[{sizes}],"data_offsets":['
+        yield f",{encode_basestring(name)}{kind}{offset},{offset + num_bytes}]}}"
         offset += num_bytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    padding = (phase - 8 - len(text)) % block
-    return struct.pack("<Q", len(text) + padding) + text + b" " * padding
+    yield "}"
 
 
 def is_aligned(tensors: Iterable[tuple[str, int]]) -> bool:

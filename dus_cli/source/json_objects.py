@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dus_cli.errors import CheckpointError, shown
@@ -41,11 +42,28 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _hook(on_object: Callable[[list[tuple[str, Any]]], Any] | None) -> Callable[[list[tuple[str, Any]]], Any]:
+    if on_object is None:
+        return _without_duplicates
+
+    def hook(pairs: list[tuple[str, Any]]) -> Any:
+        found = on_object(pairs)
+        return _without_duplicates(pairs) if found is None else found
+
+    return hook
+
+
 def _short(value: Any) -> str:
     return shown(type(value).__name__ if isinstance(value, (dict, list)) else json.dumps(value))
 
 
-def parse_json_object(raw: bytes, where: str, *, is_header: bool = False) -> dict[str, Any]:
+def parse_json_object(
+    raw: bytes,
+    where: str,
+    *,
+    is_header: bool = False,
+    on_object: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> dict[str, Any]:
     """A JSON object with distinct names and encodable text.
 
     A name that stands twice is refused: transformers takes the last value, others the first. NaN and infinities are
@@ -55,6 +73,8 @@ def parse_json_object(raw: bytes, where: str, *, is_header: bool = False) -> dic
         raw: the file's bytes.
         where: what to call it in messages.
         is_header: it is a safetensors header, which no person edits.
+        on_object: told the names and values of each object, the innermost first; what it returns stands for the object,
+            unless that is None.
 
     Raises:
         CheckpointError: not UTF-8, not JSON, not an object, a name twice, nested too deep, or text
@@ -63,7 +83,7 @@ def parse_json_object(raw: bytes, where: str, *, is_header: bool = False) -> dic
     if not is_header and (what := not_fetched(raw[:NUM_BYTES], len(raw))) is not None:
         raise CheckpointError(f"{where} {what}")
     try:
-        value = json.loads(_decoded(raw, where), object_pairs_hook=_without_duplicates)
+        value = json.loads(_decoded(raw, where), object_pairs_hook=_hook(on_object))
     except RecursionError:
         raise CheckpointError(f"{where} is nested too deeply to be what it claims; refusing it") from None
     except _DuplicateKeyError as error:

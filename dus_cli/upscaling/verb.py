@@ -196,7 +196,8 @@ def _is_made(
     """Whether `output` is what this plan would write: by its lineage, its headers and, on request, its bytes."""
     try:
         incomplete.check_whole(output)
-        if lineage.read_lineage(output) != json.loads(dump_json(lineage.lineage(made))):
+        record = lineage.read_lineage(output)
+        if record is None or record != json.loads(dump_json(lineage.lineage(made))):
             return False
         if with_checksums and not (output / checksums.NAME).is_file():
             return False

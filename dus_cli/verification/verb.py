@@ -16,7 +16,6 @@ from dus_cli.maps.stacks import find_stack
 from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning import judging
 from dus_cli.planning.dtypes import output_config
-from dus_cli.planning.plan import layer_tensors
 from dus_cli.planning.treatment import Making, Treatment
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.release import card, lineage
@@ -307,8 +306,7 @@ def _against_base(
             else:
                 problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
     problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
-    names = layer_tensors(base, stack.prefix, decoder.num_layers).names
-    deeper = deepen_config(base.config, layer_map, assume, names)
+    deeper = deepen_config(base.config, layer_map, assume, stack.names)
     planned = output_config(deeper.config, treatment.dtype)
     if config is not None and _text(config) != _text(planned):
         keys = sorted(k for k in {*config, *planned} if _text(config.get(k)) != _text(planned.get(k)))
