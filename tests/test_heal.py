@@ -113,7 +113,7 @@ def test_metrics_have_a_row_for_each_step_with_every_figure(healed: Path) -> Non
     for row in rows[1:]:
         assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes"} <= row.keys()
         assert set(row["seconds"]) == {"data", "forward", "backward", "optimizer", "eval"}
-        assert row["mfu"] > 0
+        assert row["mfu"] is None or 0 < row["mfu"] <= 1
         assert row["peak_memory_bytes"] > 10_000_000
 
 

@@ -184,11 +184,16 @@ class Training:
         if kl_weight:
             row["kl"] = divergence
         return row | {
-            "mfu": round(per_second * self.publication.flops_per_token / self._peak, 4),
+            "mfu": self._mfu(per_second),
             "peak_memory_bytes": peak_memory_bytes(self.team.device),
             "phase": schedule.phase_at(run.recipe, step),
             "skipped": skipped,
         }
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Share of the peak of all devices; None over 1, which says that the peak was measured beside other work."""
+        share = round(tokens_per_second * self.publication.flops_per_token / self._peak, 4)
+        return share if share <= 1 else None
 
     def _backward(self, batch: MicroBatch, counted: float, kl_weight: float) -> tuple[float, float]:
         """Forward and backward of a micro-batch; its sums of cross-entropy and of KL."""
