@@ -37,6 +37,7 @@ from dus_cli.probe.maps import Asked  # noqa: E402
 from dus_cli.probe.measure import Batch, Meter  # noqa: E402
 from dus_cli.probe.options import Options  # noqa: E402
 from dus_cli.probe.replay import Replay  # noqa: E402
+from dus_cli.probe.report import probe_json, probe_text  # noqa: E402
 from dus_cli.probe.verb import probe  # noqa: E402
 from dus_cli.probe.weights import stream  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
@@ -216,6 +217,26 @@ def test_the_largest_within_a_bound_and_the_knee_are_recommended() -> None:
     assert recommend.knee(points) == 6
     assert recommend.knee(points[:2]) is None
     assert recommend.knee([(1.0, 6), (2.0, 5), (3.0, 4)]) is None  # more trimming is worse: there is no knee
+
+
+def test_only_what_is_right_for_an_engine_is_recommended_for_it(corpus: Path, tmp_path: Path) -> None:
+    """cohere2 repeats every 4 layers: of 8, trim 2 alone keeps that, and llama.cpp and mlx-lm count."""
+    base = tiny.write_base(tmp_path / "base", 8, model_type="cohere2", sliding_window=6)
+    of_any = measured(base, corpus, Asked((1, 4)), bound=100)
+    of_mlx = measured(base, corpus, Asked((1, 4), engines=("mlx",)), bound=100)
+    assert [(found.within, found.knee) for found in (of_any, of_mlx)] == [(0, of_any.knee), (1, None)]
+    assert [[engine.name for engine in m.candidate.wrong] for m in of_any.maps] == [
+        ["llama.cpp", "mlx", "transformers-4.52"], [], ["llama.cpp", "mlx", "transformers-4.52"],
+    ]  # fmt: skip
+    lines = probe_text(of_mlx).splitlines()
+    assert [line.split()[-2:] for line in lines[:1]] == [["not", "in"]]
+    assert [line.endswith("  lmt") for line in lines[2:5]] == [True, False, True]
+    assert "not in: l llama.cpp, m mlx-lm, t transformers before 4.53 would not compute it as config.json says" in lines
+    none = measured(base, corpus, Asked((1, 2), engines=("mlx",)), bound=100)
+    assert none.within is None
+    assert "No deeper model that is right for mlx is within 10000% of the base's loss" in probe_text(none)
+    assert [one["verdict"] for one in probe_json(none)["maps"][0]["engines"]][:3] == ["differs", "differs", "right"]
+    assert probe_json(none)["for"] == ["mlx"]
 
 
 def test_a_search_measures_the_maps_whose_layers_meet_closest(model: Path, corpus: Path) -> None:
