@@ -48,3 +48,12 @@ def hold_table(name: str, rows: list[str]) -> None:
     if os.environ.get("DUS_WRITE_TABLE"):
         DOCS.write_text(text)
     assert DOCS.read_text() == text
+
+
+def without_engines(report: dict[str, Any]) -> list[str]:
+    """The report's warnings but for those about inference engines, which must be there where one departs."""
+    does = ("would compute another model in silence", "would not load it")
+    about_engines = [warning for warning in report["warnings"] if any(words in warning for words in does)]
+    wrong = [one for one in report["engines"] if one["verdict"] in ("differs", "refuses")]
+    assert bool(about_engines) == bool(wrong), report
+    return [warning for warning in report["warnings"] if warning not in about_engines]

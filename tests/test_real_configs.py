@@ -245,6 +245,14 @@ _LLAMA4_KINDS = {
     "no_rope_layers": "1110" * 9 + "1" + "0" + "1110" * 9,
     "layer_types": "cccf" * 9 + "c" + "f" + "cccf" * 9,
 }
+_COUNTED = "{} every {} layers: {} and would compute another model in silence; --trim {} keep the step"
+_ALL_COUNT = "llama.cpp, mlx-lm and transformers before 4.53 count layers"
+_SCALE = (
+    "llama.cpp scales attention by hidden_size / num_attention_heads with 62 layers and by head_dim with any other "
+    "number of them, and would compute another model in silence; no trim keeps it right"
+)
+_GEMMA3_WARNINGS = (_COUNTED.format("layer_types no longer repeats", 6, _ALL_COUNT, "13, 16 or 19"), _SCALE)
+_LLAMA4_WARNINGS = (_COUNTED.format("no_rope_layers and layer_types no longer repeat", 4, _ALL_COUNT, "8, 10 or 12"),)
 _MTP = "1 multi-token-prediction layer(s) keep their place after the last layer, as model.layers.{} and on"
 
 REAL = {
@@ -253,9 +261,11 @@ REAL = {
     "Llama-3.1-70B": Real(LLAMA_31_70B, 20, 120, 70_553_706_496, 40 * 855_654_400, base_bytes=141_107_412_992),
     "Qwen3-8B": Real(QWEN3_8B, 9, 54, 8_190_735_360, 18 * 192_946_432, base_bytes=16_381_470_720),
     "Qwen3-30B-A3B": Real(QWEN3_30B, 12, 72, 30_532_122_624, 24 * 623_120_640, base_bytes=61_064_245_248),
-    "Gemma-3-27B": Real(GEMMA3_27B, 15, 94, 27_432_406_640, 32 * 412_898_560, _GEMMA3_KINDS),
+    "Gemma-3-27B": Real(
+        GEMMA3_27B, 15, 94, 27_432_406_640, 32 * 412_898_560, _GEMMA3_KINDS, warnings=_GEMMA3_WARNINGS
+    ),
     "Gemma-3-27B, its pattern given": Real(
-        GEMMA3_27B_PATTERN, 15, 94, 27_432_406_640, 32 * 412_898_560, _GEMMA3_KINDS
+        GEMMA3_27B_PATTERN, 15, 94, 27_432_406_640, 32 * 412_898_560, _GEMMA3_KINDS, warnings=_GEMMA3_WARNINGS
     ),
     # A parameter is an element of a stored tensor: a byte of MXFP4 holds two weights.
     "GPT-OSS-120B": Real(
@@ -267,9 +277,11 @@ REAL = {
         DEEPSEEK_V3, 15, 92, 684_531_386_000, 31 * 11_507_988_536, {"first_k_dense_replace": "fff" + "r" * 89},
         warnings=(_MTP.format(92),),
     ),
-    "Llama-4-Scout": Real(LLAMA4_SCOUT, 11, 74, 108_641_793_536, 26 * 2_202_101_760, _LLAMA4_KINDS),
+    "Llama-4-Scout": Real(
+        LLAMA4_SCOUT, 11, 74, 108_641_793_536, 26 * 2_202_101_760, _LLAMA4_KINDS, warnings=_LLAMA4_WARNINGS
+    ),
     "Llama-4-Scout, its lists given": Real(
-        LLAMA4_SCOUT_LISTED, 11, 74, 108_641_793_536, 26 * 2_202_101_760, _LLAMA4_KINDS
+        LLAMA4_SCOUT_LISTED, 11, 74, 108_641_793_536, 26 * 2_202_101_760, _LLAMA4_KINDS, warnings=_LLAMA4_WARNINGS
     ),
     "Falcon-H1-34B": Real(FALCON_H1_34B, 18, 108, 33_642_221_312, 36 * 430_115_936),
     # Attention in 5, 15, 25, 35 of 0…39; the layers 9…30 stand twice, two of them attention.
@@ -291,6 +303,9 @@ REAL = {
     "SmolLM3-3B": Real(
         SMOLLM3_3B, 9, 54, 3_075_098_624, 18 * 78_123_008, {"no_rope_layers": "1110" * 6 + "111" + "110" + "1110" * 6},
         base_bytes=6_150_197_248,
+        warnings=(
+            _COUNTED.format("no_rope_layers no longer repeats", 4, "llama.cpp counts layers", "6, 8 or 10"),
+        ),
     ),
 }  # fmt: skip
 

@@ -154,7 +154,7 @@ class Absent(Way):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Way):
-    """It takes `field` from the layer's number: `kind` where (i + 1) is a multiple of the period, else `others`.
+    """It takes `field` from the layer's number: `kind` where (i + phase) is a multiple of the period, else `others`.
 
     The config may give the period under `key`. With `refuses` the layers of another kind hold other tensors, so that
     the engine cannot load what it takes for another kind.
@@ -165,6 +165,7 @@ class Counts(Way):
     kind: str
     others: str
     key: str | None = None
+    phase: int = 1
     refuses: bool = False
 
     def fault(self, told: Told, /) -> Fault | None:
@@ -177,13 +178,16 @@ class Counts(Way):
             return None
         if type(period) is not int or period < 1:
             return Fault(Verdict.refuses, (self.field,), why=f"takes a number alone for {self.key}")
-        counted = [self.others if (layer + 1) % period else self.kind for layer in range(told.num_layers)]
+        counted = [self.others if (layer + self.phase) % period else self.kind for layer in range(told.num_layers)]
         return None if said == counted else Fault(verdict, (self.field,), period)
 
     def __str__(self) -> str:
         key = f"`{self.key}` ({self.period})" if self.key else str(self.period)
+        number = f" + {self.phase}" if self.phase else ""
         refused = "; tensors do not fit out of step: refused" if self.refuses else ""
-        return f"counts: `{self.field}` is {self.kind} in every layer whose number + 1 is a multiple of {key}{refused}"
+        return (
+            f"counts: `{self.field}` is {self.kind} in every layer whose number{number} is a multiple of {key}{refused}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +327,20 @@ def _chunked_every(period: int, source: str) -> Counts:
     return Counts(field="layer_types", period=period, kind="full_attention", others="chunked_attention", source=source)
 
 
+def _experts_every(source: str) -> Counts:
+    """Llama 4's: a layer of another kind holds other tensors."""
+    return Counts(
+        field="moe_layers",
+        period=1,
+        kind="yes",
+        others="no",
+        key="interleave_moe_layer_step",
+        refuses=True,
+        source=source,
+        is_run=False,
+    )
+
+
 def _linear_every(period: int, source: str) -> Counts:
     return Counts(
         field="layer_types",
@@ -403,9 +421,21 @@ _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
         ),
     ),
     "gpt_oss": (_full_every(2, "src/models/openai-moe.cpp:9; conversion/gpt_oss.py:130"),),
+    "laguna": (
+        Counts(
+            field="layer_types",
+            period=4,
+            kind="full_attention",
+            others="sliding_attention",
+            phase=0,
+            source="src/models/laguna.cpp:39; conversion/laguna.py:86",
+            is_run=False,
+        ),
+    ),
     "llama4_text": (
         _no_rope_every(4, "src/models/llama4.cpp:143"),
         _chunked_every(4, "src/models/llama4.cpp:19"),
+        _experts_every("src/models/llama4.cpp:6; conversion/llama.py:394"),
     ),
     "minicpm3": (
         ByDepth(
@@ -437,6 +467,7 @@ _MLX: Mapping[str, tuple[Way, ...]] = {
     "llama4": (
         _no_rope_every(4, "models/llama4.py:59"),
         _chunked_every(4, "models/llama4.py:252,322"),
+        _experts_every("models/llama4.py:182"),
     ),
     "qwen3_5_moe_text": (_linear_every(4, "models/qwen3_5.py:212"),),
     "qwen3_5_text": (_linear_every(4, "models/qwen3_5.py:212"),),
@@ -455,10 +486,11 @@ _MLX: Mapping[str, tuple[Way, ...]] = {
 }
 
 _VLLM: Mapping[str, tuple[Way, ...]] = {
+    "llama4_text": (_experts_every("models/llama4.py:342"),),
     "gpt_oss": (_full_every(2, "models/gpt_oss.py:176"),),
     **_reads(
         "models/*.py: layer_types, no_rope_layers",
-        "afmoe cohere2 exaone4 exaone_moe gemma2 gemma3_text granitemoehybrid llama4_text olmo3 smollm3",
+        "afmoe cohere2 exaone4 exaone_moe gemma2 gemma3_text granitemoehybrid olmo3 smollm3",
     ),
     **_reads("models/*.py: first_k_dense_replace, mlp_only_layers", "glm4_moe dots1 qwen3_moe"),
     **_reads("models/*.py", "deepseek_v2 deepseek_v3 qwen3_next qwen3_5_text lfm2 lfm2_moe", is_run=False),
