@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,78 @@ def llama_config(num_layers: int, hidden: int = 64, intermediate: int = 128, voc
         "rms_norm_eps": 1e-05,
         "tie_word_embeddings": False,
         "vocab_size": vocab,
+    }
+
+
+def _scaled(name: str, rows: int, columns: int, *, is_fp8: bool) -> list[Tensor]:
+    """A matrix; in FP8 with a scale for each block of 128 x 128, as DeepSeek-V3 stores it."""
+    if not is_fp8:
+        return [(f"{name}.weight", "BF16", (rows, columns))]
+    scales = (-(-rows // 128), -(-columns // 128))
+    return [(f"{name}.weight", "F8_E4M3", (rows, columns)), (f"{name}.weight_scale_inv", "F32", scales)]
+
+
+def moe_tensors(
+    num_layers: int, num_experts: int, hidden: int, expert: int, vocab: int, *, is_fp8: bool = False
+) -> list[Tensor]:
+    """The tensors of a DeepSeek-V3 whose first layer is dense: `expert` is the intermediate size of an expert."""
+    tensors: list[Tensor] = [("model.embed_tokens.weight", "BF16", (vocab, hidden))]
+    shapes = {"gate_proj": (expert, hidden), "up_proj": (expert, hidden), "down_proj": (hidden, expert)}
+    attention = {
+        "q_a_proj": (1536, hidden),
+        "q_b_proj": (3 * hidden, 1536),
+        "kv_a_proj_with_mqa": (576, hidden),
+        "kv_b_proj": (4 * hidden, 512),
+        "o_proj": (hidden, 2 * hidden),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}"
+        tensors += [(f"{prefix}.{name}.weight", "BF16", (size,)) for name, size in norms.items()]
+        for name, (rows, columns) in attention.items():
+            tensors += _scaled(f"{prefix}.self_attn.{name}", rows, columns, is_fp8=is_fp8)
+        modules = [f"experts.{i}" for i in range(num_experts)] + ["shared_experts"] if layer else [""]
+        if layer:
+            tensors.append((f"{prefix}.mlp.gate.weight", "BF16", (num_experts, hidden)))
+            tensors.append((f"{prefix}.mlp.gate.e_score_correction_bias", "F32", (num_experts,)))
+        for module in modules:
+            for name, (rows, columns) in shapes.items():
+                place = ".".join(filter(None, (prefix, "mlp", module, name)))
+                tensors += _scaled(place, rows, columns, is_fp8=is_fp8)
+    return [*tensors, ("model.norm.weight", "BF16", (hidden,)), ("lm_head.weight", "BF16", (vocab, hidden))]
+
+
+def moe_config(
+    num_layers: int, num_experts: int, hidden: int, expert: int, vocab: int, *, is_fp8: bool = False
+) -> dict[str, Any]:
+    quantisation = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    }
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": expert,
+        "kv_lora_rank": 512,
+        "model_type": "deepseek_v3",
+        "moe_intermediate_size": expert,
+        "n_routed_experts": num_experts,
+        "n_shared_experts": 1,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": 1536,
+        "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": False,
+        "vocab_size": vocab,
+        **({"quantization_config": quantisation} if is_fp8 else {}),
     }
 
 
@@ -133,9 +205,24 @@ def write_checkpoint(
     for tensor in tensors:
         groups[min(num_shards - 1, seen * num_shards // total)].append(tensor)
         seen += num_bytes(tensor)
+    return write_in_shards(folder, groups, config, fill=fill, metadata=metadata)
+
+
+def write_in_shards(
+    folder: Path,
+    groups: Sequence[Sequence[Tensor]],
+    config: Mapping[str, Any],
+    *,
+    fill: Fill | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A checkpoint whose shards hold these tensors, with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    total = sum(num_bytes(tensor) for group in groups for tensor in group)
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
-        name = f"model-{number:05}-of-{num_shards:05}.safetensors"
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
         write_shard(folder / name, group, fill, metadata)
         weight_map |= {tensor[0]: name for tensor in group}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

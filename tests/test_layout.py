@@ -5,11 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
+from checkpoints import (
+    Tensor,
+    fill_randomly,
+    llama_config,
+    llama_tensors,
+    moe_config,
+    moe_tensors,
+    write_checkpoint,
+    write_in_shards,
+)
 from conftest import dus
 
 from dus_cli.common.reference import ModelRef
@@ -83,6 +94,91 @@ def test_moves_cover_the_same_bytes_and_read_each_source_byte_once(tmp_path: Pat
             assert start == position
             position = end
         assert position == layout.num_bytes
+
+
+WIDE = llama_tensors(8, 1024, 4096, 256, 8192)  # 298 MB, matrices and norms of whole blocks but for the norms
+OUTER = [tensor for tensor in WIDE if ".layers." not in tensor[0]]
+INNER = [tensor for tensor in WIDE if ".layers." in tensor[0]]
+
+
+def split(tensors: list[Tensor], num_shards: int) -> list[list[Tensor]]:
+    """The tensors in order, as evenly as their count allows."""
+    return [tensors[len(tensors) * i // num_shards : len(tensors) * (i + 1) // num_shards] for i in range(num_shards)]
+
+
+GROUPS = {
+    "embeddings first": split([*OUTER, *INNER], 3),
+    "embeddings last": split([*INNER, *OUTER], 3),
+    "embeddings alone": [*split(INNER, 2), *([tensor] for tensor in OUTER)],
+    "output embeddings in a small last shard": [*split(WIDE[:-2], 2), WIDE[-2:]],
+    "seven shards": split(WIDE, 7),
+    "one shard": [WIDE],
+}
+
+
+def shards_needed(plan: UpscalePlan) -> int:
+    """The least number of shards that could all be cloned, where every tensor is whole blocks.
+
+    What begins at different places modulo the block cannot share a file: safetensors has no holes between tensors.
+    """
+    sizes: Counter[int] = Counter()
+    for placement in plan.placements:
+        sizes[placement.shard.header.data_start % BLOCK] += placement.num_bytes
+    return sum(-(-size // plan.max_shard_bytes) for size in sizes.values())
+
+
+@pytest.mark.parametrize("max_shard_bytes", [100_000_000, 5 * 10**9])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_every_layout_of_source_shards_can_be_cloned(tmp_path: Path, groups: str, max_shard_bytes: int) -> None:
+    config = llama_config(8, 1024, 4096, 8192)
+    plan = plan_of(write_in_shards(tmp_path / "m", GROUPS[groups], config), max_shard_bytes)
+    assert clonable_part(plan) > 0.995
+    assert len(plan.shards) <= shards_needed(plan) + 1
+    assert all(layout.num_bytes <= max_shard_bytes for layout in plan.shards.values())
+
+
+def test_what_is_deepened_twice_can_be_cloned_twice(tmp_path: Path) -> None:
+    plan = plan_of(source(tmp_path / "m", 768, 2048, num_shards=2), max_shard_bytes=60_000_000)
+    once = tmp_path / "once"
+    once.mkdir()
+    for name, text in plan.text_files().items():
+        (once / name).write_text(text)
+    for name, layout in plan.shards.items():
+        (once / name).write_bytes(layout.header)
+        os.truncate(once / name, layout.num_bytes)
+    assert clonable_part(plan_of(once, max_shard_bytes=60_000_000)) > 0.99
+
+
+def test_experts_in_fp8_with_scales_can_be_cloned(tmp_path: Path) -> None:
+    shape = (4, 24, 1024, 512, 4096)
+    folder = write_checkpoint(
+        tmp_path / "m",
+        moe_tensors(*shape, is_fp8=True),
+        moe_config(*shape, is_fp8=True),
+        num_shards=3,
+        fill=None,
+    )
+    assert clonable_part(plan_of(folder)) > 0.99
+
+
+def test_an_output_of_few_bytes_is_one_file(tmp_path: Path) -> None:
+    plan = plan_of(source(tmp_path / "m", 96, 256, num_shards=3))
+    assert list(plan.shards) == ["model.safetensors"]
+
+
+def test_a_plan_holds_few_bytes_for_each_tensor(tmp_path: Path) -> None:
+    """At most 300 bytes for each of 9,000 tensors, names and headers of the base counted."""
+    shape = (4, 300, 64, 32, 256)
+    folder = write_checkpoint(
+        tmp_path / "m", moe_tensors(*shape, is_fp8=True), moe_config(*shape, is_fp8=True), num_shards=9, fill=None
+    )
+    plan_of(folder)  # what is imported and compiled once is no part of a plan
+    tracemalloc.start()
+    plan = plan_of(folder)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert plan.num_tensors > 9_000
+    assert held / plan.num_tensors < 300
 
 
 @pytest.mark.parametrize("copies", [2, 3, 4])
