@@ -213,6 +213,7 @@ def verify(
     engines: Sequence[str] = (),
     token: str | None = None,
     jobs: int = DEFAULT_JOBS,
+    read: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
@@ -225,6 +226,7 @@ def verify(
         engines: names of inference engines: what one of them would not compute as config.json says is a problem.
         token: of the Hub, for the base; HF_TOKEN or the stored login by default.
         jobs: parallel reads, 1 to 64.
+        read: read also what lies in the same blocks of the disk and cannot differ: for a disk that is not trusted.
         progress: told what happens while it happens, from several threads.
 
     Raises:
@@ -237,7 +239,7 @@ def verify(
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     ref = None if base is None else ModelRef.parse(_text(base), token=token)
     checkpoint = None if ref is None else open_base(ref, quiet=not told.is_live, progress=told)
-    return verification.verify(folder, checkpoint, engines=names, jobs=_jobs(jobs), progress=told)
+    return verification.verify(folder, checkpoint, engines=names, jobs=_jobs(jobs), reads_all=read, progress=told)
 
 
 def _wanted(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,19 @@ def edit_config() -> Callable[..., None]:
         path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
     return edit
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def reflinks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A loop mount with reflinks; skipped where it cannot be made (no root, no mkfs)."""
+    image, folder = tmp_path / "image", tmp_path / "mounted"
+    folder.mkdir()
+    if shutil.which(f"mkfs.{request.param}") is None:
+        pytest.skip(f"mkfs.{request.param} is not installed")
+    with image.open("wb") as file:
+        file.truncate(400 << 20)
+    subprocess.run([f"mkfs.{request.param}", "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, folder], check=False, capture_output=True).returncode:
+        pytest.skip("mounting needs root and a loop device")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

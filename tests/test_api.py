@@ -67,6 +67,7 @@ FIELDS: dict[Any, dict[str, str]] = {
         "num_parameters": "int",
         "num_layers": "int | None",
         "bytes_compared": "int",
+        "bytes_shared": "int",
         "files_summed": "int",
         "engines": "list[dict[str, Any]]",
     },

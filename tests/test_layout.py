@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -188,22 +185,6 @@ def test_more_copies_are_as_clonable(tmp_path: Path, copies: int) -> None:
 
 
 # --- on a real file system with reflinks -----------------------------------------------------------
-
-
-@pytest.fixture(params=["xfs", "btrfs"])
-def reflinks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A loop mount with reflinks; skipped where it cannot be made (no root, no mkfs)."""
-    image, folder = tmp_path / "image", tmp_path / "mounted"
-    folder.mkdir()
-    if shutil.which(f"mkfs.{request.param}") is None:
-        pytest.skip(f"mkfs.{request.param} is not installed")
-    with image.open("wb") as file:
-        file.truncate(400 << 20)
-    subprocess.run([f"mkfs.{request.param}", "-q", image], check=True, capture_output=True)
-    if subprocess.run(["mount", "-o", "loop", image, folder], check=False, capture_output=True).returncode:
-        pytest.skip("mounting needs root and a loop device")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def used_bytes(folder: Path) -> int:

@@ -39,6 +39,13 @@ def verify(
     jobs: Annotated[
         int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
     ] = DEFAULT_JOBS,
+    read: Annotated[
+        bool,
+        typer.Option(
+            "--read",
+            help="Read every byte, also where both files share blocks of the disk (reflinks) and so cannot differ.",
+        ),
+    ] = False,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -49,7 +56,9 @@ def verify(
     """
     says = not (quiet or as_json)
     with progress_for(progress, quiet=not says) as told:
-        found = api.verify(model, base=base, engines=named_engines(engines), token=token, jobs=jobs, progress=told)
+        found = api.verify(
+            model, base=base, engines=named_engines(engines), token=token, jobs=jobs, read=read, progress=told
+        )
     if as_json:
         print(json.dumps(found.to_json()))
     elif says or not found.is_sound:

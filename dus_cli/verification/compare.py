@@ -1,16 +1,21 @@
-"""Tensors of two files compared byte by byte."""
+"""Tensors of two files compared byte by byte: by their blocks on the disk where they share them, else by reading."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from dus_cli.common.workers import workers
+from dus_cli.common.workers import PIECE, Workers, workers
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.planning.treatment import Making, made_pieces
+from dus_cli.source.direct import DirectFile, aligned_room
+from dus_cli.source.extents import Blocks
 from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import open_regular
 
@@ -34,37 +39,198 @@ class Comparison(NamedTuple):
     making: Making = Making.copied
     dtype: str | None = None
 
+    @property
+    def other_kind(self) -> str | None:
+        """What is wrong where the two are of different dtypes or shapes."""
+        left, right, dtype = self.left.tensor, self.right.tensor, self.dtype or self.right.tensor.dtype
+        if (left.dtype, left.shape) == (dtype, right.shape):
+            return None
+        theirs = f"{self.right_name} {dtype} {list(right.shape)}"
+        return f"tensor {shown(left.name)} is {left.dtype} {list(left.shape)}, {theirs}"
 
-def compare(pairs: Iterable[Comparison], jobs: int, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    """Compare places byte by byte; yields one line for each pair that differs. Memory does not grow."""
-    with workers(jobs) as (pool, stop):
-        for problem in pool.map(lambda pair: _difference(pair, on_bytes, stop), pairs):
-            if problem is not None:
-                yield problem
+    def differs(self, position: int, what: str = "") -> str:
+        return f"tensor {shown(self.left.tensor.name)} differs from {self.right_name} at byte {position}{what}"
 
 
-def _difference(pair: Comparison, on_bytes: Callable[[int], object], stop: threading.Event) -> str | None:
-    left, right = pair.left.tensor, pair.right.tensor
-    name = shown(left.name)
-    dtype = pair.dtype or right.dtype
-    if (left.dtype, left.shape) != (dtype, right.shape):
-        return f"tensor {name} is {left.dtype} {list(left.shape)}, {pair.right_name} {dtype} {list(right.shape)}"
-    try:
-        with open_regular(pair.left.path, 0) as left_file, open_regular(pair.right.path, 0) as right_file:
-            position = 0
-            for theirs in made_pieces(right_file.fileno(), right, pair.making, dtype):
-                if stop.is_set():
-                    return None
-                ours = os.pread(left_file.fileno(), len(theirs), left.start + position)
-                if ours != theirs:
-                    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-                    return f"tensor {name} differs from {pair.right_name} at byte {position + at}"
-                position += len(theirs)
-                on_bytes(len(theirs))
-            if position != left.num_bytes:
-                return f"tensor {name} differs from {pair.right_name} at byte {position}: the file became shorter"
-    except OSError as error:
-        return f"tensor {name} cannot be read: {error.strerror or error}"
-    except CheckpointError as error:
-        return str(error)
-    return None
+@dataclass
+class Compared:
+    """How many bytes were found equal by reading both, and how many because they are the same blocks of the disk."""
+
+    read: int = 0
+    shared: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, *, read: int = 0, shared: int = 0) -> None:
+        with self._lock:
+            self.read += read
+            self.shared += shared
+
+
+def compare(
+    pairs: Iterable[Comparison],
+    jobs: int,
+    on_bytes: Callable[[int], object],
+    tally: Compared | None = None,
+    *,
+    reads_all: bool = False,
+) -> Iterator[str]:
+    """Compare places byte by byte; yields one line for each pair that differs.
+
+    Bytes of a right place are read once for all that are compared with them. Memory grows with the number of pairs
+    alone.
+
+    Args:
+        pairs: what to compare.
+        jobs: how many threads read.
+        on_bytes: told of the left places' bytes that were compared.
+        tally: what they are counted in.
+        reads_all: read also what both files share.
+    """
+    groups: dict[tuple[object, ...], list[Comparison]] = {}
+    for pair in pairs:
+        key = pair.right.path, pair.right.tensor.name, pair.making, pair.dtype
+        groups.setdefault(key, []).append(pair)
+    blocks = None if reads_all else Blocks()
+    with workers(jobs) as team:
+        comparer = _Comparer(on_bytes, tally or Compared(), blocks, team)
+        for problems in team.pool.map(comparer.problems, groups.values()):
+            yield from problems
+
+
+class _Comparer:
+    """Compares groups of pairs that have the right place in common."""
+
+    def __init__(
+        self, on_bytes: Callable[[int], object], tally: Compared, blocks: Blocks | None, team: Workers
+    ) -> None:
+        self.on_bytes, self.tally, self.blocks, self.stop = on_bytes, tally, blocks, team.stop
+        self._rooms = threading.local()
+
+    def problems(self, pairs: Sequence[Comparison]) -> list[str]:
+        found = {id(pair): pair.other_kind for pair in pairs}
+        alike = [pair for pair in pairs if found[id(pair)] is None]
+        if alike:
+            first = alike[0]
+            is_plain = first.making is Making.copied and first.right.tensor.strides is None
+            step = self._read_plain if is_plain else self._read_made
+            try:
+                step(alike, found)
+            except OSError as error:
+                found[id(first)] = f"tensor {shown(first.left.tensor.name)} cannot be read: {error.strerror or error}"
+            except CheckpointError as error:
+                found[id(first)] = str(error)
+        return [problem for problem in found.values() if problem is not None]
+
+    def _read_plain(self, pairs: Sequence[Comparison], found: dict[int, str | None]) -> None:
+        right = pairs[0].right
+        wanted = {id(pair): self._to_read(pair) for pair in pairs}
+        if not any(wanted.values()):
+            return
+        ours, theirs = self._buffers()
+        with contextlib.ExitStack() as closing:
+            right_file = _opened(right.path, theirs, closing)
+            left_files = {path: _opened(path, ours, closing) for path in {pair.left.path for pair in pairs}}
+            for start, length in _pieces(wanted.values()):
+                if self.stop.is_set():
+                    return
+                expected = right_file.read(right.tensor.start + start, length)
+                for pair in pairs:
+                    parts = wanted[id(pair)]
+                    if found[id(pair)] is None and _overlap(parts, start, length):
+                        piece = left_files[pair.left.path].read(pair.left.tensor.start + start, length)
+                        found[id(pair)] = _difference(pair, start, length, piece, expected)
+                        self.tally.add(read=length)
+                        self.on_bytes(length)
+
+    def _to_read(self, pair: Comparison) -> list[tuple[int, int]]:
+        """The parts of a pair that are not the same blocks of the disk, as (offset, length)."""
+        left, right = pair.left, pair.right
+        num_bytes = right.tensor.num_bytes
+        if self.blocks is None:
+            return [(0, num_bytes)] if num_bytes else []
+        parts = list(self.blocks.not_shared(left.path, left.tensor.start, right.path, right.tensor.start, num_bytes))
+        shared = num_bytes - sum(length for _, length in parts)
+        self.tally.add(shared=shared)
+        self.on_bytes(shared)
+        return parts
+
+    def _read_made(self, pairs: Sequence[Comparison], found: dict[int, str | None]) -> None:
+        first = pairs[0]
+        dtype = first.dtype or first.right.tensor.dtype
+        position = 0
+        with contextlib.ExitStack() as closing:
+            right_file = closing.enter_context(open_regular(first.right.path, 0))
+            left_files = {
+                path: closing.enter_context(open_regular(path, 0)) for path in {pair.left.path for pair in pairs}
+            }
+            for expected in made_pieces(right_file.fileno(), first.right.tensor, first.making, dtype):
+                if self.stop.is_set():
+                    return
+                for pair in pairs:
+                    if found[id(pair)] is None:
+                        file = left_files[pair.left.path].fileno()
+                        piece = os.pread(file, len(expected), pair.left.tensor.start + position)
+                        found[id(pair)] = _difference(pair, position, len(expected), piece, expected)
+                        self.tally.add(read=len(expected))
+                        self.on_bytes(len(expected))
+                position += len(expected)
+        for pair in pairs:
+            if found[id(pair)] is None and position != pair.left.tensor.num_bytes:
+                found[id(pair)] = pair.differs(position, _SHORTER)
+
+    def _buffers(self) -> tuple[memoryview, memoryview]:
+        """Room for a piece of both sides, one pair for each thread."""
+        if not hasattr(self._rooms, "pair"):
+            self._rooms.pair = aligned_room(PIECE), aligned_room(PIECE)
+        found: tuple[memoryview, memoryview] = self._rooms.pair
+        return found
+
+
+_SHORTER = ": the file became shorter"
+
+
+def _opened(path: Path, room: memoryview, closing: contextlib.ExitStack) -> DirectFile:
+    file = DirectFile(path, room)
+    closing.callback(file.close)
+    return file
+
+
+def _pieces(parts: Iterable[Sequence[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
+    """All that is in any of these parts, once and in order, in pieces for which there is room."""
+    position = 0
+    for start, length in sorted(part for of_one in parts for part in of_one):
+        position = max(position, start)
+        while position < start + length:
+            size = min(PIECE, start + length - position)
+            yield position, size
+            position += size
+
+
+def _overlap(parts: Sequence[tuple[int, int]], start: int, length: int) -> bool:
+    return any(first < start + length and start < first + size for first, size in parts)
+
+
+def _difference(
+    pair: Comparison, start: int, length: int, piece: bytes | memoryview, expected: bytes | memoryview
+) -> str | None:
+    """What is wrong with a piece that begins at `start` in the tensor and should have `length` bytes."""
+    if len(piece) == len(expected) == length and _are_same(piece, expected):
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(piece, expected, strict=False)) if a != b), None)
+    if at is not None:
+        return pair.differs(start + at)
+    return pair.differs(start + min(len(piece), len(expected)), _SHORTER)
+
+
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+def _are_same(left: bytes | memoryview, right: bytes | memoryview) -> bool:
+    """Whether two buffers of one length hold the same: a memoryview compares its items one by one."""
+    if isinstance(left, bytes) and isinstance(right, bytes):
+        return left == right
+    if isinstance(left, bytes) or isinstance(right, bytes):
+        return bytes(left) == bytes(right)
+    first, second = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in (left, right))
+    return int(_memcmp(first, second, len(left))) == 0

@@ -21,6 +21,7 @@ class Verification:
     num_parameters: int = 0
     num_layers: int | None = None
     bytes_compared: int = 0
+    bytes_shared: int = 0
     files_summed: int = 0
     engines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -39,6 +40,7 @@ class Verification:
             "tensors": self.num_tensors,
             "parameters": self.num_parameters,
             "bytes_compared": self.bytes_compared,
+            "bytes_shared": self.bytes_shared,
             "files_summed": self.files_summed,
             "engines": self.engines,
             "problems": self.problems,
@@ -50,6 +52,8 @@ class Verification:
         lines += [f"warning: {warning}" for warning in self.warnings]
         layers = "" if self.num_layers is None else f"{self.num_layers} layers, "
         compared = f"{human_bytes(self.bytes_compared)} compared byte by byte"
+        if self.bytes_shared:
+            compared += f", of which {human_bytes(self.bytes_shared)} are the same blocks on the disk"
         sums = f", {self.files_summed} checksums" if self.files_summed else ""
         count = len(self.problems)
         verdict = "sound" if self.is_sound else f"{count} problem{'s' * (count != 1)}"

@@ -37,7 +37,7 @@ from dus_cli.source.weights import (
     regular_files,
     rivals,
 )
-from dus_cli.verification.compare import Comparison, Place, compare
+from dus_cli.verification.compare import Compared, Comparison, Place, compare
 from dus_cli.verification.report import Verification
 from dus_cli.writing.transfer import DEFAULT_JOBS
 
@@ -57,6 +57,7 @@ def verify(
     deep: bool = True,
     engines: Sequence[str] = (),
     jobs: int = DEFAULT_JOBS,
+    reads_all: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a checkpoint and gather every problem.
@@ -64,7 +65,8 @@ def verify(
     Every header, the index against the headers, the config against the tensors; with dus.json the
     layers that stand twice against each other, byte by byte; with `base` every tensor against its
     source and the config against the base's; with SHA256SUMS every file's sum. Without `deep` no data is read:
-    neither layers that stand twice nor sums. Of `engines` what they make of the config, by name.
+    neither layers that stand twice nor sums. What lies in the same blocks
+    of the disk is equal, and read only where `reads_all`. Of `engines` what they make of the config, by name.
 
     Raises:
         CheckpointError: a run is writing it in place, or left it half-written.
@@ -102,7 +104,7 @@ def verify(
             found.problems += problems
         if base is None and deep:  # else the base says more: what equals it equals its twin
             progress.start("comparing twins", _num_bytes(pairs))
-            _compare_all(found, pairs, jobs, progress)
+            _compare_all(found, pairs, jobs, progress, reads_all=reads_all)
     if base is not None:
         assume = _gather(found, lambda: lineage.recorded_assumptions(record or {})) or {}
         pairs, problems = _against_base(tensors, base, config, layer_map, treatment, assume)
@@ -111,7 +113,7 @@ def verify(
         if any(pair.making is Making.cast for pair in pairs):
             require("--base of a model that was cast", "torch")
         progress.start("comparing with the base", _num_bytes(pairs))
-        _compare_all(found, pairs, jobs, progress)
+        _compare_all(found, pairs, jobs, progress, reads_all=reads_all)
     _check_engines(config if decoder is not None else None, record or {}, engines, found)
     _check_pictures(folder, found)
     if deep:
@@ -323,6 +325,10 @@ def _num_bytes(pairs: list[Comparison]) -> int:
     return sum(pair.left.tensor.num_bytes for pair in pairs)
 
 
-def _compare_all(found: Verification, pairs: list[Comparison], jobs: int, progress: Progress) -> None:
+def _compare_all(
+    found: Verification, pairs: list[Comparison], jobs: int, progress: Progress, *, reads_all: bool
+) -> None:
+    tally = Compared()
+    found.problems += compare(pairs, jobs, progress.advance, tally, reads_all=reads_all)
     found.bytes_compared += _num_bytes(pairs)
-    found.problems += compare(pairs, jobs, progress.advance)
+    found.bytes_shared += tally.shared
