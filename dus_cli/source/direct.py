@@ -39,11 +39,11 @@ class DirectFile:
         wanted = self._room[: -(-(start + length - first) // _BLOCK) * _BLOCK]
         filled = 0
         while filled < len(wanted):
-            direct = self._direct is not None and filled % _BLOCK == 0
+            file = self._buffered if self._direct is None or filled % _BLOCK else self._direct
             try:
-                count = os.preadv(self._direct if direct else self._buffered, [wanted[filled:]], first + filled)
+                count = os.preadv(file, [wanted[filled:]], first + filled)
             except OSError as error:
-                if not direct or error.errno != errno.EINVAL:
+                if file == self._buffered or error.errno != errno.EINVAL:
                     raise
                 self.close_direct()  # opened, but not for blocks of this size
                 continue
