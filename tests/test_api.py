@@ -41,7 +41,8 @@ SIGNATURES: dict[Any, str] = {
     plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}checksums: 'bool' = False, {PUSH}) "
     "-> 'UpscaleReport'",
     verify: "(folder: 'str | Path', *, base: 'str | Path | None' = None, engines: 'Sequence[str]' = (), "
-    "token: 'str | None' = None, jobs: 'int' = 4, progress: 'Progress | None' = None) -> 'Verification'",
+    "token: 'str | None' = None, jobs: 'int' = 4, read: 'bool' = False, "
+    "progress: 'Progress | None' = None) -> 'Verification'",
 }
 
 FIELDS: dict[Any, dict[str, str]] = {
