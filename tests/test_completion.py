@@ -21,7 +21,7 @@ LINES = [
     ("dus upscale --recipe ", set(RECIPES)),
     ("dus upscale --dtype b", {"bfloat16"}),
     ("dus verify --progress ", {"auto", "plain", "json", "none"}),
-    ("dus heal --schedule co", {"cosine", "constant"}),
+    ("dus heal --schedule co", {"constant"}),
 ]
 
 # Sources the script and prints a candidate a line, by means of the shell itself.

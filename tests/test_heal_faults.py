@@ -32,8 +32,7 @@ from dus_cli.models.devices import computes_in_bf16  # noqa: E402
 STEPS = 90
 RECIPE = (
     "--steps 90 --seq-length 32 --batch-tokens 128 --micro-batch 2 --lr 1e-3 --holdout 5% "
-    "--eval-every 20 --save-every 5 --precision fp32 --distill 0.3:50% --phase seam:1,steps=30 "
-    "--phase all"
+    "--eval-every 20 --save-every 5 --precision fp32 --distill 0.3:50%"
 ).split()
 
 # A short run, mostly in forked workers.
@@ -449,8 +448,8 @@ def half(stopped: Path, tmp_path: Path) -> Path:
 
 
 IN_BF16 = {
-    "with masters": ("--precision", "bf16", "--schedule", "cosine", "--weight-decay", "0.1"),
-    "without masters": ("--precision", "bf16", "--master-weights", "bf16", "--train", "seam:1"),
+    "with masters": ("--precision", "bf16", "--schedule", "constant", "--weight-decay", "0.1"),
+    "without masters": ("--precision", "bf16", "--master-weights", "bf16", "--train", "new"),
 }
 
 
@@ -514,7 +513,7 @@ CHANGES = {
     "batch-tokens": ("--batch-tokens", "256"),
     "seed": ("--seed", "1"),
     "precision": ("--precision", "bf16"),
-    "phases": ("--train", "new"),
+    "train": ("--train", "new"),
     "distill": ("--distill", "0.5"),
     "warmup": ("--warmup", "3"),
     "holdout": ("--holdout", "20%"),

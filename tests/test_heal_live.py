@@ -43,7 +43,6 @@ def step_row(step: int, **more: Any) -> dict[str, Any]:
         "mfu": 0.31,
         "peak_memory_bytes": 44_000_000_000,
         "seconds": {"data": 0.1, "forward": 0.9, "eval": 0.0},
-        "phase": 0,
         "skipped": False,
     } | more
 
@@ -253,7 +252,7 @@ def written(view: LiveView) -> str:
 def live(metrics: Path, *rows: dict[str, Any], num_steps: int = 1000, **options: Any) -> tuple[LiveView, Any]:
     """A view that has seen these rows come."""
     view, follower = LiveView(console(**options)), MetricsFollower(metrics)
-    view.begin(num_steps, 4096, ("seam:4", "all"))
+    view.begin(num_steps, 4096)
     view.status("loading the model")
     view.update(follower)
     append(metrics, *rows)
@@ -263,12 +262,12 @@ def live(metrics: Path, *rows: dict[str, Any], num_steps: int = 1000, **options:
 
 @pytest.mark.parametrize("width", [80, 60, 20])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_a_whole_picture_has_eight_lines_that_fit(metrics: Path, width: int, encoding: str) -> None:
+def test_a_whole_picture_has_seven_lines_that_fit(metrics: Path, width: int, encoding: str) -> None:
     rows = [START, *(step_row(k, kl=0.123, eval_loss=3.0, loss=math.nan, skipped=True) for k in range(1, 700))]
     with live(metrics, *rows, step_row(700, grad_norm=math.inf), width=width, encoding=encoding)[0] as view:
         view.status("saving a checkpoint")
         lines = picture(view)
-        assert len(lines) == 8
+        assert len(lines) == 7
         assert max(map(len, lines)) <= width
         assert "".join(lines).encode(encoding)
 
@@ -277,7 +276,6 @@ def test_the_picture_says_how_far_the_held_out_loss_is(metrics: Path) -> None:
     with live(metrics, START, step_row(100, eval_loss=3.0), step_row(101))[0] as view:
         assert picture(view)[1:] == [
             "step       101 of 1,000 · 414K of 4.1M tokens",
-            "phase      1 of 2: seam:4",
             "loss       2.899   █▁",
             "held-out   3.000 (scaled 3.400 → base 2.900, 80% of the way)",
             "speed      1,500 tokens/s · MFU 31.0% · peak 44.00 GB",
@@ -468,7 +466,7 @@ ODD: dict[str, Rows] = {
     "huge": [step_row(k, tokens=k * 10**13, eval_loss=3 - k / 99) for k in range(99)],
     "better than its base": [START | {"eval_loss": 2.0}, step_row(1, eval_loss=1.9)],
     "null": [START, step_row(1, loss=None, eval_loss=None)],
-    "no phase, no loss": [{"step": 3, "tokens": 9}],
+    "no loss": [{"step": 3, "tokens": 9}],
 }
 
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dus_cli.errors import HealError  # noqa: E402
-from dus_cli.heal.run import PhasePlan, RecipePlan  # noqa: E402
+from dus_cli.heal.run import RecipePlan  # noqa: E402
 from dus_cli.heal.train import schedule  # noqa: E402
 from dus_cli.heal.train.gains import Gains  # noqa: E402
 from dus_cli.heal.train.optimizer import stochastically_rounded  # noqa: E402
@@ -136,7 +136,7 @@ def _recipe(**fields: Any) -> RecipePlan:
         "betas": (0.9, 0.95),
         "grad_clip": 1.0,
         "seed": 0,
-        "phases": (PhasePlan(0, None),),
+        "train_layers": None,
         "distill_weight": 0.0,
         "distill_steps": 100,
         "max_skipped": 10,
@@ -152,12 +152,9 @@ def test_wsd_warms_up_stays_and_falls_to_nothing_after_the_last_step() -> None:
     assert rates[99] == pytest.approx(1 / 11)
 
 
-def test_cosine_ends_at_a_tenth_and_constant_stays() -> None:
-    cosine = [schedule.rate_share(_recipe(schedule="cosine"), step, 100) for step in range(101)]
-    assert cosine[4] == 1.0
-    assert cosine[52] == pytest.approx(0.55)
-    assert cosine[100] == pytest.approx(0.1)
-    assert schedule.rate_share(_recipe(schedule="constant"), 99, 100) == 1.0
+def test_constant_stays_after_the_warm_up() -> None:
+    rates = [schedule.rate_share(_recipe(schedule="constant"), step, 100) for step in range(100)]
+    assert rates == [0.25, 0.5, 0.75] + [1.0] * 97
 
 
 def test_gains_keep_their_rate_for_the_repair_and_then_fade() -> None:
@@ -170,11 +167,6 @@ def test_distillation_fades_out_where_it_was_told_to() -> None:
     recipe = _recipe(distill_weight=0.5, distill_steps=40)
     weights = [schedule.distill_weight(recipe, step) for step in (0, 20, 39, 40, 99)]
     assert weights == pytest.approx([0.5, 0.25, 0.0125, 0.0, 0.0])
-
-
-def test_phases_follow_each_other() -> None:
-    recipe = _recipe(phases=(PhasePlan(0, (2, 3)), PhasePlan(10, None)))
-    assert [schedule.layers_at(recipe, step) for step in (0, 9, 10, 99)] == [(2, 3), (2, 3), None, None]
 
 
 def test_gains_follow_adam_and_leave_what_does_not_learn() -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from dus_cli.heal.launch import plan as planning
 from dus_cli.heal.launch.resolve import _measuring, _recipe
-from dus_cli.heal.options import Keeping, Phase, Recipe
+from dus_cli.heal.options import Keeping, Recipe, Train
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def measuring(
     steps: int, tokens_per_step: int, num_heldout: int, train: str = "all", **keeping: Any
 ) -> tuple[int, int]:
     class Model:
-        new_layers, seams, num_layers = (3,), ((3, 4),), 6
+        new_layers, num_layers = (3,), 6
 
-    recipe = _recipe(Recipe(phases=(Phase(train),)), Model(), steps, tokens_per_step)  # type: ignore[arg-type]
+    recipe = _recipe(Recipe(train=Train(train)), Model(), steps, tokens_per_step)  # type: ignore[arg-type]
     return _measuring(Keeping(**keeping), recipe, steps, tokens_per_step, num_heldout)
 
 
@@ -113,3 +113,22 @@ def test_text_has_the_same_and_a_run_tells_it_at_its_start(home: Path) -> None:
     card = (home / "out/README.md").read_text(encoding="utf-8")
     assert f"`corpus.jsonl`: {report['train_tokens']:,} tokens of {report['train_documents']:,} documents" in card
     assert f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents" in card
+
+
+def test_a_run_begun_when_a_run_had_phases_goes_on_if_it_has_one(home: Path) -> None:
+    out = home / "earlier"
+    command = ("heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", "--seq-length", "64")
+    arguments = (*command, "--batch-tokens", "512", "--train", "new", "--print-command", "-q")
+    assert tiny.forked_dus(*arguments).returncode == 0
+    path = out / "run.json"
+    now = json.loads(path.read_text())
+    then = json.loads(path.read_text())
+    assert now["recipe"]["train_layers"] == [3, 4]
+    then["recipe"]["phases"] = [{"start": 0, "layers": then["recipe"].pop("train_layers")}]
+    then["options"]["recipe.phases"] = [{"train": then["options"].pop("recipe.train"), "length": None}]
+    path.write_text(json.dumps(then))
+    assert tiny.forked_dus(*arguments).returncode == 0
+    assert json.loads(path.read_text()) == now
+    then["recipe"]["phases"].append({"start": 5, "layers": None})
+    path.write_text(json.dumps(then))
+    tiny.forked_dus(*arguments).assert_one_line_error("several phases", "remove it")

@@ -254,7 +254,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def curve(out: Path) -> list[tuple[Any, ...]]:
     """What a run learned, step by step; equal for equal runs."""
-    names = ("step", "tokens", "loss", "eval_loss", "base_loss", "lr", "grad_norm", "kl", "phase", "skipped")
+    names = ("step", "tokens", "loss", "eval_loss", "base_loss", "lr", "grad_norm", "kl", "skipped")
     return [tuple(row.get(name) for name in names) for row in metrics(out)]
 
 

@@ -164,7 +164,7 @@ def heal(
     schedule: Annotated[
         opt.Schedule,
         typer.Option(
-            "--schedule", help="Warm-up, stable, decay to 0; cosine to a tenth; constant.", rich_help_panel=_RECIPE
+            "--schedule", help="Warm-up, stable, decay to 0; or constant after the warm-up.", rich_help_panel=_RECIPE
         ),
     ] = opt.Recipe.schedule,
     warmup: Annotated[
@@ -217,24 +217,13 @@ def heal(
         ),
     ] = opt.Recipe.seed,
     train: Annotated[
-        str,
+        opt.Train,
         typer.Option(
             "--train",
-            metavar="LAYERS",
-            parser=_parser(opt.parse_train),
-            help="all, new (layers that are not the base's own), or seam:K (K on each side of every seam).",
+            help="Which layers learn: all, or new (those that are not the base's own).",
             rich_help_panel=_RECIPE,
         ),
-    ] = "all",
-    phase: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--phase",
-            metavar="LAYERS[,LENGTH]",
-            help="Layers by phases: --phase seam:4,tokens=1M --phase all. Also steps=N, share=P%. Excludes --train.",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
+    ] = opt.Recipe.train,
     distill: Annotated[
         Optional[opt.Distill],  # noqa: UP045
         typer.Option(
@@ -400,10 +389,7 @@ def heal(
     Measures the base's loss and the scaled model's, trains under torchrun, and ends with a directory like any other,
     with its loss curve. The same command run again goes on where it was.
     """
-    if phase and train != "all":
-        raise typer.BadParameter("--phase says which layers learn; leave out --train", param_hint="--phase")
-    parse_phase, adam_betas = _parser(opt.parse_phase, "--phase"), _parser(opt.parse_betas, "--betas")(betas)
-    phases = tuple(parse_phase(text) for text in phase) if phase else (opt.Phase(train),)
+    adam_betas = _parser(opt.parse_betas, "--betas")(betas)
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb as launcher
@@ -436,7 +422,7 @@ def heal(
             adam_betas,
             grad_clip,
             seed,
-            phases,
+            train,
             distill,
             max_skipped,
         ),

@@ -19,10 +19,9 @@ class Until(str, Enum):
 
 
 class Schedule(str, Enum):
-    """How the learning rate goes: warm-up, stable, decay (WSD, arXiv:2404.06395); cosine; constant."""
+    """How the learning rate goes: warm-up, stable, decay (WSD, arXiv:2404.06395); or constant."""
 
     wsd = "wsd"
-    cosine = "cosine"
     constant = "constant"
 
 
@@ -48,6 +47,13 @@ class Sharding(str, Enum):
     fsdp = "fsdp"
     hsdp = "hsdp"
     none = "none"
+
+
+class Train(str, Enum):
+    """Which layers learn: all, embeddings and norm included, or those alone that are not the base's own."""
+
+    all = "all"
+    new = "new"
 
 
 class Track(str, Enum):
@@ -77,14 +83,6 @@ class Span:
             assert self.share is not None
             steps = round(self.share * total_steps) or int(self.share > 0)
         return min(steps, total_steps)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the run in which some layers learn: `all`, `new`, or `seam:K`. The last one has no length."""
-
-    train: str
-    length: Span | None = None
 
 
 @dataclass(frozen=True)
@@ -136,40 +134,6 @@ def parse_every(text: str) -> Every:
     if not BOUNDS["interval"].holds(number):
         raise ValueError(f"{text!r} is not {BOUNDS['interval']}, in steps or in seconds")
     return Every(seconds=number) if match[2] else Every(steps=int(number))
-
-
-def parse_train(text: str) -> str:
-    """Which layers learn: all, new or seam:K.
-
-    Raises:
-        ValueError: none of them.
-    """
-    if text in {"all", "new"} or re.fullmatch(r"seam:[1-9]\d{0,5}", text, re.ASCII):
-        return text
-    raise ValueError(f"{text!r} names no layers; write all, new, or seam:K for K layers on each side of every seam")
-
-
-def parse_phase(text: str) -> Phase:
-    """A phase, such as seam:4,tokens=1M or new,steps=100 or seam:4,share=25% or all.
-
-    >>> parse_phase("seam:4,tokens=1M")
-    Phase(train='seam:4', length=Span(steps=None, tokens=1000000, share=None))
-
-    Raises:
-        ValueError: the layers or the length are not understood.
-    """
-    train, comma, length = text.partition(",")
-    if not comma:
-        return Phase(parse_train(train.strip()))
-    key, _, value = length.strip().partition("=")
-    parsers = {
-        "tokens": lambda: Span(tokens=parse_count(value)),
-        "steps": lambda: Span(steps=parse_count(value)),
-        "share": lambda: Span(share=parse_share(value)),
-    }
-    if key not in parsers:
-        raise ValueError(f"{text!r}: a phase's length is tokens=1M, steps=100 or share=25%")
-    return Phase(parse_train(train.strip()), parsers[key]())
 
 
 def parse_distill(text: str) -> Distill:
@@ -263,7 +227,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
     seed: int = 0
-    phases: tuple[Phase, ...] = (Phase("all"),)
+    train: Train = Train.all
     distill: Distill | None = None
     max_skipped: int = 10
 

@@ -40,18 +40,11 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class PhasePlan:
-    """From step `start` on, counting from 0, these output layers learn; None is the whole model."""
-
-    start: int
-    layers: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
 class RecipePlan:
     """How it learns, in steps. `warmup_steps` and `decay_steps` are at the two ends of the run.
 
-    `distill_steps` is the step at which the KL term's weight has fallen to 0.
+    `train_layers` are the output layers that learn; None is the whole model. `distill_steps` is the step at which
+    the KL term's weight has fallen to 0.
     """
 
     lr: float
@@ -63,7 +56,7 @@ class RecipePlan:
     betas: tuple[float, float]
     grad_clip: float
     seed: int
-    phases: tuple[PhasePlan, ...]
+    train_layers: tuple[int, ...] | None
     distill_weight: float
     distill_steps: int
     max_skipped: int
@@ -175,7 +168,7 @@ def read_run(path: Path) -> Run:
     if record.get("schema") != SCHEMA:
         raise HealError(f"{shown(path)} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
     try:
-        run: Run = _build(Run, record)
+        run: Run = _build(Run, _without_phases(record))
     except (TypeError, KeyError, ValueError) as error:
         raise HealError(f"{shown(path)} is damaged or was edited ({error}); remove it to start again") from None
     return dataclasses.replace(run, output=str(path.resolve().parent))
@@ -184,6 +177,23 @@ def read_run(path: Path) -> Run:
 def _content(path: Path) -> bytes:
     with open_regular(path) as file:
         return file.read()
+
+
+def _without_phases(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of an older dus, which wrote what learns as a list of phases: nearly always one.
+
+    Raises:
+        ValueError: there were more.
+    """
+    recipe, options = record["recipe"], record["options"]
+    if "phases" not in recipe:
+        return record
+    if len(recipe["phases"]) > 1:
+        raise ValueError("it has several phases of training, which dus heal no longer knows")
+    recipe = recipe | {"train_layers": recipe["phases"][0]["layers"]}
+    options = options | {"recipe.train": options["recipe.phases"][0]["train"]}
+    del recipe["phases"], options["recipe.phases"]
+    return record | {"recipe": recipe, "options": options}
 
 
 def _build(kind: type[_T], record: dict[str, Any]) -> _T:
@@ -196,8 +206,6 @@ def _build(kind: type[_T], record: dict[str, Any]) -> _T:
         value = record[field.name]
         if field.name in nested and value is not None:
             value = _build(nested[field.name], value)
-        elif field.name == "phases":
-            value = tuple(_build(PhasePlan, phase) for phase in value)
         elif isinstance(value, list):
             value = tuple(value)
         values[field.name] = value

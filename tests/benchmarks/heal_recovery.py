@@ -38,14 +38,11 @@ VARIANTS: dict[str, list[str]] = {
     "batch 4096 plain": ["--batch-tokens", "4096", "--gain-lr", "0"],
     "distill": ["--distill", "0.5"],
     "distill plain": ["--distill", "0.5", "--gain-lr", "0"],
-    "seam first": ["--phase", "seam:8,share=25%", "--phase", "all"],
-    "cosine": ["--schedule", "cosine"],
     "constant": ["--schedule", "constant"],
     "lr 3e-5": ["--lr", "3e-5"],
     "lr 3e-4": ["--lr", "3e-4"],
     "no document mask": ["--no-document-mask"],
     "distill + constant": ["--distill", "0.5", "--schedule", "constant"],
-    "seam first + distill": ["--phase", "seam:8,share=25%", "--phase", "all", "--distill", "0.5"],
     # For checkpoints whose new layers start as identities: only those learn.
     "new layers": ["--train", "new"],
 }

@@ -140,11 +140,10 @@ def dry_run_text(run: Run, shape: Shape, wishes: Wishes) -> str:
 
 def _disk(run: Run, shape: Shape, wishes: Wishes) -> dict[str, int | None]:
     """Bytes that the run takes at most at a time, token files aside: those kept, the one being written, the model."""
-    phases = [phase.layers for phase in run.recipe.phases]
-    learning = {layer for layers in phases if layers is not None for layer in layers}
+    learning = run.recipe.train_layers
     checkpoint = estimate.checkpoint_bytes(
         shape,
-        num_learning_layers=run.num_layers if None in phases else len(learning),
+        num_learning_layers=run.num_layers if learning is None else len(learning),
         weight_bytes=2 if run.fit.precision == "bf16" else 4,
         has_fp32_masters=run.fit.master_weights == "fp32",
     )

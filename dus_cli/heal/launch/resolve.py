@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from dus_cli import __version__
 from dus_cli.common.bounds import check_fields
 from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Phase, Recipe, Span
-from dus_cli.heal.run import FitPlan, KeepingPlan, PhasePlan, RecipePlan, Run
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe, Train
+from dus_cli.heal.run import FitPlan, KeepingPlan, RecipePlan, Run
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
 from dus_cli.release import lineage
@@ -72,7 +71,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Model:
-    """The model to heal: its checkpoint, where its base stands in it, its seams.
+    """The model to heal: its checkpoint, and where its base stands in it.
 
     `max_length` and `vocab_size` are None where config.json does not say. `new_layers` are the output layers that are
     none of the base's own: () where dus.json tells of none.
@@ -83,7 +82,6 @@ class Model:
     max_length: int | None
     vocab_size: int | None
     base: BasePlan | None
-    seams: tuple[tuple[int, int], ...]
     new_layers: tuple[int, ...]
 
 
@@ -110,7 +108,6 @@ def open_model(folder: Path) -> Model:
         context_length(decoder.fields),
         vocab_size(checkpoint.config, decoder.fields),
         recorded_base(record, layer_map),
-        () if layer_map is None else tuple(seam.output_layers for seam in layer_map.seams),
         () if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
     )
 
@@ -154,13 +151,8 @@ def check_wishes(wishes: Wishes, model: Model) -> None:
                 f"{option} needs the base inside the model, and {shown(wishes.model)} has no {lineage.NAME} that tells "
                 "its layers (or it was healed before); give one that dus upscale wrote, or leave the option out"
             )
-    if any(phase.train == "new" for phase in wishes.recipe.phases) and not model.new_layers:
+    if wishes.recipe.train is Train.new and not model.new_layers:
         raise HealError(f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of; use --train all")
-    if any(phase.train.startswith("seam") for phase in wishes.recipe.phases) and not model.seams:
-        raise HealError(f"{shown(wishes.model)} has no seam that {lineage.NAME} tells of; use --train all")
-    unbounded = [phase for phase in wishes.recipe.phases[:-1] if phase.length is None]
-    if unbounded:
-        raise HealError(f"--phase {unbounded[0].train} is not the last one and needs a length, such as ,tokens=1M")
     length = wishes.data.seq_length
     if length is not None and model.max_length is not None and length > model.max_length:
         raise HealError(f"--seq-length {length} is more than the model's {model.max_length} positions; choose less")
@@ -198,7 +190,7 @@ def make_run(wishes: Wishes, model: Model, data: dict[str, Any], rows_per_epoch:
     """Everything resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its rows at this sequence length.
 
     Raises:
-        HealError: less data than one step, or phases longer than the run.
+        HealError: less data than one step.
     """
     length, rows = seq_length(wishes, model), rows_per_step(wishes, model)
     if rows_per_epoch < rows:
@@ -256,34 +248,11 @@ def _recipe(recipe: Recipe, model: Model, steps: int, tokens_per_step: int) -> R
         betas=recipe.betas,
         grad_clip=recipe.grad_clip,
         seed=recipe.seed,
-        phases=_phases(recipe.phases, model, steps, tokens_per_step),
+        train_layers=model.new_layers if recipe.train is Train.new else None,
         distill_weight=distill.weight if distill is not None else 0.0,
         distill_steps=until,
         max_skipped=recipe.max_skipped,
     )
-
-
-def _phases(phases: Sequence[Phase], model: Model, steps: int, tokens_per_step: int) -> tuple[PhasePlan, ...]:
-    plans: list[PhasePlan] = []
-    start = 0
-    for phase in phases:
-        if start >= steps:
-            raise HealError(f"--phase {phase.train} would begin after the run's {steps} steps; shorten those before it")
-        plans.append(PhasePlan(start, _layers(phase.train, model)))
-        length = phase.length or Span(share=1.0)
-        start += length.in_steps(steps, tokens_per_step)
-    return tuple(plans)
-
-
-def _layers(train: str, model: Model) -> tuple[int, ...] | None:
-    """Output layers that learn: None for the whole model, embeddings and norm included."""
-    if train == "all":
-        return None
-    if train == "new":
-        return model.new_layers
-    reach = int(train.removeprefix("seam:"))
-    near = {layer for _, above in model.seams for layer in range(above - reach, above + reach)}
-    return tuple(sorted(near & set(range(model.num_layers))))
 
 
 def _fit(fit: Fit, launch: Launch) -> FitPlan:
@@ -311,8 +280,7 @@ def _measuring(
     """
     if keeping.eval_tokens is not None:
         return keeping.eval_every or max(1, steps // _EVALS), keeping.eval_tokens
-    learns_all = all(phase.layers is None for phase in recipe.phases)
-    cost = _FORWARD_SHARE if learns_all else _FORWARD_SHARE_OF_FEW
+    cost = _FORWARD_SHARE if recipe.train_layers is None else _FORWARD_SHARE_OF_FEW
     total = int(_EVAL_SHARE / (1 - _EVAL_SHARE) * steps * tokens_per_step / cost)
     worth = max(1, min(_THIN_EVAL_TOKENS, num_heldout))
     wanted = min(_EVALS, max(_FEWEST_EVALS, total // worth - _AT_START))

@@ -56,7 +56,7 @@ def heal(wishes: Wishes, view: View) -> dict[str, Any]:
     run = prepare_run(wishes, model, view)
     plan = plan_of(run, model_shape(model, run), wishes.launch)
     view.plan(plan_lines(plan), plan)
-    view.begin(run.num_steps, run.tokens_per_step, [phase.train for phase in wishes.recipe.phases])
+    view.begin(run.num_steps, run.tokens_per_step)
     code, signum = run_torchrun(run, wishes.launch, view)
     return outcome_of(run, code, signum)
 

@@ -87,7 +87,8 @@ class Training:
             stored=self.publication.stored,
         )
         self.progress = self._resume()
-        self._enter_phase()
+        self.student.train_only(run.recipe.train_layers)
+        self.optimizer.prepare(name for name, p in self.student.parameters.items() if p.requires_grad)
         last = -1 if self.progress.scaled_loss is None else self.progress.step  # step 0 has a row too
         self.metrics = MetricsFile(run.metrics_path, last) if team.is_first else None
         self.tracker = open_tracker(run.keeping.track if team.is_first else "none", run.folder, asdict(run))
@@ -126,7 +127,6 @@ class Training:
             self._log(row)
             self._check_streak(row)
             self._save_when_due()
-            self._enter_phase()
         self._save()
         with self._signals.held():
             self.checkpoints.finish()
@@ -186,7 +186,6 @@ class Training:
         return row | {
             "mfu": self._mfu(per_second),
             "peak_memory_bytes": peak_memory_bytes(self.team.device),
-            "phase": schedule.phase_at(run.recipe, step),
             "skipped": skipped,
         }
 
@@ -223,11 +222,6 @@ class Training:
         self.optimizer.resume(progress.adam_steps)
         self.checkpoints.load(step, self.optimizer.tensors())
         return progress
-
-    def _enter_phase(self) -> None:
-        step = min(self.progress.step, self.run.num_steps - 1)
-        self.student.train_only(schedule.layers_at(self.run.recipe, step))
-        self.optimizer.prepare(name for name, p in self.student.parameters.items() if p.requires_grad)
 
     def _rows_at_once(self) -> int:
         run = self.run

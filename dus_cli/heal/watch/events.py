@@ -55,10 +55,10 @@ class EventView:
         self._end_tokenising()
         emit("plan", **record)
 
-    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
+    def begin(self, num_steps: int, tokens_per_step: int) -> None:
         self._end_tokenising()
-        self._standing = Standing(num_steps, tokens_per_step, tuple(phases))
-        emit("run", num_steps=num_steps, tokens_per_step=tokens_per_step, phases=list(phases))
+        self._standing = Standing(num_steps, tokens_per_step)
+        emit("run", num_steps=num_steps, tokens_per_step=tokens_per_step)
 
     def update(self, follower: MetricsFollower) -> None:
         rows = follower.poll()

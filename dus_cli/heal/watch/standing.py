@@ -23,7 +23,6 @@ class Standing:
 
     num_steps: int
     tokens_per_step: int
-    phases: tuple[str, ...] = ()
     has_begun: bool = False
     row: dict[str, Any] = field(default_factory=dict)
     base_loss: float | None = None
@@ -36,7 +35,7 @@ class Standing:
 
     def blank(self) -> Standing:
         """The same run without a row."""
-        return Standing(self.num_steps, self.tokens_per_step, self.phases)
+        return Standing(self.num_steps, self.tokens_per_step)
 
     def add(self, row: dict[str, Any]) -> None:
         self.has_begun, self.row = True, row
@@ -85,13 +84,6 @@ class Standing:
 
     def resumed_text(self) -> str:
         return f"going on from step {self.step:,}"
-
-    def phase_text(self) -> str:
-        """The phase, where the run has several."""
-        index = int(self.row.get("phase", 0))
-        if len(self.phases) > 1:
-            return f"{index + 1} of {len(self.phases)}: {self.phases[min(index, len(self.phases) - 1)]}"
-        return f"{index + 1}" if index else ""
 
     def start_text(self) -> str:
         if self.base_loss is None:

@@ -53,8 +53,8 @@ class View(Protocol):
     def plan(self, lines: Sequence[str], record: dict[str, Any], /) -> None:
         """What the run will do: for a person, and as JSON."""
 
-    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
-        """The size of the run, and the names of its phases where they are worth telling."""
+    def begin(self, num_steps: int, tokens_per_step: int) -> None:
+        """The size of the run."""
 
     def update(self, follower: MetricsFollower) -> None:
         """Look for new rows, and show them. Called several times a second."""
@@ -92,7 +92,7 @@ class NoView:
     def plan(self, _lines: Sequence[str], _record: dict[str, Any], /) -> None:
         pass
 
-    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
+    def begin(self, num_steps: int, tokens_per_step: int) -> None:
         pass
 
     def update(self, follower: MetricsFollower) -> None:
@@ -121,8 +121,8 @@ class PlainView(NoView):
         for line in lines:
             self.note(line)
 
-    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
-        self._standing = Standing(num_steps, tokens_per_step, tuple(phases))
+    def begin(self, num_steps: int, tokens_per_step: int) -> None:
+        self._standing = Standing(num_steps, tokens_per_step)
 
     def update(self, follower: MetricsFollower) -> None:
         rows = follower.poll()
@@ -199,9 +199,9 @@ class LiveView:
         for line in lines:
             self.note(line)
 
-    def begin(self, num_steps: int, tokens_per_step: int, phases: Sequence[str] = ()) -> None:
+    def begin(self, num_steps: int, tokens_per_step: int) -> None:
         self._tokenised = None
-        self._standing = Standing(num_steps, tokens_per_step, tuple(phases))
+        self._standing = Standing(num_steps, tokens_per_step)
 
     def update(self, follower: MetricsFollower) -> None:
         rows, before = follower.poll(), self._standing.step
@@ -269,8 +269,6 @@ class LiveView:
     def _rows(self) -> list[tuple[str, str]]:
         now = self._standing
         rows = [("step", now.step_text(" · "))]
-        if now.phase_text():
-            rows.append(("phase", now.phase_text()))
         if now.step:
             width = self._console.width - _ECHO - _LABEL - 8
             line = "" if self._console.options.ascii_only else sparkline(now.losses, min(width, 60))
