@@ -81,7 +81,9 @@ def found(models: list[Path], data: Path, *, text: dict[str, Any] | None = None,
     scoring = ScoringOptions(**settings)
     refs = [ModelRef.parse(str(model)) for model in models]
     with_base = (text or {}).pop("with_base", False)
-    report, _ = evaluate(refs, TextOptions((str(data),), **(text or {})), scoring, NoProgress(), with_base=with_base)
+    report, _ = evaluate(
+        refs, TextOptions(data=(str(data),), **(text or {})), scoring, NoProgress(), with_base=with_base
+    )
     assert report is not None
     return report
 
@@ -529,7 +531,7 @@ def test_text_that_changes_between_two_models_is_noticed(home: Path, tmp_path: P
 
     refs = [ModelRef.parse(str(home / name)) for name in ("base", "scaled")]
     with pytest.raises(Exception, match="changed while it was read"):
-        evaluate(refs, TextOptions((str(data),)), ScoringOptions(seq_length=32), Changing())
+        evaluate(refs, TextOptions(data=(str(data),)), ScoringOptions(seq_length=32), Changing())
 
 
 def test_the_table_of_one_model_and_of_long_names() -> None:

@@ -18,12 +18,11 @@ from pictures import check_labels
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import EvaluationError, OutputError
 from dus_cli.evaluation import card
-from dus_cli.evaluation.h6 import Plan
 from dus_cli.evaluation.intervals import Estimate
-from dus_cli.evaluation.options import ScoringOptions
+from dus_cli.evaluation.options import ScoringOptions, TaskOptions
 from dus_cli.evaluation.picture import eval_svg
 from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult
-from dus_cli.evaluation.tasks import TaskOptions, TaskReport, TaskResult, TaskScore
+from dus_cli.evaluation.tasks import TaskReport, TaskResult, TaskScore
 
 BODY = "# A model\n\nText with --- in it, ünïcode and trailing spaces.   \n\n---\n\nThe end, without a newline"
 
@@ -245,7 +244,7 @@ def report(*names: str, same: bool = True, margin: float | None = 0.02) -> EvalR
     losses = LossReport("held<out>.jsonl", ("x",), 5, 60, {}, 5 if margin else 1, ScoringOptions(), "cpu", models)
     scores = [TaskScore("ARC", "arc", "acc", "none", 0.3 + k / 10, margin, True, 5, 9, "1") for k in range(len(names))]
     results = tuple(TaskResult(name, name, None, (score,)) for name, score in zip(names, scores, strict=True))
-    return EvalReport(losses, TaskReport(TaskOptions((Plan("ARC", "arc"),)), "0.4.13", results))
+    return EvalReport(losses, TaskReport(TaskOptions(tasks=("arc",)), "0.4.13", results))
 
 
 @pytest.mark.parametrize("margin", [0.02, None])
@@ -296,7 +295,7 @@ def test_what_is_written_of_losses_and_tasks() -> None:
     score = TaskScore(
         "ARC-Challenge", "arc_challenge", "acc_norm", "none", 0.61951, 0.01, True, 25, 9, "1", "allenai/ai2_arc"
     )
-    tasks = TaskReport(TaskOptions((Plan("a", "b"),)), "0.4.13", (TaskResult("out", "out", None, (score,)),))
+    tasks = TaskReport(TaskOptions(tasks=("b",)), "0.4.13", (TaskResult("out", "out", None, (score,)),))
     text, task = card.results_of(EvalReport(losses, tasks), ref)
     assert [metric["value"] for metric in text["metrics"]] == [2.8452, 17.2045, 0.8912]
     assert text["dataset"] == {

@@ -19,8 +19,9 @@ import tiny  # noqa: E402
 
 from dus_cli.errors import MissingExtraError  # noqa: E402
 from dus_cli.evaluation import h6  # noqa: E402
+from dus_cli.evaluation.options import TaskOptions  # noqa: E402
 from dus_cli.evaluation.report import EvalReport, Gates, tasks_text  # noqa: E402
-from dus_cli.evaluation.tasks import Harness, TaskOptions, TaskReport, TaskResult, TaskScore  # noqa: E402
+from dus_cli.evaluation.tasks import Harness, TaskReport, TaskResult, TaskScore  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
 
 WORDS = ("seam", "layer", "model", "text")
@@ -46,7 +47,7 @@ def h6_report(*values: float) -> TaskReport:
     results = tuple(
         TaskResult(f"model-{value}", "model", None, tuple(score(plan, value) for plan in h6.PLANS)) for value in values
     )
-    return TaskReport(TaskOptions(h6.PLANS), "0.4.13", results)
+    return TaskReport(TaskOptions(tasks=("h6",)), "0.4.13", results)
 
 
 # --- without the harness -------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def test_a_drop_below_the_baseline_is_a_gate() -> None:
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dus-cli\[eval\]'"):
-        Harness(TaskOptions(h6.PLANS), NoProgress())
+        Harness(TaskOptions(tasks=("h6",)), NoProgress())
 
 
 # --- with it -------------------------------------------------------------------------------------

@@ -33,9 +33,8 @@ from dus_cli.planning.plan import MapRequest  # noqa: E402
 from dus_cli.probe import recommend  # noqa: E402
 from dus_cli.probe.budget import plan_memory  # noqa: E402
 from dus_cli.probe.found import Probe  # noqa: E402
-from dus_cli.probe.maps import Asked  # noqa: E402
 from dus_cli.probe.measure import Batch, Meter  # noqa: E402
-from dus_cli.probe.options import Options  # noqa: E402
+from dus_cli.probe.options import ProbeOptions  # noqa: E402
 from dus_cli.probe.replay import Replay  # noqa: E402
 from dus_cli.probe.report import probe_json, probe_text  # noqa: E402
 from dus_cli.probe.verb import probe  # noqa: E402
@@ -81,11 +80,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def measured(model: Path, corpus: Path, asked: Asked | None = None, **options: Any) -> Probe:
+def measured(model: Path, corpus: Path, **options: Any) -> Probe:
     """100 tokens in rows of 24, which is longer than the sliding windows; in fp32 also where bf16 would be faster."""
-    settings = replace(Options((str(corpus),), tokens=100, seq_length=24, precision=Precision.fp32), **options)
+    usual = ProbeOptions(data=(str(corpus),), tokens=100, seq_length=24, precision=Precision.fp32)
+    maps = {} if options.keys() & {"trims", "layers", "search"} else {"trims": (2, 3)}
+    settings = replace(usual, **(maps | options))
     ref = ModelRef.parse(str(model))
-    return probe(ref, asked or Asked((2, 3)), settings, NoProgress(), dry_run=False, quiet=True)
+    return probe(ref, settings, NoProgress(), dry_run=False, quiet=True)
 
 
 def own_loss(folder: Path, corpus: Path) -> float:
@@ -120,10 +121,10 @@ def test_the_loss_is_that_of_the_checkpoint_that_upscale_writes(model_type: str,
 
 def test_several_maps_at_once_are_what_each_is_alone(model: Path, corpus: Path) -> None:
     layers = ("0:5,2:7", "0,1,2:7,2:7", "3,3,0:7", "0:7,0:7")
-    together = measured(model, corpus, Asked(trims=(0, None), layers=layers))
+    together = measured(model, corpus, trims=(0, None), layers=layers)
     assert [m.candidate.layer_map.trim for m in together.maps] == [0, 1, 2, 3, None, None, None, None]
     for found in together.maps:
-        (alone,) = measured(model, corpus, Asked(layers=(str(found.candidate.layer_map),))).maps
+        (alone,) = measured(model, corpus, layers=(str(found.candidate.layer_map),)).maps
         assert found.loss == pytest.approx(alone.loss, abs=1e-6)
         assert found.seams == alone.seams
     assert together.maps[2].loss == together.maps[4].loss  # one map, asked for in two ways
@@ -131,14 +132,14 @@ def test_several_maps_at_once_are_what_each_is_alone(model: Path, corpus: Path) 
 
 
 def test_more_copies_are_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
-    (found,) = measured(model, corpus, Asked(trims=(2, 3), copies=3)).maps
+    (found,) = measured(model, corpus, trims=(2, 3), copies=3).maps
     upscale(Wanted(ModelRef.parse(str(model)), MapRequest(trim=2, copies=3)), tmp_path / "out")
     assert found.candidate.options == "--trim 2 --copies 3"
     assert found.loss == pytest.approx(own_loss(tmp_path / "out", corpus), abs=1e-4)
 
 
 def test_seams_have_the_distance_of_the_hidden_states_that_meet(model: Path, corpus: Path) -> None:
-    (found,) = measured(model, corpus, Asked(layers=("0:5,2:7",))).maps
+    (found,) = measured(model, corpus, layers=("0:5,2:7",)).maps
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokeniser = Tokeniser(model, 96)
     rows = Packed(read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False)
@@ -161,7 +162,7 @@ def test_seams_have_the_distance_of_the_hidden_states_that_meet(model: Path, cor
 
 def test_what_upscale_refuses_is_listed_with_its_reason(corpus: Path, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "jamba")
-    found = measured(base, corpus, Asked(trims=(1, 3)))
+    found = measured(base, corpus, trims=(1, 3))
     refused = [m.candidate.refused for m in found.maps]
     assert [reason is None for reason in refused] == [False, True]
     assert all("layer_period" in reason for reason in refused if reason)
@@ -171,7 +172,7 @@ def test_what_upscale_refuses_is_listed_with_its_reason(corpus: Path, tmp_path: 
 def test_layers_that_hand_on_more_than_hidden_states_are_refused_by_name(corpus: Path, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "zaya")
     with pytest.raises(ProbeError, match="zaya: layer 1 is handed more from other layers"):
-        measured(base, corpus, Asked(trims=(2, 3)))
+        measured(base, corpus, trims=(2, 3))
 
 
 def test_what_happens_between_layers_is_noticed() -> None:
@@ -222,8 +223,8 @@ def test_the_largest_within_a_bound_and_the_knee_are_recommended() -> None:
 def test_only_what_is_right_for_an_engine_is_recommended_for_it(corpus: Path, tmp_path: Path) -> None:
     """cohere2 repeats every 4 layers: of 8, trim 2 alone keeps that, and llama.cpp and mlx-lm count."""
     base = tiny.write_base(tmp_path / "base", 8, model_type="cohere2", sliding_window=6)
-    of_any = measured(base, corpus, Asked((1, 4)), bound=100)
-    of_mlx = measured(base, corpus, Asked((1, 4), engines=("mlx",)), bound=100)
+    of_any = measured(base, corpus, trims=(1, 4), within=100)
+    of_mlx = measured(base, corpus, trims=(1, 4), engines=("mlx",), within=100)
     assert [(found.within, found.knee) for found in (of_any, of_mlx)] == [(0, of_any.knee), (1, None)]
     assert [[engine.name for engine in m.candidate.wrong] for m in of_any.maps] == [
         ["llama.cpp", "mlx", "transformers-4.52"], [], ["llama.cpp", "mlx", "transformers-4.52"],
@@ -232,7 +233,7 @@ def test_only_what_is_right_for_an_engine_is_recommended_for_it(corpus: Path, tm
     assert [line.split()[-2:] for line in lines[:1]] == [["not", "in"]]
     assert [line.endswith("  lmt") for line in lines[2:5]] == [True, False, True]
     assert "not in: l llama.cpp, m mlx-lm, t transformers before 4.53 would not compute it as config.json says" in lines
-    none = measured(base, corpus, Asked((1, 2), engines=("mlx",)), bound=100)
+    none = measured(base, corpus, trims=(1, 2), engines=("mlx",), within=100)
     assert none.within is None
     assert "No deeper model that is right for mlx is within 10000% of the base's loss" in probe_text(none)
     assert [one["verdict"] for one in probe_json(none)["maps"][0]["engines"]][:3] == ["differs", "differs", "right"]
@@ -240,7 +241,7 @@ def test_only_what_is_right_for_an_engine_is_recommended_for_it(corpus: Path, tm
 
 
 def test_a_search_measures_the_maps_whose_layers_meet_closest(model: Path, corpus: Path) -> None:
-    found = measured(model, corpus, Asked(search=True, best=3))
+    found = measured(model, corpus, search=True, best=3)
     assert [m.candidate.layer_map.trim for m in found.maps] == [0, 1, 2, 3, None, None, None]
     assert found.distances is not None
     for m in found.maps[4:]:
@@ -254,7 +255,7 @@ def test_a_search_measures_the_maps_whose_layers_meet_closest(model: Path, corpu
             if a - b == first.stop - second.start and a + b != 7
         ]
         assert found.distances.angular[first.stop][second.start] == min(of_that_depth)
-        (alone,) = measured(model, corpus, Asked(layers=(str(m.candidate.layer_map),))).maps
+        (alone,) = measured(model, corpus, layers=(str(m.candidate.layer_map),)).maps
         assert m.loss == pytest.approx(alone.loss, abs=1e-6)
 
 

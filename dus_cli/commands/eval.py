@@ -12,39 +12,26 @@ from typing import Annotated, Optional
 
 import typer
 
-from dus_cli.commands.options import (
-    DATA_KINDS,
-    AsJson,
-    OnBadLine,
-    Quiet,
-    ShowProgress,
-    SpecialTokens,
-    TextField,
-    Token,
-    number,
-    parser,
-    path_parser,
-    progress_for,
-)
+from dus_cli.commands.options import AsJson, Quiet, ShowProgress, path_parser, progress_for
+from dus_cli.commands.signature import takes_options
 from dus_cli.common.libraries import require
 from dus_cli.common.reference import ModelRef
-from dus_cli.common.units import parse_count
 from dus_cli.console.terminal import fitted
-from dus_cli.data.documents import BadLine
 from dus_cli.errors import GateError
-from dus_cli.evaluation.h6 import plans_of
-from dus_cli.evaluation.options import ScoringOptions, TextOptions
+from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.picture import eval_svg
 from dus_cli.evaluation.report import EvalReport, Gates, LossReport
-from dus_cli.evaluation.tasks import TaskOptions, TaskReport
-from dus_cli.models.precision import Precision
+from dus_cli.evaluation.tasks import TaskReport
+from dus_cli.hub.options import Token
 from dus_cli.pictures.files import check_picture, write_pictures
 from dus_cli.progress import ProgressMode
 
-# The groups in which --help lists the options.
-_TEXT, _TASKS, _RUN, _GATES = "Data", "Tasks", "Running", "What must hold"
 
-
+# --help lists all options about the text together, whichever dataclass holds them.
+@takes_options(
+    "models",
+    *("data", "text_field", "on_bad_line", "special_tokens", "max_documents", "max_tokens", "seq_length", "stride"),
+)
 def evaluate(
     models: Annotated[
         list[str],
@@ -52,99 +39,11 @@ def evaluate(
             metavar="MODEL...", help="Directories or Hub ids; the first is what the others are held against."
         ),
     ],
-    data: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
-        typer.Option(
-            "--data",
-            metavar="FILE",
-            help=f"Held-out text: {DATA_KINDS}; files, globs, folders, - for standard input. Repeat for more.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    text_field: TextField = "text",
-    on_bad_line: OnBadLine = BadLine.error,
-    special_tokens: SpecialTokens = True,
-    max_documents: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--max-documents",
-            parser=number("max-documents"),
-            metavar="N",
-            help="The first N documents.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            parser=number("tokens", parse_count),
-            help="Documents up to the one with which N tokens of the baseline's tokenizer are reached (100K, 1M).",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    seq_length: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--seq-length",
-            parser=number("seq-length"),
-            metavar="T",
-            help="Tokens of a window. Default: 2048, or what every MODEL can see.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    stride: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--stride",
-            parser=number("stride"),
-            metavar="S",
-            help="Tokens between two windows of a long document; T − S tokens of context at least. Default: T / 2.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    tasks: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--tasks",
-            metavar="NAMES",
-            help="Tasks of lm-evaluation-harness (eval extra), by commas; h6 is SOLAR's six.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
-    include_path: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--include-path",
-            metavar="DIR",
-            parser=path_parser,
-            help="Tasks of your own: YAML files of the harness. A !function in them is run.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
-    num_fewshot: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--num-fewshot",
-            parser=number("num-fewshot"),
-            metavar="N",
-            help="Shots. Default: the task's; h6 has its own.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--limit",
-            parser=number("limit"),
-            metavar="N",
-            help="The first N examples of a task.",
-            rich_help_panel=_TASKS,
-        ),
-    ] = None,
+    *,
+    text: TextOptions,
+    tasks: TaskOptions,
     baseline: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
         typer.Option("--baseline", metavar="MODEL", help="Hold the others against this one instead of the first."),
     ] = None,
     with_base: Annotated[
@@ -167,65 +66,8 @@ def evaluate(
             help="Write the results into README.md of each directory but the baseline's, as the Hub's model-index.",
         ),
     ] = False,
-    min_improvement: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--min-improvement",
-            parser=number("min-improvement"),
-            metavar="X",
-            help="Exit 1 unless each loss is at least X nats per token under the baseline's; -0.05 lets it be above.",
-            rich_help_panel=_GATES,
-        ),
-    ] = None,
-    max_loss: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--max-loss",
-            parser=number("max-loss"),
-            metavar="Y",
-            help="Exit 1 where a loss is above Y nats per token (the baseline's aside).",
-            rich_help_panel=_GATES,
-        ),
-    ] = None,
-    max_drop: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--max-drop",
-            parser=number("max-drop"),
-            metavar="P",
-            help="Exit 1 where a task's score is more than P points of 100 below the baseline's.",
-            rich_help_panel=_GATES,
-        ),
-    ] = None,
-    confident: Annotated[
-        bool,
-        typer.Option(
-            "--confident", help="Ask it of the whole 95% interval, not of the measured value.", rich_help_panel=_GATES
-        ),
-    ] = False,
-    batch_tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--batch-tokens",
-            metavar="N",
-            parser=number("batch-tokens", parse_count),
-            help="Tokens run at once. Default: 2,048 on a CPU, else 16,384; at least a window.",
-            rich_help_panel=_RUN,
-        ),
-    ] = None,
-    precision: Annotated[
-        Precision,
-        typer.Option(
-            "--precision",
-            metavar="[auto|bf16|fp32]",
-            parser=parser(Precision.parse),
-            help="Of weights and activations: auto is bf16, or fp32 on a CPU that is slow at bf16.",
-            rich_help_panel=_RUN,
-        ),
-    ] = Precision.auto,
-    device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="cpu, cuda:0, …; auto is a GPU's.", rich_help_panel=_RUN)
-    ] = "auto",
+    gates: Gates,
+    scoring: ScoringOptions,
     token: Token = None,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,
@@ -236,9 +78,9 @@ def evaluate(
     Directories or Hub ids side by side: a base, the model scaled up from it, the healed one.
     """
     refs = _in_order(models, baseline, token)
-    gates = Gates(min_improvement, max_loss, max_drop, confident)
-    _check_combination(len(refs) + with_base, gates, has_data=bool(data), has_tasks=bool(tasks))
-    if with_base and (baseline is not None or not data):
+    has_data, has_tasks = bool(text.data), bool(tasks.tasks)
+    _check_combination(len(refs) + with_base, gates, has_data=has_data, has_tasks=has_tasks)
+    if with_base and (baseline is not None or not has_data):
         raise typer.BadParameter("it is the baseline of --data; leave out --baseline", param_hint="--with-base")
     judged = refs if len(refs) == 1 or with_base else refs[1:]
     if update_card:
@@ -252,10 +94,10 @@ def evaluate(
     with progress_for(progress, quiet=not says) as told:
         losses, scores = _verb()(
             refs,
-            TextOptions(tuple(data), text_field, on_bad_line, max_documents, tokens) if data else None,
-            ScoringOptions(seq_length, stride, batch_tokens, precision, device, special_tokens),
+            text if has_data else None,
+            scoring,
             told,
-            tasks=TaskOptions(plans_of(tasks), include_path, num_fewshot, limit) if tasks else None,
+            tasks=tasks if has_tasks else None,
             with_base=with_base,
             quiet=not told.is_live,
         )

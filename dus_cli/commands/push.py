@@ -8,37 +8,25 @@ from typing import Annotated
 
 import typer
 
-from dus_cli.commands.options import (
-    AsJson,
-    Branch,
-    Private,
-    Quiet,
-    ShowProgress,
-    Token,
-    number,
-    path_parser,
-    progress_for,
-)
+from dus_cli.commands.options import AsJson, Quiet, ShowProgress, path_parser, progress_for
+from dus_cli.commands.signature import takes_options
 from dus_cli.console.terminal import fitted
 from dus_cli.progress import ProgressMode
+from dus_cli.push.options import PushOptions
 from dus_cli.push.report import folder_push_json, push_text
 from dus_cli.push.target import Target
 from dus_cli.push.verb import preview_folder, send
-from dus_cli.writing.transfer import DEFAULT_JOBS
 
 
+@takes_options()
 def push_command(
     output: Annotated[
         Path,
         typer.Argument(metavar="OUT", parser=path_parser, help="The directory that dus upscale or dus heal wrote."),
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to push: org/name on the Hub.")],
-    private: Private = False,
-    branch: Branch = None,
-    token: Token = None,
-    jobs: Annotated[
-        int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
-    ] = DEFAULT_JOBS,
+    *,
+    options: PushOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be pushed, and where; push nothing.")
     ] = False,
@@ -50,13 +38,13 @@ def push_command(
 
     The same command again goes on with a push that was cut off, and leaves a finished one as it is.
     """
-    target = Target.parse(repo, branch=branch, private=private, token=token)
+    target = Target.parse(repo, branch=options.branch, private=options.private, token=options.token)
     says = not (quiet or as_json)
     if dry_run:
         report = preview_folder(output, target)
     else:
         with progress_for(progress, quiet=not says) as told:
-            report = send(output, target, jobs=jobs, progress=told)
+            report = send(output, target, jobs=options.jobs, progress=told)
     if as_json:
         print(json.dumps(folder_push_json(output, report)))
     elif says:

@@ -13,27 +13,21 @@ import typer
 
 from dus_cli import api
 from dus_cli.commands.options import (
-    HUB,
     AsJson,
-    Assume,
-    Branch,
-    Private,
     Quiet,
-    Revision,
     ShowProgress,
-    Token,
-    check_map,
-    engines_option,
-    named_engines,
     number,
     parser,
     path_parser,
     progress_for,
 )
 from dus_cli.commands.signals import Terminated
+from dus_cli.commands.signature import takes_options
 from dus_cli.common.units import parse_size
 from dus_cli.console.terminal import fitted
 from dus_cli.errors import StoppedError, UsageError, shown
+from dus_cli.hub.options import HUB, Branch, Private, Revision, Token
+from dus_cli.maps.options import Assume, check_map, engines_option
 from dus_cli.maps.recipes import RECIPES
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.progress import ProgressMode
@@ -64,6 +58,7 @@ def _refuse_beside_from(context: typer.Context, lineage: Path | None) -> None:
         raise UsageError(f"--from says {' and '.join(given)} already, as it was; leave it out")
 
 
+@takes_options()
 def upscale(
     context: typer.Context,
     output: Annotated[
@@ -114,7 +109,7 @@ def upscale(
         int,
         typer.Option("--copies", parser=number("copies"), metavar="K", help="Copies to stack.", rich_help_panel=_MAP),
     ] = 2,
-    assume: Assume = None,
+    assume: Assume = (),
     recipe: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -135,13 +130,13 @@ def upscale(
         ),
     ] = False,
     engines: Annotated[
-        Optional[list[Any]],  # noqa: UP045
+        tuple[str, ...],
         engines_option(
             "Refuse what an inference engine would not compute as config.json says; without --trim, take the nearest "
             "to a quarter that is right for it.",
             _MAP,
         ),
-    ] = None,
+    ] = (),
     dtype: Annotated[
         Optional[Dtype],  # noqa: UP045
         typer.Option(
@@ -239,8 +234,8 @@ def upscale(
         "copies": copies,
         "recipe": recipe,
         "identity": identity,
-        "engines": named_engines(engines),
-        "assume": dict(assume or ()),
+        "engines": engines,
+        "assume": dict(assume),
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "copy_mode": copy_mode,

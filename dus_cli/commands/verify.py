@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -13,18 +13,19 @@ from dus_cli.commands.options import (
     AsJson,
     Quiet,
     ShowProgress,
-    Token,
-    engines_option,
-    named_engines,
     number,
     path_parser,
     progress_for,
 )
+from dus_cli.commands.signature import takes_options
 from dus_cli.console.terminal import fitted
+from dus_cli.hub.options import Token
+from dus_cli.maps.options import engines_option
 from dus_cli.progress import ProgressMode
 from dus_cli.writing.transfer import DEFAULT_JOBS
 
 
+@takes_options()
 def verify(
     model: Annotated[Path, typer.Argument(metavar="OUT", parser=path_parser, help="The directory to check.")],
     base: Annotated[
@@ -32,9 +33,9 @@ def verify(
         typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),
     ] = None,
     engines: Annotated[
-        Optional[list[Any]],  # noqa: UP045
+        tuple[str, ...],
         engines_option("Also say whether inference engines compute what config.json says, whoever made OUT."),
-    ] = None,
+    ] = (),
     token: Token = None,
     jobs: Annotated[
         int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
@@ -56,9 +57,7 @@ def verify(
     """
     says = not (quiet or as_json)
     with progress_for(progress, quiet=not says) as told:
-        found = api.verify(
-            model, base=base, engines=named_engines(engines), token=token, jobs=jobs, read=read, progress=told
-        )
+        found = api.verify(model, base=base, engines=engines, token=token, jobs=jobs, read=read, progress=told)
     if as_json:
         print(json.dumps(found.to_json()))
     elif says or not found.is_sound:

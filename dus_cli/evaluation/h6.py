@@ -6,6 +6,7 @@ section 4.1 and table 2); the names are lm-evaluation-harness's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NAME = "h6"
@@ -48,7 +49,7 @@ def average(scores: tuple[float, ...]) -> float:
     return sum(scores) / len(scores)
 
 
-def plans_of(names: list[str]) -> tuple[Plan, ...]:
+def plans_of(names: Sequence[str]) -> tuple[Plan, ...]:
     """The plans of what was typed: `h6` stands for its six, anything else for the harness's task of that name.
 
     >>> [plan.task for plan in plans_of(["h6,piqa"])][-2:]

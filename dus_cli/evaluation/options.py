@@ -1,31 +1,110 @@
-"""What is asked of `dus eval`. Pure: `dus eval --help` imports no more than this."""
+"""What is asked of `dus eval`, with its options. Pure: `dus eval --help` imports no torch for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
+from dus_cli.common.options import Option
+from dus_cli.common.units import parse_count
 from dus_cli.data.documents import BadLine
+from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
+from dus_cli.evaluation.h6 import Plan, plans_of
 from dus_cli.models.precision import Precision
 
+_TASKS, _RUN = "Tasks", "Running"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class TextOptions:
     """The text, as it was typed, and how much of it is read."""
 
-    data: tuple[str, ...]
-    text_field: str = "text"
-    on_bad_line: BadLine = BadLine.error
-    max_documents: int | None = None
-    max_tokens: int | None = None
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            f"Held-out text: {DATA_KINDS}; files, globs, folders, - for standard input. Repeat for more.",
+            metavar="FILE",
+            panel=DATA,
+        ),
+    ] = ()
+    text_field: TextField = "text"
+    on_bad_line: OnBadLine = BadLine.error
+    max_documents: Annotated[int | None, Option("The first N documents.", metavar="N", panel=DATA)] = None
+    max_tokens: Annotated[
+        int | None,
+        Option(
+            "Documents up to the one with which N tokens of the baseline's tokenizer are reached (100K, 1M).",
+            name="tokens",
+            metavar="N",
+            panel=DATA,
+            parse=parse_count,
+        ),
+    ] = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
     """How text is cut and run. None stands for what fits the models and the device."""
 
-    seq_length: int | None = None
-    stride: int | None = None
-    batch_tokens: int | None = None
-    precision: Precision = Precision.auto
-    device: str = "auto"
-    special_tokens: bool = True
+    seq_length: Annotated[
+        int | None, Option("Tokens of a window. Default: 2048, or what every MODEL can see.", metavar="T", panel=DATA)
+    ] = None
+    stride: Annotated[
+        int | None,
+        Option(
+            "Tokens between two windows of a long document; T − S tokens of context at least. Default: T / 2.",
+            metavar="S",
+            panel=DATA,
+        ),
+    ] = None
+    batch_tokens: Annotated[
+        int | None,
+        Option(
+            "Tokens run at once. Default: 2,048 on a CPU, else 16,384; at least a window.",
+            metavar="N",
+            panel=_RUN,
+            parse=parse_count,
+        ),
+    ] = None
+    precision: Annotated[
+        Precision,
+        Option(
+            "Of weights and activations: auto is bf16, or fp32 on a CPU that is slow at bf16.",
+            metavar="[auto|bf16|fp32]",
+            panel=_RUN,
+            parse=Precision.parse,
+        ),
+    ] = Precision.auto
+    device: Annotated[str, Option("cpu, cuda:0, …; auto is a GPU's.", metavar="NAME", panel=_RUN)] = "auto"
+    special_tokens: SpecialTokens = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Which tasks, by name; where more of them are described; shots and examples.
+
+    None stands for all examples, and for the shots that the task says.
+    """
+
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "Tasks of lm-evaluation-harness (eval extra), by commas; h6 is SOLAR's six.", metavar="NAMES", panel=_TASKS
+        ),
+    ] = ()
+    include_path: Annotated[
+        Path | None,
+        Option(
+            "Tasks of your own: YAML files of the harness. A !function in them is run.", metavar="DIR", panel=_TASKS
+        ),
+    ] = None
+    num_fewshot: Annotated[
+        int | None, Option("Shots. Default: the task's; h6 has its own.", metavar="N", panel=_TASKS)
+    ] = None
+    limit: Annotated[int | None, Option("The first N examples of a task.", metavar="N", panel=_TASKS)] = None
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The tasks with the shots and metrics that their names stand for."""
+        return plans_of(self.tasks)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dus_cli import __version__
+from dus_cli.common.options import Option
 from dus_cli.data.sources import Unread
 from dus_cli.errors import shown
 from dus_cli.evaluation import h6
@@ -140,17 +141,43 @@ class LossReport:
 # --- what must hold -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+_GATES = "What must hold"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gates:
     """What every model but the baseline must reach, and a model alone. None asks for nothing.
 
     `is_confident` asks it of the whole interval, not of the measured value.
     """
 
-    min_improvement: float | None = None
-    max_loss: float | None = None
-    max_drop: float | None = None
-    is_confident: bool = False
+    min_improvement: Annotated[
+        float | None,
+        Option(
+            "Exit 1 unless each loss is at least X nats per token under the baseline's; -0.05 lets it be above.",
+            metavar="X",
+            panel=_GATES,
+        ),
+    ] = None
+    max_loss: Annotated[
+        float | None,
+        Option(
+            "Exit 1 where a loss is above Y nats per token (the baseline's aside).",
+            metavar="Y",
+            panel=_GATES,
+        ),
+    ] = None
+    max_drop: Annotated[
+        float | None,
+        Option(
+            "Exit 1 where a task's score is more than P points of 100 below the baseline's.",
+            metavar="P",
+            panel=_GATES,
+        ),
+    ] = None
+    is_confident: Annotated[
+        bool, Option("Ask it of the whole 95% interval, not of the measured value.", name="confident", panel=_GATES)
+    ] = False
 
     def to_json(self) -> dict[str, Any]:
         return {

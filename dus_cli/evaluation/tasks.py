@@ -7,34 +7,23 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.libraries import require
 from dus_cli.errors import EvaluationError, reason_of, shown
 from dus_cli.evaluation import h6
 from dus_cli.evaluation.h6 import Plan
+from dus_cli.evaluation.options import ScoringOptions, TaskOptions
 from dus_cli.progress import Progress
 
 if TYPE_CHECKING:
     from dus_cli.evaluation.candidates import Candidate
-    from dus_cli.evaluation.options import ScoringOptions
 
 # Metrics by which a task is judged where nothing says another, the first that it has.
 _METRICS = ("acc_norm", "acc", "exact_match", "mc2", "f1", "em")
 
 # Shares of the whole, told in percent.
 SHARES = frozenset([*_METRICS, "mc1", "pass@1"])
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Which tasks; where more of them are described; shots and examples, None for all and for what the task says."""
-
-    plans: tuple[Plan, ...]
-    include_path: Path | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True)

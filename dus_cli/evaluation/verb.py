@@ -15,10 +15,10 @@ from dus_cli.common.reference import ModelRef
 from dus_cli.data.tokeniser import pieces_of
 from dus_cli.errors import DataError, EvaluationError, shown
 from dus_cli.evaluation.candidates import Candidate, base_layers, check_there, find_candidates
-from dus_cli.evaluation.options import ScoringOptions, TextOptions
+from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import LossReport, ModelResult
 from dus_cli.evaluation.scores import Scores
-from dus_cli.evaluation.tasks import Harness, TaskOptions, TaskReport, TaskResult
+from dus_cli.evaluation.tasks import Harness, TaskReport, TaskResult
 from dus_cli.evaluation.text import Text, open_text
 from dus_cli.evaluation.windows import Window, batches, windows
 from dus_cli.progress import Progress

@@ -1,13 +1,18 @@
-"""What a user asks of `dus heal`, parsed and grouped. Pure: `dus heal --help` imports no torch for it."""
+"""What is asked of `dus heal`, in groups, with its options. Pure: `dus heal --help` imports no torch for it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from dus_cli.common.bounds import BOUNDS
+from dus_cli.common.options import Option
 from dus_cli.common.units import parse_count, parse_share
+from dus_cli.data.documents import BadLine
+from dus_cli.data.holdout import parse_holdout
+from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
 from dus_cli.models.precision import Precision
 from dus_cli.planning.dtypes import DtypeChoice
 
@@ -189,79 +194,206 @@ def parse_betas(text: str) -> tuple[float, float]:
     return first, second
 
 
-@dataclass(frozen=True)
+# The groups in which --help lists the options.
+_BUDGET, _RECIPE, _FIT = "Budget", "Recipe", "Memory and speed"
+_LAUNCH, _KEEP = "Workers", "Measuring and saving"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What is read and how it is packed. `seq_length` in tokens; None is min(4096, the model's)."""
 
-    files: tuple[str, ...]
-    text_field: str = "text"
-    on_bad_line: str = "error"
-    holdout: float = 0.005
-    eval_files: tuple[str, ...] = ()
-    seq_length: int | None = None
-    document_mask: bool = True
-    special_tokens: bool = True
+    files: Annotated[
+        tuple[str, ...],
+        Option(
+            f"Text: {DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. "
+            "Repeat for more.",
+            name="data",
+            metavar="FILE",
+            panel=DATA,
+        ),
+    ]
+    text_field: TextField = "text"
+    on_bad_line: OnBadLine = BadLine.error
+    holdout: Annotated[
+        float,
+        Option(
+            "Share of documents held out, by a hash of their text.",
+            metavar="SHARE",
+            panel=DATA,
+            parse=parse_holdout,
+            typed="0.5%",
+        ),
+    ] = 0.005
+    eval_files: Annotated[
+        tuple[str, ...], Option("Held-out text of its own.", name="eval-data", metavar="FILE", panel=DATA)
+    ] = ()
+    seq_length: Annotated[
+        int | None, Option("Tokens of a row. Default: min(4096, the model's).", metavar="T", panel=DATA)
+    ] = None
+    document_mask: Annotated[
+        bool, Option("Attention stays within a document, or runs over the whole packed row.", panel=DATA)
+    ] = True
+    special_tokens: SpecialTokens = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """How long. At most one of tokens, steps and epochs; none is one epoch."""
 
-    tokens: int | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    until: Until | None = None
+    tokens: Annotated[
+        int | None,
+        Option("Budget in tokens (10M, 1B). Default: one epoch.", metavar="N", panel=_BUDGET, parse=parse_count),
+    ] = None
+    steps: Annotated[int | None, Option("Budget in steps.", metavar="N", panel=_BUDGET)] = None
+    epochs: Annotated[float | None, Option("Budget in epochs.", metavar="E", panel=_BUDGET)] = None
+    until: Annotated[
+        Until | None,
+        Option(
+            "base: end once the held-out loss is at or under the base's, twice in a row.", metavar="base", panel=_BUDGET
+        ),
+    ] = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How it learns. The defaults are those that docs/healing.md has measured."""
 
-    batch_tokens: int | None = None
-    lr: float = 1e-4
-    gain_lr: float = 0.06
-    schedule: Schedule = Schedule.wsd
-    warmup: Span = Span(share=0.02)
-    decay: Span = Span(share=0.2)
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0
-    seed: int = 0
-    train: Train = Train.all
-    distill: Distill | None = None
-    max_skipped: int = 10
+    batch_tokens: Annotated[
+        int | None,
+        Option(
+            "Tokens of a step over all workers. Default: 512 below 1B parameters, else 262,144; at least a row.",
+            metavar="N",
+            panel=_RECIPE,
+            parse=parse_count,
+        ),
+    ] = None
+    lr: Annotated[float, Option("Highest learning rate.", metavar="LR", panel=_RECIPE)] = 1e-4
+    gain_lr: Annotated[
+        float,
+        Option(
+            "Rate of the residual gains, one factor for each output projection; 0 is none.",
+            metavar="LR",
+            panel=_RECIPE,
+        ),
+    ] = 0.06
+    schedule: Annotated[
+        Schedule, Option("Warm-up, stable, decay to 0; or constant after the warm-up.", panel=_RECIPE)
+    ] = Schedule.wsd
+    warmup: Annotated[
+        Span,
+        Option("Steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span, typed="2%"),
+    ] = Span(share=0.02)
+    decay: Annotated[
+        Span,
+        Option("Of wsd: steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span, typed="20%"),
+    ] = Span(share=0.2)
+    weight_decay: Annotated[float, Option("Of AdamW, for matrices.", metavar="W", panel=_RECIPE)] = 0.0
+    betas: Annotated[
+        tuple[float, float],
+        Option("Of AdamW.", metavar="B1,B2", panel=_RECIPE, parse=parse_betas, typed="0.9,0.95"),
+    ] = (0.9, 0.95)
+    grad_clip: Annotated[float, Option("Largest gradient norm; 0 is none.", metavar="G", panel=_RECIPE)] = 1.0
+    seed: Annotated[int, Option("Of the data's order.", metavar="S", panel=_RECIPE)] = 0
+    train: Annotated[
+        Train, Option("Which layers learn: all, or new (those that are not the base's own).", panel=_RECIPE)
+    ] = Train.all
+    distill: Annotated[
+        Distill | None,
+        Option(
+            "Weight of the KL term towards the base, falling to 0 at UNTIL (80%, 10M). Default: 0.",
+            metavar="W[:UNTIL]",
+            panel=_RECIPE,
+            parse=parse_distill,
+        ),
+    ] = None
+    max_skipped: Annotated[
+        int, Option("Bad steps in a row (NaN, spikes) that end a run.", metavar="N", panel=_RECIPE)
+    ] = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """How it fits the devices. None of these changes what is learned, rounding aside."""
 
-    micro_batch: int | None = None
-    precision: Precision = Precision.auto
-    master_weights: MasterWeights = MasterWeights.fp32
-    activation_checkpointing: Checkpointing = Checkpointing.none
-    compile: bool = False
-    sharding: Sharding = Sharding.auto
-    offload: bool = False
+    micro_batch: Annotated[
+        int | None,
+        Option("Rows at once on a worker; auto tries a GPU's memory.", metavar="ROWS", panel=_FIT, auto=True),
+    ] = None
+    precision: Annotated[
+        Precision,
+        Option(
+            "Of weights and activations; auto is bf16, and fp32 on a CPU that has no instructions for bf16.",
+            metavar="[auto|bf16|fp32]",
+            panel=_FIT,
+            parse=Precision.parse,
+        ),
+    ] = Precision.auto
+    master_weights: Annotated[
+        MasterWeights,
+        Option(
+            "fp32 copies, or bf16 alone with stochastic rounding.",
+            metavar="[fp32|bf16]",
+            panel=_FIT,
+            parse=MasterWeights.parse,
+        ),
+    ] = MasterWeights.fp32
+    activation_checkpointing: Annotated[Checkpointing, Option("What is computed again to save memory.", panel=_FIT)] = (
+        Checkpointing.none
+    )
+    compile: Annotated[bool, Option("torch.compile each layer.", panel=_FIT)] = False
+    sharding: Annotated[
+        Sharding, Option("Weights over all workers (fsdp), those of a node (hsdp), none.", panel=_FIT)
+    ] = Sharding.auto
+    offload: Annotated[bool, Option("Weights and optimizer in the CPU's memory.", panel=_FIT)] = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """torchrun. `nproc_per_node` None is one for each accelerator, or one where there is none."""
 
-    nproc_per_node: int | None = None
-    nnodes: int = 1
-    node_rank: int = 0
-    rdzv_endpoint: str | None = None
-    max_restarts: int = 3
+    nproc_per_node: Annotated[
+        int | None,
+        Option("Workers of this node; auto is one for each GPU.", metavar="N", panel=_LAUNCH, auto=True),
+    ] = None
+    nnodes: Annotated[int, Option("Nodes.", metavar="N", panel=_LAUNCH)] = 1
+    node_rank: Annotated[int, Option("This node's number.", metavar="R", panel=_LAUNCH)] = 0
+    rdzv_endpoint: Annotated[
+        str | None, Option("Where nodes meet.", metavar="HOST:PORT", panel=_LAUNCH, parse=parse_endpoint)
+    ] = None
+    max_restarts: Annotated[int, Option("Restarts after a worker's death.", metavar="N", panel=_LAUNCH)] = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Keeping:
     """What is measured and kept on the way. None is as often and as much as a tenth of the run's time allows."""
 
-    eval_every: int | None = None
-    eval_tokens: int | None = None
-    save_every: Every = Every(seconds=900.0)
-    keep: int = 2
-    track: Track = Track.none
+    eval_every: Annotated[
+        int | None,
+        Option(
+            "Steps between held-out measurements. Default: a 20th of the run, or more: see --eval-tokens.",
+            metavar="STEPS",
+            panel=_KEEP,
+        ),
+    ] = None
+    eval_tokens: Annotated[
+        int | None,
+        Option(
+            "Held-out tokens of a measurement, at most. Default: 250K, or what takes a tenth of the run's time.",
+            metavar="N",
+            panel=_KEEP,
+            parse=parse_count,
+        ),
+    ] = None
+    save_every: Annotated[
+        Every,
+        Option(
+            "Checkpoint interval in steps (500) or time (15m).",
+            metavar="N",
+            panel=_KEEP,
+            parse=parse_every,
+            typed="15m",
+        ),
+    ] = Every(seconds=900.0)
+    keep: Annotated[int, Option("Checkpoints kept while it runs.", metavar="N", panel=_KEEP)] = 2
+    track: Annotated[Track, Option("A tracker besides metrics.jsonl.", panel=_KEEP)] = Track.none

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,29 +9,11 @@ from dus_cli.errors import ConfigError, LayerMapError
 from dus_cli.maps.engines import Engine
 from dus_cli.maps.layers import LayerMap, largest_trim, stack
 from dus_cli.maps.model_config import decoder_config
-from dus_cli.maps.naming import Assumption
 from dus_cli.maps.shape import flops_per_token, shape_of
 from dus_cli.planning.judging import Judged
 from dus_cli.planning.plan import MapRequest, UpscalePlan, make_plan
+from dus_cli.probe.options import ProbeOptions
 from dus_cli.source.checkpoint import Checkpoint
-
-Assumptions = tuple[tuple[str, Assumption], ...]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be measured: trims (None is all of them, unless maps are typed), typed maps, and a search.
-
-    `best` is how many maps a search measures. `engines` are those that what is recommended must be right for.
-    """
-
-    trims: tuple[int, int | None] | None = None
-    layers: tuple[str, ...] = ()
-    copies: int = 2
-    search: bool = False
-    best: int = 10
-    assume: Assumptions = ()
-    engines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,39 +49,21 @@ class Candidate:
         return not any(engine.name in engines for engine in self.wrong)
 
 
-def parse_trims(text: str) -> tuple[int, int | None]:
-    """A range of trims, half-open like those of --layers: the first, and the end or None.
-
-    >>> parse_trims("4:12"), parse_trims("7"), parse_trims("4:")
-    ((4, 12), (7, 8), (4, None))
-
-    Raises:
-        ValueError: not of the form M or FIRST:END, or empty.
-    """
-    match = re.fullmatch(r"(\d{1,6})?(:)?(\d{1,6})?", text.strip(), re.ASCII)
-    if match and any(match.groups()):
-        first = int(match[1] or 0)
-        end = (int(match[3]) if match[3] else None) if match[2] else first + 1
-        if end is None or first < end:
-            return first, end
-    raise ValueError(f"{text!r} is no range of trims; write 4:12 for 4 to 11, 4: for all from 4 on, or 7")
-
-
-def wanted_requests(asked: Asked, num_layers: int) -> list[MapRequest]:
+def wanted_requests(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
     """The maps that were asked for, but for those of a search.
 
     Raises:
         LayerMapError: no trim of the range makes this model deeper.
     """
-    requests = [MapRequest(layers=text, assume=asked.assume) for text in asked.layers]
-    if requests and asked.trims is None:
+    requests = [MapRequest(layers=text, assume=options.assume) for text in options.layers]
+    if requests and options.trims is None:
         return requests
     most = largest_trim(num_layers)
-    first, end = asked.trims or (0, None)
+    first, end = options.trims or (0, None)
     span = range(first, min(most + 1, most + 1 if end is None else end))
     if not span:
         raise LayerMapError(f"--trims {first}: would leave {num_layers} layers no deeper; use 0:{most + 1}")
-    return [*(MapRequest(trim, copies=asked.copies, assume=asked.assume) for trim in span), *requests]
+    return [*(MapRequest(trim, copies=options.copies, assume=options.assume) for trim in span), *requests]
 
 
 def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candidate:

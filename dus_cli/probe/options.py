@@ -1,25 +1,139 @@
-"""What is asked of a probe."""
+"""What is asked of `dus probe`, with its options. Pure: `dus probe --help` imports no torch for it."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Annotated
 
+from dus_cli.common.options import Option
+from dus_cli.common.units import parse_count, parse_share, parse_size
 from dus_cli.data.documents import BadLine
+from dus_cli.data.holdout import parse_holdout
+from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
+from dus_cli.maps.options import Assume, check_map, engines_option
 from dus_cli.models.precision import Precision
 
+_MAPS, _FIT = "Maps", "Memory and speed"
 
-@dataclass(frozen=True)
-class Options:
-    """How it is measured. `bound` is a share above the base's loss."""
 
-    files: tuple[str, ...]
-    tokens: int = 20_480
-    seq_length: int | None = None
-    text_field: str = "text"
-    on_bad_line: BadLine = BadLine.error
-    holdout: float | None = None
-    precision: Precision = Precision.auto
-    stream_layers: bool = False
-    max_memory: int | None = None
-    bound: float = 0.2
-    special_tokens: bool = True
+def parse_trims(text: str) -> tuple[int, int | None]:
+    """A range of trims, half-open like those of --layers: the first, and the end or None.
+
+    >>> parse_trims("4:12"), parse_trims("7"), parse_trims("4:")
+    ((4, 12), (7, 8), (4, None))
+
+    Raises:
+        ValueError: not of the form M or FIRST:END, or empty.
+    """
+    match = re.fullmatch(r"(\d{1,6})?(:)?(\d{1,6})?", text.strip(), re.ASCII)
+    if match and any(match.groups()):
+        first = int(match[1] or 0)
+        end = (int(match[3]) if match[3] else None) if match[2] else first + 1
+        if end is None or first < end:
+            return first, end
+    raise ValueError(f"{text!r} is no range of trims; write 4:12 for 4 to 11, 4: for all from 4 on, or 7")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Which text is read, which maps are measured, and how.
+
+    Attributes:
+        holdout: read only the documents that a healing with this share would hold out; None is all.
+        trims: the first, and the end or None; None is all trims, unless there are `layers`.
+        best: how many maps a search measures.
+        engines: those that what is recommended must be right for.
+        within: a share above the base's loss.
+        max_memory: in bytes.
+    """
+
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            "Text that the model was not trained on, as dus heal takes it: "
+            f"{DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
+            metavar="FILE",
+            panel=DATA,
+        ),
+    ]
+    tokens: Annotated[
+        int,
+        Option("How many tokens of the data are read, at most.", metavar="N", panel=DATA, parse=parse_count),
+    ] = 20_480
+    seq_length: Annotated[
+        int | None, Option("Tokens of a row. Default: min(512, the model's).", metavar="T", panel=DATA)
+    ] = None
+    text_field: TextField = "text"
+    on_bad_line: OnBadLine = BadLine.error
+    special_tokens: SpecialTokens = True
+    holdout: Annotated[
+        float | None,
+        Option(
+            "Read only documents that dus heal --holdout SHARE holds out of this data. Default: all.",
+            metavar="SHARE",
+            panel=DATA,
+            parse=parse_holdout,
+        ),
+    ] = None
+    trims: Annotated[
+        tuple[int, int | None] | None,
+        Option(
+            "Trims to measure, half-open: 4:12 is 4 to 11. Default: all, unless there are --layers.",
+            metavar="FIRST:END",
+            panel=_MAPS,
+            parse=parse_trims,
+        ),
+    ] = None
+    layers: Annotated[
+        tuple[str, ...],
+        Option(
+            "Any other map, as dus upscale takes it: 0:28,12:32. Repeat for more.",
+            metavar="MAP",
+            panel=_MAPS,
+            parse=check_map,
+        ),
+    ] = ()
+    copies: Annotated[int, Option("Copies to stack, of each trim.", metavar="K", panel=_MAPS)] = 2
+    search: Annotated[
+        bool,
+        Option(
+            "Look beyond symmetric trims, [0,a)+[b,n) for all a, b: by distance first, the best by loss.", panel=_MAPS
+        ),
+    ] = False
+    best: Annotated[int, Option("Maps of a search that are measured.", metavar="K", panel=_MAPS)] = 10
+    engines: Annotated[
+        tuple[str, ...], engines_option("Recommend only what inference engines compute as config.json says.", _MAPS)
+    ] = ()
+    assume: Assume = ()
+    within: Annotated[
+        float,
+        Option(
+            "Recommend the largest model whose loss is at most this much above the base's.",
+            metavar="SHARE",
+            parse=parse_share,
+            typed="20%",
+        ),
+    ] = 0.2
+    precision: Annotated[
+        Precision,
+        Option(
+            "Of weights and activations; auto is bf16, or fp32 on a CPU that is slow at bf16.",
+            metavar="[auto|bf16|fp32]",
+            panel=_FIT,
+            parse=Precision.parse,
+        ),
+    ] = Precision.auto
+    stream_layers: Annotated[
+        bool,
+        Option("Read each layer from disk when its turn comes: memory for one layer, not for the model.", panel=_FIT),
+    ] = False
+    max_memory: Annotated[
+        int | None,
+        Option(
+            "Memory to use (8GB). Rows that do not fit go through the layers later. Default: 85% of what is free.",
+            metavar="SIZE",
+            panel=_FIT,
+            parse=parse_size,
+        ),
+    ] = None

@@ -21,8 +21,8 @@ from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
 from dus_cli.probe.budget import Memory, plan_memory, weight_bytes
 from dus_cli.probe.found import Measured, Probe, Text
-from dus_cli.probe.maps import Asked, Candidate
-from dus_cli.probe.options import Options
+from dus_cli.probe.maps import Candidate
+from dus_cli.probe.options import ProbeOptions
 from dus_cli.probe.tree import count_nodes, grow, most_states
 from dus_cli.progress import Progress
 from dus_cli.source.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ _SEQ_LENGTH = 512
 _WHOLE = MapRequest(layers="0:")
 
 
-def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, dry_run: bool, quiet: bool) -> Probe:
+def probe(ref: ModelRef, options: ProbeOptions, progress: Progress, *, dry_run: bool, quiet: bool) -> Probe:
     """Measure maps of a model, or say what that would take.
 
     Raises:
@@ -57,11 +57,11 @@ def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, 
     # From the headers alone: that the maps and the model fit is known before gigabytes are fetched.
     of_base = run_plan(whole, fetch=Fetch.files, quiet=quiet)
     seq_length = _seq_length(of_base.checkpoint, options)
-    requests = wanted.wanted_requests(asked, len(of_base.layer_map))
+    requests = wanted.wanted_requests(options, len(of_base.layer_map))
     candidates = [wanted.check(of_base, request, seq_length) for request in requests]
-    if not asked.search and all(candidate.refused for candidate in candidates):
+    if not options.search and all(candidate.refused for candidate in candidates):
         raise ProbeError(f"dus upscale refuses every one of these maps, the first because: {candidates[0].refused}")
-    plan = _plan(of_base, asked, options, seq_length, candidates)
+    plan = _plan(of_base, options, seq_length, candidates)
     found = Probe(
         model=ref.text,
         name=ref.name,
@@ -77,19 +77,19 @@ def probe(ref: ModelRef, asked: Asked, options: Options, progress: Progress, *, 
         streams=options.stream_layers,
         memory=plan.memory,
         distances=None,
-        bound=options.bound,
+        bound=options.within,
         within=None,
         knee=None,
         layer_passes=count_nodes(grow(_layers(of_base, candidates))),
         seconds=time.monotonic() - started,
         peak_bytes=None,
-        engines=asked.engines,
+        engines=options.engines,
     )
     if dry_run:
         return found
     if ref.repo_id is not None:
         of_base = run_plan(whole, quiet=quiet)
-    return _measure(found, of_base, asked, options, plan, progress, started)
+    return _measure(found, of_base, options, plan, progress, started)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,7 @@ class _Plan:
     memory: Memory
 
 
-def _plan(
-    of_base: UpscalePlan, asked: Asked, options: Options, seq_length: int, candidates: Sequence[Candidate]
-) -> _Plan:
+def _plan(of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidates: Sequence[Candidate]) -> _Plan:
     import torch
 
     from dus_cli.probe.distances import KEPT_BYTES
@@ -119,8 +117,8 @@ def _plan(
     width = wanted.width_of(checkpoint)
     rows = max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSEWHERE) // seq_length)
     states = most_states(grow(_layers(of_base, candidates)), num_layers)
-    if asked.search:
-        states = max(states, len(candidates) + asked.best + 1)
+    if options.search:
+        states = max(states, len(candidates) + options.best + 1)
     others = min(KEPT_BYTES, 4 * options.tokens * (num_layers + 1) * width)  # for the distances
     others += 32 * rows * seq_length * width * dtype.itemsize  # within a layer
     others += 0 if options.stream_layers else checkpoint.num_bytes  # the files, mapped while they are loaded
@@ -144,8 +142,7 @@ def _layers(of_base: UpscalePlan, candidates: Sequence[Candidate]) -> list[tuple
 def _measure(
     found: Probe,
     of_base: UpscalePlan,
-    asked: Asked,
-    options: Options,
+    options: ProbeOptions,
     plan: _Plan,
     progress: Progress,
     started: float,
@@ -177,11 +174,11 @@ def _measure(
         progress.start("measuring", count * meter.num_groups, "layers")
         return [total / num_labels for total in meter.losses(maps, depths, lambda: progress.advance(1))]
 
-    if asked.search:  # the distances say which maps are worth a loss
+    if options.search:  # the distances say which maps are worth a loss
         losses([], depths)
         distances = depths.distances()
-        near = wanted.nearest(distances.angular, asked.best)
-        requests = [MapRequest(layers=str(layer_map), assume=asked.assume) for layer_map in near]
+        near = wanted.nearest(distances.angular, options.best)
+        requests = [MapRequest(layers=str(layer_map), assume=options.assume) for layer_map in near]
         candidates += [wanted.check(of_base, request, found.seq_length) for request in requests]
         base_loss, *mine = losses(candidates, None)
     else:
@@ -197,7 +194,7 @@ def _measure(
     lost = [m.candidate.options for m in maps if m.loss is not None and not m.is_finite]
     if lost:
         warnings = (*warnings, f"no finite loss in {found.precision}: {shown_list(lost)}; try --precision fp32")
-    within, knee = _recommended(maps, base_loss, options.bound, asked.engines)
+    within, knee = _recommended(maps, base_loss, options.within, options.engines)
     return replace(
         found,
         base_loss=base_loss,
@@ -233,7 +230,7 @@ def _recommended(
 
 
 def _read(
-    checkpoint: Checkpoint, options: Options, seq_length: int, rows_at_once: int
+    checkpoint: Checkpoint, options: ProbeOptions, seq_length: int, rows_at_once: int
 ) -> tuple[Text, list[Batch], int, tuple[str, ...]]:
     """The text, its rows in batches of one shape, how many tokens are predicted, and warnings."""
     import numpy as np
@@ -249,10 +246,10 @@ def _read(
     words = vocab_size(checkpoint.config, fields)
     tokeniser = Tokeniser(checkpoint.folder, words, special_tokens=options.special_tokens)
     reading = Reading(options.text_field, options.on_bad_line)
-    sample = read_sample(options.files, tokeniser, options.tokens, reading=reading, holdout=options.holdout)
+    sample = read_sample(options.data, tokeniser, options.tokens, reading=reading, holdout=options.holdout)
     rows = Packed(sample.texts, tokeniser, seq_length, document_mask=False)
     if not len(rows):
-        raise DataError(f"{shown_list(list(options.files))} has one token; give more text")
+        raise DataError(f"{shown_list(list(options.data))} has one token; give more text")
     rows_at_once = -(-len(rows) // -(-len(rows) // rows_at_once))  # as many batches, evenly filled
     batches = []
     for start in range(0, len(rows), rows_at_once):
@@ -264,7 +261,7 @@ def _read(
         batches.append(Batch(torch.from_numpy(ids), torch.from_numpy(labels)))
     num_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     text = Text(
-        options.files,
+        options.data,
         num_labels,
         rows.num_documents,
         sample.num_bytes,
@@ -277,7 +274,7 @@ def _read(
     return text, batches, num_labels, warnings
 
 
-def _seq_length(checkpoint: Checkpoint, options: Options) -> int:
+def _seq_length(checkpoint: Checkpoint, options: ProbeOptions) -> int:
     most = context_length(decoder_config(checkpoint.config).fields)
     if options.seq_length is not None and most is not None and options.seq_length > most:
         raise ProbeError(f"--seq-length {options.seq_length} is more than the model's {most} positions; choose less")

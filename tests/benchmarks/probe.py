@@ -33,8 +33,7 @@ from dus_cli.data.sample import Packed, read_sample
 from dus_cli.data.tokeniser import Tokeniser
 from dus_cli.maps.layers import largest_trim, source_layers
 from dus_cli.models.precision import Precision
-from dus_cli.probe.maps import Asked
-from dus_cli.probe.options import Options
+from dus_cli.probe.options import ProbeOptions
 from dus_cli.probe.verb import probe
 from dus_cli.progress import NoProgress
 
@@ -81,8 +80,8 @@ def compare(folder: str, data: str, tokens: int, precision: Precision) -> None:
     losses, peer = theirs(model, layers, trims, rows)
     del model, layers
     start = clock()
-    options = Options((data,), tokens, SEQUENCE, precision=precision)
-    found = probe(ModelRef.parse(folder), Asked(), options, NoProgress(), dry_run=False, quiet=True)
+    options = ProbeOptions(data=(data,), tokens=tokens, seq_length=SEQUENCE, precision=precision)
+    found = probe(ModelRef.parse(folder), options, NoProgress(), dry_run=False, quiet=True)
     mine = since(start)
     print("| trim | loss: dus probe | transformers |\n|---|---|---|")
     for trim, measured in zip(trims, found.maps, strict=True):

@@ -14,7 +14,6 @@ from typing import Any
 from dus_cli.common.libraries import require
 from dus_cli.common.reports import public
 from dus_cli.common.storage import Storage, ask, known, remove, sync_refusal
-from dus_cli.data.documents import BadLine
 from dus_cli.data.sources import Source, parse_sources
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
@@ -230,7 +229,7 @@ def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Pre
         folder,
         vocab_size=model.vocab_size,
         text_field=data.text_field,
-        on_bad_line=BadLine(data.on_bad_line),
+        on_bad_line=data.on_bad_line,
         holdout=data.holdout,
         special_tokens=data.special_tokens,
         wait=wishes.launch.nnodes > 1,

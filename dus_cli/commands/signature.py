@@ -1,0 +1,107 @@
+"""A command's signature for typer, made from the options that stand beside the fields of its dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+
+from dus_cli.commands.options import parser
+from dus_cli.common.options import OptionField, option_field, option_fields
+
+# What typer reads and checks by the type alone; of anything else a parser makes the value.
+_PLAIN = (bool, int, float, str, Path)
+
+Command = Callable[..., None]
+
+
+def takes_options(*first: str) -> Callable[[Command], Command]:
+    """Make of a function with dataclasses among its parameters a command whose options are their fields.
+
+    A parameter whose type is a dataclass becomes the options of its fields, in its place; the function is called with
+    the dataclass. A parameter annotated with an `Option` becomes that option. Others stay as they are.
+
+    Args:
+        first: fields and parameters that come before all others in --help, in this order.
+    """
+
+    def decorate(function: Command) -> Command:
+        hints = get_type_hints(function, include_extras=True)
+        groups: dict[str, tuple[type, list[OptionField]]] = {}
+        singles: dict[str, OptionField] = {}
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function).parameters.values():
+            name, hint = parameter.name, hints[parameter.name]
+            default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+            single = option_field(name, hint, default)
+            if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+                groups[name] = hint, option_fields(hint)
+                parameters += [_parameter(option) for option in groups[name][1]]
+            elif single is not None:
+                singles[name] = single
+                parameters.append(_parameter(single))
+            else:
+                parameters.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            given: dict[str, Any] = {}
+            for name, (kind, options) in groups.items():
+                given[name] = kind(**{option.field: _taken(option, values) for option in options})
+            for name, option in singles.items():
+                given[name] = _taken(option, values)
+            function(**given, **values)
+
+        parameters.sort(key=lambda parameter: _place(parameter.name, first))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _place(name: str, first: tuple[str, ...]) -> int:
+    return first.index(name) if name in first else len(first)
+
+
+def _taken(option: OptionField, values: dict[str, Any]) -> Any:
+    """The value of an option for its field, taken out of what typer found."""
+    value = values.pop(option.field)
+    if not option.repeats:
+        return value
+    if option.option.splits:
+        return tuple(dict.fromkeys(item for items in value or () for item in items))
+    return tuple(value or ())
+
+
+def _parameter(option: OptionField) -> inspect.Parameter:
+    """The parameter that typer makes an option of."""
+    is_required = option.default is dataclasses.MISSING
+    default = inspect.Parameter.empty if is_required else option.typed_default
+    annotation: Any = Annotated[_kind(option, is_required=is_required), _typer_option(option)]  # type: ignore[valid-type]
+    return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _kind(option: OptionField, *, is_required: bool) -> Any:
+    is_plain = option.kind in _PLAIN or (isinstance(option.kind, type) and issubclass(option.kind, Enum))
+    kind = option.kind if is_plain else Any
+    if option.repeats:
+        kind = list[kind]  # type: ignore[valid-type]
+        return kind if is_required else Optional[kind]  # noqa: UP045  (a type that is made here)
+    return Optional[kind] if option.is_optional else kind  # noqa: UP045
+
+
+def _typer_option(option: OptionField) -> Any:
+    said = option.option
+    spellings = [f"--{option.name}/--no-{option.name}" if option.default is True else f"--{option.name}"]
+    spellings += [said.short] if said.short else []
+    more: dict[str, Any] = {} if option.parse is None else {"parser": parser(option.parse)}
+    if said.choices:
+        more["autocompletion"] = lambda: list(said.choices)
+    return typer.Option(*spellings, help=said.help, metavar=said.metavar, rich_help_panel=said.panel, **more)

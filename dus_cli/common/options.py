@@ -1,0 +1,144 @@
+"""An option, said once: beside the field of the dataclass that a verb takes. No command line is needed for it.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Budget:
+        steps: Annotated[int | None, Option("Budget in steps.", metavar="N", panel="Budget")] = None
+
+`commands/signature.py` makes `--steps N` of this field, with its help, its default and its bounds (`bounds.py` has
+them by the option's name). Whoever calls the verb from Python gives `Budget(steps=8)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from dus_cli.common.bounds import BOUNDS, parse_number
+from dus_cli.common.reference import user_path
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field's option is called, and how it is explained and read.
+
+    Attributes:
+        help: what --help says of it.
+        name: of the option, without dashes. The field's name, with dashes for underscores, if empty.
+        short: a second spelling, such as "-o".
+        metavar: what stands for the value in --help.
+        panel: the group in which --help lists it.
+        parse: makes the value of its text; raises ValueError or DusError if the text is not understood. Plain numbers,
+            paths, enums and text need none.
+        typed: the default as a person types it, if the value's own text is another.
+        auto: "auto" may be typed for None, and is the default.
+        splits: of an option that repeats: `parse` makes a tuple of values of one text.
+        choices: what a shell proposes for it.
+    """
+
+    help: str
+    name: str = ""
+    short: str = ""
+    metavar: str | None = None
+    panel: str | None = None
+    parse: Callable[[str], Any] | None = None
+    typed: str | None = None
+    auto: bool = False
+    splits: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionField:
+    """An option with the field that holds its value.
+
+    Attributes:
+        field: the field's name.
+        name: the option's name, without dashes.
+        kind: the type of the value without None; of one of its items if it `repeats`.
+        is_optional: the value may be None.
+        repeats: the option may be given several times, and the field is a tuple.
+        default: the field's default; `dataclasses.MISSING` if it has none.
+    """
+
+    field: str
+    name: str
+    kind: Any
+    is_optional: bool
+    repeats: bool
+    default: Any
+    option: Option
+
+    @property
+    def parse(self) -> Callable[[str], Any] | None:
+        """What makes the value of its text; None if nothing but the type does. It raises ValueError or DusError."""
+        parse = self.option.parse
+        if self.name in BOUNDS:
+            return self._number
+        if parse is None and self.kind is Path:
+            return user_path
+        return parse
+
+    def _number(self, text: str) -> Any:
+        if self.option.auto and text == "auto":
+            return None
+        return parse_number(self.name, text, self.option.parse)
+
+    @property
+    def typed_default(self) -> Any:
+        """The default for a command line: as it is typed, or the value; None if there is none."""
+        if self.option.auto:
+            return "auto"
+        if self.option.typed is not None:
+            return self.option.typed
+        return None if self.default in (dataclasses.MISSING, ()) else self.default
+
+
+def option_field(field: str, annotation: Any, default: Any) -> OptionField | None:
+    """The option of an annotated field; None if its annotation holds none."""
+    if get_origin(annotation) is not Annotated:
+        return None
+    kind, *notes = get_args(annotation)
+    found = [note for note in notes if isinstance(note, Option)]
+    if not found:
+        return None
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    (kind,) = (choice for choice in choices if choice is not type(None))
+    repeats = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+    return OptionField(
+        field=field,
+        name=found[0].name or field.replace("_", "-"),
+        kind=get_args(kind)[0] if repeats else kind,
+        is_optional=type(None) in choices,
+        repeats=repeats,
+        default=default,
+        option=found[0],
+    )
+
+
+def option_fields(kind: type) -> list[OptionField]:
+    """The options of a dataclass, in the order of its fields."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = [option_field(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
+    return [option for option in found if option is not None]
+
+
+def typed(value: Any) -> Any:
+    """A value as a person types it: text, a number, a truth value, or a list of them.
+
+    >>> typed(0.5), typed(Path("out")), typed((0.9, 0.95)), typed(("a.txt", "b.txt"))
+    (0.5, 'out', '0.9,0.95', ['a.txt', 'b.txt'])
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (bool, int, float)):
+        return value
+    if not isinstance(value, tuple):
+        return str(value)
+    if value and all(isinstance(item, float) for item in value):
+        return ",".join(f"{item:g}" for item in value)
+    return [typed(item) for item in value]

@@ -1,0 +1,22 @@
+"""Options about the Hub that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from dus_cli.common.options import Option
+
+# The group in which --help lists them.
+HUB = "The Hub"
+
+Revision = Annotated[
+    str | None, Option("Branch, tag or commit of a Hub id, as org/name@REV says it.", metavar="REV", panel=HUB)
+]
+
+Token = Annotated[str | None, Option("Of the Hub. Default: HF_TOKEN, or the stored login.", metavar="TOKEN", panel=HUB)]
+
+Private = Annotated[bool, Option("The repo is private; refused where it is a public one.", panel=HUB)]
+
+Branch = Annotated[
+    str | None, Option("Branch to push to, made where it is not there. Default: main.", metavar="NAME", panel=HUB)
+]

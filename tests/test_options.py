@@ -1,0 +1,94 @@
+"""An option is said once: a field of a dataclass that the verb takes is the option of its command."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from dus_cli.cli import COMMANDS as NAMES
+from dus_cli.cli import load_command
+from dus_cli.commands.signature import takes_options
+from dus_cli.common.options import Option, option_fields
+from dus_cli.common.units import parse_share
+from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
+from dus_cli.evaluation.report import Gates
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe
+from dus_cli.probe.options import ProbeOptions
+from dus_cli.push.options import PushOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Letters:
+    """Options of a command that is made up here."""
+
+    names: Annotated[tuple[str, ...], Option("Whom to write to.", name="name")]
+    jobs: Annotated[int, Option("How many at a time.", short="-j", metavar="J")] = 4
+    folder: Annotated[Path | None, Option("Where to write.")] = None
+    loud: Annotated[bool, Option("In capitals.")] = True
+    gap: Annotated[float, Option("Share of a page.", parse=parse_share, typed="50%")] = 0.5
+
+
+COMMANDS: Any = {name: load_command(name) for name in NAMES}
+
+TAKEN: dict[str, tuple[type, ...]] = {
+    "probe": (ProbeOptions,),
+    "eval": (TextOptions, ScoringOptions, TaskOptions, Gates),
+    "push": (PushOptions,),
+    "heal": (DataOptions, Budget, Recipe, Fit, Launch, Keeping),
+}
+
+FIELDS = [
+    (command, kind, option) for command, kinds in TAKEN.items() for kind in kinds for option in option_fields(kind)
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kinds in TAKEN.values() for kind in kinds], ids=lambda kind: kind.__name__)
+def test_options_are_frozen_and_given_by_name_and_every_field_is_one(kind: Any) -> None:
+    assert kind.__dataclass_params__.frozen
+    fields = dataclasses.fields(kind)
+    assert all(field.kw_only for field in fields)
+    assert [option.field for option in option_fields(kind)] == [field.name for field in fields]
+
+
+@pytest.mark.parametrize(("command", "kind", "option"), FIELDS, ids=[f"{c} {o.name}" for c, _, o in FIELDS])
+def test_a_field_is_an_option_of_its_command_with_the_same_default(command: str, kind: Any, option: Any) -> None:
+    parameters = {parameter.opts[0]: parameter for parameter in COMMANDS[command].params}
+    found = parameters[f"--{option.name}"]
+    assert found.help == option.option.help
+    assert found.required == (option.default is dataclasses.MISSING)
+    typed = option.typed_default
+    if option.default in (dataclasses.MISSING, None, ()) and not option.option.auto:
+        assert found.default is None
+        return
+    value = option.parse(typed) if isinstance(typed, str) and not isinstance(typed, Enum) and option.parse else typed
+    assert value == option.default
+
+
+def test_a_command_is_made_of_the_fields_and_called_with_their_values() -> None:
+    given: list[tuple[Letters, bool]] = []
+    program = typer.Typer()
+
+    @program.command()
+    @takes_options("last")
+    def write(letters: Letters, *, last: Annotated[bool, Option("After all others.")] = False) -> None:
+        """Write letters."""
+        given.append((letters, last))
+
+    command: Any = typer.main.get_command(program)
+    spellings = [parameter.opts for parameter in command.params if parameter.name in hints_of(Letters) | {"last"}]
+    assert spellings == [["--last"], ["--name"], ["--jobs", "-j"], ["--folder"], ["--loud"], ["--gap"]]
+    command.main(["--name", "a", "--name", "b", "-j", "8", "--folder", "~/x", "--no-loud"], standalone_mode=False)
+    home = Path("~/x").expanduser()
+    assert given == [(Letters(names=("a", "b"), jobs=8, folder=home, loud=False, gap=0.5), False)]
+    for arguments, says in ((["--name", "a", "-j", "65"], "from 1 to 64"), (["--loud"], "Missing parameter: names")):
+        with pytest.raises(Exception, match=says):
+            command.main(arguments, standalone_mode=False)
+
+
+def hints_of(kind: type) -> set[str]:
+    return {option.field for option in option_fields(kind)}
