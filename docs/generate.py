@@ -24,6 +24,15 @@ _EXIT_CODES = (
     "asks. `DUS_DEBUG=1` shows the traceback of a failure."
 )
 
+_CONFIG = (
+    "Every command takes `--config FILE`: a file of options whose keys are their names without dashes (`seq-length` or "
+    "`seq_length`), and for an argument its name (`model`). What also stands on the command line wins over the file; "
+    "paths are relative to the folder that dus is started in, as they are on a command line. An option that may be "
+    "repeated takes a list, a flag true or false, all others what would be typed, a number or a text. A key that is no "
+    "option is an error. TOML takes Python 3.11, or tomli. `dus heal --print-config` writes such a file, and the "
+    "`run.json` of a healed model is one."
+)
+
 
 def commands() -> list[Command]:
     """`dus` itself and every command, as typer knows them."""
@@ -67,6 +76,7 @@ def cli_reference(root: Command, others: list[Command]) -> str:
         "# CLI reference",
         "Generated from the code by `make docs`, like the manual page [dus.1](dus.1); a test fails when it is stale.",
         _EXIT_CODES,
+        _CONFIG,
         "## dus",
         root.help,
         _table(root.options),

@@ -14,7 +14,7 @@ from dus_cli.cli import COMMANDS as NAMES
 from dus_cli.cli import load_command
 from dus_cli.commands.signature import takes_options
 from dus_cli.common.options import Option, option_fields
-from dus_cli.common.units import parse_share
+from dus_cli.common.units import parse_share, share_text
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import Gates
 from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe
@@ -30,7 +30,7 @@ class Letters:
     jobs: Annotated[int, Option("How many at a time.", short="-j", metavar="J")] = 4
     folder: Annotated[Path | None, Option("Where to write.")] = None
     loud: Annotated[bool, Option("In capitals.")] = True
-    gap: Annotated[float, Option("Share of a page.", parse=parse_share, typed="50%")] = 0.5
+    gap: Annotated[float, Option("Share of a page.", parse=parse_share, show=share_text)] = 0.5
 
 
 COMMANDS: Any = {name: load_command(name) for name in NAMES}

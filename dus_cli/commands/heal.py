@@ -11,15 +11,19 @@ from typing import Annotated, Optional
 
 import typer
 
+from dus_cli.commands.config import toml_text
 from dus_cli.commands.options import AsJson, MoreData, Quiet, ShowProgress, effective_mode, path_parser
 from dus_cli.commands.signature import takes_options
 from dus_cli.common.libraries import require
 from dus_cli.console.terminal import fitted
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe, typed_options
+from dus_cli.heal.run import options_of_run
 from dus_cli.progress import ProgressMode
 
 
-@takes_options("model", "files", "more_data", "output", "text_field", "on_bad_line", "eval_files")
+@takes_options(
+    "model", "files", "more_data", "output", "text_field", "on_bad_line", "eval_files", convert=options_of_run
+)
 def heal(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", parser=path_parser, help="The directory of the model to heal.")
@@ -49,6 +53,9 @@ def heal(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count tokens and steps, estimate memory and FLOPs; write nothing.")
     ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all options as TOML, for --config, and exit.")
+    ] = False,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -63,6 +70,12 @@ def heal(
     Measures the base's loss and the scaled model's, trains under torchrun, and ends with a directory like any other,
     with its loss curve. The same command run again goes on where it was.
     """
+    output = output or model.resolve().with_name(f"{model.resolve().name}-healed")
+    data = replace(data, files=(*data.files, *(more_data or ())))
+    if print_config:
+        options = typed_options(data, budget, recipe, fit, launch, keeping)
+        sys.stdout.write(toml_text({"model": str(model), "output": str(output), **options}))
+        return
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb as launcher
@@ -72,8 +85,8 @@ def heal(
 
     wishes = Wishes(
         model=model,
-        output=output or model.resolve().with_name(f"{model.resolve().name}-healed"),
-        data=replace(data, files=(*data.files, *(more_data or ()))),
+        output=output,
+        data=data,
         budget=budget,
         recipe=recipe,
         fit=fit,

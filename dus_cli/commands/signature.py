@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
+from dus_cli.commands.config import Converter, config_option, kind_of
 from dus_cli.commands.options import parser
 from dus_cli.common.options import OptionField, option_field, option_fields
 
@@ -21,14 +22,16 @@ _PLAIN = (bool, int, float, str, Path)
 Command = Callable[..., None]
 
 
-def takes_options(*first: str) -> Callable[[Command], Command]:
+def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Command], Command]:
     """Make of a function with dataclasses among its parameters a command whose options are their fields.
 
     A parameter whose type is a dataclass becomes the options of its fields, in its place; the function is called with
-    the dataclass. A parameter annotated with an `Option` becomes that option. Others stay as they are.
+    the dataclass. A parameter annotated with an `Option` becomes that option. Others stay as they are. `--config`, a
+    file of options, comes behind them all.
 
     Args:
         first: fields and parameters that come before all others in --help, in this order.
+        convert: makes options of another kind of file that is given as --config.
     """
 
     def decorate(function: Command) -> Command:
@@ -56,9 +59,14 @@ def takes_options(*first: str) -> Callable[[Command], Command]:
                 given[name] = kind(**{option.field: _taken(option, values) for option in options})
             for name, option in singles.items():
                 given[name] = _taken(option, values)
+            values.pop("config")
             function(**given, **values)
 
         parameters.sort(key=lambda parameter: _place(parameter.name, first))
+        kinds = {parameter.name: kind_of(parameter.annotation) for parameter in parameters}
+        config = config_option(kinds, convert)
+        parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config))
+        del command.__wrapped__  # the function has other parameters
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
@@ -84,7 +92,7 @@ def _parameter(option: OptionField) -> inspect.Parameter:
     """The parameter that typer makes an option of."""
     is_required = option.default is dataclasses.MISSING
     default = inspect.Parameter.empty if is_required else option.typed_default
-    annotation: Any = Annotated[_kind(option, is_required=is_required), _typer_option(option)]  # type: ignore[valid-type]
+    annotation: Any = Annotated[_kind(option, is_required=is_required), _typer_option(option)]
     return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -53,7 +53,8 @@ _RECORDED = ("revision", "trim", "layers", "copies", "assume", "recipe", "identi
 def _refuse_beside_from(context: typer.Context, lineage: Path | None) -> None:
     """The API refuses what differs from a default; here also a default that was typed."""
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in _RECORDED}
-    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source == "COMMANDLINE"]
+    typed = {"COMMANDLINE", "DEFAULT_MAP"}  # the second is --config
+    given = [f"--{name.replace('_', '-')}" for name, source in sources.items() if source in typed]
     if lineage is not None and given:
         raise UsageError(f"--from says {' and '.join(given)} already, as it was; leave it out")
 

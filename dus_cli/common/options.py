@@ -34,7 +34,7 @@ class Option:
         panel: the group in which --help lists it.
         parse: makes the value of its text; raises ValueError or DusError if the text is not understood. Plain numbers,
             paths, enums and text need none.
-        typed: the default as a person types it, if the value's own text is another.
+        show: makes of the value what a person types for it, if that is not the value itself.
         auto: "auto" may be typed for None, and is the default.
         splits: of an option that repeats: `parse` makes a tuple of values of one text.
         choices: what a shell proposes for it.
@@ -46,7 +46,7 @@ class Option:
     metavar: str | None = None
     panel: str | None = None
     parse: Callable[[str], Any] | None = None
-    typed: str | None = None
+    show: Callable[[Any], Any] | None = None
     auto: bool = False
     splits: bool = False
     choices: tuple[str, ...] = ()
@@ -88,14 +88,27 @@ class OptionField:
             return None
         return parse_number(self.name, text, self.option.parse)
 
+    def typed(self, value: Any) -> Any:
+        """What a person types for a value: text, a number, a truth value, or a list of them; None for nothing."""
+        if value is None:
+            return "auto" if self.option.auto else None
+        if self.repeats:
+            return [self._typed(item) for item in value]
+        return self._typed(value)
+
+    def _typed(self, value: Any) -> Any:
+        if self.option.show is not None:
+            return self.option.show(value)
+        if isinstance(value, Enum):
+            return value.value
+        return value if isinstance(value, (bool, int, float)) else str(value)
+
     @property
     def typed_default(self) -> Any:
-        """The default for a command line: as it is typed, or the value; None if there is none."""
-        if self.option.auto:
-            return "auto"
-        if self.option.typed is not None:
-            return self.option.typed
-        return None if self.default in (dataclasses.MISSING, ()) else self.default
+        """The default for a command line: an enum's choice, or as it is typed; None if there is none."""
+        if self.default is dataclasses.MISSING or self.default == ():
+            return None
+        return self.default if isinstance(self.default, Enum) else self.typed(self.default)
 
 
 def option_field(field: str, annotation: Any, default: Any) -> OptionField | None:
@@ -125,20 +138,3 @@ def option_fields(kind: type) -> list[OptionField]:
     hints = get_type_hints(kind, include_extras=True)
     found = [option_field(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
     return [option for option in found if option is not None]
-
-
-def typed(value: Any) -> Any:
-    """A value as a person types it: text, a number, a truth value, or a list of them.
-
-    >>> typed(0.5), typed(Path("out")), typed((0.9, 0.95)), typed(("a.txt", "b.txt"))
-    (0.5, 'out', '0.9,0.95', ['a.txt', 'b.txt'])
-    """
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (bool, int, float)):
-        return value
-    if not isinstance(value, tuple):
-        return str(value)
-    if value and all(isinstance(item, float) for item in value):
-        return ",".join(f"{item:g}" for item in value)
-    return [typed(item) for item in value]

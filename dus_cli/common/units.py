@@ -39,6 +39,16 @@ def parse_share(text: str) -> float:
     return share
 
 
+def share_text(share: float) -> str:
+    """A share as a person types it, read back as the same number.
+
+    >>> share_text(0.005), share_text(0.2), share_text(0.7 / 100)
+    ('0.5%', '20%', '0.7%')
+    """
+    percent, plain = (f"{number:.9f}".rstrip("0").rstrip(".") for number in (100 * share, share))
+    return plain if parse_share(plain) == share != parse_share(f"{percent}%") else f"{percent}%"
+
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

@@ -41,6 +41,12 @@ def stage_event(event: str, stage: Stage, **more: Any) -> None:
     )
 
 
+class Wanted:
+    """Whether events are asked for elsewhere than on the command line: `--config` sets it."""
+
+    by_a_file = False
+
+
 def are_wanted(arguments: Sequence[str]) -> bool:
     """Whether a command line asks for events. It need not be valid: its own usage error is to be one.
 
@@ -48,6 +54,8 @@ def are_wanted(arguments: Sequence[str]) -> bool:
     (True, False)
     """
     options = list(takewhile(lambda argument: argument != "--", arguments))
+    if not any(option.partition("=")[0] == "--progress" for option in options):
+        return Wanted.by_a_file
     return f"--progress={ProgressMode.json.value}" in options or ("--progress", ProgressMode.json.value) in pairwise(
         options
     )

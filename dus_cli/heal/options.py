@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 from dus_cli.common.bounds import BOUNDS
-from dus_cli.common.options import Option
-from dus_cli.common.units import parse_count, parse_share
+from dus_cli.common.options import Option, option_fields
+from dus_cli.common.units import parse_count, parse_share, share_text
 from dus_cli.data.documents import BadLine
 from dus_cli.data.holdout import parse_holdout
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
@@ -89,6 +89,14 @@ class Span:
             steps = round(self.share * total_steps) or int(self.share > 0)
         return min(steps, total_steps)
 
+    def __str__(self) -> str:
+        """As it is typed.
+
+        >>> str(Span(steps=100)), str(Span(share=0.02)), str(Span(tokens=10_000_000))
+        ('100', '2%', '10000000')
+        """
+        return share_text(self.share) if self.share is not None else str(self.steps or self.tokens or 0)
+
 
 @dataclass(frozen=True)
 class Distill:
@@ -97,6 +105,14 @@ class Distill:
     weight: float
     until: Span | None = None
 
+    def __str__(self) -> str:
+        """As it is typed.
+
+        >>> str(Distill(0.5)), str(Distill(0.5, Span(share=0.8))), str(Distill(0.25, Span(tokens=10_000_000)))
+        ('50%', '50%:80%', '25%:10000000')
+        """
+        return share_text(self.weight) if self.until is None else f"{share_text(self.weight)}:{self.until}"
+
 
 @dataclass(frozen=True)
 class Every:
@@ -104,6 +120,19 @@ class Every:
 
     steps: int | None = None
     seconds: float | None = None
+
+    def __str__(self) -> str:
+        """As it is typed.
+
+        >>> str(Every(steps=500)), str(Every(seconds=900.0)), str(Every(seconds=0.25)), str(Every(seconds=7200.0))
+        ('500', '15m', '0.25s', '2h')
+        """
+        if self.seconds is None:
+            return str(self.steps)
+        for unit, size in (("h", 3600), ("m", 60)):
+            if self.seconds % size == 0:
+                return f"{self.seconds / size:.0f}{unit}"
+        return f"{self.seconds:.9f}".rstrip("0").rstrip(".") + "s"
 
 
 def parse_span(text: str) -> Span:
@@ -194,6 +223,15 @@ def parse_betas(text: str) -> tuple[float, float]:
     return first, second
 
 
+def betas_text(betas: tuple[float, float]) -> str:
+    """The same as it is typed.
+
+    >>> betas_text((0.9, 0.95))
+    '0.9,0.95'
+    """
+    return ",".join(map(str, betas))
+
+
 # The groups in which --help lists the options.
 _BUDGET, _RECIPE, _FIT = "Budget", "Recipe", "Memory and speed"
 _LAUNCH, _KEEP = "Workers", "Measuring and saving"
@@ -222,7 +260,7 @@ class DataOptions:
             metavar="SHARE",
             panel=DATA,
             parse=parse_holdout,
-            typed="0.5%",
+            show=share_text,
         ),
     ] = 0.005
     eval_files: Annotated[
@@ -282,16 +320,16 @@ class Recipe:
     ] = Schedule.wsd
     warmup: Annotated[
         Span,
-        Option("Steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span, typed="2%"),
+        Option("Steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span),
     ] = Span(share=0.02)
     decay: Annotated[
         Span,
-        Option("Of wsd: steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span, typed="20%"),
+        Option("Of wsd: steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span),
     ] = Span(share=0.2)
     weight_decay: Annotated[float, Option("Of AdamW, for matrices.", metavar="W", panel=_RECIPE)] = 0.0
     betas: Annotated[
         tuple[float, float],
-        Option("Of AdamW.", metavar="B1,B2", panel=_RECIPE, parse=parse_betas, typed="0.9,0.95"),
+        Option("Of AdamW.", metavar="B1,B2", panel=_RECIPE, parse=parse_betas, show=betas_text),
     ] = (0.9, 0.95)
     grad_clip: Annotated[float, Option("Largest gradient norm; 0 is none.", metavar="G", panel=_RECIPE)] = 1.0
     seed: Annotated[int, Option("Of the data's order.", metavar="S", panel=_RECIPE)] = 0
@@ -392,8 +430,22 @@ class Keeping:
             metavar="N",
             panel=_KEEP,
             parse=parse_every,
-            typed="15m",
         ),
     ] = Every(seconds=900.0)
     keep: Annotated[int, Option("Checkpoints kept while it runs.", metavar="N", panel=_KEEP)] = 2
     track: Annotated[Track, Option("A tracker besides metrics.jsonl.", panel=_KEEP)] = Track.none
+
+
+# The groups by their names in run.json.
+GROUPS = {"data": DataOptions, "budget": Budget, "recipe": Recipe, "fit": Fit, "launch": Launch, "keeping": Keeping}
+
+
+def typed_options(*groups: Any) -> dict[str, Any]:
+    """Every option that has a value, by its name and as it is typed.
+
+    >>> typed_options(Budget(tokens=1000, until=Until.base))
+    {'tokens': 1000, 'until': 'base'}
+    """
+    found = [(option, getattr(group, option.field)) for group in groups for option in option_fields(type(group))]
+    typed = {option.name: option.typed(value) for option, value in found}
+    return {name: value for name, value in typed.items() if value is not None and value != []}

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dus_cli.common.options import option_fields
 from dus_cli.errors import HealError, shown, shown_list
+from dus_cli.heal.options import GROUPS, Span, typed_options
 from dus_cli.release.within import BasePlan
 from dus_cli.source.json_objects import parse_json_object
 from dus_cli.source.reading import open_regular
@@ -242,3 +244,40 @@ def other_options(old: Run, changed: list[str]) -> HealError:
         f"{shown(old.folder)} holds a run with other options ({shown_list(changed)}); "
         "give the same ones to go on, or another -o to start anew"
     )
+
+
+def options_of_run(record: dict[str, Any]) -> dict[str, Any] | None:
+    """The options of a run, of its run.json, as they are typed; None of what is no run.json.
+
+    The model is the run's; where the output goes and how the workers are launched is another matter.
+
+    Raises:
+        HealError: it is damaged, or was written by a newer dus.
+    """
+    if not {"schema", "options", "recipe"} <= record.keys():
+        return None
+    try:
+        options = _without_phases(record)["options"]
+        by_group: dict[str, dict[str, Any]] = {}
+        for name, value in options.items():
+            group, _, field = name.partition(".")
+            by_group.setdefault(group, {})[field] = value
+        values: list[Any] = [_restored(GROUPS[group], fields) for group, fields in by_group.items()]
+        return {"model": str(record["model"]), **typed_options(*values)}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HealError(f"its options are damaged or of another dus ({error}); give another file") from None
+
+
+def _restored(kind: type[_T], fields: dict[str, Any]) -> _T:
+    """A group of options, of what JSON has of its fields."""
+    values = dict(fields)
+    for option in option_fields(kind):
+        value = fields.get(option.field)
+        if isinstance(value, dict):
+            parts = {key: Span(**part) if isinstance(part, dict) else part for key, part in value.items()}
+            values[option.field] = option.kind(**parts)
+        elif isinstance(value, list):
+            values[option.field] = tuple(value)
+        elif isinstance(value, str):
+            values[option.field] = option.kind(value)  # of an enum, or the text itself
+    return kind(**values)

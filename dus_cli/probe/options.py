@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from dus_cli.common.options import Option
-from dus_cli.common.units import parse_count, parse_share, parse_size
+from dus_cli.common.units import parse_count, parse_share, parse_size, share_text
 from dus_cli.data.documents import BadLine
 from dus_cli.data.holdout import parse_holdout
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
@@ -112,7 +112,7 @@ class ProbeOptions:
             "Recommend the largest model whose loss is at most this much above the base's.",
             metavar="SHARE",
             parse=parse_share,
-            typed="20%",
+            show=share_text,
         ),
     ] = 0.2
     precision: Annotated[
