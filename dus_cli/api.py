@@ -20,6 +20,8 @@ from dus_cli.errors import DusError, UsageError, shown
 from dus_cli.hub.opening import open_base
 from dus_cli.maps.engines import parse_engines
 from dus_cli.maps.naming import Assumption
+from dus_cli.maps.recipes import RECIPES
+from dus_cli.maps.starts import IDENTITY, StartRule
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.progress import NoProgress, Progress
@@ -48,6 +50,8 @@ def upscale(
     copies: int = 2,
     recipe: str | None = None,
     identity: bool = False,
+    double: str | None = None,
+    start: str | None = None,
     engines: Sequence[str] = (),
     assume: Mapping[str, Assumption] | None = None,
     dtype: Dtype | Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"] | None = None,
@@ -77,9 +81,13 @@ def upscale(
         token: of the Hub; HF_TOKEN or the stored login by default.
         trim: layers trimmed from each copy; a quarter of the base's by default.
         layers: any other map, as half-open ranges of base layers, such as "0:24,8:32".
+        double: the base with the layers of these ranges twice in a row, such as "2:29".
         copies: how many copies are stacked.
-        recipe: a published map by name. It excludes `trim`, `layers` and `copies`, as `layers` does the others.
+        recipe: a published map by name. It excludes `trim`, `layers`, `double` and `copies`, as `layers` and `double`
+            do the others.
         identity: new layers start as identities, so that the model computes what its base does.
+        start: how loudly layers speak at first: "copy" (the default), "identity", "half", "fade", "fade:cosine" or
+            "scale:C" (`dus_cli.maps.starts`).
         engines: names of inference engines, such as "llama.cpp", that must compute the output as config.json says;
             "all" for every one that dus knows. Without `trim` it is then the nearest to a quarter that is right for
             them.
@@ -116,6 +124,8 @@ def upscale(
         dtype,
         max_shard_size,
         identity=identity,
+        double=double,
+        start=start,
         engines=parse_engines(engines),
     )
     mode = _choice(VerifyMode, verify, "verify")
@@ -155,6 +165,8 @@ def plan(
     copies: int = 2,
     recipe: str | None = None,
     identity: bool = False,
+    double: str | None = None,
+    start: str | None = None,
     engines: Sequence[str] = (),
     assume: Mapping[str, Assumption] | None = None,
     dtype: Dtype | Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"] | None = None,
@@ -188,6 +200,8 @@ def plan(
         dtype,
         max_shard_size,
         identity=identity,
+        double=double,
+        start=start,
         engines=parse_engines(engines),
     )
     target = _target(push_to, branch, token, private=private)
@@ -256,6 +270,8 @@ def _wanted(
     max_shard_size: int | str,
     *,
     identity: bool,
+    double: str | None,
+    start: str | None,
     engines: tuple[str, ...],
 ) -> Wanted:
     size = _size(max_shard_size)
@@ -268,6 +284,8 @@ def _wanted(
             "assume": assume or None,
             "recipe": recipe,
             "identity": identity,
+            "double": double,
+            "start": start,
             "dtype": dtype,
             "max-shard-size": size != DEFAULT_SHARD_BYTES,
         }
@@ -281,10 +299,35 @@ def _wanted(
         raise UsageError("which model? give a directory or a Hub id, or lineage")
     return Wanted(
         ModelRef.parse(_text(model), revision=revision, token=token),
-        MapRequest(trim, layers, copies, recipe, identity, tuple((assume or {}).items()), engines),
+        _request(trim, layers, copies, recipe, double, start, assume or {}, engines, identity=identity),
         size,
         None if dtype is None else _choice(Dtype, dtype, "dtype"),
     )
+
+
+def _request(
+    trim: int | None,
+    layers: str | None,
+    copies: int,
+    recipe: str | None,
+    double: str | None,
+    start: str | None,
+    assume: Mapping[str, Assumption],
+    engines: tuple[str, ...],
+    *,
+    identity: bool,
+) -> MapRequest:
+    """The map and its start; `identity` and a start of that name are one."""
+    try:
+        rule = StartRule() if start is None else StartRule.parse(start)
+    except ValueError as error:
+        raise UsageError(f"start: {error}") from None
+    if rule.name == IDENTITY:
+        identity, rule = True, StartRule()
+    elif start is not None and (identity or (recipe is not None and recipe in RECIPES and RECIPES[recipe].identity)):
+        what = "--identity" if identity else f"--recipe {recipe}"
+        raise UsageError(f"{what} says how new layers start; leave out --start")
+    return MapRequest(trim, layers, copies, recipe, identity, tuple(assume.items()), engines, double, rule)
 
 
 def _target(push_to: str | None, branch: str | None, token: str | None, *, private: bool) -> Target | None:

@@ -33,6 +33,8 @@ UPSCALES: dict[str, list[str]] = {
     "copies": ["--copies", "3", "--trim", "1"],
     "layers": ["--layers", "0:3,1:4,2:4"],
     "identity": ["--layers", "0:3,2:4", "--identity"],
+    "half": ["--double", "1:3", "--start", "half"],
+    "fade": ["--trim", "1", "--start", "fade"],
     "dtype": ["--trim", "1", "--dtype", "float16"],
     "shards": ["--trim", "1", "--max-shard-size", "40KB"],
 }

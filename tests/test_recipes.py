@@ -95,7 +95,7 @@ def test_a_recipe_is_written_recorded_and_made_again(base: Path, tmp_path: Path)
 @pytest.mark.parametrize("other", [("--trim", "2"), ("--layers", "0:8,0:8"), ("--copies", "3")])
 def test_a_recipe_excludes_what_else_says_the_map(base: Path, tmp_path: Path, other: tuple[str, str]) -> None:
     done = dus("upscale", base, "--recipe", "solar", *other, "-o", tmp_path / "out")
-    done.assert_one_line_error("--recipe", "leave out --trim and --layers and --copies", code=2)
+    done.assert_one_line_error("--recipe", "leave out --trim and --layers and --double and --copies", code=2)
     dus("upscale", base, "--recipe", "solo", "-o", tmp_path / "out").assert_one_line_error("there are solar", code=2)
     assert not (tmp_path / "out").exists()
 

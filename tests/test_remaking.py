@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny import digests
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import DusError
 from dus_cli.evaluation.card import update_card
+from dus_cli.maps.starts import StartRule
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.release.remaking import read_remaking
@@ -59,6 +61,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "recipe with a word too many": {"request": MapRequest(recipe="llama-pro", identity=True)},
     "recipe, as identities": {"request": MapRequest(recipe="solar", identity=True)},
     "identity": {"request": MapRequest(2, identity=True)},
+    "start": {"request": MapRequest(2, start=StartRule.parse("fade:cosine"))},
+    "start of a recipe": {"request": MapRequest(recipe="solar", start=StartRule.parse("scale:0.3"))},
+    "doubled": {"request": MapRequest(double="1:3", start=StartRule.parse("half"))},
     "dtype": {"request": MapRequest(2), "dtype": Dtype.bfloat16},
     "max shard size": {"request": MapRequest(2), "size": 300_000},
 }
@@ -69,7 +74,7 @@ def test_a_release_is_made_again_byte_for_byte(name: str, floats: Path, tmp_path
     options = dict(REQUESTS[name])
     request = options.pop("request")
     assume: tuple[Any, ...] = (("strange_layers", "map" if request.trim == 3 else "keep"),)
-    request = MapRequest(request.trim, request.layers, request.copies, request.recipe, request.identity, assume)
+    request = replace(request, assume=assume)
     out = release(floats, tmp_path / "out", request, **options)
     report = remake(out / "dus.json", tmp_path / "again")
     assert digests(tmp_path / "again") == digests(out)
@@ -96,7 +101,7 @@ def test_from_is_the_whole_command_and_says_that_it_reproduced(base: Path, tmp_p
 @pytest.mark.parametrize(
     "option",
     """--trim 2|--layers 0:4|--copies 2|--recipe solar|--identity|--dtype float16|--assume x=keep|--max-shard-size 5GB
-    --revision main""".replace("\n    ", "|").split("|"),
+    --revision main|--start half|--double 1:2""".replace("\n    ", "|").split("|"),
 )
 def test_what_the_lineage_says_cannot_be_said_beside_it(option: str, base: Path, tmp_path: Path) -> None:
     done = dus("upscale", "--from", tmp_path / "dus.json", "-o", tmp_path / "again", *option.split())

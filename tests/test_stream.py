@@ -98,6 +98,8 @@ def start(*options: str, first: str = SMALL) -> subprocess.Popen[str]:
         ("--jobs", "1"),
         ("--jobs", "8", "--max-shard-size", "2MB", "--checksums"),
         ("--identity",),
+        ("--start", "fade", "--jobs", "3"),
+        ("--start", "scale:0.3", "--dtype", "float32"),
         ("--dtype", "float32"),
         ("--layers", "0:3,5:8"),
     ],
@@ -232,7 +234,7 @@ def test_a_run_with_a_cast_goes_on_too_and_says_what_was_not_checked(folder: Pat
     hub.faults.flipped = {}
     done = dus(*command, first=SMALL).report["streamed"]
     assert done["checked"] == [SHARDS[2]]
-    assert list(done["unchecked"].values()) == ["parts of it were fetched by an earlier run and cast"] * 2
+    assert list(done["unchecked"].values()) == ["parts of it were fetched by an earlier run and cast or scaled"] * 2
     assert dus("upscale", folder, "--trim", "1", "--dtype", "float32", "-o", "local", "-q").returncode == 0
     assert weights(Path("out")) == weights(Path("local"))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -385,11 +386,60 @@ def rearranged(model: Any, sources: Sequence[int]) -> Any:
     return stacked
 
 
-def expected_logits(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
-    """What the up-scaled model must compute; shape (batch, tokens, vocabulary)."""
+def expected_logits(
+    model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: Sequence[float] = ()
+) -> torch.Tensor:
+    """What the up-scaled model must compute; shape (batch, tokens, vocabulary). `factors` are one for each layer."""
     if model.config.get_text_config().model_type in REARRANGED:
-        return logits(rearranged(model, sources), tokens)
-    return replayed(model, sources, tokens)
+        deeper = rearranged(model, sources)
+        holder, name = decoder_layers(deeper, len(sources))
+        with _forwards(list(getattr(holder, name)), lambda number, forward: _scaled(forward, factors, number)):
+            return logits(deeper, tokens)
+    return replayed(model, sources, tokens, factors)
+
+
+class _Stream(TorchFunctionMode):
+    """Within a layer: what is added to the residual stream is added `factor` times, whatever module it comes from.
+
+    The stream is the layer's input, and every sum of it with something that is not it.
+    """
+
+    def __init__(self, hidden: torch.Tensor, factor: float) -> None:
+        super().__init__()
+        self.stream = [hidden]  # held, so that no other tensor gets an id of theirs
+        self.factor = factor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_sum = getattr(func, "__name__", "") in {"add", "__add__", "__radd__", "__iadd__", "add_"}
+        if is_sum and len(args) == 2 and all(isinstance(part, torch.Tensor) for part in args):
+            held = [any(part is known for known in self.stream) for part in args]
+            if held[0] != held[1] and args[0].shape == args[1].shape:
+                stream, added = args if held[0] else args[::-1]
+                self.stream.append(torch.add(stream, added, alpha=self.factor))
+                return self.stream[-1]
+        found = func(*args, **kwargs)
+        names = {"to", "float", "clone", "dropout", "contiguous", "view", "reshape", "squeeze", "type_as"}
+        if (
+            isinstance(found, torch.Tensor)
+            and getattr(func, "__name__", "") in names
+            and any(args[0] is known for known in self.stream)
+        ):
+            self.stream.append(found)  # the stream by another name
+        return found
+
+
+def _scaled(forward: Any, factors: Sequence[float], number: int) -> Any:
+    """A layer's forward in which what it adds to the stream is scaled."""
+    factor = factors[number] if factors else 1.0
+    if factor == 1:
+        return forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _Stream(_hidden(args, kwargs), factor):
+            return forward(*args, **kwargs)
+
+    return call
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -418,8 +468,11 @@ def _forwards(layers: Sequence[Any], wrap: Any) -> Iterator[list[Any]]:
             del layer.forward
 
 
-def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the base with its layers called in the order of `sources`, each as it is called in the base."""
+def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: Sequence[float] = ()) -> torch.Tensor:
+    """Logits of the base with its layers called in the order of `sources`, each as it is called in the base.
+
+    With `factors`, one for each of `sources`, what a layer adds to the residual stream is scaled.
+    """
     holder, name = decoder_layers(model)
     layers = list(getattr(holder, name))
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
@@ -441,12 +494,13 @@ def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> torch.
         def call(*args: Any, **kwargs: Any) -> Any:
             hidden = _hidden(args, kwargs)
             if number == 0:
-                for base in sources:
+                for output, base in enumerate(sources):
                     if base not in calls:  # mllama's cross-attention, where there is no image
                         continue
                     their_args, their_kwargs, _ = calls[base]
                     with_args, with_kwargs = _with_hidden(hidden, their_args, their_kwargs)
-                    hidden = _first(originals[base](*with_args, **with_kwargs))
+                    layer = _scaled(originals[base], factors, output)
+                    hidden = _first(layer(*with_args, **with_kwargs))
             output = calls[number][2]
             if isinstance(output, (tuple, list)):
                 return (hidden, *output[1:])

@@ -27,8 +27,9 @@ from dus_cli.common.units import parse_size
 from dus_cli.console.terminal import fitted
 from dus_cli.errors import StoppedError, UsageError, shown
 from dus_cli.hub.options import HUB, Branch, Private, Revision, Token
-from dus_cli.maps.options import Assume, check_map, engines_option
+from dus_cli.maps.options import Assume, check_double, check_map, check_start, engines_option
 from dus_cli.maps.recipes import RECIPES
+from dus_cli.maps.starts import STARTS
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.progress import ProgressMode
 from dus_cli.verification.planned import VerifyMode
@@ -47,7 +48,7 @@ def _recipe(text: str) -> str:
 _MAP, _WRITING = "Layer map", "Writing"
 
 # Parameters of `upscale` that a lineage records.
-_RECORDED = ("revision", "trim", "layers", "copies", "assume", "recipe", "identity", "dtype", "max_shard_size")
+_RECORDED = "revision trim layers double copies assume recipe identity start dtype max_shard_size".split()
 
 
 def _refuse_beside_from(context: typer.Context, lineage: Path | None) -> None:
@@ -106,6 +107,17 @@ def upscale(
             rich_help_panel=_MAP,
         ),
     ] = None,
+    double: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--double",
+            metavar="A:B",
+            parser=parser(check_double),
+            help="The base with its layers A to B - 1 each twice in a row; several stretches: 2:8,20:29. Excludes "
+            "--trim, --layers and --copies.",
+            rich_help_panel=_MAP,
+        ),
+    ] = None,
     copies: Annotated[
         int,
         typer.Option("--copies", parser=number("copies"), metavar="K", help="Copies to stack.", rich_help_panel=_MAP),
@@ -118,7 +130,7 @@ def upscale(
             metavar="NAME",
             parser=_recipe,
             autocompletion=lambda: list(RECIPES),
-            help=f"A published map: {', '.join(RECIPES)}. Excludes --trim, --layers and --copies.",
+            help=f"A published map: {', '.join(RECIPES)}. Excludes --trim, --layers, --double and --copies.",
             rich_help_panel=_MAP,
         ),
     ] = None,
@@ -126,10 +138,24 @@ def upscale(
         bool,
         typer.Option(
             "--identity",
-            help="New layers start as identities (output projections zero): the model computes what MODEL does.",
+            help="New layers start as identities (output projections zero): the model computes what MODEL does. The "
+            "same as --start identity.",
             rich_help_panel=_MAP,
         ),
     ] = False,
+    start: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--start",
+            metavar="START",
+            parser=parser(check_start),
+            autocompletion=lambda: list(STARTS),
+            help="How loudly layers speak at first: copy (as in MODEL), identity, half (copies of a layer in equal "
+            "parts), fade (overlapping copies cross-fade; fade:linear or fade:cosine), scale:C (new layers times C). "
+            "Default: copy.",
+            rich_help_panel=_MAP,
+        ),
+    ] = None,
     engines: Annotated[
         tuple[str, ...],
         engines_option(
@@ -235,6 +261,8 @@ def upscale(
         "copies": copies,
         "recipe": recipe,
         "identity": identity,
+        "double": double,
+        "start": start,
         "engines": engines,
         "assume": dict(assume),
         "dtype": dtype,

@@ -15,7 +15,7 @@ _HEAL, _EVAL = "'dus-cli[heal]'", "'dus-cli[eval]'"
 _BROUGHT_BY = {
     "accelerate": _HEAL,
     "lm_eval": _EVAL,
-    "numpy": _HEAL,
+    "numpy": "numpy",
     "pyarrow": _HEAL,
     "torch": _HEAL,
     "transformers": _HEAL,

@@ -77,12 +77,11 @@ def pieces(shard_moves: Sequence[Move], limit: int) -> Iterator[Piece]:
             if not parts:
                 start = end = move.source_start + position
             size = min(limit - (end - start), move.length - position)
-            if move.cast is not None:
-                size -= size % move.cast.source_size
-                if size == 0:  # no whole number has room any more
-                    yield Piece(start, end, tuple(parts))
-                    parts = []
-                    continue
+            size -= size % move.number_size
+            if size == 0:  # no whole number has room any more
+                yield Piece(start, end, tuple(parts))
+                parts = []
+                continue
             parts.append(move.part(position, size))
             position += size
             end += size
@@ -248,8 +247,8 @@ class _ShardStreamer:
             return "the Hub has no sha256 of it"
         if sum(piece.end - piece.start for piece in wanted) != header.end - header.data_start:
             return "parts of it are not in the output, and were not fetched"
-        if any(self._is_here(piece) and any(part.cast for part in piece.parts) for piece in wanted):
-            return "parts of it were fetched by an earlier run and cast"
+        if any(self._is_here(piece) and any(part.is_changed for part in piece.parts) for piece in wanted):
+            return "parts of it were fetched by an earlier run and cast or scaled"
         return None
 
     def _is_here(self, piece: Piece) -> bool:
@@ -310,8 +309,9 @@ class _ShardStreamer:
     def _read_back(self, piece: Piece, view: memoryview) -> None:
         """What an earlier run wrote, out of the output; needed for the file's sum alone."""
         for part in piece.parts:
-            num_bytes = part.written(part.length) * len(part.targets)
-            self.outputs.done(**{"copied" if part.cast is None else "cast": num_bytes})
+            for scale, targets in part.by_scale().items():
+                way = "scaled" if scale is not None else "copied" if part.cast is None else "cast"
+                self.outputs.done(**{way: part.written(part.length) * len(targets)})
             if self.digest is None:
                 continue
             at = part.source_start - piece.start

@@ -167,6 +167,7 @@ def stack(num_layers: int, trim: int | None = None, copies: int = 2) -> LayerMap
     return LayerMap(source_layers(num_layers, trim, copies), num_layers, trim)
 
 
+_STRETCH = re.compile(r"(\d{1,9})(?::(\d{1,9}))?", re.ASCII)
 _RANGE = re.compile(r"(?:(\d{1,9})?:(\d{1,9})?|(\d{1,9}))", re.ASCII)
 
 
@@ -220,6 +221,49 @@ def typed_map(text: str, num_layers: int) -> LayerMap:
         if len(sources) > MAX_OUTPUT_LAYERS:
             raise LayerMapError(f"--layers names more than {MAX_OUTPUT_LAYERS} layers")
     return LayerMap(tuple(sources), num_layers)
+
+
+def parse_double(text: str) -> tuple[tuple[int, int], ...]:
+    """The grammar of `--double`: half-open ranges like Python slices, rising, and single layers; both ends are given.
+
+    >>> parse_double("2:29"), parse_double("4,8:10")
+    (((2, 29),), ((4, 5), (8, 10)))
+
+    Raises:
+        LayerMapError: the text is not of this form.
+    """
+    found: list[tuple[int, int]] = []
+    for part in text.split(","):
+        match = _STRETCH.fullmatch(part.strip())
+        start = int(match[1]) if match else 0
+        end = int(match[2] or start + 1) if match else 0
+        if end <= start or (found and start < found[-1][1]):
+            raise LayerMapError(
+                f"--double {shown(text)!r}: {shown(part)!r} is no stretch of layers behind the last one; give START:"
+                "END of base layers, half-open like Python slices, for example 2:29"
+            )
+        found.append((start, end))
+    return tuple(found)
+
+
+def doubled_map(text: str, num_layers: int) -> LayerMap:
+    """The base with the layers of these stretches twice, the second right behind the first.
+
+    >>> str(doubled_map("1:3", 4)), doubled_map("1:3", 4).sources
+    ('0:2,1:3,2:4', (0, 1, 1, 2, 2, 3))
+
+    Raises:
+        LayerMapError: not of the grammar, or a layer that the base does not have.
+    """
+    twice: set[int] = set()
+    for start, end in parse_double(text):
+        if end > num_layers:
+            raise LayerMapError(
+                f"--double {start}:{end} reaches beyond the base, which has {num_layers} layers (0 to "
+                f"{num_layers - 1}); ranges are half-open, so {num_layers} is the largest end"
+            )
+        twice.update(range(start, end))
+    return LayerMap(tuple(layer for layer in range(num_layers) for _ in range(1 + (layer in twice))), num_layers)
 
 
 # Canonical decimal numbers only: "007" or a non-ASCII digit is not how any library writes an index.

@@ -7,8 +7,9 @@ from typing import Annotated, cast, get_args
 from dus_cli.common.options import Option
 from dus_cli.errors import shown
 from dus_cli.maps.engines import ALL, ENGINES, parse_engines
-from dus_cli.maps.layers import parse_layers
+from dus_cli.maps.layers import parse_double, parse_layers
 from dus_cli.maps.naming import Assumption
+from dus_cli.maps.starts import StartRule
 
 
 def engines_option(help_text: str, panel: str | None = None) -> Option:
@@ -32,6 +33,26 @@ def check_map(text: str) -> str:
         LayerMapError: it is not.
     """
     parse_layers(text)
+    return text
+
+
+def check_double(text: str) -> str:
+    """Stretches of layers in the grammar of `--double`, as they were typed.
+
+    Raises:
+        LayerMapError: they are not.
+    """
+    parse_double(text)
+    return text
+
+
+def check_start(text: str) -> str:
+    """A start, as it was typed.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    StartRule.parse(text)
     return text
 
 

@@ -28,7 +28,8 @@ from typing import NamedTuple
 from dus_cli.errors import CheckpointError
 from dus_cli.maps.layers import LayerMap, number_span
 from dus_cli.maps.stacks import LayerStack
-from dus_cli.planning.treatment import Making, Treatment, making_of
+from dus_cli.planning.scaling import Scale
+from dus_cli.planning.treatment import UNSCALED, Making, Treatment, making_of
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import DTYPE_BITS, MAX_HEADER_BYTES, TensorInfo, encode_header, header_size, is_aligned
 
@@ -62,14 +63,16 @@ _FEW = 64
 class Kind(NamedTuple):
     """What many tensors of one source shard share: all that a layout asks of them but their names and places.
 
-    `dtype` and `num_bytes` are a copy's, `zeroed` the numbers under which it is zeros. `can_agree`: positions in source
-    and output can agree; a cast tensor has another length, a strided one no order.
+    `dtype` and `num_bytes` are a copy's, `zeroed` the numbers under which it is zeros, `scales` by what it is
+    multiplied under which number. `can_agree`: positions in source and output can agree; a cast tensor has another
+    length, a strided one no order.
     """
 
     shard: Shard
     dtype: str
     num_bytes: int
     zeroed: frozenset[int]
+    scales: Mapping[int, Scale]
     can_agree: bool
 
 
@@ -123,7 +126,14 @@ class Placement(NamedTuple):
     @property
     def making(self) -> Making:
         tensor, kind, *_ = self.origin
-        return Making.zeros if self.number in kind.zeroed else making_of(tensor, kind.dtype)
+        if self.number in kind.zeroed:
+            return Making.zeros
+        return Making.scaled if kind.scales and self.number in kind.scales else making_of(tensor, kind.dtype)
+
+    @property
+    def scale(self) -> Scale | None:
+        """What its numbers are multiplied by; None for one that is not."""
+        return self.origin.kind.scales.get(self.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,26 +261,29 @@ def _origins(
     """The tensors of one source shard, and the numbers that their copies have; one copy where there is no number."""
     kinds: dict[tuple[object, ...], Kind] = {}
     for tensor in shard.header.tensors:
-        name, zeroed = tensor.name, _NOWHERE
+        name, zeroed, scales = tensor.name, _NOWHERE, UNSCALED
         start = end = 0
         numbers: tuple[int, ...] = (0,)
         span = number_span(name)
         if span is not None:
             start, end = span
             prefix = name[: start - 1]
-            zeroed = treatment.zeroed(prefix, name[end + 1 :])
+            suffix = name[end + 1 :]
+            zeroed, scales = treatment.zeroed(prefix, suffix), treatment.scales(prefix, suffix, tensor)
             numbers = stack.output_numbers(prefix, int(name[start:end]), layer_map)
-        key = (tensor.dtype, tensor.shape, tensor.strides is None, zeroed)
+        key = (tensor.dtype, tensor.shape, tensor.strides is None, zeroed, id(scales))
         kind = kinds.get(key)
         if kind is None:
-            kind = kinds[key] = _kind(tensor, shard, treatment, zeroed)
+            kind = kinds[key] = _kind(tensor, shard, treatment, zeroed, scales)
         yield Origin(tensor, kind, start, end), numbers
 
 
-def _kind(tensor: TensorInfo, shard: Shard, treatment: Treatment, zeroed: frozenset[int]) -> Kind:
+def _kind(
+    tensor: TensorInfo, shard: Shard, treatment: Treatment, zeroed: frozenset[int], scales: Mapping[int, Scale]
+) -> Kind:
     dtype = treatment.dtype_of(tensor)
     num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8
-    return Kind(shard, dtype, num_bytes, zeroed, dtype == tensor.dtype and tensor.strides is None)
+    return Kind(shard, dtype, num_bytes, zeroed, scales, dtype == tensor.dtype and tensor.strides is None)
 
 
 def _line(placement: Placement) -> tuple[str, str, tuple[int, ...], int]:

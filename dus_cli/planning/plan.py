@@ -18,19 +18,21 @@ from dus_cli.common.reference import ModelRef
 from dus_cli.errors import UsageError, shown
 from dus_cli.maps.architectures import KNOWN_TYPES, TRIED_TYPES
 from dus_cli.maps.engines import parse_engines
-from dus_cli.maps.layers import LayerMap, parse_layers, stack, typed_map
+from dus_cli.maps.layers import LayerMap, doubled_map, parse_double, parse_layers, stack, typed_map
 from dus_cli.maps.model_config import DecoderConfig, DeeperConfig, decoder_config, deepen_config, refuse_types
 from dus_cli.maps.naming import QUANTIZATION_KEYS, Assumption
 from dus_cli.maps.recipes import RECIPES, recipe_map
 from dus_cli.maps.rules import Kinds
 from dus_cli.maps.stacks import LayerStack, find_stack
+from dus_cli.maps.starts import COPY, StartRule, factors
 from dus_cli.maps.unlike import LayerTensors, check_alike
 from dus_cli.planning.dtypes import Dtype, check_castable, output_config
 from dus_cli.planning.judging import Judged, Maps, check_right, choose_trim, engine_warnings
 from dus_cli.planning.layout import Placement, ShardLayout, lay_out
+from dus_cli.planning.post_norms import scaled_tensors
 from dus_cli.planning.projections import zero_patterns
 from dus_cli.planning.sidecars import go_along
-from dus_cli.planning.treatment import Making, Treatment
+from dus_cli.planning.treatment import Treatment
 from dus_cli.source.base_card import BaseCard, read_base_card
 from dus_cli.source.belonging import Carried, belongs_by_name, carried_files
 from dus_cli.source.checkpoint import Checkpoint
@@ -44,10 +46,10 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 class MapRequest:
     """The layer map that was asked for, before the base's depth is known.
 
-    `layers` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as identities.
-    `assume` says how fields of config.json, and numbered stacks of tensors by their prefix, that dus does not know are
-    to be carried, as (field or prefix, "keep" or "map"). `engines` are names of those that must compute the output as
-    config.json says.
+    `layers`, `double` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as
+    identities; else `start` says how they do. `assume` says how fields of config.json, and numbered stacks of tensors
+    by their prefix, that dus does not know are to be carried, as (field or prefix, "keep" or "map"). `engines` are
+    names of those that must compute the output as config.json says.
 
     Raises:
         UsageError: options that exclude each other, a number outside of its bounds, or no such recipe or engine.
@@ -61,23 +63,30 @@ class MapRequest:
     identity: bool = False
     assume: tuple[tuple[str, Assumption], ...] = ()
     engines: tuple[str, ...] = ()
+    double: str | None = None
+    start: StartRule = COPY
 
     def __post_init__(self) -> None:
         parse_engines(self.engines)
         check_numbers(trim=self.trim, copies=self.copies)
-        given = [name for name in ("layers", "recipe") if getattr(self, name) is not None]
+        given = [name for name in ("layers", "double", "recipe") if getattr(self, name) is not None]
         if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
-            others = [f"--{name}" for name in ("trim", "layers", "recipe", "copies") if name != given[-1]]
+            others = [f"--{name}" for name in ("trim", "layers", "double", "recipe", "copies") if name != given[-1]]
             raise UsageError(f"--{given[-1]} says the whole map; leave out {' and '.join(others)}")
         if self.recipe is not None and self.recipe not in RECIPES:
             raise UsageError(f"there is no recipe {shown(self.recipe)!r}; there are {', '.join(RECIPES)}")
         if self.layers is not None:
             parse_layers(self.layers)
+        if self.double is not None:
+            parse_double(self.double)
+        if self.start.name != "copy" and self.starts_as_base:
+            what = "--identity" if self.identity else f"--recipe {self.recipe}"
+            raise UsageError(f"{what} says how new layers start; leave out --start")
 
     @property
     def leaves_trim_open(self) -> bool:
         """Whether nobody said which layers: then the model decides about the trim."""
-        return self.trim is None and self.layers is None and self.recipe is None
+        return all(given is None for given in (self.trim, self.layers, self.double, self.recipe))
 
     @property
     def starts_as_base(self) -> bool:
@@ -92,6 +101,8 @@ class MapRequest:
         """
         if self.recipe is not None:
             return recipe_map(self.recipe, num_layers)
+        if self.double is not None:
+            return doubled_map(self.double, num_layers)
         return stack(num_layers, self.trim, self.copies) if self.layers is None else typed_map(self.layers, num_layers)
 
 
@@ -114,11 +125,13 @@ class Base:
 class Start(str, Enum):
     """How a model stands to its base before any training.
 
-    `seams`: layers meet that never met, which makes it worse; `identity`: its new layers do nothing yet; `base`: the
-    map has the base's layers, all and in order, and nothing else; `part`: some that follow each other, and no seam.
+    `seams`: layers meet that never met, which makes it worse; `scaled`: so they do, and some say less or more than in
+    the base; `identity`: its new layers do nothing yet; `base`: the map has the base's layers, all and in order, and
+    nothing else; `part`: some that follow each other, and no seam.
     """
 
     seams = "seams"
+    scaled = "scaled"
     identity = "identity"
     base = "base"
     part = "part"
@@ -160,12 +173,16 @@ class UpscalePlan:
         request, trim = self.request, self.layer_map.trim
         if request.recipe is not None:
             options = f"--recipe {request.recipe}"
+        elif request.double is not None:
+            options = f"--double {request.double}"
         else:
             options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
         if request.copies != 2:
             options += f" --copies {request.copies}"
         if request.identity and not (request.recipe is not None and RECIPES[request.recipe].identity):
             options += " --identity"
+        if request.start.scales:
+            options += f" --start {request.start}"
         if self.treatment.dtype is not None:
             options += f" --dtype {self.treatment.dtype.value}"
         for field, assumption in request.assume:
@@ -180,6 +197,8 @@ class UpscalePlan:
         layer_map = self.layer_map
         if self.treatment.zeros:
             return Start.identity
+        if self.treatment.scaled:
+            return Start.scaled
         if layer_map.seams:
             return Start.seams
         return Start.base if len(layer_map) == layer_map.num_base_layers else Start.part
@@ -203,10 +222,12 @@ class UpscalePlan:
         """Hold that what writing these tensors takes is installed.
 
         Raises:
-            MissingExtraError: a cast needs torch, and it is not.
+            MissingExtraError: a cast needs torch, or a factor numpy, and it is not.
         """
-        if any(placement.making is Making.cast for placement in self.placements):
+        if any(placement.dtype != placement.tensor.dtype for placement in self.placements):
             require("--dtype", "torch")
+        if self.treatment.scaled:
+            require("--start", "numpy")
 
     @property
     def num_tensors(self) -> int:
@@ -371,12 +392,22 @@ def _treatment(
 ) -> tuple[Treatment, list[str]]:
     """What becomes of the base's tensors, and warnings."""
     zeros: frozenset[str] = frozenset()
+    scaled: dict[str, int] = {}
     warnings = list(check_castable(checkpoint, dtype)) if dtype is not None else []
+    tensors = (tensor for _, tensor in checkpoint.tensors())
+    by_layer = factors(request.start, layer_map)
+    copied = {base for base, factor in zip(layer_map.sources, by_layer, strict=True) if factor != 1}
     if request.starts_as_base:
-        zeros = zero_patterns(decoder, layers, (tensor for _, tensor in checkpoint.tensors()), layer_map)
-        if decoder.model_type not in KNOWN_TYPES:
-            warnings.append(
-                f"--identity went by the names of tensors alone for model type {shown(decoder.model_type)!r}; compare "
-                "the model's logits with its base's before you train it"
-            )
-    return Treatment(layers.prefix, frozenset(layer_map.new_layers), zeros, dtype), warnings
+        zeros = zero_patterns(decoder, layers, tensors, layer_map)
+    elif copied:
+        scaled = scaled_tensors(decoder, layers, tensors, copied, f"--start {request.start.name}")
+    if (zeros or scaled) and decoder.model_type not in KNOWN_TYPES:
+        option = "--identity" if zeros else f"--start {request.start.name}"
+        against = "its base's" if zeros else "those of its base's layers, called with these factors,"
+        warnings.append(
+            f"{option} went by the names of tensors alone for model type {shown(decoder.model_type)!r}; compare the "
+            f"model's logits with {against} before you train it"
+        )
+    by_layer = by_layer if scaled else ()
+    new_layers = frozenset(layer_map.new_layers)
+    return Treatment(layers.prefix, new_layers, zeros, dtype, by_layer, scaled), warnings

@@ -1,15 +1,16 @@
 """Output projections, as data: the matrices by which a layer's blocks write to the residual stream.
 
 With a pre-norm layer h + f(norm(h)) whose f ends in zeros, the layer is the identity: what LLaMA Pro's block
-expansion rests on (arXiv:2401.02415, section 3.2). Names were read from the files that transformers 5.23 writes and
-from models/*/modeling_*.py; tests/test_recipes.py holds every model type of the zoo against its base.
+expansion rests on (arXiv:2401.02415, section 3.2). With a factor on them it is h + c · f(norm(h)), unless a norm stands
+between f and the stream (`planning.post_norms`). Names were read from the files that transformers 5.23 writes and from
+models/*/modeling_*.py; tests/test_recipes.py and tests/test_starts.py hold every type of the zoo against its base.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dus_cli.errors import CheckpointError, ConfigError, LayerMapError, shown, shown_list
@@ -246,8 +247,22 @@ def zero_patterns(
         CheckpointError: a block without an output projection, or with a quantised one.
     """
     _check_map(layer_map)
-    _check_config(decoder)
     copied = {layer_map.sources[output] for output in layer_map.new_layers}
+    return stream_patterns(decoder, stack, tensors, copied, "--identity")
+
+
+def stream_patterns(
+    decoder: DecoderConfig, stack: LayerStack, tensors: Iterable[TensorInfo], copied: Container[int], option: str
+) -> frozenset[str]:
+    """The output projections of these base layers, weights and biases, once they account for every block.
+
+    `option` is the one that needs them, in messages.
+
+    Raises:
+        ConfigError: the layers of this model are not h + f(h).
+        CheckpointError: a block without an output projection, or with a quantised one.
+    """
+    _check_config(decoder, option)
     layers: dict[int, dict[str, TensorInfo]] = defaultdict(dict)
     for tensor in tensors:
         split = split_name(tensor.name)
@@ -258,16 +273,26 @@ def zero_patterns(
     for index in sorted(layers):
         kind = tuple(sorted((suffix, t.dtype, t.shape) for suffix, t in layers[index].items()))
         if kind not in of_kind:
-            of_kind[kind] = _zeros_of(layers[index], decoder.model_type, width)
+            of_kind[kind] = _writers_of(layers[index], decoder.model_type, width, option)
     found = frozenset().union(*of_kind.values())
-    for kind, zeros in of_kind.items():
-        both = sorted(found & {pattern(suffix) for suffix, _, _ in kind} - zeros)
+    for kind, writers in of_kind.items():
+        both = sorted(found & {pattern(suffix) for suffix, _, _ in kind} - writers)
         if both:
             raise CheckpointError(
-                f"--identity: {shown_list(both)} writes to the residual stream in some layers and not in others, by "
-                "its shapes; leave out --identity"
+                f"{option}: {shown_list(both)} writes to the residual stream in some layers and not in others, by its "
+                f"shapes; leave out {option}"
             )
     return found
+
+
+def layer_kinds(tensors: Iterable[TensorInfo], stack: LayerStack, layers: Container[int]) -> frozenset[frozenset[str]]:
+    """What these layers hold, by names within the layer (see `pattern`): each kind of layer once."""
+    held: dict[int, set[str]] = defaultdict(set)
+    for tensor in tensors:
+        split = split_name(tensor.name)
+        if split is not None and split.prefix == stack.prefix and split.index in layers:
+            held[split.index].add(pattern(split.suffix))
+    return frozenset(map(frozenset, held.values()))
 
 
 def _check_map(layer_map: LayerMap) -> None:
@@ -282,16 +307,17 @@ def _check_map(layer_map: LayerMap) -> None:
         )
 
 
-def _check_config(decoder: DecoderConfig) -> None:
+def _check_config(decoder: DecoderConfig, option: str) -> None:
+    cannot = "cannot be identities" if option == "--identity" else "cannot be scaled"
     reason = NOT_IDENTITIES.get(decoder.model_type)
     if reason is not None:
-        raise ConfigError(f"--identity: layers of model type {decoder.model_type!r} cannot be identities: {reason}")
+        raise ConfigError(f"{option}: layers of model type {decoder.model_type!r} {cannot}: {reason}")
     for key, (value, reason) in NOT_WITH.items():
         if decoder.fields.get(key) is value:
-            raise ConfigError(f"--identity: config.json has {key} {value}, so layers cannot be identities: {reason}")
+            raise ConfigError(f"{option}: config.json has {key} {value}, so layers {cannot}: {reason}")
 
 
-def _zeros_of(layer: Mapping[str, TensorInfo], model_type: str, width: int | None) -> frozenset[str]:
+def _writers_of(layer: Mapping[str, TensorInfo], model_type: str, width: int | None, option: str) -> frozenset[str]:
     """The patterns of one layer's output projections, once every block has one."""
     writers = stream_writers({suffix: tensor.shape for suffix, tensor in layer.items()}, model_type, width)
     blocks: dict[str, list[str]] = defaultdict(list)
@@ -302,26 +328,27 @@ def _zeros_of(layer: Mapping[str, TensorInfo], model_type: str, width: int | Non
             continue
         blocks[block].append(tensor.name)
         if pattern(suffix) in writers.found:
-            _check_float(tensor)
+            _check_float(tensor, option)
             ended |= {block, block.partition(".")[0]}  # experts end the block whose router chooses them
         elif is_output_projection(suffix, model_type):
             if tensor.dtype not in FLOATS:
-                raise _quantised(tensor)
+                raise _quantised(tensor, option)
         elif any(
             part in PROJECTIONS or part.startswith(tuple(f"{p}_" for p in PROJECTIONS)) for part in suffix.split(".")
         ):
-            raise _quantised(tensor)
+            raise _quantised(tensor, option)
     if writers.unclear:
         names = [tensor.name for suffix, tensor in layer.items() if _stem(suffix) in writers.unclear[0]]
         raise CheckpointError(
-            f"--identity: by name and shape {shown_list(names)} may or may not be what writes to the residual stream, "
-            "and zeros in the wrong matrix would never learn; leave out --identity"
+            f"{option}: by name and shape {shown_list(names)} may or may not be what writes to the residual stream, "
+            f"and a change to the wrong matrix would do harm; leave out {option}"
         )
+    can = "silence" if option == "--identity" else "scale"
     for block, names in blocks.items():
         if block not in ended:
             raise CheckpointError(
-                f"--identity: no output projection is known in {shown_list(names)}: dus cannot make this layer an "
-                "identity; leave out --identity"
+                f"{option}: no output projection is known in {shown_list(names)}: dus cannot {can} this layer; leave "
+                f"out {option}"
             )
     return frozenset(writers.found & {pattern(suffix) for suffix in layer if _block_of(suffix) is not None})
 
@@ -356,13 +383,13 @@ def _block_of(suffix: str) -> str | None:
     return path[0]
 
 
-def _check_float(tensor: TensorInfo) -> None:
+def _check_float(tensor: TensorInfo, option: str) -> None:
     if tensor.dtype not in FLOATS:
-        raise _quantised(tensor)
+        raise _quantised(tensor, option)
 
 
-def _quantised(tensor: TensorInfo) -> CheckpointError:
+def _quantised(tensor: TensorInfo, option: str) -> CheckpointError:
     return CheckpointError(
-        f"--identity: {shown(tensor.name)} ({tensor.dtype}) is a quantised output projection, and dus does not know "
-        "which of its values mean zero; use the unquantised model, or leave out --identity"
+        f"{option}: {shown(tensor.name)} ({tensor.dtype}) is a quantised output projection, and dus does not know "
+        f"what its values mean; use the unquantised model, or leave out {option}"
     )

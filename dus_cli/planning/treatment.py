@@ -1,30 +1,37 @@
-"""How the bytes of output tensors come to be from the base's: as they are, zeros, or cast."""
+"""How the bytes of output tensors come to be from the base's: as they are, zeros, cast, or scaled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 
 from dus_cli.common.workers import PIECE
 from dus_cli.maps.layers import split_name
-from dus_cli.planning.dtypes import Cast, Dtype, cast_dtype, overflow
+from dus_cli.planning.dtypes import FLOATS, Cast, Dtype, cast_dtype, overflow
 from dus_cli.planning.projections import pattern
+from dus_cli.planning.scaling import Scale
 from dus_cli.source.headers import DTYPE_BITS, TensorInfo
 from dus_cli.source.strided import tensor_pieces
 
 _NONE: frozenset[int] = frozenset()
 
+# What a tensor has that is multiplied nowhere.
+UNSCALED: Mapping[int, Scale] = MappingProxyType({})
+
 
 class Making(Enum):
     """How a tensor's bytes come to be.
 
-    A further kind is a line here and in `made_pieces`, and its writer in `writing.transfer`.
+    A further kind is a line here and in `made_pieces`, and its writer in `writing.transfer`. What is scaled may be
+    cast before.
     """
 
     copied = "copied"
     zeros = "zeros"
     cast = "cast"
+    scaled = "scaled"
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,27 @@ class Treatment:
     """What becomes of the base's tensors; by default they are copied as they are.
 
     `zeros` are the tensors of `new_layers` that are zeros, by their names within the layer (`projections.pattern`).
-    `dtype` is what floating-point tensors are cast to.
+    `dtype` is what floating-point tensors are cast to. `scaled` are the tensors that are multiplied, with the offset of
+    each (`planning.scaling`), in the layers whose entry in `factors`, one for each output layer, is not 1.
     """
 
     layer_prefix: str = ""
     new_layers: frozenset[int] = frozenset()
     zeros: frozenset[str] = frozenset()
     dtype: Dtype | None = None
+    factors: tuple[float, ...] = ()
+    scaled: Mapping[str, int] = field(default_factory=dict)
+    _scales: dict[tuple[str, int], Mapping[int, Scale]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def making(self, name: str, tensor: TensorInfo) -> Making:
         """How the output tensor of this name comes to be from this base tensor."""
-        return Making.zeros if self.is_zero(name) else making_of(tensor, self.dtype_of(tensor))
+        if self.is_zero(name):
+            return Making.zeros
+        if self.scale_of(name, tensor) is not None:
+            return Making.scaled
+        return making_of(tensor, self.dtype_of(tensor))
 
     def dtype_of(self, tensor: TensorInfo) -> str:
         """The dtype that this base tensor has in the output, by safetensors' name."""
@@ -58,13 +75,37 @@ class Treatment:
             return _NONE
         return self.new_layers
 
+    def scales(self, prefix: str, suffix: str, tensor: TensorInfo) -> Mapping[int, Scale]:
+        """By what, in which layers, a tensor with a name of these parts is multiplied, once it is cast."""
+        if not self.scaled or prefix != self.layer_prefix:
+            return UNSCALED
+        dtype, offset = self.dtype_of(tensor), self.scaled.get(pattern(suffix))
+        if offset is None or dtype not in FLOATS:
+            return UNSCALED
+        if (dtype, offset) not in self._scales:  # one for all of its kind
+            by_layer = {layer: Scale(dtype, self.factors[layer], offset) for layer in self.scaled_layers}
+            self._scales[dtype, offset] = by_layer
+        return self._scales[dtype, offset]
+
+    def scale_of(self, name: str, tensor: TensorInfo) -> Scale | None:
+        """By what the output tensor of this name, from this base tensor, is scaled; None for one that is not."""
+        split = split_name(name) if self.scaled else None
+        return None if split is None else self.scales(split.prefix, split.suffix, tensor).get(split.index)
+
+    @property
+    def scaled_layers(self) -> tuple[int, ...]:
+        """The output layers whose factor is not 1."""
+        return tuple(layer for layer, factor in enumerate(self.factors) if factor != 1)
+
 
 def making_of(tensor: TensorInfo, dtype: str) -> Making:
     """How a tensor that is no zeros comes to have this dtype."""
     return Making.copied if dtype == tensor.dtype else Making.cast
 
 
-def made_pieces(file: int, tensor: TensorInfo, making: Making, dtype: str) -> Iterator[bytes | memoryview]:
+def made_pieces(
+    file: int, tensor: TensorInfo, making: Making, dtype: str, scale: Scale | None = None
+) -> Iterator[bytes | memoryview]:
     """An output tensor's bytes in order, at most 8 MiB at a time, from the base tensor that lies in `file`.
 
     A piece is valid until the next is asked for. They end early where the file does.
@@ -80,9 +121,13 @@ def made_pieces(file: int, tensor: TensorInfo, making: Making, dtype: str) -> It
     elif making is Making.copied:
         yield from tensor_pieces(file, tensor)
     else:
-        cast = Cast(tensor.dtype, dtype)
+        cast = Cast(tensor.dtype, dtype) if dtype != tensor.dtype else None
         for piece in tensor_pieces(file, tensor):
-            made = bytearray(len(piece) // cast.source_size * cast.target_size)
-            if cast(memoryview(bytearray(piece)), memoryview(made)):
-                raise overflow(tensor.name, cast)
+            made = bytearray(piece)
+            if cast is not None:
+                made = bytearray(len(piece) // cast.source_size * cast.target_size)
+                if cast(memoryview(bytearray(piece)), memoryview(made)):
+                    raise overflow(tensor.name, cast)
+            if scale is not None:
+                scale.apply(memoryview(made), tensor.name)
             yield bytes(made)

@@ -13,7 +13,7 @@ from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.recipes import RECIPES
 from dus_cli.pictures.layer_map import PICTURES, describe_map, layer_map_svg
 from dus_cli.planning.plan import Start, UpscalePlan
-from dus_cli.release.drawing import draw_map
+from dus_cli.release.drawing import describe_scales, draw_map
 from dus_cli.release.lineage import base_chain
 
 NAME = "README.md"
@@ -29,6 +29,11 @@ NOT_TRAINED = """\
 > identities and it computes what its base does; continued pretraining makes use of them:
 > `dus heal OUT --data corpus.jsonl --train new`."""
 
+SCALED_COPIES = """\
+> **This model is not healed.** Its layers are copies of the base's, and what some of them add to the residual stream is
+> scaled, which brings it nearer to its base. It is worse than its base until it has had continued pretraining:
+> `dus heal OUT --data corpus.jsonl`."""
+
 SAME_AS_BASE = """\
 > **This model computes what its base does.** It has the base's layers, all and in order, and no others: there is
 > nothing to heal."""
@@ -39,6 +44,7 @@ LAYERS_LEFT_OUT = """\
 
 STATES = {
     Start.seams: NOT_HEALED,
+    Start.scaled: SCALED_COPIES,
     Start.identity: NOT_TRAINED,
     Start.base: SAME_AS_BASE,
     Start.part: LAYERS_LEFT_OUT,
@@ -100,7 +106,7 @@ def model_card(plan: UpscalePlan) -> str:
 | layers | {layer_map.num_base_layers} | {len(layer_map)} |
 | parameters | {base_parameters:,} | {plan.num_parameters:,} |
 
-Layer map: `{layer_map}` (half-open ranges of base layers).{_recipe(plan)}{_dtype(plan)}
+Layer map: `{layer_map}` (half-open ranges of base layers).{_recipe(plan)}{_scaled(plan)}{_dtype(plan)}
 
 {_seams(layer_map)}
 
@@ -231,6 +237,13 @@ def _license_link(plan: UpscalePlan) -> str | None:
 def _recipe(plan: UpscalePlan) -> str:
     name = plan.request.recipe
     return "" if name is None else f" It is the recipe `{name}`: {RECIPES[name].source}."
+
+
+def _scaled(plan: UpscalePlan) -> str:
+    treatment = plan.treatment
+    if not treatment.scaled:
+        return ""
+    return f" Its start is `{plan.request.start}`: {describe_scales(treatment.factors, treatment.scaled)}."
 
 
 def _dtype(plan: UpscalePlan) -> str:

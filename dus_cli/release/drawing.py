@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from dus_cli.maps.layers import LayerMap
 
@@ -72,6 +72,20 @@ def draw_kinds(kinds: Mapping[str, Sequence[str]], layer_map: LayerMap, width: i
             row += mark
         lines.append(f"{first:8} {row}")
     return lines
+
+
+def describe_scales(factors: Sequence[float], names: Collection[str]) -> str:
+    """Which tensors of how many layers are multiplied, and by what.
+
+    >>> describe_scales((1.0, 0.5, 0.5, 1.0), ["mlp.down_proj.weight", "self_attn.o_proj.weight"])
+    'mlp.down_proj.weight and self_attn.o_proj.weight of 2 layers × 0.5'
+    """
+    scaled = [factor for factor in factors if factor != 1]
+    different = sorted(set(scaled))
+    by = f"{different[0]:g}" if len(different) == 1 else f"{different[0]:g} to {different[-1]:g}"
+    *first, last = sorted(names)
+    named = f"{', '.join(first)} and {last}" if first else last
+    return f"{named} of {len(scaled)} layer{'s' * (len(scaled) != 1)} × {by}"
 
 
 def _letters(kinds: Sequence[str]) -> dict[str, str]:

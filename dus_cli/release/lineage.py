@@ -12,6 +12,7 @@ from dus_cli import __version__
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.maps.layers import LayerMap, Seam
 from dus_cli.maps.naming import Assumption
+from dus_cli.maps.starts import LARGEST_FACTOR, StartRule
 from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import UpscalePlan
@@ -48,6 +49,27 @@ def engines_record(plan: UpscalePlan) -> list[dict[str, Any]]:
     return [judged.to_json() for judged in plan.engines]
 
 
+def starts_record(plan: UpscalePlan) -> dict[str, Any]:
+    """What else the report says of map and start. dus.json says it where there is something to say."""
+    return {"double": plan.request.double, "scaled": _scaled_record(plan)}
+
+
+def _scaled_record(plan: UpscalePlan) -> dict[str, Any] | None:
+    """The start, its factor for each output layer, and the tensors that were multiplied; None where none was.
+
+    `one_plus` are those of them that multiply by 1 + w, which is what was scaled.
+    """
+    treatment = plan.treatment
+    if not treatment.scaled:
+        return None
+    return {
+        "start": str(plan.request.start),
+        "factors": list(treatment.factors),
+        "tensors": sorted(treatment.scaled),
+        "one_plus": sorted(name for name, offset in treatment.scaled.items() if offset),
+    }
+
+
 def seam_record(seam: Seam) -> dict[str, Any]:
     return {
         "output_layers": list(seam.output_layers),
@@ -75,6 +97,7 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
         "dus_version": __version__,
         "base": base,
         **map_record(plan),
+        **{name: value for name, value in starts_record(plan).items() if value is not None},
         "assume": dict(plan.request.assume),
         "layer_prefix": plan.stack.prefix,
         "max_shard_size": plan.max_shard_bytes,
@@ -152,7 +175,50 @@ def recorded_treatment(record: dict[str, Any], layer_map: LayerMap) -> Treatment
     if dtype is not None and dtype not in [choice.value for choice in Dtype]:
         raise CheckpointError(f"{NAME}: dtype is {shown(dtype)}; it was damaged or edited")
     new_layers = frozenset(recorded_layers(record, layer_map))
-    return Treatment(str(record.get("layer_prefix")), new_layers, frozenset(zeros), dtype and Dtype(dtype))
+    by_layer, scaled = _recorded_scales(record, len(layer_map))
+    prefix = str(record.get("layer_prefix"))
+    return Treatment(prefix, new_layers, frozenset(zeros), dtype and Dtype(dtype), by_layer, scaled)
+
+
+def _recorded_scales(record: dict[str, Any], num_layers: int) -> tuple[tuple[float, ...], dict[str, int]]:
+    """The factor of each output layer, and what is scaled; nothing where dus.json says that nothing was.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    said = record.get("scaled")
+    if said is None:
+        return (), {}
+    fields: dict[str, Any] = said if isinstance(said, dict) else {}
+    by_layer, names, one_plus = (fields.get(key, 0) for key in ("factors", "tensors", "one_plus"))
+    if (
+        not isinstance(by_layer, list)
+        or len(by_layer) != num_layers
+        or not all(type(factor) in {int, float} and 0 < factor <= LARGEST_FACTOR for factor in by_layer)
+        or not _are_names(names)
+        or not _are_names(one_plus)
+    ):
+        raise CheckpointError(f"{NAME}: scaled is not what dus writes; it was damaged or edited")
+    return tuple(map(float, by_layer)), {name: int(name in one_plus) for name in names}
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def recorded_start(record: dict[str, Any]) -> StartRule:
+    """How dus.json says that new layers start, where no identity is what they are.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    said = record.get("scaled")
+    if said is None:
+        return StartRule()
+    try:
+        return StartRule.parse(said["start"])
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise CheckpointError(f"{NAME}: scaled is not what dus writes; it was damaged or edited") from None
 
 
 def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:

@@ -213,16 +213,21 @@ def _request(path: Path, record: dict[str, Any]) -> MapRequest:
     """The map as it was asked for: the shortest way that gives it."""
     recipe, trim, layers = record.get("recipe"), record.get("trim"), record.get("layers")
     assume = tuple(lineage.recorded_assumptions(record).items())
+    identity, start = bool(record.get("identity")), lineage.recorded_start(record)
     if recipe is not None:
         if not isinstance(recipe, str) or recipe not in RECIPES:
             raise _damaged(path, "recipe")
-        return MapRequest(recipe=recipe, identity=bool(record.get("identity")), assume=assume)
-    identity = bool(record.get("identity"))
+        return MapRequest(recipe=recipe, identity=identity, assume=assume, start=start)
+    double = record.get("double")
+    if double is not None:
+        if not isinstance(double, str):
+            raise _damaged(path, "double")
+        return MapRequest(double=double, identity=identity, assume=assume, start=start)
     if trim is None:
         if not isinstance(layers, str):
             raise _damaged(path, "layers")
-        return MapRequest(layers=layers, identity=identity, assume=assume)
-    return MapRequest(trim, copies=_copies(path, record), identity=identity, assume=assume)
+        return MapRequest(layers=layers, identity=identity, assume=assume, start=start)
+    return MapRequest(trim, copies=_copies(path, record), identity=identity, assume=assume, start=start)
 
 
 def _copies(path: Path, record: dict[str, Any]) -> int:

@@ -53,12 +53,16 @@ def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | N
 def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
     """The output layers that are the base (`LayerMap.base_outputs`).
 
-    None where a layer of the base is left out, and where the model was trained since.
+    None where a layer of the base is left out or was scaled, and where the model was trained since.
+
+    Raises:
+        CheckpointError: the record is damaged.
     """
     if record is None or layer_map is None or record.get("healing"):
         return None
     layers = tuple(layer for layer in layer_map.base_outputs if layer is not None)
-    if len(layers) < layer_map.num_base_layers:
+    scaled = lineage.recorded_treatment(record, layer_map).scaled_layers
+    if len(layers) < layer_map.num_base_layers or not set(layers).isdisjoint(scaled):
         return None
     name = record.get("base", {}).get("name")
     return BasePlan(layers, str(name or "base"))

@@ -14,8 +14,8 @@ from dus_cli.errors import shown, shown_list
 from dus_cli.hub.streaming import Streamed
 from dus_cli.planning.plan import Start, UpscalePlan
 from dus_cli.push.report import push_text
-from dus_cli.release.drawing import draw_kinds, draw_map
-from dus_cli.release.lineage import engines_record, map_record, seam_record
+from dus_cli.release.drawing import describe_scales, draw_kinds, draw_map
+from dus_cli.release.lineage import engines_record, map_record, seam_record, starts_record
 from dus_cli.release.remaking import Remaking
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.upscaling.space import Space
@@ -30,6 +30,7 @@ _VERIFIED_STREAM = "structure, what stands twice, whole files by sha256"
 
 _STATE = {
     Start.seams: "It is not healed yet: {seams} it worse than its base.",
+    Start.scaled: "It is not healed yet: its copies speak lower or louder than in its base.",
     Start.identity: "It computes what its base does, until its new layers are trained.",
     Start.base: "It has its base's layers, all and in order: there is nothing to heal.",
     Start.part: "It is not healed yet: the layers that it leaves out make it worse than its base.",
@@ -90,6 +91,7 @@ class UpscaleReport:
             "base_weights": {"read": plan.checkpoint.weight_files, "not_read": list(plan.checkpoint.unread)},
             "output": str(self.output),
             **map_record(plan),
+            **starts_record(plan),
             "seams": [seam_record(seam) for seam in layer_map.seams],
             "start": plan.start.value,
             "kinds": plan.output_kinds,
@@ -106,6 +108,7 @@ class UpscaleReport:
             "bytes_copied": self.tally.copied,
             "bytes_cast": self.tally.cast,
             "bytes_zeros": self.tally.zeros,
+            "bytes_scaled": self.tally.scaled,
             "streamed": None if self.streamed is None else asdict(self.streamed),
             "verified": self.verified,
             "published": self.published,
@@ -125,6 +128,8 @@ def plan_text(plan: UpscalePlan, width: int) -> str:
     title = f"{plan.base.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}{recipe}"
     if plan.treatment.zeros:
         title += f"\n{len(layer_map.new_layers)} new layers start as identities"
+    if plan.treatment.scaled:
+        title += f"\nstart {plan.request.start}: {describe_scales(plan.treatment.factors, plan.treatment.scaled)}"
     kinds = draw_kinds(plan.output_kinds, layer_map, width)
     return "\n".join([title, "", draw_map(layer_map, width), *kinds])
 
@@ -163,6 +168,7 @@ def upscale_text(report: UpscaleReport) -> str:
             ("copied", human_bytes(tally.copied)),
             *([("cast", human_bytes(tally.cast))] if tally.cast else []),
             *([("zeros", human_bytes(tally.zeros))] if tally.zeros else []),
+            *([("scaled", human_bytes(tally.scaled))] if tally.scaled else []),
             *_streamed_rows(report.streamed),
             ("verified", _VERIFIED_STREAM if streams_full else _VERIFIED[report.verified]),
             *([("reproduced", "every file is what the sums say")] if report.reproduced else []),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dus_cli.common.workers import PIECE, Workers, workers
 from dus_cli.errors import CheckpointError, shown
+from dus_cli.planning.scaling import Scale
 from dus_cli.planning.treatment import Making, made_pieces
 from dus_cli.source.direct import DirectFile, aligned_room
 from dus_cli.source.extents import Blocks
@@ -30,7 +31,7 @@ class Place(NamedTuple):
 class Comparison(NamedTuple):
     """A place, and one from which its bytes come: they must be the same, or what `making` makes of them.
 
-    `dtype` is the left one's where it is not the right one's.
+    `dtype` is the left one's where it is not the right one's, `scale` what the left one was multiplied by since.
     """
 
     left: Place
@@ -38,6 +39,7 @@ class Comparison(NamedTuple):
     right_name: str
     making: Making = Making.copied
     dtype: str | None = None
+    scale: Scale | None = None
 
     @property
     def other_kind(self) -> str | None:
@@ -88,7 +90,7 @@ def compare(
     """
     groups: dict[tuple[object, ...], list[Comparison]] = {}
     for pair in pairs:
-        key = pair.right.path, pair.right.tensor.name, pair.making, pair.dtype
+        key = pair.right.path, pair.right.tensor.name, pair.making, pair.dtype, pair.scale
         groups.setdefault(key, []).append(pair)
     blocks = None if reads_all else Blocks()
     with workers(jobs) as team:
@@ -163,7 +165,7 @@ class _Comparer:
             left_files = {
                 path: closing.enter_context(open_regular(path, 0)) for path in {pair.left.path for pair in pairs}
             }
-            for expected in made_pieces(right_file.fileno(), first.right.tensor, first.making, dtype):
+            for expected in made_pieces(right_file.fileno(), first.right.tensor, first.making, dtype, first.scale):
                 if self.stop.is_set():
                     return
                 for pair in pairs:

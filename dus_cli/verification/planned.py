@@ -10,6 +10,7 @@ from dus_cli.errors import DusError, VerificationError, shown, shown_list
 from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning.layout import ShardLayout
 from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.scaling import Scale
 from dus_cli.planning.treatment import Making
 from dus_cli.release import card, lineage
 from dus_cli.source.headers import TensorInfo, read_header
@@ -67,7 +68,7 @@ def check_bytes_against_plan(plan: UpscalePlan, folder: Path, jobs: int, on_byte
     """
 
     def comparisons() -> Iterator[Comparison]:
-        first: dict[str, Place] = {}
+        first: dict[tuple[str, Scale | None], Place] = {}
         for name, layout in plan.shards.items():
             for placement, start in layout.positions():
                 shape, end = placement.tensor.shape, start + placement.num_bytes
@@ -75,8 +76,9 @@ def check_bytes_against_plan(plan: UpscalePlan, folder: Path, jobs: int, on_byte
                 is_here = placement.shard.fingerprint is not None
                 if is_here or placement.making is Making.zeros:  # zeros have no need of a file
                     source = Place(placement.shard.path if is_here else written.path, placement.tensor)
-                    yield Comparison(written, source, "its source", placement.making, placement.dtype)
-                elif (twin := first.setdefault(placement.tensor.name, written)) is not written:
+                    making, scale = placement.making, placement.scale
+                    yield Comparison(written, source, "its source", making, placement.dtype, scale)
+                elif (twin := first.setdefault((placement.tensor.name, placement.scale), written)) is not written:
                     yield Comparison(written, twin, f"its twin {shown(twin.tensor.name)}")
 
     for problem in compare(comparisons(), jobs, on_bytes):

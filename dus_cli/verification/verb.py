@@ -99,9 +99,10 @@ def verify(
         found.problems.append(f"{lineage.NAME} says the model was healed: its tensors are no base's; leave out --base")
         base = None
     if layer_map is not None and not is_healed:
-        pairs, problems = _duplicates(tensors, layer_map, treatment)
+        pairs, problems, num_unlike = _duplicates(tensors, layer_map, treatment)
         if all_readable:  # else one bad shard would be told once for each of its tensors
             found.problems += problems
+        found.warnings += _only_by_a_base(num_unlike, base)
         if base is None and deep:  # else the base says more: what equals it equals its twin
             progress.start("comparing twins", _num_bytes(pairs))
             _compare_all(found, pairs, jobs, progress, reads_all=reads_all)
@@ -110,7 +111,7 @@ def verify(
         pairs, problems = _against_base(tensors, base, config, layer_map, treatment, assume)
         if all_readable:
             found.problems += problems
-        if any(pair.making is Making.cast for pair in pairs):
+        if any(pair.dtype not in {None, pair.right.tensor.dtype} for pair in pairs):
             require("--base of a model that was cast", "torch")
         progress.start("comparing with the base", _num_bytes(pairs))
         _compare_all(found, pairs, jobs, progress, reads_all=reads_all)
@@ -134,6 +135,13 @@ def _check_engines(
     found.engines = [one.to_json() for one in of_these]
     found.problems += judging.problems(of_these)
     found.warnings += judging.asides(of_these)
+
+
+def _only_by_a_base(num_unlike: int, base: Checkpoint | None) -> list[str]:
+    """A warning of tensors that nothing in the output can be held against, where no base is given."""
+    if not num_unlike or base is not None:
+        return []
+    return [f"{num_unlike} tensors were scaled otherwise than their twins: only --base can tell whether they are right"]
 
 
 def _check_pictures(folder: Path, found: Verification) -> None:
@@ -249,10 +257,11 @@ def _check_depth(decoder: DecoderConfig, layer_map: LayerMap) -> list[str]:
 
 def _duplicates(
     tensors: dict[str, Place], layer_map: LayerMap, treatment: Treatment
-) -> tuple[list[Comparison], list[str]]:
-    """Output layers with the same source: pairs to compare, and tensors that only one of them has.
+) -> tuple[list[Comparison], list[str], int]:
+    """Output layers with the same source: pairs to compare, tensors that only one of them has, and how many differ.
 
-    Each new layer is held against the base's own; in an identity, output projections against zeros.
+    Each new layer is held against the base's own; in an identity, output projections against zeros. Of two that were
+    scaled by unlike factors neither tells what the other is, unless one was left as it was in the base.
     """
     layer_prefix = treatment.layer_prefix
     layers: dict[int, dict[str, Place]] = {output: {} for output in range(len(layer_map))}
@@ -262,6 +271,7 @@ def _duplicates(
             layers[split.index][split.suffix] = place
     pairs: list[Comparison] = []
     problems: list[str] = []
+    num_unlike = 0
     base_outputs = layer_map.base_outputs
     for output in layer_map.new_layers:
         own = base_outputs[layer_map.sources[output]]
@@ -272,10 +282,17 @@ def _duplicates(
             problems.append(f"{shown(layer_prefix)}.{lacking} lacks {shown(suffix)}, which its twin layer has")
         for suffix in sorted(first.keys() & other.keys()):
             twin, copy = first[suffix], other[suffix]
-            is_zero = treatment.is_zero(copy.tensor.name)
-            source = _ZEROS if is_zero else f"its twin {shown(twin.tensor.name)}"
-            pairs.append(Comparison(copy, twin, source, Making.zeros if is_zero else Making.copied))
-    return pairs, problems
+            if treatment.is_zero(copy.tensor.name):
+                pairs.append(Comparison(copy, twin, _ZEROS, Making.zeros))
+                continue
+            theirs, ours = (treatment.scale_of(place.tensor.name, place.tensor) for place in (twin, copy))
+            if theirs is not None and theirs != ours:
+                num_unlike += 1
+                continue
+            scale = None if ours == theirs else ours
+            making = Making.copied if scale is None else Making.scaled
+            pairs.append(Comparison(copy, twin, f"its twin {shown(twin.tensor.name)}", making, scale=scale))
+    return pairs, problems, num_unlike
 
 
 def _against_base(
@@ -304,7 +321,8 @@ def _against_base(
             if name in tensors:
                 making, dtype = treatment.making(name, tensor), treatment.dtype_of(tensor)
                 source = _ZEROS if making is Making.zeros else f"the base's {shown(tensor.name)}"
-                pairs.append(Comparison(tensors[name], Place(shard.path, tensor), source, making, dtype))
+                scale = treatment.scale_of(name, tensor)
+                pairs.append(Comparison(tensors[name], Place(shard.path, tensor), source, making, dtype, scale))
             else:
                 problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
     problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dus_cli.planning.dtypes import Cast
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.scaling import Scale
 from dus_cli.planning.treatment import Making
 from dus_cli.source.checkpoint import Shard
 from dus_cli.source.headers import TensorInfo
@@ -16,8 +17,9 @@ from dus_cli.source.headers import TensorInfo
 class Move(NamedTuple):
     """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name, position).
 
-    They are copied as they are, or with `cast` as other numbers; then they are those of the tensor `name`.
-    `strided` is the tensor whose bytes they are where these do not lie in order.
+    They are copied as they are, or with `cast` as other numbers, and for each target times what `scales` has at its
+    place, if anything; then they are those of the tensor `name`. `strided` is the tensor whose bytes they are where
+    these do not lie in order.
     """
 
     source_start: int
@@ -26,6 +28,33 @@ class Move(NamedTuple):
     cast: Cast | None = None
     name: str = ""
     strided: TensorInfo | None = None
+    scales: tuple[Scale | None, ...] = ()
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether some target gets other bytes than the source has."""
+        return self.cast is not None or bool(self.scales)
+
+    @property
+    def number_size(self) -> int:
+        """Bytes of the source's numbers, which stay whole; 1 where bytes are moved as they are."""
+        if self.cast is not None:
+            return self.cast.source_size
+        return next((scale.size for scale in self.scales if scale is not None), 1)
+
+    def by_scale(self) -> dict[Scale | None, list[tuple[str, int]]]:
+        """The targets that get the same numbers."""
+        found: dict[Scale | None, list[tuple[str, int]]] = {}
+        for target, scale in zip(self.targets, self.scales or (None,) * len(self.targets), strict=True):
+            found.setdefault(scale, []).append(target)
+        return found
+
+    def to(self, as_they_are: Sequence[tuple[str, int]]) -> Move:
+        """The move to these of the targets that get the bytes as they are, and to all that get them scaled."""
+        pairs = [(target, scale) for target, scale in zip(self.targets, self.scales, strict=False) if scale is not None]
+        targets = (*as_they_are, *(target for target, _ in pairs))
+        scales = (*[None] * len(as_they_are), *(scale for _, scale in pairs)) if pairs else ()
+        return self._replace(targets=targets, scales=scales)
 
     def written(self, length: int) -> int:
         """How many bytes the first `length` ones are in the output."""
@@ -41,7 +70,7 @@ class Move(NamedTuple):
 
         0 also where numbers do not start at multiples of their size: no block begins with a whole one then.
         """
-        if self.cast is not None and self.source_start % self.cast.source_size:
+        if self.source_start % self.number_size:
             return 0
         return -(self.source_start + position) % BLOCK
 
@@ -52,13 +81,15 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
     Zeros need no move: a file is as long as planned, and zeros, before anything is moved into it.
     """
     wanted: dict[str, list[tuple[str, int]]] = {}
+    scales: dict[str, list[Scale | None]] = {}
     casts: dict[str, Cast] = {}
     for file_name, layout in plan.shards.items():
         for placement, start in layout.positions():
             if placement.making is Making.zeros:
                 continue
             wanted.setdefault(placement.tensor.name, []).append((file_name, start))
-            if placement.making is Making.cast:
+            scales.setdefault(placement.tensor.name, []).append(placement.scale)
+            if placement.dtype != placement.tensor.dtype:
                 casts[placement.tensor.name] = Cast(placement.tensor.dtype, placement.dtype)
     for shard in plan.checkpoint.shards:
         joined: list[Move] = []
@@ -67,13 +98,14 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
             if not targets or not tensor.num_bytes:
                 continue
             cast, strided = casts.get(tensor.name), tensor if tensor.strides is not None else None
-            if cast is not None or strided is not None:
-                joined.append(Move(tensor.start, tensor.num_bytes, targets, cast, tensor.name, strided))
+            by_target = tuple(scales[tensor.name]) if any(scales[tensor.name]) else ()
+            if cast is not None or strided is not None or by_target:
+                joined.append(Move(tensor.start, tensor.num_bytes, targets, cast, tensor.name, strided, by_target))
                 continue
             last = joined[-1] if joined else None
             if (
                 last is not None
-                and last.cast is None
+                and not last.is_changed
                 and last.strided is None
                 and last.source_start + last.length == tensor.start
                 and targets == tuple((name, start + last.length) for name, start in last.targets)

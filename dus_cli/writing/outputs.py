@@ -18,18 +18,20 @@ from dus_cli.common.storage import sync
 from dus_cli.planning.dtypes import overflow
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
+from dus_cli.planning.scaling import Scale
 from dus_cli.source.reading import open_descriptor
 from dus_cli.writing.moves import Move
 
 
 @dataclass
 class Tally:
-    """Bytes of tensor data that were cloned, that were copied, that were cast, and that are zeros."""
+    """Bytes of tensor data that were cloned, copied, cast, or scaled, and that are zeros."""
 
     cloned: int = 0
     copied: int = 0
     cast: int = 0
     zeros: int = 0
+    scaled: int = 0
 
 
 KEPT = "what was fetched is kept, and the same command goes on from there"
@@ -114,16 +116,13 @@ class Outputs:
             CheckpointError: a finite number is beyond the dtype that it is cast to.
             OutputError: writing failed.
         """
-        made = piece
-        if move.cast is not None:
-            made = room[: move.written(len(piece))]
-            if move.cast(piece, made):
-                raise overflow(move.name, move.cast)
-        for name, start in move.targets:
-            target = start + move.written(position)
-            self.write(name, target, made, direct=direct and target % BLOCK == 0 and len(made) % BLOCK == 0)
-        num_bytes = len(made) * len(move.targets)
-        self.done(**{"copied" if move.cast is None else "cast": num_bytes})
+        for scale, targets in move.by_scale().items():
+            made = _made(move, piece, room, scale)
+            for name, start in targets:
+                target = start + move.written(position)
+                self.write(name, target, made, direct=direct and target % BLOCK == 0 and len(made) % BLOCK == 0)
+            way = "scaled" if scale is not None else "copied" if move.cast is None else "cast"
+            self.done(**{way: len(made) * len(targets)})
 
     def write(self, name: str, start: int, piece: memoryview, *, direct: bool) -> None:
         written = 0
@@ -160,9 +159,28 @@ class Outputs:
             with writing(name, self.left):
                 sync(files.buffered)
 
-    def done(self, cloned: int = 0, copied: int = 0, cast: int = 0) -> None:
+    def done(self, cloned: int = 0, copied: int = 0, cast: int = 0, scaled: int = 0) -> None:
         with self._lock:
             self.tally.cloned += cloned
             self.tally.copied += copied
             self.tally.cast += cast
-        self.on_bytes(cloned + copied + cast)
+            self.tally.scaled += scaled
+        self.on_bytes(cloned + copied + cast + scaled)
+
+
+def _made(move: Move, piece: memoryview, room: memoryview, scale: Scale | None) -> memoryview:
+    """What a target gets for these bytes: themselves, or what a cast and a factor make of them, in `room`.
+
+    Raises:
+        CheckpointError: a finite number is beyond its dtype then.
+    """
+    if move.cast is None and scale is None:
+        return piece
+    made = room[: move.written(len(piece))]
+    if move.cast is None:
+        made[:] = piece
+    elif move.cast(piece, made):
+        raise overflow(move.name, move.cast)
+    if scale is not None:
+        scale.apply(made, move.name)
+    return made

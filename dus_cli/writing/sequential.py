@@ -17,7 +17,7 @@ from dus_cli.common.workers import PIECE, Workers, workers
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.planning.layout import Placement, ShardLayout
 from dus_cli.planning.plan import UpscalePlan
-from dus_cli.planning.treatment import Making, made_pieces
+from dus_cli.planning.treatment import made_pieces
 from dus_cli.source.checkpoint import Shard
 from dus_cli.source.reading import open_descriptor, unreadable
 from dus_cli.writing.outputs import Tally
@@ -62,7 +62,7 @@ def transfer_in_order(
         check_unchanged(shard)
     tally = Tally()
     for placement in plan.placements:
-        moved = {Making.copied: "copied", Making.cast: "cast", Making.zeros: "zeros"}[placement.making]
+        moved = placement.making.value
         setattr(tally, moved, getattr(tally, moved) + placement.num_bytes)
     return tally
 
@@ -98,7 +98,8 @@ def _pieces(placement: Placement, file: int) -> Iterator[bytes | memoryview]:
     """An output tensor's bytes, all of them."""
     num_bytes = 0
     try:
-        for piece in made_pieces(file, placement.tensor, placement.making, placement.dtype):
+        making = placement.making
+        for piece in made_pieces(file, placement.tensor, making, placement.dtype, placement.scale):
             num_bytes += len(piece)
             yield piece
     except OSError as error:

@@ -174,7 +174,7 @@ class ShardMover:
             names = (name for move in shard_moves for name, _ in move.targets)
             self.outputs = Outputs(self.folder, names, closing, self.on_bytes, self.tally)
             # Cloning is work for the file system's metadata alone: threads only contend for it.
-            casts = any(move.cast is not None for move in shard_moves)
+            casts = any(move.is_changed for move in shard_moves)
             pieces = [p for move in shard_moves for p in ([move] if self._clones(move) else _cut(move))]
             queue = iter(pieces)
             num_threads = 1 if self.clone and not casts else jobs
@@ -203,7 +203,7 @@ class ShardMover:
     def _clone(self, move: Move, view: memoryview) -> Move:
         """Clone to every target that agrees with the source; return what is left to copy."""
         left: list[tuple[str, int]] = []
-        for name, start in move.targets:
+        for name, start in move.by_scale().pop(None, []):
             head = -start % BLOCK
             body = (move.length - head) // BLOCK * BLOCK
             if (move.source_start - start) % BLOCK or body <= 0:
@@ -225,7 +225,7 @@ class ShardMover:
             self._copy(Move(move.source_start, head, ((name, start),)), view)
             self._copy(Move(move.source_start + head + body, tail, ((name, start + head + body),)), view)
             self.outputs.done(cloned=body)
-        return move._replace(targets=tuple(left))
+        return move.to(left)
 
     def _not_cloned(self, name: str, error: OSError) -> OutputError:
         """Of an error that may be the source's or the output's."""
