@@ -59,6 +59,10 @@ class HealError(DusError):
     """A run cannot start, cannot go on, or is taken."""
 
 
+class LoadError(DusError):
+    """transformers cannot load a model, or would make up some of its weights."""
+
+
 class EvaluationError(DusError):
     """A model cannot be evaluated, or its result cannot be kept."""
 

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 
 from dus_cli.common.reference import ModelRef  # noqa: E402
-from dus_cli.errors import EvaluationError  # noqa: E402
+from dus_cli.errors import EvaluationError, LoadError  # noqa: E402
 from dus_cli.evaluation import intervals, scorer  # noqa: E402
 from dus_cli.evaluation.options import ScoringOptions, TextOptions  # noqa: E402
 from dus_cli.evaluation.report import LossReport  # noqa: E402
@@ -476,7 +476,7 @@ def test_a_model_that_makes_no_sense_is_named(home: Path, tmp_path: Path) -> Non
         found([home / "base", broken], home / "corpus.jsonl")
     del tensors["model.norm.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EvaluationError, match=r"no weights for model\.norm\.weight and would make them up"):
+    with pytest.raises(LoadError, match=r"no weights for model\.norm\.weight and would make them up"):
         found([broken], home / "corpus.jsonl")
 
 

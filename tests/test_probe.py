@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from dus_cli.common.reference import ModelRef  # noqa: E402
 from dus_cli.data.sample import Packed, read_sample  # noqa: E402
 from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
-from dus_cli.errors import ProbeError  # noqa: E402
+from dus_cli.errors import LoadError, ProbeError  # noqa: E402
 from dus_cli.maps.layers import source_layers  # noqa: E402
 from dus_cli.models.precision import Precision  # noqa: E402
 from dus_cli.planning.plan import MapRequest  # noqa: E402
@@ -266,7 +266,7 @@ def test_streaming_reads_what_it_must_or_says_why_not(model: Path, corpus: Path,
     tensors = {k: v for k, v in load_file(path).items() if k != "model.layers.3.mlp.up_proj.weight"}
     save_file(tensors, path, {"format": "pt"})
     for streams in (False, True):
-        with pytest.raises(ProbeError, match=r"finds no tensor in .* for .*mlp.up_proj.weight"):
+        with pytest.raises(LoadError, match=r"finds no weights for .*mlp.up_proj.weight"):
             measured(broken, corpus, stream_layers=streams)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from dus_cli.data.streams import IGNORED
-from dus_cli.errors import EvaluationError, HealError, reason_of, shown, shown_list
+from dus_cli.errors import EvaluationError, HealError, reason_of, shown
 from dus_cli.evaluation.windows import Window
 from dus_cli.models.decoder import Decoder
+from dus_cli.models.loading import load_model
 from dus_cli.models.losses import Head, cross_entropies, token_losses
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,26 +58,9 @@ def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
     """A causal language model with all its weights, for inference. No code of the checkpoint's is run.
 
     Raises:
-        EvaluationError: transformers cannot load it, or would make up weights that the files lack.
+        LoadError: transformers cannot load it, or would make up weights that the files lack.
     """
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=_DTYPES[precision],
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise EvaluationError(f"transformers cannot load {shown(name)}: {reason_of(error)}") from error
-    missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
-    if missing:
-        raise EvaluationError(
-            f"{shown(name)}: transformers finds no weights for {shown_list(sorted(missing))} and would make them up; "
-            "dus verify tells what the files hold"
-        )
+    model = load_model(folder, name, _DTYPES[precision])
     model.requires_grad_(False)
     return model.to(device).eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from dus_cli.errors import ProbeError, reason_of, shown, shown_list
+from dus_cli.errors import ProbeError, shown, shown_list
 from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.models.decoder import layers_of
+from dus_cli.models.loading import STORED_DTYPES, load_config, load_model, no_weights, refusals_told
 from dus_cli.probe.replay import Ready
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import TensorInfo
@@ -23,40 +23,31 @@ from dus_cli.source.reading import open_regular, reading
 if TYPE_CHECKING:
     from io import FileIO
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[Any, Ready]:
     """The whole model as transformers loads it, in evaluation mode.
 
     Raises:
-        ProbeError: transformers cannot load it, or finds no tensor for some of its parameters.
+        LoadError: transformers cannot load it, or would make up weights that the files lack.
     """
-    from transformers import AutoModelForCausalLM
-
-    with _loading(checkpoint):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    if found["missing_keys"]:
-        raise _missing(checkpoint, sorted(found["missing_keys"]))
-    return model.to(device).eval(), lambda _: nullcontext()
+    return load_model(checkpoint.folder, checkpoint.folder, dtype).to(device).eval(), lambda _: nullcontext()
 
 
 def stream(checkpoint: Checkpoint, stack: LayerStack, dtype: torch.dtype, device: torch.device) -> tuple[Any, Ready]:
     """The model with all but its layers' weights, and a way to give a layer its own for a while.
 
     Raises:
-        ProbeError: as `load`; or the weights are pickled or quantised.
+        LoadError: as `load`.
+        ProbeError: the weights are pickled or quantised.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if checkpoint.is_pickled:
         raise ProbeError("--stream-layers reads safetensors, and these weights are pickled; leave it out")
     if "quantization_config" in checkpoint.config:
         raise ProbeError("--stream-layers does not read quantised weights; leave it out")
-    with _loading(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    with refusals_told(checkpoint.folder):
+        config = load_config(checkpoint.folder)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     streamed = _Streamed(checkpoint, stack, model.eval(), dtype, device)
@@ -71,7 +62,7 @@ class _Stored:
     tensor: TensorInfo
 
     def __getitem__(self, _whole: object) -> Tensor:
-        dtype = _DTYPES.get(self.tensor.dtype)
+        dtype = STORED_DTYPES.get(self.tensor.dtype)
         if dtype is None:
             raise ProbeError(f"{shown(self.tensor.name)} is {self.tensor.dtype}, which --stream-layers does not read")
         content = bytearray(self.tensor.num_bytes)
@@ -114,7 +105,7 @@ class _Streamed:
         of_layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
         lacking = [n for n, p in self._model.named_parameters() if p.is_meta and id(p) not in of_layers]
         if lacking:
-            raise _missing(self._checkpoint, lacking)
+            raise no_weights(self._checkpoint.folder, lacking)
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
@@ -128,7 +119,7 @@ class _Streamed:
             self._load(self._stored[number])
             lacking = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
             if lacking:
-                raise _missing(self._checkpoint, [f"layer {number}: {name}" for name in lacking])
+                raise no_weights(self._checkpoint.folder, [f"layer {number}: {name}" for name in lacking])
             yield
         finally:
             for module, name, parameter in empty:
@@ -143,7 +134,7 @@ class _Streamed:
         settings = LoadStateDictConfig(
             dtype=self._dtype, dtype_plan=plan, device_map={"": self._device}, weight_mapping=self._mapping
         )
-        with _loading(self._checkpoint):
+        with refusals_told(self._checkpoint.folder):
             found, _ = convert_and_load_state_dict_in_model(self._model, stored, settings)
         wrong = [*(name for name, *_ in found.mismatched_keys), *found.conversion_errors]
         if wrong:
@@ -169,28 +160,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _loading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Let transformers work: its bars and remarks are not shown, what it refuses is one line."""
-    from transformers.utils import logging as theirs
-
-    level, has_bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
-    try:
-        yield
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise ProbeError(f"transformers cannot load {shown(checkpoint.folder)}: {reason_of(error)}") from error
-    finally:
-        theirs.set_verbosity(level)
-        if has_bars:
-            theirs.enable_progress_bar()
-
-
-def _missing(checkpoint: Checkpoint, names: list[str]) -> ProbeError:
-    return ProbeError(
-        f"transformers finds no tensor in {shown(checkpoint.folder)} for {shown_list(names)}; the checkpoint is "
-        "incomplete, or written for another version of transformers"
-    )

@@ -29,8 +29,9 @@ from dus_cli.heal.launch.plan import data_record
 from dus_cli.heal.metrics import read_metrics
 from dus_cli.heal.proof.card import healed_card
 from dus_cli.heal.train.optimizer import Optimizer, local
-from dus_cli.heal.train.origin import STORED_DTYPES, not_written_back, parameter_names, read_elements
+from dus_cli.heal.train.origin import not_written_back, parameter_names, read_elements
 from dus_cli.maps.shape import flops_per_token, pretraining_flops, shape_of
+from dus_cli.models.loading import STORED_DTYPES
 from dus_cli.pictures.curves import loss_curve
 from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning.plan import dump_json

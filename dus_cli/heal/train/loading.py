@@ -6,14 +6,14 @@ import importlib.util
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from dus_cli.errors import HealError, reason_of, shown
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.run import Run
 from dus_cli.models.attention import attend_by_document
 from dus_cli.models.decoder import Decoder, stack_name
+from dus_cli.models.loading import load_config, load_model, refusals_told
 from dus_cli.models.team import Team
 
 
@@ -23,26 +23,24 @@ def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
     Each worker reads its shards only (transformers' `DistributedConfig`); weights never exist whole.
 
     Raises:
-        HealError: transformers cannot load it, or it is of an unknown structure.
+        LoadError: transformers cannot load it, or would make up weights that the files lack.
+        HealError: it is of an unknown structure.
     """
-    try:
-        config = _without_dropout(AutoConfig.from_pretrained(run.model, local_files_only=True, trust_remote_code=False))
+    with refusals_told(run.model):
+        config = _without_dropout(load_config(run.model))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        attention = _attention(run, team, skeleton)
-        if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:  # what it reads no compiler can
-            attend_by_document()
-        model = AutoModelForCausalLM.from_pretrained(
-            run.model,
-            config=config,
-            dtype=torch.bfloat16 if run.fit.precision == "bf16" else torch.float32,
-            attn_implementation=attention,
-            distributed_config=_distribution(run, team, skeleton),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise HealError(f"transformers cannot load {shown(run.model)}: {reason_of(error)}") from error
+    attention = _attention(run, team, skeleton)
+    if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:  # what it reads no compiler can
+        attend_by_document()
+    model = load_model(
+        run.model,
+        run.model,
+        torch.bfloat16 if run.fit.precision == "bf16" else torch.float32,
+        config=config,
+        attn_implementation=attention,
+        distributed_config=_distribution(run, team, skeleton),
+    )
     if team.size == 1:
         model = model.to(team.device)
     model.eval()  # until a step is made: routers are noisy in training

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from dus_cli.errors import HealError, shown, shown_list
+from dus_cli.models.loading import STORED_DTYPES
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import open_regular, reading
 
 if TYPE_CHECKING:
     from dus_cli.models.decoder import Decoder
-
-
-STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def parameter_names(source: Checkpoint, student: Decoder) -> dict[str, str]:
