@@ -10,7 +10,7 @@ STACK  := .venv-stack
 help:
 	@echo "make demo   deepen a real 30-layer model to 46 layers, verify it, let both write"
 	@echo "make test   everything CI runs: ruff, mypy --strict, docs checks, tests"
-	@echo "make stack  a healed model in TRL, PEFT, lm-evaluation-harness, mergekit, llama.cpp, older transformers; eval --tasks"
+	@echo "make stack  a healed model in TRL, PEFT, lm-evaluation-harness, mergekit, llama.cpp, MLX, older transformers; eval --tasks"
 	@echo "make docs   write docs/cli.md and docs/dus.1 from the code, docs/layer-map.svg from the map"
 	@echo "make clean  remove what the others made"
 
@@ -57,6 +57,8 @@ $(STACK)/.stack: $(STACK)/.installed tests/stack/requirements.txt
 		transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
 	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-4.40.2 \
 		transformers==4.40.2 tokenizers==0.19.1 huggingface_hub==0.23.5
+	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-4.51.3 \
+		transformers==4.51.3 tokenizers==0.21.4 huggingface_hub==0.36.0
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(STACK)/stack \
 		llama-cpp-python==$(lastword $(subst -, ,$(LLAMA_CPP)))
 	tar -xzf $(STACK)/stack/$(LLAMA_CPP).tar.gz -C $(STACK)/stack/llama.cpp --strip-components 3 \
