@@ -1,6 +1,6 @@
 """dus: depth up-scaling of Hugging Face checkpoints (SOLAR 10.7B, arXiv:2312.15166).
 
-    from dus_cli import upscale, plan, verify
+    from dus_cli import upscale, plan, verify, push, heal, probe, evaluate
 
 These and their results are loaded when they are first asked for (PEP 562), so that importing the package costs nothing.
 """
@@ -15,6 +15,22 @@ _MODULES = {
     "plan": "api",
     "upscale": "api",
     "verify": "api",
+    "evaluate": "verbs",
+    "ProbeOptions": "probe.options",
+    "TextOptions": "evaluation.options",
+    "TaskOptions": "evaluation.options",
+    "ScoringOptions": "evaluation.options",
+    "Gates": "evaluation.report",
+    "PushOptions": "push.options",
+    "DataOptions": "heal.options",
+    "Budget": "heal.options",
+    "Recipe": "heal.options",
+    "Fit": "heal.options",
+    "Launch": "heal.options",
+    "Keeping": "heal.options",
+    "EvalReport": "evaluation.report",
+    "Probe": "probe.found",
+    "PushReport": "push.report",
     "DusError": "errors",
     "UsageError": "errors",
     "Progress": "progress",
@@ -23,7 +39,13 @@ _MODULES = {
 }
 
 
+# Verbs whose room has their name: the room can be called (common/rooms.py).
+_ROOMS = ("heal", "probe", "push")
+
+
 def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
@@ -36,13 +58,32 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Budget",
+    "DataOptions",
     "DusError",
+    "EvalReport",
+    "Fit",
+    "Gates",
+    "Keeping",
+    "Launch",
+    "Probe",
+    "ProbeOptions",
     "Progress",
+    "PushOptions",
+    "PushReport",
+    "Recipe",
+    "ScoringOptions",
+    "TaskOptions",
+    "TextOptions",
     "UpscaleReport",
     "UsageError",
     "Verification",
     "__version__",
+    "evaluate",
+    "heal",
     "plan",
+    "probe",
+    "push",
     "upscale",
     "verify",
 ]

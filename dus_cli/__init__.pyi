@@ -1,20 +1,47 @@
 # The package's names for type checkers; __init__.py loads each when it is first asked for.
 from dus_cli.api import plan, upscale, verify
 from dus_cli.errors import DusError, UsageError
+from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
+from dus_cli.evaluation.report import EvalReport, Gates
+from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe
+from dus_cli.probe.found import Probe
+from dus_cli.probe.options import ProbeOptions
 from dus_cli.progress import Progress
+from dus_cli.push.options import PushOptions
+from dus_cli.push.report import PushReport
 from dus_cli.upscaling.report import UpscaleReport
+from dus_cli.verbs import evaluate, heal, probe, push
 from dus_cli.verification.report import Verification
 
 __version__: str
 
 __all__ = [
+    "Budget",
+    "DataOptions",
     "DusError",
+    "EvalReport",
+    "Fit",
+    "Gates",
+    "Keeping",
+    "Launch",
+    "Probe",
+    "ProbeOptions",
     "Progress",
+    "PushOptions",
+    "PushReport",
+    "Recipe",
+    "ScoringOptions",
+    "TaskOptions",
+    "TextOptions",
     "UpscaleReport",
     "UsageError",
     "Verification",
     "__version__",
+    "evaluate",
+    "heal",
     "plan",
+    "probe",
+    "push",
     "upscale",
     "verify",
 ]

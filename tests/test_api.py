@@ -17,8 +17,27 @@ from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkp
 from conftest import dus
 
 import dus_cli
-from dus_cli import DusError, UpscaleReport, UsageError, Verification, plan, upscale, verify
+from dus_cli import (
+    Budget,
+    DataOptions,
+    DusError,
+    Gates,
+    Keeping,
+    ProbeOptions,
+    PushOptions,
+    Recipe,
+    ScoringOptions,
+    TextOptions,
+    UpscaleReport,
+    UsageError,
+    Verification,
+    plan,
+    upscale,
+    verify,
+)
+from dus_cli.heal.options import Distill, Span
 from dus_cli.progress import NoProgress
+from dus_cli.verbs import evaluate, heal, heal_options, probe, push
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +60,19 @@ SIGNATURES: dict[Any, str] = {
     f"checksums: 'bool' = False, {PUSH}, progress: 'Progress | None' = None) -> 'UpscaleReport'",
     plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}checksums: 'bool' = False, {PUSH}) "
     "-> 'UpscaleReport'",
+    probe: "(model: 'str | Path', options: 'ProbeOptions', *, revision: 'str | None' = None, "
+    "token: 'str | None' = None, dry_run: 'bool' = False, "
+    "progress: 'Progress | None' = None) -> 'Probe'",
+    evaluate: "(models: 'Sequence[str | Path]', *, text: 'TextOptions | None' = None, "
+    "tasks: 'TaskOptions | None' = None, scoring: 'ScoringOptions | None' = None, "
+    "gates: 'Gates | None' = None, with_base: 'bool' = False, "
+    "token: 'str | None' = None, progress: 'Progress | None' = None) -> 'EvalReport'",
+    push: "(output: 'str | Path', repo: 'str', options: 'PushOptions | None' = None, *, dry_run: 'bool' = False, "
+    "progress: 'Progress | None' = None) -> 'PushReport'",
+    heal: "(model: 'str | Path', output: 'str | Path | None' = None, *, data: 'DataOptions', "
+    "budget: 'Budget | None' = None, recipe: 'Recipe | None' = None, fit: 'Fit | None' = None, "
+    "launch: 'Launch | None' = None, keeping: 'Keeping | None' = None, dry_run: 'bool' = False, "
+    "view: 'View | None' = None) -> 'dict[str, Any]'",
     verify: "(folder: 'str | Path', *, base: 'str | Path | None' = None, engines: 'Sequence[str]' = (), "
     "token: 'str | None' = None, jobs: 'int' = 4, read: 'bool' = False, "
     "progress: 'Progress | None' = None) -> 'Verification'",
@@ -77,8 +109,13 @@ FIELDS: dict[Any, dict[str, str]] = {
 
 
 def test_the_package_exports_these_names() -> None:
-    names = ["DusError", "Progress", "UpscaleReport", "UsageError", "Verification"]
-    assert dus_cli.__all__ == [*names, "__version__", "plan", "upscale", "verify"]
+    options = (
+        "ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget Recipe Fit Launch"
+    )
+    reports = "UpscaleReport Verification Probe EvalReport PushReport"
+    names = f"{options} Keeping {reports} DusError UsageError Progress".split()
+    verbs = "evaluate heal plan probe push upscale verify".split()
+    assert dus_cli.__all__ == [*sorted(names), "__version__", *verbs]
     assert set(dus_cli.__all__) <= set(dir(dus_cli))
     with pytest.raises(AttributeError, match="no attribute 'downscale'"):
         _ = dus_cli.downscale  # type: ignore[attr-defined]
@@ -222,6 +259,104 @@ def test_ctrl_c_in_a_notebook_leaves_nothing_behind(tmp_path: Path, num_times: i
         process.send_signal(signal.SIGINT)
     assert process.communicate()[0] == "interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+# --- heal, probe, evaluate and push -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["", "import dus_cli.heal.options, dus_cli.probe.maps, dus_cli.push.target; "])
+def test_a_verb_with_the_name_of_its_room_is_both(order: str) -> None:
+    code = (
+        f"{order}from dus_cli import heal, probe, push, evaluate\n"
+        "import inspect, dus_cli.verbs as verbs\n"
+        "for verb in (heal, probe, push):\n"
+        "    function = getattr(verbs, verb.__name__.rpartition('.')[2])\n"
+        "    assert inspect.signature(verb) == inspect.signature(function)\n"
+        "import dus_cli.probe.maps as maps\n"
+        "assert evaluate is verbs.evaluate and maps.Cost\n"
+        "try: push('nowhere', 'no id')\n"
+        "except verbs.UsageError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert "no id" in done.stdout
+
+
+def test_options_from_python_may_be_values_or_what_would_be_typed() -> None:
+    typed: dict[str, Any] = {"warmup": "10%", "distill": "0.5:80%", "schedule": "constant", "betas": "0.8,0.9"}
+    found = heal_options(
+        "~/out",
+        data=DataOptions(files="a.jsonl", eval_files=[Path("b.txt")]),  # type: ignore[arg-type]
+        budget=Budget(tokens="10M", until="base"),  # type: ignore[arg-type]
+        recipe=Recipe(**typed),
+    )
+    assert found.model == Path("~/out").expanduser()
+    assert found.output.name == "out-healed"
+    assert (found.data.files, found.data.eval_files) == (("a.jsonl",), ("b.txt",))
+    assert (found.budget.tokens, found.budget.until) == (10_000_000, "base")
+    assert (found.recipe.warmup, found.recipe.betas) == (Span(share=0.1), (0.8, 0.9))
+    assert found.recipe.distill == Distill(0.5, Span(share=0.8))
+    same = heal_options(Path("out"), "healed", data=DataOptions(files=("a",)), recipe=Recipe(warmup=Span(share=0.1)))
+    assert same.recipe.warmup == found.recipe.warmup
+
+
+WRONG: list[tuple[Any, str]] = [
+    (lambda: heal_options("out", data=DataOptions(files=("a",)), budget=Budget(steps=0)), "steps: 0 is not a whole"),
+    (lambda: heal_options("out", data=DataOptions(files=("a",), holdout="9x")), "holdout: 9x is no share"),  # type: ignore[arg-type]
+    (lambda: heal_options("out", data=DataOptions(files=("a",), special_tokens=1)), "special_tokens: 1 is no bool"),  # type: ignore[arg-type]
+    (lambda: heal_options("out", data=DataOptions(files=("a",)), keeping=Keeping(track="x")), "track: 'x' is not"),  # type: ignore[arg-type]
+    (lambda: heal_options("out", data=DataOptions(files=("a",)), recipe=Recipe(lr=None)), "lr: None is no value"),  # type: ignore[arg-type]
+    (lambda: probe("out", ProbeOptions(data=("a",), layers=("a:b",))), "layers: "),
+    (lambda: push("out", "org/name", PushOptions(jobs=65)), "jobs: 65 is not a whole number from 1 to 64"),
+    (lambda: evaluate(["out"]), "--data: there is nothing to evaluate on"),
+    (lambda: evaluate([], text=TextOptions(data=("a",))), "models: there is none"),
+    (lambda: evaluate(["a", "b"], text=TextOptions(data=("a",)), gates=Gates(max_drop=1)), "--max-drop: it judges"),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), WRONG, ids=[says for _, says in WRONG])
+def test_an_option_that_is_no_value_of_its_kind_is_one_line(call: Any, says: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        call()
+    assert str(raised.value).startswith(says)
+    assert "\n" not in str(raised.value)
+
+
+def test_probe_evaluate_and_heal_return_what_the_commands_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    import tiny
+
+    from dus_cli.probe.report import probe_json
+
+    monkeypatch.chdir(tmp_path)
+    tiny.write_corpus(tmp_path / "text.jsonl")
+    tiny.upscaled(tiny.write_base(tmp_path / "base"), tmp_path / "scaled")
+    here = f"import os; os.chdir({str(tmp_path)!r})"
+    capfd.readouterr()
+    options = ProbeOptions(data=("text.jsonl",), tokens=500, trims=(1, 2))
+    found = probe_json(probe(Path("base"), options))
+    typed = tiny.forked_dus(
+        *("probe", "./base", "--data", "text.jsonl", "--tokens", "500", "--trims", "1:2", "--json"), first=here
+    ).report
+    assert found["maps"] == typed["maps"]
+    report = evaluate(
+        ["./base", Path("scaled")], text=TextOptions(data=("text.jsonl",)), scoring=ScoringOptions(seq_length=32)
+    )
+    assert report.losses is not None
+    assert [model.name for model in report.losses.models] == ["base", "scaled"]
+    data = DataOptions(files=("text.jsonl",), seq_length=64)
+    planned = heal("scaled", data=data, budget=Budget(steps=3), dry_run=True)
+    assert (planned["dry_run"], planned["steps"]) == (True, 3)
+    done = heal("scaled", "healed", data=data, budget=Budget(steps=3), recipe=Recipe(batch_tokens=256))
+    assert done["status"] in ("healed", "trained")
+    assert done == json.loads((tmp_path / "healed/report.json").read_text()) | {
+        "model": str(tmp_path / "scaled"),
+        "output": str(tmp_path / "healed"),
+    }
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_example_of_the_docs_runs(base: Path, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from dus_cli.common import storage
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, OutputError
 from dus_cli.heal.launch import verb as launcher
-from dus_cli.heal.launch.resolve import Wishes, open_model
-from dus_cli.heal.options import DataOptions
+from dus_cli.heal.launch.resolve import open_model
+from dus_cli.heal.options import DataOptions, HealOptions
 from dus_cli.heal.watch.views import NoView
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import MapRequest
@@ -500,7 +500,7 @@ def test_healing_where_checkpoints_could_not_get_their_names_is_refused_at_once(
     done = dus("heal", tmp_path / "out", "--data", data, "-o", known / "healed", "--dry-run")
     done.assert_one_line_error("cannot be healed into", "s3fs", "heal on a disk")
     asked = mounted(IN_PLACE, "asked")
-    wishes = Wishes(model=tmp_path / "out", output=asked / "healed", data=DataOptions(files=(str(data),)))
+    wishes = HealOptions(model=tmp_path / "out", output=asked / "healed", data=DataOptions(files=(str(data),)))
     with pytest.raises(OutputError, match=r"cannot be healed into.*Function not implemented"):
         launcher.prepare_run(wishes, open_model(tmp_path / "out"), NoView())
     unsynced = mounted(Refusals(fsync="EINVAL"), "unsynced")

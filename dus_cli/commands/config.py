@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable, Mapping
-from decimal import Decimal
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Optional, Union, get_args, get_origin
@@ -78,6 +76,8 @@ def _texts(path: Path, context: typer.Context, kinds: Mapping[str, Any], convert
     parameters = {key: p for p in context.command.params if p.name not in _NOT_IN_A_FILE for key in _keys(p)}
     unknown = [str(key) for key in content if str(key).replace("_", "-") not in parameters]
     if unknown:
+        from difflib import get_close_matches
+
         near = get_close_matches(unknown[0].replace("_", "-"), parameters, 1)
         hint = f"; do you mean {near[0]}?" if near else f"; see dus {command} --help"
         raise UsageError(f"{name}: dus {command} has no option {shown_list(unknown)}{hint}")
@@ -124,6 +124,8 @@ def _text(value: Any, kind: Any) -> Any:
         raise TypeError(f"{_said(value)} is no value of this option; write a text or a number")
     if kind in (str, Path):  # 1e3 or 007 would be read as another text than the one that was written
         raise TypeError(f"{_said(value)} is a number, and this option takes a text; write it in quotes")
+    from decimal import Decimal
+
     return format(Decimal(repr(value)), "f")
 
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from dus_cli import verbs
 from dus_cli.commands.options import AsJson, Quiet, ShowProgress, path_parser, progress_for
 from dus_cli.commands.signature import takes_options
-from dus_cli.common.libraries import require
 from dus_cli.common.reference import ModelRef
 from dus_cli.console.terminal import fitted
 from dus_cli.errors import GateError
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.picture import eval_svg
-from dus_cli.evaluation.report import EvalReport, Gates, LossReport
-from dus_cli.evaluation.tasks import TaskReport
+from dus_cli.evaluation.report import EvalReport, Gates
 from dus_cli.hub.options import Token
 from dus_cli.pictures.files import check_picture, write_pictures
 from dus_cli.progress import ProgressMode
@@ -78,9 +76,10 @@ def evaluate(
     Directories or Hub ids side by side: a base, the model scaled up from it, the healed one.
     """
     refs = _in_order(models, baseline, token)
-    has_data, has_tasks = bool(text.data), bool(tasks.tasks)
-    _check_combination(len(refs) + with_base, gates, has_data=has_data, has_tasks=has_tasks)
-    if with_base and (baseline is not None or not has_data):
+    misfit = gates.misfit(len(refs) + with_base, has_data=bool(text.data), has_tasks=bool(tasks.tasks))
+    if misfit is not None:
+        raise typer.BadParameter(misfit[1], param_hint=misfit[0])
+    if with_base and (baseline is not None or not text.data):
         raise typer.BadParameter("it is the baseline of --data; leave out --baseline", param_hint="--with-base")
     judged = refs if len(refs) == 1 or with_base else refs[1:]
     if update_card:
@@ -92,16 +91,16 @@ def evaluate(
         check_picture(plot)
     says = not (quiet or as_json)
     with progress_for(progress, quiet=not says) as told:
-        losses, scores = _verb()(
-            refs,
-            text if has_data else None,
-            scoring,
-            told,
-            tasks=tasks if has_tasks else None,
+        report = verbs.evaluate(
+            [ref.text for ref in refs],
+            text=text,
+            tasks=tasks,
+            scoring=scoring,
+            gates=gates,
             with_base=with_base,
-            quiet=not told.is_live,
+            token=token,
+            progress=told,
         )
-    report = EvalReport(losses, scores, gates)
     if plot is not None:
         write_pictures(plot, lambda dark: eval_svg(report, dark=dark))
     if update_card:
@@ -127,49 +126,8 @@ def _updated_cards(report: EvalReport, refs: list[ModelRef]) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _verb() -> Callable[..., tuple[LossReport | None, TaskReport | None]]:
-    """`evaluate`, with numpy and torch below it.
-
-    Raises:
-        MissingExtraError: they are not there.
-    """
-    require("dus eval", "numpy", "torch", "transformers")
-    from dus_cli.evaluation.verb import evaluate as verb
-
-    return verb
-
-
 def _in_order(models: list[str], baseline: str | None, token: str | None) -> list[ModelRef]:
     """The baseline first: one of the models, or one more."""
     if baseline is not None:
         models = [baseline, *(text for text in models if text != baseline)]
     return [ModelRef.parse(text, token=token) for text in models]
-
-
-def _check_combination(num_models: int, gates: Gates, *, has_data: bool, has_tasks: bool) -> None:
-    """Hold that the options make sense together.
-
-    Raises:
-        typer.BadParameter: they do not.
-    """
-    if not has_data and not has_tasks:
-        raise typer.BadParameter("there is nothing to evaluate on; give --data or --tasks", param_hint="--data")
-    for value, hint, needed in (
-        (gates.min_improvement, "--min-improvement", has_data),
-        (gates.max_loss, "--max-loss", has_data),
-        (gates.max_drop, "--max-drop", has_tasks),
-    ):
-        if value is None:
-            continue
-        if not needed:
-            option = "--tasks" if hint == "--max-drop" else "--data"
-            raise typer.BadParameter(f"it judges figures of {option}, which is missing", param_hint=hint)
-        if num_models == 1 and hint != "--max-loss":
-            raise typer.BadParameter(
-                "one model has nothing to be held against; give its base as the first MODEL, or --with-base",
-                param_hint=hint,
-            )
-    if gates.is_confident and gates.min_improvement is None and gates.max_loss is None:
-        raise typer.BadParameter(
-            "it is about --min-improvement and --max-loss; give one of them", param_hint="--confident"
-        )

@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from dus_cli import verbs
 from dus_cli.commands.config import toml_text
 from dus_cli.commands.options import AsJson, MoreData, Quiet, ShowProgress, effective_mode, path_parser
 from dus_cli.commands.signature import takes_options
@@ -70,43 +71,34 @@ def heal(
     Measures the base's loss and the scaled model's, trains under torchrun, and ends with a directory like any other,
     with its loss curve. The same command run again goes on where it was.
     """
-    output = output or model.resolve().with_name(f"{model.resolve().name}-healed")
     data = replace(data, files=(*data.files, *(more_data or ())))
+    options = verbs.heal_options(
+        model, output, data=data, budget=budget, recipe=recipe, fit=fit, launch=launch, keeping=keeping
+    )
     if print_config:
-        options = typed_options(data, budget, recipe, fit, launch, keeping)
-        sys.stdout.write(toml_text({"model": str(model), "output": str(output), **options}))
+        typed = typed_options(data, budget, recipe, fit, launch, keeping)
+        sys.stdout.write(toml_text({"model": str(model), "output": str(options.output), **typed}))
         return
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb as launcher
     from dus_cli.heal.launch.report import command_json, dry_run_json, dry_run_text, heal_text
-    from dus_cli.heal.launch.resolve import Wishes
     from dus_cli.heal.watch.views import view_for
 
-    wishes = Wishes(
-        model=model,
-        output=output,
-        data=data,
-        budget=budget,
-        recipe=recipe,
-        fit=fit,
-        launch=launch,
-        keeping=keeping,
-    )
     says = not (quiet or as_json)
     with view_for(effective_mode(progress, quiet=not says)) as view:
         if dry_run:
-            run, model_shape = launcher.preview(wishes, view)
+            run, model_shape = launcher.preview(options, view)
             shown = (
-                json.dumps(dry_run_json(run, model_shape, wishes))
+                json.dumps(dry_run_json(run, model_shape, options))
                 if as_json
-                else dry_run_text(run, model_shape, wishes)
+                else dry_run_text(run, model_shape, options)
             )
         elif print_command:
-            command = launcher.prepared_command(wishes, view)
-            shown = json.dumps(command_json(command, wishes)) if as_json else shlex.join(command)
+            command = launcher.prepared_command(options, view)
+            shown = json.dumps(command_json(command, options)) if as_json else shlex.join(command)
         else:
-            report = launcher.heal(wishes, view)
+            report = launcher.heal(options, view)
             shown = json.dumps(report) if as_json else heal_text(report)
     if as_json or says or print_command:
         is_exact = as_json or (print_command and not dry_run)

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from dus_cli import verbs
 from dus_cli.commands.options import (
     AsJson,
     MoreData,
@@ -19,7 +20,6 @@ from dus_cli.commands.options import (
     progress_for,
 )
 from dus_cli.commands.signature import takes_options
-from dus_cli.common.reference import ModelRef
 from dus_cli.console.terminal import fitted
 from dus_cli.hub.options import Revision, Token
 from dus_cli.pictures.files import check_picture, write_pictures
@@ -61,15 +61,13 @@ def probe(
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     from dus_cli.probe.picture import probe_svg
     from dus_cli.probe.report import probe_json, probe_text
-    from dus_cli.probe.verb import probe as run
 
-    ref = ModelRef.parse(model, revision=revision, token=token)
     options = replace(options, data=(*options.data, *(more_data or ())))
     says = not (quiet or as_json)
     if plot is not None:
         check_picture(plot)
     with progress_for(progress, quiet=not says) as told:
-        found = run(ref, options, told, dry_run=dry_run, quiet=not told.is_live)
+        found = verbs.probe(model, options, revision=revision, token=token, dry_run=dry_run, progress=told)
     if plot is not None and not dry_run:
         write_pictures(plot, lambda dark: probe_svg(found, dark=dark))
     if as_json:

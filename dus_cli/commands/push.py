@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
+from dus_cli import verbs
 from dus_cli.commands.options import AsJson, Quiet, ShowProgress, path_parser, progress_for
 from dus_cli.commands.signature import takes_options
 from dus_cli.console.terminal import fitted
 from dus_cli.progress import ProgressMode
 from dus_cli.push.options import PushOptions
 from dus_cli.push.report import folder_push_json, push_text
-from dus_cli.push.target import Target
-from dus_cli.push.verb import preview_folder, send
 
 
 @takes_options()
@@ -38,13 +37,12 @@ def push_command(
 
     The same command again goes on with a push that was cut off, and leaves a finished one as it is.
     """
-    target = Target.parse(repo, branch=options.branch, private=options.private, token=options.token)
     says = not (quiet or as_json)
     if dry_run:
-        report = preview_folder(output, target)
+        report = verbs.push(output, repo, options, dry_run=True)
     else:
         with progress_for(progress, quiet=not says) as told:
-            report = send(output, target, jobs=options.jobs, progress=told)
+            report = verbs.push(output, repo, options, progress=told)
     if as_json:
         print(json.dumps(folder_push_json(output, report)))
     elif says:

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dus_cli.common.bounds import BOUNDS, parse_number
+from dus_cli.common.bounds import BOUNDS, check_numbers, parse_number
 from dus_cli.common.reference import user_path
+from dus_cli.errors import DusError, UsageError, shown
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,39 @@ class OptionField:
             return None
         return parse_number(self.name, text, self.option.parse)
 
+    def taken(self, value: Any) -> Any:
+        """The field's value, of what a caller from Python gave: the value itself, or what a person would type.
+
+        Raises:
+            UsageError: it is neither, or a number out of its bounds.
+        """
+        if value is None and self.is_optional:
+            return None
+        if not self.repeats:
+            return self._taken(value)
+        items = [self._taken(item) for item in ([value] if isinstance(value, (str, Path)) else value)]
+        if self.option.splits:
+            items = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+        return tuple(items)
+
+    def _taken(self, value: Any) -> Any:
+        parse, kind = self.parse, self.kind
+        if value is None:
+            raise UsageError(f"{self.field}: None is no value of it; leave it out for the default")
+        try:
+            if isinstance(value, str) and parse is not None:
+                return parse(value)
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                return kind(value)
+        except (ValueError, DusError) as error:
+            raise UsageError(f"{self.field}: {error}") from None
+        if kind is str and isinstance(value, Path):
+            return str(value)
+        check_numbers(**{self.name.replace("-", "_"): value})
+        if kind in (bool, str, Path) and not isinstance(value, kind):
+            raise UsageError(f"{self.field}: {shown(repr(value))} is no {kind.__name__.lower()}")
+        return value
+
     def typed(self, value: Any) -> Any:
         """What a person types for a value: text, a number, a truth value, or a list of them; None for nothing."""
         if value is None:
@@ -138,3 +174,14 @@ def option_fields(kind: type) -> list[OptionField]:
     hints = get_type_hints(kind, include_extras=True)
     found = [option_field(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
     return [option for option in found if option is not None]
+
+
+def settled(options: _T) -> _T:
+    """Options from Python, checked as those of a command line are; a text stands for what it would mean there.
+
+    Raises:
+        UsageError: a value that the option does not take.
+    """
+    given: Any = options
+    taken = {option.field: option.taken(getattr(given, option.field)) for option in option_fields(type(given))}
+    return dataclasses.replace(given, **taken)  # type: ignore[no-any-return]

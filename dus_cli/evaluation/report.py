@@ -187,6 +187,32 @@ class Gates:
             "confident": self.is_confident,
         }
 
+    def misfit(self, num_models: int, *, has_data: bool, has_tasks: bool) -> tuple[str, str] | None:
+        """The option that does not go together with what is evaluated, and why; None if all do.
+
+        The base of --with-base is one of the models.
+        """
+        if not has_data and not has_tasks:
+            return "--data", "there is nothing to evaluate on; give --data or --tasks"
+        for value, option, needed in (
+            (self.min_improvement, "--min-improvement", has_data),
+            (self.max_loss, "--max-loss", has_data),
+            (self.max_drop, "--max-drop", has_tasks),
+        ):
+            if value is None:
+                continue
+            if not needed:
+                missing = "--tasks" if option == "--max-drop" else "--data"
+                return option, f"it judges figures of {missing}, which is missing"
+            if num_models == 1 and option != "--max-loss":
+                return (
+                    option,
+                    "one model has nothing to be held against; give its base as the first MODEL, or --with-base",
+                )
+        if self.is_confident and self.min_improvement is None and self.max_loss is None:
+            return "--confident", "it is about --min-improvement and --max-loss; give one of them"
+        return None
+
     def missed(self, report: LossReport) -> list[str]:
         """What is missed, model by model, in words."""
         judged = report.models[1:] or report.models

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 from dus_cli.common.bounds import BOUNDS
@@ -434,6 +437,29 @@ class Keeping:
     ] = Every(seconds=900.0)
     keep: Annotated[int, Option("Checkpoints kept while it runs.", metavar="N", panel=_KEEP)] = 2
     track: Annotated[Track, Option("A tracker besides metrics.jsonl.", panel=_KEEP)] = Track.none
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealOptions:
+    """All that a healing is asked for: which model, where to, and the options in their groups."""
+
+    model: Path
+    output: Path
+    data: DataOptions
+    budget: Budget = field(default_factory=Budget)
+    recipe: Recipe = field(default_factory=Recipe)
+    fit: Fit = field(default_factory=Fit)
+    launch: Launch = field(default_factory=Launch)
+    keeping: Keeping = field(default_factory=Keeping)
+
+    def to_json(self) -> dict[str, Any]:
+        """The options that make a run what it is, for run.json: how it is launched is another matter."""
+        groups = {name: getattr(self, name) for name in ("data", "budget", "recipe", "fit", "keeping")}
+        return {
+            f"{name}.{key}": value
+            for name, group in groups.items()
+            for key, value in json.loads(json.dumps(dataclasses.asdict(group))).items()
+        }
 
 
 # The groups by their names in run.json.

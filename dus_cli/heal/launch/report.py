@@ -13,7 +13,7 @@ from dus_cli.common.units import human_bytes, human_time
 from dus_cli.data.sources import Unread
 from dus_cli.heal import estimate
 from dus_cli.heal.launch.plan import REFERENCE_GPU, TYPICAL_MFU, plan_lines, plan_of
-from dus_cli.heal.launch.resolve import Wishes
+from dus_cli.heal.options import HealOptions
 from dus_cli.heal.run import (
     REPORT,
     SCHEMA,
@@ -70,7 +70,7 @@ def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [("not read", str(found))] if found.count else []
 
 
-def command_json(command: list[str], wishes: Wishes) -> dict[str, Any]:
+def command_json(command: list[str], wishes: HealOptions) -> dict[str, Any]:
     """The report of `--print-command --json`; docs/layout.md describes each field."""
     return {
         "schema": SCHEMA,
@@ -81,7 +81,7 @@ def command_json(command: list[str], wishes: Wishes) -> dict[str, Any]:
     }
 
 
-def dry_run_json(run: Run, shape: Shape, wishes: Wishes) -> dict[str, Any]:
+def dry_run_json(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, Any]:
     """The report of a dry run; docs/layout.md describes each field."""
     plan = plan_of(run, shape, wishes.launch)
     flops = plan["tokens"] * flops_per_token(shape, run.seq_length)
@@ -108,7 +108,7 @@ def dry_run_json(run: Run, shape: Shape, wishes: Wishes) -> dict[str, Any]:
     }
 
 
-def dry_run_text(run: Run, shape: Shape, wishes: Wishes) -> str:
+def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
     """The same for a person."""
     report = dry_run_json(run, shape, wishes)
     memory = report["memory_per_device"]
@@ -138,7 +138,7 @@ def dry_run_text(run: Run, shape: Shape, wishes: Wishes) -> str:
     return "\n".join([*lines, *plan_lines(report), done])
 
 
-def _disk(run: Run, shape: Shape, wishes: Wishes) -> dict[str, int | None]:
+def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:
     """Bytes that the run takes at most at a time, token files aside: those kept, the one being written, the model."""
     learning = run.recipe.train_layers
     checkpoint = estimate.checkpoint_bytes(

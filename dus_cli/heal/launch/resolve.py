@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from dus_cli import __version__
 from dus_cli.common.bounds import check_fields
 from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe, Train
+from dus_cli.heal.options import Budget, Fit, HealOptions, Keeping, Launch, Recipe, Train
 from dus_cli.heal.run import FitPlan, KeepingPlan, RecipePlan, Run
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
@@ -44,29 +42,6 @@ _AT_START = 2
 
 # Of a shard, how many bytes after its header go into the model's digest: the header has names and sizes.
 _SAMPLE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """All that was typed, in groups."""
-
-    model: Path
-    output: Path
-    data: DataOptions
-    budget: Budget = field(default_factory=Budget)
-    recipe: Recipe = field(default_factory=Recipe)
-    fit: Fit = field(default_factory=Fit)
-    launch: Launch = field(default_factory=Launch)
-    keeping: Keeping = field(default_factory=Keeping)
-
-    def to_json(self) -> dict[str, Any]:
-        """The options that make a run what it is, for run.json: how it is launched is another matter."""
-        groups = {name: getattr(self, name) for name in ("data", "budget", "recipe", "fit", "keeping")}
-        return {
-            f"{name}.{key}": value
-            for name, group in groups.items()
-            for key, value in json.loads(json.dumps(dataclasses.asdict(group))).items()
-        }
 
 
 @dataclass(frozen=True)
@@ -127,7 +102,7 @@ def ties_embeddings(checkpoint: Checkpoint) -> bool:
     return not any(tensor.name.endswith(("lm_head.weight", "embed_out.weight")) for _, tensor in checkpoint.tensors())
 
 
-def check_wishes(wishes: Wishes, model: Model) -> None:
+def check_wishes(wishes: HealOptions, model: Model) -> None:
     """What needs no data to be refused.
 
     Raises:
@@ -158,12 +133,12 @@ def check_wishes(wishes: Wishes, model: Model) -> None:
         raise HealError(f"--seq-length {length} is more than the model's {model.max_length} positions; choose less")
 
 
-def seq_length(wishes: Wishes, model: Model) -> int:
+def seq_length(wishes: HealOptions, model: Model) -> int:
     """Tokens of a row: as asked, or min(4096, the model's)."""
     return wishes.data.seq_length or min(_LONGEST_SEQUENCE, model.max_length or _LONGEST_SEQUENCE)
 
 
-def rows_per_step(wishes: Wishes, model: Model) -> int:
+def rows_per_step(wishes: HealOptions, model: Model) -> int:
     """Rows of a step: `--batch-tokens` in whole rows.
 
     Raises:
@@ -186,7 +161,7 @@ def default_batch_tokens(model: Model) -> int:
     return _SMALL_BATCH if model.checkpoint.num_parameters < _LARGE_MODEL else _LARGE_BATCH
 
 
-def make_run(wishes: Wishes, model: Model, data: dict[str, Any], rows_per_epoch: int) -> Run:
+def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_epoch: int) -> Run:
     """Everything resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its rows at this sequence length.
 
     Raises:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -191,6 +192,9 @@ def _die_with_parent() -> None:
 @contextlib.contextmanager
 def _relayed() -> Iterator[_Relay]:
     relay = _Relay()
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
+        yield relay
+        return
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     before = [(signum, signal.signal(signum, relay)) for signum in signals]
     try:

@@ -20,8 +20,9 @@ from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import resolve
 from dus_cli.heal.launch.plan import num_processes, plan_lines, plan_of
 from dus_cli.heal.launch.report import read_report
-from dus_cli.heal.launch.resolve import Model, Wishes, ties_embeddings
+from dus_cli.heal.launch.resolve import Model, ties_embeddings
 from dus_cli.heal.launch.torchrun import check_loopback, outcome_of, run_torchrun, workers_command
+from dus_cli.heal.options import HealOptions
 from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.heal.run import REPORT, Run, changed_options, check_same, is_of_a_run, other_options, read_run
 from dus_cli.heal.watch.views import View
@@ -41,7 +42,7 @@ class _Prepared:
     rows_per_epoch: int
 
 
-def heal(wishes: Wishes, view: View) -> dict[str, Any]:
+def heal(wishes: HealOptions, view: View) -> dict[str, Any]:
     """Heal a model, or go on healing it; the report when it is finished. The output is the model's place.
 
     Raises:
@@ -60,7 +61,7 @@ def heal(wishes: Wishes, view: View) -> dict[str, Any]:
     return outcome_of(run, code, signum)
 
 
-def check(wishes: Wishes) -> Model:
+def check(wishes: HealOptions) -> Model:
     """Everything that can be refused before data are read; the opened model.
 
     Raises:
@@ -92,7 +93,7 @@ def check_renames(output: Path, found: Storage | None) -> None:
         )
 
 
-def _check_devices(wishes: Wishes) -> None:
+def _check_devices(wishes: HealOptions) -> None:
     import torch
 
     workers = num_processes(wishes.launch) * wishes.launch.nnodes
@@ -142,7 +143,7 @@ def _is_ours(path: Path) -> bool:
     )
 
 
-def _finished(wishes: Wishes, model: Model) -> dict[str, Any] | None:
+def _finished(wishes: HealOptions, model: Model) -> dict[str, Any] | None:
     """The report of a run that is finished already with these options; None where there is none."""
     path = wishes.output / REPORT
     if not path.is_file():
@@ -161,7 +162,7 @@ def _finished(wishes: Wishes, model: Model) -> dict[str, Any] | None:
     return read_report(wishes.output.resolve(), wishes.model.resolve())
 
 
-def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
+def prepare_run(wishes: HealOptions, model: Model, view: View) -> Run:
     """Tokenise and write run.json; of a run that goes on, hold that it is the same.
 
     Raises:
@@ -193,7 +194,7 @@ def prepare_run(wishes: Wishes, model: Model, view: View) -> Run:
     return run
 
 
-def _planned(wishes: Wishes, model: Model, folder: Path, view: View) -> Run:
+def _planned(wishes: HealOptions, model: Model, folder: Path, view: View) -> Run:
     """The run, with its data's token files in `folder`."""
     data = prepare_data(wishes, model, folder, view)
     return _measured(resolve.make_run(wishes, model, data.record, data.rows_per_epoch), folder)
@@ -209,7 +210,7 @@ def _measured(run: Run, folder: Path) -> Run:
     return replace(run, heldout_documents=rows.num_documents, heldout_tokens=rows.num_labels)
 
 
-def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Prepared:
+def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) -> _Prepared:
     """Token files of all data, made or found in `folder`.
 
     Raises:
@@ -242,7 +243,7 @@ def prepare_data(wishes: Wishes, model: Model, folder: Path, view: View) -> _Pre
     return _Prepared(prepared.to_json(), rows.rows_per_epoch)
 
 
-def _sources(wishes: Wishes, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+def _sources(wishes: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
     data = wishes.data
     return (
         parse_sources(data.files, folder, data.text_field),
@@ -250,7 +251,7 @@ def _sources(wishes: Wishes, folder: Path) -> tuple[tuple[Source, ...], tuple[So
     )
 
 
-def prepared_command(wishes: Wishes, view: View) -> list[str]:
+def prepared_command(wishes: HealOptions, view: View) -> list[str]:
     """What `--print-command` prints, for a batch job or a container. Data and run.json are made first.
 
     Raises:
@@ -263,7 +264,7 @@ def prepared_command(wishes: Wishes, view: View) -> list[str]:
 # --- the dry run ----------------------------------------------------------------------------------
 
 
-def preview(wishes: Wishes, view: View) -> tuple[Run, Shape]:
+def preview(wishes: HealOptions, view: View) -> tuple[Run, Shape]:
     """The run as it would be, and the model's shape. Token files that OUT lacks are made elsewhere, and removed.
 
     Raises:

@@ -1,0 +1,26 @@
+"""A room that has the name of a function of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+
+class Verb(ModuleType):
+    """A room of the package that can also be called, as the verb of its name.
+
+    `dus_cli.probe` is the folder as soon as anything in it is imported, and `from dus_cli import probe` is meant to
+    give the function. So it is both.
+    """
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The function, which `inspect.signature` and `help` look at."""
+        package, _, name = self.__name__.rpartition(".")
+        function: Callable[..., Any] = getattr(import_module(f"{package}.verbs"), name)
+        return function
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.__wrapped__(*arguments, **options)
