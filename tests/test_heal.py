@@ -335,6 +335,25 @@ def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_train
     assert changed_layers(home, again, "pro-healed") == {"4"}
 
 
+def test_where_a_start_scaled_the_base_its_loss_is_measured_from_the_base(home: Path) -> None:
+    """The base does not stand in the model: it is found by dus.json, and without it nothing is said of its loss."""
+    run = dus("upscale", home / "base", "-t", "1", "--start", "half", "-o", home / "halves", "-q")
+    assert run.returncode == 0, run.stderr
+    options = ("--steps", "1", "--train", "new", "--distill", "0.5")
+    found, copies = (heal_in(home, f"from-{model}", *options, model=model) for model in ("halves", "scaled"))
+    ours, theirs = (tiny.metrics(out)[0] for out in (found, copies))
+    assert ours["base_loss"] == pytest.approx(theirs["base_loss"], abs=1e-5)
+    assert ours["eval_loss"] != pytest.approx(theirs["eval_loss"], abs=1e-3)
+    record = json.loads((home / "halves/dus.json").read_text())
+    record["base"]["config_sha256"] = "0" * 64  # another model is there now
+    (home / "halves/dus.json").write_text(json.dumps(record))
+    plan = dus("heal", home / "halves", "--data", home / "corpus.jsonl", "-o", home / "x", "--dry-run", "--json")
+    assert plan.report["base_folder"] is plan.report["base_layers"] is None
+    assert any("its loss is not known" in warning for warning in plan.report["warnings"])
+    done = dus("heal", home / "halves", "--data", home / "corpus.jsonl", "-o", home / "x", "--until", "base")
+    done.assert_one_line_error("--until base needs the base", "scaled the base's own layers")
+
+
 def test_the_new_layers_are_those_that_dus_json_names(home: Path, tmp_path: Path) -> None:
     from dus_cli.errors import CheckpointError
     from dus_cli.heal.launch.resolve import open_model

@@ -97,6 +97,7 @@ class Run:
     A step is `rows_per_step` sequences of `seq_length` tokens, over all workers. `model_key` is a digest
     of the model's config and weights' headers: a resumed run must start from the same model. `epochs` is how often
     the data is trained on; `heldout_documents` and `heldout_tokens` are what each measurement predicts.
+    `notes` are what a person should know of the model and its base.
     """
 
     schema: int
@@ -120,6 +121,7 @@ class Run:
     epochs: float = 0.0
     heldout_documents: int = 0
     heldout_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,12 +1,14 @@
-"""The base inside a deeper model: which of its layers are the base's, by its dus.json."""
+"""The base of a deeper model, by its dus.json: which of its layers are the base's, or where the base itself is."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_cli.errors import HealError
+from dus_cli.common.reference import user_path
+from dus_cli.errors import DusError, HealError
 from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.release import lineage
@@ -15,10 +17,14 @@ from dus_cli.source.checkpoint import open_checkpoint
 
 @dataclass(frozen=True)
 class BasePlan:
-    """The base inside the model: `layers` are the output layers that, run alone, are the base."""
+    """The base inside the model: `layers` are the output layers that, run alone, are the base.
+
+    Where `folder` is one, the base does not stand in the model: it is there itself, and `layers` are all of its own.
+    """
 
     layers: tuple[int, ...]
     name: str
+    folder: str | None = None
 
 
 def base_within(folder: Path) -> BasePlan | None:
@@ -66,3 +72,56 @@ def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> 
         return None
     name = record.get("base", {}).get("name")
     return BasePlan(layers, str(name or "base"))
+
+
+def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
+    """The base of a model whose start scaled the base's own layers: itself, where dus.json says that it is.
+
+    None where another model is there now, or none, and for every other kind of output.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    if record is None or layer_map is None or not scales_base(record, layer_map):
+        return None
+    base = record.get("base")
+    folder = _recorded_folder(base) if isinstance(base, dict) else None
+    if folder is None or not _is_recorded(folder, base):
+        return None
+    return BasePlan(tuple(range(layer_map.num_base_layers)), str(base.get("name") or "base"), str(folder))
+
+
+def scales_base(record: dict[str, Any], layer_map: LayerMap) -> bool:
+    """Whether layers of the base's own were scaled by the start, and the model was not trained since.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    scaled = lineage.recorded_treatment(record, layer_map).scaled_layers
+    return not record.get("healing") and not set(layer_map.base_outputs).isdisjoint(scaled)
+
+
+def _recorded_folder(base: dict[str, Any]) -> Path | None:
+    """Where a base was: its directory, or its snapshot in the Hub's cache."""
+    if isinstance(base.get("path"), str):
+        folder = user_path(base["path"])
+        return folder.resolve() if folder.is_dir() else None
+    repo_id, commit = base.get("repo_id"), base.get("commit")
+    if not isinstance(repo_id, str) or not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        return None
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repo = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repo_id, repo_type="model")
+    folder = repo / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
+def _is_recorded(folder: Path, base: Any) -> bool:
+    """Whether the model in a folder is the one that was recorded, by its config and the sizes of its weights."""
+    try:
+        found = open_checkpoint(folder)
+    except DusError:
+        return False
+    shards = {shard.name: shard.header.end for shard in found.shards}
+    return (found.config_sha256, shards) == (base.get("config_sha256"), base.get("shards"))

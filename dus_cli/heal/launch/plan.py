@@ -80,7 +80,7 @@ def plan_of(run: Run, shape: Shape, launch: Launch) -> dict[str, Any]:
     }
     plan |= _place(run, memory, local, on_cpu=on_cpu)
     plan |= _time(run, tokens * flops + measured * flops / 3, workers, launch.nnodes, on_cpu=on_cpu)
-    return plan | {"warnings": _warnings(plan)}
+    return plan | {"warnings": [*run.notes, *_warnings(plan)]}
 
 
 def _place(run: Run, memory: MemoryEstimate, num_local: int, *, on_cpu: bool) -> dict[str, Any]:

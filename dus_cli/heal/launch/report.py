@@ -94,7 +94,8 @@ def dry_run_json(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, Any]:
         "output": run.output,
         "num_parameters": run.num_parameters,
         "num_layers": run.num_layers,
-        "base_layers": None if run.base is None else list(run.base.layers),
+        "base_layers": None if run.base is None or run.base.folder is not None else list(run.base.layers),
+        "base_folder": None if run.base is None else run.base.folder,
         "skipped_lines": run.data["skipped"],
         "unread_files": run.data["unread"],
         "seq_length": run.seq_length,
@@ -120,7 +121,7 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
     gpus = f"{speed}, {report['h100_hours']:,.3g} GPU hours"
     rows = [
         ("model", f"{run.num_parameters:,} parameters, {run.num_layers} layers"),
-        ("base", "its layers stand in the model" if run.base else "none in this model"),
+        ("base", _where_base(run)),
         *_unread_row(report),
         ("budget", f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens: {report['tokens']:,} tokens"),
         (
@@ -136,6 +137,12 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
     lines = [f"{label:<13}{value}" for label, value in rows]
     done = f"Dry run: nothing was written to {shlex.quote(run.output)}."
     return "\n".join([*lines, *plan_lines(report), done])
+
+
+def _where_base(run: Run) -> str:
+    if run.base is None:
+        return "none in this model: its loss is not known"
+    return "its layers stand in the model" if run.base.folder is None else f"itself, in {run.base.folder}"
 
 
 def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:

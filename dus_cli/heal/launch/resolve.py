@@ -16,7 +16,7 @@ from dus_cli.heal.run import FitPlan, KeepingPlan, RecipePlan, Run
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
 from dus_cli.release import lineage
-from dus_cli.release.within import BasePlan, recorded_base, recorded_map
+from dus_cli.release.within import BasePlan, recorded_base, recorded_map, scaled_base, scales_base
 from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
 from dus_cli.source.reading import open_regular, reading
 
@@ -49,7 +49,8 @@ class Model:
     """The model to heal: its checkpoint, and where its base stands in it.
 
     `max_length` and `vocab_size` are None where config.json does not say. `new_layers` are the output layers that are
-    none of the base's own: () where dus.json tells of none.
+    none of the base's own: () where dus.json tells of none. `is_base_scaled`: the base's own were scaled, so that it
+    does not stand in the model.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +59,7 @@ class Model:
     vocab_size: int | None
     base: BasePlan | None
     new_layers: tuple[int, ...]
+    is_base_scaled: bool = False
 
 
 def open_model(folder: Path) -> Model:
@@ -82,8 +84,9 @@ def open_model(folder: Path) -> Model:
         decoder.num_layers,
         context_length(decoder.fields),
         vocab_size(checkpoint.config, decoder.fields),
-        recorded_base(record, layer_map),
+        recorded_base(record, layer_map) or scaled_base(record, layer_map),
         () if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
+        record is not None and layer_map is not None and scales_base(record, layer_map),
     )
 
 
@@ -121,6 +124,12 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
         "--distill": wishes.recipe.distill is not None and wishes.recipe.distill.weight > 0,
     }
     for option, is_asked in needs.items():
+        if is_asked and model.base is None and model.is_base_scaled:
+            raise HealError(
+                f"{option} needs the base: the start of {shown(wishes.model)} scaled the base's own layers, so it does "
+                f"not stand in the model, and it is not where {lineage.NAME} says; put it there, or leave the option "
+                "out"
+            )
         if is_asked and model.base is None:
             raise HealError(
                 f"{option} needs the base inside the model, and {shown(wishes.model)} has no {lineage.NAME} that tells "
@@ -196,7 +205,23 @@ def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_e
         fit=_fit(wishes.fit, wishes.launch),
         keeping=_keeping(wishes.keeping, every, max(most, length)),
         epochs=steps * rows / rows_per_epoch,
+        notes=_notes(wishes, model),
     )
+
+
+def _notes(wishes: HealOptions, model: Model) -> tuple[str, ...]:
+    """What does not hold of a model whose start scaled the base's own layers."""
+    if not model.is_base_scaled:
+        return ()
+    found = []
+    if model.base is None:
+        found.append(
+            "the start scaled the base's own layers, so the base does not stand in the model, and it is not where "
+            f"{lineage.NAME} says: its loss is not known"
+        )
+    if wishes.recipe.train is Train.new:
+        found.append("--train new leaves the base's own layers as the start scaled them; --train all lets them learn")
+    return tuple(found)
 
 
 def _num_steps(budget: Budget, tokens_per_step: int, steps_per_epoch: float) -> int:

@@ -17,38 +17,43 @@ from dus_cli.models.loading import load_config, load_model, refusals_told
 from dus_cli.models.team import Team
 
 
-def load(run: Run, team: Team, *, is_teacher: bool = False) -> Decoder:
+def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
     """The model of a run on this worker's device, split over the team by FSDP2 as its own plan says.
 
-    Each worker reads its shards only (transformers' `DistributedConfig`); weights never exist whole.
+    Each worker reads its shards only (transformers' `DistributedConfig`); weights never exist whole. `is_base`: its
+    base instead, which does not learn: the base's layers inside the model, or the base itself where that is elsewhere.
 
     Raises:
         LoadError: transformers cannot load it, or would make up weights that the files lack.
         HealError: it is of an unknown structure.
     """
-    with refusals_told(run.model):
-        config = _without_dropout(load_config(run.model))
+    elsewhere = run.base.folder if is_base and run.base is not None else None
+    folder = elsewhere or run.model
+    num_layers = len(run.base.layers) if elsewhere is not None and run.base is not None else run.num_layers
+    with refusals_told(folder):
+        config = _without_dropout(load_config(folder))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     attention = _attention(run, team, skeleton)
     if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:  # what it reads no compiler can
         attend_by_document()
     model = load_model(
-        run.model,
-        run.model,
+        folder,
+        folder,
         torch.bfloat16 if run.fit.precision == "bf16" else torch.float32,
         config=config,
         attn_implementation=attention,
-        distributed_config=_distribution(run, team, skeleton),
+        distributed_config=_distribution(run, team, skeleton, num_layers),
     )
     if team.size == 1:
         model = model.to(team.device)
     model.eval()  # until a step is made: routers are noisy in training
-    decoder = Decoder(model, run.num_layers, packs_rows=attention == "flash_attention_2")
-    if is_teacher:
+    decoder = Decoder(model, num_layers, packs_rows=attention == "flash_attention_2")
+    if is_base:
         model.requires_grad_(False)
         assert run.base is not None
-        decoder.keep_only(run.base.layers)
+        if elsewhere is None:
+            decoder.keep_only(run.base.layers)
     else:
         _checkpoint_activations(model, run.fit.activation_checkpointing)
     if run.fit.compile:
@@ -66,27 +71,27 @@ def _without_dropout(config: Any) -> Any:
     return config
 
 
-def _distribution(run: Run, team: Team, skeleton: Any) -> DistributedConfig | None:
+def _distribution(run: Run, team: Team, skeleton: Any, num_layers: int) -> DistributedConfig | None:
     if team.size == 1:
         return None
     shards = num_shards(run.fit.sharding, team.size, team.num_local)
     return DistributedConfig(
         fsdp_size=shards,
         dp_replicate_size=team.size // shards,
-        fsdp_plan=_plan(run, skeleton),
+        fsdp_plan=_plan(skeleton, num_layers),
         fsdp_mixed_precision=run.fit.precision == "bf16",
         fsdp_cpu_offload=run.fit.offload,
     )
 
 
-def _plan(run: Run, skeleton: Any) -> dict[str, str] | None:
+def _plan(skeleton: Any, num_layers: int) -> dict[str, str] | None:
     """Each layer by itself, for an architecture without a plan of its own (GPT-2).
 
     With the root alone FSDP would never reduce a gradient: its hooks hang on the outputs, and we leave by the side.
     """
     inner = skeleton.get_decoder()
     path = next(name for name, module in skeleton.named_modules() if module is inner)
-    layers = f"{path}.{stack_name(inner, run.num_layers)}."
+    layers = f"{path}.{stack_name(inner, num_layers)}."
     return None if any(key.startswith(layers) for key in skeleton.fsdp_plan) else {f"{layers}*": "free_full_weight"}
 
 

@@ -30,6 +30,7 @@ from dus_cli.models.devices import peak_memory_bytes
 from dus_cli.models.losses import Teaching, loss_sums
 from dus_cli.models.stopping import Brake, Signals
 from dus_cli.models.team import Team
+from dus_cli.release.within import BasePlan
 
 
 class _Clock:
@@ -74,7 +75,7 @@ class Training:
         self.student.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
         if run.document_mask:
             self.student.check_documents(ids)
-        self.teacher = load(run, team, is_teacher=True) if run.recipe.distill_weight > 0 else None
+        self.teacher = load(run, team, is_base=True) if run.recipe.distill_weight > 0 else None
         if self.teacher is not None:
             self.teacher.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
         shards = num_shards(run.fit.sharding, team.size, team.num_local)
@@ -236,18 +237,23 @@ class Training:
         return rows_at_once(self.team, run.seq_length, -(-run.rows_per_step // self.team.size), trial)
 
     def _measure_start(self) -> None:
-        """The base's loss, from its layers inside the model, and the scaled model's: rows of step 0."""
+        """The base's loss and the scaled model's: rows of step 0."""
         with self.clock("eval"):
             if self.run.base is not None:
-                self.progress.base_loss = base_loss(
-                    self.student, self.run.base.layers, self.heldout, self.team, self.at_once, self.brake
-                )
+                self.progress.base_loss = self._base_loss(self.run.base)
             self.progress.measured(self._mean_loss())
         self.progress.scaled_loss = self.progress.eval_loss
         row: dict[str, Any] = {"step": 0, "tokens": 0, "eval_loss": self.progress.eval_loss}
         if self.progress.base_loss is not None:
             row["base_loss"] = self.progress.base_loss
         self._log(row | {"seconds": self.clock.lap()})
+
+    def _base_loss(self, base: BasePlan) -> float:
+        """From the base's layers inside the model; where a start scaled them, from the base itself."""
+        if base.folder is None:
+            return base_loss(self.student, base.layers, self.heldout, self.team, self.at_once, self.brake)
+        whole = self.teacher or load(self.run, self.team, is_base=True)
+        return mean_loss(whole, self.heldout, self.team, self.at_once, self.brake)
 
     def _evaluates(self) -> bool:
         return self.progress.step % self.run.keeping.eval_every == 0 or self.progress.step == self.run.num_steps
