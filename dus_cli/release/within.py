@@ -84,7 +84,7 @@ def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> Ba
     """
     if record is None or layer_map is None or not scales_base(record, layer_map):
         return None
-    base = record.get("base")
+    base: Any = record.get("base")
     folder = _recorded_folder(base) if isinstance(base, dict) else None
     if folder is None or not _is_recorded(folder, base):
         return None
