@@ -286,15 +286,25 @@ def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]
     Raises:
         CheckpointError: the index names a tensor that the model needs, and no shard holds it.
     """
-    held = {tensor.name: shard.name for shard in shards for tensor in shard.header.tensors}
-    absent = [name for name in index.weight_map if name not in held]
+    unnamed, moved, num_named = list[str](), list[str](), 0
+    for shard in shards:
+        for tensor in shard.header.tensors:
+            said_shard = index.weight_map.get(tensor.name)
+            if said_shard is None:
+                unnamed.append(tensor.name)
+                continue
+            num_named += 1
+            if said_shard != shard.name:
+                moved.append(tensor.name)
+    absent: list[str] = []
+    if num_named != len(index.weight_map):
+        held = {tensor.name for shard in shards for tensor in shard.header.tensors}
+        absent = [name for name in index.weight_map if name not in held]
     if absent and (needed := _needed(absent, index, held, config)):
         raise CheckpointError(
             f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs (transformers would "
             "fill it with random numbers); download the checkpoint again"
         )
-    unnamed = [name for name in held if name not in index.weight_map]
-    moved = [name for name, shard in held.items() if index.weight_map.get(name, shard) != shard]
     said = {
         "which no shard holds: transformers loads the model without": absent,
         "in other shards than those that hold them: the shards' headers count": moved,

@@ -167,7 +167,10 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
     kind, suffix = ("pickled", ".bin") if is_pickled(name) else ("safetensors", ".safetensors")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{name}: weight_map must map text to text; download it again")
-    for shard in dict.fromkeys(weight_map.values()):
+    shards = {shard: shard for shard in weight_map.values()}
+    for name_of_tensor, shard in weight_map.items():
+        weight_map[name_of_tensor] = shards[shard]  # one text for all tensors of a shard, not one for each
+    for shard in shards:
         if not shard.endswith(suffix):
             raise CheckpointError(f"{name} names {shown(shard)}, which is no {kind} file; download it again")
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
