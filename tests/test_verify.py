@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,10 @@ from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkp
 from conftest import dus
 from written import flip_bit, problems, tensor_at
 
+from dus_cli import upscale
+from dus_cli.release import checksums
 from dus_cli.source.headers import TensorInfo, read_header
+from dus_cli.writing.ordered import OrderedFile
 
 
 @pytest.fixture
@@ -66,6 +70,37 @@ def test_one_flipped_bit_is_found_by_the_checksums(random_base: Path, tmp_path: 
     flip_bit(path, tensor.start)
     (problem,) = problems(tmp_path / "summed")
     assert "SHA256SUMS" in problem
+
+
+@pytest.mark.parametrize("size", ["200KB", "5GB"])
+def test_what_is_copied_is_summed_while_it_is_written(
+    random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    read = []
+    file_sum = checksums.file_sum
+    monkeypatch.setattr(checksums, "file_sum", lambda path, *rest: read.append(path.name) or file_sum(path, *rest))
+    out = tmp_path / "summed"
+    upscale(random_base, out, max_shard_size=size, copy_mode="copy", checksums=True)
+    assert not any(name.endswith(".safetensors") for name in read)
+    lines = (out / "SHA256SUMS").read_text().splitlines()
+    sums = {name: total for total, name in (line.split("  ") for line in lines)}
+    written = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("*.safetensors")}
+    assert {name: sums[name] for name in written} == written
+    upscale(random_base, tmp_path / "not-summed", max_shard_size=size, copy_mode="copy")
+    for name in written:
+        assert (tmp_path / "not-summed" / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_written_in_order_has_its_bytes_and_their_sum(tmp_path: Path, *, direct: bool) -> None:
+    content = random.Random(7).randbytes(5_000_001)
+    with OrderedFile(tmp_path / "file", direct=direct) as file:
+        for start in range(0, len(content), 1_234_567):
+            file.write(content[start : start + 1_234_567])
+        assert file.finish() == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "file").read_bytes() == content
+    with OrderedFile(tmp_path / "empty", direct=direct) as file:
+        assert file.finish() == hashlib.sha256(b"").hexdigest()
 
 
 def test_every_problem_is_listed(out: Path) -> None:

@@ -35,16 +35,21 @@ def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object
     return digest.hexdigest()
 
 
-def folder_sums(folder: Path, jobs: int, held: Mapping[str, str] | None = None) -> dict[str, str]:
+def folder_sums(
+    folder: Path, jobs: int, held: Mapping[str, str] | None = None, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The sum of every file in a folder, by its path with "/", and of the `held` texts that are yet to be written.
 
-    Of SHA256SUMS itself there is none.
+    Of SHA256SUMS itself there is none. `known` are sums of files that were made while these were written.
     """
+    made = known or {}
     texts = held or {}
     there = [name for name in staged_files(folder) if name not in (NAME, incomplete.NAME)]
     names = sorted({*there, *texts}, key=PurePosixPath)
 
     def sum_of(name: str) -> str:
+        if name in made:
+            return made[name]
         if name in texts:
             return hashlib.sha256(texts[name].encode()).hexdigest()
         with reading(name):

@@ -133,10 +133,11 @@ def upscale(
         check_space(space, copy_mode, output)
         for name, path in made.files:
             staging.copy_file(name, path)
+        sums: dict[str, str] | None = {} if with_checksums else None
         if streams:
             tally, streamed = _stream_weights(made, ref, staging, output, jobs, progress)
         else:
-            tally, streamed = _write_weights(made, staging, space, copy_mode, jobs, progress), None
+            tally, streamed = _write_weights(made, staging, space, copy_mode, jobs, progress, sums), None
         for name, text in written_texts(made).items():
             staging.write_text(name, text)
         if verify is not VerifyMode.none:
@@ -144,8 +145,8 @@ def upscale(
         if verify is VerifyMode.full:
             progress.start("verifying", made.num_data_bytes)
             _check_bytes(made, ref, staging.folder, jobs, progress.advance)
-        if with_checksums:
-            sums = checksums.folder_sums(staging.folder, jobs, staging.held)
+        if sums is not None:
+            sums = checksums.folder_sums(staging.folder, jobs, staging.held, sums)
             if remaking is not None:
                 remaking.check_sums(sums)
             staging.write_text(checksums.NAME, checksums.sums_text(sums))
@@ -216,12 +217,29 @@ def _check_bytes(made: UpscalePlan, ref: ModelRef, folder: Path, jobs: int, on_b
 
 
 def _write_weights(
-    made: UpscalePlan, staging: Staging, space: Space, copy_mode: CopyMode, jobs: int, progress: Progress
+    made: UpscalePlan,
+    staging: Staging,
+    space: Space,
+    copy_mode: CopyMode,
+    jobs: int,
+    progress: Progress,
+    sums: dict[str, str] | None,
 ) -> Tally:
+    """Move the weights. `sums` is given those of files that are summed while they are written, where it is not None.
+
+    They are where all bytes pass through us: not blocks that are shared, and not zeros, which are holes.
+    """
     progress.start("writing", made.num_data_bytes)
-    if not staging.storage.writes_anywhere:
+    anywhere = staging.storage.writes_anywhere
+    if not anywhere or (sums is not None and not space.can_clone and not made.treatment.zeros):
         return transfer_in_order(
-            made, staging.folder, jobs=jobs, before_shard=staging.check_ours, on_bytes=progress.advance
+            made,
+            staging.folder,
+            jobs=jobs,
+            before_shard=staging.check_ours,
+            on_bytes=progress.advance,
+            sums=sums,
+            direct=anywhere,
         )
     return transfer(
         made,

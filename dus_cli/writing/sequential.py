@@ -1,7 +1,7 @@
-"""Writing shards from their first byte to their last, for file systems that take nothing else.
+"""Writing shards from their first byte to their last: where nothing else is taken, and to sum them meanwhile.
 
 Each shard is one writer's. What stands twice in the output is read twice: `transfer` reads it once, but writes in the
-source's order.
+source's order, in which no sum of a file can be made.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dus_cli.common.files import writing
-from dus_cli.common.storage import sync
-from dus_cli.common.workers import PIECE, Workers, workers
+from dus_cli.common.workers import Workers, workers
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.planning.layout import Placement, ShardLayout
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import made_pieces
 from dus_cli.source.checkpoint import Shard
 from dus_cli.source.reading import open_descriptor, unreadable
+from dus_cli.writing.ordered import OrderedFile
 from dus_cli.writing.outputs import Tally
 from dus_cli.writing.transfer import DEFAULT_JOBS, check_unchanged
 
@@ -31,10 +31,13 @@ def transfer_in_order(
     jobs: int = DEFAULT_JOBS,
     before_shard: Callable[[], object] = lambda: None,
     on_bytes: Callable[[int], object] = lambda _: None,
+    sums: dict[str, str] | None = None,
+    direct: bool = False,
 ) -> Tally:
     """Write every shard of the plan into `folder`, `jobs` at a time, each in order.
 
-    Memory is two pieces of 4 MiB for each job. A store's last word on a file is what close(2) says: it is heard.
+    Memory is two pieces of 4 MiB, and two buffers of 1 MiB, for each job. A store's last word on a file is what
+    close(2) says: it is heard.
 
     Args:
         plan: what to write.
@@ -42,6 +45,8 @@ def transfer_in_order(
         jobs: files that are written at the same time.
         before_shard: called before each file, from several threads; what it raises ends the run.
         on_bytes: told the number of bytes of tensor data done, from several threads.
+        sums: given the sha256 of each file by its name, hexadecimal, where it is not None.
+        direct: write past the page cache, where the file system allows.
 
     Raises:
         CheckpointError: a source shard is unreadable, or changed since its header was read; a finite number is
@@ -55,7 +60,9 @@ def transfer_in_order(
         def write(name: str) -> None:
             if not team.stop.is_set():
                 before_shard()
-                _write_shard(folder / name, name, plan.shards[name], team, on_bytes)
+                total = _write_shard(folder / name, name, plan.shards[name], team, on_bytes, direct=direct)
+                if sums is not None:
+                    sums[name] = total
 
         list(team.pool.map(write, plan.shards))
     for shard in plan.checkpoint.shards:
@@ -67,10 +74,19 @@ def transfer_in_order(
     return tally
 
 
-def _write_shard(path: Path, name: str, layout: ShardLayout, team: Workers, on_bytes: Callable[[int], object]) -> None:
+def _write_shard(
+    path: Path,
+    name: str,
+    layout: ShardLayout,
+    team: Workers,
+    on_bytes: Callable[[int], object],
+    *,
+    direct: bool,
+) -> str:
+    """Write one file; returns its sha256, which is of no use once the team was told to stop."""
     with writing(name), contextlib.ExitStack() as closing:
         sources: dict[str, int] = {}
-        with path.open("xb", buffering=PIECE) as target:
+        with OrderedFile(path, direct=direct) as target:
             target.write(layout.header)
             for placement in layout.placements:
                 shard = placement.shard
@@ -78,11 +94,11 @@ def _write_shard(path: Path, name: str, layout: ShardLayout, team: Workers, on_b
                     sources[shard.name] = _open(shard, closing)
                 for piece in _pieces(placement, sources[shard.name]):
                     if team.stop.is_set():
-                        return
+                        return ""
                     target.write(piece)
                     on_bytes(len(piece))
-            target.flush()
-            sync(target.fileno())
+            return target.finish()
+    raise AssertionError  # `writing` lets every error through
 
 
 def _open(shard: Shard, closing: contextlib.ExitStack) -> int:
