@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,14 @@ def test_one_flipped_bit_is_found_by_the_checksums(random_base: Path, tmp_path: 
 def test_what_is_copied_is_summed_while_it_is_written(
     random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    read = []
+    read: list[str] = []
     file_sum = checksums.file_sum
-    monkeypatch.setattr(checksums, "file_sum", lambda path, *rest: read.append(path.name) or file_sum(path, *rest))
+
+    def summing(path: Path, stop: threading.Event) -> str:
+        read.append(path.name)
+        return file_sum(path, stop)
+
+    monkeypatch.setattr(checksums, "file_sum", summing)
     out = tmp_path / "summed"
     upscale(random_base, out, max_shard_size=size, copy_mode="copy", checksums=True)
     assert not any(name.endswith(".safetensors") for name in read)
