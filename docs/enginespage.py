@@ -68,7 +68,10 @@ the source at the line given, and not run.
 Of other engines the source alone was read: sglang 0.5.10 counts for gemma2, exaone4 and llama4, lmdeploy 0.18.0 for
 gemma3, gemma2 and llama4, Megatron Bridge 0.6.2 for gemma2, gemma3 and gpt_oss, torchtitan 0.3.0 for gpt_oss, exllamav3
 1.6.5 for gemma2. Ollama and LM Studio run llama.cpp's GGUF. CTranslate2 4.8.5 reads `layer_types` (gemma3, run), and so
-does transformers from 4.53 on.\
+does transformers from 4.53 on.
+
+Known and not judged: llama.cpp takes the decay rates of MiniMax-Text-01 and MiniMax-M1 from the layer's number and the
+number of layers (`src/models/minimax-01.cpp:288`), so that no deeper one can be right there.\
 """
 
 _TRIMS = """\

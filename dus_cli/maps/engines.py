@@ -319,12 +319,19 @@ def _full_every(period: int, source: str, *, key: str | None = None, is_run: boo
     )
 
 
-def _no_rope_every(period: int, source: str) -> Counts:
-    return Counts(field="no_rope_layers", period=period, kind="0", others="1", source=source)
+def _no_rope_every(period: int, source: str, *, is_run: bool = True) -> Counts:
+    return Counts(field="no_rope_layers", period=period, kind="0", others="1", source=source, is_run=is_run)
 
 
-def _chunked_every(period: int, source: str) -> Counts:
-    return Counts(field="layer_types", period=period, kind="full_attention", others="chunked_attention", source=source)
+def _chunked_every(period: int, source: str, *, is_run: bool = True) -> Counts:
+    return Counts(
+        field="layer_types",
+        period=period,
+        kind="full_attention",
+        others="chunked_attention",
+        source=source,
+        is_run=is_run,
+    )
 
 
 def _experts_every(source: str) -> Counts:
@@ -501,8 +508,8 @@ _OLD_TRANSFORMERS: Mapping[str, tuple[Way, ...]] = {
     "gemma2": (_full_every(2, "models/gemma2/modeling_gemma2.py:203,272"),),
     "gemma3_text": (_full_every(6, "models/gemma3/modeling_gemma3.py:265", key="sliding_window_pattern"),),
     "llama4_text": (
-        _no_rope_every(4, "models/llama4/modeling_llama4.py:313"),
-        _chunked_every(4, "models/llama4/modeling_llama4.py:400"),
+        _no_rope_every(4, "models/llama4/modeling_llama4.py:313", is_run=False),
+        _chunked_every(4, "models/llama4/modeling_llama4.py:400", is_run=False),
     ),
     **_reads("models/*: first_k_dense_replace, mlp_only_layers", "deepseek_v3 qwen3_moe", is_run=False),
     **_one_window("models/qwen2/modeling_qwen2.py:617", "qwen2 qwen3", all_slide=True),
