@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -95,6 +97,15 @@ def test_what_is_copied_is_summed_while_it_is_written(
     upscale(random_base, tmp_path / "not-summed", max_shard_size=size, copy_mode="copy")
     for name in written:
         assert (tmp_path / "not-summed" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_file_that_draws_on_many_shards_has_one_of_them_open(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", llama_tensors(40, 16, 32, 16, 64), llama_config(40), num_shards=120)
+    command = Path(sys.executable).with_name("dus")
+    options = ["-o", f"{tmp_path}/out", "--checksums", "--copy-mode", "copy", "-q"]
+    limited = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", f"{command}", "upscale", f"{base}", *options]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -85,14 +85,15 @@ def _write_shard(
 ) -> str:
     """Write one file; returns its sha256, which is of no use once the team was told to stop."""
     with writing(name), contextlib.ExitStack() as closing:
-        sources: dict[str, int] = {}
+        source: Shard | None = None
+        file = -1
         with OrderedFile(path, direct=direct) as target:
             target.write(layout.header)
             for placement in layout.placements:
-                shard = placement.shard
-                if shard.name not in sources:
-                    sources[shard.name] = _open(shard, closing)
-                for piece in _pieces(placement, sources[shard.name]):
+                if placement.shard is not source:
+                    closing.close()  # one source at a time: a file may draw on a thousand
+                    source, file = placement.shard, _open(placement.shard, closing)
+                for piece in _pieces(placement, file):
                     if team.stop.is_set():
                         return ""
                     target.write(piece)
