@@ -95,7 +95,8 @@ class Study:
 
     def steps(self, name: str) -> int:
         """Between two measurements."""
-        return max(1, round(self.options.every * self.longer(name) / SEQUENCE))
+        every: int = self.options.every
+        return max(1, round(every * self.longer(name) / SEQUENCE))
 
     def train(self, name: str, until: int) -> None:
         """Go on with an arm until its measurement of this number."""
