@@ -22,6 +22,9 @@ from dus_cli.planning.scaling import Scale
 from dus_cli.source.reading import open_descriptor
 from dus_cli.writing.moves import Move
 
+# Of a piece, bytes that are scaled at a time: whole blocks, and little room for what they become.
+_SCALED_AT_ONCE = 512 << 10
+
 
 @dataclass
 class Tally:
@@ -117,12 +120,14 @@ class Outputs:
             OutputError: writing failed.
         """
         for scale, targets in move.by_scale().items():
-            made = _made(move, piece, room, scale)
-            for name, start in targets:
-                target = start + move.written(position)
-                self.write(name, target, made, direct=direct and target % BLOCK == 0 and len(made) % BLOCK == 0)
             way = "scaled" if scale is not None else "copied" if move.cast is None else "cast"
-            self.done(**{way: len(made) * len(targets)})
+            step = len(piece) if scale is None or move.cast is not None else _SCALED_AT_ONCE
+            for at in range(0, len(piece), step or 1):
+                made = _made(move, piece[at : at + step], room, scale)
+                for name, start in targets:
+                    target = start + move.written(position + at)
+                    self.write(name, target, made, direct=direct and target % BLOCK == 0 and len(made) % BLOCK == 0)
+                self.done(**{way: len(made) * len(targets)})
 
     def write(self, name: str, start: int, piece: memoryview, *, direct: bool) -> None:
         written = 0
