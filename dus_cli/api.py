@@ -115,14 +115,14 @@ def upscale(
         model,
         lineage,
         revision,
-        token,
-        trim,
-        layers,
-        copies,
-        recipe,
-        assume,
-        dtype,
-        max_shard_size,
+        token=token,
+        trim=trim,
+        layers=layers,
+        copies=copies,
+        recipe=recipe,
+        assume=assume,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
         identity=identity,
         double=double,
         start=start,
@@ -191,14 +191,14 @@ def plan(
         model,
         lineage,
         revision,
-        token,
-        trim,
-        layers,
-        copies,
-        recipe,
-        assume,
-        dtype,
-        max_shard_size,
+        token=token,
+        trim=trim,
+        layers=layers,
+        copies=copies,
+        recipe=recipe,
+        assume=assume,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
         identity=identity,
         double=double,
         start=start,
@@ -299,7 +299,17 @@ def _wanted(
         raise UsageError("which model? give a directory or a Hub id, or lineage")
     return Wanted(
         ModelRef.parse(_text(model), revision=revision, token=token),
-        _request(trim, layers, copies, recipe, double, start, assume or {}, engines, identity=identity),
+        _request(
+            trim,
+            layers,
+            copies,
+            recipe=recipe,
+            double=double,
+            start=start,
+            assume=assume or {},
+            engines=engines,
+            identity=identity,
+        ),
         size,
         None if dtype is None else _choice(Dtype, dtype, "dtype"),
     )
@@ -327,7 +337,17 @@ def _request(
     elif start is not None and (identity or (recipe is not None and recipe in RECIPES and RECIPES[recipe].identity)):
         what = "--identity" if identity else f"--recipe {recipe}"
         raise UsageError(f"{what} says how new layers start; leave out --start")
-    return MapRequest(trim, layers, copies, recipe, identity, tuple(assume.items()), engines, double, rule)
+    return MapRequest(
+        trim,
+        layers,
+        copies,
+        recipe=recipe,
+        identity=identity,
+        assume=tuple(assume.items()),
+        engines=engines,
+        double=double,
+        start=rule,
+    )
 
 
 def _target(push_to: str | None, branch: str | None, token: str | None, *, private: bool) -> Target | None:

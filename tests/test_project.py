@@ -143,6 +143,15 @@ def test_the_top_level_has_six_modules_at_most() -> None:
     assert len(list((ROOT / "dus_cli").glob("[!_]*.py"))) <= 6
 
 
+def test_no_call_of_ours_has_seven_positional_arguments() -> None:
+    of_libraries = {"pack_into"}  # struct's
+    for path in sorted((ROOT / "dus_cli").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") not in of_libraries:
+                names_alone = all(isinstance(argument, ast.Constant) for argument in node.args)
+                assert len(node.args) < 7 or names_alone, (path, node.lineno)
+
+
 def test_no_test_is_a_helper_of_another() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         assert not re.findall(r"^ *(?:from|import) test_\w+", path.read_text(), re.MULTILINE), path

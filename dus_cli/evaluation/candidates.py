@@ -86,10 +86,10 @@ def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, special_t
         ref,
         name,
         checkpoint.folder,
-        checkpoint.folder.name if ref.repo_id is not None else None,
-        num_layers,
-        context_length(fields),
-        Tokeniser(checkpoint.folder, vocab_size(checkpoint.config, fields), special_tokens=special_tokens),
+        commit=checkpoint.folder.name if ref.repo_id is not None else None,
+        num_layers=num_layers,
+        max_length=context_length(fields),
+        tokeniser=Tokeniser(checkpoint.folder, vocab_size(checkpoint.config, fields), special_tokens=special_tokens),
     )
 
 

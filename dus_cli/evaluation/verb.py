@@ -121,7 +121,9 @@ class Passes:
         """One more model. The first decides by its tokens how many documents there are for all."""
         name = f"base of {candidate.name}" if is_base else candidate.name
         budget = self._text_options.max_tokens if self._first is None else None
-        scores = _pass(scorer, candidate, name, self._text, self._options, budget, self._progress)
+        scores = _pass(
+            scorer, candidate, name, text=self._text, options=self._options, budget=budget, progress=self._progress
+        )
         first, self._first = self._first, self._first or scores
         if first is None:
             self._text = replace(self._text, max_documents=scores.num_documents)
@@ -136,13 +138,13 @@ class Passes:
             self._text.name,
             self._text_options.data,
             first.num_documents,
-            int(first.text_bytes.total),
-            first.skipped,
-            len(first.text_bytes),
-            self._options,
-            device,
-            tuple(self._results),
-            self._text.unread,
+            num_bytes=int(first.text_bytes.total),
+            skipped=first.skipped,
+            num_units=len(first.text_bytes),
+            options=self._options,
+            device=device,
+            models=tuple(self._results),
+            unread=self._text.unread,
         )
 
 

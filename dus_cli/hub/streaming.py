@@ -127,7 +127,9 @@ def stream_weights(
             check_unchanged(shard)
             continue
         try:
-            one = _ShardStreamer(plan, ref, shard, folder, journal, on_bytes, tally, streamed)
+            one = _ShardStreamer(
+                plan, ref, shard, folder=folder, journal=journal, on_bytes=on_bytes, tally=tally, streamed=streamed
+            )
             is_the_hubs = one.run(shard_moves, jobs)
         except ModelNotFoundError as error:
             raise ModelNotFoundError(f"{error}; {KEPT}") from error
@@ -155,7 +157,16 @@ def check_against_hub(plan: UpscalePlan, ref: ModelRef, folder: Path, *, jobs: i
     """
     for shard, shard_moves in moves(plan):
         if shard_moves and shard.fingerprint is None:
-            one = _ShardStreamer(plan, ref, shard, folder, _Everything(), lambda _: None, Tally(), Streamed())
+            one = _ShardStreamer(
+                plan,
+                ref,
+                shard,
+                folder=folder,
+                journal=_Everything(),
+                on_bytes=lambda _: None,
+                tally=Tally(),
+                streamed=Streamed(),
+            )
             if not one.run(shard_moves, jobs):
                 raise VerificationError(
                     f"the output holds {shown(shard.name)} with another sha256 than the Hub says it has; the disk or "

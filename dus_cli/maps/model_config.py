@@ -73,7 +73,15 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     listed = next((key for key in entry.depth_of if fields.get(key)), None)
     if listed is not None:
         counted = ("num_hidden_layers",) if fields.get("num_hidden_layers") is not None else ()
-        return DecoderConfig(model_type, wrapper_type, fields, counted, len(fields[listed]), nested_in, is_multimodal)
+        return DecoderConfig(
+            model_type,
+            wrapper_type,
+            fields,
+            depth_keys=counted,
+            num_layers=len(fields[listed]),
+            nested_in=nested_in,
+            is_multimodal=is_multimodal,
+        )
     names = entry.depth or arch.DEPTH_KEYS
     keys = _depth_keys(fields, names)
     if not keys:
@@ -91,7 +99,15 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     if len(set(depths.values())) > 1:
         said = ", ".join(f"{key} {depth}" for key, depth in depths.items())
         raise ConfigError(f"config.json gives several depths that disagree ({said}); refusing to guess")
-    return DecoderConfig(model_type, wrapper_type, fields, keys, fields[keys[0]], nested_in, is_multimodal)
+    return DecoderConfig(
+        model_type,
+        wrapper_type,
+        fields,
+        depth_keys=keys,
+        num_layers=fields[keys[0]],
+        nested_in=nested_in,
+        is_multimodal=is_multimodal,
+    )
 
 
 def _depth_keys(fields: Fields, names: tuple[str, ...]) -> tuple[str, ...]:

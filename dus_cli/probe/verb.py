@@ -264,10 +264,10 @@ def _read(
         options.data,
         num_labels,
         rows.num_documents,
-        sample.num_bytes,
-        sample.skipped,
-        tokeniser.before,
-        sample.unread,
+        num_bytes=sample.num_bytes,
+        skipped=sample.skipped,
+        before=tokeniser.before,
+        unread=sample.unread,
     )
     few = rows.num_tokens < 0.9 * options.tokens
     warnings = (f"the data has {rows.num_tokens:,} tokens where --tokens asks for {options.tokens:,}",) if few else ()

@@ -141,14 +141,14 @@ class Push:
             target,
             "unchanged" if commit == self.remote.head else "pushed",
             self.remote,
-            len(self.sizes),
-            sum(self.sizes.values()),
-            commit,
-            len(self.differing),
-            tuple(self.stale),
-            tuple(_left_here(self.output)),
-            tuple(remarks),
-            time.monotonic() - self.started,
+            num_files=len(self.sizes),
+            num_bytes=sum(self.sizes.values()),
+            commit=commit,
+            uploaded=len(self.differing),
+            removed=tuple(self.stale),
+            left_out=tuple(_left_here(self.output)),
+            warnings=tuple(remarks),
+            seconds=time.monotonic() - self.started,
         )
 
     def _upload(self) -> tuple[str, list[str]]:
@@ -229,7 +229,17 @@ def prepare(
     with push_errors(target):
         there = {} if remote.parent is None else listed(target, remote.parent)
     differing, stale = _differences(output, sums, there), _stale(sums, there)
-    return Push(output, target, remote, sizes, sums, fingerprints, differing, stale, started)
+    return Push(
+        output,
+        target,
+        remote,
+        sizes=sizes,
+        sums=sums,
+        fingerprints=fingerprints,
+        differing=differing,
+        stale=stale,
+        started=started,
+    )
 
 
 def _verify(output: Path) -> None:

@@ -161,7 +161,16 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
     elif total := _sum_without_results(path.parent, found.get(card.NAME)):
         warnings.append(f"the {card.NAME} beside {shown(path)} has evaluation results: this makes it without them")
         sums = found | {card.NAME: total}
-    return Remaking(path, record, ref, _request(path, record), size, dtype and Dtype(dtype), sums, warnings)
+    return Remaking(
+        path,
+        record,
+        ref,
+        request=_request(path, record),
+        max_shard_bytes=size,
+        dtype=dtype and Dtype(dtype),
+        sums=sums,
+        warnings=warnings,
+    )
 
 
 def _sum_without_results(folder: Path, total: str | None) -> str | None:

@@ -190,11 +190,11 @@ def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpo
         folder,
         config,
         _without_tied_heads(shards, config),
-        config_sha256,
-        None if index is None else index.sha256,
-        None if index is None else index.name,
-        tuple(name for name in weight_files(there) if name not in {chosen, *names}),
-        tuple(warnings),
+        config_sha256=config_sha256,
+        index_sha256=None if index is None else index.sha256,
+        index_name=None if index is None else index.name,
+        unread=tuple(name for name in weight_files(there) if name not in {chosen, *names}),
+        warnings=tuple(warnings),
     )
 
 

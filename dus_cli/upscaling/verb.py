@@ -74,7 +74,15 @@ def preview(
         obstacles.append(in_place_warning(output, why))
     warnings = (*(remaking.warnings if remaking else ()), *obstacles)
     return UpscaleReport(
-        made, output, "planned", space, Tally(), "none", time.monotonic() - started, warnings, remaking
+        made,
+        output,
+        "planned",
+        space=space,
+        tally=Tally(),
+        verified="none",
+        seconds=time.monotonic() - started,
+        notes=warnings,
+        remaking=remaking,
     )
 
 
@@ -118,7 +126,17 @@ def upscale(
                 remaking.check_sums(checksums.folder_sums(output, jobs))
             space = space_for(made, output.resolve().parent, copy_mode, may_create=False)
             seconds = time.monotonic() - started
-            return UpscaleReport(made, output, "unchanged", space, Tally(), verify.value, seconds, warnings, remaking)
+            return UpscaleReport(
+                made,
+                output,
+                "unchanged",
+                space=space,
+                tally=Tally(),
+                verified=verify.value,
+                seconds=seconds,
+                notes=warnings,
+                remaking=remaking,
+            )
     real = check_output(output, overwrite=overwrite)
     made = plan(wanted, fetch=Fetch.files if stream else Fetch.weights, quiet=quiet, progress=progress)
     streams = _streams(made, stream=stream)
@@ -137,7 +155,10 @@ def upscale(
         if streams:
             tally, streamed = _stream_weights(made, ref, staging, output, jobs, progress)
         else:
-            tally, streamed = _write_weights(made, staging, space, copy_mode, jobs, progress, sums), None
+            tally, streamed = (
+                _write_weights(made, staging, space, copy_mode=copy_mode, jobs=jobs, progress=progress, sums=sums),
+                None,
+            )
         for name, text in written_texts(made).items():
             staging.write_text(name, text)
         if verify is not VerifyMode.none:
@@ -157,13 +178,13 @@ def upscale(
         made,
         output,
         "written",
-        space,
-        tally,
-        verify.value,
-        seconds,
-        notes,
-        remaking,
-        staging.published,
+        space=space,
+        tally=tally,
+        verified=verify.value,
+        seconds=seconds,
+        notes=notes,
+        remaking=remaking,
+        published=staging.published,
         streamed=streamed,
     )
 

@@ -100,7 +100,17 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
             cast, strided = casts.get(tensor.name), tensor if tensor.strides is not None else None
             by_target = tuple(scales[tensor.name]) if any(scales[tensor.name]) else ()
             if cast is not None or strided is not None or by_target:
-                joined.append(Move(tensor.start, tensor.num_bytes, targets, cast, tensor.name, strided, by_target))
+                joined.append(
+                    Move(
+                        tensor.start,
+                        tensor.num_bytes,
+                        targets,
+                        cast=cast,
+                        name=tensor.name,
+                        strided=strided,
+                        scales=by_target,
+                    )
+                )
                 continue
             last = joined[-1] if joined else None
             if (

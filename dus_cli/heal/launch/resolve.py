@@ -83,10 +83,10 @@ def open_model(folder: Path) -> Model:
         checkpoint,
         decoder.num_layers,
         context_length(decoder.fields),
-        vocab_size(checkpoint.config, decoder.fields),
-        recorded_base(record, layer_map) or scaled_base(record, layer_map),
-        () if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
-        record is not None and layer_map is not None and scales_base(record, layer_map),
+        vocab_size=vocab_size(checkpoint.config, decoder.fields),
+        base=recorded_base(record, layer_map) or scaled_base(record, layer_map),
+        new_layers=() if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
+        is_base_scaled=record is not None and layer_map is not None and scales_base(record, layer_map),
     )
 
 

@@ -207,7 +207,13 @@ class Training:
             # FSDP averages over the team what is a sum over its tokens.
             scale = self.team.size / counted
             loss, cross_entropy, divergence = loss_sums(
-                hidden, self.student.output, batch.labels, self.student.head, teaching, scale, self.brake.alone
+                hidden,
+                self.student.output,
+                batch.labels,
+                head=self.student.head,
+                teaching=teaching,
+                scale=scale,
+                between=self.brake.alone,
             )
         with self.clock("backward"):
             loss.backward()  # type: ignore[no-untyped-call]

@@ -125,7 +125,9 @@ class Optimizer:
                 master = weight.float() if more is None else more.to(weight.device)
             gradient, exp_avg, exp_avg_sq = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(3))
             step = torch.zeros((), device=weight.device)
-            self._slots[name] = _Slot(parameter, weight, master, gradient, exp_avg, exp_avg_sq, step)
+            self._slots[name] = _Slot(
+                parameter, weight, master, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step
+            )
 
     def gradient_norm(self) -> float:
         """The norm of the summed gradient over all parameters and workers."""
