@@ -1,4 +1,6 @@
-"""docs/engines.md: the table of `maps/engines.py`, and the trims of well-known bases that are right by it."""
+"""docs/engines.md: the table of `maps/engines.py`, and the trims of well-known bases that are
+right by it.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,12 @@ _BASES = (
     _Base("allenai/Olmo-3-1025-7B", "olmo3", 32),
     _Base("Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next", 48),
     _Base("openbmb/MiniCPM3-4B", "minicpm3", 62),
-    _Base("deepseek-ai/DeepSeek-V2-Lite", "deepseek_v2", 27, {"q_lora_rank": None, "first_k_dense_replace": 1}),
+    _Base(
+        "deepseek-ai/DeepSeek-V2-Lite",
+        "deepseek_v2",
+        27,
+        {"q_lora_rank": None, "first_k_dense_replace": 1},
+    ),
     _Base("mistralai/Mistral-7B-v0.3", "mistral", 32, {"sliding_window": None}),
     _Base("meta-llama/Llama-3.1-8B", "llama", 32),
     _Base("meta-llama/Llama-3.2-1B", "llama", 16),
@@ -155,18 +162,26 @@ def engines_page() -> str:
         _table(["engine", "model type", "what it does", "line", "held"], list(_departures())),
         _HELD,
         _TRIMS,
-        _table(["base", "layers", "trim", "right with", "wrong with any trim"], [_trims(base) for base in _BASES]),
+        _table(
+            ["base", "layers", "trim", "right with", "wrong with any trim"],
+            [_trims(base) for base in _BASES],
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _table(head: list[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
+    return "\n".join(
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines
+    )
 
 
 def _cell(engine: Engine, model_type: str) -> str:
-    words = [_word(way) if way.is_run else f"({_word(way)})" for way in WAYS[engine.name].get(model_type, ())]
+    words = [
+        _word(way) if way.is_run else f"({_word(way)})"
+        for way in WAYS[engine.name].get(model_type, ())
+    ]
     return ", ".join(dict.fromkeys(words))
 
 
@@ -175,7 +190,12 @@ def _word(way: Way) -> str:
         return f"counts, {way.period}"
     if isinstance(way, OneWindow):
         return "all windows" if way.all_slide else "no windows"
-    names: dict[type, str] = {Reads: "reads", Spells: "counts, its text", ByDepth: "by depth", Absent: "no"}
+    names: dict[type, str] = {
+        Reads: "reads",
+        Spells: "counts, its text",
+        ByDepth: "by depth",
+        Absent: "no",
+    }
     return names[type(way)]
 
 
@@ -199,7 +219,13 @@ def _trims(base: _Base) -> list[str]:
     never = set.intersection(*wrong.values())
     right = [trim for trim, engines in wrong.items() if engines == never]
     always = ", ".join(engine.title for engine in ENGINES if engine.title in never)
-    return [base.name, str(base.num_layers), str(choose_trim(maps).trim), _span(right, list(wrong)), always]
+    return [
+        base.name,
+        str(base.num_layers),
+        str(choose_trim(maps).trim),
+        _span(right, list(wrong)),
+        always,
+    ]
 
 
 def _span(trims: list[int], every: list[int]) -> str:

@@ -1,4 +1,6 @@
-"""Write docs/cli.md, dus.1 and engines.md from the code, and two pictures of the layer map. `--check` only compares."""
+"""Write docs/cli.md, dus.1 and engines.md from the code, and two pictures of the layer map.
+`--check` only compares.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,24 @@ from dus_cli.pictures.layer_map import PICTURES, layer_map_svg
 DOCS = Path(__file__).parent
 
 _EXIT_CODES = (
-    "Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 SIGTERM, "
-    "129 SIGHUP, 141 when nobody reads the results (`dus … | head`; quiet). stdout carries results only. Nothing ever "
+    "Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 "
+    "SIGTERM, "
+    "129 SIGHUP, 141 when nobody reads the results (`dus … | head`; quiet). stdout carries "
+    "results only. Nothing ever "
     "asks. `DUS_DEBUG=1` shows the traceback of a failure."
 )
 
 _CONFIG = (
-    "Every command takes `--config FILE`: a file of options whose keys are their names without dashes (`seq-length` or "
-    "`seq_length`), and for an argument its name (`model`). What also stands on the command line wins over the file; "
-    "paths are relative to the folder that dus is started in, as they are on a command line. An option that may be "
-    "repeated takes a list, a flag true or false, all others what would be typed, a number or a text. A key that is no "
-    "option is an error. TOML takes Python 3.11, or tomli. `dus heal --print-config` writes such a file, and the "
+    "Every command takes `--config FILE`: a file of options whose keys are their names without "
+    "dashes (`seq-length` or "
+    "`seq_length`), and for an argument its name (`model`). What also stands on the command line "
+    "wins over the file; "
+    "paths are relative to the folder that dus is started in, as they are on a command line. An "
+    "option that may be "
+    "repeated takes a list, a flag true or false, all others what would be typed, a number or a "
+    "text. A key that is no "
+    "option is an error. TOML takes Python 3.11, or tomli. `dus heal --print-config` writes such "
+    "a file, and the "
     "`run.json` of a healed model is one."
 )
 
@@ -40,7 +49,9 @@ def commands() -> list[Command]:
     found = [Command("dus", group.help, _options(group))]
     for name in COMMANDS:
         command: Any = load_command(name)
-        usage = " ".join(["dus", name, "[OPTIONS]", *(p.metavar for p in command.params if _is_argument(p))])
+        usage = " ".join(
+            ["dus", name, "[OPTIONS]", *(p.metavar for p in command.params if _is_argument(p))]
+        )
         found.append(Command(usage, command.help.strip(), _options(command)))
     return found
 
@@ -74,7 +85,10 @@ def cli_reference(root: Command, others: list[Command]) -> str:
     """Every command, argument and option, in Markdown."""
     parts = [
         "# CLI reference",
-        "Generated from the code by `make docs`, like the manual page [dus.1](dus.1); a test fails when it is stale.",
+        (
+            "Generated from the code by `make docs`, like the manual page [dus.1](dus.1); a test "
+            "fails when it is stale."
+        ),
         _EXIT_CODES,
         _CONFIG,
         "## dus",

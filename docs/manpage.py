@@ -1,4 +1,6 @@
-"""The manual page dus(1) in roff (man macros), as groff and mandoc read it: from the same facts as docs/cli.md."""
+"""The manual page dus(1) in roff (man macros), as groff and mandoc read it: from the same facts
+as docs/cli.md.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from dus_cli import __version__
 
 
 class Option(NamedTuple):
-    """An option or argument: its spellings with the value's name, what it means, its default as text."""
+    """An option or argument: its spellings with the value's name, what it means, its default as
+    text.
+    """
 
     spelling: str
     meaning: str
@@ -28,7 +32,13 @@ class Command(NamedTuple):
 
 _EXIT = (
     ("0", "done; also where the output was already what the command writes"),
-    ("1", "a known failure, in one line on stderr; of dus verify, problems; of dus eval, a gate that was missed"),
+    (
+        "1",
+        (
+            "a known failure, in one line on stderr; of dus verify, problems; of dus eval, a gate "
+            "that was missed"
+        ),
+    ),
     ("2", "a usage error: the same command line will always fail"),
     ("129, 130, 143", "ended by SIGHUP, SIGINT or SIGTERM; dus heal has saved a checkpoint first"),
     ("141", "nobody reads the results (dus … | head); quiet"),
@@ -65,7 +75,8 @@ def man_page(root: Command, commands: Iterable[Command]) -> str:
         lines += [".br"] * bool(number) + [_usage(command.usage)]
     lines += [".SH DESCRIPTION"]
     lines += _paragraphs(
-        "Results are printed on stdout, all else on stderr. An output directory is whole and verified, or it is not "
+        "Results are printed on stdout, all else on stderr. An output directory is whole and "
+        "verified, or it is not "
         "there. Nothing ever asks."
     )
     lines += [".SH OPTIONS", *_options(root.options), ".SH COMMANDS"]
@@ -74,7 +85,10 @@ def man_page(root: Command, commands: Iterable[Command]) -> str:
         lines += _options(command.options)
     lines += [".SH EXIT STATUS", *_items(_EXIT), ".SH ENVIRONMENT", *_items(_ENVIRONMENT)]
     lines += [".SH EXAMPLES", ".nf", *(_text(example) for example in _EXAMPLES), ".fi"]
-    lines += [".SH SEE ALSO", "The project's docs/: concepts, layout, healing, pipelines, troubleshooting."]
+    lines += [
+        ".SH SEE ALSO",
+        "The project's docs/: concepts, layout, healing, pipelines, troubleshooting.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -86,12 +100,19 @@ def _usage(usage: str) -> str:
 
 def _paragraphs(text: str) -> list[str]:
     parts = [" ".join(part.split()) for part in text.strip().split("\n\n")]
-    return [line for number, part in enumerate(parts) for line in ([".PP"] * bool(number) + _filled(part))]
+    return [
+        line
+        for number, part in enumerate(parts)
+        for line in ([".PP"] * bool(number) + _filled(part))
+    ]
 
 
 def _filled(text: str) -> list[str]:
     """Running text in source lines of at most 80 bytes."""
-    return [_text(line) for line in textwrap.wrap(text, 66, break_on_hyphens=False, break_long_words=False)]
+    return [
+        _text(line)
+        for line in textwrap.wrap(text, 66, break_on_hyphens=False, break_long_words=False)
+    ]
 
 
 def _options(options: Iterable[Option]) -> list[str]:
@@ -111,11 +132,16 @@ def _options(options: Iterable[Option]) -> list[str]:
 
 
 def _items(items: Iterable[tuple[str, str]]) -> list[str]:
-    return [line for name, meaning in items for line in (".TP", f"\\fB{_text(name)}\\fR", *_filled(meaning))]
+    return [
+        line
+        for name, meaning in items
+        for line in (".TP", f"\\fB{_text(name)}\\fR", *_filled(meaning))
+    ]
 
 
 def _text(text: str) -> str:
-    r"""Text that roff takes as it stands: ASCII alone, hyphens that can be copied, no line a request.
+    r"""Text that roff takes as it stands: ASCII alone, hyphens that can be copied, no line a
+    request.
 
     >>> _text("--a …")
     '\\-\\-a \\[u2026]'

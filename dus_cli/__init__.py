@@ -2,7 +2,8 @@
 
     from dus_cli import upscale, plan, verify, push, heal, probe, evaluate
 
-These and their results are loaded when they are first asked for (PEP 562), so that importing the package costs nothing.
+These and their results are loaded when they are first asked for (PEP 562), so that importing the
+package costs nothing.
 """
 
 from __future__ import annotations

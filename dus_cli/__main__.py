@@ -7,7 +7,9 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """The entry point. It imports inside, so that Ctrl-C ends a command that is still loading in one line too."""
+    """The entry point. It imports inside, so that Ctrl-C ends a command that is still loading in
+    one line too.
+    """
     try:
         from dus_cli.cli import main as run
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
-"""The Python API: `from dus_cli import upscale, plan, verify`. The commands of the same names call exactly these.
+"""The Python API: `from dus_cli import upscale, plan, verify`. The commands of the same names call
+exactly these.
 
-They take what a person types, return what `--json` prints as typed objects, and raise `DusError` with one line for
-each known failure. They print nothing, ask nothing, and set no signal handlers: a KeyboardInterrupt leaves nothing
-behind. docs/api.md describes the results.
+They take what a person types, return what `--json` prints as typed objects, and raise `DusError`
+with one line for each known failure. They print nothing, ask nothing, and set no signal handlers: a
+KeyboardInterrupt leaves nothing behind. docs/api.md describes the results.
 """
 
 from __future__ import annotations
@@ -67,36 +68,39 @@ def upscale(
     branch: str | None = None,
     progress: Progress | None = None,
 ) -> UpscaleReport:
-    """Write a deeper model: two copies of the base's layers, trimmed where they meet, or any other map.
+    """Write a deeper model: two copies of the base's layers, trimmed where they meet, or any other
+    map.
 
-    `output` appears whole and verified, or not at all. Where it is already what this call would write, the
-    report's `status` is "unchanged" and nothing is done.
+    `output` appears whole and verified, or not at all. Where it is already what this call would
+    write, the report's `status` is "unchanged" and nothing is done.
 
     Args:
-        model: a Hub id (`org/name`, `org/name@revision`) or a directory. A `Path` is always a directory. None: the
-            base that `lineage` records.
+        model: a Hub id (`org/name`, `org/name@revision`) or a directory. A `Path` is always a
+            directory. None: the base that `lineage` records.
         output: the directory to write; it must not exist, or be empty.
-        lineage: a release's dus.json, to make it again as it was; `model` then says where the base is now.
+        lineage: a release's dus.json, to make it again as it was; `model` then says where the base
+            is now.
         revision: of a Hub id: a branch, tag or commit.
         token: of the Hub; HF_TOKEN or the stored login by default.
         trim: layers trimmed from each copy; a quarter of the base's by default.
         layers: any other map, as half-open ranges of base layers, such as "0:24,8:32".
         double: the base with the layers of these ranges twice in a row, such as "2:29".
         copies: how many copies are stacked.
-        recipe: a published map by name. It excludes `trim`, `layers`, `double` and `copies`, as `layers` and `double`
-            do the others.
+        recipe: a published map by name. It excludes `trim`, `layers`, `double` and `copies`, as
+            `layers` and `double` do the others.
         identity: new layers start as identities, so that the model computes what its base does.
-        start: how loudly layers speak at first: "copy" (the default), "identity", "half", "fade", "fade:cosine" or
-            "scale:C" (`dus_cli.maps.starts`).
-        engines: names of inference engines, such as "llama.cpp", that must compute the output as config.json says;
-            "all" for every one that dus knows. Without `trim` it is then the nearest to a quarter that is right for
-            them.
+        start: how loudly layers speak at first: "copy" (the default), "identity", "half", "fade",
+            "fade:cosine" or "scale:C" (`dus_cli.maps.starts`).
+        engines: names of inference engines, such as "llama.cpp", that must compute the output as
+            config.json says; "all" for every one that dus knows. Without `trim` it is then the
+            nearest to a quarter that is right for them.
         assume: for fields of config.json that dus does not know, "keep" or "map".
         dtype: what floating-point tensors are cast to (takes the heal extra).
-        max_shard_size: of the largest file of weights: bytes, or text such as "5GB" in decimal units.
+        max_shard_size: of the largest file of weights: bytes, or text such as "5GB" in decimal
+            units.
         copy_mode: how bytes move; "auto" clones where the file system can.
-        stream: weights come from the Hub straight into the output, without a copy in the cache. What a killed run has
-            fetched is kept beside it, and the same call goes on from there.
+        stream: weights come from the Hub straight into the output, without a copy in the cache.
+            What a killed run has fetched is kept beside it, and the same call goes on from there.
         jobs: parallel copies, 1 to 64.
         verify: what is checked before publishing.
         checksums: also write SHA256SUMS.
@@ -150,7 +154,10 @@ def upscale(
         return report
     from dus_cli.push import verb as pushing  # most outputs are pushed by nobody
 
-    return replace(report, push=pushing.send(user_path(output), target, jobs=jobs, progress=told, is_verified=True))
+    return replace(
+        report,
+        push=pushing.send(user_path(output), target, jobs=jobs, progress=told, is_verified=True),
+    )
 
 
 def plan(
@@ -179,9 +186,11 @@ def plan(
     private: bool = False,
     branch: str | None = None,
 ) -> UpscaleReport:
-    """What `upscale` with the same arguments would write, as its dry run: nothing is written, no weights are read.
+    """What `upscale` with the same arguments would write, as its dry run: nothing is written, no
+    weights are read.
 
-    The report's `status` is "planned"; its `plan` has every tensor, and its warnings what would stop the run.
+    The report's `status` is "planned"; its `plan` has every tensor, and its warnings what would
+    stop the run.
 
     Raises:
         UsageError: an argument that no model could make right.
@@ -217,7 +226,9 @@ def plan(
         return report
     from dus_cli.push import verb as pushing
 
-    return replace(report, push=pushing.preview(report.plan, target, remote, with_checksums=checksums))
+    return replace(
+        report, push=pushing.preview(report.plan, target, remote, with_checksums=checksums)
+    )
 
 
 def verify(
@@ -237,10 +248,12 @@ def verify(
     Args:
         folder: the directory to check.
         base: also hold every tensor against this base, a Hub id or a directory.
-        engines: names of inference engines: what one of them would not compute as config.json says is a problem.
+        engines: names of inference engines: what one of them would not compute as config.json says
+            is a problem.
         token: of the Hub, for the base; HF_TOKEN or the stored login by default.
         jobs: parallel reads, 1 to 64.
-        read: read also what lies in the same blocks of the disk and cannot differ: for a disk that is not trusted.
+        read: read also what lies in the same blocks of the disk and cannot differ: for a disk that
+            is not trusted.
         progress: told what happens while it happens, from several threads.
 
     Raises:
@@ -253,7 +266,9 @@ def verify(
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     ref = None if base is None else ModelRef.parse(_text(base), token=token)
     checkpoint = None if ref is None else open_base(ref, quiet=not told.is_live, progress=told)
-    return verification.verify(folder, checkpoint, engines=names, jobs=_jobs(jobs), reads_all=read, progress=told)
+    return verification.verify(
+        folder, checkpoint, engines=names, jobs=_jobs(jobs), reads_all=read, progress=told
+    )
 
 
 def _wanted(
@@ -289,10 +304,14 @@ def _wanted(
             "dtype": dtype,
             "max-shard-size": size != DEFAULT_SHARD_BYTES,
         }
-        names = [f"--{name}" for name, value in given.items() if value is not None and value is not False]
+        names = [
+            f"--{name}" for name, value in given.items() if value is not None and value is not False
+        ]
         if names:
             raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
-        remaking = read_remaking(user_path(lineage), None if model is None else _text(model), token=token)
+        remaking = read_remaking(
+            user_path(lineage), None if model is None else _text(model), token=token
+        )
         remaking = replace(remaking, request=replace(remaking.request, engines=engines))
         return Wanted(*remaking.parts, remaking)
     if model is None:
@@ -334,7 +353,9 @@ def _request(
         raise UsageError(f"start: {error}") from None
     if rule.name == IDENTITY:
         identity, rule = True, StartRule()
-    elif start is not None and (identity or (recipe is not None and recipe in RECIPES and RECIPES[recipe].identity)):
+    elif start is not None and (
+        identity or (recipe is not None and recipe in RECIPES and RECIPES[recipe].identity)
+    ):
         what = "--identity" if identity else f"--recipe {recipe}"
         raise UsageError(f"{what} says how new layers start; leave out --start")
     return MapRequest(
@@ -350,7 +371,9 @@ def _request(
     )
 
 
-def _target(push_to: str | None, branch: str | None, token: str | None, *, private: bool) -> Target | None:
+def _target(
+    push_to: str | None, branch: str | None, token: str | None, *, private: bool
+) -> Target | None:
     """Where to push; None for nowhere."""
     if push_to is None:
         if private or branch is not None:

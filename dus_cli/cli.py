@@ -1,7 +1,7 @@
 """The command line: parse, call, print. The one place that knows the terminal and exit codes.
 
-Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 SIGTERM,
-129 SIGHUP, 141 a closed pipe on stdout. stdout carries results only.
+Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143
+SIGTERM, 129 SIGHUP, 141 a closed pipe on stdout. stdout carries results only.
 """
 
 from __future__ import annotations
@@ -24,23 +24,36 @@ from dus_cli.console import events
 from dus_cli.console.terminal import say, silence
 from dus_cli.errors import StoppedError, UsageError
 
-# Every command: the function in dus_cli.commands that it is, and what `dus --help` says of it. Importing all of them
-# takes longer than most of them run, so each is imported when it is named; a test holds the texts to the functions'.
+# Every command: the function in dus_cli.commands that it is, and what `dus --help` says of it.
+# Importing all of them takes longer than most of them run, so each is imported when it is named; a
+# test holds the texts to the functions'.
 COMMANDS = {
     "upscale": ("upscale.upscale", "Write a deeper model: base layers 0…n−m−1, then m…n−1."),
     "verify": (
         "verify.verify",
         "Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.",
     ),
-    "heal": ("heal.heal", "Heal an up-scaled model by continued pretraining, and prove that it healed."),
+    "heal": (
+        "heal.heal",
+        "Heal an up-scaled model by continued pretraining, and prove that it healed.",
+    ),
     "eval": (
         "eval.evaluate",
-        "Compare models on the same held-out text: loss, perplexity, bits per byte, paired intervals.",
+        (
+            "Compare models on the same held-out text: loss, perplexity, bits per byte, paired "
+            "intervals."
+        ),
     ),
-    "probe": ("probe.probe", "Measure what loss layer maps would have right after scaling, and write no model."),
+    "probe": (
+        "probe.probe",
+        "Measure what loss layer maps would have right after scaling, and write no model.",
+    ),
     "push": (
         "push.push_command",
-        "Push a finished model to the Hub, once it is verified, and compare what the Hub then holds.",
+        (
+            "Push a finished model to the Hub, once it is verified, and compare what the Hub then "
+            "holds."
+        ),
     ),
 }
 
@@ -51,27 +64,40 @@ def load_command(name: str) -> TyperCommand:
     """A command with its options, its module imported."""
     module, _, function = COMMANDS[name][0].partition(".")
     callback = getattr(import_module(f"dus_cli.commands.{module}"), function)
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP_OPTIONS)
+    alone = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP_OPTIONS
+    )
     alone.command(name, help=_unbroken(inspect.getdoc(callback) or ""))(callback)
     return cast("TyperCommand", typer.main.get_command(alone))
 
 
 def _unbroken(text: str) -> str:
-    """A docstring's paragraphs without their line ends, which --help would keep: a terminal breaks them for itself."""
+    """A docstring's paragraphs without their line ends, which --help would keep: a terminal
+    breaks them for itself.
+    """
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 class _Unloaded(TyperCommand):
-    """A command's name and summary; the command itself takes its place as soon as there are arguments to parse."""
+    """A command's name and summary; the command itself takes its place as soon as there are
+    arguments to parse.
+    """
 
-    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> typer.Context:
-        return cast("typer.Context", load_command(str(self.name)).make_context(info_name, args, *others, **extra))
+    def make_context(
+        self, info_name: str | None, args: list[str], *others: Any, **extra: Any
+    ) -> typer.Context:
+        return cast(
+            "typer.Context",
+            load_command(str(self.name)).make_context(info_name, args, *others, **extra),
+        )
 
 
 class _Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands = {name: _Unloaded(name, help=summary) for name, (_, summary) in COMMANDS.items()}
+        self.commands = {
+            name: _Unloaded(name, help=summary) for name, (_, summary) in COMMANDS.items()
+        }
 
 
 app = typer.Typer(
@@ -93,7 +119,10 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     _version_option: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Depth up-scaling: grow a language model by stacking two trimmed copies of its layers."""
@@ -113,7 +142,9 @@ def main() -> NoReturn:
         if signals.signum is None or os.environ.get("DUS_DEBUG"):
             raise
         code, message = 1, None
-    if code == 1 and signals.signum is not None:  # a library made another error of it, in the middle of an import
+    if (
+        code == 1 and signals.signum is not None
+    ):  # a library made another error of it, in the middle of an import
         code, message = ended_by(signals.signum)
     if events.are_wanted(sys.argv[1:]):
         events.emit("exit", exit_code=code, error=message)
@@ -123,19 +154,26 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except OSError:  # was told already; Python would tell it again
         silence(sys.stdout.fileno())
-    if code > 128 and threading.active_count() > 1:  # a signal came, and a library still has threads at work
+    if (
+        code > 128 and threading.active_count() > 1
+    ):  # a signal came, and a library still has threads at work
         os._exit(code)
     sys.exit(code)
 
 
 def _open_streams() -> None:
-    """Standard streams that can be written to: what `>&-` closed becomes /dev/null, before a file gets its number."""
+    """Standard streams that can be written to: what `>&-` closed becomes /dev/null, before a
+    file gets its number.
+    """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
             setattr(sys, name, open(os.devnull, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets question marks, no traceback
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal without Unicode gets question marks, no traceback
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
@@ -150,7 +188,10 @@ def _run() -> tuple[int, str | None]:
     except _UsageError as error:
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         command = getattr(getattr(error, "ctx", None), "command_path", "dus")
-        return 2, f"{message.rstrip('.')}; see {command} --help" if message else None  # `dus` alone printed the help
+        return (
+            2,
+            f"{message.rstrip('.')}; see {command} --help" if message else None,
+        )  # `dus` alone printed the help
     except Terminated as error:
         return ended_by(error.signum)
     except BrokenPipeError:

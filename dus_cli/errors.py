@@ -16,7 +16,9 @@ class DusError(Exception):
 
 
 class UsageError(DusError):
-    """What was asked for contradicts itself, whatever the model is. `cli` exits 2, as for an unknown option."""
+    """What was asked for contradicts itself, whatever the model is. `cli` exits 2, as for an
+    unknown option.
+    """
 
 
 class ModelNotFoundError(DusError):
@@ -24,7 +26,9 @@ class ModelNotFoundError(DusError):
 
 
 class CheckpointError(DusError):
-    """The checkpoint is damaged, incomplete, hostile, or not a decoder checkpoint that dus reads."""
+    """The checkpoint is damaged, incomplete, hostile, or not a decoder checkpoint that dus
+    reads.
+    """
 
 
 class LayerMapError(DusError):
@@ -76,7 +80,9 @@ class ProbeError(DusError):
 
 
 class StoppedError(DusError):
-    """A signal ended a run in good order; what it had done is saved. `cli` exits with 128 + the signal."""
+    """A signal ended a run in good order; what it had done is saved. `cli` exits with 128 + the
+    signal.
+    """
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -109,7 +115,8 @@ def encodable(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    r"""What another library says of a failure, on one line; of an essay its first sentences, at least one.
+    r"""What another library says of a failure, on one line; of an essay its first sentences, at
+    least one.
 
     >>> reason_of(ValueError("no such\n  layer"))
     'no such layer'

@@ -1,4 +1,6 @@
-"""What a verb tells while it works. The core knows no terminal: `terminal` and `events` implement this."""
+"""What a verb tells while it works. The core knows no terminal: `terminal` and `events`
+implement this.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +61,10 @@ class Plan(Protocol):
 class Progress(Protocol):
     """Told what happens while it happens; `advance` is called from several threads.
 
-    A stage runs from its `start` to the next one's, or to the end. `total` and what `advance` adds are counted in
-    `unit`: bytes where bytes move, else a plural such as "tokens"; `total` is None where it is not known.
-    `is_live`: it draws on a terminal, where huggingface_hub may draw its own bars too.
+    A stage runs from its `start` to the next one's, or to the end. `total` and what `advance` adds
+    are counted in `unit`: bytes where bytes move, else a plural such as "tokens"; `total` is None
+    where it is not known. `is_live`: it draws on a terminal, where huggingface_hub may draw its own
+    bars too.
     """
 
     @property
@@ -124,6 +127,8 @@ class Stage:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds left at this rate; None before the first step, and where the total is not known."""
+        """Seconds left at this rate; None before the first step, and where the total is not
+        known.
+        """
         rate = self.per_second
         return None if rate is None or self.total is None else max(0, self.total - self.done) / rate

@@ -1,7 +1,9 @@
-"""The Python API of the verbs that take options as objects: `from dus_cli import heal, probe, evaluate, push`.
+"""The Python API of the verbs that take options as objects: `from dus_cli import heal, probe,
+evaluate, push`.
 
-The commands of these names call exactly these functions with the same objects. Like `upscale` they print nothing and
-raise `DusError` with one line for each known failure. docs/api.md describes the results.
+The commands of these names call exactly these functions with the same objects. Like `upscale` they
+print nothing and raise `DusError` with one line for each known failure. docs/api.md describes the
+results.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def probe(
     """Measure what loss layer maps would have right after scaling, and write no model.
 
     Args:
-        model: a Hub id (`org/name`, `org/name@revision`) or a directory. A `Path` is always a directory.
+        model: a Hub id (`org/name`, `org/name@revision`) or a directory. A `Path` is always a
+            directory.
         options: the text, the maps, and how they are measured.
         revision: of a Hub id: a branch, tag or commit.
         token: Hub access token; HF_TOKEN or the stored login by default.
@@ -78,7 +81,8 @@ def evaluate(
         tasks: tasks of lm-evaluation-harness (takes the eval extra).
         scoring: how text is cut, and how the models are run.
         gates: what every model but the baseline must reach.
-        with_base: the first model is an up-scaled one, and the base inside it is the baseline of the text.
+        with_base: the first model is an up-scaled one, and the base inside it is the baseline of
+            the text.
         token: Hub access token; HF_TOKEN or the stored login by default.
         progress: told what happens while it happens.
 
@@ -159,8 +163,8 @@ def heal(
 ) -> dict[str, Any]:
     """Heal an up-scaled model by continued pretraining, and prove that it healed.
 
-    The same call again goes on where a run was. While the workers run, a signal that would end the process makes them
-    save a checkpoint first, and the call ends with a `StoppedError`.
+    The same call again goes on where a run was. While the workers run, a signal that would end the
+    process makes them save a checkpoint first, and the call ends with a `StoppedError`.
 
     Args:
         model: the directory of the model to heal.
@@ -172,7 +176,8 @@ def heal(
         launch: the workers.
         keeping: what is measured and kept on the way.
         dry_run: count tokens and steps, estimate memory and FLOPs; write nothing.
-        view: told what happens while it happens; `dus_cli.heal.watch.views.NoView` has all its methods.
+        view: told what happens while it happens; `dus_cli.heal.watch.views.NoView` has all its
+            methods.
 
     Returns:
         The report, as `--json` prints it: report.json, or the dry run's.
@@ -182,7 +187,14 @@ def heal(
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
     options = heal_options(
-        model, output, data=data, budget=budget, recipe=recipe, fit=fit, launch=launch, keeping=keeping
+        model,
+        output,
+        data=data,
+        budget=budget,
+        recipe=recipe,
+        fit=fit,
+        launch=launch,
+        keeping=keeping,
     )
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb
@@ -215,7 +227,9 @@ def heal_options(
     folder = user_path(model)
     return HealOptions(
         model=folder,
-        output=folder.resolve().with_name(f"{folder.resolve().name}-healed") if output is None else user_path(output),
+        output=folder.resolve().with_name(f"{folder.resolve().name}-healed")
+        if output is None
+        else user_path(output),
         data=settled(data),
         budget=settled(budget or Budget()),
         recipe=settled(recipe or Recipe()),

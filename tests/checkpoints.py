@@ -1,4 +1,6 @@
-"""Make checkpoints for tests and benchmarks: real shapes, random or layer-numbered contents, no torch."""
+"""Make checkpoints for tests and benchmarks: real shapes, random or layer-numbered contents, no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from typing import Any
 
 Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 Fill = Callable[[str, int], bytes]  # the bytes of a tensor, or of a piece of it
-BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "I8": 8, "U8": 8, "F4": 4}
+BITS = {
+    "F64": 64,
+    "I64": 64,
+    "F32": 32,
+    "I32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "F8_E4M3": 8,
+    "I8": 8,
+    "U8": 8,
+    "F4": 4,
+}
 
 
 def num_bytes(tensor: Tensor) -> int:
@@ -45,12 +58,16 @@ def llama_tensors(
             "self_attn.q_proj": (hidden, hidden),
             "self_attn.v_proj": (kv, hidden),
         }
-        tensors += [(f"model.layers.{layer}.{name}.weight", dtype, shape) for name, shape in shapes.items()]
+        tensors += [
+            (f"model.layers.{layer}.{name}.weight", dtype, shape) for name, shape in shapes.items()
+        ]
     tensors.append(("model.norm.weight", dtype, (hidden,)))
     return tensors if tied else [*tensors, ("lm_head.weight", dtype, (vocab, hidden))]
 
 
-def llama_config(num_layers: int, hidden: int = 64, intermediate: int = 128, vocab: int = 256) -> dict[str, Any]:
+def llama_config(
+    num_layers: int, hidden: int = 64, intermediate: int = 128, vocab: int = 256
+) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_act": "silu",
@@ -71,15 +88,24 @@ def _scaled(name: str, rows: int, columns: int, *, is_fp8: bool) -> list[Tensor]
     if not is_fp8:
         return [(f"{name}.weight", "BF16", (rows, columns))]
     scales = (-(-rows // 128), -(-columns // 128))
-    return [(f"{name}.weight", "F8_E4M3", (rows, columns)), (f"{name}.weight_scale_inv", "F32", scales)]
+    return [
+        (f"{name}.weight", "F8_E4M3", (rows, columns)),
+        (f"{name}.weight_scale_inv", "F32", scales),
+    ]
 
 
 def moe_tensors(
     num_layers: int, num_experts: int, hidden: int, expert: int, vocab: int, *, is_fp8: bool = False
 ) -> list[Tensor]:
-    """The tensors of a DeepSeek-V3 whose first layer is dense: `expert` is the intermediate size of an expert."""
+    """The tensors of a DeepSeek-V3 whose first layer is dense: `expert` is the intermediate size
+    of an expert.
+    """
     tensors: list[Tensor] = [("model.embed_tokens.weight", "BF16", (vocab, hidden))]
-    shapes = {"gate_proj": (expert, hidden), "up_proj": (expert, hidden), "down_proj": (hidden, expert)}
+    shapes = {
+        "gate_proj": (expert, hidden),
+        "up_proj": (expert, hidden),
+        "down_proj": (hidden, expert),
+    }
     attention = {
         "q_a_proj": (1536, hidden),
         "q_b_proj": (3 * hidden, 1536),
@@ -94,7 +120,9 @@ def moe_tensors(
         tensors += [(f"{prefix}.{name}.weight", "BF16", (size,)) for name, size in norms.items()]
         for name, (rows, columns) in attention.items():
             tensors += _scaled(f"{prefix}.self_attn.{name}", rows, columns, is_fp8=is_fp8)
-        modules = [f"experts.{i}" for i in range(num_experts)] + ["shared_experts"] if layer else [""]
+        modules = (
+            [f"experts.{i}" for i in range(num_experts)] + ["shared_experts"] if layer else [""]
+        )
         if layer:
             tensors.append((f"{prefix}.mlp.gate.weight", "BF16", (num_experts, hidden)))
             tensors.append((f"{prefix}.mlp.gate.e_score_correction_bias", "F32", (num_experts,)))
@@ -102,7 +130,11 @@ def moe_tensors(
             for name, (rows, columns) in shapes.items():
                 place = ".".join(filter(None, (prefix, "mlp", module, name)))
                 tensors += _scaled(place, rows, columns, is_fp8=is_fp8)
-    return [*tensors, ("model.norm.weight", "BF16", (hidden,)), ("lm_head.weight", "BF16", (vocab, hidden))]
+    return [
+        *tensors,
+        ("model.norm.weight", "BF16", (hidden,)),
+        ("lm_head.weight", "BF16", (vocab, hidden)),
+    ]
 
 
 def moe_config(
@@ -168,14 +200,18 @@ def write_shard(
             return
         for tensor in ordered:
             remaining = num_bytes(tensor)
-            while remaining:  # in pieces, so that a benchmark's source does not need its size in memory
+            while (
+                remaining
+            ):  # in pieces, so that a benchmark's source does not need its size in memory
                 piece = fill(tensor[0], min(remaining, 1 << 24))
                 file.write(piece)
                 remaining -= len(piece)
 
 
 def fill_with_layer(name: str, size: int) -> bytes:
-    """Every byte tells the layer (0xEE outside the layers), so a test sees which layer landed where."""
+    """Every byte tells the layer (0xEE outside the layers), so a test sees which layer landed
+    where.
+    """
     parts = [part for part in name.split(".") if part.isdecimal()]
     return bytes([int(parts[0]) if parts else 0xEE]) * size
 
@@ -230,8 +266,12 @@ def write_in_shards(
     return folder
 
 
-def write_mistral(folder: Path, num_layers: int = 32, hidden: int = 4096, fill: Fill | None = fill_randomly) -> Path:
-    """Mistral-7B-v0.1's shape: 14.48 GB of random bf16 in three shards at 32 layers and hidden size 4096."""
+def write_mistral(
+    folder: Path, num_layers: int = 32, hidden: int = 4096, fill: Fill | None = fill_randomly
+) -> Path:
+    """Mistral-7B-v0.1's shape: 14.48 GB of random bf16 in three shards at 32 layers and hidden
+    size 4096.
+    """
     tensors = llama_tensors(num_layers, hidden, hidden * 7 // 2, hidden // 4, 32_000)
     config = llama_config(num_layers, hidden, hidden * 7 // 2, 32_000) | {
         "architectures": ["MistralForCausalLM"],

@@ -1,4 +1,6 @@
-"""Fixtures: checkpoints whose bytes tell their layer, and the real command run as a user runs it."""
+"""Fixtures: checkpoints whose bytes tell their layer, and the real command run as a user runs
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,20 @@ DUS = [sys.executable, "-m", "dus_cli"]
 
 
 def _let_children_have_their_signals() -> None:
-    """What the suite was started with ignored (`nohup … &`), commands that it starts would ignore too.
+    """What the suite was started with ignored (`nohup … &`), commands that it starts would ignore
+    too.
 
-    A handler that does nothing keeps such a signal from the suite, and a program that it starts has the default again
-    (execve(2)). What was blocked stays blocked across both, so it is unblocked.
+    A handler that does nothing keeps such a signal from the suite, and a program that it starts has
+    the default again (execve(2)). What was blocked stays blocked across both, so it is unblocked.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, lambda _signum, _frame: None)
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # else no exit code ever arrives
@@ -35,13 +45,16 @@ def _let_children_have_their_signals() -> None:
 
 _let_children_have_their_signals()
 
-# pytest imports readline, which tells children a width that nobody asked for; pytest-xdist's workers are such children.
+# pytest imports readline, which tells children a width that nobody asked for; pytest-xdist's
+# workers are such children.
 for _width in ("COLUMNS", "LINES"):
     os.environ.pop(_width, None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --no-loadscope-reorder, xdist's order (files of many tests first), but the extras' long chain before all."""
+    """With --no-loadscope-reorder, xdist's order (files of many tests first), but the extras'
+    long chain before all.
+    """
     if not config.getoption("loadscopereorder", default=True):
         num_tests = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.path.name != "test_extras.py", -num_tests[item.path]))
@@ -67,7 +80,9 @@ class Run(subprocess.CompletedProcess[str]):
 
 
 def dus(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> Run:
-    """Run the command. Errors are quiet of progress with -q or --json, as a pipeline would have it."""
+    """Run the command. Errors are quiet of progress with -q or --json, as a pipeline would have
+    it.
+    """
     done = subprocess.run(
         [*DUS, *map(str, arguments)],
         capture_output=True,
@@ -98,7 +113,9 @@ def edit_config() -> Callable[..., None]:
     def edit(folder: Path, **fields: object) -> None:
         path = folder / "config.json"
         config = json.loads(path.read_text()) | fields
-        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in config.items() if value is not None})
+        )
 
     return edit
 
@@ -113,7 +130,9 @@ def reflinks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(400 << 20)
     subprocess.run([f"mkfs.{request.param}", "-q", image], check=True, capture_output=True)
-    if subprocess.run(["mount", "-o", "loop", image, folder], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-o", "loop", image, folder], check=False, capture_output=True
+    ).returncode:
         pytest.skip("mounting needs root and a loop device")
     yield folder
     subprocess.run(["umount", folder], check=True)

@@ -10,7 +10,9 @@ from dus_cli.errors import DusError
 
 
 def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """A few small damages: bytes flipped, cut out, doubled, numbers replaced, the length changed."""
+    """A few small damages: bytes flipped, cut out, doubled, numbers replaced, the length
+    changed.
+    """
     data = bytearray(raw)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(data))
@@ -26,7 +28,9 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
                 if digits:
                     data[rng.choice(digits)] = rng.choice(b"0123456789-")
             case 4:
-                data[:8] = struct.pack("<Q", rng.choice([0, 1, len(data), 2**32, 2**60, rng.randrange(400)]))
+                data[:8] = struct.pack(
+                    "<Q", rng.choice([0, 1, len(data), 2**32, 2**60, rng.randrange(400)])
+                )
             case _:
                 data[at:at] = rng.choice(
                     [b"null", b"1e999", b"NaN", b"\xff\xfe", b'"\\ud800"', b"{}", b"[[", b"2" * 30]

@@ -1,4 +1,6 @@
-"""A deeper model's logits held against its base's layers in the map's order; the tables of docs/architectures.md."""
+"""A deeper model's logits held against its base's layers in the map's order; the tables of
+docs/architectures.md.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ def save_base(model_type: str, folder: Path, *, whole: bool = False) -> Path:
     return folder / "base"
 
 
-def check_equality(model_type: str, folder: Path, trim: int = TRIM, *, whole: bool = False) -> dict[str, Any]:
-    """Up-scale folder/base with the real command: the logits must be those of the base rearranged. The report."""
+def check_equality(
+    model_type: str, folder: Path, trim: int = TRIM, *, whole: bool = False
+) -> dict[str, Any]:
+    """Up-scale folder/base with the real command: the logits must be those of the base
+    rearranged. The report.
+    """
     report = dus("upscale", folder / "base", "-t", str(trim), "-o", folder / "out", "--json").report
     base, complaints = zoo.load(model_type, folder / "base", whole=whole)
     assert complaints == {}
@@ -35,12 +41,16 @@ def check_equality(model_type: str, folder: Path, trim: int = TRIM, *, whole: bo
     expected = zoo.expected_logits(base, source_layers(zoo.NUM_LAYERS, trim), tokens)
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(zoo.logits(written, tokens), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(expected, zoo.logits(base, tokens), atol=1e-4)  # the comparison can fail
+    assert not torch.allclose(
+        expected, zoo.logits(base, tokens), atol=1e-4
+    )  # the comparison can fail
     return report
 
 
 def hold_table(name: str, rows: list[str]) -> None:
-    """The table between the comments of this name in the docs has these rows, or is written so where that is asked."""
+    """The table between the comments of this name in the docs has these rows, or is written so
+    where that is asked.
+    """
     before, start, rest = DOCS.read_text().partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")
     table = "\n".join(["| model type | outcome | told apart by |", "|---|---|---|", *rows])
@@ -51,9 +61,13 @@ def hold_table(name: str, rows: list[str]) -> None:
 
 
 def without_engines(report: dict[str, Any]) -> list[str]:
-    """The report's warnings but for those about inference engines, which must be there where one departs."""
+    """The report's warnings but for those about inference engines, which must be there where one
+    departs.
+    """
     does = ("would compute another model in silence", "would not load it")
-    about_engines = [warning for warning in report["warnings"] if any(words in warning for words in does)]
+    about_engines = [
+        warning for warning in report["warnings"] if any(words in warning for words in does)
+    ]
     wrong = [one for one in report["engines"] if one["verdict"] in ("differs", "refuses")]
     assert bool(about_engines) == bool(wrong), report
     return [warning for warning in report["warnings"] if warning not in about_engines]

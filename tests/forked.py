@@ -1,6 +1,8 @@
-"""The real command in processes forked from one that has imported what they import: a third of the time.
+"""The real command in processes forked from one that has imported what they import: a third of the
+time.
 
-huggingface_hub itself is left to each of them, because it reads its environment when it is imported.
+huggingface_hub itself is left to each of them, because it reads its environment when it is
+imported.
 """
 
 from __future__ import annotations
@@ -63,8 +65,12 @@ def stop() -> None:
         server.communicate()
 
 
-def dus(*arguments: str | Path, cwd: Path | None = None, first: str = "", **environment: str) -> Run:
-    """Run the command. `first` is Python that runs before it, to make a wait shorter or to count something."""
+def dus(
+    *arguments: str | Path, cwd: Path | None = None, first: str = "", **environment: str
+) -> Run:
+    """Run the command. `first` is Python that runs before it, to make a wait shorter or to count
+    something.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         request = {
@@ -81,4 +87,6 @@ def dus(*arguments: str | Path, cwd: Path | None = None, first: str = "", **envi
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
-        return Run(arguments, code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+        return Run(
+            arguments, code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+        )

@@ -1,11 +1,13 @@
-"""A stand-in for the Hub on the loopback interface, with a log of what was asked of it and what it sent.
+"""A stand-in for the Hub on the loopback interface, with a log of what was asked of it and what it
+sent.
 
-It answers what huggingface_hub asks for a model: its commit, its list of files, its files. As on the real
-Hub, a file under LFS redirects to a signed address on another origin, where the token must not follow; a
-gated repo shows its list of files to everyone; a private one does not exist for strangers.
+It answers what huggingface_hub asks for a model: its commit, its list of files, its files. As on
+the real Hub, a file under LFS redirects to a signed address on another origin, where the token must
+not follow; a gated repo shows its list of files to everyone; a private one does not exist for
+strangers.
 
-Files are sent in pieces as they are read. Of one that is a hole, as `write_checkpoint(fill=None)` makes them, the
-sha256 is made up, so that the shape of a 7B model costs nothing.
+Files are sent in pieces as they are read. Of one that is a hole, as `write_checkpoint(fill=None)`
+makes them, the sha256 is made up, so that the shape of a 7B model costs nothing.
 """
 
 from __future__ import annotations
@@ -45,8 +47,9 @@ def commit_of(text: str) -> str:
 class StandInRepo:
     """A model repo: a folder of files for each commit, and the branches and tags that name commits.
 
-    READER may read a private one, and the files of a gated one. The weights of one on `xet` come from
-    another service, which is announced and not there. Without `lfs` the Hub itself serves every file.
+    READER may read a private one, and the files of a gated one. The weights of one on `xet` come
+    from another service, which is announced and not there. Without `lfs` the Hub itself serves
+    every file.
     """
 
     commits: Mapping[str, Path]
@@ -58,8 +61,12 @@ class StandInRepo:
 
 
 @contextmanager
-def only_hub(repos: Mapping[str, StandInRepo], home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    """A running stand-in as the only Hub that dus can see, with an empty cache in `home` and no token."""
+def only_hub(
+    repos: Mapping[str, StandInRepo], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StandInHub]:
+    """A running stand-in as the only Hub that dus can see, with an empty cache in `home` and no
+    token.
+    """
     for name in list(os.environ):
         if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -83,10 +90,11 @@ class Request(NamedTuple):
 class Faults:
     """What goes wrong, and how fast it goes, while files are served from signed addresses.
 
-    `bytes_per_second`: of all connections together. `broken_after`: a request for more bytes ends without them.
-    `signed_for`: answers for which an address holds, then 403. `busy`: of so many answers to come each is a 429 or 503
-    with `retry_after`. `stalls`: so many answers to come say nothing more after their first piece. `flipped`: byte of a
-    file, by its name, in which a bit is flipped on the way. `ranges`: False where Range headers are not understood.
+    `bytes_per_second`: of all connections together. `broken_after`: a request for more bytes ends
+    without them. `signed_for`: answers for which an address holds, then 403. `busy`: of so many
+    answers to come each is a 429 or 503 with `retry_after`. `stalls`: so many answers to come say
+    nothing more after their first piece. `flipped`: byte of a file, by its name, in which a bit is
+    flipped on the way. `ranges`: False where Range headers are not understood.
     """
 
     bytes_per_second: float | None = None
@@ -108,7 +116,9 @@ class Faults:
             return
         with self.lock:
             late = time.monotonic() - self.started - self.sent / self.bytes_per_second
-            if late > _BURST:  # what was not used is lost, as on a line, but for what its buffers hold
+            if (
+                late > _BURST
+            ):  # what was not used is lost, as on a line, but for what its buffers hold
                 self.started += late - _BURST
             self.sent += num_bytes
             due = self.started + self.sent / self.bytes_per_second
@@ -130,10 +140,11 @@ class Faults:
 class StandInHub:
     """The server, running while its context is open.
 
-    `failures` maps patterns of requests to the HTTP status that they get, or HANG_UP. A request reads
-    "GET /org/name/resolve/main/config.json whole", with the Range header in the place of "whole". `faults` are of
-    files that are served from signed addresses; `num_served` counts the bytes of weights that left, also in answers
-    that broke off. `busy` are the answers to the next questions for a commit.
+    `failures` maps patterns of requests to the HTTP status that they get, or HANG_UP. A request
+    reads "GET /org/name/resolve/main/config.json whole", with the Range header in the place of
+    "whole". `faults` are of files that are served from signed addresses; `num_served` counts the
+    bytes of weights that left, also in answers that broke off. `busy` are the answers to the next
+    questions for a commit.
     """
 
     repos: Mapping[str, StandInRepo]
@@ -146,7 +157,9 @@ class StandInHub:
     def __enter__(self) -> StandInHub:  # noqa: PYI034  (Self is not in Python 3.10)
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}
+        )
         self._thread.start()
         return self
 
@@ -170,7 +183,9 @@ class StandInHub:
     @property
     def files_asked_for(self) -> set[str]:
         """The files of any repo that were asked for, be it only for their size."""
-        matches = (re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", request.path) for request in self.log)
+        matches = (
+            re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", request.path) for request in self.log
+        )
         return {match[1] for match in matches if match}
 
     def num_sent(self, pattern: str) -> int:
@@ -202,7 +217,9 @@ class _RefusedError(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: StandInHub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are two packets; the second must not wait for the first
+    disable_nagle_algorithm = (
+        True  # headers and body are two packets; the second must not wait for the first
+    )
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -216,14 +233,21 @@ class _Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 answer = self._model(match[1], match[2] or "main")
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
-                answer = self._tree(match[1], match[2], recursive="recursive=true" in url.query.lower())
+                answer = self._tree(
+                    match[1], match[2], recursive="recursive=true" in url.query.lower()
+                )
             elif re.fullmatch(r"/api/models/([^/]+/[^/]+)/xet-read-token/([^/]+)", path):
-                service = {"X-Xet-Cas-Url": f"{self.hub.endpoint}/cas", "X-Xet-Access-Token": "of the service"}
+                service = {
+                    "X-Xet-Cas-Url": f"{self.hub.endpoint}/cas",
+                    "X-Xet-Access-Token": "of the service",
+                }
                 answer = _Answer(HTTPStatus.OK, service | {"X-Xet-Token-Expiration": "4000000000"})
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 answer = self._resolve(match[1], match[2], match[3])
             elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
-                answer = self._cdn(match[1], match[2], match[3], url.query.removeprefix("signature="))
+                answer = self._cdn(
+                    match[1], match[2], match[3], url.query.removeprefix("signature=")
+                )
             else:
                 answer = _Answer(HTTPStatus.NOT_FOUND)
         except _RefusedError as refused:
@@ -257,7 +281,10 @@ class _Handler(BaseHTTPRequestHandler):
         entry, headers = _entry(folder, path), {"X-Repo-Commit": commit}
         if not (path.endswith(LFS_SUFFIXES) and repo.lfs):
             return self._file(folder / path, headers | {"ETag": f'"{entry["oid"]}"'})
-        headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(entry["size"])}
+        headers |= {
+            "X-Linked-Etag": f'"{entry["lfs"]["oid"]}"',
+            "X-Linked-Size": str(entry["size"]),
+        }
         if repo.xet:
             route = f"{self.hub.endpoint}/api/models/{repo_id}/xet-read-token/{commit}"
             headers |= {"X-Xet-Hash": entry["lfs"]["oid"], "X-Xet-Refresh-Route": route}
@@ -274,7 +301,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _Answer(HTTPStatus.FORBIDDEN)
         if faults.busy:
             return _Answer(
-                faults.busy.pop(0), {} if faults.retry_after is None else {"Retry-After": faults.retry_after}
+                faults.busy.pop(0),
+                {} if faults.retry_after is None else {"Retry-After": faults.retry_after},
             )
         return self._file(self.hub.repos[repo_id].commits[commit] / path, {})
 
@@ -286,24 +314,32 @@ class _Handler(BaseHTTPRequestHandler):
             return _Answer(HTTPStatus.OK, headers, file=file, length=size)
         start, end = int(match[1]), min(int(match[2] or size), size - 1)
         headers = headers | {"Content-Range": f"bytes {start}-{end}/{size}"}
-        return _Answer(HTTPStatus.PARTIAL_CONTENT, headers, file=file, start=start, length=end + 1 - start)
+        return _Answer(
+            HTTPStatus.PARTIAL_CONTENT, headers, file=file, start=start, length=end + 1 - start
+        )
 
     def _commit(self, repo_id: str, revision: str) -> tuple[str, Path]:
         token, repo = self._token, self.hub.repos.get(repo_id)
         if repo is None or (repo.private and token != READER):
             if not token:  # strangers are not told whether there is such a repo
-                raise _RefusedError(HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Invalid username or password.")
+                raise _RefusedError(
+                    HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Invalid username or password."
+                )
             raise _RefusedError(HTTPStatus.NOT_FOUND, "RepoNotFound", "Repository not found")
         commit = repo.revisions.get(revision, revision)
         if commit not in repo.commits:
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _RefusedError(
+                HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}"
+            )
         return commit, repo.commits[commit]
 
     @property
     def _token(self) -> str:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in ("", READER, STRANGER):
-            raise _RefusedError(HTTPStatus.UNAUTHORIZED, "", "Invalid credentials in Authorization header")
+            raise _RefusedError(
+                HTTPStatus.UNAUTHORIZED, "", "Invalid credentials in Authorization header"
+            )
         return token
 
     def _send(self, path: str, answer: _Answer) -> None:
@@ -359,7 +395,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def _entry(folder: Path, path: str) -> dict[str, Any]:
@@ -368,7 +406,9 @@ def _entry(folder: Path, path: str) -> dict[str, Any]:
         return {"type": "directory", "path": path, "size": 0, "oid": commit_of(path)}
     file, is_lfs = folder / path, path.endswith(LFS_SUFFIXES)
     status = file.stat()
-    oid, sha256 = _hashes(str(file), status.st_size, status.st_mtime_ns, status.st_blocks * 512 < status.st_size // 2)
+    oid, sha256 = _hashes(
+        str(file), status.st_size, status.st_mtime_ns, status.st_blocks * 512 < status.st_size // 2
+    )
     entry: dict[str, Any] = {"type": "file", "path": path, "size": status.st_size, "oid": oid}
     if is_lfs:
         entry["lfs"] = {"oid": sha256, "size": status.st_size, "pointerSize": 134}

@@ -1,7 +1,9 @@
-"""The stand-in Hub's other half: repos that can be written to, as huggingface_hub writes to them without Xet.
+"""The stand-in Hub's other half: repos that can be written to, as huggingface_hub writes to them
+without Xet.
 
-Small files come within the commit, large ones as LFS objects before it: asked for in a batch, put at another
-origin without the token (in parts where they are larger than a part), and kept, commit or not.
+Small files come within the commit, large ones as LFS objects before it: asked for in a batch, put
+at another origin without the token (in parts where they are larger than a part), and kept, commit
+or not.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ WRITER = "hf_writer"  # the token of "writer", who may write in "org" and as the
 class WritableHub(StandInHub):
     """A stand-in that takes uploads. `repos` grows and its branches move.
 
-    `objects` are the LFS objects by their SHA-256. `uploads_left`: after so many objects the connection is cut, for
-    this one and all that follow; while `gate` is not set objects `arrived` and get no answer. `put`: those that were
-    taken. `part_size`: larger objects come in parts. `refusals`: how many requests of a pattern get 503 before they
-    are answered. `corrupts`: the file of a commit that is stored with another content.
+    `objects` are the LFS objects by their SHA-256. `uploads_left`: after so many objects the
+    connection is cut, for this one and all that follow; while `gate` is not set objects `arrived`
+    and get no answer. `put`: those that were taken. `part_size`: larger objects come in parts.
+    `refusals`: how many requests of a pattern get 503 before they are answered. `corrupts`: the
+    file of a commit that is stored with another content.
     """
 
     repos: dict[str, StandInRepo] = field(default_factory=dict)
@@ -66,7 +69,9 @@ class WritableHub(StandInHub):
         self.gate.set()
         handler = type("Handler", (_Uploads,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}
+        )
         self._thread.start()
         return self
 
@@ -104,7 +109,9 @@ class WritableHub(StandInHub):
         """An empty repo, as the Hub makes it: one commit with .gitattributes."""
         self.repos[repo_id] = StandInRepo({}, {}, private=private)
         folder = self.new_folder()
-        (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        (folder / ".gitattributes").write_text(
+            "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+        )
         self.commit(repo_id, "main", folder)
 
     def new_folder(self, like: Path | None = None) -> Path:
@@ -117,7 +124,9 @@ class WritableHub(StandInHub):
         """What a branch holds, .gitattributes aside."""
         repo = self.repos[repo_id]
         folder = repo.commits[repo.revisions[branch]]
-        paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".gitattributes"]
+        paths = [
+            path for path in folder.rglob("*") if path.is_file() and path.name != ".gitattributes"
+        ]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -129,7 +138,9 @@ class _Uploads(_Handler):
         if self.hub.refuses(f"{self.command} {path} whole"):
             self._send(path, _Answer(HTTPStatus.SERVICE_UNAVAILABLE))
         elif path == "/api/whoami-v2" or path.endswith("/auth-check/write"):
-            self._reply(path, lambda: self._whoami() if path == "/api/whoami-v2" else self._auth_check(path))
+            self._reply(
+                path, lambda: self._whoami() if path == "/api/whoami-v2" else self._auth_check(path)
+            )
         else:
             super().do_GET()
 
@@ -179,11 +190,15 @@ class _Uploads(_Handler):
     def _check_writer(self, repo_id: str) -> None:
         if not self._token:
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "", "Invalid username or password.")
-        if self.headers.get("Authorization") != f"Bearer {WRITER}" or repo_id.partition("/")[0] not in (
+        if self.headers.get("Authorization") != f"Bearer {WRITER}" or repo_id.partition("/")[
+            0
+        ] not in (
             "org",
             "writer",
         ):
-            raise _RefusedError(HTTPStatus.FORBIDDEN, "", f"You don't have the rights to write to {repo_id}.")
+            raise _RefusedError(
+                HTTPStatus.FORBIDDEN, "", f"You don't have the rights to write to {repo_id}."
+            )
 
     def _whoami(self) -> _Answer:
         if not self._token:
@@ -217,19 +232,34 @@ class _Uploads(_Handler):
         return _Answer(HTTPStatus.NOT_FOUND)
 
     def _validate(self, card: str) -> _Answer:
-        """A mapping of YAML in front, whose fields have the types that the Hub's own schema gives them."""
+        """A mapping of YAML in front, whose fields have the types that the Hub's own schema
+        gives them.
+        """
         front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
         problems = []
         try:
             fields = yaml.safe_load(front[1]) if front else {}
         except yaml.YAMLError as error:
             fields, problems = {}, [str(error)]
-        texts = ("license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model_relation")
-        problems += [f'"{name}" must be a string' for name in texts if not isinstance(fields.get(name, ""), str)]
+        texts = (
+            "license",
+            "license_name",
+            "license_link",
+            "library_name",
+            "pipeline_tag",
+            "base_model_relation",
+        )
+        problems += [
+            f'"{name}" must be a string'
+            for name in texts
+            if not isinstance(fields.get(name, ""), str)
+        ]
         if not isinstance(fields.get("tags", []), list):
             problems.append('"tags" must be an array')
         if problems:
-            answer = _json({"errors": [{"message": problem} for problem in problems], "warnings": []})
+            answer = _json(
+                {"errors": [{"message": problem} for problem in problems], "warnings": []}
+            )
             return replace(answer, status=HTTPStatus.BAD_REQUEST)
         return _json({"errors": [], "warnings": []})
 
@@ -237,7 +267,9 @@ class _Uploads(_Handler):
         repo_id = f"{asked.get('organization') or 'writer'}/{asked['name']}"
         self._check_writer(repo_id)
         if repo_id in self.hub.repos:
-            return replace(_json({"url": f"{self.hub.endpoint}/{repo_id}"}), status=HTTPStatus.CONFLICT)
+            return replace(
+                _json({"url": f"{self.hub.endpoint}/{repo_id}"}), status=HTTPStatus.CONFLICT
+            )
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
         return _json({"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id})
 
@@ -276,12 +308,16 @@ class _Uploads(_Handler):
             upload: dict[str, Any] = {"href": f"{origin}/lfs/{oid}/0"}
             if size > self.hub.part_size:
                 count = -(-size // self.hub.part_size)
-                urls = {str(number): f"{origin}/lfs/{oid}/{number}" for number in range(1, count + 1)}
+                urls = {
+                    str(number): f"{origin}/lfs/{oid}/{number}" for number in range(1, count + 1)
+                }
                 upload = {"href": f"{self.hub.endpoint}/lfs-complete/{oid}"}
                 upload["header"] = {"chunk_size": str(self.hub.part_size), **urls}
             return found | {"actions": {"upload": upload}}
 
-        return _json({"transfer": "basic", "objects": [answer(thing) for thing in asked["objects"]]})
+        return _json(
+            {"transfer": "basic", "objects": [answer(thing) for thing in asked["objects"]]}
+        )
 
     def _put(self, path: str, body: bytes) -> _Answer:
         if self._token:  # a signed address refuses a token
@@ -320,12 +356,20 @@ class _Uploads(_Handler):
                 path.write_bytes(content + b"!" if value["path"] == self.hub.corrupts else content)
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.objects:
-                    raise _RefusedError(HTTPStatus.BAD_REQUEST, "", f"LFS object {value['oid']} was not uploaded")
+                    raise _RefusedError(
+                        HTTPStatus.BAD_REQUEST, "", f"LFS object {value['oid']} was not uploaded"
+                    )
                 path.write_bytes(self.hub.objects[value["oid"]])
             elif key == "deletedFile":
                 path.unlink()
         oid = self.hub.commit(repo_id, branch, folder)
-        return _json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}"})
+        return _json(
+            {
+                "success": True,
+                "commitOid": oid,
+                "commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{oid}",
+            }
+        )
 
     def _body(self) -> bytes:
         """The request's body, of a given length or in chunks."""

@@ -1,8 +1,10 @@
-"""A FUSE mount that refuses what mounted object stores refuse: a server in pure Python, in a process of its own.
+"""A FUSE mount that refuses what mounted object stores refuse: a server in pure Python, in a
+process of its own.
 
-It speaks the kernel's protocol over /dev/fuse (linux/fuse.h, version 7.31) and passes everything through to a
-backing directory but what its `Refusals` say. Run as a program it serves one mount until its stdin ends, so no mount
-outlives the tests. It needs root (mount(2)) and /dev/fuse, and neither libfuse nor fusermount.
+It speaks the kernel's protocol over /dev/fuse (linux/fuse.h, version 7.31) and passes everything
+through to a backing directory but what its `Refusals` say. Run as a program it serves one mount
+until its stdin ends, so no mount outlives the tests. It needs root (mount(2)) and /dev/fuse, and
+neither libfuse nor fusermount.
 """
 
 from __future__ import annotations
@@ -25,7 +27,18 @@ from pathlib import Path
 from typing_extensions import Self
 
 # Opcodes (linux/fuse.h, enum fuse_opcode).
-LOOKUP, FORGET, GETATTR, SETATTR, SYMLINK, MKDIR, UNLINK, RMDIR, RENAME, LINK = 1, 2, 3, 4, 6, 9, 10, 11, 12, 13
+LOOKUP, FORGET, GETATTR, SETATTR, SYMLINK, MKDIR, UNLINK, RMDIR, RENAME, LINK = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    9,
+    10,
+    11,
+    12,
+    13,
+)
 OPEN, READ, WRITE, STATFS, RELEASE, FSYNC, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 14, 15, 16, 17, 18, 20, 25, *(
     26, 27, 28, 29
 )  # fmt: skip
@@ -45,15 +58,16 @@ _ATTR = struct.Struct("<6Q10I")
 class Refusals:
     """What the mount refuses or does oddly; by default nothing. Errors are names of errno.
 
-    `kind` is the mount's type; with "fuse" alone its source is mountpoint-s3, as that one's is. `rename_folder` is
-    answered for any folder, `rename_full_folder` for one that holds something (goofys).
-    `sequential`: a file is written once, from its first byte to its last, and cannot be read or removed before it
-    is closed (Mountpoint for Amazon S3). `close`: the upload of files whose names end so fails, told by close(2), where
-    more than `close_beyond` bytes of the file were reached. `fsync` is answered for names that end in `fsync_of`.
-    `unstable_inodes`: a new inode number for every answer. `vague_times`: mtimes that lose their fraction of a second
-    every other time (a list and a HEAD request). `space`: blocks free, and blocks in all. `read`: reading beyond the
-    first bytes of such files fails. `delay`: seconds that each write takes. `journal`: a file that gets a line for
-    each file that was written or removed.
+    `kind` is the mount's type; with "fuse" alone its source is mountpoint-s3, as that one's is.
+    `rename_folder` is answered for any folder, `rename_full_folder` for one that holds something
+    (goofys). `sequential`: a file is written once, from its first byte to its last, and cannot be
+    read or removed before it is closed (Mountpoint for Amazon S3). `close`: the upload of files
+    whose names end so fails, told by close(2), where more than `close_beyond` bytes of the file
+    were reached. `fsync` is answered for names that end in `fsync_of`. `unstable_inodes`: a new
+    inode number for every answer. `vague_times`: mtimes that lose their fraction of a second every
+    other time (a list and a HEAD request). `space`: blocks free, and blocks in all. `read`: reading
+    beyond the first bytes of such files fails. `delay`: seconds that each write takes. `journal`: a
+    file that gets a line for each file that was written or removed.
     """
 
     kind: str = "fuse.other"
@@ -86,10 +100,21 @@ class Mount:
         self.backing, self.point = backing, point
         point.mkdir(exist_ok=True)
         backing.mkdir(exist_ok=True)
-        command = [sys.executable, "-S", __file__, str(backing), str(point), json.dumps(asdict(refusals))]
+        command = [
+            sys.executable,
+            "-S",
+            __file__,
+            str(backing),
+            str(point),
+            json.dumps(asdict(refusals)),
+        ]
         path = os.pathsep.join(sys.path)  # typing_extensions, without the wait for site
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
         )
         assert self._process.stdout is not None
         said = self._process.stdout.readline().strip()
@@ -129,7 +154,9 @@ class _Open:
 
 
 class Server:
-    """Answers requests one at a time. It touches the backing directory only: its own mount would wait for itself."""
+    """Answers requests one at a time. It touches the backing directory only: its own mount would
+    wait for itself.
+    """
 
     def __init__(self, backing: Path, refusals: Refusals) -> None:
         self.backing, self.refusals = backing, refusals
@@ -150,7 +177,11 @@ class Server:
             except OSError as error:
                 if error.errno == errno.ENODEV:  # unmounted
                     return
-                if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):  # the request was interrupted
+                if error.errno in (
+                    errno.ENOENT,
+                    errno.EINTR,
+                    errno.EAGAIN,
+                ):  # the request was interrupted
                     continue
                 raise
             length, opcode, unique, node, _, _, _, _, _ = _IN_HEADER.unpack_from(request)
@@ -163,7 +194,9 @@ class Server:
                 code = error.errno or errno.EIO
             # Gone meanwhile where the caller was killed or the mount ended.
             with contextlib.suppress(FileNotFoundError):
-                os.write(device, _OUT_HEADER.pack(_OUT_HEADER.size + len(answer), -code, unique) + answer)
+                os.write(
+                    device, _OUT_HEADER.pack(_OUT_HEADER.size + len(answer), -code, unique) + answer
+                )
 
     def answer(self, opcode: int, node: int, body: bytes) -> bytes:
         handlers = {
@@ -214,7 +247,9 @@ class Server:
         _, _, readahead, flags = struct.unpack_from("<4I", body)
         flags &= _ASYNC_READ | _ATOMIC_O_TRUNC | _BIG_WRITES | _MAX_PAGES
         pages = _MAX_WRITE // 4096
-        return struct.pack("<4I2H2I2HI7I", 7, 31, readahead, flags, 12, 9, _MAX_WRITE, 1, pages, 0, 0, *[0] * 7)
+        return struct.pack(
+            "<4I2H2I2HI7I", 7, 31, readahead, flags, 12, 9, _MAX_WRITE, 1, pages, 0, 0, *[0] * 7
+        )
 
     def attributes(self, node: int) -> bytes:
         status = self.path(node).lstat()
@@ -256,7 +291,9 @@ class Server:
     def statfs(self, _node: int, _body: bytes) -> bytes:
         real = os.statvfs(self.backing)
         available, blocks = self.refusals.space or (real.f_bavail, real.f_blocks)
-        return struct.pack("<5Q4I6I", blocks, available, available, 0, 0, 4096, 255, 4096, 0, *[0] * 6)
+        return struct.pack(
+            "<5Q4I6I", blocks, available, available, 0, 0, 4096, 255, 4096, 0, *[0] * 6
+        )
 
     # --- folders ----------------------------------------------------------------------------------
 
@@ -273,7 +310,11 @@ class Server:
         self.forget(path)
         self.note("removed", path)
         parent = self.paths[node]
-        if self.refusals.vanishing_folders and parent and not any((self.backing / parent).iterdir()):
+        if (
+            self.refusals.vanishing_folders
+            and parent
+            and not any((self.backing / parent).iterdir())
+        ):
             (self.backing / parent).rmdir()
         return b""
 
@@ -336,7 +377,9 @@ class Server:
                 raise RefusedError("EPERM")  # not there before it is closed
             if writes and not new and not flags & os.O_TRUNC:
                 raise RefusedError("EPERM")
-        file = os.open(self.path(node), flags & ~(os.O_EXCL | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW))
+        file = os.open(
+            self.path(node), flags & ~(os.O_EXCL | os.O_CREAT | os.O_DIRECT | os.O_NOFOLLOW)
+        )
         handle = self.number()
         self.files[handle] = _Open(file, node, writes)
         return struct.pack("<Q2I", handle, 0, 0)
@@ -347,7 +390,11 @@ class Server:
     def create(self, node: int, body: bytes) -> bytes:
         flags, mode, umask, _ = struct.unpack_from("<4I", body)
         path = self.child(node, body[16:].rstrip(b"\0"))
-        os.close(os.open(self.backing / path, os.O_WRONLY | os.O_CREAT | flags & os.O_EXCL, mode & ~umask))
+        os.close(
+            os.open(
+                self.backing / path, os.O_WRONLY | os.O_CREAT | flags & os.O_EXCL, mode & ~umask
+            )
+        )
         return self.entry(path) + self._opened(self.node(path), flags, new=True)
 
     def read(self, node: int, body: bytes) -> bytes:
@@ -400,7 +447,9 @@ def _mounted(point: str, kind: str) -> int:
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40755,user_id={os.getuid()},group_id={os.getgid()},allow_other"
     name = b"mountpoint-s3" if kind == "fuse" else b"bucket"
-    if _libc().mount(name, os.fsencode(point), kind.encode(), 6, options.encode()):  # 6: nosuid, nodev
+    if _libc().mount(
+        name, os.fsencode(point), kind.encode(), 6, options.encode()
+    ):  # 6: nosuid, nodev
         code = ctypes.get_errno()
         raise OSError(code, f"mount(2): {os.strerror(code)}")
     return device

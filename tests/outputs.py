@@ -1,12 +1,13 @@
-"""Digests of everything that dus writes, for holding a refactor to its word: the same bytes before and after.
+"""Digests of everything that dus writes, for holding a refactor to its word: the same bytes before
+and after.
 
-    python tests/outputs.py SCRATCH > before.json     # at the commit before, and again at the one after
-    diff before.json after.json && echo equal
+    python tests/outputs.py SCRATCH > before.json     # at the commit before, and again at the one
+    after diff before.json after.json && echo equal
 
-SCRATCH keeps the bases, so that both runs read the same ones; it may be removed afterwards. The list holds what
-`upscale` writes for every model type of the zoo, for a model of Mistral's shape and for each kind of
-option, the loss curve and the weights of a short `heal` on a CPU, and the JSON of `probe` and `eval`,
-without times and places.
+SCRATCH keeps the bases, so that both runs read the same ones; it may be removed afterwards. The
+list holds what `upscale` writes for every model type of the zoo, for a model of Mistral's shape and
+for each kind of option, the loss curve and the weights of a short `heal` on a CPU, and the JSON of
+`probe` and `eval`, without times and places.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from tiny import curve, digests, write_base, write_corpus
 
 # Fields of reports that differ from one run to the next.
 VOLATILE = frozenset(
-    "seconds started finished elapsed free_bytes peak_memory_bytes tokens_per_second made path output peak".split()
+    "seconds started finished elapsed free_bytes peak_memory_bytes tokens_per_second made path "
+    "output peak".split()
 )
 
 UPSCALES: dict[str, list[str]] = {
@@ -83,7 +85,9 @@ def healed(folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder / "healed", ignore_errors=True)
     run(folder, "upscale", "./base", "--trim", "1", "-o", "deeper", "--json")
     options = ["--seq-length", "64", "--batch-tokens", "256", "--steps", "6", "--eval-every", "3"]
-    report = run(folder, "heal", "./deeper", "--data", "text.jsonl", "-o", "healed", "--json", *options)
+    report = run(
+        folder, "heal", "./deeper", "--data", "text.jsonl", "-o", "healed", "--json", *options
+    )
     if isinstance(report, str):
         return {"error": report}
     written = digests(folder / "healed")
@@ -91,7 +95,11 @@ def healed(folder: Path) -> dict[str, Any]:
     evaluation = run(folder, "eval", "./base", "./healed", "--data", "text.jsonl", "--json")
     return {
         "curve": digest(curve(folder / "healed")),
-        "files": {name: value for name, value in written.items() if name.endswith((".safetensors", "config.json"))},
+        "files": {
+            name: value
+            for name, value in written.items()
+            if name.endswith((".safetensors", "config.json"))
+        },
         "probe": settled(probe),
         "eval": settled(evaluation),
     }
@@ -100,7 +108,9 @@ def healed(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("--without-zoo", action="store_true", help="leave out the model types of the zoo (minutes)")
+    parser.add_argument(
+        "--without-zoo", action="store_true", help="leave out the model types of the zoo (minutes)"
+    )
     options = parser.parse_args()
     folder: Path = options.scratch.resolve()
     if not (folder / "base").exists():
@@ -108,7 +118,9 @@ def main() -> None:
         write_base(folder / "base")
         write_corpus(folder / "text.jsonl")
         write_mistral(folder / "mistral", num_layers=8, hidden=128)
-    found: dict[str, Any] = {name: upscaled(folder, "base", given) for name, given in UPSCALES.items()}
+    found: dict[str, Any] = {
+        name: upscaled(folder, "base", given) for name, given in UPSCALES.items()
+    }
     found["mistral"] = upscaled(folder, "mistral", ["--trim", "2", "--checksums"])
     found["heal"] = healed(folder)
     if not options.without_zoo:

@@ -28,7 +28,10 @@ class Payload:
 
 def random_tensors(tensors: list[Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(DTYPES[dtype]) for name, dtype, shape in tensors}
+    return {
+        name: torch.randn(shape, generator=generator).to(DTYPES[dtype])
+        for name, dtype, shape in tensors
+    }
 
 
 def save_pickled(
@@ -51,7 +54,9 @@ def save_pickled(
     weight_map: dict[str, str] = {}
     for number in range(num_shards):
         shard = f"pytorch_model-{number + 1:05}-of-{num_shards:05}.bin"
-        names = list(state)[number * len(state) // num_shards : (number + 1) * len(state) // num_shards]
+        names = list(state)[
+            number * len(state) // num_shards : (number + 1) * len(state) // num_shards
+        ]
         part = {name: state[name] for name in names}
         torch.save(part, folder / shard, _use_new_zipfile_serialization=as_zip)
         weight_map |= dict.fromkeys(names, shard)
@@ -60,7 +65,14 @@ def save_pickled(
 
 
 def write_pickled(
-    folder: Path, tensors: list[Tensor], config: Mapping[str, Any], *, num_shards: int = 1, as_zip: bool = True
+    folder: Path,
+    tensors: list[Tensor],
+    config: Mapping[str, Any],
+    *,
+    num_shards: int = 1,
+    as_zip: bool = True,
 ) -> Path:
     """The same with random values."""
-    return save_pickled(folder, random_tensors(tensors), config, num_shards=num_shards, as_zip=as_zip)
+    return save_pickled(
+        folder, random_tensors(tensors), config, num_shards=num_shards, as_zip=as_zip
+    )

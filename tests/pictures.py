@@ -36,7 +36,10 @@ def _collect(element: ET.Element, dy: float, size: float, found: list[Label]) ->
         text = re.sub(r" +", " ", element.text or "")
         width = len(text) * _ADVANCE * size
         x, y = float(element.attrib["x"]), float(element.attrib["y"]) + dy
-        left = x - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[element.get("text-anchor", "start")]
+        left = (
+            x
+            - width * {"start": 0.0, "middle": 0.5, "end": 1.0}[element.get("text-anchor", "start")]
+        )
         found.append(Label(text, left, y - _ASCENT * size, left + width, y + _DESCENT * size))
     for child in element:
         _collect(child, dy, size, found)
@@ -54,6 +57,11 @@ def check_labels(svg: str) -> list[str]:
         assert label.top >= 0, label
         assert label.bottom <= height, label
     for one, other in combinations(found, 2):
-        apart = one.right <= other.left or other.right <= one.left or one.bottom <= other.top or other.bottom <= one.top
+        apart = (
+            one.right <= other.left
+            or other.right <= one.left
+            or one.bottom <= other.top
+            or other.bottom <= one.top
+        )
         assert apart, (one, other)
     return [label.text for label in found]

@@ -1,4 +1,6 @@
-"""The Python API, frozen: names, signatures, results. A change here is one that its users must hear of."""
+"""The Python API, frozen: names, signatures, results. A change here is one that its users must
+hear of.
+"""
 
 from __future__ import annotations
 
@@ -42,21 +44,28 @@ from dus_cli.verbs import evaluate, heal, heal_options, probe, push
 ROOT = Path(__file__).parent.parent
 
 MAP = (
-    "lineage: 'str | Path | None' = None, revision: 'str | None' = None, token: 'str | None' = None, "
-    "trim: 'int | None' = None, layers: 'str | None' = None, copies: 'int' = 2, recipe: 'str | None' = None, "
+    "lineage: 'str | Path | None' = None, revision: 'str | None' = None, token: 'str | None' = "
+    "None, "
+    "trim: 'int | None' = None, layers: 'str | None' = None, copies: 'int' = 2, recipe: 'str | "
+    "None' = None, "
     "identity: 'bool' = False, double: 'str | None' = None, start: 'str | None' = None, "
     "engines: 'Sequence[str]' = (), assume: 'Mapping[str, Assumption] | None' = None, "
-    "dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32', 'bf16', 'fp16', 'fp32'] | None\" = None, "
+    "dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32', 'bf16', 'fp16', 'fp32'] | None\" "
+    "= None, "
     "max_shard_size: 'int | str' = '5GB', "
     "copy_mode: \"CopyMode | Literal['auto', 'clone', 'copy']\" = <CopyMode.auto: 'auto'>, "
     "stream: 'bool' = False, "
 )
 
-PUSH = "overwrite: 'bool' = False, push_to: 'str | None' = None, private: 'bool' = False, branch: 'str | None' = None"
+PUSH = (
+    "overwrite: 'bool' = False, push_to: 'str | None' = None, private: 'bool' = False, branch: "
+    "'str | None' = None"
+)
 
 SIGNATURES: dict[Any, str] = {
     upscale: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}jobs: 'int' = 4, "
-    "verify: \"VerifyMode | Literal['none', 'structure', 'full']\" = <VerifyMode.structure: 'structure'>, "
+    "verify: \"VerifyMode | Literal['none', 'structure', 'full']\" = <VerifyMode.structure: "
+    "'structure'>, "
     f"checksums: 'bool' = False, {PUSH}, progress: 'Progress | None' = None) -> 'UpscaleReport'",
     plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}checksums: 'bool' = False, {PUSH}) "
     "-> 'UpscaleReport'",
@@ -110,7 +119,8 @@ FIELDS: dict[Any, dict[str, str]] = {
 
 def test_the_package_exports_these_names() -> None:
     options = (
-        "ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget Recipe Fit Launch"
+        "ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget "
+        "Recipe Fit Launch"
     )
     reports = "UpscaleReport Verification Probe EvalReport PushReport"
     names = f"{options} Keeping {reports} DusError UsageError Progress".split()
@@ -148,7 +158,9 @@ def test_the_functions_return_what_the_commands_print(
     planned = plan(base, tmp_path / "out", trim=1, max_shard_size="200KB")
     assert (planned.status, planned.dry_run) == ("planned", True)
     assert not (tmp_path / "out").exists()
-    written = upscale(base, tmp_path / "out", trim=1, max_shard_size=200_000, verify="full", checksums=True)
+    written = upscale(
+        base, tmp_path / "out", trim=1, max_shard_size=200_000, verify="full", checksums=True
+    )
     assert written.status == "written"
     assert written.plan.layer_map.sources == (*range(7), *range(1, 8))
     again = upscale(str(base), str(tmp_path / "out"), trim=1, max_shard_size="200KB")
@@ -156,7 +168,17 @@ def test_the_functions_return_what_the_commands_print(
     sound = verify(tmp_path / "out", base=base)
     assert sound.is_sound
     assert capfd.readouterr() == ("", "")
-    typed = dus("upscale", base, "-o", tmp_path / "out", "--trim", "1", "--max-shard-size", "200KB", "--json").report
+    typed = dus(
+        "upscale",
+        base,
+        "-o",
+        tmp_path / "out",
+        "--trim",
+        "1",
+        "--max-shard-size",
+        "200KB",
+        "--json",
+    ).report
     assert typed == again.to_json() | {"seconds": typed["seconds"], "space": typed["space"]}
     found = dus("verify", tmp_path / "out", "--base", base, "--json").report
     assert found["bytes_compared"] == sound.bytes_compared
@@ -181,7 +203,11 @@ def test_problems_are_listed_and_no_exception(base: Path, tmp_path: Path) -> Non
         ({"layers": "a:b"}, DusError, "neither START:END nor a layer number"),
         ({"dtype": "bf17"}, UsageError, "dtype: 'bf17' is not one of bfloat16, float16, float32"),
         ({"max_shard_size": "much"}, UsageError, "max_shard_size: 'much' is not a size"),
-        ({"copy_mode": "teleport"}, UsageError, "copy_mode: 'teleport' is not one of auto, clone, copy"),
+        (
+            {"copy_mode": "teleport"},
+            UsageError,
+            "copy_mode: 'teleport' is not one of auto, clone, copy",
+        ),
     ],
     ids=str,
 )
@@ -251,7 +277,9 @@ def test_ctrl_c_in_a_notebook_leaves_nothing_behind(tmp_path: Path, num_times: i
         "except KeyboardInterrupt: print('interrupted')\n"
         "assert signal.getsignal(signal.SIGINT) is before\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
     while not (tmp_path / ".out.partial").exists():
         time.sleep(0.001)
         assert process.poll() is None
@@ -261,10 +289,12 @@ def test_ctrl_c_in_a_notebook_leaves_nothing_behind(tmp_path: Path, num_times: i
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-# --- heal, probe, evaluate and push -----------------------------------------------------------------
+# --- heal, probe, evaluate and push ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["", "import dus_cli.heal.options, dus_cli.probe.maps, dus_cli.push.target; "])
+@pytest.mark.parametrize(
+    "order", ["", "import dus_cli.heal.options, dus_cli.probe.maps, dus_cli.push.target; "]
+)
 def test_a_verb_with_the_name_of_its_room_is_both(order: str) -> None:
     code = (
         f"{order}from dus_cli import heal, probe, push, evaluate\n"
@@ -283,7 +313,12 @@ def test_a_verb_with_the_name_of_its_room_is_both(order: str) -> None:
 
 
 def test_options_from_python_may_be_values_or_what_would_be_typed() -> None:
-    typed: dict[str, Any] = {"warmup": "10%", "distill": "0.5:80%", "schedule": "constant", "betas": "0.8,0.9"}
+    typed: dict[str, Any] = {
+        "warmup": "10%",
+        "distill": "0.5:80%",
+        "schedule": "constant",
+        "betas": "0.8,0.9",
+    }
     found = heal_options(
         "~/out",
         data=DataOptions(files="a.jsonl", eval_files=[Path("b.txt")]),  # type: ignore[arg-type]
@@ -296,21 +331,44 @@ def test_options_from_python_may_be_values_or_what_would_be_typed() -> None:
     assert (found.budget.tokens, found.budget.until) == (10_000_000, "base")
     assert (found.recipe.warmup, found.recipe.betas) == (Span(share=0.1), (0.8, 0.9))
     assert found.recipe.distill == Distill(0.5, Span(share=0.8))
-    same = heal_options(Path("out"), "healed", data=DataOptions(files=("a",)), recipe=Recipe(warmup=Span(share=0.1)))
+    same = heal_options(
+        Path("out"), "healed", data=DataOptions(files=("a",)), recipe=Recipe(warmup=Span(share=0.1))
+    )
     assert same.recipe.warmup == found.recipe.warmup
 
 
 WRONG: list[tuple[Any, str]] = [
-    (lambda: heal_options("out", data=DataOptions(files=("a",)), budget=Budget(steps=0)), "steps: 0 is not a whole"),
-    (lambda: heal_options("out", data=DataOptions(files=("a",), holdout="9x")), "holdout: 9x is no share"),  # type: ignore[arg-type]
-    (lambda: heal_options("out", data=DataOptions(files=("a",), special_tokens=1)), "special_tokens: 1 is no bool"),  # type: ignore[arg-type]
-    (lambda: heal_options("out", data=DataOptions(files=("a",)), keeping=Keeping(track="x")), "track: 'x' is not"),  # type: ignore[arg-type]
-    (lambda: heal_options("out", data=DataOptions(files=("a",)), recipe=Recipe(lr=None)), "lr: None is no value"),  # type: ignore[arg-type]
+    (
+        lambda: heal_options("out", data=DataOptions(files=("a",)), budget=Budget(steps=0)),
+        "steps: 0 is not a whole",
+    ),
+    (
+        lambda: heal_options("out", data=DataOptions(files=("a",), holdout="9x")),
+        "holdout: 9x is no share",
+    ),  # type: ignore[arg-type]
+    (
+        lambda: heal_options("out", data=DataOptions(files=("a",), special_tokens=1)),
+        "special_tokens: 1 is no bool",
+    ),  # type: ignore[arg-type]
+    (
+        lambda: heal_options("out", data=DataOptions(files=("a",)), keeping=Keeping(track="x")),
+        "track: 'x' is not",
+    ),  # type: ignore[arg-type]
+    (
+        lambda: heal_options("out", data=DataOptions(files=("a",)), recipe=Recipe(lr=None)),
+        "lr: None is no value",
+    ),  # type: ignore[arg-type]
     (lambda: probe("out", ProbeOptions(data=("a",), layers=("a:b",))), "layers: "),
-    (lambda: push("out", "org/name", PushOptions(jobs=65)), "jobs: 65 is not a whole number from 1 to 64"),
+    (
+        lambda: push("out", "org/name", PushOptions(jobs=65)),
+        "jobs: 65 is not a whole number from 1 to 64",
+    ),
     (lambda: evaluate(["out"]), "--data: there is nothing to evaluate on"),
     (lambda: evaluate([], text=TextOptions(data=("a",))), "models: there is none"),
-    (lambda: evaluate(["a", "b"], text=TextOptions(data=("a",)), gates=Gates(max_drop=1)), "--max-drop: it judges"),
+    (
+        lambda: evaluate(["a", "b"], text=TextOptions(data=("a",)), gates=Gates(max_drop=1)),
+        "--max-drop: it judges",
+    ),
 ]
 
 
@@ -339,18 +397,23 @@ def test_probe_evaluate_and_heal_return_what_the_commands_print(
     options = ProbeOptions(data=("text.jsonl",), tokens=500, trims=(1, 2))
     found = probe_json(probe(Path("base"), options))
     typed = tiny.forked_dus(
-        *("probe", "./base", "--data", "text.jsonl", "--tokens", "500", "--trims", "1:2", "--json"), first=here
+        *("probe", "./base", "--data", "text.jsonl", "--tokens", "500", "--trims", "1:2", "--json"),
+        first=here,
     ).report
     assert found["maps"] == typed["maps"]
     report = evaluate(
-        ["./base", Path("scaled")], text=TextOptions(data=("text.jsonl",)), scoring=ScoringOptions(seq_length=32)
+        ["./base", Path("scaled")],
+        text=TextOptions(data=("text.jsonl",)),
+        scoring=ScoringOptions(seq_length=32),
     )
     assert report.losses is not None
     assert [model.name for model in report.losses.models] == ["base", "scaled"]
     data = DataOptions(files=("text.jsonl",), seq_length=64)
     planned = heal("scaled", data=data, budget=Budget(steps=3), dry_run=True)
     assert (planned["dry_run"], planned["steps"]) == (True, 3)
-    done = heal("scaled", "healed", data=data, budget=Budget(steps=3), recipe=Recipe(batch_tokens=256))
+    done = heal(
+        "scaled", "healed", data=data, budget=Budget(steps=3), recipe=Recipe(batch_tokens=256)
+    )
     assert done["status"] in ("healed", "trained")
     assert done == json.loads((tmp_path / "healed/report.json").read_text()) | {
         "model": str(tmp_path / "scaled"),
@@ -363,7 +426,11 @@ def test_the_example_of_the_docs_runs(base: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     code = "\n".join(block.split("```")[0] for block in page.split("```python\n")[1:])
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 12

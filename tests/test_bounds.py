@@ -1,4 +1,6 @@
-"""Every number of every command has its bounds, in one table; what is outside of them is a usage error."""
+"""Every number of every command has its bounds, in one table; what is outside of them is a usage
+error.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,20 @@ from dus_cli.cli import COMMANDS, app, load_command
 from dus_cli.common.bounds import BOUNDS, check_fields, check_numbers, parse_number
 from dus_cli.heal.options import Budget, Keeping, Recipe, parse_endpoint, parse_every
 
-NO_NUMBERS = ["nan", "inf", "-inf", "1e999", "9" * 30, "-1e30", "9" * 5000, "x", "", "0x10", "1/2", "5 GB B"]
+NO_NUMBERS = [
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "9" * 30,
+    "-1e30",
+    "9" * 5000,
+    "x",
+    "",
+    "0x10",
+    "1/2",
+    "5 GB B",
+]
 
 
 def numeric_options() -> list[tuple[str, Any]]:
@@ -44,13 +59,17 @@ def test_there_are_numbers_in_every_command() -> None:
     assert len(OPTIONS) > 35
 
 
-@pytest.mark.parametrize(("command", "option"), OPTIONS, ids=[f"{name} {o.opts[0]}" for name, o in OPTIONS])
+@pytest.mark.parametrize(
+    ("command", "option"), OPTIONS, ids=[f"{name} {o.opts[0]}" for name, o in OPTIONS]
+)
 def test_a_number_of_a_command_is_in_the_table_and_held_to_it(command: str, option: Any) -> None:
     bounds = BOUNDS[option.opts[0].removeprefix("--")]
     beyond = [str(bounds.least - 1), str(int(bounds.most) + 1)]
     for text in [*NO_NUMBERS, *beyond]:
         with pytest.raises(typer.BadParameter) as caught:
-            typer.main.get_command(app).main([command, *NEEDS[command], option.opts[0], text], standalone_mode=False)
+            typer.main.get_command(app).main(
+                [command, *NEEDS[command], option.opts[0], text], standalone_mode=False
+            )
         assert caught.value.param is not None
         assert caught.value.param.opts[0] == option.opts[0]
 
@@ -60,10 +79,20 @@ def test_a_number_of_a_command_is_in_the_table_and_held_to_it(command: str, opti
     [
         ("heal", "--epochs", "0", "'--epochs': 0 is not a number above 0, at most 1,000,000"),
         ("heal", "--epochs", "inf", "'--epochs': inf is not a number above 0"),
-        ("heal", "--seed", "99999999999999999999999", "is not a whole number from 0 to 4,294,967,295"),
+        (
+            "heal",
+            "--seed",
+            "99999999999999999999999",
+            "is not a whole number from 0 to 4,294,967,295",
+        ),
         ("heal", "--lr", "inf", "'--lr': inf is not a number from 0 to 1"),
         ("heal", "--lr", "nan", "'--lr': nan is not a number from 0 to 1"),
-        ("heal", "--nproc-per-node", "0", "'--nproc-per-node': 0 is not a whole number from 1 to 1,024"),
+        (
+            "heal",
+            "--nproc-per-node",
+            "0",
+            "'--nproc-per-node': 0 is not a whole number from 1 to 1,024",
+        ),
         ("heal", "--save-every", "0.001s", "--save-every"),
         ("heal", "--rdzv-endpoint", "host:99999", "port from 1 to 65,535"),
         ("eval", "--max-loss", "nan", "'--max-loss': nan is not a number above 0, at most 1,000"),

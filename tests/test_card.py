@@ -1,4 +1,6 @@
-"""The model card: metadata that the Hub takes, whatever the base's card says, and the layer map as a picture."""
+"""The model card: metadata that the Hub takes, whatever the base's card says, and the layer map
+as a picture.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,11 @@ def fields(card: ModelCard) -> dict[str, Any]:
 
 def card_of(base: Path, output: Path, *, trim: int = 2, with_checksums: bool = False) -> ModelCard:
     """The card of an upscale, loaded by huggingface_hub, which refuses what is no card."""
-    upscale(Wanted(ModelRef(str(base), path=base), MapRequest(trim)), output, with_checksums=with_checksums)
+    upscale(
+        Wanted(ModelRef(str(base), path=base), MapRequest(trim)),
+        output,
+        with_checksums=with_checksums,
+    )
     assert metadata_load(output / "README.md")
     return ModelCard((output / "README.md").read_text(encoding="utf-8"))
 
@@ -75,7 +81,9 @@ def test_what_still_holds_of_the_bases_card_is_taken(base: Path, tmp_path: Path)
     assert (tmp_path / "out/LICENSE").read_text() == "the licence"
 
 
-def test_a_base_without_a_card_leaves_licence_and_base_model_out(base: Path, tmp_path: Path) -> None:
+def test_a_base_without_a_card_leaves_licence_and_base_model_out(
+    base: Path, tmp_path: Path
+) -> None:
     assert fields(card_of(base, tmp_path / "out")) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -140,7 +148,8 @@ def test_a_hostile_card_costs_nothing_and_adds_nothing(
 def test_a_damaged_card_is_said_and_ours_stays_valid(base: Path, tmp_path: Path) -> None:
     (base / "README.md").write_text(HOSTILE["no YAML"])
     assert any(
-        "license" in warning for warning in dus("upscale", base, "-o", "x", "--dry-run", "--json").report["warnings"]
+        "license" in warning
+        for warning in dus("upscale", base, "-o", "x", "--dry-run", "--json").report["warnings"]
     )
     card = card_of(base, tmp_path / "out")
     assert "license" not in fields(card)
@@ -168,7 +177,10 @@ def test_the_base_model_of_a_chain_is_the_one_on_the_hub(base: Path, tmp_path: P
     record["base"] = {"repo_id": "org/llama", "commit": "1" * 40}
     path.write_text(json.dumps(record))
     card = card_of(tmp_path / "once", tmp_path / "twice")
-    assert (fields(card)["base_model"], fields(card)["base_model_relation"]) == ("org/llama", "merge")
+    assert (fields(card)["base_model"], fields(card)["base_model_relation"]) == (
+        "org/llama",
+        "merge",
+    )
     assert "made by dus in 1 step " in card.text
     record["base"] = {"repo_id": "org/llama\nlicense: mit"}
     path.write_text(json.dumps(record))
@@ -176,17 +188,26 @@ def test_the_base_model_of_a_chain_is_the_one_on_the_hub(base: Path, tmp_path: P
 
 
 def report(*, reached: bool | None) -> dict[str, Any]:
-    losses = {"base_loss": None if reached is None else 2.0, "scaled_loss": 3.0, "loss": 1.9, "tokens_to_base": 10}
+    losses = {
+        "base_loss": None if reached is None else 2.0,
+        "scaled_loss": 3.0,
+        "loss": 1.9,
+        "tokens_to_base": 10,
+    }
     spent = {"fraction_of_pretraining": 0.1, "tokens": 10, "steps": 1, "flops": 1.0, "epochs": 0.5}
     data = {"data": ["corpus.jsonl"], "train_tokens": 20, "train_documents": 2}
     heldout = {"heldout_tokens": 5, "heldout_documents": 1, "available_heldout_tokens": 50}
     return losses | spent | data | heldout | {"reached_base": reached}
 
 
-def test_a_healed_card_is_a_finetune_with_both_pictures_and_no_advice_to_heal(base: Path, tmp_path: Path) -> None:
+def test_a_healed_card_is_a_finetune_with_both_pictures_and_no_advice_to_heal(
+    base: Path, tmp_path: Path
+) -> None:
     card_of(base, tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
-    text = text.replace("library_name", 'base_model: "org/llama"\nbase_model_relation: merge\nlibrary_name', 1)
+    text = text.replace(
+        "library_name", 'base_model: "org/llama"\nbase_model_relation: merge\nlibrary_name', 1
+    )
     healed = healed_card(text, report(reached=True), "out")
     assert fields(ModelCard(healed))["base_model_relation"] == "finetune"
     assert set(re.findall(r'src="([^"]+)"', healed)) == {"layer-map-light.svg", "healing-light.svg"}
@@ -208,7 +229,9 @@ def test_the_pictures_belong_to_the_output_and_not_to_its_base(base: Path, tmp_p
         assert "12 layers" in (once / name).read_text()
         assert "22 layers" in (twice / name).read_text()
     (once / "layer-map-dark.svg").unlink()
-    dus("upscale", base, "-o", once, "-q").assert_one_line_error("not empty")  # no longer what the command writes
+    dus("upscale", base, "-o", once, "-q").assert_one_line_error(
+        "not empty"
+    )  # no longer what the command writes
     verified = dus("verify", once).stdout
     assert "problem: layer-map-dark.svg is in SHA256SUMS" in verified
     assert "warning: README.md shows layer-map-dark.svg, which is not there" in verified
@@ -285,7 +308,9 @@ def test_a_seam_is_blamed_where_there_is_one(
     assert ("at the\n> seam" in card) == (start == "seams")
 
 
-@pytest.mark.skipif(not os.environ.get("SMOLLM2"), reason="SMOLLM2 names no checkpoint; `make test` makes one")
+@pytest.mark.skipif(
+    not os.environ.get("SMOLLM2"), reason="SMOLLM2 names no checkpoint; `make test` makes one"
+)
 def test_the_card_of_a_real_model_is_valid(tmp_path: Path) -> None:
     card = card_of(Path(os.environ["SMOLLM2"]), tmp_path / "out", trim=7)
     assert fields(card)["tags"][0] == "depth-up-scaling"

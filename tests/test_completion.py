@@ -28,7 +28,8 @@ LINES = [
 ASK = {
     "bash": """source "$SCRIPT"; read -ra COMP_WORDS <<<"$LINE"; [[ $LINE == *" " ]] && COMP_WORDS+=("")
         COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _dus_completion dus; printf '%s\\n' "${COMPREPLY[@]}" """,
-    # Without the line editor: _arguments is what the candidates are handed to, as ((a:help b:help)).
+    # Without the line editor: _arguments is what the candidates are handed to, as ((a:help
+    # b:help)).
     "zsh": """compdef() { : }; _arguments() { print -r -- "$@" }; source "$SCRIPT"
         words=(${=LINE}); [[ $LINE == *" " ]] && words+=(""); CURRENT=$#words; _dus_completion""",
     "fish": """source $SCRIPT; complete -C "$LINE" """,
@@ -47,14 +48,23 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answer(shell: str, line: str, commands: Path, folder: Path) -> set[str]:
     if shutil.which(shell) is None:
         pytest.skip(f"there is no {shell} here")
-    environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "LINE": line, "HOME": str(folder)}
+    environment = os.environ | {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "LINE": line,
+        "HOME": str(folder),
+    }
     script = folder / "script"
     asked = subprocess.run(
-        ["dus"], env=environment | {"_DUS_COMPLETE": f"source_{shell}"}, capture_output=True, check=True
+        ["dus"],
+        env=environment | {"_DUS_COMPLETE": f"source_{shell}"},
+        capture_output=True,
+        check=True,
     )
     script.write_bytes(asked.stdout)
     environment["SCRIPT"] = str(script)
-    done = subprocess.run([shell, "-c", ASK[shell]], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [shell, "-c", ASK[shell]], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stderr == ""
     if shell == "zsh":
         return set(re.findall(r'"([^"]*)"(?::"[^"]*")?', done.stdout))
@@ -63,14 +73,21 @@ def answer(shell: str, line: str, commands: Path, folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("shell", "line", "expected"),
-    [*(("bash", *line) for line in LINES), *((shell, *line) for shell in ("zsh", "fish") for line in LINES[:3])],
+    [
+        *(("bash", *line) for line in LINES),
+        *((shell, *line) for shell in ("zsh", "fish") for line in LINES[:3]),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_tab_gives(shell: str, line: str, expected: set[str], commands: Path, tmp_path: Path) -> None:
+def test_tab_gives(
+    shell: str, line: str, expected: set[str], commands: Path, tmp_path: Path
+) -> None:
     assert answer(shell, line, commands, tmp_path) == expected
 
 
-def test_completing_imports_nothing_heavy_and_no_command_it_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completing_imports_nothing_heavy_and_no_command_it_does_not_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for variable, value in (
         ("COMP_WORDS", "dus upscale --recipe "),
         ("COMP_CWORD", "3"),

@@ -32,7 +32,9 @@ def test_the_depth_is_found_under_each_of_its_names(key: str) -> None:
 
 
 def test_a_list_with_one_entry_per_layer_follows_the_map() -> None:
-    after = deepen(layer_types=kinds("sssfsssf"), model_type="cohere2", no_rope_layers=[0, 1, 2, 3, 4, 5, 6, 7])
+    after = deepen(
+        layer_types=kinds("sssfsssf"), model_type="cohere2", no_rope_layers=[0, 1, 2, 3, 4, 5, 6, 7]
+    )
     assert after["layer_types"] == kinds("sssfss" + "sfsssf")
     assert after["no_rope_layers"] == [*range(6), *range(2, 8)]
 
@@ -98,7 +100,9 @@ def test_a_period_stays_while_the_map_keeps_its_phase() -> None:
 
 
 def test_a_period_is_not_looked_at_where_the_explicit_list_is_there() -> None:
-    after = deepen(model_type="gemma3_text", sliding_window_pattern=3, layer_types=kinds("ssfssfss"))
+    after = deepen(
+        model_type="gemma3_text", sliding_window_pattern=3, layer_types=kinds("ssfssfss")
+    )
     assert after["sliding_window_pattern"] == 3
     assert after["layer_types"] == kinds("ssfssf" + "fssfss")
 
@@ -125,7 +129,9 @@ def test_a_period_that_is_none_is_refused(period: object) -> None:
     ],
 )
 @pytest.mark.parametrize("period", [0, "3"])
-def test_a_period_that_no_list_can_be_made_up_from_is_refused(model_type: str, key: str, period: object) -> None:
+def test_a_period_that_no_list_can_be_made_up_from_is_refused(
+    model_type: str, key: str, period: object
+) -> None:
     with pytest.raises(ConfigError, match=rf"{key} is .*{period}.*, not a number of layers"):
         deepen(EIGHT, **{"model_type": model_type, key: period})
 
@@ -146,12 +152,16 @@ def test_a_text_with_a_character_per_layer_follows_the_map() -> None:
 
 
 def test_a_scale_that_the_model_divides_by_the_root_of_its_depth_grows_with_it() -> None:
-    assert deepen(model_type="minicpm3", scale_depth=1.4)["scale_depth"] == pytest.approx(1.4 * (12 / 8) ** 0.5)
+    assert deepen(model_type="minicpm3", scale_depth=1.4)["scale_depth"] == pytest.approx(
+        1.4 * (12 / 8) ** 0.5
+    )
 
 
 def test_a_layer_that_is_unlike_the_others_stands_only_in_its_place() -> None:
     assert deepen(model_type="rwkv")["num_hidden_layers"] == 12
-    with pytest.raises(ConfigError, match=r"layer 0 is unlike the others .* --trim 1 or 2 or 3 would keep it"):
+    with pytest.raises(
+        ConfigError, match=r"layer 0 is unlike the others .* --trim 1 or 2 or 3 would keep it"
+    ):
         deepen(stack(8, trim=0), model_type="rwkv")
     with pytest.raises(ConfigError, match="layer 7 is unlike the others"):
         deepen(typed_map("0:8,7", 8), model_type="gpt_neox_japanese")
@@ -164,9 +174,13 @@ def test_jamba_takes_another_period_where_one_fits() -> None:
         "expert_layer_period": 2,
         "expert_layer_offset": 1,
     }
-    after = deepen(stack(8, trim=1), model_type="jamba", **fields)  # attention in layer 4, output layers 4 and 10
+    after = deepen(
+        stack(8, trim=1), model_type="jamba", **fields
+    )  # attention in layer 4, output layers 4 and 10
     assert (after["attn_layer_period"], after["attn_layer_offset"]) == (6, 4)
-    with pytest.raises(ConfigError, match=r"attn_layer_period is 8, .* --trim 0 or 1 would keep it"):
+    with pytest.raises(
+        ConfigError, match=r"attn_layer_period is 8, .* --trim 0 or 1 would keep it"
+    ):
         deepen(model_type="jamba", **fields)
 
 
@@ -194,7 +208,9 @@ def test_an_assumption_that_cannot_be_is_refused(assume: dict[str, Any], message
 
 def test_a_threshold_stays_while_nothing_below_it_is_repeated() -> None:
     assert deepen(model_type="deepseek_v3", first_k_dense_replace=2)["first_k_dense_replace"] == 2
-    with pytest.raises(ConfigError, match=r"first_k_dense_replace is 3: .* use a trim of 3 or more"):
+    with pytest.raises(
+        ConfigError, match=r"first_k_dense_replace is 3: .* use a trim of 3 or more"
+    ):
         deepen(model_type="deepseek_v3", first_k_dense_replace=3)
 
 
@@ -207,7 +223,9 @@ def test_max_window_layers_counts_only_when_windows_are_used() -> None:
     off = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=False)
     assert off["max_window_layers"] == 7
     on = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=True)
-    assert on["layer_types"] == kinds("ffffff" + "fffffs")  # base layer 7 alone has a window, and stands once, last
+    assert on["layer_types"] == kinds(
+        "ffffff" + "fffffs"
+    )  # base layer 7 alone has a window, and stands once, last
     assert on["max_window_layers"] == 7  # not read where the list is
 
 
@@ -262,7 +280,12 @@ def test_lists_of_module_names_follow_their_layers() -> None:
     after = deepen(
         quantization_config={
             "quant_method": "fp8",
-            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.3", "visual.blocks.3.x"],
+            "modules_to_not_convert": [
+                "lm_head",
+                "model.layers.0.mlp.gate",
+                "model.layers.3",
+                "visual.blocks.3.x",
+            ],
             "ignore": ["re:.*lm_head"],
             "config_groups": {"group_0": {"targets": ["Linear"]}},
             "per_module": {"model.layers.2.mlp": {"bits": 4}},
@@ -281,7 +304,7 @@ def test_an_expression_that_names_single_layers_is_refused() -> None:
         deepen(quantization_config={"ignore": [r"re:.*layers\.3\.mlp.*"]})
 
 
-# --- types that are published with code of their own --------------------------------------------------
+# --- types that are published with code of their own ----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,35 +313,54 @@ def test_an_expression_that_names_single_layers_is_refused() -> None:
         {"model_type": "minicpm"},
         {"model_type": "minicpm", "num_experts": 8, "num_experts_per_tok": 2},
         {"model_type": ..., "architectures": ["MiniCPMForCausalLM"]},
-        {"model_type": ..., "architectures": None, "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}},
+        {
+            "model_type": ...,
+            "architectures": None,
+            "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"},
+        },
         {"model_type": "minicpmv", "vision_config": {"depth": 2}},
     ],
 )
 def test_minicpm_of_every_age_keeps_its_residual_scale(named: dict[str, Any]) -> None:
-    config = {k: v for k, v in (llama_config(8) | named | {"scale_depth": 1.4}).items() if v is not ...}
+    config = {
+        k: v for k, v in (llama_config(8) | named | {"scale_depth": 1.4}).items() if v is not ...
+    }
     deeper = deepen_config(config, EIGHT)
     assert deeper.config["scale_depth"] / 12**0.5 == pytest.approx(1.4 / 8**0.5)
     assert deeper.warnings == ()
     assert "scale_depth" not in deepen(model_type="minicpmv")  # on a Llama or a Qwen
-    assert deepen(model_type="minicpm")["scale_depth"] == pytest.approx((12 / 8) ** 0.5)  # the class takes 1
+    assert deepen(model_type="minicpm")["scale_depth"] == pytest.approx(
+        (12 / 8) ** 0.5
+    )  # the class takes 1
 
 
 def test_step3_keeps_its_experts_in_their_text_of_numbers() -> None:
-    assert deepen(model_type="step3_text", moe_layers_enum="3,4,5,6")["moe_layers_enum"] == "3,4,5,7,8,9,10"
+    assert (
+        deepen(model_type="step3_text", moe_layers_enum="3,4,5,6")["moe_layers_enum"]
+        == "3,4,5,7,8,9,10"
+    )
     assert deepen(model_type="our_own", moe_layers_enum="3, 7")["moe_layers_enum"] == "3,7,11"
     with pytest.raises(ConfigError, match="moe_layers_enum names a layer beyond"):
         deepen(model_type="step3_text", moe_layers_enum="3,8")
 
 
 def test_openelm_has_its_depth_and_its_lists_by_its_own_names() -> None:
-    openelm: dict[str, Any] = {"model_type": "openelm", "num_hidden_layers": ..., "num_transformer_layers": 8}
+    openelm: dict[str, Any] = {
+        "model_type": "openelm",
+        "num_hidden_layers": ...,
+        "num_transformer_layers": 8,
+    }
     after = deepen(**openelm, num_query_heads=[*range(8)], num_kv_heads=[*range(8)], ffn_multipliers=[*range(8)],
                    qkv_multipliers=[0.5, 1.0])  # fmt: skip
     followed = [*range(6), *range(2, 8)]
     assert after["num_transformer_layers"] == 12
-    assert [after[key] for key in ("num_query_heads", "num_kv_heads", "ffn_multipliers")] == [followed] * 3
+    assert [after[key] for key in ("num_query_heads", "num_kv_heads", "ffn_multipliers")] == [
+        followed
+    ] * 3
     assert after["qkv_multipliers"] == [0.5, 1.0]  # not looked at where the lists are
-    spread = deepen(**openelm, num_query_heads=[4] * 8, ffn_multipliers=[0.5, 4.0])["ffn_multipliers"]
+    spread = deepen(**openelm, num_query_heads=[4] * 8, ffn_multipliers=[0.5, 4.0])[
+        "ffn_multipliers"
+    ]
     assert spread[0] == 0.5
     assert spread[-1] == 4.0
     assert len(spread) == 12
@@ -327,7 +369,9 @@ def test_openelm_has_its_depth_and_its_lists_by_its_own_names() -> None:
         deepen(**openelm, qkv_multipliers=[0.5, 1.0])
 
 
-@pytest.mark.parametrize("key", ["num_transformer_layers", "num_decoder_layers", "n_blocks", "num_blocks", "depth"])
+@pytest.mark.parametrize(
+    "key", ["num_transformer_layers", "num_decoder_layers", "n_blocks", "num_blocks", "depth"]
+)
 def test_the_depth_is_found_under_names_that_few_use(key: str) -> None:
     fields: dict[str, Any] = {"num_hidden_layers": ..., key: 8}
     assert deepen(**fields)[key] == 12
@@ -339,10 +383,19 @@ def test_the_depth_is_found_under_names_that_few_use(key: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "deepseek", "first_k_dense_replace": 3, "moe_layer_freq": 1}, "use a trim of 3 or more"),
+        (
+            {"model_type": "deepseek", "first_k_dense_replace": 3, "moe_layer_freq": 1},
+            "use a trim of 3 or more",
+        ),
         ({"model_type": "kimi_k2", "first_k_dense_replace": 3}, "use a trim of 3 or more"),
-        ({"model_type": "plamo2", "mamba_step": 3, "mamba_enabled": True}, "mamba_step is 3, .* --trim 1 would keep"),
-        ({"model_type": "phi3small", "dense_attention_every_n_layers": 3}, "every_n_layers is 3, .* --trim 1 would"),
+        (
+            {"model_type": "plamo2", "mamba_step": 3, "mamba_enabled": True},
+            "mamba_step is 3, .* --trim 1 would keep",
+        ),
+        (
+            {"model_type": "phi3small", "dense_attention_every_n_layers": 3},
+            "every_n_layers is 3, .* --trim 1 would",
+        ),
         ({"model_type": "bailing_moe_linear"}, "cannot be deepened"),
     ],
 )
@@ -353,13 +406,15 @@ def test_types_with_code_of_their_own_are_refused_where_transformers_own_would_b
         deepen(**fields)
 
 
-@pytest.mark.parametrize("model_type", ["chatglm", "baichuan", "internlm2", "qwen", "deepseek", "openelm", "plamo2"])
+@pytest.mark.parametrize(
+    "model_type", ["chatglm", "baichuan", "internlm2", "qwen", "deepseek", "openelm", "plamo2"]
+)
 def test_types_with_code_of_their_own_are_known(model_type: str) -> None:
     deeper = deepen_config(llama_config(8) | {"model_type": model_type}, EIGHT)
     assert deeper.warnings == ()
 
 
-# --- no general refusal is the last word ---------------------------------------------------------------
+# --- no general refusal is the last word ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -393,12 +448,14 @@ def test_what_a_general_rule_refuses_follows_where_a_person_says_so() -> None:
 
     assert mapped("scale_depth", 1.4) == pytest.approx(1.4 * (12 / 8) ** 0.5)
     assert mapped("per_layer_config", {"3": 1}) == {"3": 1, "7": 1}
-    assert mapped("attention_types", [[["a", "b"], 4]]) == [[[kind], 1] for kind in "ababab" + "ababab"]
+    assert mapped("attention_types", [[["a", "b"], 4]]) == [
+        [[kind], 1] for kind in "ababab" + "ababab"
+    ]
     with pytest.raises(ConfigError, match="=keep is left"):
         mapped("sliding_window_pattern", 3)
 
 
-# --- what is said of a type in no table -----------------------------------------------------------------
+# --- what is said of a type in no table -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -409,7 +466,10 @@ def test_what_a_general_rule_refuses_follows_where_a_person_says_so() -> None:
         ({"mlp_only_layers": [3]}, "mlp_only_layers"),
         ({"decoder_sparse_step": 4}, "decoder_sparse_step"),
         ({"first_k_dense_replace": 2}, "first_k_dense_replace"),
-        ({"rank_of_layer": list("abcdefgh"), "layer_types": kinds("sssfsssf")}, "layer_types, rank_of_layer"),
+        (
+            {"rank_of_layer": list("abcdefgh"), "layer_types": kinds("sssfsssf")},
+            "layer_types, rank_of_layer",
+        ),
         ({"quantization_config": {"ignore": ["model.layers.3.mlp"]}}, "quantization_config"),
         ({"rope": {str(layer): layer for layer in range(8)}}, "rope"),
     ],
@@ -420,7 +480,9 @@ def test_the_warning_about_a_type_names_what_followed(fields: dict[str, Any], na
     assert "nothing per-layer" not in warning
 
 
-@pytest.mark.parametrize("fields", [{}, {"moe_layer_freq": 1}, {"num_attention_heads": 4, "mlp_only_layers": []}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"moe_layer_freq": 1}, {"num_attention_heads": 4, "mlp_only_layers": []}]
+)
 def test_the_warning_about_a_type_says_where_nothing_was_found(fields: dict[str, Any]) -> None:
     warning = deepen_config(llama_config(8) | {"model_type": "our_own"} | fields, EIGHT).warnings[0]
     assert "nothing per-layer was found in its config" in warning
@@ -429,11 +491,22 @@ def test_the_warning_about_a_type_says_where_nothing_was_found(fields: dict[str,
 def test_a_period_and_an_offset_are_found_where_trying_every_pair_would_find_them() -> None:
     rule = PeriodAndOffset("period", "offset", (8, 4), "attention", "mamba")
     for num_layers, period in product(range(1, 9), range(1, 5)):
-        maps = [(*range(a), *range(b, num_layers)) for a in range(1, num_layers + 1) for b in range(num_layers)]
+        maps = [
+            (*range(a), *range(b, num_layers))
+            for a in range(1, num_layers + 1)
+            for b in range(num_layers)
+        ]
         for offset, sources in product(range(period), maps):
             wanted = [base % period == offset for base in sources]
-            pairs = [(period, offset), *((p, o) for p in range(1, len(sources) + 1) for o in range(p))]
-            fits = (pair for pair in pairs if wanted == [j % pair[0] == pair[1] for j in range(len(sources))])
+            pairs = [
+                (period, offset),
+                *((p, o) for p in range(1, len(sources) + 1) for o in range(p)),
+            ]
+            fits = (
+                pair
+                for pair in pairs
+                if wanted == [j % pair[0] == pair[1] for j in range(len(sources))]
+            )
             expected = next(fits, None)
             fields = {"period": period, "offset": offset}
             if expected is None:

@@ -1,4 +1,6 @@
-"""What inference engines that count layers make of a map is said before it is written, and by `dus verify --for`."""
+"""What inference engines that count layers make of a map is said before it is written, and by
+`dus verify --for`.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,15 @@ def maps(model_type: str, num_layers: int, copies: int = 2, **fields: Any) -> Ma
 
 
 def wrong(of: Maps, layer_map: LayerMap) -> dict[str, str]:
-    return {one.engine.name: one.verdict.value for one in of.judge(layer_map) if one.verdict.is_wrong}
+    return {
+        one.engine.name: one.verdict.value for one in of.judge(layer_map) if one.verdict.is_wrong
+    }
 
 
 def write_base(folder: Path, model_type: str, num_layers: int, **fields: Any) -> Path:
-    """A checkpoint that says this type, with the tensors of a tiny Llama: nothing here looks into its layers."""
+    """A checkpoint that says this type, with the tensors of a tiny Llama: nothing here looks
+    into its layers.
+    """
     said = llama_config(num_layers) | {"model_type": model_type, **fields}
     return write_checkpoint(folder, llama_tensors(num_layers), said)
 
@@ -52,7 +58,7 @@ def report_of(done: Run) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-# --- which engines depart ----------------------------------------------------------------------------
+# --- which engines depart -------------------------------------------------------------------------
 
 COUNTING = {"llama.cpp": "differs", "mlx": "differs", "transformers-4.52": "differs"}
 
@@ -63,7 +69,12 @@ COUNTING = {"llama.cpp": "differs", "mlx": "differs", "transformers-4.52": "diff
         (maps("gemma3_text", 26, **GEMMA3), 7, 6, COUNTING),
         (maps("gemma3_text", 14, copies=3, **GEMMA3), 4, 3, COUNTING),
         (maps("gemma2", 12, **GEMMA2), 3, None, {}),
-        (maps("gemma2", 13, **GEMMA2), None, 3, {"llama.cpp": "differs", "transformers-4.52": "differs"}),
+        (
+            maps("gemma2", 13, **GEMMA2),
+            None,
+            3,
+            {"llama.cpp": "differs", "transformers-4.52": "differs"},
+        ),
         (maps("cohere2", 12), 2, 3, COUNTING),
         (maps("llama4_text", 12), 2, 3, {"llama.cpp": "differs", "transformers-4.52": "differs"}),
         (maps("smollm3", 36, **SMOLLM3), 8, 9, {"llama.cpp": "differs"}),
@@ -115,20 +126,30 @@ def test_a_wrapper_may_have_a_row_of_its_own() -> None:
     ],
     ids=lambda value: f"{value.decoder.model_type}-{value.decoder.num_layers}" if isinstance(value, Maps) else "",
 )  # fmt: skip
-def test_what_an_engine_takes_from_the_number_of_layers_is_told(of: Maps, trim: int, engines: dict[str, str]) -> None:
+def test_what_an_engine_takes_from_the_number_of_layers_is_told(
+    of: Maps, trim: int, engines: dict[str, str]
+) -> None:
     assert wrong(of, stack(of.decoder.num_layers, trim)) == engines
 
 
-def test_windows_that_an_engine_does_not_have_are_the_bases_matter_and_no_fault_of_the_map() -> None:
+def test_windows_that_an_engine_does_not_have_are_the_bases_matter_and_no_fault_of_the_map() -> (
+    None
+):
     of = maps("mistral", 12, sliding_window=4096)
     assert wrong(of, stack(12, 3)) == {}
     assert engine_warnings(of, of.judge(stack(12, 3)), (), 3) == ()
     (said,) = engine_warnings(of, of.judge(stack(12, 3)), ("llama.cpp",), 3)
     assert said == (
-        "llama.cpp gives every layer full attention: texts longer than the window of 4096 tokens are computed "
+        "llama.cpp gives every layer full attention: texts longer than the window of 4096 tokens "
+        "are computed "
         "otherwise, the base's too"
     )
-    assert engine_warnings(maps("mistral", 12), maps("mistral", 12).judge(stack(12, 3)), ("llama.cpp",), 3) == ()
+    assert (
+        engine_warnings(
+            maps("mistral", 12), maps("mistral", 12).judge(stack(12, 3)), ("llama.cpp",), 3
+        )
+        == ()
+    )
 
 
 def test_what_nobody_looked_at_is_unknown_and_said_where_it_is_asked_for() -> None:
@@ -137,7 +158,9 @@ def test_what_nobody_looked_at_is_unknown_and_said_where_it_is_asked_for() -> No
     assert {one.verdict for one in judged} == {Verdict.unknown}
     assert engine_warnings(of, judged, (), 3) == ()
     (said,) = engine_warnings(of, judged, ("vllm",), 3)
-    assert said.startswith("dus does not know what vLLM makes of what this config says by layer; compare logits")
+    assert said.startswith(
+        "dus does not know what vLLM makes of what this config says by layer; compare logits"
+    )
 
 
 def test_a_base_that_is_out_of_step_already_is_told_to_be() -> None:
@@ -152,7 +175,9 @@ def test_a_base_that_is_out_of_step_already_is_told_to_be() -> None:
 
 def test_every_row_has_its_line_and_every_engine_a_version() -> None:
     assert set(WAYS) == {engine.name for engine in ENGINES}
-    assert len({engine.name[0] for engine in ENGINES}) == len(ENGINES), "initials name them in the table of dus probe"
+    assert len({engine.name[0] for engine in ENGINES}) == len(ENGINES), (
+        "initials name them in the table of dus probe"
+    )
     for of_engine in WAYS.values():
         for of_type in of_engine.values():
             for way in of_type:
@@ -160,7 +185,7 @@ def test_every_row_has_its_line_and_every_engine_a_version() -> None:
                 assert str(way)
 
 
-# --- the trim that nobody gave -----------------------------------------------------------------------
+# --- the trim that nobody gave --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,9 +202,13 @@ def test_every_row_has_its_line_and_every_engine_a_version() -> None:
         (maps("llama", 30), 7),
         (maps("llama", 1), 0),
     ],
-    ids=lambda value: f"{value.decoder.model_type}-{value.decoder.num_layers}" if isinstance(value, Maps) else "",
+    ids=lambda value: (
+        f"{value.decoder.model_type}-{value.decoder.num_layers}" if isinstance(value, Maps) else ""
+    ),
 )
-def test_the_default_trim_is_the_nearest_to_a_quarter_that_keeps_the_step(of: Maps, trim: int) -> None:
+def test_the_default_trim_is_the_nearest_to_a_quarter_that_keeps_the_step(
+    of: Maps, trim: int
+) -> None:
     chosen = choose_trim(of)
     assert chosen.trim == trim
     assert (chosen.why is None) == (trim == of.decoder.num_layers // 4)
@@ -199,7 +228,7 @@ def test_a_trim_that_the_config_cannot_say_is_not_named() -> None:
     assert all(trim >= 3 for trim in of.trims_without((), (), 0))
 
 
-# --- the command -------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +237,8 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WARNING = (
-    "layer_types no longer repeats every 6 layers: llama.cpp, mlx-lm and transformers before 4.53 count layers and "
+    "layer_types no longer repeats every 6 layers: llama.cpp, mlx-lm and transformers before 4.53 "
+    "count layers and "
     "would compute another model in silence; --trim 4, 7 or 10 keep the step"
 )
 
@@ -225,7 +255,10 @@ def test_an_explicit_trim_stays_and_is_warned_of_everywhere(gemma: Path, tmp_pat
     assert lineage["engines"][0]["base"] == "right"
     assert sorted(lineage["engines"][0]["trims"]) == [4, 7, 10]
     assert f"> **Note:** {WARNING}" in (out / "README.md").read_text()
-    assert f"warning: {WARNING}" in dus("upscale", gemma, "--trim", "6", "-o", tmp_path / "dry", "--dry-run").stdout
+    assert (
+        f"warning: {WARNING}"
+        in dus("upscale", gemma, "--trim", "6", "-o", tmp_path / "dry", "--dry-run").stdout
+    )
 
 
 def test_the_default_says_why_it_is_not_a_quarter(gemma: Path, tmp_path: Path) -> None:
@@ -243,12 +276,23 @@ def test_for_is_a_refusal_that_names_the_trims(gemma: Path, tmp_path: Path) -> N
         done = dus("upscale", gemma, "--trim", "6", *asked, "-o", tmp_path / "out")
         assert done.returncode == 1
         assert done.stderr == (
-            "error: --for mlx,llama.cpp: layer_types no longer repeats every 6 layers: llama.cpp and mlx-lm count "
+            "error: --for mlx,llama.cpp: layer_types no longer repeats every 6 layers: llama.cpp "
+            "and mlx-lm count "
             "layers and would compute another model in silence; --trim 4, 7 or 10 keep the step\n"
         )
     assert not (tmp_path / "out").exists()
-    assert dus("upscale", gemma, "--trim", "6", "--for", "vllm", "-o", tmp_path / "out", "-q").returncode == 0
-    assert report_of(dus("upscale", gemma, "--for", "all", "-o", tmp_path / "o", "--dry-run", "--json"))["trim"] == 7
+    assert (
+        dus(
+            "upscale", gemma, "--trim", "6", "--for", "vllm", "-o", tmp_path / "out", "-q"
+        ).returncode
+        == 0
+    )
+    assert (
+        report_of(
+            dus("upscale", gemma, "--for", "all", "-o", tmp_path / "o", "--dry-run", "--json")
+        )["trim"]
+        == 7
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,9 +305,16 @@ def test_for_is_a_refusal_that_names_the_trims(gemma: Path, tmp_path: Path) -> N
     ],
 )
 def test_every_way_to_say_a_map_is_judged(options: list[str], gemma: Path, tmp_path: Path) -> None:
-    (said,) = report_of(dus("upscale", gemma, *options, "-o", tmp_path / "out", "--dry-run", "--json"))["warnings"]
+    (said,) = report_of(
+        dus("upscale", gemma, *options, "-o", tmp_path / "out", "--dry-run", "--json")
+    )["warnings"]
     assert said == WARNING
-    assert dus("upscale", gemma, *options, "--for", "mlx", "-o", tmp_path / "out", "--dry-run").returncode == 1
+    assert (
+        dus(
+            "upscale", gemma, *options, "--for", "mlx", "-o", tmp_path / "out", "--dry-run"
+        ).returncode
+        == 1
+    )
 
 
 def test_a_name_that_is_no_engine_is_a_usage_error(gemma: Path, tmp_path: Path) -> None:
@@ -282,11 +333,13 @@ def test_a_release_out_of_step_is_made_again_with_from(gemma: Path, tmp_path: Pa
     (tmp_path / "dus.json").write_text(json.dumps(record | {"engines": []}))
     again = dus("upscale", "--from", tmp_path / "dus.json", "-o", tmp_path / "again", "--json")
     assert report_of(again)["warnings"] == [WARNING]
-    refused = dus("upscale", "--from", tmp_path / "out/dus.json", "--for", "mlx", "-o", tmp_path / "third")
+    refused = dus(
+        "upscale", "--from", tmp_path / "out/dus.json", "--for", "mlx", "-o", tmp_path / "third"
+    )
     assert refused.returncode == 1
 
 
-# --- an output that exists ---------------------------------------------------------------------------
+# --- an output that exists ------------------------------------------------------------------------
 
 
 def test_verify_judges_an_output_whoever_made_it(gemma: Path, tmp_path: Path) -> None:
@@ -301,15 +354,25 @@ def test_verify_judges_an_output_whoever_made_it(gemma: Path, tmp_path: Path) ->
     assert done.returncode == 1
     report = json.loads(done.stdout)
     assert report["problems"] == [
-        "layer_types does not repeat every 6 layers: llama.cpp counts layers and would compute another model in silence"
+        (
+            "layer_types does not repeat every 6 layers: llama.cpp counts layers and would compute "
+            "another model in silence"
+        )
     ]
-    assert [(one["engine"], one["verdict"]) for one in report["engines"]] == [("llama.cpp", "differs")]
+    assert [(one["engine"], one["verdict"]) for one in report["engines"]] == [
+        ("llama.cpp", "differs")
+    ]
 
 
 def test_a_config_alone_is_judged_by_what_its_class_makes_of_it() -> None:
-    """A period without a list is what the class draws; where a list stands beside it, the list counts."""
+    """A period without a list is what the class draws; where a list stands beside it, the list
+    counts.
+    """
     drawn = config("cohere2", 12, sliding_window_pattern=3)
     assert [one.engine.name for one in judge_config(drawn) if one.verdict.is_wrong] == ["llama.cpp"]
     listed = drawn | {"layer_types": LLLG * 3}
     judged = judge_config(listed)
-    assert [one.engine.name for one in judged if one.verdict.is_wrong] == ["mlx", "transformers-4.52"]
+    assert [one.engine.name for one in judged if one.verdict.is_wrong] == [
+        "mlx",
+        "transformers-4.52",
+    ]

@@ -1,4 +1,6 @@
-"""`dus eval`: losses that are transformers' own, the same text for every model, gates, and what it says."""
+"""`dus eval`: losses that are transformers' own, the same text for every model, gates, and what
+it says.
+"""
 
 from __future__ import annotations
 
@@ -34,29 +36,42 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
 BOS, EOS, UNKNOWN = 0, 1, 2
 
 
-def write_letters(folder: Path, *, pairs: bool = False, bos: bool = True, without: str = "") -> None:
-    """A tokenizer of letters, or of letters and some pairs of them; `without` are letters that it does not know.
+def write_letters(
+    folder: Path, *, pairs: bool = False, bos: bool = True, without: str = ""
+) -> None:
+    """A tokenizer of letters, or of letters and some pairs of them; `without` are letters that it
+    does not know.
 
     With `bos` it puts <s> before a text; without it puts nothing there.
     """
     from tokenizers import Tokenizer, models, processors
 
     vocab = {"<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN}
-    for token in [letter for letter in LETTERS if letter not in without] + (["th", "he", "e "] if pairs else []):
+    for token in [letter for letter in LETTERS if letter not in without] + (
+        ["th", "he", "e "] if pairs else []
+    ):
         vocab[token] = len(vocab)
     merges = [("t", "h"), ("h", "e"), ("e", " ")] if pairs else []
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>"}))
 
 
 def write_text(path: Path, lengths: list[int], seed: int = 0) -> Path:
     chance = random.Random(seed)
-    texts = ["".join(chance.choice(LETTERS[:27]) for _ in range(length - 1)) + "." for length in lengths]
+    texts = [
+        "".join(chance.choice(LETTERS[:27]) for _ in range(length - 1)) + "." for length in lengths
+    ]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
@@ -66,7 +81,9 @@ def texts_in(path: Path) -> list[str]:
 
 
 def zoo_model(folder: Path, model_type: str, **tokenizer: Any) -> Path:
-    """A random model of a type, tokenizer and all, some of whose weights are large enough to matter."""
+    """A random model of a type, tokenizer and all, some of whose weights are large enough to
+    matter.
+    """
     import zoo
 
     model = zoo.tiny_model(model_type)
@@ -75,14 +92,20 @@ def zoo_model(folder: Path, model_type: str, **tokenizer: Any) -> Path:
     return folder
 
 
-def found(models: list[Path], data: Path, *, text: dict[str, Any] | None = None, **options: Any) -> LossReport:
+def found(
+    models: list[Path], data: Path, *, text: dict[str, Any] | None = None, **options: Any
+) -> LossReport:
     """The verb, in this process, in fp32."""
     settings: dict[str, Any] = {"precision": Precision.fp32, "seq_length": 16} | options
     scoring = ScoringOptions(**settings)
     refs = [ModelRef.parse(str(model)) for model in models]
     with_base = (text or {}).pop("with_base", False)
     report, _ = evaluate(
-        refs, TextOptions(data=(str(data),), **(text or {})), scoring, NoProgress(), with_base=with_base
+        refs,
+        TextOptions(data=(str(data),), **(text or {})),
+        scoring,
+        NoProgress(),
+        with_base=with_base,
     )
     assert report is not None
     return report
@@ -91,7 +114,8 @@ def found(models: list[Path], data: Path, *, text: dict[str, Any] | None = None,
 def reference(
     folder: Path, texts: list[str], length: int, stride: int, *, before: tuple[int, ...] = (BOS,)
 ) -> list[float]:
-    """Nats of each document by transformers' own loss: window by window, each alone, labels as its docs have them.
+    """Nats of each document by transformers' own loss: window by window, each alone, labels as its
+    docs have them.
 
     Where nothing stands `before` a document, its first token is not asked for.
     """
@@ -120,7 +144,8 @@ def reference(
 
 # --- the right number ----------------------------------------------------------------------------
 
-# Rotary, absolute and ALiBi positions, capped and scaled logits, windows, biases, experts, state spaces.
+# Rotary, absolute and ALiBi positions, capped and scaled logits, windows, biases, experts, state
+# spaces.
 TYPES = "llama gpt2 opt bloom gemma2 cohere granite gpt_neox qwen3_moe mamba phi".split()
 
 
@@ -193,7 +218,9 @@ def test_models_with_different_tokenizers_are_compared_on_the_same_bytes(tmp_pat
     assert other.difference is not None
     assert other.difference_bits is not None
     assert other.difference.value == pytest.approx((nats[1] - nats[0]) / one.tokens, rel=1e-3)
-    assert other.difference_bits.value == pytest.approx(other.bits_per_byte.value - one.bits_per_byte.value, rel=1e-6)
+    assert other.difference_bits.value == pytest.approx(
+        other.bits_per_byte.value - one.bits_per_byte.value, rel=1e-6
+    )
 
 
 def test_bytes_are_those_of_the_text_and_tokens_that_are_not_known_are_told(tmp_path: Path) -> None:
@@ -205,13 +232,18 @@ def test_bytes_are_those_of_the_text_and_tokens_that_are_not_known_are_told(tmp_
 
 
 def test_the_base_inside_an_up_scaled_model_has_the_bases_own_loss(home: Path) -> None:
-    report = found([home / "scaled"], home / "corpus.jsonl", text={"with_base": True, "max_documents": 20})
+    report = found(
+        [home / "scaled"], home / "corpus.jsonl", text={"with_base": True, "max_documents": 20}
+    )
     alone = found([home / "base"], home / "corpus.jsonl", text={"max_documents": 20})
     within, scaled = report.models
     assert (within.name, within.is_base, scaled.is_base) == ("base of scaled", True, False)
     assert within.loss == alone.models[0].loss
     assert scaled.loss.value > within.loss.value + 0.01
-    assert found([home / "scaled"], home / "corpus.jsonl", text={"max_documents": 20}).models[0].loss == scaled.loss
+    assert (
+        found([home / "scaled"], home / "corpus.jsonl", text={"max_documents": 20}).models[0].loss
+        == scaled.loss
+    )
 
 
 @pytest.mark.skipif("SMOLLM2" not in __import__("os").environ, reason="SMOLLM2 names no model")
@@ -220,8 +252,12 @@ def test_a_real_model_has_transformers_loss(tmp_path: Path) -> None:
 
     folder = Path(os.environ["SMOLLM2"])
     data = tmp_path / "text.jsonl"
-    paragraph = (Path(__file__).parent.parent / "docs/concepts.md").read_text(encoding="utf-8")[:900]
-    data.write_text(json.dumps({"text": paragraph}) + "\n" + json.dumps({"text": "One more."}) + "\n")
+    paragraph = (Path(__file__).parent.parent / "docs/concepts.md").read_text(encoding="utf-8")[
+        :900
+    ]
+    data.write_text(
+        json.dumps({"text": paragraph}) + "\n" + json.dumps({"text": "One more."}) + "\n"
+    )
     (model,) = found([folder], data, seq_length=128, stride=64, precision=Precision.fp32).models
     expected = reference(folder, texts_in(data), 128, 64, before=())
     assert model.loss.value == pytest.approx(sum(expected) / model.tokens, rel=1e-4)
@@ -231,8 +267,12 @@ def test_a_real_model_has_transformers_loss(tmp_path: Path) -> None:
 # --- windows -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "length", "stride"), [(1, 4, 2), (4, 4, 4), (5, 4, 1), (97, 16, 5), (32, 16, 16)])
-def test_every_token_is_scored_once_with_the_context_that_was_promised(count: int, length: int, stride: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "length", "stride"), [(1, 4, 2), (4, 4, 4), (5, 4, 1), (97, 16, 5), (32, 16, 16)]
+)
+def test_every_token_is_scored_once_with_the_context_that_was_promised(
+    count: int, length: int, stride: int
+) -> None:
     scored = []
     for window in windows(0, range(count), length, stride):
         ids = list(window.ids)
@@ -274,7 +314,9 @@ def test_the_interval_of_equal_documents_is_the_usual_t_interval() -> None:
     values = [chance.gauss(2, 0.5) for _ in range(12)]
     estimate = intervals.ratio(values, [1.0] * 12)
     assert estimate.value == pytest.approx(statistics.mean(values))
-    assert estimate.margin == pytest.approx(2.200985 * statistics.stdev(values) / math.sqrt(12), rel=1e-6)
+    assert estimate.margin == pytest.approx(
+        2.200985 * statistics.stdev(values) / math.sqrt(12), rel=1e-6
+    )
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -333,7 +375,9 @@ def run(home: Path) -> Callable[..., Run]:
     return evaluate
 
 
-def test_a_table_puts_models_side_by_side_and_the_rest_goes_to_stderr(home: Path, run: Callable[..., Run]) -> None:
+def test_a_table_puts_models_side_by_side_and_the_rest_goes_to_stderr(
+    home: Path, run: Callable[..., Run]
+) -> None:
     picture = home / "eval.svg"
     done = run(home / "base", home / "scaled", "--plot", picture, COLUMNS="80")
     assert done.returncode == 0, done.stderr
@@ -352,13 +396,22 @@ def test_a_table_puts_models_side_by_side_and_the_rest_goes_to_stderr(home: Path
 
 
 def test_json_is_one_object_with_figures_that_agree(home: Path, run: Callable[..., Run]) -> None:
-    done = run(home / "base", home / "scaled", "--json", "--seq-length", "64", "--precision", "bf16")
+    done = run(
+        home / "base", home / "scaled", "--json", "--seq-length", "64", "--precision", "bf16"
+    )
     report = done.report
     assert done.stderr == ""
     assert (report["documents"], report["units"], report["baseline"]) == (20, 20, "base")
-    assert (report["seq_length"], report["stride"], report["precision"], report["device"]) == (64, 32, "bf16", "cpu")
+    assert (report["seq_length"], report["stride"], report["precision"], report["device"]) == (
+        64,
+        32,
+        "bf16",
+        "cpu",
+    )
     base, scaled = report["models"]
-    assert base["tokens"] == report["bytes"] - 20  # a token for each byte, and nothing predicts a document's first
+    assert (
+        base["tokens"] == report["bytes"] - 20
+    )  # a token for each byte, and nothing predicts a document's first
     assert base["perplexity"] == pytest.approx(math.exp(base["loss"]))
     assert scaled["difference"] == pytest.approx(scaled["loss"] - base["loss"])
     low, high = scaled["difference_interval"]
@@ -371,13 +424,25 @@ def test_json_is_one_object_with_figures_that_agree(home: Path, run: Callable[..
 
 def test_a_budget_of_tokens_is_the_baselines_and_every_model_reads_the_same(home: Path) -> None:
     text = {"max_tokens": 1000}
-    report = found([home / "base", home / "scaled"], home / "corpus.jsonl", text=text, seq_length=64)
-    lengths = [len(text.encode()) - 1 for text in texts_in(home / "corpus.jsonl")]  # nothing predicts the first token
-    assert report.models[0].tokens >= 1000 > report.models[0].tokens - lengths[report.num_documents - 1]
-    assert report.models[1].tokens == report.models[0].tokens == sum(lengths[: report.num_documents])
+    report = found(
+        [home / "base", home / "scaled"], home / "corpus.jsonl", text=text, seq_length=64
+    )
+    lengths = [
+        len(text.encode()) - 1 for text in texts_in(home / "corpus.jsonl")
+    ]  # nothing predicts the first token
+    assert (
+        report.models[0].tokens
+        >= 1000
+        > report.models[0].tokens - lengths[report.num_documents - 1]
+    )
+    assert (
+        report.models[1].tokens == report.models[0].tokens == sum(lengths[: report.num_documents])
+    )
 
 
-def test_another_baseline_comes_first_and_turns_the_sign(home: Path, run: Callable[..., Run]) -> None:
+def test_another_baseline_comes_first_and_turns_the_sign(
+    home: Path, run: Callable[..., Run]
+) -> None:
     usual = run(home / "base", home / "scaled", "--json").report["models"][1]
     turned = run(home / "base", home / "scaled", "--baseline", home / "scaled", "--json").report
     assert [model["name"] for model in turned["models"]] == ["scaled", "base"]
@@ -391,16 +456,39 @@ def test_gates_fail_with_a_line_that_says_who_missed_what_behind_the_report(
     base, scaled = report["models"]
     assert report["missed"] == []
     worse = scaled["difference"]
-    held = run(home / "base", home / "scaled", "--min-improvement", f"{-worse - 0.001}", "--max-loss", "9", "-q")
+    held = run(
+        home / "base",
+        home / "scaled",
+        "--min-improvement",
+        f"{-worse - 0.001}",
+        "--max-loss",
+        "9",
+        "-q",
+    )
     assert (held.returncode, held.stdout, held.stderr) == (0, "", "")
-    missed = run(home / "base", home / "scaled", "--min-improvement", "0", "--max-loss", f"{base['loss']}", "--json")
+    missed = run(
+        home / "base",
+        home / "scaled",
+        "--min-improvement",
+        "0",
+        "--max-loss",
+        f"{base['loss']}",
+        "--json",
+    )
     assert missed.returncode == 1
     assert len(json.loads(missed.stdout)["missed"]) == 2
     assert missed.stderr == (
         f"error: scaled: loss {scaled['loss']:.4f} is above --max-loss {base['loss']:g}; "
         f"scaled: improvement {-worse:.4f} over base is below --min-improvement 0\n"
     )
-    confident = run(home / "base", home / "scaled", "--min-improvement", f"{-worse - 0.001}", "--confident", "--json")
+    confident = run(
+        home / "base",
+        home / "scaled",
+        "--min-improvement",
+        f"{-worse - 0.001}",
+        "--confident",
+        "--json",
+    )
     assert confident.returncode == 1
     assert "by its interval" in confident.stderr
 
@@ -445,7 +533,9 @@ def test_standard_input_is_read_once_and_evaluated_by_all(home: Path) -> None:
 
 
 def test_usage_errors_are_two(home: Path, run: Callable[..., Run]) -> None:
-    run(home / "base", "--min-improvement", "0.1").assert_one_line_error("give its base as the first MODEL", code=2)
+    run(home / "base", "--min-improvement", "0.1").assert_one_line_error(
+        "give its base as the first MODEL", code=2
+    )
     run(home / "base", "--confident").assert_one_line_error("--confident", code=2)
     tiny.forked_dus("eval", home / "base").assert_one_line_error("--data", code=2)
     tiny.forked_dus("eval", "--data", home / "corpus.jsonl").assert_one_line_error("MODEL", code=2)
@@ -460,7 +550,9 @@ def test_usage_errors_are_two(home: Path, run: Callable[..., Run]) -> None:
         ({"device": "sofa"}, "--device sofa"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_is(home: Path, options: dict[str, Any], text: str) -> None:
+def test_what_cannot_be_run_is_refused_before_anything_is(
+    home: Path, options: dict[str, Any], text: str
+) -> None:
     with pytest.raises(EvaluationError, match=text):
         found([home / "base"], home / "corpus.jsonl", **options)
 
@@ -472,11 +564,15 @@ def test_a_model_that_makes_no_sense_is_named(home: Path, tmp_path: Path) -> Non
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"].fill_(math.nan)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EvaluationError, match="broken: its loss on document 1 is nan; the weights are damaged"):
+    with pytest.raises(
+        EvaluationError, match="broken: its loss on document 1 is nan; the weights are damaged"
+    ):
         found([home / "base", broken], home / "corpus.jsonl")
     del tensors["model.norm.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoadError, match=r"no weights for model\.norm\.weight and would make them up"):
+    with pytest.raises(
+        LoadError, match=r"no weights for model\.norm\.weight and would make them up"
+    ):
         found([broken], home / "corpus.jsonl")
 
 
@@ -490,7 +586,9 @@ def test_unfinished_unknown_and_doubled_models_are_one_line_each(
     run(tmp_path / "nothing", "-q").assert_one_line_error("does not exist")
     run(home / "base", home / "base", "-q").assert_one_line_error("is given twice")
     odd = shutil.copytree(home / "base", tmp_path / "odd")
-    (odd / "config.json").write_text((odd / "config.json").read_text().replace('"llama"', '"unheard_of"'))
+    (odd / "config.json").write_text(
+        (odd / "config.json").read_text().replace('"llama"', '"unheard_of"')
+    )
     run(odd, "-q").assert_one_line_error("transformers cannot load odd")
     (odd / "tokenizer.json").unlink()
     run(odd, "-q").assert_one_line_error("cannot load the tokenizer")
@@ -501,15 +599,22 @@ def test_text_that_is_none_is_one_line(home: Path, tmp_path: Path, run: Callable
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": " "}\n')
     run(home / "base", "-q", data=empty).assert_one_line_error("--data holds no text")
-    run(home / "base", "-q", data=tmp_path / "no.jsonl").assert_one_line_error("is no file or folder")
-    run(home / "base", "-q", data=Path(f"{home / 'corpus.jsonl'}:0.7")).assert_one_line_error("leave out the weight")
+    run(home / "base", "-q", data=tmp_path / "no.jsonl").assert_one_line_error(
+        "is no file or folder"
+    )
+    run(home / "base", "-q", data=Path(f"{home / 'corpus.jsonl'}:0.7")).assert_one_line_error(
+        "leave out the weight"
+    )
 
 
 def test_memory_that_runs_out_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+            "bytes"
+        ),
         MemoryError(),
     ):
 
@@ -517,7 +622,9 @@ def test_memory_that_runs_out_is_one_line(home: Path, monkeypatch: pytest.Monkey
             raise error
 
         monkeypatch.setattr(scorer.Scorer, "losses", fail)
-        with pytest.raises(EvaluationError, match="out of memory while base was evaluated; lower --batch-tokens"):
+        with pytest.raises(
+            EvaluationError, match="out of memory while base was evaluated; lower --batch-tokens"
+        ):
             found([home / "base"], home / "corpus.jsonl")
 
 
@@ -544,4 +651,6 @@ def test_the_table_of_one_model_and_of_long_names() -> None:
 
 
 def test_a_model_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
-    dus("eval", tmp_path / "no", "--data", tmp_path / "x.jsonl").assert_one_line_error("does not exist")
+    dus("eval", tmp_path / "no", "--data", tmp_path / "x.jsonl").assert_one_line_error(
+        "does not exist"
+    )

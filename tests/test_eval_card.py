@@ -1,4 +1,6 @@
-"""Results in the model card: what changes, what stays byte for byte, that the Hub's own library reads it. Pictures."""
+"""Results in the model card: what changes, what stays byte for byte, that the Hub's own library
+reads it. Pictures.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from dus_cli.evaluation.picture import eval_svg
 from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult
 from dus_cli.evaluation.tasks import TaskReport, TaskResult, TaskScore
 
-BODY = "# A model\n\nText with --- in it, ünïcode and trailing spaces.   \n\n---\n\nThe end, without a newline"
+BODY = (
+    "# A model\n\nText with --- in it, ünïcode and trailing spaces.   \n\n---\n\nThe end, without "
+    "a newline"
+)
 
 CARD = f"""\
 ---
@@ -95,7 +100,10 @@ def test_the_same_again_changes_nothing_and_another_value_takes_its_place() -> N
 
 def test_results_of_others_and_every_other_byte_stay() -> None:
     changed = card.updated(INDEXED, "healed", [result()])
-    head, tail = INDEXED.split("model-index:", maxsplit=1)[0], INDEXED[INDEXED.index("# about the tags") :]
+    head, tail = (
+        INDEXED.split("model-index:", maxsplit=1)[0],
+        INDEXED[INDEXED.index("# about the tags") :],
+    )
     assert changed.startswith(head)
     assert changed.endswith(tail)
     theirs, ours = results(changed)
@@ -112,7 +120,9 @@ def test_the_same_task_with_other_shots_or_by_another_is_another_result() -> Non
     other = result() | {"source": {"name": "A leaderboard", "url": "https://example.org"}}
     index = yaml.safe_dump({"model-index": [{"name": "m", "results": [other]}]})
     changed = card.updated(
-        f"---\n{index}---\n", "m", [result(args={"num_few_shot": 5}), result(args={"num_few_shot": 0})]
+        f"---\n{index}---\n",
+        "m",
+        [result(args={"num_few_shot": 5}), result(args={"num_few_shot": 0})],
     )
     assert len(results(changed)) == 3
     assert results(changed)[0] == other
@@ -151,7 +161,10 @@ def test_cards_of_any_make_take_results_once(text: str) -> None:
         ("---\nmodel-index: {a: 1}\n---\n", "is not of the Hub's form"),
         ("---\nmodel-index: [7]\n---\n", "is not of the Hub's form"),
         ("---\n{license: mit}\n---\n", "cannot be changed in one place"),
-        ("---\nmodel-index: [&x {name: m}]\nother: *x\n---\n", "cannot be changed in one place|is no YAML"),
+        (
+            "---\nmodel-index: [&x {name: m}]\nother: *x\n---\n",
+            "cannot be changed in one place|is no YAML",
+        ),
         ("---\na: !!python/object/apply:os.system [ls]\n---\n", "is no YAML"),
     ],
 )
@@ -169,7 +182,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text(CARD, encoding="utf-8")
     (tmp_path / "README.md").chmod(0o640)
     (tmp_path / "other").write_text("x")
-    sums = subprocess.run(["sha256sum", "README.md", "other"], cwd=tmp_path, capture_output=True, check=True).stdout
+    sums = subprocess.run(
+        ["sha256sum", "README.md", "other"], cwd=tmp_path, capture_output=True, check=True
+    ).stdout
     (tmp_path / "SHA256SUMS").write_bytes(sums)
     return tmp_path
 
@@ -178,7 +193,10 @@ def test_checksums_hold_after_the_update(folder: Path) -> None:
     other = (folder / "SHA256SUMS").read_text().splitlines()[1]
     assert card.update_card(folder, "m", [result()])
     assert (
-        subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, check=False).returncode == 0
+        subprocess.run(
+            ["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, check=False
+        ).returncode
+        == 0
     )
     assert (folder / "SHA256SUMS").read_text().splitlines()[1] == other
     assert not card.update_card(folder, "m", [result()])
@@ -193,7 +211,8 @@ def test_checksums_hold_after_the_update(folder: Path) -> None:
 
 def test_updates_at_once_lose_nothing(folder: Path) -> None:
     threads = [
-        threading.Thread(target=card.update_card, args=(folder, "m", [result(k, f"set-{k}")])) for k in range(12)
+        threading.Thread(target=card.update_card, args=(folder, "m", [result(k, f"set-{k}")]))
+        for k in range(12)
     ]
     for thread in threads:
         thread.start()
@@ -202,7 +221,9 @@ def test_updates_at_once_lose_nothing(folder: Path) -> None:
     assert len(results((folder / "README.md").read_text(encoding="utf-8"))) == 12
 
 
-def test_a_failure_to_write_leaves_the_card_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_to_write_leaves_the_card_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -213,11 +234,15 @@ def test_a_failure_to_write_leaves_the_card_as_it_was(folder: Path, monkeypatch:
     assert not list(folder.glob(".*"))
 
 
-def test_models_without_a_card_of_their_own_are_told_before_anything_is_measured(tmp_path: Path) -> None:
+def test_models_without_a_card_of_their_own_are_told_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "model").mkdir()
     more = ("--data", tmp_path / "none.jsonl", "--update-card", "-q")
     dus("eval", tmp_path / "model", *more).assert_one_line_error("has no README.md for the results")
-    dus("eval", tmp_path / "model", "org/name", *more).assert_one_line_error("org/name is on the Hub")
+    dus("eval", tmp_path / "model", "org/name", *more).assert_one_line_error(
+        "org/name is on the Hub"
+    )
     (tmp_path / "model/README.md").symlink_to(tmp_path / "elsewhere")
     dus("eval", tmp_path / "model", *more).assert_one_line_error("is a link")
 
@@ -241,9 +266,16 @@ def report(*names: str, same: bool = True, margin: float | None = 0.02) -> EvalR
         )
         for k, name in enumerate(names)
     )
-    losses = LossReport("held<out>.jsonl", ("x",), 5, 60, {}, 5 if margin else 1, ScoringOptions(), "cpu", models)
-    scores = [TaskScore("ARC", "arc", "acc", "none", 0.3 + k / 10, margin, True, 5, 9, "1") for k in range(len(names))]
-    results = tuple(TaskResult(name, name, None, (score,)) for name, score in zip(names, scores, strict=True))
+    losses = LossReport(
+        "held<out>.jsonl", ("x",), 5, 60, {}, 5 if margin else 1, ScoringOptions(), "cpu", models
+    )
+    scores = [
+        TaskScore("ARC", "arc", "acc", "none", 0.3 + k / 10, margin, True, 5, 9, "1")
+        for k in range(len(names))
+    ]
+    results = tuple(
+        TaskResult(name, name, None, (score,)) for name, score in zip(names, scores, strict=True)
+    )
     return EvalReport(losses, TaskReport(TaskOptions(tasks=("arc",)), "0.4.13", results))
 
 
@@ -273,7 +305,9 @@ def test_the_picture_of_many_models_with_long_names_cuts_none_and_puts_none_on_a
     names = [f"an-organisation/a-model-with-a-name-{'that-goes-on-' * k}{k}" for k in range(8)]
     found = report(*names)
     assert found.losses is not None
-    text = check_labels(eval_svg(replace(found, losses=replace(found.losses, text_name="held-out " * 20))))
+    text = check_labels(
+        eval_svg(replace(found, losses=replace(found.losses, text_name="held-out " * 20)))
+    )
     shown = "".join(text)
     assert all(name in shown for name in names)
     assert shown.replace(" ", "").startswith("Evaluationon" + "held-out" * 20)
@@ -284,18 +318,42 @@ def test_the_picture_of_many_models_with_long_names_cuts_none_and_puts_none_on_a
 
 def test_what_is_written_of_losses_and_tasks() -> None:
     estimate, ref = Estimate(2.84517, 0.02), ModelRef.parse("out")
-    figures = {"loss": estimate, "bits_per_byte": Estimate(0.89123, 0.01), "seconds": 1.0, "has_same_tokens": True}
-    common: dict[str, Any] = figures | {"commit": None, "tokens": 9, "unknown_tokens": 0, "difference_bits": None}
+    figures = {
+        "loss": estimate,
+        "bits_per_byte": Estimate(0.89123, 0.01),
+        "seconds": 1.0,
+        "has_same_tokens": True,
+    }
+    common: dict[str, Any] = figures | {
+        "commit": None,
+        "tokens": 9,
+        "unknown_tokens": 0,
+        "difference_bits": None,
+    }
     models = tuple(
         ModelResult(name=name, model="out", is_base=is_base, difference=None, **common)
         for name, is_base in (("base of out", True), ("out", False))
     )
     options = ScoringOptions(seq_length=512, stride=256)
-    losses = LossReport("heldout.jsonl", ("heldout.jsonl",), 51, 60000, {}, 51, options, "cpu", models)
-    score = TaskScore(
-        "ARC-Challenge", "arc_challenge", "acc_norm", "none", 0.61951, 0.01, True, 25, 9, "1", "allenai/ai2_arc"
+    losses = LossReport(
+        "heldout.jsonl", ("heldout.jsonl",), 51, 60000, {}, 51, options, "cpu", models
     )
-    tasks = TaskReport(TaskOptions(tasks=("b",)), "0.4.13", (TaskResult("out", "out", None, (score,)),))
+    score = TaskScore(
+        "ARC-Challenge",
+        "arc_challenge",
+        "acc_norm",
+        "none",
+        0.61951,
+        0.01,
+        True,
+        25,
+        9,
+        "1",
+        "allenai/ai2_arc",
+    )
+    tasks = TaskReport(
+        TaskOptions(tasks=("b",)), "0.4.13", (TaskResult("out", "out", None, (score,)),)
+    )
     text, task = card.results_of(EvalReport(losses, tasks), ref)
     assert [metric["value"] for metric in text["metrics"]] == [2.8452, 17.2045, 0.8912]
     assert text["dataset"] == {
@@ -303,5 +361,9 @@ def test_what_is_written_of_losses_and_tasks() -> None:
         "type": "json",
         "args": {"documents": 51, "bytes": 60000, "seq_length": 512, "stride": 256},
     }
-    assert task["dataset"] == {"name": "ARC-Challenge", "type": "allenai/ai2_arc", "args": {"num_few_shot": 25}}
+    assert task["dataset"] == {
+        "name": "ARC-Challenge",
+        "type": "allenai/ai2_arc",
+        "args": {"num_few_shot": 25},
+    }
     assert task["metrics"] == [{"type": "acc_norm", "value": 61.95, "name": "acc norm"}]

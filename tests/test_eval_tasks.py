@@ -1,6 +1,8 @@
-"""`dus eval --tasks`: local tasks through the real lm-evaluation-harness. Skipped where it is not installed.
+"""`dus eval --tasks`: local tasks through the real lm-evaluation-harness. Skipped where it is not
+installed.
 
-It brings forty packages, scikit-learn and pandas among them, so CI does without; make stack runs it.
+It brings forty packages, scikit-learn and pandas among them, so CI does without; make stack runs
+it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def score(plan: h6.Plan, value: float, **fields: Any) -> TaskScore:
 
 def h6_report(*values: float) -> TaskReport:
     results = tuple(
-        TaskResult(f"model-{value}", "model", None, tuple(score(plan, value) for plan in h6.PLANS)) for value in values
+        TaskResult(f"model-{value}", "model", None, tuple(score(plan, value) for plan in h6.PLANS))
+        for value in values
     )
     return TaskReport(TaskOptions(tasks=("h6",)), "0.4.13", results)
 
@@ -83,7 +86,10 @@ def test_a_drop_below_the_baseline_is_a_gate() -> None:
     report = h6_report(0.5, 0.495, 0.4)
     missed = EvalReport(None, report, Gates(max_drop=1.0)).missed
     assert len(missed) == 6
-    assert missed[0] == "model-0.4: ARC-Challenge 40.00 is more than --max-drop 1 points below model-0.5's 50.00"
+    assert (
+        missed[0]
+        == "model-0.4: ARC-Challenge 40.00 is more than --max-drop 1 points below model-0.5's 50.00"
+    )
     assert EvalReport(None, report, Gates(max_drop=10.5)).missed == []
     assert EvalReport(None, h6_report(0.4, 0.5), Gates(max_drop=0.0)).missed == []
 
@@ -99,14 +105,19 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, and tasks of three kinds with their data beside them: a choice, a group of two, a generation."""
+    """Two models, and tasks of three kinds with their data beside them: a choice, a group of
+    two, a generation.
+    """
     pytest.importorskip("lm_eval", reason="needs the eval extra; make stack runs it")
     pytest.importorskip("yaml")
     folder = tmp_path_factory.mktemp("tasks")
     corpus = tiny.write_corpus(folder / "corpus.jsonl", num_documents=60)
     tiny.train(tiny.write_base(folder / "base"), corpus, num_steps=120)
     tiny.write_base(folder / "random", seed=5)
-    rows = [{"question": f"the {word} joins", "choices": list(WORDS), "answer": k} for k, word in enumerate(WORDS)] * 3
+    rows = [
+        {"question": f"the {word} joins", "choices": list(WORDS), "answer": k}
+        for k, word in enumerate(WORDS)
+    ] * 3
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = f"""\
 dataset_path: json
@@ -131,7 +142,8 @@ metadata: {version: 2.0}
     for name in ("words", "words_a", "words_b"):
         (tasks / f"{name}.yaml").write_text(f"task: {name}\n{common}{choice}")
     (tasks / "group.yaml").write_text(
-        "group: all_words\ntask: [words_a, words_b]\naggregate_metric_list:\n  - {metric: acc, weight_by_size: true}\n"
+        "group: all_words\ntask: [words_a, words_b]\naggregate_metric_list:\n  - {metric: acc, "
+        "weight_by_size: true}\n"
     )
     (tasks / "says.yaml").write_text(
         f'task: says\n{common}output_type: generate_until\ndoc_to_target: "{{{{choices[answer]}}}}"\n'
@@ -146,7 +158,17 @@ def done(home: Path) -> Run:
     names = ("--tasks", "words,says", "--tasks", "all_words", "--include-path", home / "tasks")
     offline: Any = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hub")}
     data = ("--data", home / "corpus.jsonl", "--max-documents", "5")
-    return dus("eval", home / "base", home / "random", *names, *data, "--json", "--precision", "fp32", **offline)
+    return dus(
+        "eval",
+        home / "base",
+        home / "random",
+        *names,
+        *data,
+        "--json",
+        "--precision",
+        "fp32",
+        **offline,
+    )
 
 
 def test_scores_are_the_harness_own(home: Path, done: Run) -> None:
@@ -161,20 +183,35 @@ def test_scores_are_the_harness_own(home: Path, done: Run) -> None:
     for model in report["models"]:
         manager = TaskManager(include_path=str(home / "tasks"), include_defaults=False)
         lm = HFLM(pretrained=str(home / model["name"]), device="cpu", dtype="float32", batch_size=2)
-        expected = simple_evaluate(model=lm, tasks=["words", "all_words", "says"], task_manager=manager)
+        expected = simple_evaluate(
+            model=lm, tasks=["words", "all_words", "says"], task_manager=manager
+        )
         by_label = {score["label"]: score for score in model["scores"]}
         assert list(by_label) == report["tasks"]
         words, says, group = by_label["words"], by_label["says"], by_label["all_words"]
         assert words["value"] == expected["results"]["words"]["acc_norm,none"]
         assert words["metrics"]["acc,none"] == expected["results"]["words"]["acc,none"]
-        assert words["stderr"] == pytest.approx(expected["results"]["words"]["acc_norm_stderr,none"])
-        assert (words["metric"], words["samples"], words["num_fewshot"], words["version"]) == ("acc_norm", 12, 0, "2.0")
-        assert (says["metric"], says["value"]) == ("exact_match", expected["results"]["says"]["exact_match,none"])
+        assert words["stderr"] == pytest.approx(
+            expected["results"]["words"]["acc_norm_stderr,none"]
+        )
+        assert (words["metric"], words["samples"], words["num_fewshot"], words["version"]) == (
+            "acc_norm",
+            12,
+            0,
+            "2.0",
+        )
+        assert (says["metric"], says["value"]) == (
+            "exact_match",
+            expected["results"]["says"]["exact_match,none"],
+        )
         assert (group["metric"], group["samples"]) == ("acc", 24)
         assert group["value"] == expected["groups"]["all_words"]["acc,none"]
         assert model["h6"] is None
         assert model["loss"] > 0
-    first, other = ({score["label"]: score["metrics"] for score in model["scores"]} for model in report["models"])
+    first, other = (
+        {score["label"]: score["metrics"] for score in model["scores"]}
+        for model in report["models"]
+    )
     assert first != other, "the second model was given the first one's answers"
 
 
@@ -192,7 +229,9 @@ def test_a_table_of_tasks_alone_and_shots_and_limits(home: Path) -> None:
     lines = run.stdout.splitlines()
     assert (lines[0].split(), lines[1].split()[0]) == (["random"], "words")
     assert "the first 4 examples" in lines[-1]
-    report = dus("eval", home / "random", "--tasks", "words", *shown, "--json", HF_DATASETS_OFFLINE="1").report
+    report = dus(
+        "eval", home / "random", "--tasks", "words", *shown, "--json", HF_DATASETS_OFFLINE="1"
+    ).report
     (score,) = report["models"][0]["scores"]
     assert (score["num_fewshot"], score["samples"], report["limit"]) == (1, 4, 4)
 

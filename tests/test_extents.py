@@ -1,4 +1,6 @@
-"""What lies in the same blocks of the disk is equal without being read; the rest is read, each base tensor once."""
+"""What lies in the same blocks of the disk is equal without being read; the rest is read, each
+base tensor once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from dus_cli.source.direct import DirectFile, aligned_room
 from dus_cli.source.extents import Blocks, Extent
 from dus_cli.source.headers import read_header
 
-XFS, EXT4, OVERLAY, BCACHEFS, NFS, FUSE = 0x58465342, 0xEF53, 0x794C7630, 0xCA451A4E, 0x6969, 0x65735546
+XFS, EXT4, OVERLAY, BCACHEFS, NFS, FUSE = (
+    0x58465342,
+    0xEF53,
+    0x794C7630,
+    0xCA451A4E,
+    0x6969,
+    0x65735546,
+)
 
 SIZES = (6, 256, 768, 128, 1024)  # 11 MB, of which the norms are no whole blocks
 
@@ -42,7 +51,7 @@ def flip_a_bit(path: Path, name: str) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-# --- on a real file system with reflinks -----------------------------------------------------------
+# --- on a real file system with reflinks ----------------------------------------------------------
 
 
 def test_blocks_that_are_shared_with_the_base_are_equal_without_being_read(reflinks: Path) -> None:
@@ -64,7 +73,11 @@ def test_twins_share_blocks_where_the_base_is_not_asked(reflinks: Path) -> None:
 
 def test_a_flipped_bit_ends_the_sharing_and_is_found(reflinks: Path) -> None:
     base, out = made(reflinks, "--copy-mode", "clone", "--max-shard-size", "1GB")
-    (path,) = (p for p in out.glob("*.safetensors") if b'"model.layers.7.mlp.up_proj' in p.read_bytes()[:100_000])
+    (path,) = (
+        p
+        for p in out.glob("*.safetensors")
+        if b'"model.layers.7.mlp.up_proj' in p.read_bytes()[:100_000]
+    )
     flip_a_bit(path, "model.layers.7.mlp.up_proj.weight")
     for options in ((), ("--read",), ("--base", base), ("--base", base, "--read")):
         done = dus("verify", out, *options)
@@ -79,11 +92,13 @@ def test_what_was_copied_is_read(reflinks: Path) -> None:
     assert (found["sound"], found["bytes_shared"]) == (True, 0)
 
 
-# --- what a file system may say --------------------------------------------------------------------
+# --- what a file system may say -------------------------------------------------------------------
 
 
 def answering(told: list[tuple[int, int, int, int]], *, is_realtime: bool = False) -> Any:
-    """An ioctl that gives these extents, as (logical, physical, length, flags), at most 500 at a time."""
+    """An ioctl that gives these extents, as (logical, physical, length, flags), at most 500 at a
+    time.
+    """
 
     def ioctl(_file: int, request: int, buffer: bytearray) -> int:
         if request == 0x801C581F:  # FS_IOC_FSGETXATTR
@@ -91,17 +106,25 @@ def answering(told: list[tuple[int, int, int, int]], *, is_realtime: bool = Fals
             return 0
         start, length, flags, _, room, _ = struct.unpack_from("=QQLLLL", buffer)
         assert flags & 1, "what is not yet written has no blocks: FIEMAP_FLAG_SYNC"
-        fitting = [one for one in told if one[0] + one[2] > start and one[0] < start + length][:room]
+        fitting = [one for one in told if one[0] + one[2] > start and one[0] < start + length][
+            :room
+        ]
         struct.pack_into("=L", buffer, 20, len(fitting))
         for number, (logical, physical, size, marks) in enumerate(fitting):
-            struct.pack_into("=QQQ16xL12x", buffer, 32 + 56 * number, logical, physical, size, marks)
+            struct.pack_into(
+                "=QQQ16xL12x", buffer, 32 + 56 * number, logical, physical, size, marks
+            )
         return 0
 
     return ioctl
 
 
 def mapped(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, told: list[tuple[int, int, int, int]], kind: int = XFS, **how: bool
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[tuple[int, int, int, int]],
+    kind: int = XFS,
+    **how: bool,
 ) -> list[Extent]:
     path = folder / "file"
     path.write_bytes(b"")
@@ -129,13 +152,24 @@ def mapped(
 def test_an_extent_whose_bytes_are_not_in_its_blocks_proves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: int, what: str
 ) -> None:
-    told = [(0, 8192, 4096, 0x2000), (4096, 65_536, 4096, 0x2000 | flag), (8192, 12_288, 4096, 0x2001)]
-    assert mapped(tmp_path, monkeypatch, told) == [Extent(0, 8192, 4096), Extent(8192, 12_288, 4096)], what
+    told = [
+        (0, 8192, 4096, 0x2000),
+        (4096, 65_536, 4096, 0x2000 | flag),
+        (8192, 12_288, 4096, 0x2001),
+    ]
+    assert mapped(tmp_path, monkeypatch, told) == [
+        Extent(0, 8192, 4096),
+        Extent(8192, 12_288, 4096),
+    ], what
 
 
-def test_more_extents_than_fit_into_one_answer_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_extents_than_fit_into_one_answer_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = [(i * 8192, i * 16_384, 4096, 1 if i == 1234 else 0) for i in range(1235)]
-    assert mapped(tmp_path, monkeypatch, told) == [Extent(i * 8192, i * 16_384, 4096) for i in range(1235)]
+    assert mapped(tmp_path, monkeypatch, told) == [
+        Extent(i * 8192, i * 16_384, 4096) for i in range(1235)
+    ]
 
 
 @pytest.mark.parametrize("kind", [EXT4, OVERLAY, BCACHEFS, NFS, FUSE, 0])
@@ -145,7 +179,9 @@ def test_addresses_of_other_file_systems_prove_nothing(
     assert mapped(tmp_path, monkeypatch, [(0, 8192, 4096, 0x2001)], kind) == []
 
 
-def test_addresses_on_a_realtime_device_prove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_on_a_realtime_device_prove_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert mapped(tmp_path, monkeypatch, [(0, 8192, 4096, 0x2001)], is_realtime=True) == []
 
 
@@ -189,7 +225,7 @@ def test_files_of_two_devices_share_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(Blocks().not_shared(Path("l"), 0, Path("r"), 0, 100)) == [(0, 100)]
 
 
-# --- where nothing is shared -----------------------------------------------------------------------
+# --- where nothing is shared ----------------------------------------------------------------------
 
 
 def test_each_tensor_of_the_base_is_read_once_for_all_its_copies(
@@ -213,7 +249,9 @@ def test_each_tensor_of_the_base_is_read_once_for_all_its_copies(
     found = verify(out, base=base, jobs=1)
     assert found.is_sound
     data = {
-        folder: sum(t.num_bytes for p in folder.glob("*.safetensors") for t in read_header(p).tensors)
+        folder: sum(
+            t.num_bytes for p in folder.glob("*.safetensors") for t in read_header(p).tensors
+        )
         for folder in num_read
     }
     assert num_read == data
@@ -228,7 +266,15 @@ def test_a_file_is_read_from_any_byte_on_to_its_end(tmp_path: Path, *, is_direct
     file = DirectFile(path, aligned_room(20_000))
     if not is_direct:
         file.close_direct()
-    for start, length in ((0, 20_000), (1, 4095), (4096, 4096), (4095, 2), (19_999, 1), (8191, 11_809), (19_990, 100)):
+    for start, length in (
+        (0, 20_000),
+        (1, 4095),
+        (4096, 4096),
+        (4095, 2),
+        (19_999, 1),
+        (8191, 11_809),
+        (19_990, 100),
+    ):
         assert bytes(file.read(start, length)) == content[start : start + length]
     assert bytes(file.read(30_000, 10)) == b""
     file.close()

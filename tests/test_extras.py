@@ -1,7 +1,9 @@
-"""Every extra alone: the built wheel in an environment with nothing else, and the commands that the extra is for.
+"""Every extra alone: the built wheel in an environment with nothing else, and the commands that the
+extra is for.
 
-Each extra holds the one before it (core, heal, eval), so that one environment grows and each stage has exactly what
-`pip install dus-cli[…]` brings. It takes minutes and a package index: `make test` sets DUS_TEST_EXTRAS=1.
+Each extra holds the one before it (core, heal, eval), so that one environment grows and each stage
+has exactly what `pip install dus-cli[…]` brings. It takes minutes and a package index: `make test`
+sets DUS_TEST_EXTRAS=1.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from hub_uploads import WRITER, WritableHub
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif("DUS_TEST_EXTRAS" not in os.environ, reason="DUS_TEST_EXTRAS=1 installs each extra")
+pytestmark = pytest.mark.skipif(
+    "DUS_TEST_EXTRAS" not in os.environ, reason="DUS_TEST_EXTRAS=1 installs each extra"
+)
 
 TASK = """task: guesses
 dataset_path: json
@@ -55,13 +59,30 @@ class Alone:
         self.wheel = next(folder.glob("dus_cli-*.whl"))
 
     def pip(self, verb: str, *arguments: str | Path) -> None:
-        constraints = ["--constraint", str(ROOT / "tests/constraints.txt")] if verb == "install" else []
-        command = [str(self.folder / "venv/bin/python"), "-m", "pip", "--quiet", "--disable-pip-version-check", verb]
-        subprocess.run([*command, *constraints, *arguments], check=True, env=os.environ | {"PYTHONPATH": ""})
+        constraints = (
+            ["--constraint", str(ROOT / "tests/constraints.txt")] if verb == "install" else []
+        )
+        command = [
+            str(self.folder / "venv/bin/python"),
+            "-m",
+            "pip",
+            "--quiet",
+            "--disable-pip-version-check",
+            verb,
+        ]
+        subprocess.run(
+            [*command, *constraints, *arguments], check=True, env=os.environ | {"PYTHONPATH": ""}
+        )
 
     def dus(self, *arguments: str | Path, code: int = 0, **environment: str) -> str:
-        """What the installed command prints; on stderr where it fails. No GPU: two workers would need two."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        """What the installed command prints; on stderr where it fails. No GPU: two workers would
+        need two.
+        """
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "PYTHON"))
+        }
         done = subprocess.run(
             [self.folder / "venv/bin/dus", *arguments],
             capture_output=True,
@@ -85,7 +106,9 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     tiny.write_base(alone.folder / "base")
     tiny.write_corpus(alone.folder / "corpus.jsonl")
     yield alone
-    shutil.rmtree(alone.folder / "venv")  # pytest keeps the folders of three runs, and torch takes gigabytes
+    shutil.rmtree(
+        alone.folder / "venv"
+    )  # pytest keeps the folders of three runs, and torch takes gigabytes
 
 
 def test_the_wheel_alone_scales_verifies_and_pushes(core: Alone) -> None:
@@ -94,11 +117,20 @@ def test_the_wheel_alone_scales_verifies_and_pushes(core: Alone) -> None:
     assert core.report("verify", "out", "--base", "./base")["sound"] is True
     with WritableHub({}) as hub:
         into = ("push", "out", "org/deeper", "-q")
-        core.dus(*into, HF_ENDPOINT=hub.endpoint, HF_TOKEN=WRITER, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+        core.dus(
+            *into,
+            HF_ENDPOINT=hub.endpoint,
+            HF_TOKEN=WRITER,
+            HF_HUB_OFFLINE="0",
+            HF_HUB_DISABLE_XET="1",
+        )
         assert "org/deeper" in hub.repos
     for verb in ("heal", "probe", "eval"):
         error = core.dus(verb, "./out", "--data", "corpus.jsonl", code=1)
-        assert error == f"error: dus {verb} needs numpy, torch and transformers; pip install 'dus-cli[heal]'\n"
+        assert (
+            error
+            == f"error: dus {verb} needs numpy, torch and transformers; pip install 'dus-cli[heal]'\n"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +156,9 @@ def test_the_eval_extra_alone_runs_a_task(healing: Alone) -> None:
     healing.pip("install", f"{healing.wheel}[eval]")
     tasks = healing.folder / "tasks"
     tasks.mkdir()
-    (tasks / "test.jsonl").write_text("".join(json.dumps({"text": f"word {n}"}) + "\n" for n in range(4)))
+    (tasks / "test.jsonl").write_text(
+        "".join(json.dumps({"text": f"word {n}"}) + "\n" for n in range(4))
+    )
     (tasks / "guesses.yaml").write_text(TASK.format(file=tasks / "test.jsonl"))
     report = healing.report("eval", "./base", "--tasks", "guesses", "--include-path", "tasks")
     assert report["models"][0]["scores"][0]["task"] == "guesses"

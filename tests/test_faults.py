@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Tensor, fill_randomly, header_bytes, llama_config, llama_tensors, write_checkpoint
+from checkpoints import (
+    Tensor,
+    fill_randomly,
+    header_bytes,
+    llama_config,
+    llama_tensors,
+    write_checkpoint,
+)
 from conftest import DUS, dus
 
 from dus_cli.common.reference import ModelRef
@@ -35,7 +42,9 @@ from dus_cli.writing.staging import Staging
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 130 MB: writing it takes long enough to be interrupted."""
     tensors = llama_tensors(8, hidden=1024, intermediate=2048, kv=256, vocab=256)
-    return write_checkpoint(tmp_path_factory.mktemp("large") / "base", tensors, llama_config(8), fill=fill_randomly)
+    return write_checkpoint(
+        tmp_path_factory.mktemp("large") / "base", tensors, llama_config(8), fill=fill_randomly
+    )
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -51,7 +60,9 @@ def beside(out: Path) -> list[str]:
 # --- killed, interrupted, raced ------------------------------------------------------------------
 
 
-def test_kill_9_at_50_moments_leaves_nothing_half_written_and_a_rerun_succeeds(large: Path, tmp_path: Path) -> None:
+def test_kill_9_at_50_moments_leaves_nothing_half_written_and_a_rerun_succeeds(
+    large: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = ("upscale", large, "-o", out, "--copy-mode", "copy", "-q")
     before = time.monotonic()
@@ -65,7 +76,9 @@ def test_kill_9_at_50_moments_leaves_nothing_half_written_and_a_rerun_succeeds(l
         if moment % 2:  # from the first byte on, however long this machine takes to come to it
             while process.poll() is None and not beside(out):
                 time.sleep(0.001)
-        time.sleep(rng.uniform(0, duration * 1.1) if moment % 2 == 0 else rng.uniform(0, duration / 10))
+        time.sleep(
+            rng.uniform(0, duration * 1.1) if moment % 2 == 0 else rng.uniform(0, duration / 10)
+        )
         process.kill()
         process.communicate()
         left += bool(beside(out))
@@ -78,7 +91,9 @@ def test_kill_9_at_50_moments_leaves_nothing_half_written_and_a_rerun_succeeds(l
     assert beside(out) == []
 
 
-def test_kill_9_while_overwriting_leaves_the_old_or_the_new_one_whole(large: Path, tmp_path: Path) -> None:
+def test_kill_9_while_overwriting_leaves_the_old_or_the_new_one_whole(
+    large: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = ("upscale", large, "-o", out, "--overwrite", "--copy-mode", "copy", "-q")
     before = time.monotonic()
@@ -98,9 +113,13 @@ def test_kill_9_while_overwriting_leaves_the_old_or_the_new_one_whole(large: Pat
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
 )
-def test_a_signal_cleans_up_and_exits_with_its_code(large: Path, tmp_path: Path, signum: int, code: int) -> None:
+def test_a_signal_cleans_up_and_exits_with_its_code(
+    large: Path, tmp_path: Path, signum: int, code: int
+) -> None:
     out = tmp_path / "out"
-    process = start("upscale", large, "-o", out, "--copy-mode", "copy", "--verify", "full", "--checksums", "-q")
+    process = start(
+        "upscale", large, "-o", out, "--copy-mode", "copy", "--verify", "full", "--checksums", "-q"
+    )
     while not beside(out):
         time.sleep(0.001)
         assert process.poll() is None
@@ -129,7 +148,10 @@ def test_of_two_runs_at_once_one_wins_and_the_other_says_so(large: Path, tmp_pat
     out = tmp_path / "out"
     processes = [start("upscale", large, "-o", out, "--copy-mode", "copy", "-q") for _ in range(4)]
     ends = [(process.communicate()[1], process.returncode) for process in processes]
-    assert {code for _, code in ends} <= {0, 1}  # 0 also for one that came when all was done, and found it so
+    assert {code for _, code in ends} <= {
+        0,
+        1,
+    }  # 0 also for one that came when all was done, and found it so
     assert any(code == 0 for _, code in ends)
     for stderr, code in ends:
         if code:
@@ -150,7 +172,9 @@ def test_what_a_killed_run_left_is_cleared_by_the_next(base: Path, tmp_path: Pat
 
 
 def test_a_replacement_killed_between_two_renames_is_undone(base: Path, tmp_path: Path) -> None:
-    """On file systems that cannot exchange names: OUT was moved aside and its successor is not there."""
+    """On file systems that cannot exchange names: OUT was moved aside and its successor is not
+    there.
+    """
     assert dus("upscale", base, "-o", tmp_path / "out", "-q").returncode == 0
     (tmp_path / "out").rename(tmp_path / ".out.replaced")
     dus("upscale", base, "-o", tmp_path / "out", "-q").assert_one_line_error("not empty")
@@ -171,8 +195,15 @@ def test_where_names_cannot_be_exchanged_two_renames_do(
 # --- the disk ------------------------------------------------------------------------------------
 
 
-def run_verb(base: Path, out: Path, *, trim: int | None = None, overwrite: bool = False, **options: Any) -> None:
-    verb.upscale(Wanted(ModelRef(str(base), path=base), MapRequest(trim)), out, overwrite=overwrite, **options)
+def run_verb(
+    base: Path, out: Path, *, trim: int | None = None, overwrite: bool = False, **options: Any
+) -> None:
+    verb.upscale(
+        Wanted(ModelRef(str(base), path=base), MapRequest(trim)),
+        out,
+        overwrite=overwrite,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -181,7 +212,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("mounting needs root")
@@ -205,7 +238,9 @@ def test_a_disk_that_fills_midway_is_one_line_and_nothing_stays(
 
 def test_a_read_only_parent_is_one_line(base: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    dus("upscale", base, "-o", small_disk / "out", "-q").assert_one_line_error("cannot be written to")
+    dus("upscale", base, "-o", small_disk / "out", "-q").assert_one_line_error(
+        "cannot be written to"
+    )
 
 
 def test_a_missing_parent_is_one_line(base: Path, tmp_path: Path) -> None:
@@ -213,18 +248,28 @@ def test_a_missing_parent_is_one_line(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-def test_the_output_is_apart_from_the_model_and_the_current_directory(base: Path, tmp_path: Path) -> None:
+def test_the_output_is_apart_from_the_model_and_the_current_directory(
+    base: Path, tmp_path: Path
+) -> None:
     for out in (base, base / "out"):
-        dus("upscale", base, "-o", out, "--overwrite", "-q").assert_one_line_error("contain each other")
-    dus("upscale", base, "-o", tmp_path, "--overwrite", "-q").assert_one_line_error("holds base/config.json")
+        dus("upscale", base, "-o", out, "--overwrite", "-q").assert_one_line_error(
+            "contain each other"
+        )
+    dus("upscale", base, "-o", tmp_path, "--overwrite", "-q").assert_one_line_error(
+        "holds base/config.json"
+    )
     (tmp_path / "here").mkdir()
-    dus("upscale", base, "-o", ".", "-q", cwd=tmp_path / "here").assert_one_line_error("directory you stand in")
+    dus("upscale", base, "-o", ".", "-q", cwd=tmp_path / "here").assert_one_line_error(
+        "directory you stand in"
+    )
     assert len(list(base.iterdir())) == 2
 
 
 def test_an_output_that_is_a_file_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    dus("upscale", base, "-o", tmp_path / "out", "--overwrite", "-q").assert_one_line_error("not a directory")
+    dus("upscale", base, "-o", tmp_path / "out", "--overwrite", "-q").assert_one_line_error(
+        "not a directory"
+    )
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -243,7 +288,9 @@ class Meddler(NoProgress):
 
 
 @pytest.mark.parametrize("fault", ["truncated", "rewritten", "replaced"])
-def test_a_source_that_changes_meanwhile_is_noticed(large: Path, tmp_path: Path, fault: str) -> None:
+def test_a_source_that_changes_meanwhile_is_noticed(
+    large: Path, tmp_path: Path, fault: str
+) -> None:
     source = tmp_path / "base"
     shutil.copytree(large, source)
     shard = source / "model.safetensors"
@@ -260,12 +307,16 @@ def test_a_source_that_changes_meanwhile_is_noticed(large: Path, tmp_path: Path,
             (tmp_path / "other").rename(shard)
 
     with pytest.raises(CheckpointError, match=r"became shorter|changed while it was read"):
-        run_verb(source, tmp_path / "out", progress=Meddler(meddle), copy_mode=transfer.CopyMode.copy)
+        run_verb(
+            source, tmp_path / "out", progress=Meddler(meddle), copy_mode=transfer.CopyMode.copy
+        )
     assert not (tmp_path / "out").exists()
     assert beside(tmp_path / "out") == []
 
 
-def test_a_disk_error_in_the_source_is_one_line(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_in_the_source_is_one_line(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -299,13 +350,19 @@ def refuse(folder: Path, *parts: str) -> None:
 
 def test_a_map_that_is_not_valid_is_refused(base: Path, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "out")
-    dus("upscale", base, "--trim", "4", *out).assert_one_line_error("would leave 8 of 8 layers", "use 0 to 3")
+    dus("upscale", base, "--trim", "4", *out).assert_one_line_error(
+        "would leave 8 of 8 layers", "use 0 to 3"
+    )
     dus("upscale", base, "--layers", "0:9", *out).assert_one_line_error("beyond the base")
     dus("upscale", base, "--layers", "0-9", *out).assert_one_line_error("half-open", code=2)
-    dus("upscale", base, "--layers", "0:8", "--trim", "1", *out).assert_one_line_error("--layers", code=2)
+    dus("upscale", base, "--layers", "0:8", "--trim", "1", *out).assert_one_line_error(
+        "--layers", code=2
+    )
     dus("upscale", base, "--trim", "-1", *out).assert_one_line_error("--trim", code=2)
     dus("upscale", base, "--copies", "1", *out).assert_one_line_error("--copies", code=2)
-    dus("upscale", base, "--max-shard-size", "5 parsecs", *out).assert_one_line_error("5 parsecs", code=2)
+    dus("upscale", base, "--max-shard-size", "5 parsecs", *out).assert_one_line_error(
+        "5 parsecs", code=2
+    )
     dus("upscale", base).assert_one_line_error("--output", code=2)
     dus("upscale", base, "--nonsense", *out).assert_one_line_error("--nonsense", code=2)
     assert not (tmp_path / "out").exists()
@@ -330,19 +387,31 @@ def test_what_is_no_decoder_checkpoint_is_named(tmp_path: Path) -> None:
     refuse(folder, "pickled weights (*.pth)", "save_pretrained")
     (folder / "pytorch_model-00001-of-00002.bin").touch()
     refuse(folder, "pytorch_model.bin.index.json", "the index is missing")
-    (folder / "config.json").write_text(json.dumps({"is_encoder_decoder": True, "architectures": ["T5Model"]}))
+    (folder / "config.json").write_text(
+        json.dumps({"is_encoder_decoder": True, "architectures": ["T5Model"]})
+    )
     refuse(folder, "encoder-decoder", "T5Model")
-    (folder / "config.json").write_text(json.dumps({"architectures": ["BertForMaskedLM"], "num_hidden_layers": 2}))
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["BertForMaskedLM"], "num_hidden_layers": 2})
+    )
     refuse(folder, "an encoder", "BertForMaskedLM")
 
 
 def test_an_encoder_is_told_by_its_tensors(tmp_path: Path) -> None:
     tensors: list[Tensor] = [(f"bert.encoder.layer.{k}.w.weight", "BF16", (4,)) for k in range(2)]
-    refuse(write_checkpoint(tmp_path / "m", tensors, {"num_hidden_layers": 2}), "bert.encoder.layer", "encoder")
+    refuse(
+        write_checkpoint(tmp_path / "m", tensors, {"num_hidden_layers": 2}),
+        "bert.encoder.layer",
+        "encoder",
+    )
 
 
 def test_damaged_json_is_named(base: Path) -> None:
-    for raw, part in ((b"{", "not valid JSON"), (b"[1]", "not an object"), (b"\xff\xfe{", "not UTF-8")):
+    for raw, part in (
+        (b"{", "not valid JSON"),
+        (b"[1]", "not an object"),
+        (b"\xff\xfe{", "not UTF-8"),
+    ):
         (base / "config.json").write_bytes(raw)
         refuse(base, "config.json", part)
 

@@ -1,4 +1,6 @@
-"""The safetensors format: what the reader accepts the library accepts; each fault has its own line."""
+"""The safetensors format: what the reader accepts the library accepts; each fault has its own
+line.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,12 @@ def test_a_sound_header_is_read_whole(tmp_path: Path) -> None:
     assert [t.name for t in header.tensors] == ["a", "b", "scalar", "nothing"]
     a, b, scalar, nothing = header.tensors
     assert (a.num_bytes, b.num_bytes, scalar.num_bytes, nothing.num_bytes) == (24, 8, 8, 0)
-    assert (a.num_elements, b.num_elements, scalar.num_elements, nothing.num_elements) == (6, 4, 1, 0)
+    assert (a.num_elements, b.num_elements, scalar.num_elements, nothing.num_elements) == (
+        6,
+        4,
+        1,
+        0,
+    )
     assert a.start == header.data_start
     assert header.metadata == {"format": "pt"}
 
@@ -59,7 +66,10 @@ def changed(name: str, **fields: object) -> dict[str, Any]:
 
 BAD_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "overlap": (changed("b", data_offsets=[16, 24]), "overlaps"),
-    "gap": (GOOD | {"b": {"dtype": "BF16", "shape": [2], "data_offsets": [28, 32]}}, "leaves a gap"),
+    "gap": (
+        GOOD | {"b": {"dtype": "BF16", "shape": [2], "data_offsets": [28, 32]}},
+        "leaves a gap",
+    ),
     "offsets disagree with shape": (changed("a", shape=[2, 4]), "needs 32"),
     "offsets reversed": (changed("a", data_offsets=[24, 0]), "needs 24"),
     "offsets beyond the file": (
@@ -100,7 +110,10 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "a JSON list": (struct.pack("<Q", 2) + b"[]", "does not start with"),
     "a leading space": (struct.pack("<Q", 3) + b" {}", "does not start with"),
     "invalid UTF-8": (struct.pack("<Q", 8) + b'{"\xff": 1}'[:8], "not UTF-8"),
-    "deep nesting": (struct.pack("<Q", 200_005) + b'{"a":' + b"[" * 200_000, "nested too deeply|not valid JSON"),
+    "deep nesting": (
+        struct.pack("<Q", 200_005) + b'{"a":' + b"[" * 200_000,
+        "nested too deeply|not valid JSON",
+    ),
     "half a surrogate pair": (
         header_bytes({"\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
         "not Unicode",
@@ -136,24 +149,39 @@ def test_an_absurd_integer_is_refused_without_being_computed(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("dtype", DTYPE_BITS)
 @pytest.mark.parametrize("phase", [0, 8, 4088])
-def test_an_encoded_header_is_read_back_by_us_and_the_library(tmp_path: Path, dtype: str, phase: int) -> None:
+def test_an_encoded_header_is_read_back_by_us_and_the_library(
+    tmp_path: Path, dtype: str, phase: int
+) -> None:
     size = 16 * DTYPE_BITS[dtype] // 8
     raw = encode_header({"format": "pt"}, [("ünï.code", dtype, (4, 4), size)], 4096, phase)
     assert len(raw) % 4096 == phase
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw + bytes(size))
     (tensor,) = read_header(path).tensors
-    assert (tensor.name, tensor.dtype, tensor.shape, tensor.start) == ("ünï.code", dtype, (4, 4), len(raw))
+    assert (tensor.name, tensor.dtype, tensor.shape, tensor.start) == (
+        "ünï.code",
+        dtype,
+        (4, 4),
+        len(raw),
+    )
     assert library_accepts(path)
 
 
 def test_the_size_of_a_header_is_known_before_it_is_made() -> None:
-    tensors = [('ünï."code"', "BF16", (4, 4), 32), ("scalar", "I64", (), 8), ("\x1f", "F8_E4M3", (3,), 3)]
+    tensors = [
+        ('ünï."code"', "BF16", (4, 4), 32),
+        ("scalar", "I64", (), 8),
+        ("\x1f", "F8_E4M3", (3,), 3),
+    ]
     for metadata in ({}, {"format": "pt", "é": "\n"}):
         for block, phase in ((8, 0), (4096, 16)):
             raw = encode_header(metadata, tensors, block, phase)
             assert header_size(metadata, tensors, block, phase) == len(raw)
-            assert json.loads(raw[8:])["scalar"] == {"dtype": "I64", "shape": [], "data_offsets": [32, 40]}
+            assert json.loads(raw[8:])["scalar"] == {
+                "dtype": "I64",
+                "shape": [],
+                "data_offsets": [32, 40],
+            }
 
 
 def test_alignment_counts_from_the_start_of_the_data() -> None:
@@ -162,7 +190,9 @@ def test_alignment_counts_from_the_start_of_the_data() -> None:
 
 
 def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """A few small damages: bytes flipped, cut out, doubled, numbers replaced, the length changed."""
+    """A few small damages: bytes flipped, cut out, doubled, numbers replaced, the length
+    changed.
+    """
     data = bytearray(raw)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(data))
@@ -178,7 +208,9 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
                 if digits:
                     data[rng.choice(digits)] = rng.choice(b"0123456789-")
             case 4:
-                data[:8] = struct.pack("<Q", rng.choice([0, 1, len(data), 2**32, 2**60, rng.randrange(400)]))
+                data[:8] = struct.pack(
+                    "<Q", rng.choice([0, 1, len(data), 2**32, 2**60, rng.randrange(400)])
+                )
             case _:
                 data[at:at] = rng.choice(
                     [b"null", b"1e999", b"NaN", b"\xff\xfe", b'"\\ud800"', b"{}", b"[[", b"2" * 30]
@@ -216,14 +248,23 @@ def test_of_5000_damaged_headers_none_is_accepted_that_the_library_refuses(tmp_p
         if problem is None:
             accepted += 1
             assert library_accepts(path), path.read_bytes()
-    assert peak_rss() - peak < 100_000_000  # no length or shape in a file makes the reader take memory
-    assert accepted > 50  # flips in names and padding: the fuzzing does reach past the reader's first checks
+    assert (
+        peak_rss() - peak < 100_000_000
+    )  # no length or shape in a file makes the reader take memory
+    assert (
+        accepted > 50
+    )  # flips in names and padding: the fuzzing does reach past the reader's first checks
 
 
 def test_of_5000_damaged_configs_and_indexes_all_end_in_success_or_one_line(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "m", llama_tensors(3, 8, 8, 8, 8), llama_config(3), num_shards=2)
+    folder = write_checkpoint(
+        tmp_path / "m", llama_tensors(3, 8, 8, 8, 8), llama_config(3), num_shards=2
+    )
     rng = random.Random(2312_15166)
-    originals = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors.index.json")}
+    originals = {
+        name: (folder / name).read_bytes()
+        for name in ("config.json", "model.safetensors.index.json")
+    }
     outcomes = {"planned": 0, "refused": 0}
     before, peak = sorted(tmp_path.rglob("*")), peak_rss()
     for number in range(5000):
@@ -231,7 +272,9 @@ def test_of_5000_damaged_configs_and_indexes_all_end_in_success_or_one_line(tmp_
         # The mutator's first eight bytes are a header's length: give it that many to spoil.
         (folder / name).write_bytes(mutate(b"        " + originals[name], rng)[8:])
         problem = one_line_problem(
-            lambda: make_plan(Base(ModelRef.parse("./m")), open_checkpoint(folder), MapRequest()).text_files()
+            lambda: make_plan(
+                Base(ModelRef.parse("./m")), open_checkpoint(folder), MapRequest()
+            ).text_files()
         )
         outcomes["planned" if problem is None else "refused"] += 1
         (folder / name).write_bytes(originals[name])

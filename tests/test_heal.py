@@ -20,7 +20,8 @@ from dus_cli.source.belonging import model_files, read_record  # noqa: E402
 
 STEPS = 12
 RECIPE = (
-    "--steps 12 --seq-length 64 --batch-tokens 512 --lr 3e-3 --holdout 10% --eval-every 4 --eval-tokens 250K --seed 3"
+    "--steps 12 --seq-length 64 --batch-tokens 512 --lr 3e-3 --holdout 10% --eval-every 4 "
+    "--eval-tokens 250K --seed 3"
 ).split()
 
 
@@ -33,7 +34,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny.train(tiny.write_base(folder / "base"), corpus)
     tiny.upscaled(base, folder / "scaled")
     untied = tiny.write_base(folder / "untied-base", shard="40KB", tie_word_embeddings=False)
-    tiny.upscaled(tiny.train(untied, corpus, num_steps=30, shard="40KB"), folder / "untied", shard="60KB")
+    tiny.upscaled(
+        tiny.train(untied, corpus, num_steps=30, shard="40KB"), folder / "untied", shard="60KB"
+    )
     return folder
 
 
@@ -41,19 +44,34 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def healed(home: Path) -> Path:
     """The scaled model, healed with the defaults by the real command."""
     before = tiny.digests(home / "scaled")
-    run = dus("heal", home / "scaled", "--data", home / "corpus.jsonl", *RECIPE, "--json", OMP_NUM_THREADS="1")
+    run = dus(
+        "heal",
+        home / "scaled",
+        "--data",
+        home / "corpus.jsonl",
+        *RECIPE,
+        "--json",
+        OMP_NUM_THREADS="1",
+    )
     (home / "report").write_text(json.dumps(run.report))
     assert tiny.digests(home / "scaled") == before, "the input was changed"
     return home / "scaled-healed"
 
 
 def heal_in(
-    home: Path, name: str, *arguments: str, model: str = "scaled", workers: int = 1, num_local: int | None = None
+    home: Path,
+    name: str,
+    *arguments: str,
+    model: str = "scaled",
+    workers: int = 1,
+    num_local: int | None = None,
 ) -> Path:
     """Heal in forked workers, into `name`; the output, once it is there."""
     out = home / name
     data = ("--data", home / "corpus.jsonl")
-    failure = tiny.heal(home / model, out, *data, *RECIPE, *arguments, workers=workers, num_local=num_local)
+    failure = tiny.heal(
+        home / model, out, *data, *RECIPE, *arguments, workers=workers, num_local=num_local
+    )
     assert failure == ""
     assert (out / "config.json").is_file()
     return out
@@ -75,7 +93,9 @@ def assert_same_curve(one: Path, other: Path, within: float = 1e-4) -> None:
 
 
 def assert_same_weights(one: Path, other: Path, within: float) -> None:
-    """Final models agree closely: each weight is as near as this, or the next number of bf16, as which it is stored."""
+    """Final models agree closely: each weight is as near as this, or the next number of bf16, as
+    which it is stored.
+    """
     ours, theirs = tiny.weights(one), tiny.weights(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -111,22 +131,38 @@ def test_metrics_have_a_row_for_each_step_with_every_figure(healed: Path) -> Non
     assert [row["tokens"] for row in rows] == [512 * step for step in range(STEPS + 1)]
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 8, 12]
     for row in rows[1:]:
-        assert {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes"} <= row.keys()
+        assert {
+            "loss",
+            "lr",
+            "grad_norm",
+            "tokens_per_second",
+            "mfu",
+            "peak_memory_bytes",
+        } <= row.keys()
         assert set(row["seconds"]) == {"data", "forward", "backward", "optimizer", "eval"}
         assert row["mfu"] is None or 0 < row["mfu"] <= 1
         assert row["peak_memory_bytes"] > 10_000_000
 
 
-def test_the_healed_model_loads_in_transformers_and_its_loss_is_the_reported_one(home: Path, healed: Path) -> None:
+def test_the_healed_model_loads_in_transformers_and_its_loss_is_the_reported_one(
+    home: Path, healed: Path
+) -> None:
     report = json.loads((healed / "report.json").read_text())
-    assert reference_loss(healed, heldout(home, healed), torch.bfloat16) == pytest.approx(report["loss"], abs=0.01)
+    assert reference_loss(healed, heldout(home, healed), torch.bfloat16) == pytest.approx(
+        report["loss"], abs=0.01
+    )
 
 
 def test_a_healed_model_generates(healed: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(healed), AutoModelForCausalLM.from_pretrained(healed)
-    ids = model.generate(**tokenizer("the seam", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(healed),
+        AutoModelForCausalLM.from_pretrained(healed),
+    )
+    ids = model.generate(
+        **tokenizer("the seam", return_tensors="pt"), max_new_tokens=4, do_sample=False
+    )
     assert tokenizer.decode(ids[0]).startswith("the seam")
 
 
@@ -136,13 +172,19 @@ def test_names_shapes_dtypes_and_shards_are_the_sources(
 ) -> None:
     from dus_cli.source.checkpoint import open_checkpoint
 
-    ours, theirs = (open_checkpoint(folder) for folder in (request.getfixturevalue(out), home / source))
-    assert [(s.name, s.header.tensors) for s in ours.shards] == [(s.name, s.header.tensors) for s in theirs.shards]
+    ours, theirs = (
+        open_checkpoint(folder) for folder in (request.getfixturevalue(out), home / source)
+    )
+    assert [(s.name, s.header.tensors) for s in ours.shards] == [
+        (s.name, s.header.tensors) for s in theirs.shards
+    ]
     assert len(theirs.shards) == (1 if source == "scaled" else 6), "the fixture's shards"
 
 
 @pytest.mark.parametrize(("source", "out"), [("scaled", "healed"), ("untied", "two")])
-def test_dus_verify_finds_it_sound(home: Path, source: str, out: str, request: pytest.FixtureRequest) -> None:
+def test_dus_verify_finds_it_sound(
+    home: Path, source: str, out: str, request: pytest.FixtureRequest
+) -> None:
     run = tiny.forked_dus("verify", request.getfixturevalue(out), "--json")
     assert run.report["problems"] == []
     assert run.report["warnings"] == []
@@ -159,12 +201,20 @@ def test_every_file_is_carried_changed_or_new_and_nothing_is_left_over(
     assert model_files(folder, read_record(folder)) & after.keys() == after.keys(), "what is pushed"
     assert before.keys() <= after.keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"README.md", "dus.json", *(name for name in before if name.endswith(".safetensors"))}
+    assert changed == {
+        "README.md",
+        "dus.json",
+        *(name for name in before if name.endswith(".safetensors")),
+    }
     assert not [path.name for path in folder.parent.glob(".*")]
 
 
-def test_the_proof_tells_nothing_of_the_makers_machine_but_what_things_are_called(home: Path, healed: Path) -> None:
-    said = {name: (healed / name).read_text(encoding="utf-8") for name in ("run.json", "report.json")}
+def test_the_proof_tells_nothing_of_the_makers_machine_but_what_things_are_called(
+    home: Path, healed: Path
+) -> None:
+    said = {
+        name: (healed / name).read_text(encoding="utf-8") for name in ("run.json", "report.json")
+    }
     assert not [name for name, text in said.items() if str(home) in text]
     run, report = json.loads(said["run.json"]), json.loads(said["report.json"])
     assert run["model"] == report["model"] == "scaled"
@@ -174,20 +224,25 @@ def test_the_proof_tells_nothing_of_the_makers_machine_but_what_things_are_calle
 
 
 def test_dus_json_keeps_the_scaling_and_appends_the_healing(home: Path, healed: Path) -> None:
-    before, after = (json.loads((folder / "dus.json").read_text()) for folder in (home / "scaled", healed))
+    before, after = (
+        json.loads((folder / "dus.json").read_text()) for folder in (home / "scaled", healed)
+    )
     report = json.loads((healed / "report.json").read_text())
     (healing,) = after.pop("healing")
     assert after.pop("files") == sorted({path.name for path in healed.iterdir()} - {"dus.json"})
     assert set(before.pop("files")) < {path.name for path in healed.iterdir()}
     assert after == before
-    assert {key: healing[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")} == {
-        key: report[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")
-    }
+    assert {
+        key: healing[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")
+    } == {key: report[key] for key in ("base_loss", "scaled_loss", "loss", "steps", "tokens")}
     assert healing["recipe"]["lr"] == 3e-3
 
 
 def test_the_card_tells_of_the_healing_and_shows_the_curve(home: Path, healed: Path) -> None:
-    report, card = json.loads((healed / "report.json").read_text()), (healed / "README.md").read_text()
+    report, card = (
+        json.loads((healed / "report.json").read_text()),
+        (healed / "README.md").read_text(),
+    )
     assert "This model is not healed.**" in (home / "scaled/README.md").read_text()
     assert "This model is not healed.**" not in card
     for name in ("base_loss", "scaled_loss", "loss"):
@@ -201,7 +256,9 @@ def test_the_card_tells_of_the_healing_and_shows_the_curve(home: Path, healed: P
 
 
 def heldout(home: Path, out: Path, *, document_mask: bool = True) -> list[Any]:
-    """The held-out rows of a run, tokenised anew by the launcher's own functions: those of the run are gone."""
+    """The held-out rows of a run, tokenised anew by the launcher's own functions: those of the
+    run are gone.
+    """
     from dus_cli.data.streams import Prepared, heldout_rows
     from dus_cli.heal.run import read_run
 
@@ -210,7 +267,9 @@ def heldout(home: Path, out: Path, *, document_mask: bool = True) -> list[Any]:
     if not again.exists():
         mask = () if document_mask else ("--no-document-mask",)
         data = ("--data", home / "corpus.jsonl")
-        done = tiny.forked_dus("heal", home / run.model, "-o", again, *data, *RECIPE, *mask, "--print-command", "-q")
+        done = tiny.forked_dus(
+            "heal", home / run.model, "-o", again, *data, *RECIPE, *mask, "--print-command", "-q"
+        )
         assert done.returncode == 0, done.stderr
     return list(
         heldout_rows(
@@ -224,7 +283,9 @@ def heldout(home: Path, out: Path, *, document_mask: bool = True) -> list[Any]:
 
 
 def reference_loss(model: Path, rows: list[Any], dtype: Any = None) -> float:
-    """Mean cross-entropy of full logits, each document run by itself: no mask, no packing, nothing of ours."""
+    """Mean cross-entropy of full logits, each document run by itself: no mask, no packing,
+    nothing of ours.
+    """
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or torch.float32).eval()
@@ -233,14 +294,22 @@ def reference_loss(model: Path, rows: list[Any], dtype: Any = None) -> float:
         for row in rows:
             starts = [i for i, position in enumerate(row.position_ids) if position == 0]
             for start, stop in zip(starts, [*starts[1:], len(row.input_ids)], strict=True):
-                ids, labels = (torch.from_numpy(array[start:stop]) for array in (row.input_ids, row.labels))
+                ids, labels = (
+                    torch.from_numpy(array[start:stop]) for array in (row.input_ids, row.labels)
+                )
                 logits = network(input_ids=ids[None]).logits[0].float()
-                total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+                total += float(
+                    torch.nn.functional.cross_entropy(
+                        logits, labels, ignore_index=-100, reduction="sum"
+                    )
+                )
                 count += int((labels != -100).sum())
     return total / count
 
 
-@pytest.mark.parametrize(("base", "scaled", "out"), [("base", "scaled", "alone"), ("untied-base", "untied", "two")])
+@pytest.mark.parametrize(
+    ("base", "scaled", "out"), [("base", "scaled", "alone"), ("untied-base", "untied", "two")]
+)
 def test_base_and_scaled_loss_are_those_of_the_two_models_in_transformers(
     home: Path, base: str, scaled: str, out: str, request: pytest.FixtureRequest
 ) -> None:
@@ -255,22 +324,37 @@ def test_base_and_scaled_loss_are_those_of_the_two_models_in_transformers(
 
 @pytest.fixture(scope="module")
 def two(home: Path) -> Path:
-    """Two workers under the real command and torchrun, from a model in six shards with untied embeddings."""
+    """Two workers under the real command and torchrun, from a model in six shards with untied
+    embeddings.
+    """
     out = home / "two"
     arguments = [*RECIPE, "--precision", "fp32", "--nproc-per-node", "2", "-q"]
-    run = dus("heal", home / "untied", "-o", out, "--data", home / "corpus.jsonl", *arguments, OMP_NUM_THREADS="1")
+    run = dus(
+        "heal",
+        home / "untied",
+        "-o",
+        out,
+        "--data",
+        home / "corpus.jsonl",
+        *arguments,
+        OMP_NUM_THREADS="1",
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     return out
 
 
-def test_two_workers_learn_what_one_learns_from_shards_with_untied_embeddings(home: Path, two: Path) -> None:
+def test_two_workers_learn_what_one_learns_from_shards_with_untied_embeddings(
+    home: Path, two: Path
+) -> None:
     one = heal_in(home, "untied-one", "--precision", "fp32", model="untied")
     assert_same_curve(one, two)
     assert_same_weights(one, two, within=2e-3)
 
 
 @pytest.mark.parametrize("workers", [3, 4])
-def test_workers_learn_together_what_one_learns_alone(home: Path, alone: Path, workers: int) -> None:
+def test_workers_learn_together_what_one_learns_alone(
+    home: Path, alone: Path, workers: int
+) -> None:
     """Eight rows a step: three workers have three, three and two."""
     out = heal_in(home, f"workers-{workers}", "--precision", "fp32", workers=workers)
     assert_same_curve(alone, out)
@@ -282,19 +366,32 @@ def test_workers_learn_together_what_one_learns_alone(home: Path, alone: Path, w
 def test_sharding_changes_nothing(home: Path, alone: Path, sharding: str, num_local: int) -> None:
     name = f"{sharding}-{num_local}"
     workers = 2 if sharding == "none" else 4
-    out = heal_in(home, name, "--precision", "fp32", "--sharding", sharding, workers=workers, num_local=num_local)
+    out = heal_in(
+        home,
+        name,
+        "--precision",
+        "fp32",
+        "--sharding",
+        sharding,
+        workers=workers,
+        num_local=num_local,
+    )
     assert_same_curve(alone, out)
     assert_same_weights(alone, out, within=2e-3)
     shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("model", ["scaled", "untied"])
-def test_before_step_1_a_sharded_models_logits_are_those_of_transformers(home: Path, model: str) -> None:
+def test_before_step_1_a_sharded_models_logits_are_those_of_transformers(
+    home: Path, model: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     out = home / f"logits-{model}"
     data = ("--data", home / "corpus.jsonl")
-    done = tiny.forked_dus("heal", home / model, "-o", out, *data, *RECIPE, "--precision", "fp32", "--print-command")
+    done = tiny.forked_dus(
+        "heal", home / model, "-o", out, *data, *RECIPE, "--precision", "fp32", "--print-command"
+    )
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         network = AutoModelForCausalLM.from_pretrained(home / model, dtype=torch.float32)
@@ -321,8 +418,12 @@ def test_only_the_new_layers_change(home: Path) -> None:
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
 
 
-def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_trained(home: Path) -> None:
-    """LLaMA Pro's recipe; and once more, for dus.json still tells the new layers of a model that was healed."""
+def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_trained(
+    home: Path,
+) -> None:
+    """LLaMA Pro's recipe; and once more, for dus.json still tells the new layers of a model that
+    was healed.
+    """
     done = dus("upscale", home / "base", "--recipe", "llama-pro", "-o", home / "pro", "-q")
     assert done.returncode == 0, done.stderr
     out = heal_in(home, "pro-healed", "--train", "new", model="pro")
@@ -336,21 +437,43 @@ def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_train
 
 
 def test_where_a_start_scaled_the_base_its_loss_is_measured_from_the_base(home: Path) -> None:
-    """The base does not stand in the model: it is found by dus.json, and without it nothing is said of its loss."""
+    """The base does not stand in the model: it is found by dus.json, and without it nothing is
+    said of its loss.
+    """
     run = dus("upscale", home / "base", "-t", "1", "--start", "half", "-o", home / "halves", "-q")
     assert run.returncode == 0, run.stderr
     options = ("--steps", "1", "--train", "new", "--distill", "0.5")
-    found, copies = (heal_in(home, f"from-{model}", *options, model=model) for model in ("halves", "scaled"))
+    found, copies = (
+        heal_in(home, f"from-{model}", *options, model=model) for model in ("halves", "scaled")
+    )
     ours, theirs = (tiny.metrics(out)[0] for out in (found, copies))
     assert ours["base_loss"] == pytest.approx(theirs["base_loss"], abs=1e-5)
     assert ours["eval_loss"] != pytest.approx(theirs["eval_loss"], abs=1e-3)
     record = json.loads((home / "halves/dus.json").read_text())
     record["base"]["config_sha256"] = "0" * 64  # another model is there now
     (home / "halves/dus.json").write_text(json.dumps(record))
-    plan = dus("heal", home / "halves", "--data", home / "corpus.jsonl", "-o", home / "x", "--dry-run", "--json")
+    plan = dus(
+        "heal",
+        home / "halves",
+        "--data",
+        home / "corpus.jsonl",
+        "-o",
+        home / "x",
+        "--dry-run",
+        "--json",
+    )
     assert plan.report["base_folder"] is plan.report["base_layers"] is None
     assert any("its loss is not known" in warning for warning in plan.report["warnings"])
-    done = dus("heal", home / "halves", "--data", home / "corpus.jsonl", "-o", home / "x", "--until", "base")
+    done = dus(
+        "heal",
+        home / "halves",
+        "--data",
+        home / "corpus.jsonl",
+        "-o",
+        home / "x",
+        "--until",
+        "base",
+    )
     done.assert_one_line_error("--until base needs the base", "scaled the base's own layers")
 
 
@@ -403,13 +526,16 @@ def test_distillation_measures_the_kl_from_the_base_and_fades_away(home: Path, a
     rows = tiny.metrics(out)
     assert ["kl" in row for row in rows] == [False] + [True] * 6 + [False] * 6
     teacher, student = (
-        AutoModelForCausalLM.from_pretrained(home / name, dtype=torch.float32).eval() for name in ("base", "scaled")
+        AutoModelForCausalLM.from_pretrained(home / name, dtype=torch.float32).eval()
+        for name in ("base", "scaled")
     )
     divergence, cross_entropy, count = 0.0, 0.0, 0
     for row in first_rows(home, out, 8):
         labels = torch.from_numpy(row.labels)
         counted = labels != -100
-        theirs, ours = (torch.log_softmax(logits_of(network, row), -1) for network in (teacher, student))
+        theirs, ours = (
+            torch.log_softmax(logits_of(network, row), -1) for network in (teacher, student)
+        )
         divergence += float((theirs.exp() * (theirs - ours)).sum(-1)[counted].sum())
         cross_entropy -= float(ours[counted].gather(1, labels[counted][:, None]).sum())
         count += int(counted.sum())
@@ -420,7 +546,18 @@ def test_distillation_measures_the_kl_from_the_base_and_fades_away(home: Path, a
 
 
 def test_until_base_ends_after_two_measurements_at_or_under_it(home: Path) -> None:
-    out = heal_in(home, "until", "--until", "base", "--steps", "400", "--eval-every", "2", "--schedule", "constant")
+    out = heal_in(
+        home,
+        "until",
+        "--until",
+        "base",
+        "--steps",
+        "400",
+        "--eval-every",
+        "2",
+        "--schedule",
+        "constant",
+    )
     report = json.loads((out / "report.json").read_text())
     losses = [row["eval_loss"] for row in tiny.metrics(out) if "eval_loss" in row]
     at_base = [loss <= report["base_loss"] for loss in losses]
@@ -437,12 +574,18 @@ def test_until_base_ends_after_two_measurements_at_or_under_it(home: Path) -> No
 def test_a_model_without_dus_json_is_trained_and_has_no_base(home: Path) -> None:
     out = heal_in(home, "plain", "--steps", "4", model="base")
     report = json.loads((out / "report.json").read_text())
-    assert (report["base_loss"], report["reached_base"], report["status"]) == (None, None, "trained")
+    assert (report["base_loss"], report["reached_base"], report["status"]) == (
+        None,
+        None,
+        "trained",
+    )
     assert report["loss"] < report["scaled_loss"]
     assert tiny.forked_dus("verify", out, "--json").report["problems"] == []
     data = ("--data", home / "corpus.jsonl", "-q")
     for option in (("--distill", "0.5"), ("--until", "base"), ("--train", "new")):
-        tiny.forked_dus("heal", home / "base", "-o", home / "no", *data, *option).assert_one_line_error("dus.json")
+        tiny.forked_dus(
+            "heal", home / "base", "-o", home / "no", *data, *option
+        ).assert_one_line_error("dus.json")
     assert not (home / "no").exists()
 
 
@@ -464,19 +607,29 @@ FITS = {
 
 
 @pytest.mark.parametrize("options", FITS.values(), ids=FITS.keys())
-def test_how_it_fits_changes_nothing(home: Path, alone: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_how_it_fits_changes_nothing(
+    home: Path, alone: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     out = heal_in(home, f"fit{'-'.join(options)}", "--precision", "fp32", *options)
     assert_same_curve(alone, out, within=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 def test_compiled_layers_learn_the_same(home: Path) -> None:
-    short = heal_in(home, "not-compiled", "--precision", "fp32", "--steps", "2", "--eval-every", "1")
-    out = heal_in(home, "compiled", "--precision", "fp32", "--compile", "--steps", "2", "--eval-every", "1")
+    short = heal_in(
+        home, "not-compiled", "--precision", "fp32", "--steps", "2", "--eval-every", "1"
+    )
+    out = heal_in(
+        home, "compiled", "--precision", "fp32", "--compile", "--steps", "2", "--eval-every", "1"
+    )
     assert_same_curve(short, out)
 
 
-@pytest.mark.parametrize("options", [(), ("--master-weights", "bf16")], ids=["masters", "no masters"])
+@pytest.mark.parametrize(
+    "options", [(), ("--master-weights", "bf16")], ids=["masters", "no masters"]
+)
 def test_bf16_learns_nearly_the_same_with_one_worker_and_with_two(
     home: Path, alone: Path, options: tuple[str, ...]
 ) -> None:
@@ -489,16 +642,26 @@ def test_bf16_learns_nearly_the_same_with_one_worker_and_with_two(
 
 def test_without_the_document_mask_attention_crosses_documents(home: Path, alone: Path) -> None:
     out = heal_in(home, "unmasked", "--precision", "fp32", "--no-document-mask", "--steps", "2")
-    report, rows = json.loads((out / "report.json").read_text()), heldout(home, out, document_mask=False)
+    report, rows = (
+        json.loads((out / "report.json").read_text()),
+        heldout(home, out, document_mask=False),
+    )
     assert all((row.position_ids == range(64)).all() for row in rows)
     assert report["base_loss"] == pytest.approx(reference_loss(home / "base", rows), rel=1e-5)
-    assert abs(report["base_loss"] - json.loads((alone / "report.json").read_text())["base_loss"]) > 1e-3
+    assert (
+        abs(report["base_loss"] - json.loads((alone / "report.json").read_text())["base_loss"])
+        > 1e-3
+    )
 
 
-def test_a_loss_that_cannot_be_helped_skips_steps_and_ends_the_run_with_the_batch_named(home: Path) -> None:
+def test_a_loss_that_cannot_be_helped_skips_steps_and_ends_the_run_with_the_batch_named(
+    home: Path,
+) -> None:
     out, data = home / "spoiled", ("--data", home / "corpus.jsonl")
     options = ("--max-skipped", "3", "--save-every", "1", "--warmup", "0", "--schedule", "constant")
-    done = tiny.forked_dus("heal", home / "scaled", "-o", out, *data, *RECIPE, *options, "--print-command", "-q")
+    done = tiny.forked_dus(
+        "heal", home / "scaled", "-o", out, *data, *RECIPE, *options, "--print-command", "-q"
+    )
     assert done.returncode == 0, done.stderr
     run = json.loads((out / "run.json").read_text())
     run["recipe"]["lr"] = 1e30  # which no command line takes
@@ -527,7 +690,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": {"tie_word_embeddings": False},
 }
 
-# Why each is refused: its experts are stored one by one and computed as one tensor; it has no document mask.
+# Why each is refused: its experts are stored one by one and computed as one tensor; it has no
+# document mask.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mixtral": ({"num_local_experts": 4}, "does not heal this architecture yet"),
     "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, "give --no-document-mask"),
@@ -537,7 +701,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def scaled_up(home: Path, model_type: str, fields: dict[str, Any]) -> None:
     tiny.write_base(home / f"{model_type}-base", model_type=model_type, **fields)
-    done = tiny.forked_dus("upscale", home / f"{model_type}-base", "-o", home / model_type, "--trim", "1", "-q")
+    done = tiny.forked_dus(
+        "upscale", home / f"{model_type}-base", "-o", home / model_type, "--trim", "1", "-q"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -545,15 +711,21 @@ def scaled_up(home: Path, model_type: str, fields: dict[str, Any]) -> None:
 def test_an_architecture_is_measured_as_in_transformers_and_learns_with_two_workers_as_with_one(
     home: Path, model_type: str
 ) -> None:
-    """Few steps: small gradients are all rounding, and Adam makes as much of them as of large ones."""
+    """Few steps: small gradients are all rounding, and Adam makes as much of them as of large
+    ones.
+    """
     scaled_up(home, model_type, ARCHITECTURES[model_type])
     options = ("--precision", "fp32", "--steps", "2", "--eval-every", "2")
     one = heal_in(home, f"{model_type}-1", *options, model=model_type)
     two = heal_in(home, f"{model_type}-2", *options, model=model_type, workers=2)
     report, rows = json.loads((one / "report.json").read_text()), heldout(home, one)
-    assert report["base_loss"] == pytest.approx(reference_loss(home / f"{model_type}-base", rows), rel=1e-5)
+    assert report["base_loss"] == pytest.approx(
+        reference_loss(home / f"{model_type}-base", rows), rel=1e-5
+    )
     assert report["scaled_loss"] == pytest.approx(reference_loss(home / model_type, rows), rel=1e-5)
-    assert report["loss"] == pytest.approx(reference_loss(one, rows), abs=0.03), "of weights that were rounded to bf16"
+    assert report["loss"] == pytest.approx(reference_loss(one, rows), abs=0.03), (
+        "of weights that were rounded to bf16"
+    )
     assert report["loss"] < report["scaled_loss"] - 0.1
     assert_same_curve(one, two, within=1e-3)
     assert tiny.forked_dus("verify", one, "--json").report["problems"] == []
@@ -575,7 +747,9 @@ def test_an_architecture_that_would_be_healed_wrongly_is_refused_before_the_firs
 # --- refused before a worker starts --------------------------------------------------------------
 
 
-def refuse(home: Path, *arguments: str | Path, code: int = 1, parts: tuple[str, ...], **environment: str) -> None:
+def refuse(
+    home: Path, *arguments: str | Path, code: int = 1, parts: tuple[str, ...], **environment: str
+) -> None:
     """One line; and no output was begun, or no more than its token files."""
     out = home / "refused"
     done = tiny.forked_dus("heal", *arguments, "-o", out, "-q", **environment)
@@ -591,22 +765,53 @@ def test_what_cannot_be_healed_is_one_line(home: Path, tmp_path: Path) -> None:
     refuse(home, home / "nowhere", *data, parts=("nowhere is not a directory",))
     refuse(home, home, *data, parts=("no config.json",))
     refuse(home, scaled, "--data", home / "no.jsonl", parts=("no.jsonl",))
-    refuse(home, scaled, *data, "--seq-length", "4096", parts=("--seq-length 4096", "128 positions"))
-    refuse(home, scaled, *data, "--batch-tokens", "64", parts=("--batch-tokens 64", "row of 128 tokens"))
-    refuse(home, scaled, *data, "--batch-tokens", "1M", parts=("give more text", "smaller --batch-tokens"))
+    refuse(
+        home, scaled, *data, "--seq-length", "4096", parts=("--seq-length 4096", "128 positions")
+    )
+    refuse(
+        home,
+        scaled,
+        *data,
+        "--batch-tokens",
+        "64",
+        parts=("--batch-tokens 64", "row of 128 tokens"),
+    )
+    refuse(
+        home,
+        scaled,
+        *data,
+        "--batch-tokens",
+        "1M",
+        parts=("give more text", "smaller --batch-tokens"),
+    )
     refuse(home, scaled, *data, "--steps", "2", "--epochs", "1", parts=("--steps and --epochs",))
     refuse(home, scaled, *data, "--nnodes", "2", parts=("--rdzv-endpoint",))
     refuse(home, scaled, *data, "--node-rank", "1", parts=("--node-rank 1 of 1",))
     refuse(home, scaled, *data, "--offload", parts=("--offload",))
-    refuse(home, scaled, *data, "--track", "wandb", parts=("--track wandb needs wandb; pip install wandb",))
-    for text, part in (("", "no documents"), ('{"text": "a"}\n{"text": \n', "2"), ('{"txt": "a"}\n', "text")):
+    refuse(
+        home,
+        scaled,
+        *data,
+        "--track",
+        "wandb",
+        parts=("--track wandb needs wandb; pip install wandb",),
+    )
+    for text, part in (
+        ("", "no documents"),
+        ('{"text": "a"}\n{"text": \n', "2"),
+        ('{"txt": "a"}\n', "text"),
+    ):
         corpus = tmp_path / "bad.jsonl"
         corpus.write_text(text)
-        refuse(home, scaled, "--data", corpus, parts=("bad.jsonl", part) if text else ("bad.jsonl",))
+        refuse(
+            home, scaled, "--data", corpus, parts=("bad.jsonl", part) if text else ("bad.jsonl",)
+        )
 
 
 def test_a_tokenizer_that_does_not_match_the_model_is_one_line(home: Path, tmp_path: Path) -> None:
-    small = tiny.write_base(tmp_path / "small", vocab_size=200, eos_token_id=None, bos_token_id=None)
+    small = tiny.write_base(
+        tmp_path / "small", vocab_size=200, eos_token_id=None, bos_token_id=None
+    )
     refuse(home, small, "--data", home / "corpus.jsonl", parts=("gives id 256", "200 words"))
 
 
@@ -667,7 +872,15 @@ def test_without_torch_it_says_what_to_install(home: Path, tmp_path: Path) -> No
 def dry(home: Path, *arguments: str) -> dict[str, Any]:
     out = home / "dry"
     done = tiny.forked_dus(
-        "heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", *arguments, "--dry-run", "--json"
+        "heal",
+        home / "scaled",
+        "-o",
+        out,
+        "--data",
+        home / "corpus.jsonl",
+        *arguments,
+        "--dry-run",
+        "--json",
     )
     assert not out.exists()
     return done.report
@@ -677,7 +890,9 @@ def test_a_dry_run_counts_tokens_and_steps_and_writes_nothing(home: Path, tmp_pa
     length = ("--seq-length", "64", "--batch-tokens", "512")
     whole = dry(home, *length)
     assert whole["steps"] == (whole["train_tokens"] - 1) // 64 * 64 // 512
-    assert dry(home, *length, "--epochs", "2.5")["steps"] == int(2.5 * ((whole["train_tokens"] - 1) // 64) / 8)
+    assert dry(home, *length, "--epochs", "2.5")["steps"] == int(
+        2.5 * ((whole["train_tokens"] - 1) // 64) / 8
+    )
     assert dry(home, *length, "--tokens", "1025")["steps"] == 3
     assert dry(home, *length, "--steps", "7")["tokens"] == 7 * 512
     assert dry(home, *length)["base_layers"] == [0, 1, 2, 5]
@@ -714,7 +929,9 @@ def test_other_trackers_get_each_row_once(home: Path, tmp_path: Path, library: s
     arguments = [*RECIPE, "--steps", "3", "--track", library]
     where = {"PYTHONPATH": str(tmp_path), "CALLS": str(calls)}
     data = ("--data", home / "corpus.jsonl")
-    failure = tiny.heal(home / "scaled", home / library, *data, *arguments, workers=1, num_local=None, **where)
+    failure = tiny.heal(
+        home / "scaled", home / library, *data, *arguments, workers=1, num_local=None, **where
+    )
     assert failure == ""
     noted = [json.loads(line) for line in calls.read_text().splitlines()]
     rows = tiny.metrics(home / library)

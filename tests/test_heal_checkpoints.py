@@ -20,7 +20,9 @@ from dus_cli.heal import checkpoints_folder as folders  # noqa: E402
 from dus_cli.heal.train.checkpoints import Checkpoints  # noqa: E402
 from dus_cli.models import team as teams  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed.checkpoint warns of its own ways
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # torch.distributed.checkpoint warns of its own ways
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ def test_what_is_saved_is_the_moment_of_the_call_whatever_training_does_next(
     assert checkpoints.state(3) == {"step": 3}
 
 
-def test_the_newest_are_kept_and_a_step_is_saved_once(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_the_newest_are_kept_and_a_step_is_saved_once(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     for step in (1, 2, 2, 3):
         checkpoints.save(step, tensors(float(step)), {"step": step})
         checkpoints.poll()
@@ -67,12 +71,16 @@ def test_the_newest_are_kept_and_a_step_is_saved_once(checkpoints: Checkpoints, 
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_until_it_is_complete_a_checkpoint_has_no_name(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_until_it_is_complete_a_checkpoint_has_no_name(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     checkpoints.save(7, tensors(1.0), {"step": 7})
     assert folders.complete(tmp_path / "checkpoints") == []
     checkpoints.finish()
     assert folders.complete(tmp_path / "checkpoints") == [7]
-    assert json.loads((tmp_path / "checkpoints" / "step-00000007" / "state.json").read_text()) == {"step": 7}
+    assert json.loads((tmp_path / "checkpoints" / "step-00000007" / "state.json").read_text()) == {
+        "step": 7
+    }
 
 
 def test_a_failed_save_is_one_line_and_leaves_the_one_before_whole(
@@ -101,15 +109,23 @@ def test_a_checkpoint_without_room_is_refused_before_a_byte_with_what_it_takes_a
     monkeypatch.setattr("dus_cli.heal.train.checkpoints.free_bytes", lambda _: 1_000_000)
     with pytest.raises(OutputError) as refused:
         checkpoints.save(1, tensors(1.0), {"step": 1})
-    place = f"No space left on device, in {tmp_path}, where a checkpoint takes 1.20 MB, with 1.00 MB free"
+    place = (
+        f"No space left on device, in {tmp_path}, where a checkpoint takes 1.20 MB, with 1.00 MB "
+        "free"
+    )
     assert str(refused.value).startswith(place)
-    assert "no checkpoint is saved yet, and the same command starts again once" in str(refused.value)
+    assert "no checkpoint is saved yet, and the same command starts again once" in str(
+        refused.value
+    )
     assert list((tmp_path / "checkpoints").iterdir()) == []
     monkeypatch.undo()
     checkpoints.save(1, tensors(1.0), {"step": 1})
     checkpoints.finish()
     monkeypatch.setattr("dus_cli.heal.train.checkpoints.free_bytes", lambda _: 1_000_000)
-    with pytest.raises(OutputError, match="the checkpoint of step 1 is whole, and the same command goes on from there"):
+    with pytest.raises(
+        OutputError,
+        match="the checkpoint of step 1 is whole, and the same command goes on from there",
+    ):
         checkpoints.save(2, tensors(2.0), {"step": 2})
 
 

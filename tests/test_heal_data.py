@@ -40,13 +40,17 @@ transformers = pytest.importorskip("transformers")
 EOS = 256
 VOCAB_SIZE = 257
 REAL = os.environ.get("SMOLLM2")
-needs_model = pytest.mark.skipif(not REAL, reason="SMOLLM2 names no checkpoint; `make test` makes one")
+needs_model = pytest.mark.skipif(
+    not REAL, reason="SMOLLM2 names no checkpoint; `make test` makes one"
+)
 
 
 def make_tokenizer(folder: Path, *, eos: str | None = "<|end|>") -> Path:
     """Every byte is a token; the end-of-text token is number 256."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
@@ -70,14 +74,17 @@ def ids_of(model: Path, text: str) -> list[int]:
 
 def write_jsonl(path: Path, texts: Sequence[str], field: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
+    path.write_text(
+        "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts))
+    )
     return path
 
 
 def some_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     rng = random.Random(seed)
     return [
-        f"{seed}.{i} " + "".join(rng.choices("abcdefgh \n", k=rng.randrange(longest))).strip() for i in range(count)
+        f"{seed}.{i} " + "".join(rng.choices("abcdefgh \n", k=rng.randrange(longest))).strip()
+        for i in range(count)
     ]
 
 
@@ -85,12 +92,16 @@ def listed(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def read(path: Path, field: str = "text", on_bad_line: BadLine = BadLine.error) -> tuple[list[str], Tally]:
+def read(
+    path: Path, field: str = "text", on_bad_line: BadLine = BadLine.error
+) -> tuple[list[str], Tally]:
     tally = Tally()
     return list(documents(path, field, on_bad_line, tally)), tally
 
 
-def run(model: Path, folder: Path, *data: Path | str, eval_data: Sequence[Path] = (), **options: Any) -> Prepared:
+def run(
+    model: Path, folder: Path, *data: Path | str, eval_data: Sequence[Path] = (), **options: Any
+) -> Prepared:
     """Prepare these files below folder/tokens. Nothing is held out unless asked for."""
     return shelf.prepare(
         parse_sources([str(name) for name in data], folder),
@@ -103,7 +114,9 @@ def run(model: Path, folder: Path, *data: Path | str, eval_data: Sequence[Path] 
 
 def all_documents(prepared: Prepared, folder: Path, name: Any, model: Path) -> list[str]:
     """The texts behind the token files."""
-    stream = Stream(folder / "tokens", [*prepared.parts, *prepared.eval_parts], name, prepared.dtype)
+    stream = Stream(
+        folder / "tokens", [*prepared.parts, *prepared.eval_parts], name, prepared.dtype
+    )
     ids = stream.read(0, stream.num_tokens)
     starts = [*stream.document_starts(0, stream.num_tokens).tolist(), stream.num_tokens]
     decode = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")).decode
@@ -111,7 +124,7 @@ def all_documents(prepared: Prepared, folder: Path, name: Any, model: Path) -> l
     return [decode(ids[start : stop - 1].tolist()) for start, stop in pairwise(starts)]
 
 
-# --- formats ---------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
 
 TEXTS = ["one", "zwei\nZeilen", "три", "四\U0001f600"]
 
@@ -152,7 +165,12 @@ def test_a_small_text_file_is_one_document_compressed_or_not(tmp_path: Path, suf
 def test_rows_of_parquet_are_documents_whatever_type_of_text_the_column_has(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     plain = arrow.array(TEXTS * 50)
-    for column in (plain, plain.cast("large_string"), plain.cast("binary"), plain.dictionary_encode()):
+    for column in (
+        plain,
+        plain.cast("large_string"),
+        plain.cast("binary"),
+        plain.dictionary_encode(),
+    ):
         assert read(write_parquet(tmp_path / "a.parquet", column))[0] == TEXTS * 50
 
 
@@ -163,12 +181,16 @@ def test_a_compressed_file_cut_short_is_an_error_that_names_it(
 ) -> None:
     path = compress(write_jsonl(tmp_path / f"cut{suffix}", some_texts(1000)))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match=rf"cut{suffix}: .*ended before.*; copy or download it again"):
+    with pytest.raises(
+        DataError, match=rf"cut{suffix}: .*ended before.*; copy or download it again"
+    ):
         read(path, on_bad_line=on_bad_line)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(tmp_path: Path, suffix: str) -> None:
+def test_a_file_that_is_not_what_its_name_says_is_an_error_that_names_it(
+    tmp_path: Path, suffix: str
+) -> None:
     path = write_jsonl(tmp_path / f"wrong{suffix}", TEXTS)
     with pytest.raises(DataError, match=f"cannot read .*wrong{suffix}: "):
         read(path)
@@ -188,7 +210,7 @@ def test_empty_texts_are_counted_and_left_out(tmp_path: Path) -> None:
     assert (texts, tally.skipped) == (["one"], {"empty": 2})
 
 
-# --- bad lines -------------------------------------------------------------------------------------
+# --- bad lines ------------------------------------------------------------------------------------
 
 BAD_LINES = [
     (b'{"text": "cut', "malformed_json", "not JSON"),
@@ -205,14 +227,18 @@ BAD_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "reason", "words"), BAD_LINES, ids=[f"{b[1]}{i}" for i, b in enumerate(BAD_LINES)])
+@pytest.mark.parametrize(
+    ("line", "reason", "words"), BAD_LINES, ids=[f"{b[1]}{i}" for i, b in enumerate(BAD_LINES)]
+)
 def test_a_bad_line_is_named_by_number_or_counted_by_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, reason: str, words: str
 ) -> None:
     monkeypatch.setattr(texts_module, "LONGEST_LINE", 1 << 20)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n' + line)
-    with pytest.raises(DataError, match=f"a.jsonl, line 3: .*{words}.*--on-bad-line skip") as caught:
+    with pytest.raises(
+        DataError, match=f"a.jsonl, line 3: .*{words}.*--on-bad-line skip"
+    ) as caught:
         read(path)
     assert "\n" not in str(caught.value)
     texts, tally = read(path, on_bad_line=BadLine.skip)
@@ -226,14 +252,21 @@ def test_a_bad_row_of_parquet_is_named_by_number_or_counted_by_reason(tmp_path: 
     with pytest.raises(DataError, match=r"a.parquet, row 3: nothing in the column text"):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
-    assert (texts, tally.skipped) == (["one", "two", "three"], {"missing_field": 1, "invalid_utf8": 1})
+    assert (texts, tally.skipped) == (
+        ["one", "two", "three"],
+        {"missing_field": 1, "invalid_utf8": 1},
+    )
 
 
-def test_a_parquet_file_without_the_column_or_with_numbers_in_it_is_an_error_in_both_modes(tmp_path: Path) -> None:
+def test_a_parquet_file_without_the_column_or_with_numbers_in_it_is_an_error_in_both_modes(
+    tmp_path: Path,
+) -> None:
     arrow = pytest.importorskip("pyarrow")
     for on_bad_line in BadLine:
         path = write_parquet(tmp_path / "a.parquet", arrow.array(TEXTS), "body")
-        with pytest.raises(DataError, match="has no column text but body; choose with --text-field"):
+        with pytest.raises(
+            DataError, match="has no column text but body; choose with --text-field"
+        ):
             read(path, on_bad_line=on_bad_line)
         path = write_parquet(tmp_path / "a.parquet", arrow.array([1, 2]))
         with pytest.raises(DataError, match="the column is no text but int64"):
@@ -243,15 +276,20 @@ def test_a_parquet_file_without_the_column_or_with_numbers_in_it_is_an_error_in_
 def test_another_field_is_read_when_asked_for(tmp_path: Path) -> None:
     assert read(write_jsonl(tmp_path / "a.jsonl", TEXTS, "body"), "body")[0] == TEXTS
     arrow = pytest.importorskip("pyarrow")
-    assert read(write_parquet(tmp_path / "a.parquet", arrow.array(TEXTS), "body"), "body")[0] == TEXTS
+    assert (
+        read(write_parquet(tmp_path / "a.parquet", arrow.array(TEXTS), "body"), "body")[0] == TEXTS
+    )
 
 
-# --- plain text ------------------------------------------------------------------------------------
+# --- plain text -----------------------------------------------------------------------------------
 
 
 def paragraphs(count: int, seed: int = 1) -> str:
     rng = random.Random(seed)
-    return "".join(f"é{i} " + "word " * rng.randrange(1, 2000) + rng.choice(["\n\n", "\n \r\n"]) for i in range(count))
+    return "".join(
+        f"é{i} " + "word " * rng.randrange(1, 2000) + rng.choice(["\n\n", "\n \r\n"])
+        for i in range(count)
+    )
 
 
 def test_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -264,14 +302,19 @@ def test_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     assert len(pieces) < 2 * len(text.encode()) / texts_module.TEXT_PIECE + 1
 
 
-def test_text_without_blank_lines_is_cut_at_lines_and_without_lines_between_characters(tmp_path: Path) -> None:
+def test_text_without_blank_lines_is_cut_at_lines_and_without_lines_between_characters(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.txt"
     for text, ends in (("ab é\n" * 60_000, "\n"), ("\U0001f600é" * 50_000, "")):
         path.write_bytes(text.encode())
         pieces = read(path)[0]
         assert "".join(pieces) == text
         assert len(pieces) > 3
-        assert all(len(piece.encode()) <= texts_module.TEXT_PIECE and piece.endswith(ends) for piece in pieces)
+        assert all(
+            len(piece.encode()) <= texts_module.TEXT_PIECE and piece.endswith(ends)
+            for piece in pieces
+        )
 
 
 def test_text_added_behind_changes_no_piece_but_the_last(tmp_path: Path) -> None:
@@ -299,7 +342,9 @@ def test_a_bad_line_of_text_is_named_by_number_or_left_out_alone(tmp_path: Path)
 def test_memory_of_reading_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     rng = random.Random(0)
-    write_jsonl(path, [rng.randbytes(5500).hex() for _ in range(1500)])  # 16 MB; as .txt it is lines
+    write_jsonl(
+        path, [rng.randbytes(5500).hex() for _ in range(1500)]
+    )  # 16 MB; as .txt it is lines
     compress(path)
     read(write_jsonl(tmp_path / "small.jsonl", TEXTS))  # what is imported is not counted
     if suffix.endswith("zst"):
@@ -314,7 +359,7 @@ def test_memory_of_reading_does_not_grow_with_the_file(tmp_path: Path, suffix: s
     assert peak < 6e6
 
 
-# --- sources ---------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------
 
 
 def names(arguments: Sequence[str], folder: Path) -> list[list[str]]:
@@ -322,7 +367,14 @@ def names(arguments: Sequence[str], folder: Path) -> list[list[str]]:
 
 
 def test_a_folder_is_all_its_data_files_below_it_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a/z.txt", "a/c.parquet", "a/readme.md", ".hidden/x.jsonl", "a/.part.jsonl"):
+    for name in (
+        "b.jsonl",
+        "a/z.txt",
+        "a/c.parquet",
+        "a/readme.md",
+        ".hidden/x.jsonl",
+        "a/.part.jsonl",
+    ):
         write_jsonl(tmp_path / "data" / name, TEXTS)
     (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
     assert names([str(tmp_path / "data")], tmp_path) == [["c.parquet", "z.txt", "b.jsonl"]]
@@ -336,7 +388,10 @@ def test_a_pattern_is_all_that_fits_it_in_order(tmp_path: Path) -> None:
 
 
 def test_a_weight_follows_the_last_colon_unless_the_name_has_it(tmp_path: Path) -> None:
-    a, b = write_jsonl(tmp_path / "a.jsonl", TEXTS), write_jsonl(tmp_path / "a.jsonl:0.5.jsonl", TEXTS)
+    a, b = (
+        write_jsonl(tmp_path / "a.jsonl", TEXTS),
+        write_jsonl(tmp_path / "a.jsonl:0.5.jsonl", TEXTS),
+    )
     sources = parse_sources([f"{a}:0.7", f"{tmp_path}/*5.jsonl:3", f"{b}:1e-1"], tmp_path)
     assert [source.weight for source in sources] == [0.7, 3.0, 0.1]
     assert [source.paths for source in sources] == [(a,), (b,), (b,)]
@@ -389,7 +444,12 @@ def test_standard_input_is_stored_whole_and_read_as_lines_of_json(
 
 
 def test_a_share_to_hold_out_is_a_percentage_or_a_fraction_up_to_half() -> None:
-    assert [parse_holdout(text) for text in ("0.5%", "0.005", "50%", "0")] == [0.005, 0.005, 0.5, 0.0]
+    assert [parse_holdout(text) for text in ("0.5%", "0.005", "50%", "0")] == [
+        0.005,
+        0.005,
+        0.5,
+        0.0,
+    ]
     for text in ("60%", "5", "-1%", "nan", "some", ""):
         with pytest.raises(DataError, match="no share of documents"):
             parse_holdout(text)
@@ -397,11 +457,15 @@ def test_a_share_to_hold_out_is_a_percentage_or_a_fraction_up_to_half() -> None:
 
 def test_reading_data_needs_neither_torch_nor_transformers_nor_numpy() -> None:
     code = "import sys, dus_cli.data.documents, dus_cli.data.order; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "transformers", "tokenizers", "numpy", "pyarrow", "zstandard"} & set(loaded)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "transformers", "tokenizers", "numpy", "pyarrow", "zstandard"} & set(
+        loaded
+    )
 
 
-# --- order -----------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_the_permutation_takes_every_index_to_another_place() -> None:
@@ -453,7 +517,9 @@ def test_a_mixture_has_the_proportions_of_its_weights_and_no_row_twice_in_an_epo
         assert len(set(rows)) == 300
         for source, row in rows:
             seen[source][row] += 1
-    assert set(seen[0].values()) == {3}  # 20 epochs of 150 of 1000 rows: round and round, none is passed over
+    assert set(seen[0].values()) == {
+        3
+    }  # 20 epochs of 150 of 1000 rows: round and round, none is passed over
     assert set(seen[1].values()) == {1, 2}
     assert set(seen[2].values()) == {20}
 
@@ -470,7 +536,7 @@ def test_too_few_rows_is_one_line() -> None:
             Order(num_rows, weights)
 
 
-# --- token files -----------------------------------------------------------------------------------
+# --- token files ----------------------------------------------------------------------------------
 
 
 def test_the_token_files_hold_every_document_and_its_end(model: Path, tmp_path: Path) -> None:
@@ -489,14 +555,23 @@ def test_a_large_vocabulary_takes_wider_ids(model: Path, tmp_path: Path) -> None
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     assert run(model, tmp_path, path, vocab_size=65536).dtype == "uint16"
     assert run(model, tmp_path, path, vocab_size=65537).dtype == "uint32"
-    assert all_documents(run(model, tmp_path, path, vocab_size=65537), tmp_path, "train", model) == TEXTS
+    assert (
+        all_documents(run(model, tmp_path, path, vocab_size=65537), tmp_path, "train", model)
+        == TEXTS
+    )
 
 
 def test_prepared_survives_json(model: Path, tmp_path: Path) -> None:
-    a, b = write_jsonl(tmp_path / "a.jsonl", some_texts(50)), write_jsonl(tmp_path / "b.jsonl", ["", "b"])
+    a, b = (
+        write_jsonl(tmp_path / "a.jsonl", some_texts(50)),
+        write_jsonl(tmp_path / "b.jsonl", ["", "b"]),
+    )
     prepared = run(model, tmp_path, f"{a}:1", f"{b}:2", holdout=0.3)
     assert Prepared.from_json(json.loads(json.dumps(prepared.to_json()))) == prepared
-    assert [(source.name, source.weight) for source in prepared.sources] == [(f"{a}:1", 1.0), (f"{b}:2", 2.0)]
+    assert [(source.name, source.weight) for source in prepared.sources] == [
+        (f"{a}:1", 1.0),
+        (f"{b}:2", 2.0),
+    ]
     assert prepared.skipped == {"empty": 1}
 
 
@@ -518,7 +593,9 @@ def test_a_stream_crosses_parts_as_if_they_were_one(
     for _ in range(300):
         start, stop = sorted(rng.choices(range(one.num_tokens + 1), k=2))
         assert one.read(start, stop).tolist() == many.read(start, stop).tolist()
-        assert one.document_starts(start, stop).tolist() == many.document_starts(start, stop).tolist()
+        assert (
+            one.document_starts(start, stop).tolist() == many.document_starts(start, stop).tolist()
+        )
 
 
 @pytest.mark.parametrize("weights", ["", ":1"])
@@ -533,7 +610,9 @@ def test_every_token_is_predicted_once_in_an_epoch_apart_from_the_tail(
     assert rows.num_rows == ((stream.num_tokens - 1) // 16,)
     epoch = [rows.row(index) for index in range(rows.rows_per_epoch)]
     labels = sorted(tuple(row.labels.tolist()) for row in epoch)
-    expected = sorted(tuple(tokens[1 + 16 * i : 17 + 16 * i].tolist()) for i in range(rows.num_rows[0]))
+    expected = sorted(
+        tuple(tokens[1 + 16 * i : 17 + 16 * i].tolist()) for i in range(rows.num_rows[0])
+    )
     assert labels == expected
     assert (stream.num_tokens - 1) - 16 * rows.num_rows[0] < 16
     for row in epoch:
@@ -546,14 +625,18 @@ def test_with_the_mask_documents_do_not_see_each_other(model: Path, tmp_path: Pa
     prepared = run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", ["abc", "de", "f" * 20, "g"]))
     a, b, c, d, e, f = ids_of(model, "abcdef")
     rows = Rows(prepared, tmp_path / "tokens", 8, seed=0)
-    by_start = {row.input_ids[0].item(): row for row in (rows.row(i) for i in range(rows.rows_per_epoch))}
+    by_start = {
+        row.input_ids[0].item(): row for row in (rows.row(i) for i in range(rows.rows_per_epoch))
+    }
     assert by_start[a].input_ids.tolist() == [a, b, c, EOS, d, e, EOS, f]
     assert by_start[a].labels.tolist() == [b, c, EOS, IGNORED, e, EOS, IGNORED, f]
     assert by_start[a].position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert by_start[f].position_ids.tolist() == list(range(8))  # of the two rows of f either
 
 
-def test_a_label_beyond_the_row_is_masked_where_a_document_begins_there(model: Path, tmp_path: Path) -> None:
+def test_a_label_beyond_the_row_is_masked_where_a_document_begins_there(
+    model: Path, tmp_path: Path
+) -> None:
     prepared = run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", ["abc", "defg"]))
     a, b, c = ids_of(model, "abc")
     rows = Rows(prepared, tmp_path / "tokens", 4, seed=0)
@@ -562,9 +645,13 @@ def test_a_label_beyond_the_row_is_masked_where_a_document_begins_there(model: P
     assert row.labels.tolist() == [b, c, EOS, IGNORED]
 
 
-def test_held_out_rows_are_in_stored_order_and_the_last_is_filled_up(model: Path, tmp_path: Path) -> None:
+def test_held_out_rows_are_in_stored_order_and_the_last_is_filled_up(
+    model: Path, tmp_path: Path
+) -> None:
     train = write_jsonl(tmp_path / "a.jsonl", ["something else"])
-    prepared = run(model, tmp_path, train, eval_data=[write_jsonl(tmp_path / "e.jsonl", ["abcd", "efg"])])
+    prepared = run(
+        model, tmp_path, train, eval_data=[write_jsonl(tmp_path / "e.jsonl", ["abcd", "efg"])]
+    )
     a, b, c, d, e, f, g = ids_of(model, "abcdefg")
     rows = heldout_rows(prepared, tmp_path / "tokens", 6)
     assert isinstance(rows, RowsInOrder)
@@ -589,14 +676,18 @@ def test_fewer_tokens_than_a_row_is_one_line(model: Path, tmp_path: Path) -> Non
     assert Rows(prepared, tmp_path / "tokens", 3, seed=0).num_rows == (1,)
 
 
-# --- held out --------------------------------------------------------------------------------------
+# --- held out -------------------------------------------------------------------------------------
 
 
-def test_held_out_documents_are_apart_from_training_and_stay_when_data_is_added(model: Path, tmp_path: Path) -> None:
+def test_held_out_documents_are_apart_from_training_and_stay_when_data_is_added(
+    model: Path, tmp_path: Path
+) -> None:
     texts = some_texts(1000)
     write_jsonl(tmp_path / "data/b.jsonl", [*texts, *texts[:100]])  # some of them twice
     small = run(model, tmp_path, tmp_path / "data", holdout=0.05)
-    train, heldout = (set(all_documents(small, tmp_path, name, model)) for name in ("train", "heldout"))
+    train, heldout = (
+        set(all_documents(small, tmp_path, name, model)) for name in ("train", "heldout")
+    )
     assert train | heldout == set(texts)
     assert not train & heldout
     assert 20 < len(heldout) < 100
@@ -620,8 +711,14 @@ def test_the_share_is_doubled_until_it_holds_a_document(model: Path, tmp_path: P
 
 def test_the_only_document_is_trained_on(model: Path, tmp_path: Path) -> None:
     for i in range(6):  # some hash below a half, some above
-        prepared = run(model, tmp_path, write_jsonl(tmp_path / f"{i}.jsonl", [f"text {i}"]), holdout=0.005)
-        assert (prepared.num_train_documents, prepared.num_heldout_documents, prepared.holdout) == (1, 0, 0.0)
+        prepared = run(
+            model, tmp_path, write_jsonl(tmp_path / f"{i}.jsonl", [f"text {i}"]), holdout=0.005
+        )
+        assert (prepared.num_train_documents, prepared.num_heldout_documents, prepared.holdout) == (
+            1,
+            0,
+            0.0,
+        )
 
 
 def test_evaluation_data_is_left_out_of_training_and_counted(model: Path, tmp_path: Path) -> None:
@@ -638,7 +735,7 @@ def test_evaluation_data_is_left_out_of_training_and_counted(model: Path, tmp_pa
     assert all_documents(other, tmp_path, "train", model) == texts[:20] + texts[25:]
 
 
-# --- what cannot be prepared -----------------------------------------------------------------------
+# --- what cannot be prepared ----------------------------------------------------------------------
 
 
 def test_nothing_to_train_on_is_one_line_that_says_why(model: Path, tmp_path: Path) -> None:
@@ -647,7 +744,9 @@ def test_nothing_to_train_on_is_one_line_that_says_why(model: Path, tmp_path: Pa
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"body": "one"}\n' * 3)
     one = write_jsonl(tmp_path / "one.jsonl", ["one"])
-    with pytest.raises(DataError, match=r"empty.jsonl has no documents to train on: the files are empty"):
+    with pytest.raises(
+        DataError, match=r"empty.jsonl has no documents to train on: the files are empty"
+    ):
         run(model, tmp_path, empty)
     with pytest.raises(DataError, match=r"no documents to train on: left out: 3 missing_field"):
         run(model, tmp_path, bad, on_bad_line=BadLine.skip)
@@ -660,7 +759,9 @@ def test_nothing_to_train_on_is_one_line_that_says_why(model: Path, tmp_path: Pa
         run(model, tmp_path, write_jsonl(tmp_path / "low.jsonl", [low]), holdout=0.5)
 
 
-def test_an_id_beyond_the_vocabulary_is_one_line_before_and_after_it_is_stored(model: Path, tmp_path: Path) -> None:
+def test_an_id_beyond_the_vocabulary_is_one_line_before_and_after_it_is_stored(
+    model: Path, tmp_path: Path
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     words = "gives id 256, but the model has 256 words; use the tokenizer that belongs to the model"
     with pytest.raises(DataError, match=words):
@@ -673,7 +774,12 @@ def test_an_id_beyond_the_vocabulary_is_one_line_before_and_after_it_is_stored(m
 def test_an_id_beyond_the_vocabulary_in_the_midst_of_a_text_leaves_nothing(tmp_path: Path) -> None:
     model = make_tokenizer(tmp_path / "model", eos="a")
     with pytest.raises(DataError, match="gives id 256, but the model has 256 words"):
-        run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", ["one", "<|end|>", "two"]), vocab_size=256)
+        run(
+            model,
+            tmp_path,
+            write_jsonl(tmp_path / "a.jsonl", ["one", "<|end|>", "two"]),
+            vocab_size=256,
+        )
     assert listed(tmp_path / "tokens") == [".lock", "sources.jsonl"]
 
 
@@ -688,12 +794,16 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(
     assert {path.parent.name for path in synced} == {f".{prepared.parts[0].key}.partial"}
 
 
-def test_a_tokenizer_that_is_missing_broken_or_without_an_end_of_text_is_one_line(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_missing_broken_or_without_an_end_of_text_is_one_line(
+    tmp_path: Path,
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"has no tokenizer; copy tokenizer\.json"):
         run(tmp_path / "none", tmp_path, path)
-    with pytest.raises(DataError, match=r"no end-of-text token .*; name its eos_token in tokenizer_config\.json"):
+    with pytest.raises(
+        DataError, match=r"no end-of-text token .*; name its eos_token in tokenizer_config\.json"
+    ):
         run(make_tokenizer(tmp_path / "endless", eos=None), tmp_path, path)
     broken = make_tokenizer(tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{")
@@ -710,7 +820,7 @@ def test_a_bad_line_stops_preparing_and_leaves_nothing(model: Path, tmp_path: Pa
     assert listed(tmp_path / "tokens") == [".lock", "sources.jsonl"]
 
 
-# --- kept ------------------------------------------------------------------------------------------
+# --- kept -----------------------------------------------------------------------------------------
 
 
 def test_the_second_run_reads_no_source_and_loads_no_tokenizer(
@@ -740,7 +850,9 @@ def test_the_same_content_by_another_name_is_not_tokenised_again(
 
 def test_the_key_changes_with_all_that_changes_tokens(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "body": text}) + "\n" for text in some_texts(100)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "body": text}) + "\n" for text in some_texts(100))
+    )
     other = make_tokenizer(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
     as_text = shutil.copy(path, tmp_path / "a.txt")
@@ -752,8 +864,12 @@ def test_the_key_changes_with_all_that_changes_tokens(model: Path, tmp_path: Pat
         run(model, tmp_path, path, holdout=0.1).content_key,
         run(model, tmp_path, path, holdout=0.2).content_key,
         run(model, tmp_path, path, vocab_size=100_000).content_key,
-        run(model, tmp_path, path, eval_data=[write_jsonl(tmp_path / "e.jsonl", ["one"])]).content_key,
-        run(model, tmp_path, path, eval_data=[write_jsonl(tmp_path / "f.jsonl", ["two"])]).content_key,
+        run(
+            model, tmp_path, path, eval_data=[write_jsonl(tmp_path / "e.jsonl", ["one"])]
+        ).content_key,
+        run(
+            model, tmp_path, path, eval_data=[write_jsonl(tmp_path / "f.jsonl", ["two"])]
+        ).content_key,
         run(model, tmp_path, path, write_jsonl(tmp_path / "g.jsonl", ["three"])).content_key,
         run(model, tmp_path, as_text).content_key,
     ]
@@ -768,11 +884,14 @@ def test_a_damaged_part_is_built_anew(model: Path, tmp_path: Path, name: str) ->
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     eval_data = [write_jsonl(tmp_path / "e.jsonl", ["one"])]
     first = run(model, tmp_path, path, eval_data=eval_data)
-    folder = tmp_path / "tokens" / (first.eval_parts if name == "hashes.bin" else first.parts)[0].key
+    folder = (
+        tmp_path / "tokens" / (first.eval_parts if name == "hashes.bin" else first.parts)[0].key
+    )
     os.truncate(folder / name, (folder / name).stat().st_size - 2)
     if name.startswith("train"):
         with pytest.raises(
-            DataError, match=rf"token file {name} in .* is damaged \(\d+ bytes instead of \d+\); start again"
+            DataError,
+            match=rf"token file {name} in .* is damaged \(\d+ bytes instead of \d+\); start again",
         ):
             Rows(first, tmp_path / "tokens", 4, seed=0).row(0)
     assert run(model, tmp_path, path, eval_data=eval_data) == first
@@ -805,7 +924,9 @@ def test_the_real_tokenizers_ids_are_those_of_transformers() -> None:
         pytest.skip("SMOLLM2 names no checkpoint; `make test` makes one")
     ours = Tokeniser(Path(REAL), 49152)
     texts = [*TEXTS, "", "def f(x):\n    return x<|im_end|>", "a  b \n\n c" * 50]
-    theirs = transformers.AutoTokenizer.from_pretrained(REAL)(texts, add_special_tokens=False)["input_ids"]
+    theirs = transformers.AutoTokenizer.from_pretrained(REAL)(texts, add_special_tokens=False)[
+        "input_ids"
+    ]
     assert list(ours.encode(texts)) == theirs
     fast, ours._fast = ours._fast, None
     assert fast is not None
@@ -813,7 +934,9 @@ def test_the_real_tokenizers_ids_are_those_of_transformers() -> None:
 
 
 @needs_model
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert REAL is not None
     readme = Path(__file__).parent.parent / "README.md"
     text = "\n\n".join([readme.read_text(), Path(__file__).read_text()])
@@ -830,7 +953,7 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path, m
     assert prepared.num_train_documents == 1
 
 
-# --- killed, raced, full ---------------------------------------------------------------------------
+# --- killed, raced, full --------------------------------------------------------------------------
 
 CHILD = """
 import json, sys
@@ -863,14 +986,19 @@ def much(tmp_path: Path) -> Path:
     return tmp_path / "much"
 
 
-def test_of_two_processes_one_builds_and_the_other_waits_and_says_so(model: Path, much: Path, tmp_path: Path) -> None:
+def test_of_two_processes_one_builds_and_the_other_waits_and_says_so(
+    model: Path, much: Path, tmp_path: Path
+) -> None:
     processes = [start(model, tmp_path, much) for _ in range(2)]
     outcomes = [json.loads(process.communicate()[0]) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(outcome["built"] for outcome in outcomes) == [0, 1]
     assert outcomes[0]["prepared"] == outcomes[1]["prepared"]
     waited = next(outcome["said"] for outcome in outcomes if not outcome["built"])
-    assert [line.partition(" in ")[0] for line in waited] in ([], ["waiting for another run to prepare the data"])
+    assert [line.partition(" in ")[0] for line in waited] in (
+        [],
+        ["waiting for another run to prepare the data"],
+    )
 
 
 def test_who_finds_the_lock_held_waits_says_so_once_or_fails_when_told_to(
@@ -881,7 +1009,9 @@ def test_who_finds_the_lock_held_waits_says_so_once_or_fails_when_told_to(
     lock = os.open(tmp_path / "tokens/.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.write(lock, b"node7, process 42")
-    with pytest.raises(DataError, match=r"another run is preparing .*\(node7, process 42\); wait for it"):
+    with pytest.raises(
+        DataError, match=r"another run is preparing .*\(node7, process 42\); wait for it"
+    ):
         run(model, tmp_path, path, wait=False)
     said: list[str] = []
     slept: list[float] = []
@@ -898,7 +1028,9 @@ def test_who_finds_the_lock_held_waits_says_so_once_or_fails_when_told_to(
     assert len(said) == 1
     assert "waiting for another run" in said[0]
     assert "node7, process 42" in said[0]
-    assert run(model, tmp_path, path, wait=False) == prepared  # nothing to build: no lock is asked for
+    assert (
+        run(model, tmp_path, path, wait=False) == prepared
+    )  # nothing to build: no lock is asked for
 
 
 def test_kill_9_leaves_nothing_half_written_and_a_rerun_goes_on(
@@ -912,12 +1044,17 @@ def test_kill_9_leaves_nothing_half_written_and_a_rerun_goes_on(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert list(tokens.glob(".*.partial"))
-    assert not [path for path in tokens.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    assert not [
+        path for path in tokens.iterdir() if path.is_dir() and not path.name.startswith(".")
+    ]
     (tokens / ".of-another-key.partial").mkdir()
     prepared = run(model, tmp_path, much, holdout=0.1)
     assert not list(tokens.glob(".*.partial"))
     texts = [text for path in sorted(much.iterdir()) for text in read(path)[0]]
-    found = [*all_documents(prepared, tmp_path, "train", model), *all_documents(prepared, tmp_path, "heldout", model)]
+    found = [
+        *all_documents(prepared, tmp_path, "train", model),
+        *all_documents(prepared, tmp_path, "heldout", model),
+    ]
     assert sorted(found) == sorted(texts)
 
 
@@ -933,8 +1070,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_one_line_and_nothing_stays(model: Path, much: Path, small_disk: Path) -> None:
-    with pytest.raises(OutputError, match=r"cannot write train\.bin: No space left on device; free some space"):
+def test_a_full_disk_is_one_line_and_nothing_stays(
+    model: Path, much: Path, small_disk: Path
+) -> None:
+    with pytest.raises(
+        OutputError, match=r"cannot write train\.bin: No space left on device; free some space"
+    ):
         run(model, small_disk, much)
     assert listed(small_disk / "tokens") == [".lock", "sources.jsonl"]
     write_jsonl(small_disk / "a.jsonl", TEXTS)

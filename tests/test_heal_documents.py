@@ -19,7 +19,9 @@ LAYER = SimpleNamespace(is_causal=True, num_key_value_groups=2)
 
 
 def _mask(*starts: tuple[int, ...], window: int = LENGTH) -> Any:
-    """(rows, 1, length, length): causal within documents, which begin at these places, and within a window."""
+    """(rows, 1, length, length): causal within documents, which begin at these places, and
+    within a window.
+    """
     rows = []
     for row in starts:
         number = torch.zeros(LENGTH, dtype=torch.long)
@@ -47,7 +49,9 @@ def lengths_asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     return asked
 
 
-def test_documents_one_by_one_attend_as_under_their_mask(lengths_asked: list[tuple[int, bool]]) -> None:
+def test_documents_one_by_one_attend_as_under_their_mask(
+    lengths_asked: list[tuple[int, bool]],
+) -> None:
     query, key, value = inputs = _inputs(2)
     mask = _mask((5, 6), (17,))
     found = attention._attention(LAYER, query, key, value, mask)[0]
@@ -63,7 +67,9 @@ def test_documents_one_by_one_attend_as_under_their_mask(lengths_asked: list[tup
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", [_mask((5,), window=4), torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), None])
+@pytest.mark.parametrize(
+    "mask", [_mask((5,), window=4), torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), None]
+)
 def test_a_mask_that_says_more_or_less_is_left_to_transformers(
     mask: Any, lengths_asked: list[tuple[int, bool]]
 ) -> None:

@@ -1,7 +1,8 @@
-"""`dus heal` stopped, killed, short of disk and run again: the loss curve is the uninterrupted run's, bit for bit.
+"""`dus heal` stopped, killed, short of disk and run again: the loss curve is the uninterrupted
+run's, bit for bit.
 
-Real processes under a real torchrun take their time to start, so these stories run two at a time in the
-background, each once, and tests look at what they left.
+Real processes under a real torchrun take their time to start, so these stories run two at a time in
+the background, each once, and tests look at what they left.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ RECIPE = (
 
 # A short run, mostly in forked workers.
 SHORT = (
-    "--steps 16 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-every 4 --save-every 3 --micro-batch 1"
+    "--steps 16 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-every 4 "
+    "--save-every 3 --micro-batch 1"
 ).split()
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -54,7 +56,11 @@ def processes(out: Path) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {"launcher": [], "torchrun": [], "worker": []}
     for folder in Path("/proc").iterdir():
         try:
-            words = os.fsdecode((folder / "cmdline").read_bytes()).split("\0") if folder.name.isdigit() else []
+            words = (
+                os.fsdecode((folder / "cmdline").read_bytes()).split("\0")
+                if folder.name.isdigit()
+                else []
+            )
         except OSError:
             continue
         if not any(word in (str(out), str(out / "run.json")) for word in words):
@@ -65,7 +71,9 @@ def processes(out: Path) -> dict[str, list[int]]:
 
 
 def are_gone(out: Path) -> bool:
-    """Whether nobody works on this output any more, or soon: a checkpoint may be on its way to a busy disk."""
+    """Whether nobody works on this output any more, or soon: a checkpoint may be on its way to a
+    busy disk.
+    """
     return until(lambda: not any(processes(out).values()), 60)
 
 
@@ -165,7 +173,9 @@ def tell_signals(home: Path) -> Story:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         healing = Healing(command(home), story.out)
         healing.reach(step + 8)
-        with frozen(story.out):  # a run that waits while the test does something, however busy the machine
+        with frozen(
+            story.out
+        ):  # a run that waits while the test does something, however busy the machine
             if signum == signal.SIGTERM:
                 second = tiny.forked_dus("heal", *command(home), "-o", story.out, "-q")
                 story.seen["second"] = (second, healing.process.poll())
@@ -173,7 +183,10 @@ def tell_signals(home: Path) -> Story:
             time.sleep(1)
         code = healing.end()
         story.seen[signum.name] = (code, healing.stderr, are_gone(story.out), last_step(story.out))
-        story.seen[f"{signum.name} saved"] = (checkpoints(story.out), (story.out / "config.json").exists())
+        story.seen[f"{signum.name} saved"] = (
+            checkpoints(story.out),
+            (story.out / "config.json").exists(),
+        )
         step = last_step(story.out)
     story.seen["code"] = Healing(command(home), story.out).end()
     return story
@@ -190,7 +203,11 @@ def tell_kills(home: Path) -> Story:
     story.seen["restarted"] = step
     healing.process.kill()
     healing.end()
-    story.seen["launcher killed"] = (are_gone(story.out), last_step(story.out), checkpoints(story.out))
+    story.seen["launcher killed"] = (
+        are_gone(story.out),
+        last_step(story.out),
+        checkpoints(story.out),
+    )
     healing = Healing(command(home), story.out)
     healing.reach(last_step(story.out) + 8)
     for pids in processes(story.out).values():
@@ -235,7 +252,10 @@ def tell_nodes(home: Path) -> Story:
     story = Story(home / "nodes")
     endpoint = f"127.0.0.1:{tiny.free_port()}"
     healings = [
-        Healing((*short(home), "--nnodes", "2", "--node-rank", str(rank), "--rdzv-endpoint", endpoint), story.out)
+        Healing(
+            (*short(home), "--nnodes", "2", "--node-rank", str(rank), "--rdzv-endpoint", endpoint),
+            story.out,
+        )
         for rank in range(2)
     ]
     story.seen["codes"] = [healing.end() for healing in healings]
@@ -246,10 +266,18 @@ def tell_nodes(home: Path) -> Story:
 def tell_by_hand(home: Path) -> Story:
     """The printed command, typed into a shell."""
     story = Story(home / "by hand")
-    printed = dus("heal", *command(home), "-o", story.out, "--print-command", "-q", OMP_NUM_THREADS="1")
+    printed = dus(
+        "heal", *command(home), "-o", story.out, "--print-command", "-q", OMP_NUM_THREADS="1"
+    )
     story.seen["printed"] = printed
     story.seen["before"] = sorted(path.name for path in story.out.iterdir())
-    done = subprocess.run(printed.stdout, shell=True, env=ENVIRONMENT, capture_output=True, check=False)  # noqa: S602
+    done = subprocess.run(  # noqa: S602
+        printed.stdout,
+        shell=True,
+        env=ENVIRONMENT,
+        capture_output=True,
+        check=False,
+    )
     story.seen["code"] = done.returncode
     return story
 
@@ -271,7 +299,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     tiny.write_corpus(folder / "corpus.jsonl", 600)
     tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
-    assert tiny.forked_dus("--version").returncode == 0, "and now the server that forks has imported everything"
+    assert tiny.forked_dus("--version").returncode == 0, (
+        "and now the server that forks has imported everything"
+    )
     return folder
 
 
@@ -332,7 +362,13 @@ def assert_same_bits(one: Path, other: Path) -> None:
 
 
 def test_while_it_runs_there_is_no_config_and_nothing_unknown(straight: Story) -> None:
-    assert straight.seen["while it runs"] == ["checkpoints", "logs", "metrics.jsonl", "run.json", "tokens"]
+    assert straight.seen["while it runs"] == [
+        "checkpoints",
+        "logs",
+        "metrics.jsonl",
+        "run.json",
+        "tokens",
+    ]
     assert (straight.seen["code"], straight.seen["stderr"]) == (0, "")
     assert are_gone(straight.out)
     assert not [path.name for path in straight.out.parent.glob(".*")]
@@ -342,10 +378,15 @@ def test_while_it_runs_there_is_no_config_and_nothing_unknown(straight: Story) -
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_saves_a_checkpoint_and_exits_with_its_code_and_one_line(signals: Story, name: str, code: int) -> None:
+def test_a_signal_saves_a_checkpoint_and_exits_with_its_code_and_one_line(
+    signals: Story, name: str, code: int
+) -> None:
     found, stderr, gone, step = signals.seen[name]
     assert found == code, stderr
-    assert stderr == f"error: ended by {name} with a checkpoint at step {step}; the same command goes on from there\n"
+    assert (
+        stderr
+        == f"error: ended by {name} with a checkpoint at step {step}; the same command goes on from there\n"
+    )
     assert gone
     saved, has_config = signals.seen[f"{name} saved"]
     assert saved[-1] == f"step-{step:08}"
@@ -353,7 +394,9 @@ def test_a_signal_saves_a_checkpoint_and_exits_with_its_code_and_one_line(signal
     assert not has_config
 
 
-def test_stopped_three_times_it_learned_the_same_to_the_last_bit(straight: Story, signals: Story) -> None:
+def test_stopped_three_times_it_learned_the_same_to_the_last_bit(
+    straight: Story, signals: Story
+) -> None:
     assert signals.seen["code"] == 0
     assert_same_bits(straight.out, signals.out)
 
@@ -367,7 +410,9 @@ def test_a_second_run_into_the_same_output_is_refused_at_once(signals: Story) ->
 # --- kill -9 -------------------------------------------------------------------------------------
 
 
-def test_kill_9_of_worker_launcher_and_everything_loses_nothing(straight: Story, kills: Story) -> None:
+def test_kill_9_of_worker_launcher_and_everything_loses_nothing(
+    straight: Story, kills: Story
+) -> None:
     gone, step, saved = kills.seen["launcher killed"]
     assert gone, "workers outlived their launcher"
     assert saved[-1] == f"step-{step:08}", "the workers of a killed launcher save"
@@ -379,7 +424,9 @@ def test_kill_9_of_worker_launcher_and_everything_loses_nothing(straight: Story,
 # --- the disk ------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(straight: Story, full_disk: Story) -> None:
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(
+    straight: Story, full_disk: Story
+) -> None:
     code, stderr, gone, saved = full_disk.seen["full"]
     assert code == 1
     assert stderr.startswith("error: ")
@@ -406,7 +453,9 @@ def test_two_nodes_learn_what_two_workers_of_one_node_learn(home: Path, nodes: S
     assert not [path.name for path in nodes.out.parent.glob(".nodes*")]
 
 
-def test_the_printed_command_typed_into_a_shell_does_the_same(straight: Story, by_hand: Story) -> None:
+def test_the_printed_command_typed_into_a_shell_does_the_same(
+    straight: Story, by_hand: Story
+) -> None:
     printed = by_hand.seen["printed"]
     assert (printed.returncode, printed.stderr, printed.stdout.count("\n")) == (0, "", 1)
     assert by_hand.seen["before"] == ["run.json", "tokens"]
@@ -418,13 +467,17 @@ def test_the_printed_command_typed_into_a_shell_does_the_same(straight: Story, b
 
 
 def heal(home: Path, out: Path, *arguments: str, workers: int = 1) -> str:
-    return tiny.heal(home / "scaled", out, "--data", home / "corpus.jsonl", *arguments, workers=workers)
+    return tiny.heal(
+        home / "scaled", out, "--data", home / "corpus.jsonl", *arguments, workers=workers
+    )
 
 
 def stop(home: Path, out: Path, *arguments: str, at: int = 5) -> Path:
     """A run that was stopped by a signal to its worker."""
     data = ("--data", home / "corpus.jsonl")
-    prepared = tiny.forked_dus("heal", home / "scaled", "-o", out, *data, *arguments, "--print-command", "-q")
+    prepared = tiny.forked_dus(
+        "heal", home / "scaled", "-o", out, *data, *arguments, "--print-command", "-q"
+    )
     assert prepared.returncode == 0, prepared.stderr
     (worker,) = tiny.start_workers(out)
     assert until(lambda: last_step(out) >= at)
@@ -474,7 +527,9 @@ def finished(home: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_run_may_go_on_with_another_number_of_workers(home: Path, finished: Path, half: Path, workers: int) -> None:
+def test_a_run_may_go_on_with_another_number_of_workers(
+    home: Path, finished: Path, half: Path, workers: int
+) -> None:
     assert heal(home, half, *SHORT, "--precision", "fp32", workers=workers) == ""
     assert [row["step"] for row in tiny.metrics(half)] == list(range(17))
     for a, b in zip(tiny.metrics(finished), tiny.metrics(half), strict=True):
@@ -486,7 +541,15 @@ def test_a_run_keeps_the_precision_that_auto_chose_also_on_a_machine_where_it_ch
     home: Path, tmp_path: Path
 ) -> None:
     out, default = tmp_path / "auto", "bf16" if computes_in_bf16() else "fp32"
-    prepare: list[str | Path] = ["heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", *SHORT]
+    prepare: list[str | Path] = [
+        "heal",
+        home / "scaled",
+        "-o",
+        out,
+        "--data",
+        home / "corpus.jsonl",
+        *SHORT,
+    ]
     prepare += ["--print-command", "-q"]
     assert tiny.forked_dus(*prepare).returncode == 0
     run = json.loads((out / "run.json").read_text())
@@ -498,8 +561,19 @@ def test_a_run_keeps_the_precision_that_auto_chose_also_on_a_machine_where_it_ch
     assert json.loads((out / "run.json").read_text())["fit"]["precision"] == other
 
 
-def test_options_that_change_nothing_of_what_is_learned_may_change(home: Path, finished: Path, half: Path) -> None:
-    free = ("--keep", "1", "--save-every", "7", "--micro-batch", "2", "--activation-checkpointing", "full")
+def test_options_that_change_nothing_of_what_is_learned_may_change(
+    home: Path, finished: Path, half: Path
+) -> None:
+    free = (
+        "--keep",
+        "1",
+        "--save-every",
+        "7",
+        "--micro-batch",
+        "2",
+        "--activation-checkpointing",
+        "full",
+    )
     assert heal(home, half, *SHORT, "--precision", "fp32", *free) == ""
     for a, b in zip(tiny.metrics(finished), tiny.metrics(half), strict=True):
         for name in a.keys() & {"loss", "eval_loss"}:
@@ -529,7 +603,9 @@ def test_another_option_that_matters_is_refused_by_its_name(
     before = tiny.digests(out)
     for name, change in CHANGES.items():
         arguments = [*SHORT, "--precision", "fp32", *change, "-q"]
-        refused = tiny.forked_dus("heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", *arguments)
+        refused = tiny.forked_dus(
+            "heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", *arguments
+        )
         refused.assert_one_line_error("other options", f"{name} ")
     after = tiny.digests(out)
     assert {name for name in before if after.get(name) != before[name]} <= {"tokens/.lock"}

@@ -26,7 +26,9 @@ TEXTS = ["one", 'two, "quoted"\nand a second line', "три;\t", "四\U0001f600"
 OBJECTS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
 
 
-def read(path: Path, field: str = "text", on_bad_line: BadLine = BadLine.error) -> tuple[list[str], Tally]:
+def read(
+    path: Path, field: str = "text", on_bad_line: BadLine = BadLine.error
+) -> tuple[list[str], Tally]:
     tally = Tally()
     return list(documents(path, field, on_bad_line, tally)), tally
 
@@ -38,7 +40,9 @@ def written(path: Path, content: bytes) -> Path:
 
 
 def refusal(path: Path) -> str:
-    """What is said of a file that cannot be read, the same whether bad lines stop or are counted."""
+    """What is said of a file that cannot be read, the same whether bad lines stop or are
+    counted.
+    """
     said = set()
     for on_bad_line in BadLine:
         with pytest.raises(DataError) as caught:
@@ -90,7 +94,7 @@ CONTAINERS = {
 }
 
 
-# --- what is read ----------------------------------------------------------------------------------
+# --- what is read ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
@@ -101,7 +105,9 @@ def test_every_container_holds_the_same_documents(tmp_path: Path, name: str, suf
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
-def test_members_behind_each_other_are_one_file_and_upper_case_is_the_same(tmp_path: Path, suffix: str) -> None:
+def test_members_behind_each_other_are_one_file_and_upper_case_is_the_same(
+    tmp_path: Path, suffix: str
+) -> None:
     packed = COMPRESSIONS[suffix](of_lines()) * 2
     assert read(written(tmp_path / f"A.JSONL{suffix.upper()}", packed))[0] == TEXTS * 2
     (source,) = parse_sources([str(tmp_path)], tmp_path)
@@ -118,12 +124,16 @@ def write_arrow(path: Path, column: Any, name: str = "text", *, as_stream: bool 
 
 
 @pytest.mark.parametrize("as_stream", [True, False], ids=["stream", "file"])
-def test_rows_of_arrow_are_documents_in_both_formats_and_all_types_of_text(tmp_path: Path, *, as_stream: bool) -> None:
+def test_rows_of_arrow_are_documents_in_both_formats_and_all_types_of_text(
+    tmp_path: Path, *, as_stream: bool
+) -> None:
     arrow = pytest.importorskip("pyarrow")
     plain = arrow.array(TEXTS * 60)
     for kind in ("string", "large_string", "binary", "large_binary", "string_view", "dictionary"):
         column = plain.dictionary_encode() if kind == "dictionary" else plain.cast(kind)
-        assert read(write_arrow(tmp_path / "a.arrow", column, as_stream=as_stream))[0] == TEXTS * 60, kind
+        assert (
+            read(write_arrow(tmp_path / "a.arrow", column, as_stream=as_stream))[0] == TEXTS * 60
+        ), kind
 
 
 def test_feather_is_read_compressed_as_it_mostly_is(tmp_path: Path) -> None:
@@ -134,8 +144,12 @@ def test_feather_is_read_compressed_as_it_mostly_is(tmp_path: Path) -> None:
 
 def test_bad_rows_of_arrow_are_named_by_number_or_counted(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
-    path = write_arrow(tmp_path / "a.arrow", arrow.array([b"one", None, b"caf\xe9", b"two"], arrow.binary()))
-    with pytest.raises(DataError, match=r"a\.arrow, row 2: nothing in the column text; .* leave such rows out"):
+    path = write_arrow(
+        tmp_path / "a.arrow", arrow.array([b"one", None, b"caf\xe9", b"two"], arrow.binary())
+    )
+    with pytest.raises(
+        DataError, match=r"a\.arrow, row 2: nothing in the column text; .* leave such rows out"
+    ):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
     assert (texts, tally.skipped) == (["one", "two"], {"missing_field": 1, "invalid_utf8": 1})
@@ -143,7 +157,9 @@ def test_bad_rows_of_arrow_are_named_by_number_or_counted(tmp_path: Path) -> Non
 
 def test_a_damaged_arrow_file_is_an_error_and_never_a_crash(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
-    path = write_arrow(tmp_path / "a.arrow", arrow.array(["word " * (number % 50) for number in range(500)]))
+    path = write_arrow(
+        tmp_path / "a.arrow", arrow.array(["word " * (number % 50) for number in range(500)])
+    )
     content, chance, num_refused = path.read_bytes(), random.Random(0), 0
     for _ in range(100):
         damaged = bytearray(content)
@@ -157,11 +173,13 @@ def test_a_damaged_arrow_file_is_an_error_and_never_a_crash(tmp_path: Path) -> N
     assert num_refused
 
 
-# --- what is not what it should be -----------------------------------------------------------------
+# --- what is not what it should be ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
-def test_a_file_cut_short_damaged_or_not_compressed_is_an_error_that_names_it(tmp_path: Path, suffix: str) -> None:
+def test_a_file_cut_short_damaged_or_not_compressed_is_an_error_that_names_it(
+    tmp_path: Path, suffix: str
+) -> None:
     packed = COMPRESSIONS[suffix](random.Random(0).randbytes(5000).hex().encode())
     for kind in (".jsonl", ".csv", ".txt"):
         cut = refusal(written(tmp_path / f"cut{kind}{suffix}", packed[:-9]))
@@ -175,20 +193,52 @@ def test_a_file_cut_short_damaged_or_not_compressed_is_an_error_that_names_it(tm
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", gzip.compress(of_lines()), "it holds what a .gz file holds; rename it so, or unpack it"),
+        (
+            "a.jsonl",
+            gzip.compress(of_lines()),
+            "it holds what a .gz file holds; rename it so, or unpack it",
+        ),
         ("a.csv", lzma.compress(of_csv()), "it holds what a .xz file holds"),
         ("a.json", b"PAR1....", "it holds what a .parquet file holds"),
         ("a.jsonl", "x".encode("utf-16"), "it is UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the file; fetch"),
-        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the file; fetch"),
-        ("a.arrow", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the file; fetch"),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a Git LFS pointer, not the file; fetch",
+        ),
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a Git LFS pointer, not the file; fetch",
+        ),
+        (
+            "a.arrow",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a Git LFS pointer, not the file; fetch",
+        ),
         ("a.arrow", b"no arrow at all, but words", "copy or download it again"),
         ("a.arrow", b"ARROW1\0\0 and no more", "copy or download it again"),
-        ("a.csv", b"id,body\n1,one\n", "it has no column text but id, body; choose with --text-field"),
+        (
+            "a.csv",
+            b"id,body\n1,one\n",
+            "it has no column text but id, body; choose with --text-field",
+        ),
         ("a.csv", b'id,text\n1,ok\n2,"cut\n3,no end', "its row on line 3 is no CSV"),
-        ("a.json", json.dumps(OBJECTS, indent=1).encode()[:-30], "its JSON breaks off at item 4, line 16 ("),
-        ("a.json", b'[\n{"text": "one"}\n{"text": "two"}]', "at item 1, line 3 (no , where one belongs)"),
-        ("a.json", b'[\n{"text": "one"}\n]\n{"text": "two"}', "line 4 (something stands behind the array)"),
+        (
+            "a.json",
+            json.dumps(OBJECTS, indent=1).encode()[:-30],
+            "its JSON breaks off at item 4, line 16 (",
+        ),
+        (
+            "a.json",
+            b'[\n{"text": "one"}\n{"text": "two"}]',
+            "at item 1, line 3 (no , where one belongs)",
+        ),
+        (
+            "a.json",
+            b'[\n{"text": "one"}\n]\n{"text": "two"}',
+            "line 4 (something stands behind the array)",
+        ),
         ("a.json", b'[\n{"text":' + b"[" * 100_000, "at item 1, line 2 (brackets too deep)"),
     ],
 )
@@ -204,11 +254,14 @@ def test_content_that_cannot_be_read_is_one_line_that_says_what_to_do(
 
 def test_items_of_an_array_without_text_are_named_by_number_or_counted(tmp_path: Path) -> None:
     items = (
-        b'[{"text": "one"}, {"text": null}, 5, "x", [], {"body": 1}, {"text": "caf\xe9"}, {"n": ' + b"9" * 5000 + b"}]"
+        b'[{"text": "one"}, {"text": null}, 5, "x", [], {"body": 1}, {"text": "caf\xe9"}, {"n": '
+        + b"9" * 5000
+        + b"}]"
     )
     path = written(tmp_path / "a.json", items)
     with pytest.raises(
-        DataError, match=r"a\.json, item 2: the field text is no string but null.* leave such items out"
+        DataError,
+        match=r"a\.json, item 2: the field text is no string but null.* leave such items out",
     ):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
@@ -225,36 +278,51 @@ def test_lines_of_unlike_kinds_are_lines_though_the_first_is_an_array(tmp_path: 
 def test_rows_of_csv_that_do_not_fit_are_named_by_number_or_counted(tmp_path: Path) -> None:
     rows = b'id,text\n\n1\n2,b,c\n3,"x"y\n4,caf\xe9\n5,ok\n6,\n'
     path = written(tmp_path / "a.csv", rows)
-    with pytest.raises(DataError, match=r"a\.csv, row 1: 1 fields where the first row names 2; .*leave such rows out"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.csv, row 1: 1 fields where the first row names 2; .*leave such rows out",
+    ):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
     assert (texts, tally.skipped) == (["ok"], {"malformed_csv": 3, "invalid_utf8": 1, "empty": 1})
 
 
-def test_a_field_of_csv_may_be_long_but_not_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_field_of_csv_may_be_long_but_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = "x" * 200_000  # more than Python's csv takes by default
     assert read(written(tmp_path / "long.csv", f"text\n{long}\n".encode()))[0] == [long]
     monkeypatch.setattr(texts_module, "LONGEST_LINE", 1 << 20)
     in_a_line = refusal(written(tmp_path / "line.csv", b"text\n" + b"x" * (2 << 20) + b"\n"))
     assert "its line 2 is longer than 1 MiB" in in_a_line
-    in_lines = refusal(written(tmp_path / "lines.csv", b'text\none\n"' + b"xxxxxxx\n" * (2 << 17) + b'"\n'))
+    in_lines = refusal(
+        written(tmp_path / "lines.csv", b'text\none\n"' + b"xxxxxxx\n" * (2 << 17) + b'"\n')
+    )
     assert "its row on line 3 is no CSV" in in_lines
 
 
-def test_an_item_of_an_array_may_be_long_but_not_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path / "a.json", json.dumps([{"text": "x" * 3_000_000}, {"text": "two"}]).encode())
+def test_an_item_of_an_array_may_be_long_but_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(
+        tmp_path / "a.json", json.dumps([{"text": "x" * 3_000_000}, {"text": "two"}]).encode()
+    )
     assert list(map(len, read(path)[0])) == [3_000_000, 3]
     monkeypatch.setattr(texts_module, "LONGEST_LINE", 1 << 20)
     assert "at item 1, line 1 (longer than 1 MiB)" in refusal(path)
 
 
 @pytest.mark.parametrize("name", ["a.json", "pretty.json.gz", "a.csv", "a.csv.gz"])
-def test_memory_of_reading_does_not_grow_with_an_array_or_a_table(tmp_path: Path, name: str) -> None:
+def test_memory_of_reading_does_not_grow_with_an_array_or_a_table(
+    tmp_path: Path, name: str
+) -> None:
     chance = random.Random(0)
     records = [{"text": chance.randbytes(4000).hex()} for _ in range(1000)]  # 8 MB
     indent = 1 if name.startswith("pretty") else None
     content = (
-        json.dumps(records, indent=indent) if ".json" in name else "\n".join(["text", *(r["text"] for r in records)])
+        json.dumps(records, indent=indent)
+        if ".json" in name
+        else "\n".join(["text", *(r["text"] for r in records)])
     )
     suffix = Path(name).suffix
     path = written(tmp_path / name, COMPRESSIONS.get(suffix, bytes)(content.encode()))
@@ -270,16 +338,26 @@ def test_memory_of_reading_does_not_grow_with_an_array_or_a_table(tmp_path: Path
     assert peak < 7e6
 
 
-# --- what is left out ------------------------------------------------------------------------------
+# --- what is left out -----------------------------------------------------------------------------
 
 
 def some_folder(folder: Path) -> Path:
-    """Data of many kinds, what clones and saved data sets have beside them, and what dus cannot read."""
+    """Data of many kinds, what clones and saved data sets have beside them, and what dus cannot
+    read.
+    """
     for name in ("a.jsonl", "deep/er/b.json", "c.ndjson"):
         written(folder / name, of_lines())
     written(folder / "d.json.gz", gzip.compress(of_lines()))
     written(folder / "e.jsonl.xz", lzma.compress(of_lines()))
-    beside = ("README.md", "LICENSE", ".gitattributes", ".cache/x.jsonl", "state.json", "SHA256SUMS", "make.py")
+    beside = (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        ".cache/x.jsonl",
+        "state.json",
+        "SHA256SUMS",
+        "make.py",
+    )
     for name in beside:
         written(folder / name, b"{}")
     written(folder / "meta.json", b'{\n "name": "some",\n "rows": [1, 2]\n}\n')
@@ -289,12 +367,20 @@ def some_folder(folder: Path) -> Path:
     return folder
 
 
-LEFT_OUT = ["empty.jsonl (empty)", "meta.json (one object without text)", "p.parquet.gz", "page.html", "t.tfrecord"]
+LEFT_OUT = [
+    "empty.jsonl (empty)",
+    "meta.json (one object without text)",
+    "p.parquet.gz",
+    "page.html",
+    "t.tfrecord",
+]
 LEFT_OUT += ["w.warc.gz", "z.zip"]
 
 
 @pytest.mark.parametrize("pattern", ["", "/*", "/**"])
-def test_what_looks_like_data_and_is_not_read_is_named_and_counted(tmp_path: Path, pattern: str) -> None:
+def test_what_looks_like_data_and_is_not_read_is_named_and_counted(
+    tmp_path: Path, pattern: str
+) -> None:
     (source,) = parse_sources([f"{some_folder(tmp_path / 'data')}{pattern}"], tmp_path)
     assert sorted({path.name for path in source.paths} - {"empty.jsonl"}) == [
         "a.jsonl", "b.json", "c.ndjson", "d.json.gz", "e.jsonl.xz",
@@ -313,7 +399,9 @@ def test_names_of_what_is_not_read_are_few_though_the_files_are_many(tmp_path: P
     assert (unread.count, len(unread.names)) == (60, 20)
     assert str(unread) == "60 files: 00.warc, 01.warc, 02.warc and 57 more"
     (tmp_path / "data/a.jsonl").unlink()
-    with pytest.raises(DataError, match=r"holds no data but 30 files: 00\.warc, .*; --data reads \.jsonl"):
+    with pytest.raises(
+        DataError, match=r"holds no data but 30 files: 00\.warc, .*; --data reads \.jsonl"
+    ):
         parse_sources([str(tmp_path / "data")], tmp_path)
 
 
@@ -329,16 +417,27 @@ def test_an_object_a_file_with_the_text_is_a_document_each(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("allenai/c4", "--data reads local files, so a data set of the Hub is fetched first: hf download"),
+        (
+            "allenai/c4",
+            "--data reads local files, so a data set of the Hub is fetched first: hf download",
+        ),
         ("allenai/c4@main", "a data set of the Hub is fetched first"),
-        ("hf://datasets/allenai/c4/en.json.gz", "is on the Hub, and --data reads local files; fetch it first"),
-        ("https://example.com/a.jsonl", "is a URL, and --data reads local files; download it first (curl -LO URL)"),
+        (
+            "hf://datasets/allenai/c4/en.json.gz",
+            "is on the Hub, and --data reads local files; fetch it first",
+        ),
+        (
+            "https://example.com/a.jsonl",
+            "is a URL, and --data reads local files; download it first (curl -LO URL)",
+        ),
         ("s3://bucket/a.jsonl:0.5", "is in another store, and --data reads local files"),
         ("gs://bucket/a.jsonl", "copy it first with gs's own tool, or mount it"),
         ("data/a.jsonl", "is no file or folder, and no pattern that fits one; check the path"),
     ],
 )
-def test_data_that_are_elsewhere_are_told_how_they_come_here(tmp_path: Path, argument: str, words: str) -> None:
+def test_data_that_are_elsewhere_are_told_how_they_come_here(
+    tmp_path: Path, argument: str, words: str
+) -> None:
     with pytest.raises(DataError) as caught:
         parse_sources([argument], tmp_path)
     assert words in str(caught.value)
@@ -356,7 +455,9 @@ def test_heal_probe_and_eval_tell_what_was_not_read(tmp_path: Path) -> None:
     assert "not read     1 file: b.warc.gz" in dry.stdout, dry.stderr
     long = [line for line in dry.stdout.splitlines() if len(line) > 80]
     assert all(" " not in line.strip() for line in long), "no word is broken but a path"
-    run = forked_dus("heal", model, *data, "--print-command", "--seq-length", "32", "-o", tmp_path / "out")
+    run = forked_dus(
+        "heal", model, *data, "--print-command", "--seq-length", "32", "-o", tmp_path / "out"
+    )
     assert run.returncode == 0, run.stderr
     in_run = json.loads((tmp_path / "out/run.json").read_text())["data"]
     probe = ("--trims", "1:2", "--seq-length", "32", "--tokens", "200", "--json")

@@ -1,4 +1,6 @@
-"""What a person sees of `dus heal`: the follower of metrics.jsonl, the views, and the picture of the losses."""
+"""What a person sees of `dus heal`: the follower of metrics.jsonl, the views, and the picture of
+the losses.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,13 @@ def test_a_log_has_a_line_for_each_measurement_and_none_for_other_steps(
     view.begin(100, 4096)
     view.status("loading the model")
     view.update(follower)
-    append(metrics, START, *map(step_row, range(1, 10)), step_row(10, eval_loss=3.0), *map(step_row, range(11, 20)))
+    append(
+        metrics,
+        START,
+        *map(step_row, range(1, 10)),
+        step_row(10, eval_loss=3.0),
+        *map(step_row, range(11, 20)),
+    )
     view.update(follower)
     view.update(follower)
     loading, start, measured = capsys.readouterr().err.splitlines()
@@ -218,7 +226,9 @@ def test_the_finished_models_own_copy_of_the_file_tells_what_is_new_and_no_more(
     assert capsys.readouterr().err == ""
 
 
-def test_the_end_of_the_steps_is_told_as_saving(metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_the_steps_is_told_as_saving(
+    metrics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     view, follower = PlainView(), MetricsFollower(metrics)
     view.begin(1, 4096)
     view.update(follower)
@@ -249,7 +259,9 @@ def written(view: LiveView) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.buffer.getvalue().decode(file.encoding))
 
 
-def live(metrics: Path, *rows: dict[str, Any], num_steps: int = 1000, **options: Any) -> tuple[LiveView, Any]:
+def live(
+    metrics: Path, *rows: dict[str, Any], num_steps: int = 1000, **options: Any
+) -> tuple[LiveView, Any]:
     """A view that has seen these rows come."""
     view, follower = LiveView(console(**options)), MetricsFollower(metrics)
     view.begin(num_steps, 4096)
@@ -263,8 +275,13 @@ def live(metrics: Path, *rows: dict[str, Any], num_steps: int = 1000, **options:
 @pytest.mark.parametrize("width", [80, 60, 20])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_a_whole_picture_has_seven_lines_that_fit(metrics: Path, width: int, encoding: str) -> None:
-    rows = [START, *(step_row(k, kl=0.123, eval_loss=3.0, loss=math.nan, skipped=True) for k in range(1, 700))]
-    with live(metrics, *rows, step_row(700, grad_norm=math.inf), width=width, encoding=encoding)[0] as view:
+    rows = [
+        START,
+        *(step_row(k, kl=0.123, eval_loss=3.0, loss=math.nan, skipped=True) for k in range(1, 700)),
+    ]
+    with live(metrics, *rows, step_row(700, grad_norm=math.inf), width=width, encoding=encoding)[
+        0
+    ] as view:
         view.status("saving a checkpoint")
         lines = picture(view)
         assert len(lines) == 7
@@ -327,7 +344,9 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_in_sight(metrics: Path) 
 
 
 def test_no_base_means_no_way_to_it(metrics: Path) -> None:
-    with live(metrics, {"step": 0, "tokens": 0, "eval_loss": 3.4}, step_row(1, eval_loss=3.3))[0] as view:
+    with live(metrics, {"step": 0, "tokens": 0, "eval_loss": 3.4}, step_row(1, eval_loss=3.3))[
+        0
+    ] as view:
         assert "held-out   3.300 (at the start 3.400)" in picture(view)
 
 
@@ -356,7 +375,9 @@ def raw(view: LiveView) -> str:
     return file.buffer.getvalue().decode(file.encoding)
 
 
-def test_where_the_width_changes_the_screen_is_cleared_once_and_drawn_anew(metrics: Path, clock: list[float]) -> None:
+def test_where_the_width_changes_the_screen_is_cleared_once_and_drawn_anew(
+    metrics: Path, clock: list[float]
+) -> None:
     clear = "\x1b[H\x1b[2J"
     view, follower = live(metrics, START, step_row(1))
     for width, times in ((80, 0), (60, 1), (60, 1), (100, 2)):
@@ -367,7 +388,9 @@ def test_where_the_width_changes_the_screen_is_cleared_once_and_drawn_anew(metri
     assert max(map(len, picture(view))) <= 96
 
 
-def test_the_last_line_leaves_room_for_what_a_terminal_writes_when_a_key_is_pressed(metrics: Path) -> None:
+def test_the_last_line_leaves_room_for_what_a_terminal_writes_when_a_key_is_pressed(
+    metrics: Path,
+) -> None:
     view, _ = live(metrics, START, step_row(1), width=40)
     assert max(map(len, picture(view))) <= 36
 
@@ -406,7 +429,10 @@ def test_views_for_logs_do_without_rich() -> None:
         "view_for(ProgressMode.auto).update(MetricsFollower(Path('/nowhere')))\n"
         "sys.exit('rich' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def test_a_sparkline_is_as_wide_as_told_and_leaves_out_what_is_not_finite() -> None:
@@ -435,7 +461,9 @@ def texts(svg: str) -> list[str]:
     return [element.text or "" for element in parsed(svg).iter() if element.tag.endswith("}text")]
 
 
-def curve(rows: Rows, base_loss: float | None = 2.9, title: str = "Healing x", *, dark: bool = False) -> str:
+def curve(
+    rows: Rows, base_loss: float | None = 2.9, title: str = "Healing x", *, dark: bool = False
+) -> str:
     """The picture, held to be well-formed, self-contained and inside its frame."""
     svg = loss_curve(rows, base_loss=base_loss, title=title, dark=dark)
     check(svg)
@@ -461,7 +489,9 @@ ODD: dict[str, Rows] = {
     "one step without a start": [step_row(1)],
     "constant": [step_row(k, loss=2.9, eval_loss=2.9) for k in range(50)],
     "zero": [step_row(k, loss=0.0, eval_loss=0.0) for k in range(50)],
-    "nothing but NaN": [step_row(k, loss=math.nan, eval_loss=math.nan, skipped=True) for k in range(9)],
+    "nothing but NaN": [
+        step_row(k, loss=math.nan, eval_loss=math.nan, skipped=True) for k in range(9)
+    ],
     "infinite": [START, step_row(1, loss=math.inf, eval_loss=math.inf)],
     "huge": [step_row(k, tokens=k * 10**13, eval_loss=3 - k / 99) for k in range(99)],
     "better than its base": [START | {"eval_loss": 2.0}, step_row(1, eval_loss=1.9)],
@@ -477,11 +507,21 @@ def test_odd_runs_have_a_picture(name: str, base_loss: float | None) -> None:
 
 
 def test_the_picture_names_scaled_base_and_the_first_measurement_at_the_base() -> None:
-    rows = [START, *(step_row(k, eval_loss=loss) for k, loss in ((250, 3.0), (500, 2.9), (750, 2.95), (1000, 2.8)))]
+    rows = [
+        START,
+        *(
+            step_row(k, eval_loss=loss)
+            for k, loss in ((250, 3.0), (500, 2.9), (750, 2.95), (1000, 2.8))
+        ),
+    ]
     shown = texts(curve(rows))
-    assert {"scaled 3.400", "base 2.900", "at the base after 2.05M tokens", "1M", "4M"} <= set(shown)
+    assert {"scaled 3.400", "base 2.900", "at the base after 2.05M tokens", "1M", "4M"} <= set(
+        shown
+    )
     assert "at the start 3.400" in texts(curve(rows, None))
-    assert not any("at the base" in text or text.startswith("base") for text in texts(curve(rows, None)))
+    assert not any(
+        "at the base" in text or text.startswith("base") for text in texts(curve(rows, None))
+    )
     assert not any("at the base" in text for text in texts(curve(rows, 2.7)))
 
 
@@ -511,11 +551,15 @@ def test_a_spike_does_not_flatten_a_long_run() -> None:
 @pytest.mark.parametrize("num_steps", [90, 400])
 def test_the_training_line_is_smooth_enough_that_the_held_out_one_shows(num_steps: int) -> None:
     chance = random.Random(0)
-    rows = [row | {"loss": row.get("loss", 0.0) + chance.gauss(0, 0.4)} for row in run_rows(num_steps, 2)]
+    rows = [
+        row | {"loss": row.get("loss", 0.0) + chance.gauss(0, 0.4)}
+        for row in run_rows(num_steps, 2)
+    ]
     rows[0] = START
     svg = curve(rows)
     training, heldout = (
-        [float(point.split(",")[1]) for point in points.split()] for points in re.findall(r'points="([^"]+)"', svg)
+        [float(point.split(",")[1]) for point in points.split()]
+        for points in re.findall(r'points="([^"]+)"', svg)
     )
     rough = statistics.mean(abs(a - b) for a, b in pairwise(training))
     assert rough < 0.15 * (max(heldout) - min(heldout))
@@ -529,18 +573,25 @@ def test_titles_are_text_whatever_they_hold() -> None:
 
 
 def test_light_and_dark_are_the_same_picture_in_other_colours() -> None:
-    light, dark = (re.sub("#[0-9a-f]{6}", "#", curve(run_rows(200), dark=dark)) for dark in (False, True))
+    light, dark = (
+        re.sub("#[0-9a-f]{6}", "#", curve(run_rows(200), dark=dark)) for dark in (False, True)
+    )
     assert light == dark
     assert "#0d1117" in curve([], dark=True)
 
 
 def test_eight_series_are_told_apart_and_nine_are_refused() -> None:
-    series = {f"{k} is <the> name": [(0.0, 3.4), (1e6, 3 - k / 10), (2e6, math.nan)] for k in range(MAX_SERIES)}
+    series = {
+        f"{k} is <the> name": [(0.0, 3.4), (1e6, 3 - k / 10), (2e6, math.nan)]
+        for k in range(MAX_SERIES)
+    }
     for dark in (False, True):
         svg = compare_curves(series, base_loss=2.9, title="All", dark=dark)
         check(svg)
         assert set(series) | {"base 2.900"} <= set(texts(svg))
-        lines = re.findall(r'<polyline points="[^"]*" fill="none" stroke-linejoin="round" ([^/]*)/>', svg)
+        lines = re.findall(
+            r'<polyline points="[^"]*" fill="none" stroke-linejoin="round" ([^/]*)/>', svg
+        )
         assert len(set(lines)) == MAX_SERIES
     with pytest.raises(ValueError, match="at most 8"):
         compare_curves(series | {"one more": []}, base_loss=None, title="All")

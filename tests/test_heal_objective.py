@@ -52,18 +52,28 @@ def _reference(hidden: Any, output: Any, labels: Any, head: Head, teaching: Teac
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "chunk_rows", lambda *_: 64)  # 300 rows: four whole chunks and a part
-    monkeypatch.setattr(losses, "block_rows", lambda *_: 24)  # of each chunk: two whole blocks and a part
+    monkeypatch.setattr(
+        losses, "chunk_rows", lambda *_: 64
+    )  # 300 rows: four whole chunks and a part
+    monkeypatch.setattr(
+        losses, "block_rows", lambda *_: 24
+    )  # of each chunk: two whole blocks and a part
 
 
-@pytest.mark.parametrize("head", [Head(), Head(scale=0.25), Head(cap=3.0), Head(scale=2.0, cap=5.0)])
+@pytest.mark.parametrize(
+    "head", [Head(), Head(scale=0.25), Head(cap=3.0), Head(scale=2.0, cap=5.0)]
+)
 @pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_loss_and_gradients_are_those_of_full_logits(head: Head, weight: float | None, bias: bool) -> None:
+def test_loss_and_gradients_are_those_of_full_logits(
+    head: Head, weight: float | None, bias: bool
+) -> None:
     hidden, output, labels = _inputs(bias)
     teaching = None
     if weight is not None:
-        teaching = Teaching(torch.randn(300, WIDTH), torch.nn.Linear(WIDTH, VOCAB, bias=bias), head, weight)
+        teaching = Teaching(
+            torch.randn(300, WIDTH), torch.nn.Linear(WIDTH, VOCAB, bias=bias), head, weight
+        )
     parameters = [hidden, *output.parameters()]
     expected = _reference(hidden, output, labels, head, teaching)
     expected_gradients = torch.autograd.grad(expected[0], parameters)
@@ -97,7 +107,9 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None
     hidden, output, labels = _inputs()
     expected = torch.autograd.grad(loss_sums(hidden, output, labels, Head())[0], hidden)[0]
     output.requires_grad_(False)
-    assert torch.equal(torch.autograd.grad(loss_sums(hidden, output, labels, Head())[0], hidden)[0], expected)
+    assert torch.equal(
+        torch.autograd.grad(loss_sums(hidden, output, labels, Head())[0], hidden)[0], expected
+    )
 
 
 def test_an_unknown_way_to_logits_is_refused() -> None:
@@ -170,16 +182,27 @@ def test_distillation_fades_out_where_it_was_told_to() -> None:
 
 
 def test_gains_follow_adam_and_leave_what_does_not_learn() -> None:
-    gains = Gains({name: torch.empty(4, 4) for name in ("a.o_proj.weight", "a.q_proj.weight", "b.down_proj.weight")})
+    gains = Gains(
+        {
+            name: torch.empty(4, 4)
+            for name in ("a.o_proj.weight", "a.q_proj.weight", "b.down_proj.weight")
+        }
+    )
     assert gains.names == ["a.o_proj.weight", "b.down_proj.weight"]
     # Adam's first step has the size of its rate whatever the gradient's, and goes against its sign.
     assert gains.factors([5.0, None], lr=0.1) == pytest.approx([math.exp(-0.1), 1.0])
     assert gains.factors([5.0, -3.0], lr=0.1) == pytest.approx([math.exp(-0.1), math.exp(0.1)])
 
 
-def test_a_cpu_beside_an_accelerator_is_asked_for_its_own_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_beside_an_accelerator_is_asked_for_its_own_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert [computes_in_bf16(), computes_in_bf16("cuda"), computes_in_bf16("cpu")] == [True, True, False]
+    assert [computes_in_bf16(), computes_in_bf16("cuda"), computes_in_bf16("cpu")] == [
+        True,
+        True,
+        False,
+    ]
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert not computes_in_bf16()

@@ -1,4 +1,6 @@
-"""A run says before it starts what it will measure, what it needs, and where its proof would be thin."""
+"""A run says before it starts what it will measure, what it needs, and where its proof would be
+thin.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def measuring(
 
 @pytest.mark.parametrize("train", ["all", "new"])
 @pytest.mark.parametrize("num_heldout", [500, 20_000, 310_000, 10**9])
-@pytest.mark.parametrize(("steps", "tokens_per_step"), [(1, 4096), (15, 4096), (39, 512), (400, 4096), (9000, 262_144)])
+@pytest.mark.parametrize(
+    ("steps", "tokens_per_step"), [(1, 4096), (15, 4096), (39, 512), (400, 4096), (9000, 262_144)]
+)
 def test_measurements_take_a_tenth_of_a_run_unless_more_was_asked_for(
     steps: int, tokens_per_step: int, num_heldout: int, train: str
 ) -> None:
@@ -53,7 +57,10 @@ def test_measurements_take_a_tenth_of_a_run_unless_more_was_asked_for(
     assert 1 <= every <= steps
     assert tokens <= 250_000
     assert -(-steps // every) <= 20
-    assert measuring(steps, tokens_per_step, num_heldout, train, eval_tokens=77) == (max(1, steps // 20), 77)
+    assert measuring(steps, tokens_per_step, num_heldout, train, eval_tokens=77) == (
+        max(1, steps // 20),
+        77,
+    )
     often, fewer = measuring(steps, tokens_per_step, num_heldout, train, eval_every=1)
     assert often == 1
     assert (steps + 2) * fewer * forward <= 0.1 / 0.9 * steps * tokens_per_step
@@ -69,9 +76,16 @@ def test_the_plan_tells_what_is_measured_of_what_is_held_out(home: Path) -> None
     assert 0 < plan["heldout_documents"] < plan["available_heldout_documents"]
     assert plan["evaluation_share"] <= 0.1
     whole = dry(home, "--holdout", "30%", "--steps", "20", "--eval-tokens", "250K")
-    assert whole["heldout_documents"] == whole["available_heldout_documents"] == plan["available_heldout_documents"]
+    assert (
+        whole["heldout_documents"]
+        == whole["available_heldout_documents"]
+        == plan["available_heldout_documents"]
+    )
     # With the mask nothing predicts a document's first token.
-    assert whole["heldout_tokens"] == whole["available_heldout_tokens"] - whole["available_heldout_documents"]
+    assert (
+        whole["heldout_tokens"]
+        == whole["available_heldout_tokens"] - whole["available_heldout_documents"]
+    )
     assert whole["evaluation_share"] > plan["evaluation_share"]
     assert whole["epochs"] == pytest.approx(20 * 8 / ((whole["train_tokens"] - 1) // 64))
 
@@ -95,29 +109,66 @@ def test_memory_that_is_not_there_is_warned_of(home: Path, monkeypatch: pytest.M
     assert plan["seconds"] > 0
     short = plan | {"fits": False, "memory_available_per_device": 1000}
     assert "a worker needs" in planning._warnings(short)[-1]
-    assert "a node needs" in planning._warnings(plan | {"fits": False, "host_memory_available": 1000})[-1]
+    assert (
+        "a node needs"
+        in planning._warnings(plan | {"fits": False, "host_memory_available": 1000})[-1]
+    )
 
 
 def test_text_has_the_same_and_a_run_tells_it_at_its_start(home: Path) -> None:
-    data = ("--data", home / "corpus.jsonl", "--seq-length", "64", "--batch-tokens", "512", "--steps", "2")
+    data = (
+        "--data",
+        home / "corpus.jsonl",
+        "--seq-length",
+        "64",
+        "--batch-tokens",
+        "512",
+        "--steps",
+        "2",
+    )
     text = tiny.forked_dus("heal", home / "scaled", *data, "--dry-run").stdout
     for label in ("data", "held out", "measured", "memory", "time"):
         assert f"\n{label:<13}" in text
     assert "warning: " in text
-    done = tiny.forked_dus("heal", home / "scaled", *data, "-o", home / "out", "--progress", "json", "--json")
-    (plan,) = [json.loads(line) for line in done.stderr.splitlines() if json.loads(line)["event"] == "plan"]
+    done = tiny.forked_dus(
+        "heal", home / "scaled", *data, "-o", home / "out", "--progress", "json", "--json"
+    )
+    (plan,) = [
+        json.loads(line) for line in done.stderr.splitlines() if json.loads(line)["event"] == "plan"
+    ]
     report = done.report
-    for name in ("data", "heldout_tokens", "heldout_documents", "available_heldout_tokens", "train_documents"):
+    for name in (
+        "data",
+        "heldout_tokens",
+        "heldout_documents",
+        "available_heldout_tokens",
+        "train_documents",
+    ):
         assert plan[name] == report[name], name
     assert report["data"] == ["corpus.jsonl"]
     card = (home / "out/README.md").read_text(encoding="utf-8")
-    assert f"`corpus.jsonl`: {report['train_tokens']:,} tokens of {report['train_documents']:,} documents" in card
-    assert f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents" in card
+    assert (
+        f"`corpus.jsonl`: {report['train_tokens']:,} tokens of {report['train_documents']:,} "
+        "documents" in card
+    )
+    assert (
+        f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents"
+        in card
+    )
 
 
 def test_a_run_begun_when_a_run_had_phases_goes_on_if_it_has_one(home: Path) -> None:
     out = home / "earlier"
-    command = ("heal", home / "scaled", "-o", out, "--data", home / "corpus.jsonl", "--seq-length", "64")
+    command = (
+        "heal",
+        home / "scaled",
+        "-o",
+        out,
+        "--data",
+        home / "corpus.jsonl",
+        "--seq-length",
+        "64",
+    )
     arguments = (*command, "--batch-tokens", "512", "--train", "new", "--print-command", "-q")
     assert tiny.forked_dus(*arguments).returncode == 0
     path = out / "run.json"
@@ -125,7 +176,9 @@ def test_a_run_begun_when_a_run_had_phases_goes_on_if_it_has_one(home: Path) -> 
     then = json.loads(path.read_text())
     assert now["recipe"]["train_layers"] == [3, 4]
     then["recipe"]["phases"] = [{"start": 0, "layers": then["recipe"].pop("train_layers")}]
-    then["options"]["recipe.phases"] = [{"train": then["options"].pop("recipe.train"), "length": None}]
+    then["options"]["recipe.phases"] = [
+        {"train": then["options"].pop("recipe.train"), "length": None}
+    ]
     path.write_text(json.dumps(then))
     assert tiny.forked_dus(*arguments).returncode == 0
     assert json.loads(path.read_text()) == now

@@ -1,4 +1,6 @@
-"""A sample holds what `dus heal` would hold out, in the rows that it would make of it, and no more than was asked."""
+"""A sample holds what `dus heal` would hold out, in the rows that it would make of it, and no
+more than was asked.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +56,14 @@ def test_rows_are_those_of_evaluation_data_of_a_run(
             assert np.array_equal(getattr(mine, name), getattr(row, name)), name
 
 
-def test_with_a_share_the_documents_are_those_that_a_run_holds_out(tokeniser: Tokeniser, tmp_path: Path) -> None:
+def test_with_a_share_the_documents_are_those_that_a_run_holds_out(
+    tokeniser: Tokeniser, tmp_path: Path
+) -> None:
     corpus = tiny.write_corpus(tmp_path / "corpus.jsonl", 60)
     sources = parse_sources([str(corpus)], tmp_path)
-    prepared = prepare(sources, (), tokeniser.folder, tmp_path / "tokens", vocab_size=VOCAB, holdout=0.25)
+    prepared = prepare(
+        sources, (), tokeniser.folder, tmp_path / "tokens", vocab_size=VOCAB, holdout=0.25
+    )
     theirs = heldout_rows(prepared, tmp_path / "tokens", 32)
     ours = Packed(read_sample([str(corpus)], tokeniser, 10**6, holdout=0.25).texts, tokeniser, 32)
     assert 0 < ours.num_documents == prepared.num_heldout_documents < 60
@@ -111,7 +117,9 @@ def test_standard_input_is_read(tokeniser: Tokeniser, monkeypatch: pytest.Monkey
         ("nonsense\n", "line 1: not JSON"),
     ],
 )
-def test_data_without_documents_are_refused(tokeniser: Tokeniser, tmp_path: Path, lines: str, said: str) -> None:
+def test_data_without_documents_are_refused(
+    tokeniser: Tokeniser, tmp_path: Path, lines: str, said: str
+) -> None:
     path: Any = tmp_path / "a.jsonl"
     path.write_text(lines)
     with pytest.raises(DataError, match=said):

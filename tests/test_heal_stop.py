@@ -1,6 +1,7 @@
 """A run that is told to stop ends wherever it is, with what there is to keep: stage by stage.
 
-Each stage is made longer than the test waits, by Python that runs in the worker first; time is only a guard here.
+Each stage is made longer than the test waits, by Python that runs in the worker first; time is only
+a guard here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 
 SHORT = (
-    "--steps 6 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-every 2 --save-every 100 "
+    "--steps 6 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-every 2 "
+    "--save-every 100 "
     "--micro-batch 2 --precision fp32 -q"
 ).split()
 
@@ -104,7 +106,8 @@ def slow(*args, **kwargs):
 dcp.save = slow
 """
 
-# A disk that takes longer to give a checkpoint its name than a worker has, once it saves, to come to a brake.
+# A disk that takes longer to give a checkpoint its name than a worker has, once it saves, to come
+# to a brake.
 NAMING = """
 import time
 import dus_cli.heal.train.checkpoints as checkpoints, dus_cli.models.stopping as stopping
@@ -143,7 +146,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stop")
     tiny.write_corpus(folder / "corpus.jsonl", 200)
     tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
-    assert tiny.heal(folder / "scaled", folder / "straight", "--data", folder / "corpus.jsonl", *SHORT) == ""
+    assert (
+        tiny.heal(folder / "scaled", folder / "straight", "--data", folder / "corpus.jsonl", *SHORT)
+        == ""
+    )
     prepare(folder, folder / "prepared")
     return folder
 
@@ -196,7 +202,10 @@ def assert_goes_on(home: Path, out: Path) -> None:
     """The same command ends it, and it has learned what a run that was never stopped has."""
     assert tiny.ended(out, tiny.start_workers(out)) == ""
     assert tiny.curve(out) == tiny.curve(home / "straight")
-    assert tiny.digests(out)["model.safetensors"] == tiny.digests(home / "straight")["model.safetensors"]
+    assert (
+        tiny.digests(out)["model.safetensors"]
+        == tiny.digests(home / "straight")["model.safetensors"]
+    )
 
 
 def test_while_it_loads_a_signal_ends_a_worker_at_once(out: Path) -> None:
@@ -204,7 +213,9 @@ def test_while_it_loads_a_signal_ends_a_worker_at_once(out: Path) -> None:
     assert not (out / "metrics.jsonl").exists()
 
 
-def test_a_signal_while_base_and_scaled_loss_are_measured_ends_it_with_nothing_to_keep(home: Path, out: Path) -> None:
+def test_a_signal_while_base_and_scaled_loss_are_measured_ends_it_with_nothing_to_keep(
+    home: Path, out: Path
+) -> None:
     assert stop(out, MEASURING, call=2) == 143
     assert saved(out) == []
     assert_goes_on(home, out)
@@ -216,11 +227,15 @@ def test_a_signal_in_an_evaluation_keeps_the_step_before_it_and_measures_again_l
 ) -> None:
     assert stop(out, MEASURING, signum, call=3) == code
     assert saved(out) == ["step-00000002"]
-    assert [row["step"] for row in tiny.metrics(out)] == [0, 1], "step 2 has its row once it is measured"
+    assert [row["step"] for row in tiny.metrics(out)] == [0, 1], (
+        "step 2 has its row once it is measured"
+    )
     assert_goes_on(home, out)
 
 
-def test_a_signal_in_a_step_of_many_micro_batches_keeps_the_step_before_it(home: Path, out: Path) -> None:
+def test_a_signal_in_a_step_of_many_micro_batches_keeps_the_step_before_it(
+    home: Path, out: Path
+) -> None:
     assert stop(out, STEPPING) == 143
     assert saved(out) == ["step-00000002"]
     assert_goes_on(home, out)
@@ -239,12 +254,16 @@ def test_a_signal_while_a_checkpoint_is_saved_lets_it_be_saved(home: Path, out: 
     assert_goes_on(home, out)
 
 
-def test_the_checkpoint_that_a_signal_asked_for_gets_its_name_however_slow_the_disk_is(out: Path) -> None:
+def test_the_checkpoint_that_a_signal_asked_for_gets_its_name_however_slow_the_disk_is(
+    out: Path,
+) -> None:
     assert stop(out, STEPPING + NAMING) == 143
     assert saved(out) == ["step-00000002"]
 
 
-def test_a_signal_while_the_model_is_written_leaves_the_run_and_no_half_of_it(home: Path, out: Path) -> None:
+def test_a_signal_while_the_model_is_written_leaves_the_run_and_no_half_of_it(
+    home: Path, out: Path
+) -> None:
     assert stop(out, PUBLISHING) == 143
     assert saved(out) == ["step-00000006"]
     assert not (out / "config.json").exists()
@@ -257,15 +276,22 @@ def test_what_a_library_does_not_come_back_from_ends_all_the_same(out: Path) -> 
 
 
 def test_a_second_signal_ends_it_whatever_it_does(out: Path) -> None:
-    (worker,) = start(out, "from dus_cli.models import stopping\nstopping._GRACE, stopping._SAME = 1e9, 0\n" + STUCK)
+    (worker,) = start(
+        out,
+        "from dus_cli.models import stopping\nstopping._GRACE, stopping._SAME = 1e9, 0\n" + STUCK,
+    )
     for _ in range(2):
         os.kill(worker.pid, signal.SIGTERM)
         time.sleep(0.5)  # two of a kind at once are one
     assert tiny.wait(worker, PATIENCE) == 143
 
 
-def test_what_a_killed_launcher_sends_twice_is_one_signal_and_the_checkpoint_is_kept(out: Path) -> None:
-    (worker,) = start(out, "from dus_cli.models import stopping\nstopping._SAME = 1e9\n" + STEPPING + NAMING)
+def test_what_a_killed_launcher_sends_twice_is_one_signal_and_the_checkpoint_is_kept(
+    out: Path,
+) -> None:
+    (worker,) = start(
+        out, "from dus_cli.models import stopping\nstopping._SAME = 1e9\n" + STEPPING + NAMING
+    )
     for _ in range(2):
         os.kill(worker.pid, signal.SIGTERM)
         time.sleep(0.5)
@@ -273,7 +299,9 @@ def test_what_a_killed_launcher_sends_twice_is_one_signal_and_the_checkpoint_is_
     assert saved(out) == ["step-00000002"]
 
 
-def test_a_signal_to_one_of_two_workers_ends_both_with_one_checkpoint(home: Path, out: Path) -> None:
+def test_a_signal_to_one_of_two_workers_ends_both_with_one_checkpoint(
+    home: Path, out: Path
+) -> None:
     workers = start(out, MEASURING, workers=2, call=3)
     os.kill(workers[1].pid, signal.SIGTERM)
     assert [tiny.wait(worker, PATIENCE) for worker in workers] == [143, 143]
@@ -322,11 +350,15 @@ def test_the_command_ends_where_it_is_and_leaves_nothing(
         options += ["-o", str(tmp_path / "out")]
     first = PLACES.format(marker=str(marker)) + (TOKENISING if name == "heal" else SLOW_LAYERS)
     model = home / ("base" if name == "probe" else "scaled")
-    process = tiny.start_dus(tmp_path / "log", name, model, "--data", data, *options, "-q", first=first)
+    process = tiny.start_dus(
+        tmp_path / "log", name, model, "--data", data, *options, "-q", first=first
+    )
     until(lambda: marker.exists() or not process.is_alive())
     os.kill(process.pid, signum)
     assert tiny.wait(process, PATIENCE) == code, (tmp_path / "log.err").read_text()
-    assert (tmp_path / "log.err").read_text() == f"error: ended by {signum.name}; nothing was left behind\n"
+    assert (
+        tmp_path / "log.err"
+    ).read_text() == f"error: ended by {signum.name}; nothing was left behind\n"
     assert [path.name for path in tmp_path.glob("out/tokens/*") if path.is_dir()] == []
 
 
@@ -351,12 +383,16 @@ def test_one_worker_needs_no_port_and_no_loopback(home: Path, out: Path, no_netw
 def test_several_workers_without_loopback_are_refused_before_they_start(
     home: Path, tmp_path: Path, no_network: str
 ) -> None:
-    done = tiny.forked_dus(*command(home, tmp_path / "out"), "--nproc-per-node", "2", first=no_network)
+    done = tiny.forked_dus(
+        *command(home, tmp_path / "out"), "--nproc-per-node", "2", first=no_network
+    )
     done.assert_one_line_error("127.0.0.1 cannot be used", "--nproc-per-node 1")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_printed_line_of_one_worker_is_the_worker_and_of_two_torchrun(home: Path, tmp_path: Path) -> None:
+def test_the_printed_line_of_one_worker_is_the_worker_and_of_two_torchrun(
+    home: Path, tmp_path: Path
+) -> None:
     line = command(home, tmp_path / "out")
     one = tiny.forked_dus(*line, "--print-command").stdout.split()
     two = tiny.forked_dus(*line, "--print-command", "--nproc-per-node", "2").stdout.split()

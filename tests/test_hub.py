@@ -1,4 +1,6 @@
-"""Models from the Hub: the real command against a stand-in on the loopback interface (hub_server)."""
+"""Models from the Hub: the real command against a stand-in on the loopback interface
+(hub_server).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ from pickled import Payload, write_pickled
 
 from dus_cli.common.reference import ModelRef
 
-SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md", ".gitattributes"}
+SMALL_FILES = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "README.md",
+    ".gitattributes",
+}
 INDEX = "model.safetensors.index.json"
 SHARDS = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
 OTHER_FORMATS = {
@@ -40,14 +48,25 @@ OTHER_FORMATS = {
     "original/params.json",
 }
 # What the report of a dry run cannot have.
-OF_A_RUN = {"status", "dry_run", "space", "bytes_cloned", "bytes_copied", "verified", "published", "seconds"}
+OF_A_RUN = {
+    "status",
+    "dry_run",
+    "space",
+    "bytes_cloned",
+    "bytes_copied",
+    "verified",
+    "published",
+    "seconds",
+}
 AT_ONCE = "import dus_cli.hub.remote as r; r.FIRST_WAIT = 0"  # no waits before another try
 CLOSED_PORT = "http://127.0.0.1:1"
 
 
 def write_repo(folder: Path, num_layers: int, *, num_shards: int = 3) -> Path:
     """What a repo holds: the weights, the same for other programs, a tokenizer, a card."""
-    write_checkpoint(folder, llama_tensors(num_layers), llama_config(num_layers), num_shards=num_shards)
+    write_checkpoint(
+        folder, llama_tensors(num_layers), llama_config(num_layers), num_shards=num_shards
+    )
     for name in OTHER_FORMATS | SMALL_FILES - {"config.json"}:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps({"a file": name}))  # the cache keeps equal files once
@@ -84,7 +103,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def repos(folders: dict[str, Path]) -> dict[str, StandInRepo]:
     llama = StandInRepo(
         {commit_of(name): folders[name] for name in ("llama", "earlier")},
-        {"main": commit_of("llama"), "v0.1": commit_of("earlier"), "refs/pr/1": commit_of("earlier")},
+        {
+            "main": commit_of("llama"),
+            "v0.1": commit_of("earlier"),
+            "refs/pr/1": commit_of("earlier"),
+        },
     )
     return {
         "org/llama": llama,
@@ -97,7 +120,9 @@ def repos(folders: dict[str, Path]) -> dict[str, StandInRepo]:
 
 
 @pytest.fixture(autouse=True)
-def hub(repos: dict[str, StandInRepo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+def hub(
+    repos: dict[str, StandInRepo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StandInHub]:
     with only_hub(repos, tmp_path / "hf", monkeypatch) as running:
         yield running
 
@@ -117,7 +142,9 @@ def fetched_whole(hub: StandInHub) -> list[str]:
     return [r.path for r in asked if r.path.endswith(".safetensors")]
 
 
-def test_hub_model_and_its_directory_give_the_same_output(folders: dict[str, Path], desk: Path) -> None:
+def test_hub_model_and_its_directory_give_the_same_output(
+    folders: dict[str, Path], desk: Path
+) -> None:
     options = ("--trim", "1", "--max-shard-size", "200KB", "--json")
     remote = dus("upscale", "org/llama", *options, "-o", "remote").report
     local = dus("upscale", folders["llama"], *options, "-o", "local").report
@@ -151,18 +178,27 @@ def test_lineage_and_card_name_the_repo_and_its_commit(revision: str | None, des
         (commit_of("earlier"), commit_of("earlier"), 6),
     ],
 )
-def test_revision_is_a_branch_a_tag_or_a_commit(revision: str, commit: str, num_layers: int, desk: Path) -> None:
+def test_revision_is_a_branch_a_tag_or_a_commit(
+    revision: str, commit: str, num_layers: int, desk: Path
+) -> None:
     report = dus("upscale", f"org/llama@{revision}", "--trim", "1", "-o", "out", "--json").report
     assert report["commit"] == commit
     assert report["num_layers"]["base"] == num_layers
 
 
 def test_model_in_one_file_is_fetched_and_deepened(hub: StandInHub, desk: Path) -> None:
-    assert dus("upscale", "org/single", "--trim", "1", "-o", "out", "--json").report["num_layers"]["output"] == 14
+    assert (
+        dus("upscale", "org/single", "--trim", "1", "-o", "out", "--json").report["num_layers"][
+            "output"
+        ]
+        == 14
+    )
     assert hub.files_asked_for == SMALL_FILES | {"model.safetensors"}
 
 
-def test_only_small_files_and_what_the_index_names_are_asked_for(hub: StandInHub, desk: Path) -> None:
+def test_only_small_files_and_what_the_index_names_are_asked_for(
+    hub: StandInHub, desk: Path
+) -> None:
     report = dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--json").report
     assert hub.files_asked_for == SMALL_FILES | {INDEX} | SHARDS
     assert report["files"] == ["generation_config.json", "tokenizer.json"]
@@ -177,27 +213,39 @@ def test_second_run_takes_the_weights_from_the_cache(hub: StandInHub, desk: Path
     assert hub.num_sent("*.safetensors") == 0
 
 
-@pytest.mark.parametrize("environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["unreachable", "offline"])
-def test_cached_model_needs_no_hub(environment: dict[str, str], hub: StandInHub, desk: Path) -> None:
+@pytest.mark.parametrize(
+    "environment", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["unreachable", "offline"]
+)
+def test_cached_model_needs_no_hub(
+    environment: dict[str, str], hub: StandInHub, desk: Path
+) -> None:
     assert dus("upscale", "org/llama", "--trim", "1", "-o", "one").returncode == 0
     hub.stop()
     command = ("upscale", "org/llama", "--trim", "1", "-o", "two", "--json")
-    assert dus(*command, "--dry-run", cwd=desk, **environment).report["commit"] == commit_of("llama")
+    assert dus(*command, "--dry-run", cwd=desk, **environment).report["commit"] == commit_of(
+        "llama"
+    )
     assert dus(*command, cwd=desk, **environment).report["commit"] == commit_of("llama")
 
 
 def test_cache_whose_blobs_are_shared_between_repos_is_read(tmp_path: Path, desk: Path) -> None:
-    """huggingface_hub 2 keeps Xet files in one store for all repos, with links to it from each repo's blobs."""
+    """huggingface_hub 2 keeps Xet files in one store for all repos, with links to it from each
+    repo's blobs.
+    """
     assert dus("upscale", "org/llama", "--trim", "1", "-o", "one").returncode == 0
     cache = tmp_path / "hf" / "hub"
-    blobs = [path for path in cache.glob("models--*/blobs/*") if len(path.name) == 64]  # sha256: under LFS
+    blobs = [
+        path for path in cache.glob("models--*/blobs/*") if len(path.name) == 64
+    ]  # sha256: under LFS
     assert len(blobs) == len(SHARDS)
     for blob in blobs:
         stored = cache / "blobs" / blob.name[:2] / blob.name
         stored.parent.mkdir(parents=True)
         blob.rename(stored)
         blob.symlink_to(os.path.relpath(stored, blob.parent))
-    assert dus("upscale", "org/llama", "--trim", "1", "-o", "two", "--json").report["commit"] == commit_of("llama")
+    assert dus("upscale", "org/llama", "--trim", "1", "-o", "two", "--json").report[
+        "commit"
+    ] == commit_of("llama")
 
 
 def test_verify_holds_the_output_against_its_base_on_the_hub(desk: Path) -> None:
@@ -205,11 +253,25 @@ def test_verify_holds_the_output_against_its_base_on_the_hub(desk: Path) -> None
     found = dus("verify", "out", "--base", "org/llama", "--json").report
     assert found["sound"]
     assert found["bytes_compared"] > 0
-    assert not json.loads(dus("verify", "out", "--base", "org/llama@v0.1", "--json").stdout)["sound"]
+    assert not json.loads(dus("verify", "out", "--base", "org/llama@v0.1", "--json").stdout)[
+        "sound"
+    ]
 
 
-def test_dry_run_fetches_headers_only_and_plans_what_the_run_does(hub: StandInHub, desk: Path) -> None:
-    command = ("upscale", "org/wide", "--trim", "1", "-o", "out", "--max-shard-size", "5MB", "--json")
+def test_dry_run_fetches_headers_only_and_plans_what_the_run_does(
+    hub: StandInHub, desk: Path
+) -> None:
+    command = (
+        "upscale",
+        "org/wide",
+        "--trim",
+        "1",
+        "-o",
+        "out",
+        "--max-shard-size",
+        "5MB",
+        "--json",
+    )
     planned = dus(*command, "--dry-run").report
     assert list(desk.iterdir()) == []
     assert fetched_whole(hub) == []
@@ -224,7 +286,9 @@ def test_header_longer_than_the_first_request_takes_a_second(
     hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
 ) -> None:
     tensors, config = llama_tensors(220, 8, 8, 8, 8), llama_config(220, 8, 8, 8)
-    repos["org/deep"] = one_commit(write_checkpoint(tmp_path / "deep", tensors, config, num_shards=2))
+    repos["org/deep"] = one_commit(
+        write_checkpoint(tmp_path / "deep", tensors, config, num_shards=2)
+    )
     report = dus("upscale", "org/deep", "--trim", "1", "-o", "out", "--dry-run", "--json").report
     assert report["num_layers"]["output"] == 438
     # Two headers are read at a time, each in its order.
@@ -243,7 +307,9 @@ def test_json_is_all_there_is_on_stdout(value: str | None, desk: Path) -> None:
     assert run.stdout.count("\n") == 1
 
 
-def test_without_a_terminal_the_hub_adds_nothing_to_the_output(folders: dict[str, Path], desk: Path) -> None:
+def test_without_a_terminal_the_hub_adds_nothing_to_the_output(
+    folders: dict[str, Path], desk: Path
+) -> None:
     assert dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--json").stderr == ""
     remote = dus("upscale", "org/llama@v0.1", "--trim", "1", "-o", "remote")
     local = dus("upscale", folders["earlier"], "--trim", "1", "-o", "local")
@@ -267,22 +333,48 @@ def test_token_opens_private_and_gated_models(model: str, desk: Path) -> None:
         ("org/none", {"HF_TOKEN": READER}, ("org/none is not on the Hub",)),
         ("org/private", {}, ("org/private is not on the Hub, or is private", "HF_TOKEN")),
         ("org/private", {"HF_TOKEN": STRANGER}, ("org/private is not on the Hub, or is private",)),
-        ("org/gated", {}, ("org/gated is gated: ask for access at http://127.0.0.1:", "/org/gated, then", "--token")),
+        (
+            "org/gated",
+            {},
+            (
+                "org/gated is gated: ask for access at http://127.0.0.1:",
+                "/org/gated, then",
+                "--token",
+            ),
+        ),
         ("org/gated", {"HF_TOKEN": STRANGER}, ("org/gated is gated: ask for access",)),
-        ("org/llama", {"HF_TOKEN": "hf_expired"}, ("answered 401 for org/llama", "renew the token")),
+        (
+            "org/llama",
+            {"HF_TOKEN": "hf_expired"},
+            ("answered 401 for org/llama", "renew the token"),
+        ),
         ("org/llama@v9", {}, ("org/llama has no revision v9",)),
         (f"org/llama@{'0' * 40}", {}, (f"org/llama has no revision {'0' * 40}",)),
         ("org/llama--x", {}, ("org/llama--x is not a valid Hub id",)),
-        ("org/llama", {"HF_HUB_OFFLINE": "1"}, ("org/llama is not (wholly) in the cache", "HF_HUB_OFFLINE")),
+        (
+            "org/llama",
+            {"HF_HUB_OFFLINE": "1"},
+            ("org/llama is not (wholly) in the cache", "HF_HUB_OFFLINE"),
+        ),
         ("org/llama", {"HF_ENDPOINT": CLOSED_PORT}, ("the Hub cannot be reached", "HF_ENDPOINT")),
-        ("org/llama", {"HF_ENDPOINT": "localhost"}, ("HF_ENDPOINT is 'localhost'", "must begin with https://")),
-        ("org/xet", {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}, ("org/xet", "the Hub")),  # hf_xet's own errors
+        (
+            "org/llama",
+            {"HF_ENDPOINT": "localhost"},
+            ("HF_ENDPOINT is 'localhost'", "must begin with https://"),
+        ),
+        (
+            "org/xet",
+            {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"},
+            ("org/xet", "the Hub"),
+        ),  # hf_xet's own errors
     ],
 )
 def test_what_the_hub_cannot_serve_is_a_one_line_error(
     model: str, environment: dict[str, str], parts: tuple[str, ...], desk: Path
 ) -> None:
-    dus("upscale", model, "--trim", "1", "-q", "-o", "out", cwd=desk, **environment).assert_one_line_error(*parts)
+    dus(
+        "upscale", model, "--trim", "1", "-q", "-o", "out", cwd=desk, **environment
+    ).assert_one_line_error(*parts)
     assert list(desk.iterdir()) == []
 
 
@@ -301,17 +393,21 @@ def test_failing_hub_is_a_one_line_error(
     request_pattern: str, status: int, part: str, hub: StandInHub, desk: Path
 ) -> None:
     hub.failures[request_pattern] = status
-    dus("upscale", "org/llama", "--trim", "1", "-q", "-o", "out", first=AT_ONCE).assert_one_line_error(part)
+    dus(
+        "upscale", "org/llama", "--trim", "1", "-q", "-o", "out", first=AT_ONCE
+    ).assert_one_line_error(part)
     assert list(desk.iterdir()) == []
 
 
 def test_run_after_a_failed_download_succeeds(hub: StandInHub, desk: Path) -> None:
     hub.failures[f"GET /cdn/*/{max(SHARDS)} whole"] = 500
-    dus("upscale", "org/llama", "--trim", "1", "-q", "-o", "out", first=AT_ONCE).assert_one_line_error(
-        "the Hub answered 500"
-    )
+    dus(
+        "upscale", "org/llama", "--trim", "1", "-q", "-o", "out", first=AT_ONCE
+    ).assert_one_line_error("the Hub answered 500")
     hub.failures.clear()
-    assert dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--verify", "full").returncode == 0
+    assert (
+        dus("upscale", "org/llama", "--trim", "1", "-o", "out", "--verify", "full").returncode == 0
+    )
 
 
 def test_partly_cached_model_offline_is_a_one_line_error(desk: Path) -> None:
@@ -322,13 +418,19 @@ def test_partly_cached_model_offline_is_a_one_line_error(desk: Path) -> None:
 
 
 def test_invalid_trim_is_refused_before_weights_are_fetched(hub: StandInHub, desk: Path) -> None:
-    dus("upscale", "org/llama", "--trim", "4", "-q", "-o", "out").assert_one_line_error("--trim 4", "use 0 to 3")
+    dus("upscale", "org/llama", "--trim", "4", "-q", "-o", "out").assert_one_line_error(
+        "--trim 4", "use 0 to 3"
+    )
     assert fetched_whole(hub) == []
     assert list(desk.iterdir()) == []
 
 
 def test_encoder_is_refused_before_weights_are_fetched(
-    hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+    hub: StandInHub,
+    repos: dict[str, StandInRepo],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    desk: Path,
 ) -> None:
     folder = shutil.copytree(folders["llama"], tmp_path / "encoder")
     (folder / "config.json").write_text(json.dumps(llama_config(8) | {"is_encoder_decoder": True}))
@@ -336,13 +438,23 @@ def test_encoder_is_refused_before_weights_are_fetched(
     dus("upscale", "org/encoder", "--trim", "1", "-q", "-o", "out").assert_one_line_error(
         "decoder-only language models"
     )
-    dus("verify", folders["llama"], "--base", "org/encoder").assert_one_line_error("decoder-only language models")
+    dus("verify", folders["llama"], "--base", "org/encoder").assert_one_line_error(
+        "decoder-only language models"
+    )
     assert hub.num_sent("*.safetensors") == 0
 
 
-def write_pickled_repo(folder: Path, num_layers: int, *, num_shards: int = 1, as_zip: bool = True) -> Path:
+def write_pickled_repo(
+    folder: Path, num_layers: int, *, num_shards: int = 1, as_zip: bool = True
+) -> Path:
     """A repo of before safetensors, with the pickles of a training run beside the weights."""
-    write_pickled(folder, llama_tensors(num_layers), llama_config(num_layers), num_shards=num_shards, as_zip=as_zip)
+    write_pickled(
+        folder,
+        llama_tensors(num_layers),
+        llama_config(num_layers),
+        num_shards=num_shards,
+        as_zip=as_zip,
+    )
     for name in ("training_args.bin", "optimizer.pt", "tokenizer.json"):
         (folder / name).write_text(f"a file named {name}")
     return folder
@@ -350,12 +462,27 @@ def write_pickled_repo(folder: Path, num_layers: int, *, num_shards: int = 1, as
 
 @pytest.mark.parametrize(("num_shards", "as_zip"), [(1, True), (3, True), (1, False)])
 def test_pickled_repo_is_planned_from_headers_and_gives_what_its_directory_gives(
-    num_shards: int, as_zip: bool, hub: StandInHub, repos: dict[str, StandInRepo], tmp_path: Path, desk: Path
+    num_shards: int,
+    as_zip: bool,
+    hub: StandInHub,
+    repos: dict[str, StandInRepo],
+    tmp_path: Path,
+    desk: Path,
 ) -> None:
     folder = write_pickled_repo(tmp_path / "pickled", 8, num_shards=num_shards, as_zip=as_zip)
     names = {path.name for path in folder.glob("pytorch_model*")}
     repos["org/pickled"] = one_commit(folder)
-    command = ("upscale", "org/pickled", "--trim", "1", "--json", "--max-shard-size", "200KB", "-o", "out")
+    command = (
+        "upscale",
+        "org/pickled",
+        "--trim",
+        "1",
+        "--json",
+        "--max-shard-size",
+        "200KB",
+        "-o",
+        "out",
+    )
     planned = dus(*command, "--dry-run").report
     assert [r.path for r in hub.log if r.path.startswith("/cdn/") and r.byte_range is None] == []
     done = dus(*command, "--verify", "full").report
@@ -371,12 +498,19 @@ def test_pickled_repo_is_planned_from_headers_and_gives_what_its_directory_gives
 
 
 def test_safetensors_are_fetched_where_a_repo_has_both(
-    hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+    hub: StandInHub,
+    repos: dict[str, StandInRepo],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    desk: Path,
 ) -> None:
     folder = write_pickled_repo(tmp_path / "both", 8, num_shards=3)
     shutil.copy(folders["single"] / "model.safetensors", folder)
     repos["org/both"] = one_commit(folder)
-    assert dus("upscale", "org/both", "--trim", "1", "-o", "out", "--json").report["base_format"] == "safetensors"
+    assert (
+        dus("upscale", "org/both", "--trim", "1", "-o", "out", "--json").report["base_format"]
+        == "safetensors"
+    )
     assert not any(name.endswith(".bin") for name in hub.files_asked_for)
 
 
@@ -397,7 +531,9 @@ def test_repo_without_weights_that_dus_reads_is_told_so(
     repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
 ) -> None:
     ignored = shutil.ignore_patterns("*.safetensors*", "*.bin")
-    repos["org/other"] = one_commit(shutil.copytree(folders["llama"], tmp_path / "other", ignore=ignored))
+    repos["org/other"] = one_commit(
+        shutil.copytree(folders["llama"], tmp_path / "other", ignore=ignored)
+    )
     for option in ((), ("--dry-run",)):
         run = dus("upscale", "org/other", "--trim", "1", "-q", "-o", "out", *option)
         run.assert_one_line_error("org/other has neither model.safetensors nor pytorch_model.bin")
@@ -405,18 +541,31 @@ def test_repo_without_weights_that_dus_reads_is_told_so(
 
 
 def test_shard_that_the_hub_lacks_is_named(
-    hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+    hub: StandInHub,
+    repos: dict[str, StandInRepo],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    desk: Path,
 ) -> None:
     missing = max(SHARDS)
-    folder = shutil.copytree(folders["llama"], tmp_path / "partial", ignore=shutil.ignore_patterns(missing))
+    folder = shutil.copytree(
+        folders["llama"], tmp_path / "partial", ignore=shutil.ignore_patterns(missing)
+    )
     repos["org/partial"] = one_commit(folder)
-    dus("upscale", "org/partial", "--trim", "1", "-q", "-o", "out").assert_one_line_error("org/partial has no", missing)
+    dus("upscale", "org/partial", "--trim", "1", "-q", "-o", "out").assert_one_line_error(
+        "org/partial has no", missing
+    )
     assert fetched_whole(hub) == []
 
 
 @pytest.mark.parametrize("size", [4, 20])
 def test_damaged_header_on_the_hub_is_refused_before_weights_are_fetched(
-    size: int, hub: StandInHub, repos: dict[str, StandInRepo], folders: dict[str, Path], tmp_path: Path, desk: Path
+    size: int,
+    hub: StandInHub,
+    repos: dict[str, StandInRepo],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    desk: Path,
 ) -> None:
     damaged = min(SHARDS)
     folder = shutil.copytree(folders["llama"], tmp_path / "damaged")
@@ -446,10 +595,16 @@ def test_a_hub_id_is_told_by_its_form(typed: str, revision: str | None) -> None:
 
 
 def test_an_address_with_a_revision_option_is_resolved_and_written_down(desk: Path) -> None:
-    done = dus("upscale", "hf://org/llama", "--revision", "v0.1", "--trim", "1", "-o", "out", "--json").report
+    done = dus(
+        "upscale", "hf://org/llama", "--revision", "v0.1", "--trim", "1", "-o", "out", "--json"
+    ).report
     assert (done["model"], done["commit"]) == ("hf://org/llama", commit_of("earlier"))
     base = json.loads((desk / "out/dus.json").read_text())["base"]
-    assert (base["repo_id"], base["revision"], base["commit"]) == ("org/llama", "v0.1", commit_of("earlier"))
+    assert (base["repo_id"], base["revision"], base["commit"]) == (
+        "org/llama",
+        "v0.1",
+        commit_of("earlier"),
+    )
     assert f"dus upscale org/llama@{commit_of('earlier')} " in (desk / "out/README.md").read_text()
 
 
@@ -465,27 +620,36 @@ def test_an_address_with_a_revision_option_is_resolved_and_written_down(desk: Pa
         (("org/llama", "--token", "hf_sec ret"), "--token is empty or holds characters"),
     ],
 )
-def test_what_contradicts_itself_is_a_usage_error(arguments: tuple[str, ...], part: str, hub: StandInHub) -> None:
+def test_what_contradicts_itself_is_a_usage_error(
+    arguments: tuple[str, ...], part: str, hub: StandInHub
+) -> None:
     run = dus("upscale", *arguments, "-o", "out")
     run.assert_one_line_error(part, code=2)
     assert "hf_sec" not in run.stderr
     assert hub.log == []
 
 
-@pytest.mark.parametrize("text", ["hf://datasets/org/data", "hf://org", "https://huggingface.co/org/llama", ""])
+@pytest.mark.parametrize(
+    "text", ["hf://datasets/org/data", "hf://org", "https://huggingface.co/org/llama", ""]
+)
 def test_an_address_of_something_else_is_a_one_line_error(text: str, hub: StandInHub) -> None:
     dus("upscale", text, "-q", "-o", "out").assert_one_line_error("org/name")
     assert hub.log == []
 
 
-def test_the_tokens_option_comes_before_the_environment_and_that_before_the_login(tmp_path: Path, desk: Path) -> None:
+def test_the_tokens_option_comes_before_the_environment_and_that_before_the_login(
+    tmp_path: Path, desk: Path
+) -> None:
     command = ("upscale", "org/gated", "--trim", "1", "--dry-run", "-q", "-o", "out")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/token").write_text(READER)
     assert dus(*command).returncode == 0
     dus(*command, HF_TOKEN=STRANGER).assert_one_line_error("org/gated is gated")
     assert dus(*command, "--token", READER, HF_TOKEN=STRANGER).returncode == 0
-    assert dus("upscale", "org/gated", "--trim", "1", "-q", "-o", "out", "--token", READER).returncode == 0
+    assert (
+        dus("upscale", "org/gated", "--trim", "1", "-q", "-o", "out", "--token", READER).returncode
+        == 0
+    )
     (tmp_path / "hf/token").unlink()
     shutil.rmtree(tmp_path / "hf/hub")
     dus("verify", "out", "--base", "org/gated").assert_one_line_error("org/gated is gated")
@@ -494,7 +658,11 @@ def test_the_tokens_option_comes_before_the_environment_and_that_before_the_logi
 
 def test_a_token_is_nowhere_in_what_is_said_or_written(hub: StandInHub, desk: Path) -> None:
     done = dus("upscale", "org/gated", "--trim", "1", "-o", "out", "--json", "--token", READER)
-    said = done.stdout + done.stderr + "".join(path.read_text("latin-1") for path in (desk / "out").rglob("*.*"))
+    said = (
+        done.stdout
+        + done.stderr
+        + "".join(path.read_text("latin-1") for path in (desk / "out").rglob("*.*"))
+    )
     hub.failures["GET /api/models/*"] = 500
     for options in (("--token", READER), ("--token", STRANGER), ("--token", "hf_unknown")):
         command = ("upscale", "org/private", "--trim", "1", "-o", "other")
@@ -516,21 +684,28 @@ def test_a_damaged_token_of_the_environment_is_told_without_it(hub: StandInHub, 
 def test_the_cache_is_where_the_environment_says(name: str, tmp_path: Path, desk: Path) -> None:
     place = tmp_path / "elsewhere"
     environment: dict[str, Any] = {name: str(place)}
-    assert dus("upscale", "org/single", "--trim", "1", "-o", "out", "-q", **environment).returncode == 0
+    assert (
+        dus("upscale", "org/single", "--trim", "1", "-o", "out", "-q", **environment).returncode
+        == 0
+    )
     cache = place if name == "HF_HUB_CACHE" else place / "hub"
     assert [path.name for path in cache.glob("models--*")] == ["models--org--single"]
     assert (tmp_path / "hf/hub").exists() is False
 
 
 @pytest.mark.parametrize("disabled", ["0", "1"])
-def test_on_a_terminal_bars_and_colours_are_as_the_environment_says(disabled: str, desk: Path) -> None:
+def test_on_a_terminal_bars_and_colours_are_as_the_environment_says(
+    disabled: str, desk: Path
+) -> None:
     settings = {"HF_HUB_DISABLE_PROGRESS_BARS": disabled, "TERM": "xterm-256color"} | (
         {"NO_COLOR": "1"} if disabled == "1" else {}
     )
     terminal, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     command = [*DUS, "upscale", "org/single", "--trim", "1", "-o", "out"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, **settings}) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, **settings}
+    ) as process:
         os.close(theirs)
         said = b""
         with contextlib.suppress(OSError):  # how the end of a terminal reads
@@ -542,14 +717,20 @@ def test_on_a_terminal_bars_and_colours_are_as_the_environment_says(disabled: st
     assert (re.search(rb"\x1b\[[\d;]*3[0-8]", said) is not None) is (disabled == "0")
 
 
-def test_a_full_disk_of_the_cache_is_one_line_and_the_next_run_goes_on(tmp_path: Path, desk: Path) -> None:
+def test_a_full_disk_of_the_cache_is_one_line_and_the_next_run_goes_on(
+    tmp_path: Path, desk: Path
+) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", cache], check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", cache], check=False
+    ).returncode:
         pytest.skip("mounting needs root")
     try:  # 17 MB of weights
         command = ("upscale", "org/wide", "--trim", "1", "-o", "out", "-q")
-        dus(*command, HF_HOME=str(cache)).assert_one_line_error("the disk of the Hub's cache is full", "HF_HOME")
+        dus(*command, HF_HOME=str(cache)).assert_one_line_error(
+            "the disk of the Hub's cache is full", "HF_HOME"
+        )
         assert list(desk.iterdir()) == []
         assert dus(*command, "--stream", HF_HOME=str(cache)).returncode == 0
     finally:
@@ -561,26 +742,43 @@ def test_a_server_that_never_answers_is_given_up(desk: Path) -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        run = dus("upscale", "org/llama", "-o", "out", HF_ENDPOINT=endpoint, HF_HUB_ETAG_TIMEOUT="1")
-    run.assert_one_line_error("org/llama is not (wholly) in the cache: nothing of it", "the Hub cannot be reached")
+        run = dus(
+            "upscale", "org/llama", "-o", "out", HF_ENDPOINT=endpoint, HF_HUB_ETAG_TIMEOUT="1"
+        )
+    run.assert_one_line_error(
+        "org/llama is not (wholly) in the cache: nothing of it", "the Hub cannot be reached"
+    )
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_the_clients_own_back_off_ends_in_one_line_that_says_how_long(status: int, hub: StandInHub, desk: Path) -> None:
-    """The list of files is asked for with back-off by huggingface_hub, and that five times by dus."""
+def test_the_clients_own_back_off_ends_in_one_line_that_says_how_long(
+    status: int, hub: StandInHub, desk: Path
+) -> None:
+    """The list of files is asked for with back-off by huggingface_hub, and that five times by
+    dus.
+    """
     hub.failures["GET /api/models/*/tree/*"] = status
     first = "import time, dus_cli.hub.remote as r; real = time.monotonic; waited = []\n"
     first += "time.sleep = waited.append; r.FIRST_WAIT = 0\n"
-    first += "time.monotonic = lambda: real() + sum(waited)\nimport atexit; atexit.register(lambda: print(waited))"
+    first += (
+        "time.monotonic = lambda: real() + sum(waited)\nimport atexit; atexit.register(lambda: "
+        "print(waited))"
+    )
     run = dus("upscale", "org/llama", "-o", "out", first=first)
     assert json.loads(run.stdout) == [1, 2, 4, 8, 8] * 5
-    assert run.stderr == f"error: the Hub answered {status} for org/llama (tried for 115 s); try again later\n"
+    assert (
+        run.stderr
+        == f"error: the Hub answered {status} for org/llama (tried for 115 s); try again later\n"
+    )
 
 
 def test_a_hub_that_is_busy_for_a_moment_is_asked_again(hub: StandInHub, desk: Path) -> None:
     """For the commit, which huggingface_hub asks for once."""
     hub.busy = [503, 429, 502]
-    assert dus("upscale", "org/single", "--trim", "1", "-o", "out", "-q", first=AT_ONCE).returncode == 0
+    assert (
+        dus("upscale", "org/single", "--trim", "1", "-o", "out", "-q", first=AT_ONCE).returncode
+        == 0
+    )
     assert hub.busy == []
 
 
@@ -597,7 +795,9 @@ def test_missing_hub_model_with_a_directory_of_its_name_tells_how_to_write_it(
     environment: dict[str, str], desk: Path
 ) -> None:
     (desk / "org" / "none").mkdir(parents=True)
-    dus("upscale", "org/none", "-q", "-o", "out", cwd=desk, **environment).assert_one_line_error("write ./org/none")
+    dus("upscale", "org/none", "-q", "-o", "out", cwd=desk, **environment).assert_one_line_error(
+        "write ./org/none"
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -610,7 +810,16 @@ def test_one_file_of_a_repo_is_read_before_its_index(
     shutil.copyfile(single / "model.safetensors", folder / "model.safetensors")
     shutil.copyfile(single / "config.json", folder / "config.json")
     repos["org/both"] = one_commit(folder)
-    command = ("upscale", "org/both", "--trim", "1", "-o", "out", "--json", *(["--stream"] if stream else []))
+    command = (
+        "upscale",
+        "org/both",
+        "--trim",
+        "1",
+        "-o",
+        "out",
+        "--json",
+        *(["--stream"] if stream else []),
+    )
     report = dus(*command).report
     assert report["base_weights"]["read"] == ["model.safetensors"]
     assert set(report["base_weights"]["not_read"]) >= SHARDS | {

@@ -19,7 +19,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model in the cache as another program left it, without a list of its files, and no way to the Hub."""
+    """A model in the cache as another program left it, without a list of its files, and no way
+    to the Hub.
+    """
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "hub/models--org--tiny"
@@ -52,8 +54,8 @@ def test_a_ref_that_is_missing_is_named_and_so_is_a_commit_that_is_there(repo: P
     assert "there is no refs/v2" in refused("org/tiny@v2")
     (repo / "refs/main").unlink()
     assert (
-        f"there is no refs/main, which says what commit that is; a commit can be named in its stead: org/tiny@{COMMIT}"
-        in refused()
+        "there is no refs/main, which says what commit that is; a commit can be named in its "
+        f"stead: org/tiny@{COMMIT}" in refused()
     )
 
 
@@ -76,7 +78,10 @@ def test_weights_that_are_missing(repo: Path) -> None:
     for path in snapshot.glob("model*"):
         path.unlink()
     (repo / "blobs/abc.incomplete").write_bytes(bytes(1234))
-    assert "it lacks model.safetensors (of a download that was cut off 1,234 bytes are there)" in refused()
+    assert (
+        "it lacks model.safetensors (of a download that was cut off 1,234 bytes are there)"
+        in refused()
+    )
 
 
 def test_a_blob_behind_a_link_that_is_gone(repo: Path) -> None:

@@ -42,7 +42,9 @@ def test_every_valid_trim_deepens_and_the_next_does_not(num_layers: int) -> None
 
 
 def test_a_trim_too_large_names_the_valid_span() -> None:
-    with pytest.raises(LayerMapError, match=r"--trim 20 would leave 24 of 32 layers, .* use 0 to 15"):
+    with pytest.raises(
+        LayerMapError, match=r"--trim 20 would leave 24 of 32 layers, .* use 0 to 15"
+    ):
         stack(32, trim=20)
 
 
@@ -78,7 +80,9 @@ def test_ranges_are_half_open_like_slices(text: str, sources: tuple[int, ...]) -
     assert typed_map(text, 8).sources == sources
 
 
-@pytest.mark.parametrize("text", ["", ",", "0-24", "1:2:3", "a", "0:2,", "-1:3", "٣", "1 2", "0:99999999999"])
+@pytest.mark.parametrize(
+    "text", ["", ",", "0-24", "1:2:3", "a", "0:2,", "-1:3", "٣", "1 2", "0:99999999999"]
+)
 def test_what_is_no_range_is_refused(text: str) -> None:
     with pytest.raises(LayerMapError, match="half-open like Python slices"):
         parse_layers(text)
@@ -116,12 +120,19 @@ def test_phase_is_kept_when_the_shift_is_a_multiple_of_the_period() -> None:
 @pytest.mark.parametrize(
     ("name", "prefix", "index", "suffix"),
     [
-        ("model.layers.7.mlp.experts.3.up_proj.weight", "model.layers", 7, "mlp.experts.3.up_proj.weight"),
+        (
+            "model.layers.7.mlp.experts.3.up_proj.weight",
+            "model.layers",
+            7,
+            "mlp.experts.3.up_proj.weight",
+        ),
         ("transformer.h.11.attn.c_attn.bias", "transformer.h", 11, "attn.c_attn.bias"),
         ("h.0.ln_1.weight", "h", 0, "ln_1.weight"),
     ],
 )
-def test_the_first_number_in_a_name_is_the_layer(name: str, prefix: str, index: int, suffix: str) -> None:
+def test_the_first_number_in_a_name_is_the_layer(
+    name: str, prefix: str, index: int, suffix: str
+) -> None:
     split = split_name(name)
     assert split is not None
     assert (split.prefix, split.index, split.suffix) == (prefix, index, suffix)

@@ -27,9 +27,14 @@ from dus_cli.source.checkpoint import open_checkpoint
 from dus_cli.writing.moves import moves
 
 
-def plan_of(folder: Path, max_shard_bytes: int = 5 * 10**9, request: MapRequest | None = None) -> UpscalePlan:
+def plan_of(
+    folder: Path, max_shard_bytes: int = 5 * 10**9, request: MapRequest | None = None
+) -> UpscalePlan:
     return make_plan(
-        Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), request or MapRequest(), max_shard_bytes
+        Base(ModelRef(str(folder), path=folder)),
+        open_checkpoint(folder),
+        request or MapRequest(),
+        max_shard_bytes,
     )
 
 
@@ -37,7 +42,9 @@ def clonable_part(plan: UpscalePlan) -> float:
     return plan.num_clonable_bytes / plan.num_data_bytes
 
 
-def source(folder: Path, hidden: int, intermediate: int, num_shards: int = 1, num_layers: int = 12) -> Path:
+def source(
+    folder: Path, hidden: int, intermediate: int, num_shards: int = 1, num_layers: int = 12
+) -> Path:
     """A Llama of these sizes whose data is a hole: only the plan is looked at."""
     tensors = llama_tensors(num_layers, hidden, intermediate, hidden // 3, 4096)
     config = llama_config(num_layers, hidden, intermediate, 4096)
@@ -60,7 +67,9 @@ def test_also_with_matrices_that_are_no_multiple_of_the_block(tmp_path: Path) ->
 
 def test_an_output_shard_draws_on_one_source_shard(tmp_path: Path) -> None:
     plan = plan_of(source(tmp_path / "m", 768, 2048, num_shards=3), max_shard_bytes=40_000_000)
-    assert all(len({p.shard.name for p in layout.placements}) == 1 for layout in plan.shards.values())
+    assert all(
+        len({p.shard.name for p in layout.placements}) == 1 for layout in plan.shards.values()
+    )
     assert clonable_part(plan) > 0.99
 
 
@@ -93,14 +102,19 @@ def test_moves_cover_the_same_bytes_and_read_each_source_byte_once(tmp_path: Pat
         assert position == layout.num_bytes
 
 
-WIDE = llama_tensors(8, 1024, 4096, 256, 8192)  # 298 MB, matrices and norms of whole blocks but for the norms
+WIDE = llama_tensors(
+    8, 1024, 4096, 256, 8192
+)  # 298 MB, matrices and norms of whole blocks but for the norms
 OUTER = [tensor for tensor in WIDE if ".layers." not in tensor[0]]
 INNER = [tensor for tensor in WIDE if ".layers." in tensor[0]]
 
 
 def split(tensors: list[Tensor], num_shards: int) -> list[list[Tensor]]:
     """The tensors in order, as evenly as their count allows."""
-    return [tensors[len(tensors) * i // num_shards : len(tensors) * (i + 1) // num_shards] for i in range(num_shards)]
+    return [
+        tensors[len(tensors) * i // num_shards : len(tensors) * (i + 1) // num_shards]
+        for i in range(num_shards)
+    ]
 
 
 GROUPS = {
@@ -116,7 +130,8 @@ GROUPS = {
 def shards_needed(plan: UpscalePlan) -> int:
     """The least number of shards that could all be cloned, where every tensor is whole blocks.
 
-    What begins at different places modulo the block cannot share a file: safetensors has no holes between tensors.
+    What begins at different places modulo the block cannot share a file: safetensors has no holes
+    between tensors.
     """
     sizes: Counter[int] = Counter()
     for placement in plan.placements:
@@ -126,7 +141,9 @@ def shards_needed(plan: UpscalePlan) -> int:
 
 @pytest.mark.parametrize("max_shard_bytes", [100_000_000, 5 * 10**9])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_every_layout_of_source_shards_can_be_cloned(tmp_path: Path, groups: str, max_shard_bytes: int) -> None:
+def test_every_layout_of_source_shards_can_be_cloned(
+    tmp_path: Path, groups: str, max_shard_bytes: int
+) -> None:
     config = llama_config(8, 1024, 4096, 8192)
     plan = plan_of(write_in_shards(tmp_path / "m", GROUPS[groups], config), max_shard_bytes)
     assert clonable_part(plan) > 0.995
@@ -167,7 +184,11 @@ def test_a_plan_holds_few_bytes_for_each_tensor(tmp_path: Path) -> None:
     """At most 300 bytes for each of 9,000 tensors, names and headers of the base counted."""
     shape = (4, 300, 64, 32, 256)
     folder = write_checkpoint(
-        tmp_path / "m", moe_tensors(*shape, is_fp8=True), moe_config(*shape, is_fp8=True), num_shards=9, fill=None
+        tmp_path / "m",
+        moe_tensors(*shape, is_fp8=True),
+        moe_config(*shape, is_fp8=True),
+        num_shards=9,
+        fill=None,
     )
     plan_of(folder)  # what is imported and compiled once is no part of a plan
     tracemalloc.start()
@@ -184,7 +205,7 @@ def test_more_copies_are_as_clonable(tmp_path: Path, copies: int) -> None:
     assert clonable_part(plan) > 0.98
 
 
-# --- on a real file system with reflinks -----------------------------------------------------------
+# --- on a real file system with reflinks ----------------------------------------------------------
 
 
 def used_bytes(folder: Path) -> int:
@@ -195,7 +216,9 @@ def used_bytes(folder: Path) -> int:
 
 def test_reflinks_take_no_space_and_hold_the_same_bytes(reflinks: Path) -> None:
     tensors = llama_tensors(12, 576, 1536, 192, 4096)
-    base = write_checkpoint(reflinks / "base", tensors, llama_config(12), num_shards=2, fill=fill_randomly)
+    base = write_checkpoint(
+        reflinks / "base", tensors, llama_config(12), num_shards=2, fill=fill_randomly
+    )
     before = used_bytes(reflinks)
     options = ("--max-shard-size", "60MB", "--copy-mode", "clone", "--json")
     report = dus("upscale", base, "-o", reflinks / "out", *options).report
@@ -203,7 +226,9 @@ def test_reflinks_take_no_space_and_hold_the_same_bytes(reflinks: Path) -> None:
     assert report["bytes_cloned"] + report["bytes_copied"] == report["bytes"]
     # Metadata of a file system this small is coarse; the copy below takes over ten times as much.
     cloned = used_bytes(reflinks) - before
-    copied = dus("upscale", base, "-o", reflinks / "copy", *options[:2], "--copy-mode", "copy", "--json").report
+    copied = dus(
+        "upscale", base, "-o", reflinks / "copy", *options[:2], "--copy-mode", "copy", "--json"
+    ).report
     assert copied["bytes_cloned"] == 0
     assert used_bytes(reflinks) - before - cloned > 10 * cloned
     for name in ("out", "copy"):

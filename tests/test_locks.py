@@ -28,7 +28,9 @@ HOLD = (
 @contextmanager
 def held(path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the lock of a file or folder."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         try:
@@ -43,17 +45,24 @@ def test_upscale_into_what_another_process_writes_names_its_pid_its_host_and_sin
     (tmp_path / ".out.partial").mkdir()
     with held(tmp_path / ".out.partial") as process:
         done = dus("upscale", base, "-o", tmp_path / "out", "-q")
-        done.assert_one_line_error(f"(process {process.pid} on {socket.gethostname()}, since 20", "is writing")
+        done.assert_one_line_error(
+            f"(process {process.pid} on {socket.gethostname()}, since 20", "is writing"
+        )
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert dus("upscale", base, "-o", tmp_path / "out", "-q").returncode == 0, "the dead hold no lock"
+        assert dus("upscale", base, "-o", tmp_path / "out", "-q").returncode == 0, (
+            "the dead hold no lock"
+        )
 
 
 def test_heal_into_what_another_process_heals_names_it(tmp_path: Path) -> None:
     folder = tmp_path / "out/checkpoints"
     folder.mkdir(parents=True)
     with held(folder) as process:
-        with pytest.raises(HealError, match=rf"healing into .*out at this moment \(process {process.pid} on .*end it"):
+        with pytest.raises(
+            HealError,
+            match=rf"healing into .*out at this moment \(process {process.pid} on .*end it",
+        ):
             checkpoints_folder.check_unlocked(folder)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,4 +1,6 @@
-"""Names and numbers of layers anywhere in config.json, or in a quantiser's file: they follow or are refused."""
+"""Names and numbers of layers anywhere in config.json, or in a quantiser's file: they follow or
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ SOURCES = [*range(6), *range(2, 8)]
 NAMES = NumberedNames("model.layers", frozenset(("vision_tower.blocks",)))
 
 
-def deepen(assume: dict[str, Any] | None = None, names: NumberedNames = NAMES, **fields: Any) -> dict[str, Any]:
+def deepen(
+    assume: dict[str, Any] | None = None, names: NumberedNames = NAMES, **fields: Any
+) -> dict[str, Any]:
     config = llama_config(8) | fields
     before = copy.deepcopy(config)
     after = deepen_config(config, EIGHT, assume or {}, names).config
@@ -66,15 +70,21 @@ def test_a_setting_keyed_by_name_is_the_one_of_the_copied_layer_in_every_output_
     bits = {f"model.layers.{layer}.mlp.down_proj": {"bits": layer} for layer in range(8)}
     for key in ("quantization", "quantization_config", "of_our_own"):
         after = deepen(None, NAMES, **{key: {"group_size": 64, **bits}})[key]
-        assert [after[f"model.layers.{output}.mlp.down_proj"]["bits"] for output in range(12)] == SOURCES
+        assert [
+            after[f"model.layers.{output}.mlp.down_proj"]["bits"] for output in range(12)
+        ] == SOURCES
         assert len(after) == 13
 
 
-@pytest.mark.parametrize("prefix", ["model.layers.layers", "decoder.transformer.stages", "transformer.encoder.layers"])
+@pytest.mark.parametrize(
+    "prefix", ["model.layers.layers", "decoder.transformer.stages", "transformer.encoder.layers"]
+)
 def test_names_under_a_stack_that_was_found_by_itself_follow(prefix: str) -> None:
     names = NumberedNames(prefix)
     after = deepen(None, names, quantization_config={"skip": [f"{prefix}.3.mlp", f"{prefix}.7"]})
-    assert after == {"quantization_config": {"skip": [f"{prefix}.3.mlp", f"{prefix}.7.mlp", f"{prefix}.11"]}}
+    assert after == {
+        "quantization_config": {"skip": [f"{prefix}.3.mlp", f"{prefix}.7.mlp", f"{prefix}.11"]}
+    }
 
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
@@ -99,13 +109,18 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("skip", {"skip": [r"re:.*layers\.3\..*"]}),
     ("skip", {"skip": {"*.layers.[0-3].*": 1}}),
     ("start", {"start": "model.layers.3.mlp"}),
-    ("quantization_config.bifurcation_layers", {"quantization_config": {"bifurcation_layers": [3, 4, 5, 7]}}),
+    (
+        "quantization_config.bifurcation_layers",
+        {"quantization_config": {"bifurcation_layers": [3, 4, 5, 7]}},
+    ),
     ("quantization", {"quantization": {r"re:model\.layers\.3\..*": {"bits": 8}}}),
 ]
 
 
 @pytest.mark.parametrize(("path", "fields"), REFUSED)
-def test_what_may_name_a_layer_is_refused_by_its_path_and_may_be_kept(path: str, fields: dict[str, Any]) -> None:
+def test_what_may_name_a_layer_is_refused_by_its_path_and_may_be_kept(
+    path: str, fields: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError, match=r"looks like it describes single layers") as refusal:
         deepen(**fields)
     assert f"--assume {path}=keep" in str(refusal.value)
@@ -114,9 +129,15 @@ def test_what_may_name_a_layer_is_refused_by_its_path_and_may_be_kept(path: str,
 
 def test_what_may_name_a_layer_follows_where_a_person_says_so() -> None:
     assert deepen({"cfg": "map"}, cfg={"3": 1}) == {"cfg": {"3": 1, "7": 1}}
-    assert deepen({"cfg.skip_layers": "map"}, cfg={"skip_layers": [3, 6]}) == {"cfg": {"skip_layers": [3, 7, 10]}}
-    assert deepen({"cfg": "map"}, cfg={"dense_layers": "3,6"}) == {"cfg": {"dense_layers": "3,7,10"}}
-    assert deepen({"cfg": "map"}, cfg={"pattern": "MMAMMAMM"}) == {"cfg": {"pattern": "MMAMMA" + "AMMAMM"}}
+    assert deepen({"cfg.skip_layers": "map"}, cfg={"skip_layers": [3, 6]}) == {
+        "cfg": {"skip_layers": [3, 7, 10]}
+    }
+    assert deepen({"cfg": "map"}, cfg={"dense_layers": "3,6"}) == {
+        "cfg": {"dense_layers": "3,7,10"}
+    }
+    assert deepen({"cfg": "map"}, cfg={"pattern": "MMAMMAMM"}) == {
+        "cfg": {"pattern": "MMAMMA" + "AMMAMM"}
+    }
     assert deepen({"skip": "map"}, skip=["layer_3", "x"]) == {"skip": ["layer_3", "layer_7", "x"]}
     assert deepen({"skip_layers": "map"}, skip_layers=[1, 6]) == {"skip_layers": [1, 10]}
     sorted_layers = {"sliding": [0, 1, 2, 4, 5, 6], "full": [3, 7]}
@@ -156,12 +177,20 @@ def test_names_around_a_multimodal_models_decoder_follow_and_its_encoders_stay()
         "model_type": "llava",
         "text_config": llama_config(8) | {"skip": ["model.layers.7.mlp"]},
         "vision_config": vision,
-        "quantization": {"language_model.model.layers.7.mlp": {"bits": 8}, "vision_tower.blocks.7.mlp": {"bits": 8}},
+        "quantization": {
+            "language_model.model.layers.7.mlp": {"bits": 8},
+            "vision_tower.blocks.7.mlp": {"bits": 8},
+        },
         "image_sizes": [*range(8)],
     }
-    after = deepen_config(config, EIGHT, {}, NumberedNames("language_model.model.layers", NAMES.others)).config
+    after = deepen_config(
+        config, EIGHT, {}, NumberedNames("language_model.model.layers", NAMES.others)
+    ).config
     assert after["text_config"]["skip"] == ["model.layers.11.mlp"]
-    assert list(after["quantization"]) == ["language_model.model.layers.11.mlp", "vision_tower.blocks.7.mlp"]
+    assert list(after["quantization"]) == [
+        "language_model.model.layers.11.mlp",
+        "vision_tower.blocks.7.mlp",
+    ]
     assert after["vision_config"] == vision
     assert after["image_sizes"] == [*range(8)]
 
@@ -179,5 +208,7 @@ def test_a_quantisers_file_beside_the_config_follows_or_is_refused_by_its_name()
         "model.layers.3.mlp.up_proj",
         "model.layers.7.mlp.up_proj",
     ]
-    with pytest.raises(ConfigError, match=r"hf_quant_config.json: exclude looks .* names single layers"):
+    with pytest.raises(
+        ConfigError, match=r"hf_quant_config.json: exclude looks .* names single layers"
+    ):
         follow_settings({"exclude": ["model.layers.1*"]}, EIGHT, NAMES, "hf_quant_config.json")

@@ -1,4 +1,6 @@
-"""Mounted object stores: a real FUSE mount that refuses what they refuse, and the real command on it."""
+"""Mounted object stores: a real FUSE mount that refuses what they refuse, and the real command
+on it.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,12 @@ STORES = {
         vanishing_folders=True,
         unstable_inodes=True,
     ),
-    "no renames": Refusals(rename_folder="EPERM", fsync="EINVAL", direct="EINVAL", unstable_inodes=True),
-    "no renames of what is full": Refusals(rename_full_folder="ENOTEMPTY", sequential=True, vanishing_folders=True),
+    "no renames": Refusals(
+        rename_folder="EPERM", fsync="EINVAL", direct="EINVAL", unstable_inodes=True
+    ),
+    "no renames of what is full": Refusals(
+        rename_full_folder="ENOTEMPTY", sequential=True, vanishing_folders=True
+    ),
 }
 IN_PLACE = Refusals(rename_folder="ENOSYS", fsync="EOPNOTSUPP")
 
@@ -65,7 +71,9 @@ Mounting = Callable[..., Path]
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Mounting]:
-    """Mount a backing directory; the mount point. All are unmounted at the end, whatever happened."""
+    """Mount a backing directory; the mount point. All are unmounted at the end, whatever
+    happened.
+    """
     mounts: list[Mount] = []
 
     def mount(refusals: Refusals, backing: str = "bucket") -> Path:
@@ -88,7 +96,11 @@ def run(base: Path, out: Path, *, trim: int | None = None, **options: Any) -> Up
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def with_small_files(base: Path) -> Path:
@@ -124,37 +136,52 @@ def test_a_mount_that_renames_folders_is_as_good_as_a_disk(base: Path, mounted: 
     assert [path.name for path in mount.iterdir()] == ["out"]
 
 
-def test_where_only_the_order_of_writing_is_refused_the_rename_stays(base: Path, mounted: Mounting) -> None:
+def test_where_only_the_order_of_writing_is_refused_the_rename_stays(
+    base: Path, mounted: Mounting
+) -> None:
     mount = mounted(Refusals(sequential=True))
     assert run(base, mount / "out").published == "rename"
     assert verify(mount / "out").is_sound
 
 
-def test_zeros_and_casts_are_written_in_order_too(base: Path, tmp_path: Path, mounted: Mounting) -> None:
+def test_zeros_and_casts_are_written_in_order_too(
+    base: Path, tmp_path: Path, mounted: Mounting
+) -> None:
     mount = mounted(STORES["goofys"])
     request = MapRequest(None, "0:8,4:8", identity=True)
     ref, dtype = ModelRef(str(base), path=base), Dtype.float32
-    reports = [verb.upscale(Wanted(ref, request, dtype=dtype), out / "out") for out in (tmp_path, mount)]
+    reports = [
+        verb.upscale(Wanted(ref, request, dtype=dtype), out / "out") for out in (tmp_path, mount)
+    ]
     assert contents(tmp_path / "out") == contents(mount / "out")
     assert reports[0].tally == reports[1].tally
     assert reports[0].tally.zeros
     assert reports[0].tally.cast
 
 
-def test_the_command_says_on_stderr_and_in_its_report_that_it_writes_in_place(base: Path, mounted: Mounting) -> None:
+def test_the_command_says_on_stderr_and_in_its_report_that_it_writes_in_place(
+    base: Path, mounted: Mounting
+) -> None:
     mount = mounted(IN_PLACE)
     done = dus("upscale", base, "-o", mount / "out")
     assert done.returncode == 0
-    assert "written in place, because folders cannot be renamed there (Function not implemented)" in done.stderr
+    assert (
+        "written in place, because folders cannot be renamed there (Function not implemented)"
+        in done.stderr
+    )
     report = dus("upscale", base, "-o", mount / "again", "--json").report
     assert report["published"] == "index last"
 
 
-def test_a_dry_run_foretells_it_of_a_known_store_and_writes_nothing(base: Path, mounted: Mounting) -> None:
+def test_a_dry_run_foretells_it_of_a_known_store_and_writes_nothing(
+    base: Path, mounted: Mounting
+) -> None:
     mount = mounted(STORES["gcsfuse"])
     report = dus("upscale", base, "-o", mount / "out", "--dry-run", "--json").report
     assert report["published"] is None
-    assert any("gcsfuse cannot rename a folder in one step" in warning for warning in report["warnings"])
+    assert any(
+        "gcsfuse cannot rename a folder in one step" in warning for warning in report["warnings"]
+    )
     assert list(mount.iterdir()) == []
 
 
@@ -165,14 +192,18 @@ def test_a_dry_run_foretells_it_of_a_known_store_and_writes_nothing(base: Path, 
 def test_before_the_last_file_nothing_takes_the_folder_for_a_model(
     tmp_path: Path, mounted: Mounting, shard: str
 ) -> None:
-    """Every state that a run in place goes through, as a loader, a pipeline's `test -f` and dus would find it."""
+    """Every state that a run in place goes through, as a loader, a pipeline's `test -f` and dus
+    would find it.
+    """
     from tiny import write_base
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base = write_base(tmp_path / "base")
     journal = tmp_path / "journal"
     mount = mounted(Refusals(rename_folder="ENOSYS", journal=str(journal)))
-    done = dus("upscale", base, "-o", mount / "out", "--max-shard-size", shard, "--checksums", "--json")
+    done = dus(
+        "upscale", base, "-o", mount / "out", "--max-shard-size", shard, "--checksums", "--json"
+    )
     assert done.report["published"] == "index last"
     steps = [line.split(" ", 1) for line in journal.read_text().splitlines() if " out/" in line]
     names = [name.removeprefix("out/") for what, name in steps if what == "written"]
@@ -183,7 +214,12 @@ def test_before_the_last_file_nothing_takes_the_folder_for_a_model(
     if shard != "5GB":
         assert len(weights) > 2
         assert names[-2] == "model.safetensors.index.json"
-    for made_late in {"model.safetensors.index.json", "dus.json", "SHA256SUMS", "config.json"} & set(names):
+    for made_late in {
+        "model.safetensors.index.json",
+        "dus.json",
+        "SHA256SUMS",
+        "config.json",
+    } & set(names):
         assert names.index(made_late) > max(weights), made_late
     prefix = tmp_path / "prefix"
     prefix.mkdir()
@@ -211,7 +247,9 @@ def killed(base: Path, tmp_path: Path, mounted: Mounting) -> tuple[Path, Path]:
     """A base, and an OUT that a run in place has left half-written."""
     journal = tmp_path / "journal"
     mount = mounted(Refusals(rename_folder="ENOSYS", delay=0.02, journal=str(journal)))
-    process = subprocess.Popen([*DUS, "upscale", base, "-o", mount / "out", "--max-shard-size", "100KB", "-q"])
+    process = subprocess.Popen(
+        [*DUS, "upscale", base, "-o", mount / "out", "--max-shard-size", "100KB", "-q"]
+    )
     while not (journal.exists() and ".safetensors" in journal.read_text()):
         assert process.poll() is None
         time.sleep(0.002)
@@ -220,12 +258,17 @@ def killed(base: Path, tmp_path: Path, mounted: Mounting) -> tuple[Path, Path]:
     return base, mount / "out"
 
 
-def test_a_killed_run_leaves_a_folder_that_says_what_it_is(killed: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_killed_run_leaves_a_folder_that_says_what_it_is(
+    killed: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, out = killed
     assert not (out / "config.json").exists()
     assert "not whole" in json.loads((out / "INCOMPLETE").read_text())["about"]
     dus("verify", out).assert_one_line_error("is not whole", "INCOMPLETE")
-    for use in (lambda: run(out, tmp_path / "deeper"), lambda: open_model(out)):  # the latter is what heal does first
+    for use in (
+        lambda: run(out, tmp_path / "deeper"),
+        lambda: open_model(out),
+    ):  # the latter is what heal does first
         with pytest.raises(CheckpointError, match="is not whole"):
             use()
     with pytest.raises(OutputError, match=r"left half-written by another command.*--overwrite"):
@@ -246,7 +289,8 @@ def test_a_signal_leaves_nothing(base: Path, tmp_path: Path, mounted: Mounting) 
     journal = tmp_path / "journal"
     mount = mounted(Refusals(rename_folder="ENOSYS", delay=0.02, journal=str(journal)))
     process = subprocess.Popen(
-        [*DUS, "upscale", base, "-o", mount / "out", "--max-shard-size", "100KB", "-q"], stderr=subprocess.PIPE
+        [*DUS, "upscale", base, "-o", mount / "out", "--max-shard-size", "100KB", "-q"],
+        stderr=subprocess.PIPE,
     )
     while not (journal.exists() and ".safetensors" in journal.read_text()):
         time.sleep(0.002)
@@ -256,7 +300,9 @@ def test_a_signal_leaves_nothing(base: Path, tmp_path: Path, mounted: Mounting) 
     assert list(mount.iterdir()) == []
 
 
-def test_a_finished_output_is_not_replaced_where_it_could_not_stay_until_then(base: Path, mounted: Mounting) -> None:
+def test_a_finished_output_is_not_replaced_where_it_could_not_stay_until_then(
+    base: Path, mounted: Mounting
+) -> None:
     mount = mounted(IN_PLACE)
     run(base, mount / "out")
     before = contents(mount / "out")
@@ -268,16 +314,24 @@ def test_a_finished_output_is_not_replaced_where_it_could_not_stay_until_then(ba
     assert [path.name for path in mount.iterdir()] == ["out"]
 
 
-def test_on_a_known_store_that_is_said_before_the_model_is_looked_at(base: Path, mounted: Mounting) -> None:
+def test_on_a_known_store_that_is_said_before_the_model_is_looked_at(
+    base: Path, mounted: Mounting
+) -> None:
     out = mounted(STORES["gcsfuse"]) / "out"
     run(base, out)
     command = ("upscale", "no/such", "-o", out, "--overwrite", "-q")
-    dus(*command, HF_HUB_OFFLINE="1").assert_one_line_error("cannot be replaced in one step", "gcsfuse")
-    report = dus("upscale", base, "-o", out, "--trim", "1", "--overwrite", "--dry-run", "--json").report
+    dus(*command, HF_HUB_OFFLINE="1").assert_one_line_error(
+        "cannot be replaced in one step", "gcsfuse"
+    )
+    report = dus(
+        "upscale", base, "-o", out, "--trim", "1", "--overwrite", "--dry-run", "--json"
+    ).report
     assert any("cannot be replaced in one step" in warning for warning in report["warnings"])
 
 
-def test_of_two_hosts_the_one_whose_mark_is_gone_gives_way(mounted: Mounting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_hosts_the_one_whose_mark_is_gone_gives_way(
+    mounted: Mounting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two mounts of one bucket share no locks, as two machines do not."""
     one, two = mounted(IN_PLACE), mounted(IN_PLACE)
     with Staging(one / "out", overwrite=False, key="same") as first:
@@ -303,7 +357,12 @@ def test_a_run_whose_mark_is_replaced_while_it_writes_fails_and_leaves_the_rest_
     out = mounted(IN_PLACE) / "out"
     with pytest.raises(OutputError, match="was taken meanwhile by another run"):
         run(
-            base, out, progress=Meddler(lambda: (out / "INCOMPLETE").write_text(incomplete.Owner("").to_text())), jobs=1
+            base,
+            out,
+            progress=Meddler(
+                lambda: (out / "INCOMPLETE").write_text(incomplete.Owner("").to_text())
+            ),
+            jobs=1,
         )
     assert (out / "INCOMPLETE").exists()
     assert len(list(out.glob("*.safetensors"))) == 1
@@ -334,11 +393,20 @@ def test_a_run_on_this_host_is_noticed_without_locks(
 
 
 def test_a_damaged_mark_is_nobodys(tmp_path: Path) -> None:
-    for raw in (b"", b"[]", b'{"key": 1}', b'{"key": "k", "host": "h", "pid": "x", "token": ""}', b"\xff"):
+    for raw in (
+        b"",
+        b"[]",
+        b'{"key": 1}',
+        b'{"key": "k", "host": "h", "pid": "x", "token": ""}',
+        b"\xff",
+    ):
         (tmp_path / "INCOMPLETE").write_bytes(raw)
         with pytest.raises(CheckpointError, match="not whole"):
             incomplete.check_whole(tmp_path)
-        with pytest.raises(OutputError, match=r"left half-written by another command \(process 0 on an unknown host\)"):
+        with pytest.raises(
+            OutputError,
+            match=r"left half-written by another command \(process 0 on an unknown host\)",
+        ):
             in_place.clear_left(tmp_path, "key", overwrite=False)
     for pid in (0, -1, 2**70):
         assert not incomplete.Owner("key", pid=pid).is_running_here
@@ -348,19 +416,25 @@ def test_a_damaged_mark_is_nobodys(tmp_path: Path) -> None:
 # --- errors that stores report late ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refusals", [Refusals(), replace(IN_PLACE, unstable_inodes=True)], ids=["rename", "in place"])
+@pytest.mark.parametrize(
+    "refusals", [Refusals(), replace(IN_PLACE, unstable_inodes=True)], ids=["rename", "in place"]
+)
 @pytest.mark.parametrize("ending", [".safetensors", "rag.jinja", "README.md", "config.json"])
 def test_an_upload_that_fails_at_close_is_one_line_and_nothing_stays(
     base: Path, mounted: Mounting, refusals: Refusals, ending: str
 ) -> None:
     with_small_files(base)
     mount = mounted(replace(refusals, close={ending: "EIO"}))
-    with pytest.raises(OutputError, match=r"cannot write .*Input/output error; nothing was left behind"):
+    with pytest.raises(
+        OutputError, match=r"cannot write .*Input/output error; nothing was left behind"
+    ):
         run(base, mount / "out")
     assert list(mount.iterdir()) == []
 
 
-def test_an_upload_that_fails_when_the_last_piece_was_written_is_one_line(base: Path, mounted: Mounting) -> None:
+def test_an_upload_that_fails_when_the_last_piece_was_written_is_one_line(
+    base: Path, mounted: Mounting
+) -> None:
     mount = mounted(Refusals(close={".safetensors": "EIO"}, close_beyond=50_000))
     with pytest.raises(OutputError, match=r"cannot write .*safetensors: Input/output error"):
         run(base, mount / "out")
@@ -368,7 +442,13 @@ def test_an_upload_that_fails_when_the_last_piece_was_written_is_one_line(base: 
 
 
 def test_a_sync_that_fails_is_not_one_that_is_refused(base: Path, mounted: Mounting) -> None:
-    for code, fails in (("EINVAL", False), ("ENOTSUP", False), ("ENOSYS", False), ("EIO", True), ("ENOSPC", True)):
+    for code, fails in (
+        ("EINVAL", False),
+        ("ENOTSUP", False),
+        ("ENOSYS", False),
+        ("EIO", True),
+        ("ENOSPC", True),
+    ):
         mount = mounted(Refusals(fsync=code), backing=code)
         if fails:
             with pytest.raises(OutputError, match=os.strerror(getattr(errno, code))):
@@ -386,17 +466,27 @@ def test_a_number_beyond_the_dtype_is_found_where_shards_are_written_in_order(
 ) -> None:
     huge = b"\x00\x00\x7f\x7f"  # 3.39e38, finite in float32
     base = write_checkpoint(
-        tmp_path / "base", llama_tensors(4, dtype="F32"), llama_config(4), fill=lambda _, size: huge * (size // 4)
+        tmp_path / "base",
+        llama_tensors(4, dtype="F32"),
+        llama_config(4),
+        fill=lambda _, size: huge * (size // 4),
     )
     mount = mounted(IN_PLACE)
     with pytest.raises(CheckpointError, match="beyond float16's range"):
-        verb.upscale(Wanted(ModelRef(str(base), path=base), MapRequest(1), dtype=Dtype.float16), mount / "out")
+        verb.upscale(
+            Wanted(ModelRef(str(base), path=base), MapRequest(1), dtype=Dtype.float16),
+            mount / "out",
+        )
     assert list(mount.iterdir()) == []
 
 
-def test_a_store_that_lets_nothing_be_removed_is_refused_before_the_first_byte(base: Path, mounted: Mounting) -> None:
+def test_a_store_that_lets_nothing_be_removed_is_refused_before_the_first_byte(
+    base: Path, mounted: Mounting
+) -> None:
     mount = mounted(replace(STORES["mountpoint-s3"], unlink="EPERM"))
-    dus("upscale", base, "-o", mount / "out", "-q").assert_one_line_error("cannot be removed", "--allow-delete")
+    dus("upscale", base, "-o", mount / "out", "-q").assert_one_line_error(
+        "cannot be removed", "--allow-delete"
+    )
     assert not (mount / "out").exists()
     with pytest.raises(OutputError, match=r"probe cannot be removed \(Operation not permitted\)"):
         run(base, mount / "out")  # also where the first try has left something
@@ -409,7 +499,9 @@ def test_blocks_are_not_cloned_into_objects(base: Path, mounted: Mounting) -> No
     assert list(mount.iterdir()) == []
 
 
-def test_free_space_that_is_not_told_refuses_nothing_and_none_refuses(base: Path, mounted: Mounting) -> None:
+def test_free_space_that_is_not_told_refuses_nothing_and_none_refuses(
+    base: Path, mounted: Mounting
+) -> None:
     mount = mounted(Refusals(space=(0, 0)), "zero")
     assert storage.free_bytes(mount) is None
     report = run(base, mount / "out")
@@ -500,10 +592,14 @@ def test_healing_where_checkpoints_could_not_get_their_names_is_refused_at_once(
     done = dus("heal", tmp_path / "out", "--data", data, "-o", known / "healed", "--dry-run")
     done.assert_one_line_error("cannot be healed into", "s3fs", "heal on a disk")
     asked = mounted(IN_PLACE, "asked")
-    wishes = HealOptions(model=tmp_path / "out", output=asked / "healed", data=DataOptions(files=(str(data),)))
+    wishes = HealOptions(
+        model=tmp_path / "out", output=asked / "healed", data=DataOptions(files=(str(data),))
+    )
     with pytest.raises(OutputError, match=r"cannot be healed into.*Function not implemented"):
         launcher.prepare_run(wishes, open_model(tmp_path / "out"), NoView())
     unsynced = mounted(Refusals(fsync="EINVAL"), "unsynced")
     with pytest.raises(OutputError, match=r"files cannot be synced there \(Invalid argument\)"):
-        launcher.prepare_run(replace(wishes, output=unsynced / "healed"), open_model(tmp_path / "out"), NoView())
+        launcher.prepare_run(
+            replace(wishes, output=unsynced / "healed"), open_model(tmp_path / "out"), NoView()
+        )
     assert [*known.iterdir(), *asked.iterdir(), *unsynced.iterdir()] == []

@@ -1,4 +1,6 @@
-"""An option is said once: a field of a dataclass that the verb takes is the option of its command."""
+"""An option is said once: a field of a dataclass that the verb takes is the option of its
+command.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,16 @@ TAKEN: dict[str, tuple[type, ...]] = {
 }
 
 FIELDS = [
-    (command, kind, option) for command, kinds in TAKEN.items() for kind in kinds for option in option_fields(kind)
+    (command, kind, option)
+    for command, kinds in TAKEN.items()
+    for kind in kinds
+    for option in option_fields(kind)
 ]
 
 
-@pytest.mark.parametrize("kind", [kind for kinds in TAKEN.values() for kind in kinds], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [kind for kinds in TAKEN.values() for kind in kinds], ids=lambda kind: kind.__name__
+)
 def test_options_are_frozen_and_given_by_name_and_every_field_is_one(kind: Any) -> None:
     assert kind.__dataclass_params__.frozen
     fields = dataclasses.fields(kind)
@@ -55,8 +62,12 @@ def test_options_are_frozen_and_given_by_name_and_every_field_is_one(kind: Any) 
     assert [option.field for option in option_fields(kind)] == [field.name for field in fields]
 
 
-@pytest.mark.parametrize(("command", "kind", "option"), FIELDS, ids=[f"{c} {o.name}" for c, _, o in FIELDS])
-def test_a_field_is_an_option_of_its_command_with_the_same_default(command: str, kind: Any, option: Any) -> None:
+@pytest.mark.parametrize(
+    ("command", "kind", "option"), FIELDS, ids=[f"{c} {o.name}" for c, _, o in FIELDS]
+)
+def test_a_field_is_an_option_of_its_command_with_the_same_default(
+    command: str, kind: Any, option: Any
+) -> None:
     parameters = {parameter.opts[0]: parameter for parameter in COMMANDS[command].params}
     found = parameters[f"--{option.name}"]
     assert found.help == option.option.help
@@ -65,7 +76,11 @@ def test_a_field_is_an_option_of_its_command_with_the_same_default(command: str,
     if option.default in (dataclasses.MISSING, None, ()) and not option.option.auto:
         assert found.default is None
         return
-    value = option.parse(typed) if isinstance(typed, str) and not isinstance(typed, Enum) and option.parse else typed
+    value = (
+        option.parse(typed)
+        if isinstance(typed, str) and not isinstance(typed, Enum) and option.parse
+        else typed
+    )
     assert value == option.default
 
 
@@ -75,17 +90,36 @@ def test_a_command_is_made_of_the_fields_and_called_with_their_values() -> None:
 
     @program.command()
     @takes_options("last")
-    def write(letters: Letters, *, last: Annotated[bool, Option("After all others.")] = False) -> None:
+    def write(
+        letters: Letters, *, last: Annotated[bool, Option("After all others.")] = False
+    ) -> None:
         """Write letters."""
         given.append((letters, last))
 
     command: Any = typer.main.get_command(program)
-    spellings = [parameter.opts for parameter in command.params if parameter.name in hints_of(Letters) | {"last"}]
-    assert spellings == [["--last"], ["--name"], ["--jobs", "-j"], ["--folder"], ["--loud"], ["--gap"]]
-    command.main(["--name", "a", "--name", "b", "-j", "8", "--folder", "~/x", "--no-loud"], standalone_mode=False)
+    spellings = [
+        parameter.opts
+        for parameter in command.params
+        if parameter.name in hints_of(Letters) | {"last"}
+    ]
+    assert spellings == [
+        ["--last"],
+        ["--name"],
+        ["--jobs", "-j"],
+        ["--folder"],
+        ["--loud"],
+        ["--gap"],
+    ]
+    command.main(
+        ["--name", "a", "--name", "b", "-j", "8", "--folder", "~/x", "--no-loud"],
+        standalone_mode=False,
+    )
     home = Path("~/x").expanduser()
     assert given == [(Letters(names=("a", "b"), jobs=8, folder=home, loud=False, gap=0.5), False)]
-    for arguments, says in ((["--name", "a", "-j", "65"], "from 1 to 64"), (["--loud"], "Missing parameter: names")):
+    for arguments, says in (
+        (["--name", "a", "-j", "65"], "from 1 to 64"),
+        (["--loud"], "Missing parameter: names"),
+    ):
         with pytest.raises(Exception, match=says):
             command.main(arguments, standalone_mode=False)
 

@@ -1,4 +1,6 @@
-"""Bases in pytorch_model*.bin: real torch.save files through the real command, and files that mean harm."""
+"""Bases in pytorch_model*.bin: real torch.save files through the real command, and files that
+mean harm.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def refuse_saved(folder: Path, content: object, *parts: str, **options: Any) -> 
 
 
 def refuse_file(path: Path, *parts: str) -> None:
-    """The reader ends in one line that holds all parts: as `refuse`, without starting Python and torch each time."""
+    """The reader ends in one line that holds all parts: as `refuse`, without starting Python and
+    torch each time.
+    """
     problem = one_line_problem(lambda: read_pickled(path, path.name))
     assert problem is not None, parts
     assert all(part in problem for part in (path.name, *parts)), problem
@@ -77,7 +81,9 @@ def rows_of(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_output_is_that_of_safetensors(folder: Path, state: dict[str, torch.Tensor], *, as_zip: bool = True) -> None:
+def assert_output_is_that_of_safetensors(
+    folder: Path, state: dict[str, torch.Tensor], *, as_zip: bool = True
+) -> None:
     """The pickled state gives what the same tensors give when safetensors holds them row by row."""
     config = llama_config(4)
     root = folder.parent
@@ -89,7 +95,15 @@ def assert_output_is_that_of_safetensors(folder: Path, state: dict[str, torch.Te
               twin / "model.safetensors")  # fmt: skip
     for base in (folder, twin):
         report = dus(
-            "upscale", base, "--trim", "1", "-o", root / f"{base.name}-out", "--verify", "full", "--json"
+            "upscale",
+            base,
+            "--trim",
+            "1",
+            "-o",
+            root / f"{base.name}-out",
+            "--verify",
+            "full",
+            "--json",
         ).report
         assert report["base_format"] == ("pickle" if base is folder else "safetensors")
     ours, theirs = rows_of(root / f"{folder.name}-out"), rows_of(root / "twin-out")
@@ -97,15 +111,26 @@ def assert_output_is_that_of_safetensors(folder: Path, state: dict[str, torch.Te
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype
         assert tensor.shape == theirs[name].shape
-        assert tensor.view(torch.uint8).equal(theirs[name].view(torch.uint8)) if tensor.ndim else tensor == theirs[name]
-    assert dus("verify", root / f"{folder.name}-out", "--base", folder, "--json").report["bytes_compared"] > 0
+        assert (
+            tensor.view(torch.uint8).equal(theirs[name].view(torch.uint8))
+            if tensor.ndim
+            else tensor == theirs[name]
+        )
+    assert (
+        dus("verify", root / f"{folder.name}-out", "--base", folder, "--json").report[
+            "bytes_compared"
+        ]
+        > 0
+    )
 
 
 # --- what is read -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_pickled_base_gives_what_safetensors_give(as_zip: bool, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_pickled_base_gives_what_safetensors_give(
+    as_zip: bool, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     assert_output_is_that_of_safetensors(tmp_path / "base", state, as_zip=as_zip)
 
 
@@ -149,12 +174,20 @@ def test_what_can_be_cloned_leaves_out_views_and_is_not_joined_across_them(
     state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     whole = torch.randn(40_000)
-    state |= {"model.layers.0.a": whole[:20_000], "model.layers.0.b": whole[::2], "model.layers.0.c": whole[20_000:]}
+    state |= {
+        "model.layers.0.a": whole[:20_000],
+        "model.layers.0.b": whole[::2],
+        "model.layers.0.c": whole[20_000:],
+    }
     folder = save_pickled(tmp_path / "base", state, llama_config(4))
-    plan = make_plan(Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), MapRequest(layers="0:4"))
+    plan = make_plan(
+        Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), MapRequest(layers="0:4")
+    )
     (layout,) = plan.shards.values()
     segments, places = list(layout.segments()), list(layout.positions())
-    assert [placement.name[-1] for placement, _ in places if placement.name[-2:] in {".a", ".b", ".c"}] == [
+    assert [
+        placement.name[-1] for placement, _ in places if placement.name[-2:] in {".a", ".b", ".c"}
+    ] == [
         "a",
         "b",
         "c",
@@ -168,13 +201,19 @@ def test_what_can_be_cloned_leaves_out_views_and_is_not_joined_across_them(
             assert not inside
 
 
-def test_tensors_far_longer_than_a_piece_are_gathered(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_tensors_far_longer_than_a_piece_are_gathered(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     wide = torch.randn(3000, 5000)  # 60 MB: pieces of 4 MiB, each from windows all over the storage
-    state |= {UP.format(k): wide.t() if k == 1 else torch.randn(1).expand(5000, 3000) for k in range(4)}
+    state |= {
+        UP.format(k): wide.t() if k == 1 else torch.randn(1).expand(5000, 3000) for k in range(4)
+    }
     assert_output_is_that_of_safetensors(tmp_path / "base", state)
 
 
-def test_gathering_agrees_with_torch_for_random_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gathering_agrees_with_torch_for_random_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(strided, "PIECE", 64)  # so that small tensors are cut every which way
     rng, path = random.Random(4), tmp_path / "x"
     path.write_bytes(os.urandom(100_000))
@@ -187,7 +226,9 @@ def test_gathering_agrees_with_torch_for_random_views(tmp_path: Path, monkeypatc
         shape = tuple(rng.randrange(1, 9) for _ in range(rng.randrange(1, 5)))
         strides = tuple(rng.choice([0, 1, 2, 3, 7, 40, 200]) for _ in shape)
         start = 8 * rng.randrange(100)
-        rows = torch.empty(shape, dtype=view).copy_(raw[start:].view(view).as_strided(shape, strides))
+        rows = torch.empty(shape, dtype=view).copy_(
+            raw[start:].view(view).as_strided(shape, strides)
+        )
         expected = rows.view(-1).view(torch.uint8)
         info = TensorInfo("x", dtype, shape, start, start + len(expected), strides)
         pieces = [bytes(piece) for piece in tensor_pieces(file, info)]
@@ -204,7 +245,9 @@ def test_tied_output_embedding_is_left_out_where_the_config_ties(
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config = llama_config(4) | {"tie_word_embeddings": ties}
     save_pickled(tmp_path / "base", state, {k: v for k, v in config.items() if v is not None})
-    report = dus("upscale", tmp_path / "base", "--trim", "1", "-o", tmp_path / "out", "--json").report
+    report = dus(
+        "upscale", tmp_path / "base", "--trim", "1", "-o", tmp_path / "out", "--json"
+    ).report
     written = rows_of(tmp_path / "out")
     assert ("lm_head.weight" in written) is is_written
     assert written["model.embed_tokens.weight"].equal(state["model.embed_tokens.weight"])
@@ -221,22 +264,37 @@ def test_output_embedding_of_its_own_is_kept_whatever_the_config_says(
 
 
 def test_model_saved_by_torch_computes_the_same_from_the_output(tmp_path: Path) -> None:
-    """A map of every layer once is the base: saved as a pickle, written as safetensors, equal to the last bit."""
+    """A map of every layer once is the base: saved as a pickle, written as safetensors, equal to
+    the last bit.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(**llama_config(4) | {"tie_word_embeddings": True})
     model = AutoModelForCausalLM.from_config(config).eval()
-    save_pickled(tmp_path / "base", model.state_dict(), config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    assert dus("upscale", tmp_path / "base", "--layers", "0:4", "-o", tmp_path / "out", "-q").returncode == 0
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    save_pickled(
+        tmp_path / "base",
+        model.state_dict(),
+        config.to_dict() | {"architectures": ["LlamaForCausalLM"]},
+    )
+    assert (
+        dus(
+            "upscale", tmp_path / "base", "--layers", "0:4", "-o", tmp_path / "out", "-q"
+        ).returncode
+        == 0
+    )
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not any(info.values())
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert loaded.eval()(ids).logits.equal(model(ids).logits)
 
 
-def test_safetensors_win_and_the_pickle_beside_them_is_not_opened(base: Path, tmp_path: Path) -> None:
+def test_safetensors_win_and_the_pickle_beside_them_is_not_opened(
+    base: Path, tmp_path: Path
+) -> None:
     torch.save(Payload(tmp_path / "ran"), base / NAME)
     (base / INDEX).write_text("{")
     report = dus("upscale", base, "--trim", "1", "-o", tmp_path / "out", "--json").report
@@ -245,11 +303,16 @@ def test_safetensors_win_and_the_pickle_beside_them_is_not_opened(base: Path, tm
     assert not list((tmp_path / "out").glob("*.bin*"))
 
 
-def test_record_card_and_summary_say_that_the_base_was_pickled(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_record_card_and_summary_say_that_the_base_was_pickled(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     base = save_pickled(tmp_path / "base", state, llama_config(4), num_shards=2)
     run = dus("upscale", base, "--trim", "1", "-o", tmp_path / "out")
     assert "safetensors (the base's weights are pickled)" in run.stdout
-    assert "The base's weights were pickled; these are safetensors" in (tmp_path / "out/README.md").read_text()
+    assert (
+        "The base's weights were pickled; these are safetensors"
+        in (tmp_path / "out/README.md").read_text()
+    )
     record = json.loads((tmp_path / "out/dus.json").read_text())["base"]
     shards = sorted(base.glob("pytorch_model-*.bin"))
     assert record["format"] == "pickle"
@@ -257,7 +320,9 @@ def test_record_card_and_summary_say_that_the_base_was_pickled(state: dict[str, 
     assert len(record["index_sha256"]) == 64
 
 
-def test_verify_finds_one_flipped_bit_in_a_transposed_tensor(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_verify_finds_one_flipped_bit_in_a_transposed_tensor(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     state[UP.format(1)] = state[UP.format(1)].t().contiguous().t()
     base = save_pickled(tmp_path / "base", state, llama_config(4))
     dus("upscale", base, "--trim", "1", "-o", tmp_path / "out", "-q")
@@ -269,13 +334,16 @@ def test_verify_finds_one_flipped_bit_in_a_transposed_tensor(state: dict[str, to
 
 
 def peak_memory(*arguments: str | Path) -> int:
-    """Bytes that the command held at most: of its own, where ru_maxrss also counts the process that forked it."""
+    """Bytes that the command held at most: of its own, where ru_maxrss also counts the process
+    that forked it.
+    """
     code = (
         "import sys, contextlib\n"
         "from dus_cli.cli import main\n"
         f"sys.argv = ['dus', *{[str(argument) for argument in arguments]!r}]\n"
         "with contextlib.suppress(SystemExit): main()\n"
-        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+        "print([line.split()[1] for line in open('/proc/self/status') if "
+        "line.startswith('VmHWM')][0])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
@@ -347,7 +415,9 @@ def test_pickle_of_the_older_format_that_calls_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "ran").exists()
 
 
-def test_damage_to_a_file_of_the_older_format_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_damage_to_a_file_of_the_older_format_is_named(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     base = save_pickled(tmp_path / "m", state, llama_config(4), as_zip=False)
     path, good = base / NAME, (base / NAME).read_bytes()
     for raw, part in (
@@ -363,7 +433,9 @@ def test_damage_to_a_file_of_the_older_format_is_named(state: dict[str, torch.Te
         refuse_file(path, part)
 
 
-def test_pickle_in_one_shard_of_several_is_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_pickle_in_one_shard_of_several_is_refused(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     base = save_pickled(tmp_path / "m", state, llama_config(4), num_shards=3)
     torch.save({"x": Payload(tmp_path / "ran")}, base / "pytorch_model-00003-of-00003.bin")
     refuse(base, "pytorch_model-00003-of-00003.bin", "posix.system", "none of it was run")
@@ -387,7 +459,10 @@ def test_bare_pickles_and_old_formats_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ({"state_dict": {"x": torch.zeros(3)}, "epoch": 3}, ("holds dicts (state_dict)", "training checkpoint")),
+        (
+            {"state_dict": {"x": torch.zeros(3)}, "epoch": 3},
+            ("holds dicts (state_dict)", "training checkpoint"),
+        ),
         ({"module": {"x": torch.zeros(3)}}, ("holds dicts (module)",)),
         ([torch.zeros(3)], ("holds a list",)),
         (torch.zeros(3), ("holds a Tensor",)),
@@ -407,13 +482,17 @@ def test_bare_pickles_and_old_formats_are_refused(tmp_path: Path) -> None:
         ({"x": torch.zeros(3, device="meta")}, ("_rebuild_meta_tensor_no_storage",)),
     ],
 )
-def test_what_is_no_state_dict_of_plain_tensors_is_told(content: Any, parts: tuple[str, ...], tmp_path: Path) -> None:
+def test_what_is_no_state_dict_of_plain_tensors_is_told(
+    content: Any, parts: tuple[str, ...], tmp_path: Path
+) -> None:
     torch.save(content, tmp_path / NAME)
     refuse_file(tmp_path / NAME, *parts)
 
 
 def test_training_checkpoint_is_told_by_the_command(tmp_path: Path) -> None:
-    refuse_saved(tmp_path / "m", {"state_dict": {"x": torch.zeros(3)}}, "state_dict", "save_pretrained")
+    refuse_saved(
+        tmp_path / "m", {"state_dict": {"x": torch.zeros(3)}}, "state_dict", "save_pretrained"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
@@ -436,7 +515,9 @@ def rewrite(path: Path, change: Callable[[str, bytes], bytes | None], **options:
                 archive.writestr(name, content)
 
 
-def test_archive_written_anew_by_another_zip_library_is_read(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_archive_written_anew_by_another_zip_library_is_read(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     """Storages then start where no formula of torch's says; they are looked for."""
     base = save_pickled(tmp_path / "base", state, llama_config(4))
     rewrite(base / NAME, lambda _, raw: raw)
@@ -449,7 +530,9 @@ def test_damage_to_the_archive_is_named(state: dict[str, torch.Tensor], tmp_path
     base = save_pickled(tmp_path / "m", state, llama_config(4))
     path, good = base / NAME, (base / NAME).read_bytes()
 
-    def damage(*parts: str, **options: Any) -> Callable[[Callable[[str, bytes], bytes | None]], None]:
+    def damage(
+        *parts: str, **options: Any
+    ) -> Callable[[Callable[[str, bytes], bytes | None]], None]:
         def check(change: Callable[[str, bytes], bytes | None]) -> None:
             path.write_bytes(good)
             rewrite(path, change, **options)
@@ -458,11 +541,15 @@ def test_damage_to_the_archive_is_named(state: dict[str, torch.Tensor], tmp_path
         return check
 
     damage("compressed or encrypted", compression=zipfile.ZIP_DEFLATED)(lambda _, raw: raw)
-    damage("other byte order", "big")(lambda name, raw: b"big" if name.endswith("byteorder") else raw)
+    damage("other byte order", "big")(
+        lambda name, raw: b"big" if name.endswith("byteorder") else raw
+    )
     damage("without data.pkl")(lambda name, raw: None if name.endswith("data.pkl") else raw)
     damage("weights_only")(lambda name, raw: None if name.endswith("data/7") else raw)
     damage("beyond its storage")(lambda name, raw: raw[:-2] if name.endswith("data/7") else raw)
-    damage("data.pkl is no pickle")(lambda name, raw: raw[:-1] if name.endswith("data.pkl") else raw)
+    damage("data.pkl is no pickle")(
+        lambda name, raw: raw[:-1] if name.endswith("data.pkl") else raw
+    )
     damage("data.pkl has", "more than any state dict")(
         lambda name, raw: bytes(17_000_000) if name.endswith("data.pkl") else raw
     )
@@ -479,7 +566,9 @@ def test_storage_whose_key_is_no_number_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / NAME, "w") as archive:
         for name, raw in members.items():
             key = struct.pack("<I", 1)
-            archive.writestr(name.replace("data/0", "data/?"), raw.replace(b"X" + key + b"0", b"X" + key + b"?"))
+            archive.writestr(
+                name.replace("data/0", "data/?"), raw.replace(b"X" + key + b"0", b"X" + key + b"?")
+            )
     refuse_file(tmp_path / NAME, "names a storage ?")
 
 
@@ -497,7 +586,11 @@ def directory_entry(raw: bytearray, name: str) -> int:
     ],
 )
 def test_member_that_lies_elsewhere_than_torch_puts_it_is_refused(
-    field: int, value: Callable[[int], int], part: str, state: dict[str, torch.Tensor], tmp_path: Path
+    field: int,
+    value: Callable[[int], int],
+    part: str,
+    state: dict[str, torch.Tensor],
+    tmp_path: Path,
 ) -> None:
     base = save_pickled(tmp_path / "m", state, llama_config(4))
     raw = bytearray((base / NAME).read_bytes())
@@ -510,16 +603,25 @@ def test_member_that_lies_elsewhere_than_torch_puts_it_is_refused(
 
 def test_member_twice_is_refused(tmp_path: Path) -> None:
     base = write_pickled(tmp_path / "m", llama_tensors(4), llama_config(4))
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(base / NAME, "a") as archive:
+    with (
+        pytest.warns(UserWarning, match="Duplicate name"),
+        zipfile.ZipFile(base / NAME, "a") as archive,
+    ):
         archive.writestr("pytorch_model/data.pkl", pickle.dumps(Payload(tmp_path / "ran"), 2))
     refuse_file(base / NAME, "data.pkl twice")
     assert not (tmp_path / "ran").exists()
 
 
 def saved_bytes(as_zip: bool) -> bytes:
-    """Three tensors as torch saves them, always the same bytes: the old form names and sorts storages by address."""
+    """Three tensors as torch saves them, always the same bytes: the old form names and sorts
+    storages by address.
+    """
     one, two, three = sorted((torch.arange(12.0) for _ in range(3)), key=address)
-    content = {"a": one.reshape(3, 4).t(), "b": two.view(torch.bfloat16)[:5], "c": three.reshape(6, 2)[1]}
+    content = {
+        "a": one.reshape(3, 4).t(),
+        "b": two.view(torch.bfloat16)[:5],
+        "c": three.reshape(6, 2)[1],
+    }
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=as_zip)
     raw = buffer.getvalue()
@@ -534,11 +636,20 @@ def address(tensor: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_of_2000_damaged_files_all_end_in_tensors_within_the_file_or_one_line(as_zip: bool, tmp_path: Path) -> None:
-    """Counted on the same bytes in every run: a file with a changing address in it crossed the bound by chance."""
+def test_of_2000_damaged_files_all_end_in_tensors_within_the_file_or_one_line(
+    as_zip: bool, tmp_path: Path
+) -> None:
+    """Counted on the same bytes in every run: a file with a changing address in it crossed the
+    bound by chance.
+    """
     good, rng = saved_bytes(as_zip), random.Random(1603)
-    # Turn by turn the pickle and what surrounds it, and the zip's directory; data itself may be anything.
-    spans = [(0, good.index(b"PK\3\4", 4)), (good.index(b"PK\1\2"), len(good))] if as_zip else [(15, len(good))]
+    # Turn by turn the pickle and what surrounds it, and the zip's directory; data itself may be
+    # anything.
+    spans = (
+        [(0, good.index(b"PK\3\4", 4)), (good.index(b"PK\1\2"), len(good))]
+        if as_zip
+        else [(15, len(good))]
+    )
     path, outcomes = tmp_path / "x.bin", {"read": 0, "refused": 0}
     for number in range(2000):
         start, end = spans[number % len(spans)]
@@ -564,7 +675,11 @@ def test_torchs_objection_is_told_without_its_advice_to_run_the_file(tmp_path: P
 def check_places(path: Path) -> None:
     size = path.stat().st_size
     for tensor in read_pickled(path, path.name).tensors:
-        reach = strided.span(tensor.shape, tensor.strides or ()) if tensor.strides else tensor.num_elements
+        reach = (
+            strided.span(tensor.shape, tensor.strides or ())
+            if tensor.strides
+            else tensor.num_elements
+        )
         assert 0 <= tensor.start <= tensor.start + reach * DTYPE_BITS[tensor.dtype] // 8 <= size
 
 
@@ -598,12 +713,20 @@ def test_what_transformers_does_not_mind_in_an_index_is_a_warning(
     first, _, last = sorted(set(weight_map.values()))
     place = weight_map["lm_head.weight"]
     change = {"model.layers.0.ghost": first, "lm_head.weight": first if place == last else last}
-    assert dus("upscale", base, "--trim", "1", "-o", tmp_path / "agrees", "--json").report["warnings"] == []
+    assert (
+        dus("upscale", base, "--trim", "1", "-o", tmp_path / "agrees", "--json").report["warnings"]
+        == []
+    )
     (base / INDEX).write_text(json.dumps(index | {"weight_map": weight_map | change}))
     _, info = transformers.AutoModelForCausalLM.from_pretrained(base, output_loading_info=True)
     assert not any(info.values())
-    warnings = dus("upscale", base, "--trim", "1", "-o", tmp_path / "differs", "--json").report["warnings"]
-    assert f"{INDEX} names model.layers.0.ghost, which no shard holds: transformers loads the model without" in warnings
+    warnings = dus("upscale", base, "--trim", "1", "-o", tmp_path / "differs", "--json").report[
+        "warnings"
+    ]
+    assert (
+        f"{INDEX} names model.layers.0.ghost, which no shard holds: transformers loads the model "
+        "without" in warnings
+    )
     assert any(f"{INDEX} names lm_head.weight, in other shards" in warning for warning in warnings)
     assert names_and_bytes(tmp_path / "differs") == names_and_bytes(tmp_path / "agrees")
 
@@ -620,12 +743,26 @@ def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
 def test_healing_a_pickled_model_says_what_to_do(tmp_path: Path) -> None:
     base = write_pickled(tmp_path / "base", llama_tensors(4), llama_config(4))
     (tmp_path / "text.txt").write_text("text")
-    run = dus("heal", base, "--data", tmp_path / "text.txt", "--tokens", "1K", "-o", tmp_path / "out", "-q")
+    run = dus(
+        "heal",
+        base,
+        "--data",
+        tmp_path / "text.txt",
+        "--tokens",
+        "1K",
+        "-o",
+        tmp_path / "out",
+        "-q",
+    )
     run.assert_one_line_error("holds pickled weights", "dus upscale")
 
 
-def test_shards_are_full_although_every_tensor_starts_elsewhere_in_its_block(tmp_path: Path) -> None:
-    """Between any two tensors of a pickle lies a zip header: no run of them agrees with the output's blocks."""
+def test_shards_are_full_although_every_tensor_starts_elsewhere_in_its_block(
+    tmp_path: Path,
+) -> None:
+    """Between any two tensors of a pickle lies a zip header: no run of them agrees with the
+    output's blocks.
+    """
     tensors, config = llama_tensors(4, 256, 512), llama_config(4, 256, 512)
     write_pickled(tmp_path / "pickled", tensors, config)
     write_checkpoint(tmp_path / "plain", tensors, config, fill=fill_randomly)
@@ -644,6 +781,13 @@ def test_transposed_tensors_are_cast_and_zeroed_on_the_way(tmp_path: Path) -> No
     options = ["--trim", "1", "--identity", "--dtype", "bfloat16", "--verify", "full", "--json"]
     report = dus("upscale", base, *options, "-o", tmp_path / "out").report
     assert report["bytes_cast"] + report["bytes_zeros"] == report["bytes"]
-    embeddings = state["model.embed_tokens.weight"].bfloat16().contiguous().view(torch.uint8).numpy().tobytes()
+    embeddings = (
+        state["model.embed_tokens.weight"]
+        .bfloat16()
+        .contiguous()
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
     assert names_and_bytes(tmp_path / "out")["model.embed_tokens.weight"][2] == embeddings
     assert problems(tmp_path / "out", "--base", base) == []

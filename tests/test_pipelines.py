@@ -54,20 +54,35 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(bin_folder: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HF_"))}
-    paths = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(PIPELINES.parent.parent)}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HF_"))
+    }
+    paths = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(PIPELINES.parent.parent),
+    }
     return kept | paths | {"OMP_NUM_THREADS": "1"}
 
 
-def run(command: list[str | Path], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str | Path], cwd: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     """Without a standard input: whoever asks gets no answer."""
     return subprocess.run(
-        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def stub(folder: Path, environment: dict[str, str], **programs: str) -> dict[str, str]:
-    """An environment in which these programs are others; `$CALLS` is a file for what they were asked."""
+    """An environment in which these programs are others; `$CALLS` is a file for what they were
+    asked.
+    """
     folder.mkdir(exist_ok=True)
     for name, text in programs.items():
         script(folder / name, text)
@@ -82,7 +97,9 @@ def test_make_goes_on_after_a_kill_and_has_nothing_to_do_when_all_is_done(
 ) -> None:
     def make(*arguments: str) -> subprocess.CompletedProcess[str]:
         variables = (f"MODEL={home}/base", "TRIM=1", f"DATA={home}/corpus.jsonl", f"HEAL={HEAL}")
-        return run(["make", "-f", PIPELINES / "Makefile", *variables, *arguments], tmp_path, environment)
+        return run(
+            ["make", "-f", PIPELINES / "Makefile", *variables, *arguments], tmp_path, environment
+        )
 
     planned = make("plan")
     assert planned.returncode == 0, planned.stderr
@@ -106,12 +123,19 @@ def test_make_goes_on_after_a_kill_and_has_nothing_to_do_when_all_is_done(
     assert "Error 1" in other.stderr
 
 
-def test_make_after_sigterm_in_the_middle_of_writing(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_make_after_sigterm_in_the_middle_of_writing(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
     tensors = llama_tensors(8, hidden=1024, intermediate=2048, kv=256)
     write_checkpoint(tmp_path / "base", tensors, llama_config(8), fill=fill_randomly)
     command = ["make", "-f", str(PIPELINES / "Makefile"), "MODEL=./base", "TRIM=1", "upscale"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while not (tmp_path / ".out.partial").exists():
         time.sleep(0.001)
@@ -144,9 +168,18 @@ def actions(name: str, contexts: dict[str, str]) -> Any:
 
 
 def step(which: Any, cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """As the runner does it, by docs.github.com's workflow syntax: bash --noprofile --norc -eo pipefail {0}."""
+    """As the runner does it, by docs.github.com's workflow syntax: bash --noprofile --norc -eo
+    pipefail {0}.
+    """
     (cwd / "step.sh").write_text(which["run"])
-    command: list[str | Path] = ["bash", "--noprofile", "--norc", "-eo", "pipefail", cwd / "step.sh"]
+    command: list[str | Path] = [
+        "bash",
+        "--noprofile",
+        "--norc",
+        "-eo",
+        "pipefail",
+        cwd / "step.sh",
+    ]
     done = run(command, cwd, environment | which.get("env", {}))
     (cwd / "step.sh").unlink()
     return done
@@ -156,7 +189,9 @@ def workflow(tmp_path: Path, model: str = "org/tiny", trim: str = "1") -> Any:
     contexts = {"inputs.model": model, "inputs.trim": trim, "github.workspace": str(tmp_path)}
     contexts |= {"secrets.HF_TOKEN": "", "!cancelled()": "always"}
     (job,) = actions("github-actions.yml", contexts)["jobs"].values()
-    job["env"] = {name: str(value or "") for name, value in job["env"].items()}  # as a runner has them
+    job["env"] = {
+        name: str(value or "") for name, value in job["env"].items()
+    }  # as a runner has them
     return job
 
 
@@ -198,7 +233,8 @@ def test_the_actions_job_fails_with_dus_own_code_and_shows_why(
 
 # --- Slurm ----------------------------------------------------------------------------------------
 
-# As many tasks as there are nodes, with what Slurm tells each; the highest code of them, as srun has it.
+# As many tasks as there are nodes, with what Slurm tells each; the highest code of them, as srun
+# has it.
 SRUN = """
 [[ $1 == --kill-on-bad-exit=0 ]] && shift
 for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node SLURM_PROCID=$node "$@" & tasks+=($!); done
@@ -217,7 +253,13 @@ SLURM_JOB_ID=$JOB SLURM_NNODES=2 SLURM_JOB_NODELIST='node[1-2]' exec bash "$@"
 def slurm(tmp_path: Path, environment: dict[str, str], home: Path, **more: str) -> dict[str, str]:
     job = str(tiny.free_port() % 10_000)  # 20000 + job % 10000 is the port
     stubs = {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH} | more
-    settings = {"MODEL": str(home / "base"), "TRIM": "1", "DATA": str(home / "corpus.jsonl"), "HEAL": HEAL, "JOB": job}
+    settings = {
+        "MODEL": str(home / "base"),
+        "TRIM": "1",
+        "DATA": str(home / "corpus.jsonl"),
+        "HEAL": HEAL,
+        "JOB": job,
+    }
     return stub(tmp_path / "slurm", environment, **stubs) | settings
 
 
@@ -234,19 +276,27 @@ def test_the_slurm_script_scales_up_submits_itself_and_heals_on_two_nodes(
     assert (report["steps"], report["num_workers"]) == (2, 2)
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(143, True), (130, True), (1, False), (2, False)])
+@pytest.mark.parametrize(
+    ("code", "is_requeued"), [(143, True), (130, True), (1, False), (2, False)]
+)
 def test_the_slurm_job_is_requeued_after_a_signal_and_not_after_a_failure(
     tmp_path: Path, environment: dict[str, str], code: int, is_requeued: bool
 ) -> None:
     environment = slurm(tmp_path, environment, tmp_path, dus=f"exit {code}")
-    inside = environment | {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    inside = environment | {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+    }
     done = run(["bash", PIPELINES / "slurm.sh"], tmp_path, inside)
     assert done.returncode == code
     assert ("scontrol requeue 7" in (tmp_path / "slurm/calls").read_text()) is is_requeued
     assert ("would end the same way" in done.stderr) is not is_requeued
 
 
-def test_on_the_login_node_a_failure_submits_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_on_the_login_node_a_failure_submits_nothing(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
     environment = slurm(tmp_path, environment, tmp_path)
     done = run(["bash", PIPELINES / "slurm.sh"], tmp_path, environment)
     assert done.returncode == 1
@@ -264,23 +314,36 @@ def pod(manifest: Any, volume: Path) -> Iterator[tuple[list[str], dict[str, str]
         (mount,) = container["volumeMounts"]
         words = [word.replace(mount["mountPath"], str(volume)) for word in container["command"]]
         variables = {item["name"]: item["value"] for item in container["env"] if "value" in item}
-        yield words, {name: value.replace(mount["mountPath"], str(volume)) for name, value in variables.items()}
+        yield (
+            words,
+            {
+                name: value.replace(mount["mountPath"], str(volume))
+                for name, value in variables.items()
+            },
+        )
 
 
 def test_the_kubernetes_job_says_what_a_job_may_say() -> None:
-    """By the API reference of batch/v1, Job: what podFailurePolicy demands, and names that are told twice."""
+    """By the API reference of batch/v1, Job: what podFailurePolicy demands, and names that are
+    told twice.
+    """
     manifest = yaml.safe_load((PIPELINES / "kubernetes-job.yaml").read_text(encoding="utf-8"))
     assert (manifest["apiVersion"], manifest["kind"]) == ("batch/v1", "Job")
     assert set(manifest["spec"]) == {"backoffLimit", "podFailurePolicy", "template"}
     spec = manifest["spec"]["template"]["spec"]
     assert spec["restartPolicy"] == "Never"
     ignored, failed = manifest["spec"]["podFailurePolicy"]["rules"]
-    assert ignored == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert ignored == {
+        "action": "Ignore",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
     assert failed == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
     names = {volume["name"] for volume in spec["volumes"]}
     for container in (*spec["initContainers"], *spec["containers"]):
         assert {mount["name"] for mount in container["volumeMounts"]} <= names
-        assert all(isinstance(word, str) for word in container["command"])  # 8 without quotes would be a number
+        assert all(
+            isinstance(word, str) for word in container["command"]
+        )  # 8 without quotes would be a number
 
 
 def test_the_kubernetes_jobs_pod_scales_up_heals_and_a_second_one_has_nothing_to_do(
@@ -290,7 +353,10 @@ def test_the_kubernetes_jobs_pod_scales_up_heals_and_a_second_one_has_nothing_to
     shutil.copy(home / "corpus.jsonl", tmp_path)
     for number in range(2):
         upscale, heal = pod(manifest, tmp_path)
-        words = [{"mistralai/Mistral-7B-v0.1": str(home / "base"), "8": "1"}.get(word, word) for word in upscale[0]]
+        words = [
+            {"mistralai/Mistral-7B-v0.1": str(home / "base"), "8": "1"}.get(word, word)
+            for word in upscale[0]
+        ]
         done = run(list(words), tmp_path, environment | upscale[1])
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stderr.splitlines()[-1])["exit_code"] == 0
@@ -301,7 +367,11 @@ def test_the_kubernetes_jobs_pod_scales_up_heals_and_a_second_one_has_nothing_to
         if number == 0:
             training = [event for event in events if event.get("stage") == "training"]
             assert [training[0]["event"], training[-1]["event"]] == ["start", "end"]
-            assert (training[-1]["done"], training[-1]["total"], training[-1]["unit"]) == (2, 2, "steps")
+            assert (training[-1]["done"], training[-1]["total"], training[-1]["unit"]) == (
+                2,
+                2,
+                "steps",
+            )
             assert training[-1]["metrics"]["eval_loss"] > 0
             assert [event["event"] for event in events].count("run") == 1
         else:
@@ -325,7 +395,9 @@ def test_the_kubernetes_jobs_bad_command_line_is_the_code_that_fails_the_job(
 
 
 def test_every_option_in_the_examples_exists() -> None:
-    known = set(re.findall(r"--[a-z][a-z-]+", (PIPELINES.parent / "cli.md").read_text(encoding="utf-8")))
+    known = set(
+        re.findall(r"--[a-z][a-z-]+", (PIPELINES.parent / "cli.md").read_text(encoding="utf-8"))
+    )
     for name in ("Makefile", "github-actions.yml", "slurm.sh", "kubernetes-job.yaml", "README.md"):
         text = (PIPELINES / name).read_text(encoding="utf-8").replace("\\\n", " ")
         for command in re.findall(r"\bdus,? (?:upscale|verify|heal)\b[^`]*?$", text, re.MULTILINE):
@@ -337,5 +409,7 @@ def test_the_shell_script_is_sound_shell() -> None:
     assert subprocess.run(["bash", "-n", PIPELINES / "slurm.sh"], check=False).returncode == 0
     if shutil.which("shellcheck") is None:
         pytest.skip("it parses; what shellcheck says of it is not known here")
-    done = subprocess.run(["shellcheck", PIPELINES / "slurm.sh"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", PIPELINES / "slurm.sh"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout

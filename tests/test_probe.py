@@ -1,4 +1,6 @@
-"""What `dus probe` says of a map is what the checkpoint that `dus upscale` writes for it does; nothing is guessed."""
+"""What `dus probe` says of a map is what the checkpoint that `dus upscale` writes for it does;
+nothing is guessed.
+"""
 
 from __future__ import annotations
 
@@ -48,16 +50,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about it
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 
-# Of each way in which layers differ, or are called, or what is behind them: dense; names of GPT-2; caps and sliding
-# windows; scaled logits; experts, merged while they are loaded; dense layers before experts; mamba, and convolutions,
-# beside attention; parallel attention; a head that is left to the model.
-TYPES = (
-    "llama gpt2 gemma2 gemma3_text cohere2 qwen3_moe deepseek_v3 granitemoehybrid lfm2 gpt_neox falcon minicpm3".split()
-)
+# Of each way in which layers differ, or are called, or what is behind them: dense; names of GPT-2;
+# caps and sliding windows; scaled logits; experts, merged while they are loaded; dense layers
+# before experts; mamba, and convolutions, beside attention; parallel attention; a head that is left
+# to the model.
+TYPES = "llama gpt2 gemma2 gemma3_text cohere2 qwen3_moe deepseek_v3 granitemoehybrid lfm2 gpt_neox falcon minicpm3".split()
 
 
 def write_model(folder: Path, model_type: str, *, whole: bool = False) -> Path:
-    """A tiny random model of seven layers with a tokenizer of letters, all ids below its vocabulary of 96."""
+    """A tiny random model of seven layers with a tokenizer of letters, all ids below its
+    vocabulary of 96.
+    """
     from tokenizers import Tokenizer, models
 
     zoo.tiny_model(model_type, whole=whole).save_pretrained(folder)
@@ -65,7 +68,11 @@ def write_model(folder: Path, model_type: str, *, whole: bool = False) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -81,7 +88,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(model: Path, corpus: Path, **options: Any) -> Probe:
-    """100 tokens in rows of 24, which is longer than the sliding windows; in fp32 also where bf16 would be faster."""
+    """100 tokens in rows of 24, which is longer than the sliding windows; in fp32 also where
+    bf16 would be faster.
+    """
     usual = ProbeOptions(data=(str(corpus),), tokens=100, seq_length=24, precision=Precision.fp32)
     maps = {} if options.keys() & {"trims", "layers", "search"} else {"trims": (2, 3)}
     settings = replace(usual, **(maps | options))
@@ -93,7 +102,9 @@ def own_loss(folder: Path, corpus: Path) -> float:
     """Of the model in a folder, as transformers computes it on the same rows."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokeniser = Tokeniser(folder, 96)
-    rows = Packed(read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False)
+    rows = Packed(
+        read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False
+    )
     total, count = 0.0, 0
     for row in rows:
         labels = torch.from_numpy(row.labels)
@@ -105,7 +116,9 @@ def own_loss(folder: Path, corpus: Path) -> float:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_the_loss_is_that_of_the_checkpoint_that_upscale_writes(model_type: str, corpus: Path, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_the_checkpoint_that_upscale_writes(
+    model_type: str, corpus: Path, tmp_path: Path
+) -> None:
     base = write_model(tmp_path / "base", model_type)
     found = measured(base, corpus)
     upscale(Wanted(ModelRef.parse(str(base)), MapRequest(trim=2)), tmp_path / "out")
@@ -122,7 +135,16 @@ def test_the_loss_is_that_of_the_checkpoint_that_upscale_writes(model_type: str,
 def test_several_maps_at_once_are_what_each_is_alone(model: Path, corpus: Path) -> None:
     layers = ("0:5,2:7", "0,1,2:7,2:7", "3,3,0:7", "0:7,0:7")
     together = measured(model, corpus, trims=(0, None), layers=layers)
-    assert [m.candidate.layer_map.trim for m in together.maps] == [0, 1, 2, 3, None, None, None, None]
+    assert [m.candidate.layer_map.trim for m in together.maps] == [
+        0,
+        1,
+        2,
+        3,
+        None,
+        None,
+        None,
+        None,
+    ]
     for found in together.maps:
         (alone,) = measured(model, corpus, layers=(str(found.candidate.layer_map),)).maps
         assert found.loss == pytest.approx(alone.loss, abs=1e-6)
@@ -142,7 +164,9 @@ def test_seams_have_the_distance_of_the_hidden_states_that_meet(model: Path, cor
     (found,) = measured(model, corpus, layers=("0:5,2:7",)).maps
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokeniser = Tokeniser(model, 96)
-    rows = Packed(read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False)
+    rows = Packed(
+        read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False
+    )
     cosines = []
     handed: dict[int, Any] = {}
     for number in (2, 5):
@@ -169,7 +193,9 @@ def test_what_upscale_refuses_is_listed_with_its_reason(corpus: Path, tmp_path: 
     assert [m.loss is None for m in found.maps] == [True, False]
 
 
-def test_layers_that_hand_on_more_than_hidden_states_are_refused_by_name(corpus: Path, tmp_path: Path) -> None:
+def test_layers_that_hand_on_more_than_hidden_states_are_refused_by_name(
+    corpus: Path, tmp_path: Path
+) -> None:
     base = write_model(tmp_path / "base", "zaya")
     with pytest.raises(ProbeError, match="zaya: layer 1 is handed more from other layers"):
         measured(base, corpus, trims=(2, 3))
@@ -195,7 +221,10 @@ def test_rows_that_do_not_fit_at_once_give_the_same_figures() -> None:
     rows = zoo.tokens(model)
     batches = [Batch(row[None], row.roll(-1)[None]) for row in rows]
     maps = [tuple(range(7)), source_layers(7, 1), source_layers(7, 2)]
-    found = [Meter(model, 7, batches, lambda _: nullcontext(), at_once).losses(maps) for at_once in (1, 2, 3)]
+    found = [
+        Meter(model, 7, batches, lambda _: nullcontext(), at_once).losses(maps)
+        for at_once in (1, 2, 3)
+    ]
     assert found[0] == pytest.approx(found[2], abs=1e-4)
     assert found[1] == pytest.approx(found[2], abs=1e-4)
 
@@ -211,32 +240,67 @@ def test_memory_is_counted_before_anything_is_loaded() -> None:
 
 def test_the_largest_within_a_bound_and_the_knee_are_recommended() -> None:
     """By the losses of SmolLM2's trims."""
-    losses = [7.81, 6.07, 5.41, 5.14, 5.32, 5.19, 3.69, 3.41, 3.26, 3.17, 3.10, 3.05, 3.01, 2.97, 2.94]
+    losses = [
+        7.81,
+        6.07,
+        5.41,
+        5.14,
+        5.32,
+        5.19,
+        3.69,
+        3.41,
+        3.26,
+        3.17,
+        3.10,
+        3.05,
+        3.01,
+        2.97,
+        2.94,
+    ]
     points = [(loss, 2 * (30 - trim)) for trim, loss in enumerate(losses)]
     assert recommend.within(points, 1.2 * 2.845) == 7
     assert recommend.within(points, 2.9) is None
     assert recommend.knee(points) == 6
     assert recommend.knee(points[:2]) is None
-    assert recommend.knee([(1.0, 6), (2.0, 5), (3.0, 4)]) is None  # more trimming is worse: there is no knee
+    assert (
+        recommend.knee([(1.0, 6), (2.0, 5), (3.0, 4)]) is None
+    )  # more trimming is worse: there is no knee
 
 
-def test_only_what_is_right_for_an_engine_is_recommended_for_it(corpus: Path, tmp_path: Path) -> None:
-    """cohere2 repeats every 4 layers: of 8, trim 2 alone keeps that, and llama.cpp and mlx-lm count."""
+def test_only_what_is_right_for_an_engine_is_recommended_for_it(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """cohere2 repeats every 4 layers: of 8, trim 2 alone keeps that, and llama.cpp and mlx-lm
+    count.
+    """
     base = tiny.write_base(tmp_path / "base", 8, model_type="cohere2", sliding_window=6)
     of_any = measured(base, corpus, trims=(1, 4), within=100)
     of_mlx = measured(base, corpus, trims=(1, 4), engines=("mlx",), within=100)
-    assert [(found.within, found.knee) for found in (of_any, of_mlx)] == [(0, of_any.knee), (1, None)]
+    assert [(found.within, found.knee) for found in (of_any, of_mlx)] == [
+        (0, of_any.knee),
+        (1, None),
+    ]
     assert [[engine.name for engine in m.candidate.wrong] for m in of_any.maps] == [
         ["llama.cpp", "mlx", "transformers-4.52"], [], ["llama.cpp", "mlx", "transformers-4.52"],
     ]  # fmt: skip
     lines = probe_text(of_mlx).splitlines()
     assert [line.split()[-2:] for line in lines[:1]] == [["not", "in"]]
     assert [line.endswith("  lmt") for line in lines[2:5]] == [True, False, True]
-    assert "not in: l llama.cpp, m mlx-lm, t transformers before 4.53 would not compute it as config.json says" in lines
+    assert (
+        "not in: l llama.cpp, m mlx-lm, t transformers before 4.53 would not compute it as "
+        "config.json says" in lines
+    )
     none = measured(base, corpus, trims=(1, 2), engines=("mlx",), within=100)
     assert none.within is None
-    assert "No deeper model that is right for mlx is within 10000% of the base's loss" in probe_text(none)
-    assert [one["verdict"] for one in probe_json(none)["maps"][0]["engines"]][:3] == ["differs", "differs", "right"]
+    assert (
+        "No deeper model that is right for mlx is within 10000% of the base's loss"
+        in probe_text(none)
+    )
+    assert [one["verdict"] for one in probe_json(none)["maps"][0]["engines"]][:3] == [
+        "differs",
+        "differs",
+        "right",
+    ]
     assert probe_json(none)["for"] == ["mlx"]
 
 
@@ -259,7 +323,9 @@ def test_a_search_measures_the_maps_whose_layers_meet_closest(model: Path, corpu
         assert m.loss == pytest.approx(alone.loss, abs=1e-6)
 
 
-def test_streaming_reads_what_it_must_or_says_why_not(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_streaming_reads_what_it_must_or_says_why_not(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     path = next(broken.glob("*.safetensors"))
@@ -278,14 +344,18 @@ def test_one_layer_at_a_time_has_weights_where_they_are_streamed(model: Path) ->
 
     def with_weights() -> list[int]:
         layers = enumerate(streamed.model.layers)
-        return [number for number, layer in layers if not any(p.is_meta for p in layer.parameters())]
+        return [
+            number for number, layer in layers if not any(p.is_meta for p in layer.parameters())
+        ]
 
     assert with_weights() == []
     for number in (3, 0, 3):
         with ready(number):
             assert with_weights() == [number]
             for mine, theirs in zip(
-                streamed.model.layers[number].parameters(), whole.model.layers[number].parameters(), strict=True
+                streamed.model.layers[number].parameters(),
+                whole.model.layers[number].parameters(),
+                strict=True,
             ):
                 assert torch.equal(mine, theirs)
         assert with_weights() == []
@@ -293,8 +363,21 @@ def test_one_layer_at_a_time_has_weights_where_they_are_streamed(model: Path) ->
 
 
 def test_the_picture_shows_what_was_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
-    options = ("--data", corpus, "--tokens", "100", "--seq-length", "24", "--layers", "0:5,2:7", "--trims", ":")
-    run = forked_dus("probe", model, *options, "--plot", tmp_path / "p.svg", "-q", "--within", "100%")
+    options = (
+        "--data",
+        corpus,
+        "--tokens",
+        "100",
+        "--seq-length",
+        "24",
+        "--layers",
+        "0:5,2:7",
+        "--trims",
+        ":",
+    )
+    run = forked_dus(
+        "probe", model, *options, "--plot", tmp_path / "p.svg", "-q", "--within", "100%"
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p-dark.svg", "p.svg"]
     for path in tmp_path.iterdir():
@@ -307,15 +390,21 @@ def test_the_picture_shows_what_was_measured(model: Path, corpus: Path, tmp_path
     before = (tmp_path / "p.svg").read_bytes()
     refused = forked_dus("probe", model, *options, "--plot", tmp_path / "none" / "p.svg")
     refused.assert_one_line_error("is no place for a file")
-    forked_dus("probe", model, *options, "--plot", tmp_path / "p.png").assert_one_line_error("ends in .svg")
+    forked_dus("probe", model, *options, "--plot", tmp_path / "p.png").assert_one_line_error(
+        "ends in .svg"
+    )
     assert (tmp_path / "p.svg").read_bytes() == before
 
 
 def test_what_cannot_be_is_one_line(model: Path, corpus: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    forked_dus("probe", model, "--data", empty).assert_one_line_error("has no documents to measure on")
-    forked_dus("probe", model, "--data", tmp_path / "no").assert_one_line_error("is no file or folder")
+    forked_dus("probe", model, "--data", empty).assert_one_line_error(
+        "has no documents to measure on"
+    )
+    forked_dus("probe", model, "--data", tmp_path / "no").assert_one_line_error(
+        "is no file or folder"
+    )
     forked_dus("probe", tmp_path / "no", "--data", corpus).assert_one_line_error("does not exist")
     for option, value, said, code in (
         ("--trims", "4:9", "use 0:4", 1),
@@ -325,12 +414,16 @@ def test_what_cannot_be_is_one_line(model: Path, corpus: Path, tmp_path: Path) -
         ("--seq-length", "100", "the model's 64 positions", 1),
         ("--max-memory", "1MB", "1.00 MB may be used; try --stream-layers", 1),
     ):
-        forked_dus("probe", model, "--data", corpus, option, value).assert_one_line_error(said, code=code)
+        forked_dus("probe", model, "--data", corpus, option, value).assert_one_line_error(
+            said, code=code
+        )
 
 
 def test_a_dry_run_loads_nothing(corpus: Path, base: Path) -> None:
     """Of a checkpoint whose bytes are no sensible weights, and that has no tokenizer."""
-    report = forked_dus("probe", base, "--data", corpus, "--precision", "fp32", "--dry-run", "--json").report
+    report = forked_dus(
+        "probe", base, "--data", corpus, "--precision", "fp32", "--dry-run", "--json"
+    ).report
     assert [found["num_layers"] for found in report["maps"]] == [16, 14, 12, 10]
     assert report["maps"][0]["loss"] is None
     assert report["memory"]["weights"] == 4 * report["base"]["parameters"]
@@ -349,11 +442,20 @@ def test_a_model_of_the_hub_is_measured(model: Path, corpus: Path, tmp_path: Pat
     options = "--tokens 100 --seq-length 24 --trims 2 --precision fp32 --json".split()
     with StandInHub({"org/llama": StandInRepo({commit: model}, {"main": commit})}) as hub:
         found = dus(
-            "probe", "org/llama", "--data", corpus, *options, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hf")
+            "probe",
+            "org/llama",
+            "--data",
+            corpus,
+            *options,
+            HF_ENDPOINT=hub.endpoint,
+            HF_HOME=str(tmp_path / "hf"),
         ).report
     assert found["commit"] == commit
     assert found["maps"][0]["loss"] == measured(model, corpus).maps[0].loss
-    assert found["recommended"]["within"]["command"] == "dus upscale org/llama --trim 2 -o llama-10-layers"
+    assert (
+        found["recommended"]["within"]["command"]
+        == "dus upscale org/llama --trim 2 -o llama-10-layers"
+    )
 
 
 def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> None:
@@ -361,7 +463,13 @@ def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> N
     layout = (Path(__file__).parent.parent / "docs/layout.md").read_text()
     options = ("--data", corpus, "--tokens", "100", "--seq-length", "24", "--trims", "1:4")
     report = forked_dus("probe", model, *options, "--json").report
-    for record in (report, report["base"], report["maps"][0], report["maps"][0]["seams"][0], *report["distances"]):
+    for record in (
+        report,
+        report["base"],
+        report["maps"][0],
+        report["maps"][0]["seams"][0],
+        *report["distances"],
+    ):
         for field in record if isinstance(record, dict) else (record,):
             assert f"`{field}`" in layout, field
     assert [found["trim"] for found in report["maps"]] == [1, 2, 3]
@@ -370,8 +478,12 @@ def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> N
     assert run.returncode == 0, run.stderr
     assert "\n0:3,1:4,2:5,3:… is 0:3,1:4,2:5,3:6,4:7\n" in run.stdout
     lines = run.stdout.splitlines()
-    assert [line.split()[:3] for line in lines[2:5]] == [["trim", str(m), str(2 * (7 - m))] for m in (1, 2, 3)]
-    assert all(len(line) <= 80 for line in lines if "  dus upscale" not in line and "4:7" not in line)
+    assert [line.split()[:3] for line in lines[2:5]] == [
+        ["trim", str(m), str(2 * (7 - m))] for m in (1, 2, 3)
+    ]
+    assert all(
+        len(line) <= 80 for line in lines if "  dus upscale" not in line and "4:7" not in line
+    )
     assert "layers" in run.stderr
 
 
@@ -379,31 +491,67 @@ def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> N
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("model.layers.3.mlp.down_proj.weight", ("behind layer 3", "layer 3: mlp.down_proj.weight")),
-        ("model.layers.0.self_attn.k_proj.weight", ("behind layer 0", "layer 0: self_attn.k_proj.weight")),
+        (
+            "model.layers.3.mlp.down_proj.weight",
+            ("behind layer 3", "layer 3: mlp.down_proj.weight"),
+        ),
+        (
+            "model.layers.0.self_attn.k_proj.weight",
+            ("behind layer 0", "layer 0: self_attn.k_proj.weight"),
+        ),
         ("model.norm.weight", ("behind its last layer", "model.norm.weight")),
     ],
 )
 def test_damaged_weights_of_the_base_are_not_blamed_on_a_map(
-    model: Path, corpus: Path, tmp_path: Path, name: str, said: tuple[str, str], how: tuple[str, ...]
+    model: Path,
+    corpus: Path,
+    tmp_path: Path,
+    name: str,
+    said: tuple[str, str],
+    how: tuple[str, ...],
 ) -> None:
-    """NaN equals nothing: what is compared with itself would look like something that the model's class does."""
+    """NaN equals nothing: what is compared with itself would look like something that the
+    model's class does.
+    """
     damaged = tmp_path / "damaged"
     shutil.copytree(model, damaged)
     tensors = load_file(damaged / "model.safetensors")
     tensors[name].view(-1)[0] = math.nan
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("--data", corpus, "--trims", "1:3", "--tokens", "2000", "--precision", "fp32", *how, "-q")
+    arguments = (
+        "--data",
+        corpus,
+        "--trims",
+        "1:3",
+        "--tokens",
+        "2000",
+        "--precision",
+        "fp32",
+        *how,
+        "-q",
+    )
     done = forked_dus("probe", damaged, *map(str, arguments))
     done.assert_one_line_error("the base itself", *said, "are damaged")
 
 
-def test_a_weight_that_is_read_for_one_token_only_is_named_as_well(model: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_weight_that_is_read_for_one_token_only_is_named_as_well(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(model, damaged)
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.embed_tokens.weight"][:, 0] = math.inf
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("--data", corpus, "--trims", "1:2", "--tokens", "2000", "--precision", "fp32", "-q")
+    arguments = (
+        "--data",
+        corpus,
+        "--trims",
+        "1:2",
+        "--tokens",
+        "2000",
+        "--precision",
+        "fp32",
+        "-q",
+    )
     done = forked_dus("probe", damaged, *arguments)
     done.assert_one_line_error("the base itself", "before layer 0", "model.embed_tokens.weight")

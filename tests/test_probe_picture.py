@@ -33,8 +33,13 @@ def found(
         return Measured(Candidate(layer_map, options, cost), nats, ((0.3, 0.2),))
 
     maps = [measured(stack(num_layers, trim), f"--trim {trim}", loss(trim)) for trim in trims]
-    maps += [measured(typed_map(text, num_layers), f"--layers {text}", nats) for text, nats in others]
-    table = [[abs(a - b) / (num_layers + 4) for b in range(num_layers + 1)] for a in range(num_layers + 1)]
+    maps += [
+        measured(typed_map(text, num_layers), f"--layers {text}", nats) for text, nats in others
+    ]
+    table = [
+        [abs(a - b) / (num_layers + 4) for b in range(num_layers + 1)]
+        for a in range(num_layers + 1)
+    ]
     settings: dict[str, Any] = {
         "model": "org/some-model",
         "name": "org/some-model",
@@ -77,8 +82,12 @@ ODD: dict[str, Probe] = {
     "126 layers and a loss of 1,000": found(
         range(63), lambda trim: 3 + 1e3 * math.exp(-trim / 3), 126, within=62, knee=20
     ),
-    "other maps": found(within=16, knee=11, others=[("0:20,9:32", 3.2), ("0:21,10:32", 3.4), ("0:30,2:32", 2.95)]),
-    "a long name": found(name="an-organisation-with-a-name/" + "and-a-model-with-a-longer-one-" * 3, within=12),
+    "other maps": found(
+        within=16, knee=11, others=[("0:20,9:32", 3.2), ("0:21,10:32", 3.4), ("0:30,2:32", 2.95)]
+    ),
+    "a long name": found(
+        name="an-organisation-with-a-name/" + "and-a-model-with-a-longer-one-" * 3, within=12
+    ),
 }
 
 

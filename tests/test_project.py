@@ -39,7 +39,9 @@ def test_help_version_upscale_and_verify_import_nothing_heavy(base: Path, tmp_pa
 
 
 def test_the_cli_reference_is_what_the_code_says() -> None:
-    done = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], check=False, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/generate.py", "--check"], check=False, capture_output=True
+    )
     assert done.returncode == 0, "run `make docs` and commit the result"
 
 
@@ -67,7 +69,9 @@ def test_links_in_the_docs_lead_somewhere(page: Path) -> None:
 def test_every_option_in_the_docs_exists(page: Path) -> None:
     known = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "docs/cli.md").read_text()))
     for line in re.findall(
-        r"^\s*(?:\$ )?dus (?:upscale|verify|heal|eval|probe|push).*$", page.read_text(), re.MULTILINE
+        r"^\s*(?:\$ )?dus (?:upscale|verify|heal|eval|probe|push).*$",
+        page.read_text(),
+        re.MULTILINE,
     ):
         used = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", line.split("|")[0]))
         assert used <= known, (line, used - known)
@@ -93,21 +97,30 @@ def test_the_page_for_developers_draws_every_module_in_its_room() -> None:
         else:
             drawn.append(room + name)
     package = ROOT / "dus_cli"
-    assert sorted(drawn) == sorted(str(path.relative_to(package)) for path in package.rglob("[!_]*.py"))
+    assert sorted(drawn) == sorted(
+        str(path.relative_to(package)) for path in package.rglob("[!_]*.py")
+    )
 
 
 # The floors of the house, from the ground up: a room imports from itself and from those below it.
 FLOORS = (
-    "errors progress common maps source pictures planning console writing data hub release models verification "
+    "errors progress common maps source pictures planning console writing data hub release models "
+    "verification "
     "evaluation push upscaling probe heal api verbs commands cli __main__"
 ).split()
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Modules of the package that a file imports anywhere in its text, for type checkers alone or not."""
+    """Modules of the package that a file imports anywhere in its text, for type checkers alone
+    or not.
+    """
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dus_cli":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "dus_cli"
+        ):
             names = {f"{node.module}.{name.name}" for name in node.names}
             modules |= {name if module_file(name) else node.module for name in names}
         elif isinstance(node, ast.Import):
@@ -117,7 +130,9 @@ def imported_modules(path: Path) -> set[str]:
 
 def module_file(name: str) -> Path | None:
     path = ROOT / name.replace(".", "/")
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    return next(
+        (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None
+    )
 
 
 def test_a_room_imports_nothing_from_a_floor_above_it() -> None:
@@ -134,7 +149,8 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = {
         name: imported_modules(path)
         for path in (ROOT / "dus_cli").rglob("*.py")
-        if (name := str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")) != "dus_cli.__init__"
+        if (name := str(path.relative_to(ROOT).with_suffix("")).replace("/", "."))
+        != "dus_cli.__init__"
     }
     assert tuple(TopologicalSorter(graph).static_order())
 
@@ -160,7 +176,11 @@ def test_no_test_is_a_helper_of_another() -> None:
 def test_every_command_and_option_has_help() -> None:
     for command in ((), ("upscale",), ("verify",), ("heal",), ("eval",), ("probe",), ("push",)):
         text = subprocess.run(
-            [*DUS, *command, "--help"], capture_output=True, text=True, check=True, env={"COLUMNS": "200", "PATH": ""}
+            [*DUS, *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"COLUMNS": "200", "PATH": ""},
         ).stdout
         options = [line for line in text.splitlines() if re.match(r"^[│|]\s+\*?\s*--", line)]
         assert options
@@ -177,12 +197,20 @@ def test_a_command_is_imported_when_it_is_named_and_no_other() -> None:
     for name, (target, _) in COMMANDS.items():
         code = (
             "import contextlib, sys\nfrom dus_cli.cli import main\n"
-            f"sys.argv = ['dus', {name!r}, '--help']\nwith contextlib.suppress(SystemExit): main()\n"
+            f"sys.argv = ['dus', {name!r}, '--help']\nwith contextlib.suppress(SystemExit): "
+            "main()\n"
             "print('\\n', *(m for m in sys.modules if m.startswith('dus_cli.commands.')))"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        loaded = {module.removeprefix("dus_cli.commands.") for module in done.stdout.splitlines()[-1].split()}
-        assert loaded & {other.split(".")[0] for other, _ in COMMANDS.values()} == {target.split(".")[0]}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        loaded = {
+            module.removeprefix("dus_cli.commands.")
+            for module in done.stdout.splitlines()[-1].split()
+        }
+        assert loaded & {other.split(".")[0] for other, _ in COMMANDS.values()} == {
+            target.split(".")[0]
+        }
 
 
 def test_the_help_of_heal_begins_with_an_example_and_the_options_that_most_need() -> None:
@@ -191,7 +219,9 @@ def test_the_help_of_heal_begins_with_an_example_and_the_options_that_most_need(
     assert "Example: dus heal out/ --data corpus.jsonl --until base -o healed/" in beginning
     for option in ("--data", "-o", "--tokens", "--until", "--dry-run"):
         assert f"{option} " in beginning
-    assert "ends with a directory like any other, with its loss curve. The same command" in beginning, "one paragraph"
+    assert (
+        "ends with a directory like any other, with its loss curve. The same command" in beginning
+    ), "one paragraph"
 
 
 def test_ctrl_c_while_the_command_still_loads_is_one_line() -> None:

@@ -29,9 +29,13 @@ NO_WAIT = "import time; time.sleep = lambda _: None"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Releases that tests only read: a scaled model of five shards, the same in one file, and a base for a repo."""
+    """Releases that tests only read: a scaled model of five shards, the same in one file, and a
+    base for a repo.
+    """
     root = tmp_path_factory.mktemp("releases")
-    base = write_checkpoint(root / "base", llama_tensors(8), llama_config(8), num_shards=2, fill=fill_randomly)
+    base = write_checkpoint(
+        root / "base", llama_tensors(8), llama_config(8), num_shards=2, fill=fill_randomly
+    )
     (base / "tokenizer.json").write_text("{}")
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: [no]\n---\n")
     ref = ModelRef(str(base), path=base)
@@ -64,7 +68,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def shard_sums(folder: Path) -> set[str]:
@@ -77,7 +83,11 @@ def test_a_push_makes_the_repo_and_holds_every_file_against_it(out: Path, hub: W
     assert hub.files("org/model") == content(out)
     assert digests(out) == before  # nothing of the client's own stays behind, nor goes along
     assert pushed["commit"] == hub.repos["org/model"].revisions["main"]
-    assert (pushed["repo_id"], pushed["branch"], pushed["url"]) == ("org/model", "main", f"{hub.endpoint}/org/model")
+    assert (pushed["repo_id"], pushed["branch"], pushed["url"]) == (
+        "org/model",
+        "main",
+        f"{hub.endpoint}/org/model",
+    )
     assert (pushed["status"], pushed["private"], pushed["compared"]) == ("pushed", False, True)
     assert pushed["files"] == pushed["uploaded"] == len(before)
     assert not hub.repos["org/model"].private
@@ -90,13 +100,19 @@ def test_the_same_push_again_sends_nothing(out: Path, hub: WritableHub) -> None:
     count = len(hub.put)
     hub.log.clear()
     again = dus("push", out, "org/model", "--json").report["push"]
-    assert (again["status"], again["uploaded"], again["commit"]) == ("unchanged", 0, first["commit"])
+    assert (again["status"], again["uploaded"], again["commit"]) == (
+        "unchanged",
+        0,
+        first["commit"],
+    )
     assert len(hub.put) == count
     assert not [request for request in hub.log if request.method != "GET"]
     assert sum("/tree/" in request.path for request in hub.log) == 2  # before, and the proof
 
 
-def test_a_changed_card_alone_is_one_small_commit(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
+def test_a_changed_card_alone_is_one_small_commit(
+    folders: dict[str, Path], hub: WritableHub, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     assert dus("push", out, "org/model", "-q").returncode == 0
@@ -110,9 +126,23 @@ def test_a_changed_card_alone_is_one_small_commit(folders: dict[str, Path], hub:
 def test_upscale_pushes_what_it_verified_and_says_where(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
-    command = ("upscale", folders["base"], "--trim", "2", "-o", tmp_path / "out", "--push-to", "org/model")
+    command = (
+        "upscale",
+        folders["base"],
+        "--trim",
+        "2",
+        "-o",
+        tmp_path / "out",
+        "--push-to",
+        "org/model",
+    )
     plan = dus(*command, "--private", "--checksums", "--dry-run", "--json").report["push"]
-    assert (plan["status"], plan["exists"], plan["private"], plan["can_write"]) == ("planned", False, True, True)
+    assert (plan["status"], plan["exists"], plan["private"], plan["can_write"]) == (
+        "planned",
+        False,
+        True,
+        True,
+    )
     assert hub.repos == {}
     report = dus(*command, "--private", "--checksums", "--json").report
     assert report["status"] == "written"
@@ -130,7 +160,17 @@ def test_upscale_pushes_what_it_verified_and_says_where(
 def test_a_finished_output_goes_on_to_the_push_that_failed(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
-    command = ("upscale", folders["base"], "--trim", "2", "-o", tmp_path / "out", "--push-to", "org/model", "--json")
+    command = (
+        "upscale",
+        folders["base"],
+        "--trim",
+        "2",
+        "-o",
+        tmp_path / "out",
+        "--push-to",
+        "org/model",
+        "--json",
+    )
     hub.failures["POST /*/batch whole"] = 503
     dus(*command, first=NO_WAIT).assert_one_line_error("503", "it goes on")
     assert hub.files("org/model") == {}
@@ -140,7 +180,9 @@ def test_a_finished_output_goes_on_to_the_push_that_failed(
     assert hub.files("org/model") == content(tmp_path / "out")
 
 
-def test_a_branch_is_made_from_main_and_main_stays(folders: dict[str, Path], hub: WritableHub) -> None:
+def test_a_branch_is_made_from_main_and_main_stays(
+    folders: dict[str, Path], hub: WritableHub
+) -> None:
     main = dus("push", folders["single"], "org/model", "--json").report["push"]["commit"]
     pushed = dus("push", folders["out"], "org/model", "--branch", "v0.2", "--json").report["push"]
     assert hub.repos["org/model"].revisions == {"main": main, "v0.2": pushed["commit"]}
@@ -154,10 +196,14 @@ def test_a_branch_is_made_from_main_and_main_stays(folders: dict[str, Path], hub
     ]
 
 
-def test_files_of_an_earlier_model_go_and_others_stay(folders: dict[str, Path], hub: WritableHub) -> None:
+def test_files_of_an_earlier_model_go_and_others_stay(
+    folders: dict[str, Path], hub: WritableHub
+) -> None:
     """Transformers would load the old model.safetensers rather than the new index."""
     dus("push", folders["single"], "org/model", "-q")
-    folder = hub.new_folder(like=hub.repos["org/model"].commits[hub.repos["org/model"].revisions["main"]])
+    folder = hub.new_folder(
+        like=hub.repos["org/model"].commits[hub.repos["org/model"].revisions["main"]]
+    )
     (folder / "notes.md").write_text("mine")
     (folder / "report.json").write_text("{}")
     (folder / "model-Q4.gguf").write_text("converted")
@@ -174,9 +220,13 @@ def test_large_objects_go_in_parts(out: Path, hub: WritableHub) -> None:
     assert hub.files("org/model") == content(out)
 
 
-def test_a_connection_that_breaks_is_resumed_without_sending_an_object_twice(out: Path, hub: WritableHub) -> None:
+def test_a_connection_that_breaks_is_resumed_without_sending_an_object_twice(
+    out: Path, hub: WritableHub
+) -> None:
     hub.uploads_left = 2
-    dus("push", out, "org/model", "-q", first=NO_WAIT).assert_one_line_error("connection", "it goes on")
+    dus("push", out, "org/model", "-q", first=NO_WAIT).assert_one_line_error(
+        "connection", "it goes on"
+    )
     sent = list(hub.put)
     assert 2 <= len(sent) < len(shard_sums(out))
     assert hub.files("org/model") == {}
@@ -189,7 +239,9 @@ def test_a_connection_that_breaks_is_resumed_without_sending_an_object_twice(out
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_push_that_is_ended_goes_on(signum: int, out: Path, hub: WritableHub) -> None:
     hub.gate.clear()  # objects arrive and no answer comes
-    process = subprocess.Popen([*DUS, "push", str(out), "org/model", "-q"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*DUS, "push", str(out), "org/model", "-q"], stderr=subprocess.PIPE, text=True
+    )
     assert hub.arrived.wait(60)
     process.send_signal(signum)
     _, said = process.communicate(timeout=60)  # at once: no answer of the Hub's is waited for
@@ -221,11 +273,17 @@ def link(path: Path, target: Path) -> None:
 
 UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard is gone": (lambda o: min(o.glob("*.safetensors")).unlink(), "does not verify"),
-    "a shard is cut": (lambda o: os.truncate(min(o.glob("*.safetensors")), 50_000), "does not verify"),
+    "a shard is cut": (
+        lambda o: os.truncate(min(o.glob("*.safetensors")), 50_000),
+        "does not verify",
+    ),
     "a byte is another": (lambda o: spoil(o, tokenizer="[]"), "does not match its sum"),
     "no config": (lambda o: spoil(o, config=None), "does not verify"),
     "a run of dus heal": (lambda o: spoil(o, config=None, run="{}"), "has not ended"),
-    "a link to elsewhere": (lambda o: link(o / "tokenizer.json", Path("/etc/hostname")), "leaves the model's folder"),
+    "a link to elsewhere": (
+        lambda o: link(o / "tokenizer.json", Path("/etc/hostname")),
+        "leaves the model's folder",
+    ),
 }
 
 
@@ -242,7 +300,9 @@ def test_what_does_not_verify_is_not_pushed(
     assert hub.repos == {}
 
 
-@pytest.mark.parametrize("is_named", [True, False], ids=["dus.json names it", "an older dus.json names no files"])
+@pytest.mark.parametrize(
+    "is_named", [True, False], ids=["dus.json names it", "an older dus.json names no files"]
+)
 def test_a_healed_model_goes_with_its_proof(
     is_named: bool, folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
@@ -264,7 +324,11 @@ def test_a_healed_model_goes_with_its_proof(
         del record["files"]
     spoil(out, dus=json.dumps(record))
     expected = content(out)
-    for name in ("checkpoints/step-00000001/state.json", "logs/0.log", "README.md.before"):  # of the run, and before it
+    for name in (
+        "checkpoints/step-00000001/state.json",
+        "logs/0.log",
+        "README.md.before",
+    ):  # of the run, and before it
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
     assert dus("push", out, "org/healed", "-q").returncode == 0
@@ -316,7 +380,11 @@ def test_what_is_not_the_models_stays_here_and_is_named(
         (("org/theirs", "--token", READER), {}, ("may not write to org/theirs",)),
         (("org/public", "--private"), {}, ("exists and is public",)),
         (("org/model",), {"HF_HUB_OFFLINE": "1"}, ("HF_HUB_OFFLINE",)),
-        (("org/model",), {"HF_ENDPOINT": "http://127.0.0.1:1"}, ("connection to the Hub failed", "HF_ENDPOINT")),
+        (
+            ("org/model",),
+            {"HF_ENDPOINT": "http://127.0.0.1:1"},
+            ("connection to the Hub failed", "HF_ENDPOINT"),
+        ),
     ],
 )
 def test_what_is_in_the_way_is_said_before_anything_is_read_or_sent(
@@ -337,14 +405,24 @@ def test_what_is_in_the_way_is_said_before_anything_is_read_or_sent(
 
 
 def test_upscale_asks_before_it_writes(folders: dict[str, Path], tmp_path: Path) -> None:
-    command = ("upscale", folders["base"], "-o", tmp_path / "out", "--push-to", "org/model", "--token", READER)
+    command = (
+        "upscale",
+        folders["base"],
+        "-o",
+        tmp_path / "out",
+        "--push-to",
+        "org/model",
+        "--token",
+        READER,
+    )
     dus(*command).assert_one_line_error("may not write")
     dus(*command, "--dry-run").assert_one_line_error("may not write")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "repo", ["model", "./org/model", "org/a--b", "org/model.git", "org/model.", "a/b/c", "org/" + "x" * 96]
+    "repo",
+    ["model", "./org/model", "org/a--b", "org/model.git", "org/model.", "a/b/c", "org/" + "x" * 96],
 )
 def test_an_id_that_no_repo_can_have_is_a_usage_error(repo: str, out: Path) -> None:
     dus("push", out, repo).assert_one_line_error("no id", code=2)
@@ -376,14 +454,24 @@ def test_each_refusal_of_the_hub_is_one_line(
 
 
 def test_what_the_hub_refuses_for_a_moment_is_tried_again(out: Path, hub: WritableHub) -> None:
-    hub.refusals.update({"GET /api/models/org/model *": 1, "POST /api/repos/create *": 1, "POST */commit/* *": 2})
+    hub.refusals.update(
+        {"GET /api/models/org/model *": 1, "POST /api/repos/create *": 1, "POST */commit/* *": 2}
+    )
     hub.failures["GET /api/whoami-v2 *"] = 429  # asked too often by others: it is not needed
-    assert dus("push", out, "org/model", "--json", first=NO_WAIT).report["push"]["status"] == "pushed"
-    assert hub.refusals == {"GET /api/models/org/model *": 0, "POST /api/repos/create *": 0, "POST */commit/* *": 0}
+    assert (
+        dus("push", out, "org/model", "--json", first=NO_WAIT).report["push"]["status"] == "pushed"
+    )
+    assert hub.refusals == {
+        "GET /api/models/org/model *": 0,
+        "POST /api/repos/create *": 0,
+        "POST */commit/* *": 0,
+    }
     assert hub.files("org/model") == content(out)
 
 
-def test_a_card_that_the_hub_refuses_is_told(folders: dict[str, Path], hub: WritableHub, tmp_path: Path) -> None:
+def test_a_card_that_the_hub_refuses_is_told(
+    folders: dict[str, Path], hub: WritableHub, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     (out / "README.md").write_text("---\nlicense: [mit\n---\n")
@@ -410,7 +498,9 @@ def changed(self):
     return upload(self)
 verb.Push._upload = changed
 """
-    dus("push", out, "org/model", "-q", first=change).assert_one_line_error("config.json changed while it was pushed")
+    dus("push", out, "org/model", "-q", first=change).assert_one_line_error(
+        "config.json changed while it was pushed"
+    )
 
 
 def test_a_file_too_large_for_the_hub_is_refused_with_the_cure(
@@ -441,19 +531,28 @@ def test_without_quiet_a_log_gets_lines_and_stdout_the_result(out: Path, hub: Wr
 def test_a_base_that_was_pushed_is_remade_from_its_commit_when_main_has_moved_on(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
-    """The whole round: a base from the Hub, a release, another commit of the base, the release again."""
+    """The whole round: a base from the Hub, a release, another commit of the base, the release
+    again.
+    """
     first, second = commit_of("first"), commit_of("second")
     moved = hub.new_folder(like=folders["base"])
     (moved / "config.json").write_text(json.dumps(llama_config(8)))
     hub.repos["org/base"] = StandInRepo({first: folders["base"], second: moved}, {"main": first})
-    done = dus("upscale", "org/base", "--trim", "2", "-o", tmp_path / "out", "--checksums", "--json").report
+    done = dus(
+        "upscale", "org/base", "--trim", "2", "-o", tmp_path / "out", "--checksums", "--json"
+    ).report
     assert done["commit"] == first
     hub.repos["org/base"] = StandInRepo({first: folders["base"], second: moved}, {"main": second})
     report = dus("upscale", "--from", tmp_path / "out", "-o", tmp_path / "again", "--json").report
     assert (report["reproduced"], report["commit"]) == (True, first)
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
-    streamed = dus("upscale", "--from", tmp_path / "out", "-o", tmp_path / "streamed", "--stream", "--json").report
-    assert (streamed["reproduced"], digests(tmp_path / "streamed")) == (True, digests(tmp_path / "out"))
+    streamed = dus(
+        "upscale", "--from", tmp_path / "out", "-o", tmp_path / "streamed", "--stream", "--json"
+    ).report
+    assert (streamed["reproduced"], digests(tmp_path / "streamed")) == (
+        True,
+        digests(tmp_path / "out"),
+    )
     moved_again = dus("upscale", "org/base", "--from", tmp_path / "out", "-o", tmp_path / "third")
     moved_again.assert_one_line_error("is not the base that", "another config.json")
     card = (tmp_path / "out/README.md").read_text()

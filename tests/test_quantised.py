@@ -1,4 +1,6 @@
-"""Quantised checkpoints: every tensor of a layer goes with it, and so do the names in `quantization_config`."""
+"""Quantised checkpoints: every tensor of a layer goes with it, and so do the names in
+`quantization_config`.
+"""
 
 from __future__ import annotations
 
@@ -75,12 +77,21 @@ def test_every_tensor_of_a_quantised_layer_goes_with_it(method: str, tmp_path: P
     module = "mlp.experts" if method == "mxfp4" else "mlp.up_proj"
     saved = [(f"{module}.{name}", dtype, shape) for name, dtype, shape in SAVED[method]]
     saved.append(("input_layernorm.weight", "BF16", (64,)))
-    tensors = [(f"model.layers.{layer}.{name}", dtype, shape) for layer in range(6) for name, dtype, shape in saved]
-    tensors += [("model.embed_tokens.weight", "BF16", (32, 64)), ("model.norm.weight", "BF16", (64,))]
+    tensors = [
+        (f"model.layers.{layer}.{name}", dtype, shape)
+        for layer in range(6)
+        for name, dtype, shape in saved
+    ]
+    tensors += [
+        ("model.embed_tokens.weight", "BF16", (32, 64)),
+        ("model.norm.weight", "BF16", (64,)),
+    ]
     before, after = NAMED[method]
     config = llama_config(6) | {"quantization_config": {"quant_method": method, **before}}
     base = write_checkpoint(tmp_path / "base", tensors, config, num_shards=2)
-    report = dus("upscale", base, "-t", "2", "-o", tmp_path / "out", "--json", "--verify", "full").report
+    report = dus(
+        "upscale", base, "-t", "2", "-o", tmp_path / "out", "--json", "--verify", "full"
+    ).report
     assert report["layer_map"] == MAP
     assert report["warnings"] == []
     assert layer_bytes(tmp_path / "out") == {output: {layer} for output, layer in enumerate(MAP)}
@@ -104,12 +115,18 @@ def quantised(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "field",
     """
-    modules_to_not_convert modules_to_convert llm_int8_skip_modules ignore ignored_layers skip_modules exclude
-    modules_to_not_quantize exclude_modules linear_weights_not_to_quantize module_name_preceding_first_block
+    modules_to_not_convert modules_to_convert llm_int8_skip_modules ignore ignored_layers
+    skip_modules exclude modules_to_not_quantize exclude_modules linear_weights_not_to_quantize
+    module_name_preceding_first_block
     """.split(),
 )
 def test_names_follow_whatever_the_list_is_called(field: str) -> None:
-    names = ["lm_head", "model.layers.1.mlp", "model.layers.3.mlp.experts.1.w1.weight", "vision_tower.layers.3.mlp"]
+    names = [
+        "lm_head",
+        "model.layers.1.mlp",
+        "model.layers.3.mlp.experts.1.w1.weight",
+        "vision_tower.layers.3.mlp",
+    ]
     assert quantised(**{field: names}) == {
         field: [
             "lm_head", "model.layers.1.mlp", "model.layers.3.mlp.experts.1.w1.weight",
@@ -118,16 +135,25 @@ def test_names_follow_whatever_the_list_is_called(field: str) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ["config_for_layers", "extra_config", "dynamic", "shapes", "layer_quant_config"])
+@pytest.mark.parametrize(
+    "field", ["config_for_layers", "extra_config", "dynamic", "shapes", "layer_quant_config"]
+)
 def test_settings_by_name_follow_whatever_the_mapping_is_called(field: str) -> None:
     settings = {"model.layers.2.mlp": {"bits": 2}, "model.layers.5.mlp": {"bits": 5}}
     after = quantised(**{field: settings})[field]
-    assert after == {f"model.layers.{to}.mlp": {"bits": bits} for to, bits in ((2, 2), (4, 2), (7, 5))}
+    assert after == {
+        f"model.layers.{to}.mlp": {"bits": bits} for to, bits in ((2, 2), (4, 2), (7, 5))
+    }
 
 
 def test_names_nested_deeper_follow_too() -> None:
-    torchao = {"_type": "FqnToConfig", "_data": {"fqn_to_config": {"model.layers.5.mlp": {"_type": "Int4"}}}}
-    after = quantised(quant_type={"default": torchao})["quant_type"]["default"]["_data"]["fqn_to_config"]
+    torchao = {
+        "_type": "FqnToConfig",
+        "_data": {"fqn_to_config": {"model.layers.5.mlp": {"_type": "Int4"}}},
+    }
+    after = quantised(quant_type={"default": torchao})["quant_type"]["default"]["_data"][
+        "fqn_to_config"
+    ]
     assert after == {"model.layers.7.mlp": {"_type": "Int4"}}
     blocks = quantised(block_name_to_quantize="model.layers.0,model.layers.3")
     assert blocks == {"block_name_to_quantize": "model.layers.0,model.layers.3,model.layers.5"}

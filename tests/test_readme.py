@@ -1,4 +1,6 @@
-"""The commands of the README and of docs/healing.md, run in order in an empty folder, as a reader would."""
+"""The commands of the README and of docs/healing.md, run in order in an empty folder, as a
+reader would.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ ELSEWHERE = ("pip install", "make ")
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    """A Hub with a small model under the name that the pages use, of the depth that it has there."""
+    """A Hub with a small model under the name that the pages use, of the depth that it has
+    there.
+    """
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     folder = write_base(tmp_path / "repo", 30, max_position_embeddings=512)
     repos = {name: StandInRepo({commit_of(name): folder}, {"main": commit_of(name)})}
@@ -39,7 +43,9 @@ def shell_blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_runs_in_order_in_an_empty_folder(page: str, hub: StandInHub, tmp_path: Path) -> None:
+def test_every_command_runs_in_order_in_an_empty_folder(
+    page: str, hub: StandInHub, tmp_path: Path
+) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -1,9 +1,11 @@
-"""config.json of well-known models, at their real depths: what `dus upscale --dry-run` makes of them.
+"""config.json of well-known models, at their real depths: what `dus upscale --dry-run` makes of
+them.
 
-The configs hold what the files on the Hub hold, fields that only training or generation reads left out; some are older
-than the lists of kinds that transformers writes today. The checkpoints are headers over holes: names and shapes are
-those that transformers gives a model of that config on the meta device, in the names that it would save; FP8 and MXFP4
-are laid over them as in the published files. Expected figures are published ones, and arithmetic from them.
+The configs hold what the files on the Hub hold, fields that only training or generation reads left
+out; some are older than the lists of kinds that transformers writes today. The checkpoints are
+headers over holes: names and shapes are those that transformers gives a model of that config on the
+meta device, in the names that it would save; FP8 and MXFP4 are laid over them as in the published
+files. Expected figures are published ones, and arithmetic from them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from dus_cli.source.checkpoint import open_checkpoint
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about what older files call things
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # transformers' own, about what older files call things
 
 Config = dict[str, Any]
 BF16: Config = {"torch_dtype": "bfloat16"}
@@ -72,7 +76,8 @@ QWEN3_30B: Config = BF16 | {  # Qwen/Qwen3-30B-A3B
     "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
 
-GEMMA3_27B: Config = BF16 | {  # google/gemma-3-27b-it: neither layer_types nor the pattern of six, nor vocab_size
+# google/gemma-3-27b-it: neither layer_types nor the pattern of six, nor vocab_size
+GEMMA3_27B: Config = BF16 | {
     "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "boi_token_index": 255999,
     "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144, "mm_tokens_per_image": 256,
     "text_config": {
@@ -86,7 +91,9 @@ GEMMA3_27B: Config = BF16 | {  # google/gemma-3-27b-it: neither layer_types nor 
     },
 }  # fmt: skip
 # As transformers 4.50 saved it again, with the pattern.
-GEMMA3_27B_PATTERN: Config = GEMMA3_27B | {"text_config": {**GEMMA3_27B["text_config"], "sliding_window_pattern": 6}}
+GEMMA3_27B_PATTERN: Config = GEMMA3_27B | {
+    "text_config": {**GEMMA3_27B["text_config"], "sliding_window_pattern": 6}
+}
 
 GPT_OSS_120B: Config = {  # openai/gpt-oss-120b
     "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True, "experts_per_token": 4,
@@ -106,7 +113,8 @@ GPT_OSS_120B: Config = {  # openai/gpt-oss-120b
     "vocab_size": 201088,
 }  # fmt: skip
 
-DEEPSEEK_V3: Config = BF16 | {  # deepseek-ai/DeepSeek-V3: FP8 in blocks, a multi-token-prediction layer 61 in the files
+# deepseek-ai/DeepSeek-V3: FP8 in blocks, a multi-token-prediction layer 61 in the files
+DEEPSEEK_V3: Config = BF16 | {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": False,
     "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config",
                  "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
@@ -124,7 +132,8 @@ DEEPSEEK_V3: Config = BF16 | {  # deepseek-ai/DeepSeek-V3: FP8 in blocks, a mult
     "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280,
 }  # fmt: skip
 
-LLAMA4_SCOUT: Config = BF16 | {  # meta-llama/Llama-4-Scout-17B-16E: an empty list, filled by the class
+# meta-llama/Llama-4-Scout-17B-16E: an empty list, filled by the class
+LLAMA4_SCOUT: Config = BF16 | {
     "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "boi_token_index": 200080,
     "eoi_token_index": 200081, "image_token_index": 200092,
     "text_config": {
@@ -150,7 +159,8 @@ LLAMA4_SCOUT_LISTED: Config = LLAMA4_SCOUT | {
     },
 }  # fmt: skip
 
-FALCON_H1_34B: Config = BF16 | {  # tiiuae/Falcon-H1-34B-Instruct: attention and Mamba side by side in every layer
+# tiiuae/Falcon-H1-34B-Instruct: attention and Mamba side by side in every layer
+FALCON_H1_34B: Config = BF16 | {
     "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "attention_bias": False,
     "attention_in_multiplier": 1.0, "attention_out_multiplier": 0.0390625, "attn_layer_indices": None,
     "embedding_multiplier": 5.656854249492381, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
@@ -189,7 +199,8 @@ PHI_4: Config = BF16 | {  # microsoft/phi-4
     "vocab_size": 100352,
 }  # fmt: skip
 
-GLM_45: Config = BF16 | {  # zai-org/GLM-4.5: three dense layers, a multi-token-prediction layer 92 in the files
+# zai-org/GLM-4.5: three dense layers, a multi-token-prediction layer 92 in the files
+GLM_45: Config = BF16 | {
     "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True,
     "first_k_dense_replace": 3, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
     "intermediate_size": 12288, "max_position_embeddings": 131072, "moe_intermediate_size": 1536, "n_group": 1,
@@ -211,7 +222,8 @@ OLMO3_32B: Config = BF16 | {  # allenai/Olmo-3-1125-32B
     "vocab_size": 100278,
 }  # fmt: skip
 
-SMOLLM3_3B: Config = BF16 | {  # HuggingFaceTB/SmolLM3-3B: every fourth layer without rotary embedding
+# HuggingFaceTB/SmolLM3-3B: every fourth layer without rotary embedding
+SMOLLM3_3B: Config = BF16 | {
     "architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "attention_bias": False, "hidden_act": "silu",
     "hidden_size": 2048, "intermediate_size": 11008, "layer_types": ["full_attention"] * 36,
     "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4,
@@ -223,9 +235,11 @@ SMOLLM3_3B: Config = BF16 | {  # HuggingFaceTB/SmolLM3-3B: every fourth layer wi
 
 @dataclass(frozen=True)
 class Real:
-    """A model, and what its dry run must say. `base` counts its parameters, `added` those of the layers that repeat.
+    """A model, and what its dry run must say. `base` counts its parameters, `added` those of the
+    layers that repeat.
 
-    `kinds` spells each output layer by the first letter of its kind. `base_bytes` is the published index's total_size.
+    `kinds` spells each output layer by the first letter of its kind. `base_bytes` is the published
+    index's total_size.
     """
 
     config: Config
@@ -245,15 +259,28 @@ _LLAMA4_KINDS = {
     "no_rope_layers": "1110" * 9 + "1" + "0" + "1110" * 9,
     "layer_types": "cccf" * 9 + "c" + "f" + "cccf" * 9,
 }
-_COUNTED = "{} every {} layers: {} and would compute another model in silence; --trim {} keep the step"
+_COUNTED = (
+    "{} every {} layers: {} and would compute another model in silence; --trim {} keep the step"
+)
 _ALL_COUNT = "llama.cpp, mlx-lm and transformers before 4.53 count layers"
 _SCALE = (
-    "llama.cpp scales attention by hidden_size / num_attention_heads with 62 layers and by head_dim with any other "
+    "llama.cpp scales attention by hidden_size / num_attention_heads with 62 layers and by "
+    "head_dim with any other "
     "number of them, and would compute another model in silence; no trim keeps it right"
 )
-_GEMMA3_WARNINGS = (_COUNTED.format("layer_types no longer repeats", 6, _ALL_COUNT, "13, 16 or 19"), _SCALE)
-_LLAMA4_WARNINGS = (_COUNTED.format("no_rope_layers and layer_types no longer repeat", 4, _ALL_COUNT, "8, 10 or 12"),)
-_MTP = "1 multi-token-prediction layer(s) keep their place after the last layer, as model.layers.{} and on"
+_GEMMA3_WARNINGS = (
+    _COUNTED.format("layer_types no longer repeats", 6, _ALL_COUNT, "13, 16 or 19"),
+    _SCALE,
+)
+_LLAMA4_WARNINGS = (
+    _COUNTED.format(
+        "no_rope_layers and layer_types no longer repeat", 4, _ALL_COUNT, "8, 10 or 12"
+    ),
+)
+_MTP = (
+    "1 multi-token-prediction layer(s) keep their place after the last layer, as model.layers.{} "
+    "and on"
+)
 
 REAL = {
     "Mistral-7B": Real(MISTRAL_7B, 8, 48, 7_241_732_096, 16 * 218_112_000, base_bytes=14_483_464_192),
@@ -327,10 +354,16 @@ def stored_tensors(config: Config) -> Named:
     """What a checkpoint of this config holds, by the names that it has in the published files."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    plain = copy.deepcopy(parsed({key: value for key, value in config.items() if key != "quantization_config"}))
+    plain = copy.deepcopy(
+        parsed({key: value for key, value in config.items() if key != "quantization_config"})
+    )
     with torch.device("meta"):
         model = getattr(transformers, config["architectures"][0])._from_config(plain)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
     saved = revert_weight_conversion(model, state)
     tensors = {name: ("BF16", tuple(map(int, tensor.shape))) for name, tensor in saved.items()}
     for name in tensors:
@@ -342,12 +375,18 @@ def stored_tensors(config: Config) -> Named:
 
 
 def _predicting_layer(config: Config, tensors: Named) -> Named:
-    """The layer after the last that predicts one more token (DeepSeek-V3, arXiv:2412.19437, section 2.2)."""
+    """The layer after the last that predicts one more token (DeepSeek-V3, arXiv:2412.19437,
+    section 2.2).
+    """
     if not config.get("num_nextn_predict_layers"):
         return {}
     n, hidden, vocabulary = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
     last, extra = f"model.layers.{n - 1}.", f"model.layers.{n}."
-    layer = {extra + name.removeprefix(last): found for name, found in tensors.items() if name.startswith(last)}
+    layer = {
+        extra + name.removeprefix(last): found
+        for name, found in tensors.items()
+        if name.startswith(last)
+    }
     for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight"):
         layer[extra + name] = ("BF16", (hidden,))
     for name in ("embed_tokens.weight", "shared_head.head.weight"):
@@ -359,7 +398,9 @@ def _fp8(tensors: Named) -> Named:
     """Projections in FP8, each with a scale for every block of 128 × 128."""
     stored: Named = {}
     for name, (dtype, shape) in tensors.items():
-        is_projection = name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
+        is_projection = name.endswith(
+            ("_proj.weight", "_proj_with_mqa.weight")
+        ) and not name.endswith("eh_proj.weight")
         stored[name] = ("F8_E4M3" if is_projection else dtype, shape)
         if is_projection:
             stored[f"{name}_scale_inv"] = ("F32", (-(-shape[0] // 128), -(-shape[1] // 128)))
@@ -367,7 +408,9 @@ def _fp8(tensors: Named) -> Named:
 
 
 def _mxfp4(tensors: Named) -> Named:
-    """Experts in blocks of 32 four-bit weights with a scale each: (experts, in, out) as (experts, out, in / 32, 16)."""
+    """Experts in blocks of 32 four-bit weights with a scale each: (experts, in, out) as
+    (experts, out, in / 32, 16).
+    """
     stored: Named = {}
     for name, (dtype, shape) in tensors.items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -386,9 +429,13 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @functools.cache
     def write(name: str) -> Path:
         config = REAL[name].config
-        tensors: list[Tensor] = [(name, dtype, shape) for name, (dtype, shape) in stored_tensors(config).items()]
+        tensors: list[Tensor] = [
+            (name, dtype, shape) for name, (dtype, shape) in stored_tensors(config).items()
+        ]
         assert sum(map(num_bytes, tensors)) > 10**9
-        return write_checkpoint(tmp_path_factory.mktemp("real") / "base", tensors, config, fill=None)
+        return write_checkpoint(
+            tmp_path_factory.mktemp("real") / "base", tensors, config, fill=None
+        )
 
     return write
 
@@ -399,52 +446,84 @@ def spelled(kinds: Iterable[str]) -> str:
 
 
 def differing(found: Named, wanted: Named) -> list[str]:
-    """The first few names that only one holds, or with another dtype or shape: a hundred thousand are no message."""
+    """The first few names that only one holds, or with another dtype or shape: a hundred
+    thousand are no message.
+    """
     names = sorted(found.keys() | wanted.keys())
-    return [f"{name}: {found.get(name)} {wanted.get(name)}" for name in names if found.get(name) != wanted.get(name)][
-        :5
-    ]
+    return [
+        f"{name}: {found.get(name)} {wanted.get(name)}"
+        for name in names
+        if found.get(name) != wanted.get(name)
+    ][:5]
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_dry_run_of_a_well_known_model(name: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_dry_run_of_a_well_known_model(
+    name: str, base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     real, base = REAL[name], base_of(name)
-    report = dus("upscale", base, "-t", str(real.trim), "-o", tmp_path / "out", "--dry-run", "--json").report
+    report = dus(
+        "upscale", base, "-t", str(real.trim), "-o", tmp_path / "out", "--dry-run", "--json"
+    ).report
     assert report["num_layers"]["output"] == real.depth
     assert report["parameters"] == {"base": real.base, "output": real.base + real.added}
     assert {key: spelled(kinds) for key, kinds in report["kinds"].items()} == real.kinds
-    assert [warning for warning in report["warnings"] if "free some space" not in warning] == list(real.warnings)
+    assert [warning for warning in report["warnings"] if "free some space" not in warning] == list(
+        real.warnings
+    )
     assert not (tmp_path / "out").exists()
 
-    plan = make_plan(Base(ModelRef.parse(str(base))), open_checkpoint(base), MapRequest(trim=real.trim))
+    plan = make_plan(
+        Base(ModelRef.parse(str(base))), open_checkpoint(base), MapRequest(trim=real.trim)
+    )
     base_bytes = plan.checkpoint.num_bytes
     assert real.base_bytes in (None, base_bytes)
-    # What transformers builds of the deeper config asks for the planned tensors, shape by shape, and no others …
-    planned = {p.name: (p.tensor.dtype, p.tensor.shape) for shard in plan.shards.values() for p in shard.placements}
+    # What transformers builds of the deeper config asks for the planned tensors, shape by shape,
+    # and no others …
+    planned = {
+        p.name: (p.tensor.dtype, p.tensor.shape)
+        for shard in plan.shards.values()
+        for p in shard.placements
+    }
     wrong = differing(planned, stored_tensors(plan.config))
     assert wrong == []
     # … and reads each layer to be what its source is in the base.
     before, after = (parsed(config).get_text_config() for config in (real.config, plan.config))
     for key in ("layer_types", "no_rope_layers"):
         if getattr(before, key, None) is not None:
-            assert getattr(after, key) == [getattr(before, key)[layer] for layer in report["layer_map"]]
+            assert getattr(after, key) == [
+                getattr(before, key)[layer] for layer in report["layer_map"]
+            ]
 
 
-def test_mistral_7b_has_the_figures_of_the_published_solar_map(base_of: Callable[[str], Path], tmp_path: Path) -> None:
-    report = dus("upscale", base_of("Mistral-7B"), "-t", "8", "-o", tmp_path / "out", "--dry-run", "--json").report
-    assert (report["tensors"], report["parameters"]["output"], report["bytes"]) == (435, 10_731_524_096, 21_463_048_192)
+def test_mistral_7b_has_the_figures_of_the_published_solar_map(
+    base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    report = dus(
+        "upscale", base_of("Mistral-7B"), "-t", "8", "-o", tmp_path / "out", "--dry-run", "--json"
+    ).report
+    assert (report["tensors"], report["parameters"]["output"], report["bytes"]) == (
+        435,
+        10_731_524_096,
+        21_463_048_192,
+    )
 
 
-@pytest.mark.parametrize(("name", "trim"), [("DeepSeek-V3", 2), ("DeepSeek-V3", 0), ("GLM-4.5", 2), ("GLM-4.5", 1)])
+@pytest.mark.parametrize(
+    ("name", "trim"), [("DeepSeek-V3", 2), ("DeepSeek-V3", 0), ("GLM-4.5", 2), ("GLM-4.5", 1)]
+)
 def test_trims_that_would_repeat_a_dense_layer_are_refused(
     name: str, trim: int, base_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = base_of(name)
     run = dus("upscale", base, "-t", str(trim), "-o", tmp_path / "out", "--dry-run", "-q")
-    run.assert_one_line_error("first_k_dense_replace is 3", "repeats some of them", "use a trim of 3 or more")
+    run.assert_one_line_error(
+        "first_k_dense_replace is 3", "repeats some of them", "use a trim of 3 or more"
+    )
 
 
-# Of further published files, the fields whose names speak of layers, and what becomes of them with a trim of 5.
+# Of further published files, the fields whose names speak of layers, and what becomes of them with
+# a trim of 5.
 _HYBRID = [0, 1, 1, 1, 1] + [0, 1, 1, 1, 1, 1] * 7 + [0]
 NAMED_LIKE_LAYERS: dict[str, tuple[Config, Config]] = {
     # google/gemma-3-1b-it: the frequency of a rotary embedding, written as a whole number.
@@ -469,7 +548,9 @@ NAMED_LIKE_LAYERS: dict[str, tuple[Config, Config]] = {
 
 
 @pytest.mark.parametrize("model_type", NAMED_LIKE_LAYERS)
-def test_fields_of_published_files_that_are_named_like_layers_are_no_obstacle(model_type: str) -> None:
+def test_fields_of_published_files_that_are_named_like_layers_are_no_obstacle(
+    model_type: str,
+) -> None:
     fields, wanted = NAMED_LIKE_LAYERS[model_type]
     layer_map = stack(fields["num_hidden_layers"], trim=5)
     deeper = deepen_config({"model_type": model_type, **fields}, layer_map)
@@ -480,18 +561,31 @@ def test_fields_of_published_files_that_are_named_like_layers_are_no_obstacle(mo
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [
-        ("qwen3_next", "mtp.layers.0.mlp.experts.3.up_proj.weight"),  # Qwen/Qwen3-Next-80B-A3B-Instruct
+        (
+            "qwen3_next",
+            "mtp.layers.0.mlp.experts.3.up_proj.weight",
+        ),  # Qwen/Qwen3-Next-80B-A3B-Instruct
         ("qwen3_5_text", "mtp.layers.0.self_attn.q_proj.weight"),  # Qwen/Qwen3.5-27B
-        ("longcat_flash", "model.mtp.layers.0.eh_proj.weight"),  # meituan-longcat/LongCat-Flash-Chat
+        (
+            "longcat_flash",
+            "model.mtp.layers.0.eh_proj.weight",
+        ),  # meituan-longcat/LongCat-Flash-Chat
         ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),  # baidu/ERNIE-4.5-21B-A3B-PT
         ("ernie4_5_moe", "model.mtp_linear_proj.0.weight"),
         ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
-        ("hy_v4", "model.mtp_layers.0.eh_proj.weight"),  # transformers: _keys_to_ignore_on_load_unexpected
+        (
+            "hy_v4",
+            "model.mtp_layers.0.eh_proj.weight",
+        ),  # transformers: _keys_to_ignore_on_load_unexpected
     ],
 )
-def test_modules_for_multi_token_prediction_beside_the_layers_stay_as_they_are(model_type: str, name: str) -> None:
+def test_modules_for_multi_token_prediction_beside_the_layers_stay_as_they_are(
+    model_type: str, name: str
+) -> None:
     depth = {"num_layers" if model_type == "longcat_flash" else "num_hidden_layers": 8}
     layers = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(8)]
-    found, warnings = find_stack([*layers, name], decoder_config({"model_type": model_type, **depth}))
+    found, warnings = find_stack(
+        [*layers, name], decoder_config({"model_type": model_type, **depth})
+    )
     assert (found.prefix, warnings) == ("model.layers", ())
     assert found.output_names(name, stack(8, trim=2)) == (name,)

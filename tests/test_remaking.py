@@ -28,7 +28,12 @@ from dus_cli.upscaling.wanted import Wanted
 
 
 def release(
-    base: Path, output: Path, request: MapRequest, *, size: int = DEFAULT_SHARD_BYTES, dtype: Dtype | None = None
+    base: Path,
+    output: Path,
+    request: MapRequest,
+    *,
+    size: int = DEFAULT_SHARD_BYTES,
+    dtype: Dtype | None = None,
 ) -> Path:
     wanted = Wanted(ModelRef(str(base), path=base), request, size, dtype)
     upscale(wanted, output, with_checksums=True)
@@ -42,11 +47,19 @@ def remake(lineage: Path, output: Path, model: str | None = None) -> UpscaleRepo
 
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight layers in F32 and three shards, with a field that dus does not know, a tokenizer and a card."""
+    """Eight layers in F32 and three shards, with a field that dus does not know, a tokenizer and
+    a card.
+    """
     config = llama_config(8) | {"strange_layers": [1] * 8}
     folder = tmp_path_factory.mktemp("floats") / "base"
     # Bits of random bytes may be no number: zeros are.
-    write_checkpoint(folder, llama_tensors(8, dtype="F32"), config, num_shards=3, fill=lambda _name, size: bytes(size))
+    write_checkpoint(
+        folder,
+        llama_tensors(8, dtype="F32"),
+        config,
+        num_shards=3,
+        fill=lambda _name, size: bytes(size),
+    )
     (folder / "tokenizer.json").write_text("{}")
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en, no]\n---\n")
     return folder
@@ -62,7 +75,9 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "recipe, as identities": {"request": MapRequest(recipe="solar", identity=True)},
     "identity": {"request": MapRequest(2, identity=True)},
     "start": {"request": MapRequest(2, start=StartRule.parse("fade:cosine"))},
-    "start of a recipe": {"request": MapRequest(recipe="solar", start=StartRule.parse("scale:0.3"))},
+    "start of a recipe": {
+        "request": MapRequest(recipe="solar", start=StartRule.parse("scale:0.3"))
+    },
     "doubled": {"request": MapRequest(double="1:3", start=StartRule.parse("half"))},
     "dtype": {"request": MapRequest(2), "dtype": Dtype.bfloat16},
     "max shard size": {"request": MapRequest(2), "size": 300_000},
@@ -103,8 +118,12 @@ def test_from_is_the_whole_command_and_says_that_it_reproduced(base: Path, tmp_p
     """--trim 2|--layers 0:4|--copies 2|--recipe solar|--identity|--dtype float16|--assume x=keep|--max-shard-size 5GB
     --revision main|--start half|--double 1:2""".replace("\n    ", "|").split("|"),
 )
-def test_what_the_lineage_says_cannot_be_said_beside_it(option: str, base: Path, tmp_path: Path) -> None:
-    done = dus("upscale", "--from", tmp_path / "dus.json", "-o", tmp_path / "again", *option.split())
+def test_what_the_lineage_says_cannot_be_said_beside_it(
+    option: str, base: Path, tmp_path: Path
+) -> None:
+    done = dus(
+        "upscale", "--from", tmp_path / "dus.json", "-o", tmp_path / "again", *option.split()
+    )
     done.assert_one_line_error("--from", option.split(maxsplit=1)[0], code=2)
 
 
@@ -112,7 +131,9 @@ def test_without_model_and_lineage_there_is_nothing_to_do(tmp_path: Path) -> Non
     dus("upscale", "-o", tmp_path / "out").assert_one_line_error("MODEL", code=2)
 
 
-def test_a_base_that_moved_is_given_beside_the_lineage(floats: Path, base: Path, tmp_path: Path) -> None:
+def test_a_base_that_moved_is_given_beside_the_lineage(
+    floats: Path, base: Path, tmp_path: Path
+) -> None:
     """As on another machine: neither the path nor the folder's name is what it was."""
     here = shutil.copytree(base, tmp_path / "here")
     out = release(here, tmp_path / "out", MapRequest(2))
@@ -121,7 +142,9 @@ def test_a_base_that_moved_is_given_beside_the_lineage(floats: Path, base: Path,
         read_remaking(out / "dus.json")
     assert remake(out, tmp_path / "again", str(tmp_path / "elsewhere")).reproduced
     assert digests(tmp_path / "again") == digests(out)
-    with pytest.raises(DusError, match=r"is not the base that .* records: it has another config.json and"):
+    with pytest.raises(
+        DusError, match=r"is not the base that .* records: it has another config.json and"
+    ):
         remake(out, tmp_path / "third", str(floats))
 
 
@@ -135,22 +158,37 @@ def test_a_base_that_was_typed_as_a_dot_keeps_the_name_that_it_had(
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "its config": (lambda b: (b / "config.json").write_text((b / "config.json").read_text() + "\n"), "config.json"),
+    "its config": (
+        lambda b: (b / "config.json").write_text((b / "config.json").read_text() + "\n"),
+        "config.json",
+    ),
     "its shards": (
-        lambda b: write_checkpoint(b, llama_tensors(8, hidden=32), json.loads((b / "config.json").read_text())),
+        lambda b: write_checkpoint(
+            b, llama_tensors(8, hidden=32), json.loads((b / "config.json").read_text())
+        ),
         "shards of other",
     ),
     "a byte of its weights": (
-        lambda b: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-1] + b"x"),
+        lambda b: (b / "model.safetensors").write_bytes(
+            (b / "model.safetensors").read_bytes()[:-1] + b"x"
+        ),
         "not reproduced: model.safetensors",
     ),
-    "a new small file": (lambda b: (b / "vocab.txt").write_text("x"), "not reproduced: dus.json, vocab.txt"),
-    "its licence": (lambda b: (b / "README.md").write_text("---\nlicense: mit\n---\n"), "not reproduced: README.md"),
+    "a new small file": (
+        lambda b: (b / "vocab.txt").write_text("x"),
+        "not reproduced: dus.json, vocab.txt",
+    ),
+    "its licence": (
+        lambda b: (b / "README.md").write_text("---\nlicense: mit\n---\n"),
+        "not reproduced: README.md",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_base_that_changed_is_told_and_nothing_is_published(what: str, base: Path, tmp_path: Path) -> None:
+def test_a_base_that_changed_is_told_and_nothing_is_published(
+    what: str, base: Path, tmp_path: Path
+) -> None:
     out = release(base, tmp_path / "out", MapRequest(2))
     change, message = CHANGES[what]
     change(base)
@@ -173,14 +211,18 @@ def test_sums_that_are_damaged_are_no_sums(base: Path, tmp_path: Path) -> None:
         read_remaking(out)
 
 
-def test_a_lineage_of_another_dus_works_with_a_warning_that_names_both(base: Path, tmp_path: Path) -> None:
+def test_a_lineage_of_another_dus_works_with_a_warning_that_names_both(
+    base: Path, tmp_path: Path
+) -> None:
     out = release(base, tmp_path / "out", MapRequest(2))
     record = json.loads((out / "dus.json").read_text()) | {"dus_version": "0.0.9"}
     del record["assume"]  # as if that dus had not known it
     (out / "dus.json").write_text(json.dumps(record))
     report = remake(out, tmp_path / "again")
     assert report.reproduced
-    assert any("0.0.9" in warning and "0.1.0" in warning for warning in report.to_json()["warnings"])
+    assert any(
+        "0.0.9" in warning and "0.1.0" in warning for warning in report.to_json()["warnings"]
+    )
     assert "0.0.9" not in (tmp_path / "again/README.md").read_text()
 
 
@@ -192,13 +234,21 @@ def test_of_a_healed_model_the_model_before_its_healing_is_made(base: Path, tmp_
     report = remake(out, tmp_path / "again")
     assert report.reproduced is None
     assert any("was healed since" in warning for warning in report.warnings)
-    assert digests(tmp_path / "again") == {name: total for name, total in before.items() if name != "SHA256SUMS"}
+    assert digests(tmp_path / "again") == {
+        name: total for name, total in before.items() if name != "SHA256SUMS"
+    }
 
 
-RESULT = {"task": {"type": "text-generation"}, "dataset": {"name": "a", "type": "json"}, "metrics": [{"value": 2.5}]}
+RESULT = {
+    "task": {"type": "text-generation"},
+    "dataset": {"name": "a", "type": "json"},
+    "metrics": [{"value": 2.5}],
+}
 
 
-def test_a_card_with_results_is_made_without_them_and_its_rest_compared(floats: Path, tmp_path: Path) -> None:
+def test_a_card_with_results_is_made_without_them_and_its_rest_compared(
+    floats: Path, tmp_path: Path
+) -> None:
     out = release(floats, tmp_path / "out", MapRequest(2))
     before = digests(out)
     assert update_card(out, "out", [RESULT])
@@ -216,14 +266,20 @@ def test_a_card_with_results_is_made_without_them_and_its_rest_compared(floats: 
 
 
 @pytest.mark.parametrize(
-    "card", [b"\xff", b"---\n{[\n---\n", b"---\nmodel-index: [\n---\n"], ids=["bytes", "no YAML", "cut"]
+    "card",
+    [b"\xff", b"---\n{[\n---\n", b"---\nmodel-index: [\n---\n"],
+    ids=["bytes", "no YAML", "cut"],
 )
-def test_a_card_that_cannot_be_read_is_a_difference(card: bytes, floats: Path, tmp_path: Path) -> None:
+def test_a_card_that_cannot_be_read_is_a_difference(
+    card: bytes, floats: Path, tmp_path: Path
+) -> None:
     out = release(floats, tmp_path / "out", MapRequest(2))
     sums = (out / "SHA256SUMS").read_text()
     old = next(line for line in sums.splitlines() if line.endswith("README.md"))
     (out / "README.md").write_bytes(card)
-    (out / "SHA256SUMS").write_text(sums.replace(old, f"{hashlib.sha256(card).hexdigest()}  README.md"))
+    (out / "SHA256SUMS").write_text(
+        sums.replace(old, f"{hashlib.sha256(card).hexdigest()}  README.md")
+    )
     with pytest.raises(DusError, match=r"not reproduced: README\.md differ"):
         remake(out, tmp_path / "again")
 
@@ -249,7 +305,9 @@ def test_a_card_that_cannot_be_read_is_a_difference(card: bytes, floats: Path, t
         ("schema", 99),
     ],
 )
-def test_a_damaged_lineage_is_one_line(field: str, value: object, base: Path, tmp_path: Path) -> None:
+def test_a_damaged_lineage_is_one_line(
+    field: str, value: object, base: Path, tmp_path: Path
+) -> None:
     out = release(base, tmp_path / "out", MapRequest(2))
     record = json.loads((out / "dus.json").read_text()) | {field: value}
     (out / "dus.json").write_text(json.dumps(record))

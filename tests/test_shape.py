@@ -1,4 +1,6 @@
-"""What config.json says of a model's size: one rule for every command, with a test for each spelling."""
+"""What config.json says of a model's size: one rule for every command, with a test for each
+spelling.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A document begins as the model's own tokenizer begins a text: in training, held out, in a probe and in eval alike."""
+"""A document begins as the model's own tokenizer begins a text: in training, held out, in a
+probe and in eval alike.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ VOCAB = 264
 
 
 def write_tokenizer(folder: Path, template: str | None, **settings: Any) -> Path:
-    """One id for each byte, and a template such as "<s> $A"; `settings` go into tokenizer_config.json.
+    """One id for each byte, and a template such as "<s> $A"; `settings` go into
+    tokenizer_config.json.
 
-    Where they have add_bos_token there is no tokenizer.json with a template of its own, which would be stronger.
+    Where they have add_bos_token there is no tokenizer.json with a template of its own, which would
+    be stronger.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -38,18 +42,29 @@ def write_tokenizer(folder: Path, template: str | None, **settings: Any) -> Path
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if "add_bos_token" in settings and template is None:
         words = [*letters, *SPECIAL]
-        (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+        (folder / "vocab.json").write_text(
+            json.dumps({word: index for index, word in enumerate(words)})
+        )
         (folder / "merges.txt").write_text("#version: 0.2\n")
-        named = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<eos>", "bos_token": "<s>", "unk_token": "<eos>"}
+        named = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "eos_token": "<eos>",
+            "bos_token": "<s>",
+            "unk_token": "<eos>",
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(named | settings))
         return folder
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     if template is not None:
         used = [(token, 256 + index) for index, token in enumerate(SPECIAL) if token in template]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=used
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "bos_token": "<s>"}
     content = {key: value for key, value in {**named, **settings}.items() if value is not None}
@@ -67,7 +82,12 @@ KINDS: dict[str, tuple[str | None, dict[str, Any], tuple[int, ...], tuple[int, .
     "[CLS] and [SEP], and an end-of-text besides": ("[CLS] $A [SEP]", {}, (CLS,), (SEP, EOS)),
     "[CLS] and [SEP] alone": ("[CLS] $A [SEP]", {"eos_token": None}, (CLS,), (SEP,)),
     "add_bos_token": (None, {"add_bos_token": True}, (BOS,), (EOS,)),
-    "add_bos_token and add_eos_token": (None, {"add_bos_token": True, "add_eos_token": True}, (BOS,), (EOS,)),
+    "add_bos_token and add_eos_token": (
+        None,
+        {"add_bos_token": True, "add_eos_token": True},
+        (BOS,),
+        (EOS,),
+    ),
     "add_bos_token that is false": (None, {"add_bos_token": False}, (), (EOS,)),
     "a template beside add_bos_token, which transformers does not read then": (
         "<s> $A",
@@ -87,7 +107,9 @@ def test_a_text_stands_between_what_its_tokenizer_puts_around_it(tmp_path: Path,
     users = transformers.AutoTokenizer.from_pretrained(folder)("some text")["input_ids"]
     (plain,) = ours.encode(["some text"])
     assert [*ours.before, *plain] == users[: len(before) + len(plain)]
-    assert ours.ending[: len(users) - len(before) - len(plain)] == tuple(users[len(before) + len(plain) :])
+    assert ours.ending[: len(users) - len(before) - len(plain)] == tuple(
+        users[len(before) + len(plain) :]
+    )
     if settings.get("eos_token", "<eos>"):
         without = Tokeniser(folder, VOCAB, special_tokens=False)
         assert (without.before, without.ending) == ((), (EOS,))
@@ -100,7 +122,9 @@ def test_a_tokenizer_without_a_fast_one_is_asked_too(tmp_path: Path) -> None:
     assert special_tokens_of(tokenizer) == SpecialTokens((cls,), (sep,))
 
 
-def test_special_tokens_that_change_with_the_text_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_special_tokens_that_change_with_the_text_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_tokenizer(tmp_path / "model", "<s> $A")
     usual = transformers.PreTrainedTokenizerFast.__call__
 
@@ -116,7 +140,7 @@ def test_special_tokens_that_change_with_the_text_are_one_line(tmp_path: Path, m
     assert Tokeniser(folder, VOCAB, special_tokens=False).before == ()
 
 
-# --- rows ------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def write_texts(path: Path, texts: Sequence[str]) -> Path:
@@ -124,12 +148,21 @@ def write_texts(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def prepared_of(model: Path, folder: Path, texts: Sequence[str], *, special_tokens: bool = True) -> Prepared:
+def prepared_of(
+    model: Path, folder: Path, texts: Sequence[str], *, special_tokens: bool = True
+) -> Prepared:
     """The texts as training data, and as held-out data of their own."""
     train = write_texts(folder / "train.jsonl", [f"{text}!" for text in texts])
     held = write_texts(folder / "held.jsonl", texts)
     sources, eval_sources = (parse_sources([str(path)], folder) for path in (train, held))
-    return prepare(sources, eval_sources, model, folder / "tokens", vocab_size=VOCAB, special_tokens=special_tokens)
+    return prepare(
+        sources,
+        eval_sources,
+        model,
+        folder / "tokens",
+        vocab_size=VOCAB,
+        special_tokens=special_tokens,
+    )
 
 
 def ids(text: str, *more: int) -> list[int]:
@@ -188,7 +221,10 @@ def test_every_token_of_a_text_is_predicted_once_behind_its_beginning_and_no_spe
     asked = [token for row in rows for token in row.labels.tolist() if token != IGNORED]
     expected = [[*write_ids(text), *ending] for text in texts]
     if not before:  # nothing predicts the first token of all, with the mask of none
-        expected = [document[1:] if document_mask or not index else document for index, document in enumerate(expected)]
+        expected = [
+            document[1:] if document_mask or not index else document
+            for index, document in enumerate(expected)
+        ]
     assert asked == [token for document in expected for token in document]
     for row in rows:
         assert len(row.input_ids) == len(row.labels) == len(row.position_ids) == 8
@@ -225,12 +261,16 @@ def test_training_rows_are_made_in_the_same_way_and_none_is_lost(tmp_path: Path)
     assert sorted(found) == list(range(0, 14 * len(found), 14))
     assert all(tuple(row.input_ids[:2]) == (GMASK, SOP) for row in found.values())
     stream = Stream(tmp_path / "tokens", prepared.parts, "train", prepared.dtype)
-    asked = [token for at in sorted(found) for token in found[at].labels.tolist() if token != IGNORED]
+    asked = [
+        token for at in sorted(found) for token in found[at].labels.tolist() if token != IGNORED
+    ]
     whole = stream.read(1, 14 * len(found) + 1).tolist()
     assert asked == [token for token in whole if token not in {GMASK, SOP}]
 
 
-def test_a_document_in_pieces_begins_and_ends_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_in_pieces_begins_and_ends_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dus_cli.data.tokeniser._LONGEST_PIECE", 40)
     model = write_tokenizer(tmp_path / "model", "<s> $A [SEP]")
     prepared = prepared_of(model, tmp_path, ["some words " * 30, "short"])
@@ -245,7 +285,10 @@ def test_a_document_in_pieces_begins_and_ends_once(tmp_path: Path, monkeypatch: 
 def test_a_row_too_short_for_its_beginning_is_one_line(tmp_path: Path) -> None:
     model = write_tokenizer(tmp_path / "model", "<gmask> <sop> $A")
     prepared = prepared_of(model, tmp_path, ["some text", "more text"])
-    with pytest.raises(DataError, match="a row of 2 tokens has no place behind the 2 with which the tokenizer begins"):
+    with pytest.raises(
+        DataError,
+        match="a row of 2 tokens has no place behind the 2 with which the tokenizer begins",
+    ):
         heldout_rows(prepared, tmp_path / "tokens", 2)
 
 

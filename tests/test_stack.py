@@ -1,7 +1,8 @@
-"""The output is an ordinary dense model: it generates in transformers' pipeline, and goes to GGUF and back.
+"""The output is an ordinary dense model: it generates in transformers' pipeline, and goes to GGUF
+and back.
 
-What takes more than the test extra (TRL, PEFT, lm-evaluation-harness, mergekit, llama.cpp, older versions of
-transformers) is in tests/stack, run by `make stack`; docs/ecosystem.md has the results.
+What takes more than the test extra (TRL, PEFT, lm-evaluation-harness, mergekit, llama.cpp, older
+versions of transformers) is in tests/stack, run by `make stack`; docs/ecosystem.md has the results.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ IDS = list(range(97, 117))
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six layers of a base of four."""
     folder = tmp_path_factory.mktemp("stack")
-    return tiny.upscaled(tiny.write_base(folder / "base", tie_word_embeddings=False), folder / "deep")
+    return tiny.upscaled(
+        tiny.write_base(folder / "base", tie_word_embeddings=False), folder / "deep"
+    )
 
 
 def logits(model: Any) -> Any:
@@ -49,13 +52,21 @@ def test_it_generates_in_transformers_pipeline(deep: Path) -> None:
 
 
 def interleaved(tensor: Any, num_heads: int) -> Any:
-    """Rows of a query or key projection as GGUF's llama has them for its rotary embedding: a head's halves in turn."""
+    """Rows of a query or key projection as GGUF's llama has them for its rotary embedding: a
+    head's halves in turn.
+    """
     rows, width = tensor.shape
-    return tensor.reshape(num_heads, 2, rows // num_heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+    return (
+        tensor.reshape(num_heads, 2, rows // num_heads // 2, width)
+        .swapaxes(1, 2)
+        .reshape(rows, width)
+    )
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """A llama checkpoint as GGUF, named by the gguf package's own table for its number of layers."""
+    """A llama checkpoint as GGUF, named by the gguf package's own table for its number of
+    layers.
+    """
     config = json.loads((folder / "config.json").read_text())
     depth = config["num_hidden_layers"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -89,7 +100,9 @@ def test_it_goes_to_gguf_and_back(deep: Path, tmp_path: Path) -> None:
     reader = gguf.GGUFReader(tmp_path / "deep.gguf")
     assert reader.fields["llama.block_count"].contents() == 6
     assert len(reader.tensors) == len(tiny.weights(deep))
-    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    blocks = {
+        tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")
+    }
     assert blocks == {str(block) for block in range(6)}
     expected = AutoModelForCausalLM.from_pretrained(deep, dtype=torch.float32)
     again = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,6 @@
-"""Starts: which layers are scaled by what, to the byte, and that the output is the base called with those factors."""
+"""Starts: which layers are scaled by what, to the byte, and that the output is the base called
+with those factors.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,13 @@ def of(start: str, layer_map: LayerMap) -> tuple[float, ...]:
     return factors(StartRule.parse(start), layer_map)
 
 
-# --- factors ---------------------------------------------------------------------------------------
+# --- factors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", ["fade", "fade:linear", "fade:cosine"])
 @pytest.mark.parametrize(
-    "layer_map", [stack(32, 8), stack(7, 0), typed_map("0:20,10:30,20:40", 40), doubled_map("2:5", 7)]
+    "layer_map",
+    [stack(32, 8), stack(7, 0), typed_map("0:20,10:30,20:40", 40), doubled_map("2:5", 7)],
 )
 def test_a_fade_falls_in_one_copy_as_it_rises_in_the_next(shape: str, layer_map: LayerMap) -> None:
     found = of(shape, layer_map)
@@ -53,7 +56,18 @@ def test_a_fade_falls_in_one_copy_as_it_rises_in_the_next(shape: str, layer_map:
 
 
 def test_a_linear_fade_takes_equal_steps_from_half_a_step_on() -> None:
-    assert of("fade", stack(6, 1)) == (1.0, 0.875, 0.625, 0.375, 0.125, 0.125, 0.375, 0.625, 0.875, 1.0)
+    assert of("fade", stack(6, 1)) == (
+        1.0,
+        0.875,
+        0.625,
+        0.375,
+        0.125,
+        0.125,
+        0.375,
+        0.625,
+        0.875,
+        1.0,
+    )
 
 
 def test_k_copies_in_half_are_a_kth_each_wherever_they_stand() -> None:
@@ -63,7 +77,13 @@ def test_k_copies_in_half_are_a_kth_each_wherever_they_stand() -> None:
 
 def test_a_scale_is_of_the_new_layers_alone() -> None:
     assert of("scale:0.25", stack(4, 1)) == (1.0, 1.0, 1.0, 0.25, 0.25, 1.0)
-    assert of("scale:0.25", typed_map("3,0:4", 4)) == (0.25, 1.0, 1.0, 1.0, 1.0)  # the base stands behind the first
+    assert of("scale:0.25", typed_map("3,0:4", 4)) == (
+        0.25,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    )  # the base stands behind the first
 
 
 @pytest.mark.parametrize(
@@ -87,7 +107,19 @@ def test_a_map_that_a_start_is_not_for_is_refused(start: str, text: str, said: s
 
 @pytest.mark.parametrize(
     "text",
-    ["", "loud", "half:2", "copy:1", "fade:", "fade:round", "scale", "scale:0", "scale:-1", "scale:nan", "scale:17"],
+    [
+        "",
+        "loud",
+        "half:2",
+        "copy:1",
+        "fade:",
+        "fade:round",
+        "scale",
+        "scale:0",
+        "scale:-1",
+        "scale:nan",
+        "scale:17",
+    ],
 )
 def test_what_is_no_start_is_a_usage_error(text: str, tmp_path: Path) -> None:
     run = dus("upscale", tmp_path, "--start", text, "-o", tmp_path / "out")
@@ -96,7 +128,7 @@ def test_what_is_no_start_is_a_usage_error(text: str, tmp_path: Path) -> None:
         upscale(tmp_path, tmp_path / "out", start=text)
 
 
-# --- numbers ---------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -121,7 +153,10 @@ def test_longer_numbers_are_multiplied_as_they_are(dtype: str) -> None:
     values[:4] = torch.tensor([0.0, torch.inf, -torch.inf, 1e-45])
     numbers = bytearray(values.numpy().tobytes())
     assert Scale(dtype, 0.3)(memoryview(numbers)) == 0
-    assert torch.equal(torch.frombuffer(numbers, dtype=DTYPES[dtype]), values * torch.tensor(0.3, dtype=DTYPES[dtype]))
+    assert torch.equal(
+        torch.frombuffer(numbers, dtype=DTYPES[dtype]),
+        values * torch.tensor(0.3, dtype=DTYPES[dtype]),
+    )
 
 
 def test_a_norm_of_one_plus_w_has_one_plus_w_scaled() -> None:
@@ -131,14 +166,16 @@ def test_a_norm_of_one_plus_w_has_one_plus_w_scaled() -> None:
     assert torch.equal(1 + torch.frombuffer(numbers, dtype=torch.float32), 0.5 * (1 + weights))
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 WRITERS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")
 
 
 @pytest.fixture
 def random_base(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "base", llama_tensors(8), llama_config(8), num_shards=3, fill=fill_randomly)
+    return write_checkpoint(
+        tmp_path / "base", llama_tensors(8), llama_config(8), num_shards=3, fill=fill_randomly
+    )
 
 
 def scaled(data: bytes, factor: float) -> bytes:
@@ -149,14 +186,19 @@ def scaled(data: bytes, factor: float) -> bytes:
 
 CASES: dict[str, tuple[list[str], dict[int, float]]] = {
     "half": (["--double", "2:5", "--start", "half"], dict.fromkeys(range(2, 8), 0.5)),
-    "fade": (["-t", "2", "--start", "fade"], dict(zip(range(2, 10), (0.875, 0.625, 0.375, 0.125) * 2, strict=True))),
+    "fade": (
+        ["-t", "2", "--start", "fade"],
+        dict(zip(range(2, 10), (0.875, 0.625, 0.375, 0.125) * 2, strict=True)),
+    ),
     "scale": (["-t", "3", "--start", "scale:.125"], {5: 0.125, 6: 0.125}),
 }
 CASES["fade"][1].update({6: 0.125, 7: 0.375, 8: 0.625, 9: 0.875})
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_output_projections_are_scaled_and_all_else_is_copied(case: str, random_base: Path, tmp_path: Path) -> None:
+def test_output_projections_are_scaled_and_all_else_is_copied(
+    case: str, random_base: Path, tmp_path: Path
+) -> None:
     options, by_layer = CASES[case]
     options = [*options, "--max-shard-size", "200KB", "--verify", "full", "--checksums"]
     report = dus("upscale", random_base, *options, "-o", tmp_path / "out", "--json").report
@@ -169,7 +211,9 @@ def test_output_projections_are_scaled_and_all_else_is_copied(case: str, random_
         factor = by_layer.get(layer, 1.0) if name.endswith(WRITERS) else 1.0
         assert ours[name] == (dtype, shape, data if factor == 1 else scaled(data, factor)), name
     found = report["scaled"]
-    assert {layer: factor for layer, factor in enumerate(found["factors"]) if factor != 1} == by_layer
+    assert {
+        layer: factor for layer, factor in enumerate(found["factors"]) if factor != 1
+    } == by_layer
     assert (found["tensors"], found["one_plus"]) == (sorted(WRITERS), [])
     assert report["start"] == "scaled"
     assert report["bytes_scaled"] == len(by_layer) * (64 * 64 + 64 * 128) * 2
@@ -177,7 +221,10 @@ def test_output_projections_are_scaled_and_all_else_is_copied(case: str, random_
     assert problems(tmp_path / "out", "--base", random_base) == []
     assert problems(tmp_path / "out") == []
     card = (tmp_path / "out/README.md").read_text()
-    assert f"`{found['start']}`: mlp.down_proj.weight and self_attn.o_proj.weight of {len(by_layer)} layers" in card
+    assert (
+        f"`{found['start']}`: mlp.down_proj.weight and self_attn.o_proj.weight of {len(by_layer)} "
+        "layers" in card
+    )
     dus("upscale", "--from", tmp_path / "out", "-o", tmp_path / "again", "-q")
     assert folder_digest(tmp_path / "again") == folder_digest(tmp_path / "out")
 
@@ -202,7 +249,9 @@ def test_a_faded_tensor_is_held_against_the_base_and_without_it_a_warning_says_s
     flip_bit(path, tensor.end - 1)
     report = dus("verify", tmp_path / "out", "--json").report
     assert (report["problems"], len(report["warnings"])) == ([], 1)
-    assert report["warnings"][0].startswith("8 tensors were scaled otherwise than their twins: only --base")
+    assert report["warnings"][0].startswith(
+        "8 tensors were scaled otherwise than their twins: only --base"
+    )
     (problem,) = problems(tmp_path / "out", "--base", random_base)
     assert "model.layers.7.mlp.down_proj.weight differs from the base's" in problem
     told = dus("verify", tmp_path / "out", "--base", random_base, "--json")
@@ -236,13 +285,22 @@ def test_what_says_how_layers_start_goes_with_no_other_start(
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("5:3", "5:3"), ("3:5,4:6", "4:6"), ("2:", "2:"), ("a", "'a'"), ("2:9", "reaches beyond the base"), ("8", "8:9")],
+    [
+        ("5:3", "5:3"),
+        ("3:5,4:6", "4:6"),
+        ("2:", "2:"),
+        ("a", "'a'"),
+        ("2:9", "reaches beyond the base"),
+        ("8", "8:9"),
+    ],
 )
 def test_stretches_to_double_are_within_the_base_and_rise(
     text: str, said: str, random_base: Path, tmp_path: Path
 ) -> None:
     run = dus("upscale", random_base, "--double", text, "-o", tmp_path / "out")
-    run.assert_one_line_error("--double", said, code=2 if "beyond" not in said and said != "8:9" else 1)
+    run.assert_one_line_error(
+        "--double", said, code=2 if "beyond" not in said and said != "8:9" else 1
+    )
 
 
 def test_a_doubled_stretch_is_the_map_that_layers_spell(random_base: Path, tmp_path: Path) -> None:
@@ -251,14 +309,27 @@ def test_a_doubled_stretch_is_the_map_that_layers_spell(random_base: Path, tmp_p
     assert (ours["double"], ours["scaled"], ours["start"]) == ("1:3,6", None, "seams")
     dus("upscale", random_base, "--layers", ours["layers"], "-o", tmp_path / "typed", "-q")
     assert names_and_bytes(tmp_path / "out") == names_and_bytes(tmp_path / "typed")
-    dus("upscale", random_base, "--double", "1:3", "-t", "2", "-o", tmp_path / "x").assert_one_line_error(
-        "--double says the whole map", code=2
-    )
+    dus(
+        "upscale", random_base, "--double", "1:3", "-t", "2", "-o", tmp_path / "x"
+    ).assert_one_line_error("--double says the whole map", code=2)
 
 
 def test_a_dry_run_shows_what_would_be_scaled(random_base: Path, tmp_path: Path) -> None:
-    run = dus("upscale", random_base, "-t", "2", "--start", "fade:cosine", "-o", tmp_path / "out", "--dry-run")
-    assert "start fade:cosine: mlp.down_proj.weight and self_attn.o_proj.weight of 8 layers × 0.03806" in run.stderr
+    run = dus(
+        "upscale",
+        random_base,
+        "-t",
+        "2",
+        "--start",
+        "fade:cosine",
+        "-o",
+        tmp_path / "out",
+        "--dry-run",
+    )
+    assert (
+        "start fade:cosine: mlp.down_proj.weight and self_attn.o_proj.weight of 8 layers × 0.03806"
+        in run.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -270,7 +341,9 @@ def test_a_factor_that_makes_numbers_infinite_is_refused(tmp_path: Path) -> None
         fill=lambda _, size: b"\xff\x7b" * (size // 2),
     )
     run = dus("upscale", base, "--start", "scale:2", "-o", tmp_path / "out", "-q")
-    run.assert_one_line_error("holds finite F16 numbers that 2 times are beyond float16's range", "--start")
+    run.assert_one_line_error(
+        "holds finite F16 numbers that 2 times are beyond float16's range", "--start"
+    )
     assert list(tmp_path.iterdir()) == [base]
 
 
@@ -288,7 +361,8 @@ def test_what_is_cast_is_scaled_behind_the_cast(tmp_path: Path) -> None:
 def test_no_start_needs_torch(random_base: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from dus_cli import upscale\n"
-        f"for start in ('half', 'fade'): upscale({str(random_base)!r}, {str(tmp_path)!r} + '/' + start, start=start)\n"
+        f"for start in ('half', 'fade'): upscale({str(random_base)!r}, {str(tmp_path)!r} + '/' + "
+        "start, start=start)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -296,9 +370,18 @@ def test_no_start_needs_torch(random_base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"factors": [0.5]}, {"factors": [-1.0] * 12}, {"tensors": "all"}, {"one_plus": [3]}, {"start": "loud"}, None],
+    [
+        {"factors": [0.5]},
+        {"factors": [-1.0] * 12},
+        {"tensors": "all"},
+        {"one_plus": [3]},
+        {"start": "loud"},
+        None,
+    ],
 )
-def test_a_damaged_record_of_what_is_scaled_is_a_problem(change: Any, random_base: Path, tmp_path: Path) -> None:
+def test_a_damaged_record_of_what_is_scaled_is_a_problem(
+    change: Any, random_base: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     dus("upscale", random_base, "-t", "2", "--start", "half", "-o", out, "-q")
     record = json.loads((out / "dus.json").read_text())
@@ -311,9 +394,10 @@ def test_a_damaged_record_of_what_is_scaled_is_a_problem(change: Any, random_bas
         run.assert_one_line_error("scaled is not what dus writes")
 
 
-# --- the proof: the base's layers, called with these factors -----------------------------------------
+# --- the proof: the base's layers, called with these factors --------------------------------------
 
-# Refused: what no rule accounts for (as in an identity), and layers of which only some have a norm behind a block.
+# Refused: what no rule accounts for (as in an identity), and layers of which only some have a norm
+# behind a block.
 REFUSED = frozenset(["olmo_hybrid"])
 
 
@@ -322,13 +406,16 @@ WITH_IMAGES = ("gemma3", "glm4v", "glm_ocr", "muse_glimmer")
 
 
 @pytest.mark.parametrize(
-    ("model_type", "whole"), [*((name, False) for name in zoo.EQUAL), *((name, True) for name in WITH_IMAGES)]
+    ("model_type", "whole"),
+    [*((name, False) for name in zoo.EQUAL), *((name, True) for name in WITH_IMAGES)],
 )
 @pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
 def test_a_faded_model_is_its_bases_layers_called_with_the_factors(
     model_type: str, whole: bool, tmp_path: Path
 ) -> None:
-    """Every type that dus knows: what each layer adds to the residual stream is scaled, or it is refused by name."""
+    """Every type that dus knows: what each layer adds to the residual stream is scaled, or it is
+    refused by name.
+    """
     zoo.tiny_model(model_type, whole=whole).save_pretrained(tmp_path / "base")
     command = ("upscale", tmp_path / "base", "-t", "2", "-o", tmp_path / "out")
     run = dus(*command, "--start", "fade", "--json")
@@ -342,7 +429,9 @@ def test_a_faded_model_is_its_bases_layers_called_with_the_factors(
     tokens, sources = zoo.tokens(base), run.report["layer_map"]
     expected = zoo.expected_logits(base, sources, tokens, run.report["scaled"]["factors"])
     torch.testing.assert_close(zoo.logits(written, tokens), expected, rtol=1e-4, atol=2e-4)
-    assert not torch.allclose(expected, zoo.expected_logits(base, sources, tokens), atol=1e-2)  # it can fail
+    assert not torch.allclose(
+        expected, zoo.expected_logits(base, sources, tokens), atol=1e-2
+    )  # it can fail
 
 
 def test_every_type_with_norms_behind_its_blocks_is_tried() -> None:
@@ -352,16 +441,25 @@ def test_every_type_with_norms_behind_its_blocks_is_tried() -> None:
 
 
 def test_a_norm_that_may_stand_behind_a_block_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
-    tensors = llama_tensors(8) + [(f"model.layers.{k}.post_mlp_norm.weight", "BF16", (64,)) for k in range(8)]
+    tensors = llama_tensors(8) + [
+        (f"model.layers.{k}.post_mlp_norm.weight", "BF16", (64,)) for k in range(8)
+    ]
     base = write_checkpoint(tmp_path / "base", tensors, llama_config(8) | {"model_type": "ours"})
     run = dus("upscale", base, "--start", "half", "-o", tmp_path / "out", "-q")
-    run.assert_one_line_error("--start half", "post_mlp_norm.weight may stand behind a block", "'ours'")
+    run.assert_one_line_error(
+        "--start half", "post_mlp_norm.weight may stand behind a block", "'ours'"
+    )
 
 
 def test_a_type_that_dus_does_not_know_is_scaled_by_names_and_told_of(tmp_path: Path) -> None:
-    base = write_checkpoint(tmp_path / "base", llama_tensors(8), llama_config(8) | {"model_type": "ours"})
+    base = write_checkpoint(
+        tmp_path / "base", llama_tensors(8), llama_config(8) | {"model_type": "ours"}
+    )
     report = dus("upscale", base, "--start", "half", "-o", tmp_path / "out", "--json").report
-    assert any("--start half went by the names of tensors alone" in warning for warning in report["warnings"])
+    assert any(
+        "--start half went by the names of tensors alone" in warning
+        for warning in report["warnings"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -372,13 +470,20 @@ def smollm2() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("options", "depth"), [(["--double", "2:29", "--start", "half"], 57), (["-t", "7", "--start", "fade"], 46)]
+    ("options", "depth"),
+    [(["--double", "2:29", "--start", "half"], 57), (["-t", "7", "--start", "fade"], 46)],
 )
-def test_smollm2_is_nearer_to_its_base_by_a_start(options: list[str], depth: int, smollm2: Any, tmp_path: Path) -> None:
-    """To the last bit its own layers with scaled projections; and on a text the loss falls towards the base's."""
+def test_smollm2_is_nearer_to_its_base_by_a_start(
+    options: list[str], depth: int, smollm2: Any, tmp_path: Path
+) -> None:
+    """To the last bit its own layers with scaled projections; and on a text the loss falls
+    towards the base's.
+    """
     assert REAL is not None
     report = dus("upscale", REAL, *options, "-o", tmp_path / "out", "--json").report
-    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    written = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(REAL)
     text = (Path(__file__).parent.parent / "LICENSE").read_text()
     tokens = torch.tensor([tokenizer(text)["input_ids"][:256]])
@@ -386,7 +491,9 @@ def test_smollm2_is_nearer_to_its_base_by_a_start(options: list[str], depth: int
     whole = base.model.layers
 
     def called(by_layer: list[float]) -> torch.Tensor:
-        base.model.layers = torch.nn.ModuleList([copy.deepcopy(whole[k]) for k in report["layer_map"]])
+        base.model.layers = torch.nn.ModuleList(
+            [copy.deepcopy(whole[k]) for k in report["layer_map"]]
+        )
         for layer, factor in zip(base.model.layers, by_layer, strict=True):
             for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 projection.weight.data = (projection.weight.data * factor).bfloat16().float()

@@ -1,4 +1,6 @@
-"""--stream: weights from the Hub straight into the output. The real command against a stand-in (hub_server)."""
+"""--stream: weights from the Hub straight into the output. The real command against a stand-in
+(hub_server).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from dus_cli.writing.moves import Move
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 COMMAND = ("upscale", "org/model", "--trim", "1", "-o", "out", "--stream", "--json")
 
-# Requests of 256 KiB and no waits between two of them, so that a small model takes many and a fault costs no time.
+# Requests of 256 KiB and no waits between two of them, so that a small model takes many and a fault
+# costs no time.
 SMALL = (
     "import dus_cli.hub.streaming as s, dus_cli.hub.remote as r; "
     "s.REQUEST = 1 << 18; s.SYNC_EVERY = 0.05; r.FIRST_WAIT = 0"
@@ -69,7 +72,9 @@ def repos(folder: Path) -> dict[str, StandInRepo]:
 
 
 @pytest.fixture(autouse=True)
-def hub(repos: dict[str, StandInRepo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+def hub(
+    repos: dict[str, StandInRepo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StandInHub]:
     desk = tmp_path / "desk"
     desk.mkdir()
     monkeypatch.chdir(desk)
@@ -88,8 +93,13 @@ def cached(tmp_path: Path) -> int:
 
 def start(*options: str, first: str = SMALL) -> subprocess.Popen[str]:
     """The command as a process of its own, to be killed."""
-    code = f"{first}\nimport sys; sys.argv = {['dus', *COMMAND, *options]!r}\nfrom dus_cli.cli import main; main()"
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    code = (
+        f"{first}\nimport sys; sys.argv = {['dus', *COMMAND, *options]!r}\nfrom dus_cli.cli "
+        "import main; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,15 +119,30 @@ def test_a_streamed_output_is_the_one_that_the_directory_gives(
     options: tuple[str, ...], folder: Path, total: int, hub: StandInHub, tmp_path: Path
 ) -> None:
     trim = () if "--layers" in options else ("--trim", "1")
-    command = ("upscale", "org/model", *trim, *options, "--stream", "--verify", "full", "--json", "-o", "out")
+    command = (
+        "upscale",
+        "org/model",
+        *trim,
+        *options,
+        "--stream",
+        "--verify",
+        "full",
+        "--json",
+        "-o",
+        "out",
+    )
     done = dus(*command, first=SMALL).report
     assert dus("upscale", folder, *trim, *options, "-o", "local", "-q").returncode == 0
     assert weights(Path("out")) == weights(Path("local"))
     whole = [name for name in SHARDS if name not in done["streamed"]["unchecked"]]
     assert done["streamed"]["checked"] == whole
     assert whole == SHARDS if trim else 0 < len(whole) < 3
-    assert done["streamed"]["fetched"] <= hub.num_served <= 2 * HEADERS + done["streamed"]["fetched"]
-    assert done["streamed"]["fetched"] == total if trim else done["streamed"]["fetched"] < total * 0.8
+    assert (
+        done["streamed"]["fetched"] <= hub.num_served <= 2 * HEADERS + done["streamed"]["fetched"]
+    )
+    assert (
+        done["streamed"]["fetched"] == total if trim else done["streamed"]["fetched"] < total * 0.8
+    )
     assert cached(tmp_path) < 100_000
     assert [path.name for path in Path().iterdir() if path.name.startswith(".")] == []
     assert not list(Path("out").glob(".*"))
@@ -138,8 +163,12 @@ def test_an_address_whose_signature_expired_is_asked_for_again(hub: StandInHub) 
 
 
 def waits_of(command: tuple[str, ...]) -> tuple[list[float], str]:
-    """How long a command waited for another try, each time, and what it said in the end. It took no time."""
-    first = "import dus_cli.hub.remote as r, time, json, atexit\nwaited, real = [], time.monotonic\n"
+    """How long a command waited for another try, each time, and what it said in the end. It took
+    no time.
+    """
+    first = (
+        "import dus_cli.hub.remote as r, time, json, atexit\nwaited, real = [], time.monotonic\n"
+    )
     first += "r.pause = lambda seconds, stop: waited.append(seconds)\n"
     first += "time.monotonic = lambda: real() + sum(waited)\n"
     first += "atexit.register(lambda: print('\\n' + json.dumps(waited)))"
@@ -170,7 +199,9 @@ def test_a_bit_lost_on_the_way_is_noticed_and_that_file_alone_fetched_again(
 ) -> None:
     hub.faults.flipped = {SHARDS[1]: 1_000_000}
     run = dus(*COMMAND, first=SMALL)
-    run.assert_one_line_error(SHARDS[1], "another sha256 than the Hub says", "the same command goes on")
+    run.assert_one_line_error(
+        SHARDS[1], "another sha256 than the Hub says", "the same command goes on"
+    )
     assert not Path("out").exists()
     hub.faults.flipped = {}
     done = dus(*COMMAND, first=SMALL).report["streamed"]
@@ -181,7 +212,9 @@ def test_a_bit_lost_on_the_way_is_noticed_and_that_file_alone_fetched_again(
     assert first - done["resumed"] < 20_000
 
 
-def test_kill_9_loses_what_came_in_the_last_moment_only(folder: Path, total: int, hub: StandInHub) -> None:
+def test_kill_9_loses_what_came_in_the_last_moment_only(
+    folder: Path, total: int, hub: StandInHub
+) -> None:
     hub.faults.bytes_per_second = 4e6
     process = start()
     while hub.num_served < total / 2:
@@ -200,7 +233,9 @@ def test_kill_9_loses_what_came_in_the_last_moment_only(folder: Path, total: int
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
-def test_a_signal_keeps_all_that_was_written_and_says_so(signum: int, code: int, total: int, hub: StandInHub) -> None:
+def test_a_signal_keeps_all_that_was_written_and_says_so(
+    signum: int, code: int, total: int, hub: StandInHub
+) -> None:
     hub.faults.bytes_per_second = 4e6
     process = start("--overwrite")
     while hub.num_served < total / 2:
@@ -210,7 +245,10 @@ def test_a_signal_keeps_all_that_was_written_and_says_so(signum: int, code: int,
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (code, "")
     assert stderr.count("\n") == 1
-    assert f"ended by {signal.Signals(signum).name}; what was fetched is kept, and the same command goes on" in stderr
+    assert (
+        f"ended by {signal.Signals(signum).name}; what was fetched is kept, and the same command "
+        "goes on" in stderr
+    )
     hub.faults.bytes_per_second, served, hub.num_served = None, hub.num_served, 0
     done = dus(*COMMAND, "--overwrite", first=SMALL).report["streamed"]
     assert done["checked"] == SHARDS
@@ -227,22 +265,34 @@ def test_what_a_run_of_another_plan_left_is_cleared(total: int, hub: StandInHub)
     assert (done["resumed"], done["fetched"]) == (0, total)
 
 
-def test_a_run_with_a_cast_goes_on_too_and_says_what_was_not_checked(folder: Path, hub: StandInHub) -> None:
+def test_a_run_with_a_cast_goes_on_too_and_says_what_was_not_checked(
+    folder: Path, hub: StandInHub
+) -> None:
     command = (*COMMAND, "--dtype", "float32")
     hub.faults.flipped = {SHARDS[2]: 1_000_000}
     dus(*command, first=SMALL).assert_one_line_error("another sha256")
     hub.faults.flipped = {}
     done = dus(*command, first=SMALL).report["streamed"]
     assert done["checked"] == [SHARDS[2]]
-    assert list(done["unchecked"].values()) == ["parts of it were fetched by an earlier run and cast or scaled"] * 2
-    assert dus("upscale", folder, "--trim", "1", "--dtype", "float32", "-o", "local", "-q").returncode == 0
+    assert (
+        list(done["unchecked"].values())
+        == ["parts of it were fetched by an earlier run and cast or scaled"] * 2
+    )
+    assert (
+        dus("upscale", folder, "--trim", "1", "--dtype", "float32", "-o", "local", "-q").returncode
+        == 0
+    )
     assert weights(Path("out")) == weights(Path("local"))
 
 
-def test_a_disk_with_room_for_the_rest_takes_a_run_that_goes_on(total: int, hub: StandInHub) -> None:
+def test_a_disk_with_room_for_the_rest_takes_a_run_that_goes_on(
+    total: int, hub: StandInHub
+) -> None:
     """19 MB of output on 24 MB: once half of it is there, a whole one would not fit beside it."""
     Path("disk").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", "disk"], check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", "disk"], check=False
+    ).returncode:
         pytest.skip("mounting needs root")
     try:
         command = [argument if argument != "out" else "disk/out" for argument in COMMAND]
@@ -256,7 +306,9 @@ def test_a_disk_with_room_for_the_rest_takes_a_run_that_goes_on(total: int, hub:
         assert not Path("disk/.out.partial").exists()
         blind = f"{SMALL}\nimport dus_cli.upscaling.space as u; u.free_bytes = lambda _: 10**12"
         run = dus(*command, first=blind)
-        run.assert_one_line_error("No space left on device", "free some space", "what was fetched is kept")
+        run.assert_one_line_error(
+            "No space left on device", "free some space", "what was fetched is kept"
+        )
         os.truncate("disk/other", 9_000_000)
         dus(*command, first=SMALL).assert_one_line_error("needs", "free")  # and what was kept stays
         Path("disk/other").unlink()
@@ -267,8 +319,13 @@ def test_a_disk_with_room_for_the_rest_takes_a_run_that_goes_on(total: int, hub:
 
 def test_the_disks_faults_are_found_by_the_hubs_sums(hub: StandInHub) -> None:
     """What is written is lost, in every copy alike; only --verify full reads it back."""
-    lossy = SMALL + "\nimport os; real = os.pwrite; os.pwrite = lambda file, data, at: real(file, bytes(len(data)), at)"
-    dus(*COMMAND, "--verify", "full", first=lossy).assert_one_line_error("the output holds", "another sha256")
+    lossy = (
+        SMALL
+        + "\nimport os; real = os.pwrite; os.pwrite = lambda file, data, at: real(file, bytes(len(data)), at)"
+    )
+    dus(*COMMAND, "--verify", "full", first=lossy).assert_one_line_error(
+        "the output holds", "another sha256"
+    )
     assert list(Path().iterdir()) == []
 
 
@@ -277,14 +334,21 @@ def test_the_token_goes_to_the_hub_alone(hub: StandInHub) -> None:
     dus(*command, "-o", "out").assert_one_line_error("org/gated is gated")
     # Signed addresses answer 400 where a token comes along.
     assert dus(*command, "-o", "out", "--token", READER).report["streamed"]["checked"] == SHARDS
-    served_by_the_hub = dus(*command[:1], "org/small", *command[2:], "-o", "small", "--token", READER).report
-    assert set(served_by_the_hub["streamed"]["unchecked"].values()) == {"the Hub has no sha256 of it"}
+    served_by_the_hub = dus(
+        *command[:1], "org/small", *command[2:], "-o", "small", "--token", READER
+    ).report
+    assert set(served_by_the_hub["streamed"]["unchecked"].values()) == {
+        "the Hub has no sha256 of it"
+    }
     assert weights(Path("small")) == weights(Path("out"))
 
 
 def test_a_server_that_falls_silent_is_asked_for_the_rest(total: int, hub: StandInHub) -> None:
     assert dus(*COMMAND, "--dry-run").returncode == 0  # the headers are not what falls silent
-    first = f"{SMALL}; import dus_cli.hub.fetching as h, dus_cli.hub.streaming as s; s.REQUEST = 1 << 20"
+    first = (
+        f"{SMALL}; import dus_cli.hub.fetching as h, dus_cli.hub.streaming as s; s.REQUEST = 1 << "
+        "20"
+    )
     hub.faults.stalls, hub.num_served = 2, 0
     done = dus(*COMMAND, first=first, HF_HUB_DOWNLOAD_TIMEOUT="1").report
     assert done["streamed"]["checked"] == SHARDS
@@ -292,10 +356,14 @@ def test_a_server_that_falls_silent_is_asked_for_the_rest(total: int, hub: Stand
     assert hub.num_served <= total + HEADERS + 2 * 100_000
 
 
-def test_a_repo_on_xet_is_streamed_from_its_ordinary_address(hub: StandInHub, repos: dict[str, StandInRepo]) -> None:
+def test_a_repo_on_xet_is_streamed_from_its_ordinary_address(
+    hub: StandInHub, repos: dict[str, StandInRepo]
+) -> None:
     """The service that hf_xet would ask is announced and not there."""
     repos["org/xet"] = replace(repos["org/model"], xet=True)
-    assert dus("upscale", "org/xet", *COMMAND[2:], first=SMALL).report["streamed"]["checked"] == SHARDS
+    assert (
+        dus("upscale", "org/xet", *COMMAND[2:], first=SMALL).report["streamed"]["checked"] == SHARDS
+    )
 
 
 def test_a_repo_that_changes_midway_changes_nothing(
@@ -312,7 +380,17 @@ def test_a_repo_that_changes_midway_changes_nothing(
     for options in (("--stream",), ()):
         repos["org/moving"] = StandInRepo(commits, Moving(main=commit_of("model")))
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
-        command = ("upscale", "org/moving", "--trim", "1", "--json", *options, "--overwrite", "-o", "out")
+        command = (
+            "upscale",
+            "org/moving",
+            "--trim",
+            "1",
+            "--json",
+            *options,
+            "--overwrite",
+            "-o",
+            "out",
+        )
         done = dus(*command).report
         assert (done["commit"], done["num_layers"]["base"]) == (commit_of("model"), 8)
         assert json.loads(Path("out/dus.json").read_text())["base"]["commit"] == commit_of("model")
@@ -321,7 +399,9 @@ def test_a_repo_that_changes_midway_changes_nothing(
 
 def test_a_release_is_made_again_by_streaming(hub: StandInHub) -> None:
     assert dus(*COMMAND, "--checksums", "--dtype", "float32", first=SMALL).returncode == 0
-    done = dus("upscale", "--from", "out/dus.json", "--stream", "-o", "again", "--json", first=SMALL).report
+    done = dus(
+        "upscale", "--from", "out/dus.json", "--stream", "-o", "again", "--json", first=SMALL
+    ).report
     assert (done["reproduced"], done["streamed"]["checked"]) == (True, SHARDS)
 
 
@@ -340,7 +420,9 @@ def test_two_runs_at_once_do_not_disturb_each_other(total: int, hub: StandInHub)
 
 def test_a_server_without_ranges_is_told_so(hub: StandInHub) -> None:
     hub.faults.ranges = False
-    dus(*COMMAND).assert_one_line_error("does not send the part of a file that is asked for", "hf download")
+    dus(*COMMAND).assert_one_line_error(
+        "does not send the part of a file that is asked for", "hf download"
+    )
 
 
 def test_what_is_in_the_cache_is_taken_from_there(total: int, hub: StandInHub) -> None:
@@ -363,10 +445,16 @@ def test_streaming_has_its_usage_errors(folder: Path, hub: StandInHub) -> None:
     assert hub.log == []
 
 
-def test_pickled_weights_are_not_streamed(repos: dict[str, StandInRepo], hub: StandInHub, tmp_path: Path) -> None:
+def test_pickled_weights_are_not_streamed(
+    repos: dict[str, StandInRepo], hub: StandInHub, tmp_path: Path
+) -> None:
     write_pickled(tmp_path / "pickled", llama_tensors(4), llama_config(4))
-    repos["org/pickled"] = StandInRepo({commit_of("p"): tmp_path / "pickled"}, {"main": commit_of("p")})
-    dus("upscale", "org/pickled", "--stream", "-o", "out").assert_one_line_error("--stream", "pickled", "refs/pr")
+    repos["org/pickled"] = StandInRepo(
+        {commit_of("p"): tmp_path / "pickled"}, {"main": commit_of("p")}
+    )
+    dus("upscale", "org/pickled", "--stream", "-o", "out").assert_one_line_error(
+        "--stream", "pickled", "refs/pr"
+    )
     assert list(Path().iterdir()) == []
 
 
@@ -375,7 +463,9 @@ def test_a_number_beyond_the_dtype_leaves_nothing(
 ) -> None:
     tensors = llama_tensors(4, dtype="F32")
     largest = b"\xff\xff\x7f\x7f"
-    write_checkpoint(tmp_path / "large", tensors, llama_config(4), fill=lambda _name, size: largest * (size // 4))
+    write_checkpoint(
+        tmp_path / "large", tensors, llama_config(4), fill=lambda _name, size: largest * (size // 4)
+    )
     repos["org/large"] = StandInRepo({commit_of("l"): tmp_path / "large"}, {"main": commit_of("l")})
     run = dus("upscale", "org/large", "--stream", "--dtype", "float16", "-o", "out", "-q")
     run.assert_one_line_error("finite F32 numbers beyond float16's range")
@@ -396,7 +486,9 @@ def test_a_dry_run_of_a_7b_model_moves_less_than_two_megabytes(
     assert done["files"] == ["tokenizer.json", "tokenizer.model"]
     assert done["space"]["needed"] > 21_463_048_192 + 1_795_303 + 493_443
     assert sum(request.num_sent for request in hub.log) < 2_000_000
-    assert not any(r.path.endswith(".safetensors") and r.byte_range is None and r.num_sent for r in hub.log)
+    assert not any(
+        r.path.endswith(".safetensors") and r.byte_range is None and r.num_sent for r in hub.log
+    )
 
 
 def test_pieces_are_whole_numbers_and_end_where_the_source_has_a_gap() -> None:
@@ -404,7 +496,11 @@ def test_pieces_are_whole_numbers_and_end_where_the_source_has_a_gap() -> None:
     moves = [Move(8, 10, (("a", 0),)), Move(18, 12, (("a", 10),), cast), Move(40, 5, (("b", 3),))]
     found = list(pieces(moves, 13))
     assert [(piece.start, piece.end) for piece in found] == [(8, 18), (18, 30), (40, 45)]
-    assert [move.targets for piece in found for move in piece.parts] == [(("a", 0),), (("a", 10),), (("b", 3),)]
+    assert [move.targets for piece in found for move in piece.parts] == [
+        (("a", 0),),
+        (("a", 10),),
+        (("b", 3),),
+    ]
     halves = [part for piece in pieces(moves[1:2], 9) for part in piece.parts]
     assert [(part.source_start, part.length, part.targets) for part in halves] == [
         (18, 8, (("a", 10),)),

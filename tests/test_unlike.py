@@ -1,4 +1,6 @@
-"""Types in no table whose layers are built unlike: explained by the config, kept in their pattern, or refused."""
+"""Types in no table whose layers are built unlike: explained by the config, kept in their
+pattern, or refused.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from dus_cli.maps.layers import LayerMap, stack, typed_map
 from dus_cli.maps.unlike import LayerTensors, check_alike
 
 
-def checked(kinds: str, layer_map: LayerMap, tells: dict[str, list[str]] | None = None) -> tuple[str, ...]:
+def checked(
+    kinds: str, layer_map: LayerMap, tells: dict[str, list[str]] | None = None
+) -> tuple[str, ...]:
     """Layers of these kinds, a letter each, held against a map."""
     named = [(f"model.layers.{i}.{kind}.weight", "BF16", (4, 4)) for i, kind in enumerate(kinds)]
     same = [(f"model.layers.{i}.norm.weight", "BF16", (4,)) for i in range(len(kinds))]
@@ -52,17 +56,25 @@ def test_a_map_that_keeps_the_pattern_along_the_depth_is_taken(kinds: str, layer
         ("ssfssfssf", "0:7,2:9"),
     ],
 )
-def test_a_map_that_moves_unlike_layers_is_refused_with_what_they_hold(kinds: str, layers: str) -> None:
+def test_a_map_that_moves_unlike_layers_is_refused_with_what_they_hold(
+    kinds: str, layers: str
+) -> None:
     layer_map = typed_map(layers, len(kinds))
-    with pytest.raises(ConfigError, match=r"not all built alike \(.*weight.*--assume model.layers=keep"):
+    with pytest.raises(
+        ConfigError, match=r"not all built alike \(.*weight.*--assume model.layers=keep"
+    ):
         checked(kinds, layer_map)
-    assert checked(kinds, layer_map, {"a_list": list(kinds)}) == ()  # something that followed says which is which
+    assert (
+        checked(kinds, layer_map, {"a_list": list(kinds)}) == ()
+    )  # something that followed says which is which
     with pytest.raises(ConfigError, match="not all built alike"):
         checked(kinds, layer_map, {"a_list": ["same"] * len(kinds)})
 
 
 def test_the_refusal_says_which_layers_hold_what() -> None:
-    with pytest.raises(ConfigError, match=r"layers 0-2, 7: d.weight \[4, 4\], layers 3-6: e.weight \[4, 4\]"):
+    with pytest.raises(
+        ConfigError, match=r"layers 0-2, 7: d.weight \[4, 4\], layers 3-6: e.weight \[4, 4\]"
+    ):
         checked("dddeeeed", stack(8, trim=1))
 
 
@@ -70,7 +82,12 @@ def test_the_refusal_says_which_layers_hold_what() -> None:
 def test_biases_and_buffers_that_some_layers_lack_are_no_difference(ending: str) -> None:
     tensors: list[Tensor] = [(f"model.layers.{i}.q_proj.weight", "BF16", (4, 4)) for i in range(8)]
     tensors.append((f"model.layers.3.{ending}", "BF16", (4,)))
-    assert check_alike(LayerTensors.of(tensors, "model.layers", 8), stack(8, 1), {}, is_quantised=False) == ()
+    assert (
+        check_alike(
+            LayerTensors.of(tensors, "model.layers", 8), stack(8, 1), {}, is_quantised=False
+        )
+        == ()
+    )
 
 
 def test_layers_that_differ_in_their_bits_alone_are_alike() -> None:
@@ -84,7 +101,7 @@ def test_shapes_tell_layers_apart_too() -> None:
         check_alike(LayerTensors.of(tensors, "h", 8), stack(8, 1), {}, is_quantised=False)
 
 
-# --- by the command -----------------------------------------------------------------------------------
+# --- by the command -------------------------------------------------------------------------------
 
 
 def write_base(folder: Path, experts: tuple[int, ...], **fields: Any) -> Path:
@@ -99,15 +116,22 @@ def test_a_type_in_no_table_is_refused_until_a_person_decides(tmp_path: Path) ->
     run = dus("upscale", base, "-t", "1", "-o", out, "-q")
     run.assert_one_line_error("layers 3-6: moe.up_proj.weight", "--assume model.layers=keep")
     assert not out.exists()
-    report = dus("upscale", base, "-t", "1", "-o", out, "--assume", "model.layers=keep", "--json").report
+    report = dus(
+        "upscale", base, "-t", "1", "-o", out, "--assume", "model.layers=keep", "--json"
+    ).report
     assert any("as --assume says" in warning for warning in report["warnings"])
     assert dus("verify", out, "--base", base, "-q").returncode == 0
 
 
 def test_a_field_that_follows_explains_the_difference(tmp_path: Path) -> None:
     experts = ["moe" if 3 <= layer <= 6 else "mlp" for layer in range(8)]
-    base, out = write_base(tmp_path / "base", (3, 4, 5, 6), ffn={"kinds": experts}), tmp_path / "out"
-    (about_type, about_list) = dus("upscale", base, "-t", "1", "-o", out, "--json").report["warnings"]
+    base, out = (
+        write_base(tmp_path / "base", (3, 4, 5, 6), ffn={"kinds": experts}),
+        tmp_path / "out",
+    )
+    (about_type, about_list) = dus("upscale", base, "-t", "1", "-o", out, "--json").report[
+        "warnings"
+    ]
     assert "followed the map by general rules (ffn.kinds)" in about_type
     assert "ffn.kinds is a list with one entry per layer" in about_list
     after = json.loads((out / "config.json").read_text())["ffn"]["kinds"]

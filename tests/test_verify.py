@@ -23,7 +23,9 @@ from dus_cli.writing.ordered import OrderedFile
 
 @pytest.fixture
 def random_base(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "base", llama_tensors(6), llama_config(6), num_shards=2, fill=fill_randomly)
+    return write_checkpoint(
+        tmp_path / "base", llama_tensors(6), llama_config(6), num_shards=2, fill=fill_randomly
+    )
 
 
 @pytest.fixture
@@ -56,8 +58,12 @@ def test_one_flipped_bit_in_a_duplicated_tensor_is_found(out: Path, seed: int) -
     assert "differs from its twin" in problem
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
-def test_one_flipped_bit_in_any_tensor_is_found_with_the_base(out: Path, random_base: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
+)
+def test_one_flipped_bit_in_any_tensor_is_found_with_the_base(
+    out: Path, random_base: Path, name: str
+) -> None:
     path, tensor = tensor_at(out, name)
     flip_bit(path, tensor.end - 1, 7)
     assert problems(out) == []  # it stands once: only the base can tell
@@ -92,7 +98,10 @@ def test_what_is_copied_is_summed_while_it_is_written(
     assert not any(name.endswith(".safetensors") for name in read)
     lines = (out / "SHA256SUMS").read_text().splitlines()
     sums = {name: total for total, name in (line.split("  ") for line in lines)}
-    written = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("*.safetensors")}
+    written = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in out.glob("*.safetensors")
+    }
     assert {name: sums[name] for name in written} == written
     upscale(random_base, tmp_path / "not-summed", max_shard_size=size, copy_mode="copy")
     for name in written:
@@ -100,16 +109,29 @@ def test_what_is_copied_is_summed_while_it_is_written(
 
 
 def test_a_file_that_draws_on_many_shards_has_one_of_them_open(tmp_path: Path) -> None:
-    base = write_checkpoint(tmp_path / "base", llama_tensors(40, 16, 32, 16, 64), llama_config(40), num_shards=120)
+    base = write_checkpoint(
+        tmp_path / "base", llama_tensors(40, 16, 32, 16, 64), llama_config(40), num_shards=120
+    )
     command = Path(sys.executable).with_name("dus")
     options = ["-o", f"{tmp_path}/out", "--checksums", "--copy-mode", "copy", "-q"]
-    limited = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", f"{command}", "upscale", f"{base}", *options]
+    limited = [
+        "sh",
+        "-c",
+        'ulimit -n 64; exec "$@"',
+        "sh",
+        f"{command}",
+        "upscale",
+        f"{base}",
+        *options,
+    ]
     done = subprocess.run(limited, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_file_written_in_order_has_its_bytes_and_their_sum(tmp_path: Path, *, direct: bool) -> None:
+def test_a_file_written_in_order_has_its_bytes_and_their_sum(
+    tmp_path: Path, *, direct: bool
+) -> None:
     content = random.Random(7).randbytes(5_000_001)
     with OrderedFile(tmp_path / "file", direct=direct) as file:
         for start in range(0, len(content), 1_234_567):
@@ -158,7 +180,9 @@ def test_an_index_that_lies_is_found(out: Path) -> None:
     assert "total_size" in found
 
 
-def test_a_config_that_differs_from_the_base_is_named_by_its_field(out: Path, random_base: Path) -> None:
+def test_a_config_that_differs_from_the_base_is_named_by_its_field(
+    out: Path, random_base: Path
+) -> None:
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1.0}))
     assert problems(out) == []
@@ -172,7 +196,13 @@ def test_another_base_is_no_base(out: Path, tmp_path: Path) -> None:
 
 
 def test_a_hostile_lineage_is_a_problem_and_no_traceback(out: Path) -> None:
-    for record in ("[]", "{", '{"schema": 99}', '{"schema": 1}', '{"schema": 1, "layer_map": [999], "num_layers": 1}'):
+    for record in (
+        "[]",
+        "{",
+        '{"schema": 99}',
+        '{"schema": 1}',
+        '{"schema": 1, "layer_map": [999], "num_layers": 1}',
+    ):
         (out / "dus.json").write_text(record)
         assert problems(out)
 

@@ -1,4 +1,6 @@
-"""Which weights are read: those that transformers loads. What was never fetched, or is no file, is named."""
+"""Which weights are read: those that transformers loads. What was never fetched, or is no file,
+is named.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import Tensor, fill_with_layer, llama_config, llama_tensors, write_checkpoint, write_shard
+from checkpoints import (
+    Tensor,
+    fill_with_layer,
+    llama_config,
+    llama_tensors,
+    write_checkpoint,
+    write_shard,
+)
 from conftest import dus
 
 from dus_cli.common.reference import ModelRef
@@ -24,7 +33,9 @@ INDEX = "model.safetensors.index.json"
 
 
 def planned(folder: Path) -> UpscalePlan:
-    return make_plan(Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), MapRequest(1))
+    return make_plan(
+        Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), MapRequest(1)
+    )
 
 
 def read_from(folder: Path) -> list[str]:
@@ -50,11 +61,16 @@ def both(sharded: Path) -> Path:
 # --- the choice ----------------------------------------------------------------------------------
 
 
-def test_one_file_is_read_before_an_index_and_the_report_names_both(both: Path, tmp_path: Path) -> None:
+def test_one_file_is_read_before_an_index_and_the_report_names_both(
+    both: Path, tmp_path: Path
+) -> None:
     report = dus("upscale", both, "--trim", "1", "-o", tmp_path / "out", "--json").report
     shards = [f"model-{number:05}-of-00005.safetensors" for number in range(1, 6)]
     assert report["base_weights"] == {"read": ["model.safetensors"], "not_read": [*shards, INDEX]}
-    assert any("read from model.safetensors" in warning and INDEX in warning for warning in report["warnings"])
+    assert any(
+        "read from model.safetensors" in warning and INDEX in warning
+        for warning in report["warnings"]
+    )
     assert sorted(path.name for path in (tmp_path / "out").glob("model*")) == ["model.safetensors"]
     shown = dus("upscale", both, "--trim", "1", "-o", tmp_path / "other").stdout
     assert "not read     model-00001-of-00005.safetensors" in shown
@@ -72,17 +88,24 @@ def test_a_stale_index_whose_shards_are_gone_is_in_nobodys_way(both: Path) -> No
         (["model.safetensors", INDEX, "pytorch_model.bin"], "model.safetensors"),
         ([INDEX, "pytorch_model.bin"], INDEX),
         (["pytorch_model.bin", "pytorch_model.bin.index.json"], "pytorch_model.bin"),
-        (["pytorch_model.bin.index.json", "model.fp16.safetensors"], "pytorch_model.bin.index.json"),
+        (
+            ["pytorch_model.bin.index.json", "model.fp16.safetensors"],
+            "pytorch_model.bin.index.json",
+        ),
     ],
 )
-def test_the_choice_is_the_one_that_transformers_makes(tmp_path: Path, names: list[str], chosen: str) -> None:
+def test_the_choice_is_the_one_that_transformers_makes(
+    tmp_path: Path, names: list[str], chosen: str
+) -> None:
     """Held against the library's own function."""
     transformers = pytest.importorskip("transformers.modeling_utils")
     from dus_cli.source.weights import find_weights
 
     for name in names:
         (tmp_path / name).write_text('{"metadata": {}, "weight_map": {"a": "shard"}}')
-    files, index = transformers._get_resolved_checkpoint_files(str(tmp_path), None, None, None, None, False)
+    files, index = transformers._get_resolved_checkpoint_files(
+        str(tmp_path), None, None, None, None, False
+    )
     theirs = {"shard"} if index is not None else {chosen}
     assert {Path(file).name for file in files} == theirs
     assert find_weights(tmp_path, {}) == chosen
@@ -114,16 +137,22 @@ def test_a_variant_and_the_parts_of_workers_are_named(base: Path) -> None:
 def test_verify_reads_the_file_that_transformers_loads(both: Path) -> None:
     found = verify(both)
     assert found.is_sound
-    assert f"model.safetensors was read, as transformers does, and {INDEX} was not" in found.warnings
+    assert (
+        f"model.safetensors was read, as transformers does, and {INDEX} was not" in found.warnings
+    )
     (both / "model.safetensors").write_bytes(b"")
     assert "model.safetensors is empty" in verify(both).problems[0]
 
 
-def test_a_lineage_of_the_shards_says_what_stands_beside_them(sharded: Path, tmp_path: Path) -> None:
+def test_a_lineage_of_the_shards_says_what_stands_beside_them(
+    sharded: Path, tmp_path: Path
+) -> None:
     assert dus("upscale", sharded, "-o", tmp_path / "out", "-q").returncode == 0
     write_shard(sharded / "model.safetensors", llama_tensors(8), fill_with_layer)
     again = dus("upscale", "--from", tmp_path / "out/dus.json", "-o", tmp_path / "again", "-q")
-    again.assert_one_line_error("made from model-00001-of-00005.safetensors", "move model.safetensors away")
+    again.assert_one_line_error(
+        "made from model-00001-of-00005.safetensors", "move model.safetensors away"
+    )
 
 
 # --- an index and the headers --------------------------------------------------------------------
@@ -132,7 +161,9 @@ def test_a_lineage_of_the_shards_says_what_stands_beside_them(sharded: Path, tmp
 def change_index(folder: Path, **names: str | None) -> None:
     path = folder / INDEX
     index: dict[str, Any] = json.loads(path.read_text())
-    weight_map = index["weight_map"] | {name.replace("__", "."): shard for name, shard in names.items()}
+    weight_map = index["weight_map"] | {
+        name.replace("__", "."): shard for name, shard in names.items()
+    }
     index["weight_map"] = {name: shard for name, shard in weight_map.items() if shard is not None}
     path.write_text(json.dumps(index))
 
@@ -163,17 +194,23 @@ def test_a_tensor_that_the_index_does_not_name_or_places_elsewhere_is_read(shard
     assert any("names model.norm.weight, in other shards" in warning for warning in plan.warnings)
 
 
-@pytest.mark.parametrize("lost", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight", "up"])
+@pytest.mark.parametrize(
+    "lost", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight", "up"]
+)
 def test_a_tensor_that_the_model_needs_is_not_let_go(tmp_path: Path, lost: str) -> None:
     def is_kept(tensor: Tensor) -> bool:
         return "up_proj" not in tensor[0] if lost == "up" else tensor[0] != lost
 
     tensors = llama_tensors(8)
-    folder = write_checkpoint(tmp_path / "m", list(filter(is_kept, tensors)), llama_config(8), num_shards=2)
+    folder = write_checkpoint(
+        tmp_path / "m", list(filter(is_kept, tensors)), llama_config(8), num_shards=2
+    )
     path = folder / INDEX
     index = json.loads(path.read_text())
     shard = next(iter(index["weight_map"].values()))
-    path.write_text(json.dumps({"weight_map": {tensor[0]: shard for tensor in tensors} | index["weight_map"]}))
+    path.write_text(
+        json.dumps({"weight_map": {tensor[0]: shard for tensor in tensors} | index["weight_map"]})
+    )
     assert "which no shard holds and the model needs" in refused(folder)
 
 
@@ -185,7 +222,10 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
 IN_PLACE_OF_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "pointer": (POINTER, "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
     "page": (PAGE, "is a web page"),
-    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a server's error in XML"),
+    "xml": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        "a server's error in XML",
+    ),
     "answer": (b'{"error":"Repository not found"}', "is a server's answer"),
     "text": (b"Entry not found", "is text (Entry not found)"),
     "empty": (b"", "is empty"),
@@ -203,7 +243,9 @@ def test_what_stands_in_the_place_of_weights_is_named(base: Path, case: str) -> 
     assert f"model.safetensors {part}" in refused(base) or part in refused(base)
 
 
-@pytest.mark.parametrize("case", ["pointer", "page", "answer", "text", "empty", "zeros", "gzip", "gguf"])
+@pytest.mark.parametrize(
+    "case", ["pointer", "page", "answer", "text", "empty", "zeros", "gzip", "gguf"]
+)
 def test_what_stands_in_the_place_of_a_pickle_is_named(base: Path, case: str) -> None:
     content, part = IN_PLACE_OF_WEIGHTS[case]
     (base / "model.safetensors").unlink()
@@ -217,7 +259,9 @@ def test_safetensors_under_the_name_of_a_pickle_are_told(base: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", INDEX])
-def test_a_pointer_or_a_page_in_the_place_of_a_small_file_is_named(sharded: Path, name: str) -> None:
+def test_a_pointer_or_a_page_in_the_place_of_a_small_file_is_named(
+    sharded: Path, name: str
+) -> None:
     for content, part in ((POINTER, "Git LFS pointer"), (PAGE, "web page")):
         (sharded / name).write_bytes(content)
         message = refused(sharded)
@@ -240,11 +284,27 @@ def test_a_servers_answer_in_the_place_of_the_config_is_named(base: Path) -> Non
         (b'"vocab_size": 256\n}', b'"vocab_size": 256,\n}', "a comma before the closing }"),
         (b'"silu"', b"'silu'", "a text in single quotes in line"),
         (b"false", b"False", "a word of Python's in line"),
-        (b"{", b'{"vocab_size": 7,', "the name 'vocab_size' stands twice (7, then 256); readers differ"),
+        (
+            b"{",
+            b'{"vocab_size": 7,',
+            "the name 'vocab_size' stands twice (7, then 256); readers differ",
+        ),
         (b'"vocab_size": 256\n}', b"", "ends in the middle"),
-        (b'"num_hidden_layers": 8', b'"num_hidden_layers": "8"', 'num_hidden_layers is the text "8", not a number'),
-        (b'"num_hidden_layers": 8', b'"num_hidden_layers": NaN', "num_hidden_layers is nan, not a number"),
-        (b'"num_hidden_layers": 8', b'"num_hidden_layers": true', "num_hidden_layers is true, not a number"),
+        (
+            b'"num_hidden_layers": 8',
+            b'"num_hidden_layers": "8"',
+            'num_hidden_layers is the text "8", not a number',
+        ),
+        (
+            b'"num_hidden_layers": 8',
+            b'"num_hidden_layers": NaN',
+            "num_hidden_layers is nan, not a number",
+        ),
+        (
+            b'"num_hidden_layers": 8',
+            b'"num_hidden_layers": true',
+            "num_hidden_layers is true, not a number",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_config_is_said(base: Path, old: bytes, new: bytes, part: str) -> None:
@@ -284,16 +344,30 @@ def put(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a directory"])
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "README.md", "dus.json", "SHA256SUMS", "INCOMPLETE"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "dus.json",
+        "SHA256SUMS",
+        "INCOMPLETE",
+    ],
 )
-def test_what_is_no_file_is_not_waited_for(base: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_is_not_waited_for(
+    base: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(base)  # a socket's path may not be long
     put(base / name, kind)
     if name == "tokenizer.json" and kind == "a directory":
         return  # then it is a folder, which goes along
     what = f"{name}: it is {kind}, not a regular file"
     if name == "README.md":
-        assert any(f"the base's {name} cannot be read: it is {kind}" in warning for warning in planned(base).warnings)
+        assert any(
+            f"the base's {name} cannot be read: it is {kind}" in warning
+            for warning in planned(base).warnings
+        )
     elif name == "INCOMPLETE":
         assert what in refused(base)
     elif name in ("dus.json", "SHA256SUMS"):
@@ -329,7 +403,9 @@ def test_a_small_file_that_cannot_be_read_is_no_failure_to_write(
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(CheckpointError, match=r"cannot read tokenizer\.json: Permission denied; check its owner"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot read tokenizer\.json: Permission denied; check its owner"
+    ):
         planned(base)
     with (
         pytest.raises(CheckpointError, match=r"cannot read tokenizer\.json: Permission denied"),

@@ -1,7 +1,9 @@
-"""The proof on every architecture: what was written computes what the base does with its layers rearranged.
+"""The proof on every architecture: what was written computes what the base does with its layers
+rearranged.
 
-A model type of transformers' causal-LM mapping ends as equal or as refused by name; docs/architectures.md lists
-them all. `DUS_WRITE_TABLE=1 pytest tests/test_zoo.py` writes that table anew.
+A model type of transformers' causal-LM mapping ends as equal or as refused by name;
+docs/architectures.md lists them all. `DUS_WRITE_TABLE=1 pytest tests/test_zoo.py` writes that table
+anew.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about it
 # Found by the tests below: the fields by which a type's layers are told apart.
 OUTCOMES: dict[str, str] = {}
 
-# Types that generate otherwise without the cache already before dus touched them, or not at all on text alone: sparse
-# attention picks other keys from a cache, xlstm's step wants other shapes, musicgen's decoder wants an encoder.
+# Types that generate otherwise without the cache already before dus touched them, or not at all on
+# text alone: sparse attention picks other keys from a cache, xlstm's step wants other shapes,
+# musicgen's decoder wants an encoder.
 OTHERWISE_WITHOUT_CACHE = frozenset(
-    "cpmant dots3_note dots3_note_text glm_moe_dsa hy_v4 moshi musicgen musicgen_melody rwkv xlstm".split()
+    "cpmant dots3_note dots3_note_text glm_moe_dsa hy_v4 moshi musicgen musicgen_melody rwkv "
+    "xlstm".split()
 )
 
 
@@ -47,7 +51,10 @@ def test_the_written_model_equals_the_base_rearranged(model_type: str, tmp_path:
 
 @pytest.mark.parametrize("model_type", sorted(zoo.REFUSED))
 def test_what_no_map_can_deepen_is_refused_by_name(model_type: str, tmp_path: Path) -> None:
-    config = {"model_type": model_type, "text_config": {"model_type": f"{model_type}_text", "num_hidden_layers": 2}}
+    config = {
+        "model_type": model_type,
+        "text_config": {"model_type": f"{model_type}_text", "num_hidden_layers": 2},
+    }
     base = write_checkpoint(tmp_path / "base", llama_tensors(2), config)
     run = dus("upscale", base, "-o", tmp_path / "out", "-q")
     run.assert_one_line_error("cannot be deepened by copying layers", zoo.REFUSED[model_type])
@@ -65,7 +72,7 @@ def test_the_table_in_the_docs_is_what_was_found() -> None:
     assert len(zoo.EQUAL) >= 135
 
 
-# --- older files, that lack the lists ---------------------------------------------------------------
+# --- older files, that lack the lists -------------------------------------------------------------
 
 # Per-layer lists that the class makes up where the file lacks them.
 LISTS = {
@@ -85,7 +92,7 @@ def test_files_that_lack_the_lists_keep_each_layer_its_kind(
     check_equality(model_type, tmp_path)
 
 
-# --- trims over the whole span -----------------------------------------------------------------------
+# --- trims over the whole span --------------------------------------------------------------------
 
 PATTERNED = [
     "gemma2",

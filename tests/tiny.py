@@ -1,4 +1,6 @@
-"""A language model small enough to train in a test: four Llama layers over bytes, with a tokenizer, and text."""
+"""A language model small enough to train in a test: four Llama layers over bytes, with a
+tokenizer, and text.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,22 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "model_max_length": 128}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "model_max_length": 128,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_base(
-    folder: Path, num_layers: int = 4, seed: int = 0, *, model_type: str = "llama", shard: str = "5GB", **fields: Any
+    folder: Path,
+    num_layers: int = 4,
+    seed: int = 0,
+    *,
+    model_type: str = "llama",
+    shard: str = "5GB",
+    **fields: Any,
 ) -> Path:
     """A base with random weights, in bf16. `fields` change its config."""
     import torch
@@ -73,7 +85,9 @@ def upscaled(base: Path, output: Path, trim: int = 1, *, shard: str = "5GB") -> 
 def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
     """JSONL of made-up sentences, which a small model learns something of in a few steps."""
     chance = random.Random(seed)
-    words = "the seam joins one layer to another and the model heals when it reads more text".split()
+    words = (
+        "the seam joins one layer to another and the model heals when it reads more text".split()
+    )
     lines = []
     for number in range(num_documents):
         text = " ".join(chance.choice(words) for _ in range(chance.randint(5, 60)))
@@ -82,12 +96,17 @@ def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
     return path
 
 
-def train(folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64, shard: str = "5GB") -> Path:
+def train(
+    folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64, shard: str = "5GB"
+) -> Path:
     """Teach a base something of the corpus, so that scaling has something to spoil."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    text = [[*json.loads(line)["text"].encode(), EOS] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    text = [
+        [*json.loads(line)["text"].encode(), EOS]
+        for line in corpus.read_text(encoding="utf-8").splitlines()
+    ]
     tokens = torch.tensor([token for document in text for token in document])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -102,13 +121,16 @@ def train(folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64
     return folder
 
 
-# --- the command and its workers, without the wait for imports --------------------------------------
+# --- the command and its workers, without the wait for imports ------------------------------------
 
 # What every one of them imports first: several seconds, spent once in a server that forks.
 _PRELOADED = (
-    "dus_cli.cli dus_cli.heal.launch.verb dus_cli.data.shelf dus_cli.data.streams dus_cli.heal.train.loop "
-    "dus_cli.models.decoder dus_cli.heal.train.checkpoints dus_cli.heal.train.optimizer dus_cli.heal.proof.publish "
-    "dus_cli.heal.train.evaluate dus_cli.models.team dus_cli.evaluation.verb dus_cli.evaluation.scorer pyarrow "
+    "dus_cli.cli dus_cli.heal.launch.verb dus_cli.data.shelf dus_cli.data.streams "
+    "dus_cli.heal.train.loop "
+    "dus_cli.models.decoder dus_cli.heal.train.checkpoints dus_cli.heal.train.optimizer "
+    "dus_cli.heal.proof.publish "
+    "dus_cli.heal.train.evaluate dus_cli.models.team dus_cli.evaluation.verb "
+    "dus_cli.evaluation.scorer pyarrow "
     "transformers.models.llama.modeling_llama"
 ).split()
 
@@ -119,8 +141,12 @@ def _context() -> Any:
     return context
 
 
-def _child(log: str, environment: dict[str, str], target: str, arguments: list[str], first: str) -> None:
-    """In a forked process: output to `log` and `log`.err, then `first`, which is Python, and the program."""
+def _child(
+    log: str, environment: dict[str, str], target: str, arguments: list[str], first: str
+) -> None:
+    """In a forked process: output to `log` and `log`.err, then `first`, which is Python, and the
+    program.
+    """
     for stream, path in ((sys.stdout, log), (sys.stderr, f"{log}.err")):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())
@@ -129,7 +155,9 @@ def _child(log: str, environment: dict[str, str], target: str, arguments: list[s
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell's background jobs ignore
     exec(first, {})  # noqa: S102  (a test's own)
     if target == "dus":
         from dus_cli.cli import main
@@ -145,7 +173,9 @@ def _child(log: str, environment: dict[str, str], target: str, arguments: list[s
 
 
 def _save_logits(run_path: Path, folder: Path) -> None:
-    """A worker that loads its part of a run's model and leaves what the whole says to some bytes."""
+    """A worker that loads its part of a run's model and leaves what the whole says to some
+    bytes.
+    """
     import torch
 
     from dus_cli.heal.run import read_run
@@ -159,14 +189,20 @@ def _save_logits(run_path: Path, folder: Path) -> None:
         torch.save(logits, folder / f"logits-{team.size}-{team.rank}.pt")
 
 
-def _start(log: Path, environment: dict[str, str], target: str, arguments: list[str], first: str = "") -> Any:
-    process = _context().Process(target=_child, args=(str(log), environment, target, arguments, first))
+def _start(
+    log: Path, environment: dict[str, str], target: str, arguments: list[str], first: str = ""
+) -> Any:
+    process = _context().Process(
+        target=_child, args=(str(log), environment, target, arguments, first)
+    )
     process.start()
     return process
 
 
 def wait(process: Any, seconds: float = 900) -> int:
-    """The exit code; of a process that hangs, -9. A busy machine takes minutes for what takes seconds alone."""
+    """The exit code; of a process that hangs, -9. A busy machine takes minutes for what takes
+    seconds alone.
+    """
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
@@ -175,16 +211,27 @@ def wait(process: Any, seconds: float = 900) -> int:
 
 
 def start_dus(log: Path, *arguments: str | Path, first: str = "") -> Any:
-    """`dus` on its way, in a process that was forked with everything imported; what it says is in `log`, `log`.err."""
+    """`dus` on its way, in a process that was forked with everything imported; what it says is
+    in `log`, `log`.err.
+    """
     return _start(log, {}, "dus", [str(argument) for argument in arguments], first)
 
 
 def forked_dus(*arguments: str | Path, first: str = "", **environment: str) -> Run:
-    """`dus` in a process that was forked with everything imported. `first` is Python that runs before it."""
+    """`dus` in a process that was forked with everything imported. `first` is Python that runs
+    before it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        code = wait(_start(log, environment, "dus", [str(argument) for argument in arguments], first))
-        return Run(arguments, code, log.read_text(encoding="utf-8"), Path(f"{log}.err").read_text(encoding="utf-8"))
+        code = wait(
+            _start(log, environment, "dus", [str(argument) for argument in arguments], first)
+        )
+        return Run(
+            arguments,
+            code,
+            log.read_text(encoding="utf-8"),
+            Path(f"{log}.err").read_text(encoding="utf-8"),
+        )
 
 
 def free_port() -> int:
@@ -203,7 +250,9 @@ def start_workers(
     extra: dict[str, str] | None = None,
     first: str = "",
 ) -> list[tuple[Any, Path]]:
-    """The workers of OUT/run.json and their logs, started as Slurm would start them: by environment variables."""
+    """The workers of OUT/run.json and their logs, started as Slurm would start them: by
+    environment variables.
+    """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"} | (extra or {})
     logs = Path(tempfile.mkdtemp(prefix="dus-workers-"))
@@ -211,7 +260,9 @@ def start_workers(
     for rank in range(size):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % (num_local or size))}
         log = logs / str(rank)
-        workers.append((_start(log, environment, target, [str(out / "run.json"), *more], first), log))
+        workers.append(
+            (_start(log, environment, target, [str(out / "run.json"), *more], first), log)
+        )
     return workers
 
 
@@ -219,16 +270,27 @@ def logits(out: Path, size: int) -> list[Any]:
     """What each worker's model says before the first step."""
     import torch
 
-    codes = [wait(process) for process, _ in start_workers(out, size, target="logits", more=(str(out),))]
+    codes = [
+        wait(process) for process, _ in start_workers(out, size, target="logits", more=(str(out),))
+    ]
     assert not any(codes), codes
     return [torch.load(out / f"logits-{size}-{rank}.pt") for rank in range(size)]
 
 
 def heal(
-    model: Path, out: Path, *arguments: str | Path, workers: int = 1, num_local: int | None = None, **environment: str
+    model: Path,
+    out: Path,
+    *arguments: str | Path,
+    workers: int = 1,
+    num_local: int | None = None,
+    **environment: str,
 ) -> str:
-    """Heal by the printed command's parts: run.json by the real command, then its workers. What failed, or ""."""
-    prepared = forked_dus("heal", model, "-o", out, *arguments, "--print-command", "-q", **environment)
+    """Heal by the printed command's parts: run.json by the real command, then its workers. What
+    failed, or "".
+    """
+    prepared = forked_dus(
+        "heal", model, "-o", out, *arguments, "--print-command", "-q", **environment
+    )
     if prepared.returncode:
         return prepared.stderr
     (out / "failure.json").unlink(missing_ok=True)
@@ -249,7 +311,10 @@ def ended(out: Path, workers: list[tuple[Any, Path]]) -> str:
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def curve(out: Path) -> list[tuple[Any, ...]]:
@@ -262,10 +327,17 @@ def weights(out: Path) -> dict[str, Any]:
     """All tensors of a checkpoint."""
     from safetensors.torch import load_file
 
-    return {name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(out.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }

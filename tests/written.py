@@ -12,7 +12,9 @@ from dus_cli.source.headers import TensorInfo, read_header
 
 
 def layer_bytes(folder: Path, prefix: str = "model.layers") -> dict[int, set[int]]:
-    """For every output layer the distinct bytes found in its tensors: with our fixtures, its base layer."""
+    """For every output layer the distinct bytes found in its tensors: with our fixtures, its
+    base layer.
+    """
     found: dict[int, set[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         raw = path.read_bytes()

@@ -1,8 +1,9 @@
-"""Tiny random models of every architecture in transformers' causal-LM mapping, and the base's layers replayed.
+"""Tiny random models of every architecture in transformers' causal-LM mapping, and the base's
+layers replayed.
 
-The replay is the oracle of the golden tests, and knows nothing of how a config says what a layer is: the
-base runs once, every layer's arguments (masks, rotary angles, …) are kept, and the layers are called again
-in the order of the map, each with the arguments that it had in the base.
+The replay is the oracle of the golden tests, and knows nothing of how a config says what a layer
+is: the base runs once, every layer's arguments (masks, rotary angles, …) are kept, and the layers
+are called again in the order of the map, each with the arguments that it had in the base.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-# Models of images and text, whole. Some of their types stand for the decoder alone in the causal mapping.
+# Models of images and text, whole. Some of their types stand for the decoder alone in the causal
+# mapping.
 WRAPPERS: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 # What no map can deepen, and the words of the refusal.
@@ -138,7 +140,8 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1,
 _CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "image_size": 28, "patch_size": 14}  # fmt: skip
 
-# What the classes of whole multimodal models ask of their sizes, merged into those that fit by name.
+# What the classes of whole multimodal models ask of their sizes, merged into those that fit by
+# name.
 WRAPPER_SPECIAL: dict[str, dict[str, Any]] = {
     "blip-2": {"num_query_tokens": 4, "image_token_index": 90},
     "chameleon": {"vocabulary_map": {"<image>": 90},
@@ -232,7 +235,14 @@ WRAPPER_SPECIAL: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-DEPTH_KEYS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTH_KEYS = (
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+)
 
 
 def _sizes(model_type: str, known: dict[str, Any]) -> dict[str, Any]:
@@ -255,22 +265,32 @@ def _sizes(model_type: str, known: dict[str, Any]) -> dict[str, Any]:
 def _merged(sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
     merged = dict(sizes)
     for key, value in special.items():
-        is_part = isinstance(value, dict) and isinstance(sizes.get(key), dict) and key.endswith("_config")
+        is_part = (
+            isinstance(value, dict) and isinstance(sizes.get(key), dict) and key.endswith("_config")
+        )
         merged[key] = _merged(sizes[key], value) if is_part else value
     return merged
 
 
 def model_class(model_type: str, *, whole: bool = False) -> Any:
-    """The causal language model of this type (of some wrappers, that of their decoder alone), or the whole wrapper."""
-    return getattr(transformers, (WRAPPERS if whole else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[model_type])
+    """The causal language model of this type (of some wrappers, that of their decoder alone), or
+    the whole wrapper.
+    """
+    return getattr(
+        transformers, (WRAPPERS if whole else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[model_type]
+    )
 
 
 def tiny_config(model_type: str, *, whole: bool = False) -> Any:
-    """A config of this type with seven layers and small sizes, kinds of layers as its class has them."""
+    """A config of this type with seven layers and small sizes, kinds of layers as its class has
+    them.
+    """
     config = model_class(model_type, whole=whole).config_class
     if whole:
         known = config().to_dict()
-        return config(**_merged(_sizes(config.model_type, known), WRAPPER_SPECIAL.get(model_type, {})))
+        return config(
+            **_merged(_sizes(config.model_type, known), WRAPPER_SPECIAL.get(model_type, {}))
+        )
     config = config if config.model_type != model_type else transformers.CONFIG_MAPPING[model_type]
     return config(**_sizes(config.model_type, config().to_dict()))
 
@@ -309,13 +329,19 @@ def decoder_layers(model: Any, num_layers: int = NUM_LAYERS) -> tuple[Any, str]:
     """The module that holds the decoder's layers, and the attribute's name."""
     for module in model.modules():
         for name, child in module.named_children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) == num_layers and list(child.parameters()):
+            if (
+                isinstance(child, torch.nn.ModuleList)
+                and len(child) == num_layers
+                and list(child.parameters())
+            ):
                 return module, name
     raise LookupError(f"no list of {num_layers} layers")
 
 
 def tokens(model: Any) -> torch.Tensor:
-    """Three rows of twenty, more than the window of 6; shape (3, 20). musicgen wants a row for each codebook."""
+    """Three rows of twenty, more than the window of 6; shape (3, 20). musicgen wants a row for
+    each codebook.
+    """
     rows = model.config.num_codebooks if "musicgen" in model.config.model_type else 3
     found = torch.stack([torch.arange(20) * (2 * row + 1) % 87 + 3 for row in range(rows)])
     if model.config.model_type in _WITH_IMAGES:
@@ -336,18 +362,24 @@ def _image(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
         return {}
     frames = (1,) if model_type == "instructblipvideo" else ()
     pixels = torch.linspace(-1, 1, rows * 3 * 28 * 28).reshape(rows, *frames, 3, 28, 28)
-    return {"pixel_values": pixels} | ({} if model_type == "blip-2" else {"qformer_input_ids": tokens[:, 4:]})
+    return {"pixel_values": pixels} | (
+        {} if model_type == "blip-2" else {"qformer_input_ids": tokens[:, 4:]}
+    )
 
 
 def generates_alike_without_cache(model: Any) -> bool:
-    """Whether greedy generation is the same with the cache and without it. Some types cannot generate at all."""
+    """Whether greedy generation is the same with the cache and without it. Some types cannot
+    generate at all.
+    """
     rows = tokens(model)
     start = rows if "musicgen" in model.config.model_type else rows[:1]
     found = []
     for use_cache in (True, False):
         with torch.no_grad():
             try:
-                found.append(model.generate(start, max_new_tokens=4, do_sample=False, use_cache=use_cache))
+                found.append(
+                    model.generate(start, max_new_tokens=4, do_sample=False, use_cache=use_cache)
+                )
             except (TypeError, ValueError, IndexError):
                 return False
     return torch.equal(*found)
@@ -363,16 +395,21 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     forward = inspect.signature(model.forward).parameters
     takes_cache = "use_cache" in forward or any(p.kind is p.VAR_KEYWORD for p in forward.values())
     settings = {"use_cache": False} if takes_cache else {}
-    found: torch.Tensor = model(input_ids=tokens, **_image(model, tokens), **settings).logits.float()
+    found: torch.Tensor = model(
+        input_ids=tokens, **_image(model, tokens), **settings
+    ).logits.float()
     return found
 
 
-# Types whose layers pass each other more than one hidden state: their layers are rearranged, not replayed.
+# Types whose layers pass each other more than one hidden state: their layers are rearranged, not
+# replayed.
 REARRANGED = frozenset(["glm_moe_dsa", "hy_v4", "inkling2_text", "reformer", "zaya"])
 
 
 def rearranged(model: Any, sources: Sequence[int]) -> Any:
-    """The model with its layers in another order: every layer's module, and in the config every per-layer list."""
+    """The model with its layers in another order: every layer's module, and in the config every
+    per-layer list.
+    """
     stacked = copy.deepcopy(model)
     holder, name = decoder_layers(stacked)
     layers = getattr(holder, name)
@@ -389,17 +426,22 @@ def rearranged(model: Any, sources: Sequence[int]) -> Any:
 def expected_logits(
     model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: Sequence[float] = ()
 ) -> torch.Tensor:
-    """What the up-scaled model must compute; shape (batch, tokens, vocabulary). `factors` are one for each layer."""
+    """What the up-scaled model must compute; shape (batch, tokens, vocabulary). `factors` are
+    one for each layer.
+    """
     if model.config.get_text_config().model_type in REARRANGED:
         deeper = rearranged(model, sources)
         holder, name = decoder_layers(deeper, len(sources))
-        with _forwards(list(getattr(holder, name)), lambda number, forward: _scaled(forward, factors, number)):
+        with _forwards(
+            list(getattr(holder, name)), lambda number, forward: _scaled(forward, factors, number)
+        ):
             return logits(deeper, tokens)
     return replayed(model, sources, tokens, factors)
 
 
 class _Stream(TorchFunctionMode):
-    """Within a layer: what is added to the residual stream is added `factor` times, whatever module it comes from.
+    """Within a layer: what is added to the residual stream is added `factor` times, whatever module
+    it comes from.
 
     The stream is the layer's input, and every sum of it with something that is not it.
     """
@@ -419,7 +461,17 @@ class _Stream(TorchFunctionMode):
                 self.stream.append(torch.add(stream, added, alpha=self.factor))
                 return self.stream[-1]
         found = func(*args, **kwargs)
-        names = {"to", "float", "clone", "dropout", "contiguous", "view", "reshape", "squeeze", "type_as"}
+        names = {
+            "to",
+            "float",
+            "clone",
+            "dropout",
+            "contiguous",
+            "view",
+            "reshape",
+            "squeeze",
+            "type_as",
+        }
         if (
             isinstance(found, torch.Tensor)
             and getattr(func, "__name__", "") in names
@@ -447,7 +499,9 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return found
 
 
-def _with_hidden(hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with_hidden(
+    hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
 
 
@@ -468,8 +522,11 @@ def _forwards(layers: Sequence[Any], wrap: Any) -> Iterator[list[Any]]:
             del layer.forward
 
 
-def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: Sequence[float] = ()) -> torch.Tensor:
-    """Logits of the base with its layers called in the order of `sources`, each as it is called in the base.
+def replayed(
+    model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: Sequence[float] = ()
+) -> torch.Tensor:
+    """Logits of the base with its layers called in the order of `sources`, each as it is called in
+    the base.
 
     With `factors`, one for each of `sources`, what a layer adds to the residual stream is scaled.
     """
@@ -515,9 +572,11 @@ def replayed(model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: 
 def zeros_without_gradient(
     model: Any, base: Any, tokens: torch.Tensor, sources: Sequence[int], layers: Sequence[int]
 ) -> list[str]:
-    """Matrices of these layers that are zeros and get no gradient from any logit, though the base's do.
+    """Matrices of these layers that are zeros and get no gradient from any logit, though the base's
+    do.
 
-    Text alone leaves some of a base's matrices without one too: cross-attention runs only where an encoder does.
+    Text alone leaves some of a base's matrices without one too: cross-attention runs only where an
+    encoder does.
 
     Args:
         model: the deeper model; layer i is the base's layer `sources[i]`.
@@ -537,10 +596,16 @@ def zeros_without_gradient(
         _backward(one, tokens)
     can_learn = [place for place, matrix in zeros.items() if _has_gradient(matrix)]
     assert can_learn
-    return [f"{layer}.{suffix}" for layer, suffix in can_learn if not _has_gradient(written[layer][suffix])]
+    return [
+        f"{layer}.{suffix}"
+        for layer, suffix in can_learn
+        if not _has_gradient(written[layer][suffix])
+    ]
 
 
-def _layer_matrices(model: Any, num_layers: int = NUM_LAYERS) -> list[dict[str, torch.nn.Parameter]]:
+def _layer_matrices(
+    model: Any, num_layers: int = NUM_LAYERS
+) -> list[dict[str, torch.nn.Parameter]]:
     holder, name = decoder_layers(model, num_layers)
     return [
         {suffix: parameter for suffix, parameter in layer.named_parameters() if parameter.ndim > 1}

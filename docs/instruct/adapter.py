@@ -21,9 +21,14 @@ def lay_along(adapter: Path, deepened: Path, out: Path) -> None:
         SystemExit: the adapter's config singles out layers by number, which this does not renumber.
     """
     config = json.loads((adapter / "adapter_config.json").read_text())
-    numbered = [key for key in ("layers_to_transform", "rank_pattern", "alpha_pattern") if config.get(key)]
+    numbered = [
+        key for key in ("layers_to_transform", "rank_pattern", "alpha_pattern") if config.get(key)
+    ]
     if numbered:
-        sys.exit(f"error: {', '.join(numbered)} in adapter_config.json may name layers; renumber them by hand")
+        sys.exit(
+            f"error: {', '.join(numbered)} in adapter_config.json may name layers; renumber them "
+            "by hand"
+        )
     layer_map: list[int] = json.loads((deepened / "dus.json").read_text())["layer_map"]
     found = {}
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():

@@ -1,6 +1,8 @@
-"""SOLAR's third stage, alignment tuning of an instruction-tuned model, with TRL: see docs/instruct.md.
+"""SOLAR's third stage, alignment tuning of an instruction-tuned model, with TRL: see
+docs/instruct.md.
 
-Every option of TRL's DPOConfig is an option here. Usage: dpo.py --model sft/ --data FILE… --output_dir dpo/
+Every option of TRL's DPOConfig is an option here. Usage: dpo.py --model sft/ --data FILE…
+--output_dir dpo/
 """
 
 from __future__ import annotations
@@ -17,11 +19,16 @@ from trl import DPOConfig, DPOTrainer
 class What:
     """What is trained, on what."""
 
-    model: str = field(metadata={"help": "The directory of the instruction-tuned model; also the reference."})
-    data: list[str] = field(metadata={"help": ".jsonl files, or data sets on the Hub: NAME[@SPLIT][:ROWS]."})
+    model: str = field(
+        metadata={"help": "The directory of the instruction-tuned model; also the reference."}
+    )
+    data: list[str] = field(
+        metadata={"help": ".jsonl files, or data sets on the Hub: NAME[@SPLIT][:ROWS]."}
+    )
 
 
-# SOLAR's are not published. These are Zephyr's (alignment-handbook, recipes/zephyr-7b-beta), which it names.
+# SOLAR's are not published. These are Zephyr's (alignment-handbook, recipes/zephyr-7b-beta), which
+# it names.
 DEFAULTS = {
     "beta": 0.01,
     "learning_rate": 5e-7,
@@ -39,7 +46,8 @@ def main() -> None:
     parser = HfArgumentParser((What, DPOConfig))
     parser.set_defaults(**DEFAULTS)
     what, config = parser.parse_args_into_dataclasses()
-    # Masters in fp32: at this rate nearly every update is less than half a step of bf16, and would be lost.
+    # Masters in fp32: at this rate nearly every update is less than half a step of bf16, and would
+    # be lost.
     config.model_init_kwargs = {"dtype": torch.float32}
     tokenizer = AutoTokenizer.from_pretrained(what.model)
     data = load(what.data, preference, config.seed)

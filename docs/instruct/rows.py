@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 
-# The text that SOLAR-10.7B-Instruct-v1.0's own template makes of a turn, and behind each answer the end-of-text
-# token: the published template has none there, and a model that never sees one does not learn to stop.
+# The text that SOLAR-10.7B-Instruct-v1.0's own template makes of a turn, and behind each answer the
+# end-of-text token: the published template has none there, and a model that never sees one does not
+# learn to stop.
 SOLAR_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'system' %}{% if message.content %}"
@@ -56,16 +57,24 @@ def preference(row: Row) -> Row:
         raise ValueError(f"no preference in a row of {', '.join(row)}")
     if isinstance(row["chosen"], str):  # Intel/orca_dpo_pairs
         prompt = _asked(row["question"], row.get("system"))
-        return {"prompt": prompt, "chosen": _answered(row["chosen"]), "rejected": _answered(row["rejected"])}
+        return {
+            "prompt": prompt,
+            "chosen": _answered(row["chosen"]),
+            "rejected": _answered(row["rejected"]),
+        }
     # allenai/ultrafeedback_binarized_cleaned: whole conversations, equal up to the last answer
-    return {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]}
+    return {
+        "prompt": row["chosen"][:-1],
+        "chosen": row["chosen"][-1:],
+        "rejected": row["rejected"][-1:],
+    }
 
 
 def load(sources: list[str], convert: Callable[[Row], Row], seed: int) -> Dataset:
     """The rows of all sources, converted and shuffled.
 
-    A source is a .jsonl file or a data set on the Hub, with @SPLIT for another split than train, and :N for N rows
-    chosen at random: Open-Orca/OpenOrca:100000.
+    A source is a .jsonl file or a data set on the Hub, with @SPLIT for another split than train,
+    and :N for N rows chosen at random: Open-Orca/OpenOrca:100000.
     """
     parts = []
     for source in sources:

@@ -1,6 +1,7 @@
 """SOLAR's second stage, instruction tuning of a healed model, with TRL: see docs/instruct.md.
 
-Every option of TRL's SFTConfig is an option here. Usage: sft.py --model healed/ --data FILE… --output_dir sft/
+Every option of TRL's SFTConfig is an option here. Usage: sft.py --model healed/ --data FILE…
+--output_dir sft/
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ class What:
     """What is trained, on what."""
 
     model: str = field(metadata={"help": "The directory of the healed model."})
-    data: list[str] = field(metadata={"help": ".jsonl files, or data sets on the Hub: NAME[@SPLIT][:ROWS]."})
-    solar_template: bool = field(default=False, metadata={"help": "SOLAR's chat template in place of the model's."})
+    data: list[str] = field(
+        metadata={"help": ".jsonl files, or data sets on the Hub: NAME[@SPLIT][:ROWS]."}
+    )
+    solar_template: bool = field(
+        default=False, metadata={"help": "SOLAR's chat template in place of the model's."}
+    )
 
 
-# SOLAR's are not published. These are Zephyr's (alignment-handbook, recipes/zephyr-7b-beta), which it names.
+# SOLAR's are not published. These are Zephyr's (alignment-handbook, recipes/zephyr-7b-beta), which
+# it names.
 DEFAULTS = {
     "learning_rate": 2e-5,
     "lr_scheduler_type": "cosine",
@@ -39,7 +45,8 @@ def main() -> None:
     parser = HfArgumentParser((What, SFTConfig))
     parser.set_defaults(**DEFAULTS)
     what, config = parser.parse_args_into_dataclasses()
-    # Masters in fp32: at these rates most updates are less than half a step of bf16, and would be lost.
+    # Masters in fp32: at these rates most updates are less than half a step of bf16, and would be
+    # lost.
     config.model_init_kwargs = {"dtype": torch.float32}
     tokenizer = AutoTokenizer.from_pretrained(what.model)
     set_template(tokenizer, solar=what.solar_template)

@@ -1,4 +1,6 @@
-"""`--config`: options out of a TOML, YAML or JSON file, below those that stand on the command line."""
+"""`--config`: options out of a TOML, YAML or JSON file, below those that stand on the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def config_option(kinds: Mapping[str, Any], convert: Converter | None) -> Any:
             parser=_path,
             callback=read,
             is_eager=True,
-            help="Read options from a .toml, .yaml or .json file by their names without dashes; the command line wins.",
+            help="Read options from a .toml, .yaml or .json file by their names without dashes; "
+            "the command line wins.",
         ),
     ]
 
@@ -60,11 +63,14 @@ def _path(text: str | Path) -> Path:
     return user_path(text)
 
 
-def _texts(path: Path, context: typer.Context, kinds: Mapping[str, Any], convert: Converter | None) -> dict[str, Any]:
+def _texts(
+    path: Path, context: typer.Context, kinds: Mapping[str, Any], convert: Converter | None
+) -> dict[str, Any]:
     """What a file gives, by the names of parameters and as a command line would have it.
 
     Raises:
-        UsageError: the file cannot be read, or holds what is no option of the command, or no value of its option.
+        UsageError: the file cannot be read, or holds what is no option of the command, or no value
+            of its option.
     """
     name, command = f"--config {shown(path)}", str(context.command.name)
     content = read_file(path)
@@ -73,7 +79,9 @@ def _texts(path: Path, context: typer.Context, kinds: Mapping[str, Any], convert
             content = convert(content) or content
         except DusError as error:
             raise UsageError(f"{name}: {error}") from None
-    parameters = {key: p for p in context.command.params if p.name not in _NOT_IN_A_FILE for key in _keys(p)}
+    parameters = {
+        key: p for p in context.command.params if p.name not in _NOT_IN_A_FILE for key in _keys(p)
+    }
     unknown = [str(key) for key in content if str(key).replace("_", "-") not in parameters]
     if unknown:
         from difflib import get_close_matches
@@ -87,7 +95,9 @@ def _texts(path: Path, context: typer.Context, kinds: Mapping[str, Any], convert
         if value is None:  # YAML's way of leaving an option unset
             continue
         if parameter.name in found:
-            raise UsageError(f"{name}: {key} is there twice, with a dash and with an underscore; leave one out")
+            raise UsageError(
+                f"{name}: {key} is there twice, with a dash and with an underscore; leave one out"
+            )
         try:
             found[str(parameter.name)] = _text(value, kinds[str(parameter.name)])
             parameter.process_value(context, found[str(parameter.name)])
@@ -99,7 +109,9 @@ def _texts(path: Path, context: typer.Context, kinds: Mapping[str, Any], convert
 
 
 def _keys(parameter: Any) -> list[str]:
-    """The names of a parameter in a file: of an option without dashes, of an argument as --help has it."""
+    """The names of a parameter in a file: of an option without dashes, of an argument as --help
+    has it.
+    """
     if parameter.param_type_name == "argument":
         return [str(parameter.name).replace("_", "-")]
     return [spelling[2:] for spelling in parameter.opts if spelling.startswith("--")]
@@ -122,8 +134,13 @@ def _text(value: Any, kind: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{_said(value)} is no value of this option; write a text or a number")
-    if kind in (str, Path):  # 1e3 or 007 would be read as another text than the one that was written
-        raise TypeError(f"{_said(value)} is a number, and this option takes a text; write it in quotes")
+    if kind in (
+        str,
+        Path,
+    ):  # 1e3 or 007 would be read as another text than the one that was written
+        raise TypeError(
+            f"{_said(value)} is a number, and this option takes a text; write it in quotes"
+        )
     from decimal import Decimal
 
     return format(Decimal(repr(value)), "f")
@@ -159,10 +176,14 @@ def read_file(path: Path) -> dict[str, Any]:
         with open_regular(path) as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
-            raise UsageError(f"{name}: it is larger than {_MOST_BYTES:,} bytes, and no list of options")
+            raise UsageError(
+                f"{name}: it is larger than {_MOST_BYTES:,} bytes, and no list of options"
+            )
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"{name} cannot be read ({error.strerror}); give a file of options") from None
+        raise UsageError(
+            f"{name} cannot be read ({error.strerror}); give a file of options"
+        ) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: it is not UTF-8 (byte {error.start})") from None
     try:
@@ -180,7 +201,9 @@ def _toml(text: str) -> dict[str, Any]:
             continue
         break
     else:
-        raise ValueError("reading TOML takes Python 3.11 or tomli (pip install tomli); or write YAML")
+        raise ValueError(
+            "reading TOML takes Python 3.11 or tomli (pip install tomli); or write YAML"
+        )
     try:
         found: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -217,7 +240,8 @@ def _json(text: str) -> dict[str, Any]:
 def toml_text(options: Mapping[str, Any]) -> str:
     """Options as a TOML file that `--config` reads.
 
-    >>> print(toml_text({"data": ["a.jsonl"], "lr": 0.0001, "compile": False, "warmup": "2%"}), end="")
+    >>> values = {"data": ["a.jsonl"], "lr": 0.0001, "compile": False, "warmup": "2%"}
+    >>> print(toml_text(values), end="")
     data = ["a.jsonl"]
     lr = 0.0001
     compile = false

@@ -28,13 +28,23 @@ from dus_cli.progress import ProgressMode
 # --help lists all options about the text together, whichever dataclass holds them.
 @takes_options(
     "models",
-    *("data", "text_field", "on_bad_line", "special_tokens", "max_documents", "max_tokens", "seq_length", "stride"),
+    *(
+        "data",
+        "text_field",
+        "on_bad_line",
+        "special_tokens",
+        "max_documents",
+        "max_tokens",
+        "seq_length",
+        "stride",
+    ),
 )
 def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Directories or Hub ids; the first is what the others are held against."
+            metavar="MODEL...",
+            help="Directories or Hub ids; the first is what the others are held against.",
         ),
     ],
     *,
@@ -42,11 +52,18 @@ def evaluate(
     tasks: TaskOptions,
     baseline: Annotated[
         Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
-        typer.Option("--baseline", metavar="MODEL", help="Hold the others against this one instead of the first."),
+        typer.Option(
+            "--baseline",
+            metavar="MODEL",
+            help="Hold the others against this one instead of the first.",
+        ),
     ] = None,
     with_base: Annotated[
         bool,
-        typer.Option("--with-base", help="Also the base inside the first MODEL, an up-scaled one, as the baseline."),
+        typer.Option(
+            "--with-base",
+            help="Also the base inside the first MODEL, an up-scaled one, as the baseline.",
+        ),
     ] = False,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
@@ -61,7 +78,8 @@ def evaluate(
         bool,
         typer.Option(
             "--update-card",
-            help="Write the results into README.md of each directory but the baseline's, as the Hub's model-index.",
+            help="Write the results into README.md of each directory but the baseline's, as the "
+            "Hub's model-index.",
         ),
     ] = False,
     gates: Gates,
@@ -76,11 +94,15 @@ def evaluate(
     Directories or Hub ids side by side: a base, the model scaled up from it, the healed one.
     """
     refs = _in_order(models, baseline, token)
-    misfit = gates.misfit(len(refs) + with_base, has_data=bool(text.data), has_tasks=bool(tasks.tasks))
+    misfit = gates.misfit(
+        len(refs) + with_base, has_data=bool(text.data), has_tasks=bool(tasks.tasks)
+    )
     if misfit is not None:
         raise typer.BadParameter(misfit[1], param_hint=misfit[0])
     if with_base and (baseline is not None or not text.data):
-        raise typer.BadParameter("it is the baseline of --data; leave out --baseline", param_hint="--with-base")
+        raise typer.BadParameter(
+            "it is the baseline of --data; leave out --baseline", param_hint="--with-base"
+        )
     judged = refs if len(refs) == 1 or with_base else refs[1:]
     if update_card:
         from dus_cli.evaluation import card

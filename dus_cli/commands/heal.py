@@ -13,7 +13,14 @@ import typer
 
 from dus_cli import verbs
 from dus_cli.commands.config import toml_text
-from dus_cli.commands.options import AsJson, MoreData, Quiet, ShowProgress, effective_mode, path_parser
+from dus_cli.commands.options import (
+    AsJson,
+    MoreData,
+    Quiet,
+    ShowProgress,
+    effective_mode,
+    path_parser,
+)
 from dus_cli.commands.signature import takes_options
 from dus_cli.common.libraries import require
 from dus_cli.console.terminal import fitted
@@ -23,11 +30,21 @@ from dus_cli.progress import ProgressMode
 
 
 @takes_options(
-    "model", "files", "more_data", "output", "text_field", "on_bad_line", "eval_files", convert=options_of_run
+    "model",
+    "files",
+    "more_data",
+    "output",
+    "text_field",
+    "on_bad_line",
+    "eval_files",
+    convert=options_of_run,
 )
 def heal(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", parser=path_parser, help="The directory of the model to heal.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", parser=path_parser, help="The directory of the model to heal."
+        ),
     ],
     *,
     more_data: MoreData = None,
@@ -48,14 +65,22 @@ def heal(
     launch: Launch,
     print_command: Annotated[
         bool,
-        typer.Option("--print-command", help="Print the workers' command line and exit.", rich_help_panel="Workers"),
+        typer.Option(
+            "--print-command",
+            help="Print the workers' command line and exit.",
+            rich_help_panel="Workers",
+        ),
     ] = False,
     keeping: Keeping,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count tokens and steps, estimate memory and FLOPs; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Count tokens and steps, estimate memory and FLOPs; write nothing."
+        ),
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all options as TOML, for --config, and exit.")
+        bool,
+        typer.Option("--print-config", help="Print all options as TOML, for --config, and exit."),
     ] = False,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,
@@ -65,15 +90,23 @@ def heal(
 
     Example: dus heal out/ --data corpus.jsonl --until base -o healed/
 
-    Most need five options: --data (the text), -o (where the model goes), --tokens (how long; one epoch if left out),
-    --until base (or until it is as good as its base) and --dry-run (what that takes).
+    Most need five options: --data (the text), -o (where the model goes), --tokens (how long; one
+    epoch if left out), --until base (or until it is as good as its base) and --dry-run (what that
+    takes).
 
-    Measures the base's loss and the scaled model's, trains under torchrun, and ends with a directory like any other,
-    with its loss curve. The same command run again goes on where it was.
+    Measures the base's loss and the scaled model's, trains under torchrun, and ends with a
+    directory like any other, with its loss curve. The same command run again goes on where it was.
     """
     data = replace(data, files=(*data.files, *(more_data or ())))
     options = verbs.heal_options(
-        model, output, data=data, budget=budget, recipe=recipe, fit=fit, launch=launch, keeping=keeping
+        model,
+        output,
+        data=data,
+        budget=budget,
+        recipe=recipe,
+        fit=fit,
+        launch=launch,
+        keeping=keeping,
     )
     if print_config:
         typed = typed_options(data, budget, recipe, fit, launch, keeping)

@@ -1,4 +1,6 @@
-"""Options that several commands share, by the names that they have everywhere, and what follows from them."""
+"""Options that several commands share, by the names that they have everywhere, and what follows
+from them.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,16 @@ ShowProgress = Annotated[
     ProgressMode,
     typer.Option(
         "--progress",
-        help="On stderr: a bar on a terminal and lines elsewhere (auto, none with --json or -q), or JSON Lines.",
+        help="On stderr: a bar on a terminal and lines elsewhere (auto, none with --json or -q), "
+        "or JSON Lines.",
     ),
 ]
 
 
 def effective_mode(mode: ProgressMode, *, quiet: bool) -> ProgressMode:
-    """What `--progress` comes to: auto is none with --json or -q; what was asked for by name stays."""
+    """What `--progress` comes to: auto is none with --json or -q; what was asked for by name
+    stays.
+    """
     return ProgressMode.none if quiet and mode is ProgressMode.auto else mode
 
 
@@ -59,7 +64,9 @@ def progress_for(mode: ProgressMode, *, quiet: bool) -> AbstractContextManager[P
 
 
 def parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[str], _T]:
-    """A typer parser: a value that is not understood is a usage error. Outside of typer it must name its option."""
+    """A typer parser: a value that is not understood is a usage error. Outside of typer it must
+    name its option.
+    """
 
     def run(text: str) -> _T:
         if not isinstance(text, str):  # a default, parsed already

@@ -31,7 +31,10 @@ from dus_cli.progress import ProgressMode
 def probe(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A checkpoint's directory, or a Hub id: org/name or org/name@revision."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint's directory, or a Hub id: org/name or org/name@revision.",
+        ),
     ],
     options: ProbeOptions,
     more_data: MoreData = None,
@@ -47,7 +50,11 @@ def probe(
     revision: Revision = None,
     token: Token = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the maps, what they cost and the memory needed; measure nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="List the maps, what they cost and the memory needed; measure nothing.",
+        ),
     ] = False,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,
@@ -55,8 +62,8 @@ def probe(
 ) -> None:
     """Measure what loss layer maps would have right after scaling, and write no model.
 
-    The layers of one model are called in the order of each map, all on the same text. Recommends a map and prints the
-    line for dus upscale.
+    The layers of one model are called in the order of each map, all on the same text. Recommends a
+    map and prints the line for dus upscale.
     """
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     from dus_cli.probe.picture import probe_svg
@@ -67,7 +74,9 @@ def probe(
     if plot is not None:
         check_picture(plot)
     with progress_for(progress, quiet=not says) as told:
-        found = verbs.probe(model, options, revision=revision, token=token, dry_run=dry_run, progress=told)
+        found = verbs.probe(
+            model, options, revision=revision, token=token, dry_run=dry_run, progress=told
+        )
     if plot is not None and not dry_run:
         write_pictures(plot, lambda dark: probe_svg(found, dark=dark))
     if as_json:

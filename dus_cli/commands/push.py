@@ -21,9 +21,15 @@ from dus_cli.push.report import folder_push_json, push_text
 def push_command(
     output: Annotated[
         Path,
-        typer.Argument(metavar="OUT", parser=path_parser, help="The directory that dus upscale or dus heal wrote."),
+        typer.Argument(
+            metavar="OUT",
+            parser=path_parser,
+            help="The directory that dus upscale or dus heal wrote.",
+        ),
     ],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to push: org/name on the Hub.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Where to push: org/name on the Hub.")
+    ],
     *,
     options: PushOptions,
     dry_run: Annotated[

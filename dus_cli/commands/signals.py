@@ -9,7 +9,9 @@ from types import FrameType
 
 
 class Terminated(BaseException):
-    """A signal that ends the run. It unwinds, so that context managers clean up; typer does not know it."""
+    """A signal that ends the run. It unwinds, so that context managers clean up; typer does not
+    know it.
+    """
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
@@ -33,7 +35,9 @@ class Signals:
         if self.signum is None:
             self.signum, self._came = signum, time.monotonic()
             raise Terminated(signum)
-        if time.monotonic() - self._came > _CLEAN_UP:  # an impatient Ctrl-C does not interrupt the clean-up
+        if (
+            time.monotonic() - self._came > _CLEAN_UP
+        ):  # an impatient Ctrl-C does not interrupt the clean-up
             os._exit(128 + signum)
 
 

@@ -1,4 +1,6 @@
-"""A command's signature for typer, made from the options that stand beside the fields of its dataclasses."""
+"""A command's signature for typer, made from the options that stand beside the fields of its
+dataclasses.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ Command = Callable[..., None]
 
 
 def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Command], Command]:
-    """Make of a function with dataclasses among its parameters a command whose options are their fields.
+    """Make of a function with dataclasses among its parameters a command whose options are their
+    fields.
 
-    A parameter whose type is a dataclass becomes the options of its fields, in its place; the function is called with
-    the dataclass. A parameter annotated with an `Option` becomes that option. Others stay as they are. `--config`, a
-    file of options, comes behind them all.
+    A parameter whose type is a dataclass becomes the options of its fields, in its place; the
+    function is called with the dataclass. A parameter annotated with an `Option` becomes that
+    option. Others stay as they are. `--config`, a file of options, comes behind them all.
 
     Args:
         first: fields and parameters that come before all others in --help, in this order.
@@ -41,7 +44,9 @@ def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Co
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(function).parameters.values():
             name, hint = parameter.name, hints[parameter.name]
-            default = dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+            default = (
+                dataclasses.MISSING if parameter.default is parameter.empty else parameter.default
+            )
             single = option_field(name, hint, default)
             if dataclasses.is_dataclass(hint) and isinstance(hint, type):
                 groups[name] = hint, option_fields(hint)
@@ -65,7 +70,11 @@ def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Co
         parameters.sort(key=lambda parameter: _place(parameter.name, first))
         kinds = {parameter.name: kind_of(parameter.annotation) for parameter in parameters}
         config = config_option(kinds, convert)
-        parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config))
+        parameters.append(
+            inspect.Parameter(
+                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config
+            )
+        )
         del command.__wrapped__  # the function has other parameters
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -93,11 +102,15 @@ def _parameter(option: OptionField) -> inspect.Parameter:
     is_required = option.default is dataclasses.MISSING
     default = inspect.Parameter.empty if is_required else option.typed_default
     annotation: Any = Annotated[_kind(option, is_required=is_required), _typer_option(option)]
-    return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(
+        option.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 def _kind(option: OptionField, *, is_required: bool) -> Any:
-    is_plain = option.kind in _PLAIN or (isinstance(option.kind, type) and issubclass(option.kind, Enum))
+    is_plain = option.kind in _PLAIN or (
+        isinstance(option.kind, type) and issubclass(option.kind, Enum)
+    )
     kind = option.kind if is_plain else Any
     if option.repeats:
         kind = list[kind]  # type: ignore[valid-type]
@@ -107,9 +120,13 @@ def _kind(option: OptionField, *, is_required: bool) -> Any:
 
 def _typer_option(option: OptionField) -> Any:
     said = option.option
-    spellings = [f"--{option.name}/--no-{option.name}" if option.default is True else f"--{option.name}"]
+    spellings = [
+        f"--{option.name}/--no-{option.name}" if option.default is True else f"--{option.name}"
+    ]
     spellings += [said.short] if said.short else []
     more: dict[str, Any] = {} if option.parse is None else {"parser": parser(option.parse)}
     if said.choices:
         more["autocompletion"] = lambda: list(said.choices)
-    return typer.Option(*spellings, help=said.help, metavar=said.metavar, rich_help_panel=said.panel, **more)
+    return typer.Option(
+        *spellings, help=said.help, metavar=said.metavar, rich_help_panel=said.panel, **more
+    )

@@ -40,7 +40,9 @@ from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
 
 def _recipe(text: str) -> str:
     if text not in RECIPES:
-        raise typer.BadParameter(f"there is no recipe {shown(text)!r}; there are {', '.join(RECIPES)}")
+        raise typer.BadParameter(
+            f"there is no recipe {shown(text)!r}; there are {', '.join(RECIPES)}"
+        )
     return text
 
 
@@ -48,7 +50,9 @@ def _recipe(text: str) -> str:
 _MAP, _WRITING = "Layer map", "Writing"
 
 # Parameters of `upscale` that a lineage records.
-_RECORDED = "revision trim layers double copies assume recipe identity start dtype max_shard_size".split()
+_RECORDED = (
+    "revision trim layers double copies assume recipe identity start dtype max_shard_size".split()
+)
 
 
 def _refuse_beside_from(context: typer.Context, lineage: Path | None) -> None:
@@ -66,12 +70,19 @@ def upscale(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUT", parser=path_parser, help="Where to write; must not exist, or be empty."
+            "--output",
+            "-o",
+            metavar="OUT",
+            parser=path_parser,
+            help="Where to write; must not exist, or be empty.",
         ),
     ],
     model: Annotated[
         Optional[str],  # noqa: UP045  (typer reads the annotation at run time, also on Python 3.10)
-        typer.Argument(metavar="MODEL", help="A checkpoint's directory, or a Hub id: org/name or org/name@revision."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint's directory, or a Hub id: org/name or org/name@revision.",
+        ),
     ] = None,
     lineage: Annotated[
         Optional[Path],  # noqa: UP045
@@ -79,7 +90,8 @@ def upscale(
             "--from",
             metavar="DUS.JSON",
             parser=path_parser,
-            help="Make a release again from its dus.json, and compare with the SHA256SUMS beside it. MODEL then says "
+            help="Make a release again from its dus.json, and compare with the SHA256SUMS beside "
+            "it. MODEL then says "
             "where the base is now.",
         ),
     ] = None,
@@ -92,7 +104,8 @@ def upscale(
             "-t",
             parser=number("trim"),
             metavar="M",
-            help="Layers trimmed from each copy. Default: a quarter, or the nearest to it that every inference engine "
+            help="Layers trimmed from each copy. Default: a quarter, or the nearest to it that "
+            "every inference engine "
             "computes as it should.",
             rich_help_panel=_MAP,
         ),
@@ -103,7 +116,8 @@ def upscale(
             "--layers",
             metavar="MAP",
             parser=parser(check_map),
-            help="Any other map, as half-open ranges of base layers: 0:24,8:32. Excludes --trim and --copies.",
+            help="Any other map, as half-open ranges of base layers: 0:24,8:32. Excludes --trim "
+            "and --copies.",
             rich_help_panel=_MAP,
         ),
     ] = None,
@@ -113,14 +127,21 @@ def upscale(
             "--double",
             metavar="A:B",
             parser=parser(check_double),
-            help="The base with its layers A to B - 1 each twice in a row; several stretches: 2:8,20:29. Excludes "
+            help="The base with its layers A to B - 1 each twice in a row; several stretches: "
+            "2:8,20:29. Excludes "
             "--trim, --layers and --copies.",
             rich_help_panel=_MAP,
         ),
     ] = None,
     copies: Annotated[
         int,
-        typer.Option("--copies", parser=number("copies"), metavar="K", help="Copies to stack.", rich_help_panel=_MAP),
+        typer.Option(
+            "--copies",
+            parser=number("copies"),
+            metavar="K",
+            help="Copies to stack.",
+            rich_help_panel=_MAP,
+        ),
     ] = 2,
     assume: Assume = (),
     recipe: Annotated[
@@ -130,7 +151,8 @@ def upscale(
             metavar="NAME",
             parser=_recipe,
             autocompletion=lambda: list(RECIPES),
-            help=f"A published map: {', '.join(RECIPES)}. Excludes --trim, --layers, --double and --copies.",
+            help=f"A published map: {', '.join(RECIPES)}. Excludes --trim, --layers, --double and "
+            "--copies.",
             rich_help_panel=_MAP,
         ),
     ] = None,
@@ -138,7 +160,8 @@ def upscale(
         bool,
         typer.Option(
             "--identity",
-            help="New layers start as identities (output projections zero): the model computes what MODEL does. The "
+            help="New layers start as identities (output projections zero): the model computes "
+            "what MODEL does. The "
             "same as --start identity.",
             rich_help_panel=_MAP,
         ),
@@ -150,8 +173,10 @@ def upscale(
             metavar="START",
             parser=parser(check_start),
             autocompletion=lambda: list(STARTS),
-            help="How loudly layers speak at first: copy (as in MODEL), identity, half (copies of a layer in equal "
-            "parts), fade (overlapping copies cross-fade; fade:linear or fade:cosine), scale:C (new layers times C). "
+            help="How loudly layers speak at first: copy (as in MODEL), identity, half (copies of "
+            "a layer in equal "
+            "parts), fade (overlapping copies cross-fade; fade:linear or fade:cosine), scale:C "
+            "(new layers times C). "
             "Default: copy.",
             rich_help_panel=_MAP,
         ),
@@ -159,7 +184,8 @@ def upscale(
     engines: Annotated[
         tuple[str, ...],
         engines_option(
-            "Refuse what an inference engine would not compute as config.json says; without --trim, take the nearest "
+            "Refuse what an inference engine would not compute as config.json says; without "
+            "--trim, take the nearest "
             "to a quarter that is right for it.",
             _MAP,
         ),
@@ -170,7 +196,8 @@ def upscale(
             "--dtype",
             metavar="DTYPE",
             parser=parser(Dtype.parse),
-            help="Cast floating-point tensors to bf16, fp16 or fp32, rounding as torch does (heal extra).",
+            help="Cast floating-point tensors to bf16, fp16 or fp32, rounding as torch does (heal "
+            "extra).",
             rich_help_panel=_WRITING,
         ),
     ] = None,
@@ -196,7 +223,8 @@ def upscale(
         bool,
         typer.Option(
             "--stream",
-            help="Weights come from the Hub straight into OUT, without a copy in the cache. Killed, it goes on.",
+            help="Weights come from the Hub straight into OUT, without a copy in the cache. "
+            "Killed, it goes on.",
             rich_help_panel=HUB,
         ),
     ] = False,
@@ -210,7 +238,9 @@ def upscale(
             rich_help_panel=_WRITING,
         ),
     ] = DEFAULT_JOBS,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the whole plan and write nothing.")
+    ] = False,
     push_to: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -226,7 +256,8 @@ def upscale(
         VerifyMode,
         typer.Option(
             "--verify",
-            help="What to check before publishing: structure, or full (every byte; with --stream copies against each "
+            help="What to check before publishing: structure, or full (every byte; with --stream "
+            "copies against each "
             "other, and whole files against the Hub's sha256).",
             rich_help_panel=_WRITING,
         ),
@@ -237,7 +268,9 @@ def upscale(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace an existing OUT, once the new one is whole.", rich_help_panel=_WRITING
+            "--overwrite",
+            help="Replace an existing OUT, once the new one is whole.",
+            rich_help_panel=_WRITING,
         ),
     ] = False,
     progress: ShowProgress = ProgressMode.auto,
@@ -279,7 +312,15 @@ def upscale(
             report = api.plan(model, output, checksums=checksums, **options)
             told.planned(report.plan)
         else:
-            report = api.upscale(model, output, checksums=checksums, **options, jobs=jobs, verify=verify, progress=told)
+            report = api.upscale(
+                model,
+                output,
+                checksums=checksums,
+                **options,
+                jobs=jobs,
+                verify=verify,
+                progress=told,
+            )
     if as_json:
         print(json.dumps(report.to_json()))
     elif says:
@@ -293,5 +334,7 @@ def _kept_if_streamed(output: Path, *, stream: bool) -> Iterator[None]:
         yield
     except Terminated as ended:
         if stream and has_kept(output):
-            raise StoppedError(f"ended by {signal.Signals(ended.signum).name}; {KEPT}", ended.signum) from None
+            raise StoppedError(
+                f"ended by {signal.Signals(ended.signum).name}; {KEPT}", ended.signum
+            ) from None
         raise

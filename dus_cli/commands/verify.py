@@ -27,14 +27,22 @@ from dus_cli.writing.transfer import DEFAULT_JOBS
 
 @takes_options()
 def verify(
-    model: Annotated[Path, typer.Argument(metavar="OUT", parser=path_parser, help="The directory to check.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=path_parser, help="The directory to check.")
+    ],
     base: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--base", metavar="MODEL", help="Also hold every tensor against this base (directory or Hub id)."),
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="Also hold every tensor against this base (directory or Hub id).",
+        ),
     ] = None,
     engines: Annotated[
         tuple[str, ...],
-        engines_option("Also say whether inference engines compute what config.json says, whoever made OUT."),
+        engines_option(
+            "Also say whether inference engines compute what config.json says, whoever made OUT."
+        ),
     ] = (),
     token: Token = None,
     jobs: Annotated[
@@ -44,7 +52,8 @@ def verify(
         bool,
         typer.Option(
             "--read",
-            help="Read every byte, also where both files share blocks of the disk (reflinks) and so cannot differ.",
+            help="Read every byte, also where both files share blocks of the disk (reflinks) and "
+            "so cannot differ.",
         ),
     ] = False,
     progress: ShowProgress = ProgressMode.auto,
@@ -57,7 +66,9 @@ def verify(
     """
     says = not (quiet or as_json)
     with progress_for(progress, quiet=not says) as told:
-        found = api.verify(model, base=base, engines=engines, token=token, jobs=jobs, read=read, progress=told)
+        found = api.verify(
+            model, base=base, engines=engines, token=token, jobs=jobs, read=read, progress=told
+        )
     if as_json:
         print(json.dumps(found.to_json()))
     elif says or not found.is_sound:

@@ -1,4 +1,6 @@
-"""The bounds of every number that a command takes, in one table, and what is said of a number outside of them."""
+"""The bounds of every number that a command takes, in one table, and what is said of a number
+outside of them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _MOST_LAYERS = 100_000
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that an option takes: `least` (or what is above it) to `most`, whole ones or any."""
+    """The numbers that an option takes: `least` (or what is above it) to `most`, whole ones or
+    any.
+    """
 
     least: float
     most: float
@@ -36,10 +40,13 @@ class Bounds:
         """Whether a number is within them; NaN and infinity are within none."""
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
             return False
-        return bool(self.least <= value <= self.most and not (self.is_above and value == self.least))
+        return bool(
+            self.least <= value <= self.most and not (self.is_above and value == self.least)
+        )
 
 
-# By the names of options, which mean the same in every command. Sizes in bytes, shares of 1, losses in nats per token.
+# By the names of options, which mean the same in every command. Sizes in bytes, shares of 1, losses
+# in nats per token.
 BOUNDS = {
     "batch-tokens": Bounds(1, _BILLION),
     "best": Bounds(1, _MOST_LAYERS),
@@ -92,7 +99,8 @@ def parse_number(name: str, text: str, parse: Callable[[str], Any] | None = None
         parse: reads what is not written as a plain number, such as 10M; raises ValueError.
 
     Raises:
-        ValueError: it is no number, or not within the option's bounds; the text says which they are.
+        ValueError: it is no number, or not within the option's bounds; the text says which they
+            are.
     """
     bounds = BOUNDS[name]
     if parse is None:
@@ -108,7 +116,8 @@ def parse_number(name: str, text: str, parse: Callable[[str], Any] | None = None
 
 
 def check_numbers(**numbers: Any) -> None:
-    """Hold that numbers are within their bounds, each by its option's name with underscores; None is none given.
+    """Hold that numbers are within their bounds, each by its option's name with underscores; None
+    is none given.
 
     >>> check_numbers(jobs=8, trim=None)
 
@@ -127,4 +136,6 @@ def check_fields(options: Any) -> None:
     Raises:
         UsageError: a number is not within its bounds.
     """
-    check_numbers(**{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
+    check_numbers(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    )

@@ -16,7 +16,9 @@ CLEARED = "nothing was left behind"
 
 @contextlib.contextmanager
 def writing(name: str, left: str = CLEARED) -> Iterator[None]:
-    """Turn a failure to write into one line. `left` says what becomes of what was written so far."""
+    """Turn a failure to write into one line. `left` says what becomes of what was written so
+    far.
+    """
     try:
         yield
     except OSError as error:
@@ -24,7 +26,9 @@ def writing(name: str, left: str = CLEARED) -> Iterator[None]:
             errno.ENOSPC: "; free some space or choose another place, ",
             errno.EDQUOT: "; raise the quota or choose another place, ",
         }.get(error.errno or 0, "; ")
-        raise OutputError(f"cannot write {shown(name)}: {error.strerror or error}{advice}{left}") from error
+        raise OutputError(
+            f"cannot write {shown(name)}: {error.strerror or error}{advice}{left}"
+        ) from error
 
 
 def sync_file(path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Libraries that an extra brings: asked for here before they are imported, so that one line says what to install.
+"""Libraries that an extra brings: asked for here before they are imported, so that one line says
+what to install.
 
-They are imported inside functions, where they are needed: `dus --help` and `dus upscale` do without them.
+They are imported inside functions, where they are needed: `dus --help` and `dus upscale` do without
+them.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ def require(what: str, *modules: str) -> None:
     """
     missing = [module for module in modules if not _is_installed(module)]
     if missing:
-        raise MissingExtraError(f"{what} needs {_listed(missing)}; pip install {_packages(missing)}")
+        raise MissingExtraError(
+            f"{what} needs {_listed(missing)}; pip install {_packages(missing)}"
+        )
 
 
 def broken_import(error: ImportError) -> MissingExtraError:
-    """What to say of an import that failed all the same: a library that is incomplete, too old, or was not foreseen."""
+    """What to say of an import that failed all the same: a library that is incomplete, too old,
+    or was not foreseen.
+    """
     module = (error.name or "").partition(".")[0]
     if not module:
         return MissingExtraError(f"a library cannot be imported: {reason_of(error)}")
@@ -62,7 +68,8 @@ def _is_installed(module: str) -> bool:
 
 
 def _version(module: str) -> str:
-    import importlib.metadata  # it reads the parser of e-mails, which is a quarter of what `dus --version` imports
+    # it reads the parser of e-mails, which is a quarter of what `dus --version` imports
+    import importlib.metadata
 
     try:
         return importlib.metadata.version(module)

@@ -15,29 +15,39 @@ _PATIENCE = 20
 
 
 def available_bytes() -> int:
-    """Bytes that a new process can use: what the kernel calls available, within the container's limit."""
+    """Bytes that a new process can use: what the kernel calls available, within the container's
+    limit.
+    """
     free = 1 << 62
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        free = (
+            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        )
     with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))  # "max" is no number
+        limit = int(
+            Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")
+        )  # "max" is no number
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
         free = min(free, max(0, limit - used))
     return int(free * _USABLE)
 
 
 def smallest_gpu() -> tuple[str, int] | None:
-    """Name and usable bytes of the NVIDIA GPU here that has the least memory; None where none can be asked.
+    """Name and usable bytes of the NVIDIA GPU here that has the least memory; None where none can
+    be asked.
 
-    Its driver's own tool is asked, for torch would keep a context on the GPU in a process that only plans.
+    Its driver's own tool is asked, for torch would keep a context on the GPU in a process that only
+    plans.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True).stdout
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=True
+        ).stdout
         found = [line.rpartition(",") for line in answer.splitlines() if line.strip()]
         sizes = [(int(size), name.strip()) for name, _, size in found]
         if sizes:

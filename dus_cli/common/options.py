@@ -1,11 +1,13 @@
-"""An option, said once: beside the field of the dataclass that a verb takes. No command line is needed for it.
+"""An option, said once: beside the field of the dataclass that a verb takes. No command line is
+needed for it.
 
     @dataclass(frozen=True, kw_only=True)
     class Budget:
         steps: Annotated[int | None, Option("Budget in steps.", metavar="N", panel="Budget")] = None
 
-`commands/signature.py` makes `--steps N` of this field, with its help, its default and its bounds (`bounds.py` has
-them by the option's name). Whoever calls the verb from Python gives `Budget(steps=8)`.
+`commands/signature.py` makes `--steps N` of this field, with its help, its default and its bounds
+(`bounds.py` has them by the option's name). Whoever calls the verb from Python gives
+`Budget(steps=8)`.
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ class Option:
 
     Attributes:
         help: what --help says of it.
-        name: of the option, without dashes. The field's name, with dashes for underscores, if empty.
+        name: of the option, without dashes. The field's name, with dashes for underscores, if
+            empty.
         short: a second spelling, such as "-o".
         metavar: what stands for the value in --help.
         panel: the group in which --help lists it.
-        parse: makes the value of its text; raises ValueError or DusError if the text is not understood. Plain numbers,
-            paths, enums and text need none.
+        parse: makes the value of its text; raises ValueError or DusError if the text is not
+            understood. Plain numbers, paths, enums and text need none.
         show: makes of the value what a person types for it, if that is not the value itself.
         auto: "auto" may be typed for None, and is the default.
         splits: of an option that repeats: `parse` makes a tuple of values of one text.
@@ -78,7 +81,9 @@ class OptionField:
 
     @property
     def parse(self) -> Callable[[str], Any] | None:
-        """What makes the value of its text; None if nothing but the type does. It raises ValueError or DusError."""
+        """What makes the value of its text; None if nothing but the type does. It raises
+        ValueError or DusError.
+        """
         parse = self.option.parse
         if self.name in BOUNDS:
             return self._number
@@ -92,7 +97,8 @@ class OptionField:
         return parse_number(self.name, text, self.option.parse)
 
     def taken(self, value: Any) -> Any:
-        """The field's value, of what a caller from Python gave: the value itself, or what a person would type.
+        """The field's value, of what a caller from Python gave: the value itself, or what a person
+        would type.
 
         Raises:
             UsageError: it is neither, or a number out of its bounds.
@@ -101,9 +107,13 @@ class OptionField:
             return None
         if not self.repeats:
             return self._taken(value)
-        items = [self._taken(item) for item in ([value] if isinstance(value, (str, Path)) else value)]
+        items = [
+            self._taken(item) for item in ([value] if isinstance(value, (str, Path)) else value)
+        ]
         if self.option.splits:
-            items = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+            items = [
+                part for item in items for part in (item if isinstance(item, tuple) else (item,))
+            ]
         return tuple(items)
 
     def _taken(self, value: Any) -> Any:
@@ -125,7 +135,9 @@ class OptionField:
         return value
 
     def typed(self, value: Any) -> Any:
-        """What a person types for a value: text, a number, a truth value, or a list of them; None for nothing."""
+        """What a person types for a value: text, a number, a truth value, or a list of them;
+        None for nothing.
+        """
         if value is None:
             return "auto" if self.option.auto else None
         if self.repeats:
@@ -141,7 +153,9 @@ class OptionField:
 
     @property
     def typed_default(self) -> Any:
-        """The default for a command line: an enum's choice, or as it is typed; None if there is none."""
+        """The default for a command line: an enum's choice, or as it is typed; None if there is
+        none.
+        """
         if self.default is dataclasses.MISSING or self.default == ():
             return None
         return self.default if isinstance(self.default, Enum) else self.typed(self.default)
@@ -172,16 +186,23 @@ def option_field(field: str, annotation: Any, default: Any) -> OptionField | Non
 def option_fields(kind: type) -> list[OptionField]:
     """The options of a dataclass, in the order of its fields."""
     hints = get_type_hints(kind, include_extras=True)
-    found = [option_field(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
+    found = [
+        option_field(field.name, hints[field.name], field.default)
+        for field in dataclasses.fields(kind)
+    ]
     return [option for option in found if option is not None]
 
 
 def settled(options: _T) -> _T:
-    """Options from Python, checked as those of a command line are; a text stands for what it would mean there.
+    """Options from Python, checked as those of a command line are; a text stands for what it would
+    mean there.
 
     Raises:
         UsageError: a value that the option does not take.
     """
     given: Any = options
-    taken = {option.field: option.taken(getattr(given, option.field)) for option in option_fields(type(given))}
+    taken = {
+        option.field: option.taken(getattr(given, option.field))
+        for option in option_fields(type(given))
+    }
     return dataclasses.replace(given, **taken)  # type: ignore[no-any-return]

@@ -12,15 +12,18 @@ from dus_cli.errors import ModelNotFoundError, UsageError, encodable, shown
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w./+%-]+))?", re.ASCII)
 
-# How huggingface_hub writes places on the Hub (utils/_hf_uris.py); of its types only models are of use here.
+# How huggingface_hub writes places on the Hub (utils/_hf_uris.py); of its types only models are of
+# use here.
 _URI, _URI_OF_A_MODEL = "hf://", "models/"
 
-# git-check-ref-format(1): what no branch, tag or commit has in its name. The name becomes a path in the Hub's cache.
+# git-check-ref-format(1): what no branch, tag or commit has in its name. The name becomes a path in
+# the Hub's cache.
 _NO_REVISION = re.compile(r"[\0-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[/-]|[/.]$|^$")
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as it was typed, with `~` and `~name` as a shell has them: it leaves them alone in --output=~/out.
+    """A path as it was typed, with `~` and `~name` as a shell has them: it leaves them alone in
+    --output=~/out.
 
     Raises:
         UsageError: it cannot be a path, or there is no such user.
@@ -30,16 +33,18 @@ def user_path(text: str | Path) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise UsageError(f"{shown(text)}: there is no such user; write ./{shown(text)} for a name with ~") from None
+        raise UsageError(
+            f"{shown(text)}: there is no such user; write ./{shown(text)} for a name with ~"
+        ) from None
 
 
 @dataclass(frozen=True)
 class ModelRef:
     """Where a model is: exactly one of `path` and `repo_id` is set.
 
-    `text` is what the user typed, with bytes that are no UTF-8 spelled out; reports and lineage repeat it.
-    `token` is the one given for this model, which nothing prints; without it huggingface_hub takes HF_TOKEN or the
-    stored login.
+    `text` is what the user typed, with bytes that are no UTF-8 spelled out; reports and lineage
+    repeat it. `token` is the one given for this model, which nothing prints; without it
+    huggingface_hub takes HF_TOKEN or the stored login.
     """
 
     text: str
@@ -50,10 +55,12 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: str, *, revision: str | None = None, token: str | None = None) -> ModelRef:
-        """Tell a Hub id from a directory by its form alone, so that a pipeline means the same everywhere.
+        """Tell a Hub id from a directory by its form alone, so that a pipeline means the same
+        everywhere.
 
-        `org/name`, `org/name@revision` and either behind `hf://` are Hub ids, also where a directory of that name
-        exists: write `./org/name` for the directory. Everything else is a directory.
+        `org/name`, `org/name@revision` and either behind `hf://` are Hub ids, also where a
+        directory of that name exists: write `./org/name` for the directory. Everything else is a
+        directory.
 
         >>> ModelRef.parse("mistralai/Mistral-7B-v0.1@main").revision
         'main'
@@ -68,29 +75,45 @@ class ModelRef:
             token: of the Hub.
 
         Raises:
-            ModelNotFoundError: the text is empty, cannot be a path, or is an address of something else.
-            UsageError: a revision of a directory, a second one, or one that git does not allow; no token's characters.
+            ModelNotFoundError: the text is empty, cannot be a path, or is an address of something
+                else.
+            UsageError: a revision of a directory, a second one, or one that git does not allow; no
+                token's characters.
         """
         if token is not None and re.fullmatch(r"[!-~]+", token) is None:
-            raise UsageError("--token is empty or holds characters that no token has; it is not shown here")
-        id_text = text.removeprefix(_URI).removeprefix(_URI_OF_A_MODEL) if text.startswith(_URI) else text
+            raise UsageError(
+                "--token is empty or holds characters that no token has; it is not shown here"
+            )
+        id_text = (
+            text.removeprefix(_URI).removeprefix(_URI_OF_A_MODEL) if text.startswith(_URI) else text
+        )
         match = _HUB_ID.fullmatch(id_text)
         if match is not None:
             given = match["revision"]
             if given is not None and revision is not None:
-                raise UsageError(f"--revision {shown(revision)}: {shown(text)} names a revision already; give one")
+                raise UsageError(
+                    f"--revision {shown(revision)}: {shown(text)} names a revision already; give "
+                    "one"
+                )
             revision = unquote(given) if given is not None else revision
             if revision is not None and _NO_REVISION.search(revision):
-                raise UsageError(f"{shown(revision)!r} cannot be a revision; give a branch, a tag or a commit")
+                raise UsageError(
+                    f"{shown(revision)!r} cannot be a revision; give a branch, a tag or a commit"
+                )
             return cls(text, repo_id=match["repo"], revision=revision, token=token)
         if "://" in text:
             raise ModelNotFoundError(
-                f"{shown(text)} is no address of a model; give hf://org/name, hf://org/name@revision or org/name"
+                f"{shown(text)} is no address of a model; give hf://org/name, "
+                "hf://org/name@revision or org/name"
             )
         if not text or "\0" in text:
-            raise ModelNotFoundError(f"MODEL is {shown(text)!r}; give a directory or a Hub id such as org/name")
+            raise ModelNotFoundError(
+                f"MODEL is {shown(text)!r}; give a directory or a Hub id such as org/name"
+            )
         if revision is not None:
-            raise UsageError(f"--revision is for a Hub id such as org/name, and {shown(text)} is a directory")
+            raise UsageError(
+                f"--revision is for a Hub id such as org/name, and {shown(text)} is a directory"
+            )
         return cls(encodable(text), path=user_path(text))
 
     @property

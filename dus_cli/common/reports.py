@@ -7,9 +7,11 @@ from typing import Any
 
 
 def public(value: Any) -> Any:
-    """JSON as it goes into a release: of absolute paths the last name, for the rest is about the maker's machine.
+    """JSON as it goes into a release: of absolute paths the last name, for the rest is about the
+    maker's machine.
 
-    >>> public({"model": "/home/me/models/out", "files": ["/data/*.jsonl:0.7", "more.txt"], "steps": 3})
+    >>> files = ["/data/*.jsonl:0.7", "more.txt"]
+    >>> public({"model": "/home/me/models/out", "files": files, "steps": 3})
     {'model': 'out', 'files': ['*.jsonl:0.7', 'more.txt'], 'steps': 3}
     """
     if isinstance(value, dict):

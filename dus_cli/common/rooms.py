@@ -11,8 +11,8 @@ from typing import Any
 class Verb(ModuleType):
     """A room of the package that can also be called, as the verb of its name.
 
-    `dus_cli.probe` is the folder as soon as anything in it is imported, and `from dus_cli import probe` is meant to
-    give the function. So it is both.
+    `dus_cli.probe` is the folder as soon as anything in it is imported, and `from dus_cli import
+    probe` is meant to give the function. So it is both.
     """
 
     @property

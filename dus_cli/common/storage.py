@@ -1,7 +1,7 @@
 """What a file system can do, asked of it before gigabytes are written.
 
-Object stores that are mounted refuse what a disk does, each something else: docs/storage.md has the table and its
-sources.
+Object stores that are mounted refuse what a disk does, each something else: docs/storage.md has the
+table and its sources.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _CANNOT_SYNC = frozenset([errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EN
 # Then nothing can be written at all, in whatever order.
 _NO_PLACE = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES])
 
-# Object stores by the names of their mounts. They refuse to rename a folder, or do it object by object: for some that
-# is as slow as writing it again, and it is half there for as long.
+# Object stores by the names of their mounts. They refuse to rename a folder, or do it object by
+# object: for some that is as slow as writing it again, and it is half there for as long.
 _STORES = frozenset(["s3fs", "gcsfuse", "goofys", "rclone", "blobfuse2", "mountpoint-s3"])
 
 _TRIED = 8192
@@ -42,15 +42,22 @@ class Mount(NamedTuple):
 
     @property
     def store(self) -> str | None:
-        """The object store's name, where it is known as one: the type's, or the source's where that is only "fuse"."""
+        """The object store's name, where it is known as one: the type's, or the source's where
+        that is only "fuse".
+        """
         name = self.source if self.kind == "fuse" else self.kind.removeprefix("fuse.")
         return name if self.is_fuse and name in _STORES else None
 
 
 def mount_of(device: int) -> Mount | None:
-    """The mount whose files have this `st_dev`; None where the system does not tell (proc_pid_mountinfo(5))."""
+    """The mount whose files have this `st_dev`; None where the system does not tell
+    (proc_pid_mountinfo(5)).
+    """
     number = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/mountinfo", encoding="utf-8") as lines:
+    with (
+        contextlib.suppress(OSError, ValueError, IndexError),
+        open("/proc/self/mountinfo", encoding="utf-8") as lines,
+    ):
         for line in lines:
             if f" {number} " in line:
                 fields = line.split()
@@ -61,11 +68,15 @@ def mount_of(device: int) -> Mount | None:
 
 
 def is_mount_point(folder: Path) -> bool:
-    """Whether something is mounted at a folder, also another folder of the same file system (mount --bind)."""
+    """Whether something is mounted at a folder, also another folder of the same file system
+    (mount --bind).
+    """
     if os.path.ismount(folder):
         return True
     # The spaces and backslashes of a path stand there in octal (proc_pid_mountinfo(5)).
-    name = re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % ord(match[0]), os.fsencode(folder.resolve()))
+    name = re.sub(
+        rb"[ \t\n\\]", lambda match: b"\\%03o" % ord(match[0]), os.fsencode(folder.resolve())
+    )
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as lines:
         return any(line.split()[4] == name for line in lines)
     return False
@@ -73,10 +84,11 @@ def is_mount_point(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Storage:
-    """What a file system can do. `no_rename` says why a folder cannot be renamed in one step; None where it can.
+    """What a file system can do. `no_rename` says why a folder cannot be renamed in one step; None
+    where it can.
 
-    `writes_anywhere`: a file may be lengthened first and written in any order. Nobody should, where no folder can be
-    renamed: files are objects there, and uploaded while they are written.
+    `writes_anywhere`: a file may be lengthened first and written in any order. Nobody should, where
+    no folder can be renamed: files are objects there, and uploaded while they are written.
     """
 
     no_rename: str | None = None
@@ -84,7 +96,9 @@ class Storage:
 
 
 def known(folder: Path) -> Storage | None:
-    """What is known of a folder's file system without touching it: None but for a mounted object store."""
+    """What is known of a folder's file system without touching it: None but for a mounted object
+    store.
+    """
     mount = mount_of(folder.stat().st_dev)
     if mount is None or mount.store is None:
         return None
@@ -112,10 +126,13 @@ def ask(folder: Path) -> Storage:
             try:
                 probe.rename(renamed)
             except OSError as error:
-                found = Storage(f"folders cannot be renamed there ({error.strerror})", writes_anywhere=False)
+                found = Storage(
+                    f"folders cannot be renamed there ({error.strerror})", writes_anywhere=False
+                )
     except OSError as error:
         raise OutputError(
-            f"{shown(folder.parent)} cannot be written to ({error.strerror or error}); choose another place for -o"
+            f"{shown(folder.parent)} cannot be written to ({error.strerror or error}); choose "
+            "another place for -o"
         ) from error
     finally:
         codes = [code for code in map(_remove_probe, (probe, renamed)) if code is not None]
@@ -127,8 +144,10 @@ def ask(folder: Path) -> Storage:
 def not_removed(path: Path, code: int) -> OutputError:
     """The error where what dus wrote cannot be removed again. `code` is the system's errno."""
     return OutputError(
-        f"{shown(path)} cannot be removed ({os.strerror(code)}), and a run that fails must take away what it wrote; "
-        "mount the store with deletion allowed (mount-s3 --allow-delete), or write to a disk and copy"
+        f"{shown(path)} cannot be removed ({os.strerror(code)}), and a run that fails must take "
+        "away what it wrote; "
+        "mount the store with deletion allowed (mount-s3 --allow-delete), or write to a disk and "
+        "copy"
     )
 
 
@@ -149,7 +168,9 @@ def _writes_anywhere(path: Path) -> bool:
 
 
 def _remove_probe(folder: Path) -> int | None:
-    """The error for which a folder of ours cannot be removed. Where folders vanish with their last file it is gone."""
+    """The error for which a folder of ours cannot be removed. Where folders vanish with their
+    last file it is gone.
+    """
     try:
         for path in folder.iterdir() if folder.exists() else ():
             path.unlink()
@@ -163,8 +184,8 @@ def _remove_probe(folder: Path) -> int | None:
 def remove(path: Path) -> None:
     """Remove a file or a folder with all that is in it, as far as that can be done.
 
-    shutil.rmtree holds a folder's inode number against what it opened, and gcsfuse may tell two. Then a plain walk does
-    it, which follows no links either.
+    shutil.rmtree holds a folder's inode number against what it opened, and gcsfuse may tell two.
+    Then a plain walk does it, which follows no links either.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -195,7 +216,9 @@ def sync(file: int) -> None:
 
 
 def sync_refusal(folder: Path) -> str | None:
-    """Why a file below this folder cannot be synced; None where it can. The file is removed again."""
+    """Why a file below this folder cannot be synced; None where it can. The file is removed
+    again.
+    """
     path = folder / "synced"
     try:
         with path.open("xb") as file:
@@ -210,6 +233,8 @@ def sync_refusal(folder: Path) -> str | None:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that an ordinary user may still write to this folder's file system; None where it does not say."""
+    """Bytes that an ordinary user may still write to this folder's file system; None where it
+    does not say.
+    """
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize if status.f_blocks else None

@@ -1,4 +1,6 @@
-"""What to say, in one line, of an exception: a known failure's own words, or the cause of what no module foresaw."""
+"""What to say, in one line, of an exception: a known failure's own words, or the cause of what
+no module foresaw.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,27 @@ from dus_cli.errors import DusError, reason_of, shown
 
 # How Python says that a text is no number.
 _NO_NUMBER = re.compile(
-    r"(?:invalid literal for int\(\) with base \d+|could not convert string to float): (.*)", re.DOTALL
+    r"(?:invalid literal for int\(\) with base \d+|could not convert string to float): (.*)",
+    re.DOTALL,
 )
 
 _QUOTED_NAME = re.compile(r"""["']([A-Za-z_][A-Za-z0-9_]*)["']""")
 
-# Addresses and files that the libraries of the network take from the environment, and what they must be.
+# Addresses and files that the libraries of the network take from the environment, and what they
+# must be.
 _ENDPOINT = re.compile(r"https?://[^/:\s]+(:\d+)?(/.*)?")
-_PROXY = re.compile(r"((https?|socks5h?)://)?([^@/\s]*@)?([^/:\s]+|\[[^\]\s]+\])(:\d+)?/?", re.IGNORECASE)
+_PROXY = re.compile(
+    r"((https?|socks5h?)://)?([^@/\s]*@)?([^/:\s]+|\[[^\]\s]+\])(:\d+)?/?", re.IGNORECASE
+)
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 _FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _NETWORK = ("httpx", "httpcore", "ssl")
 
 
 def explained(error: Exception) -> str:
-    """The line: what is missing or set wrong where that can be told, else that dus did not foresee it."""
+    """The line: what is missing or set wrong where that can be told, else that dus did not
+    foresee it.
+    """
     blame = blamed_variable(error)
     if blame is not None:
         return blame
@@ -47,10 +55,12 @@ def explained(error: Exception) -> str:
 
 
 def blamed_variable(error: BaseException | None) -> str | None:
-    """What to say where the environment is to blame for an exception: a variable that a library cannot use.
+    """What to say where the environment is to blame for an exception: a variable that a library
+    cannot use.
 
-    A number, which libraries read as they are imported, is told by the line that failed, where the variable has its
-    name, or else by its value; an address or a file of the network's libraries is looked at once they fail.
+    A number, which libraries read as they are imported, is told by the line that failed, where the
+    variable has its name, or else by its value; an address or a file of the network's libraries is
+    looked at once they fail.
     """
     for cause in _causes(error):
         match = _NO_NUMBER.search(str(cause))
@@ -64,7 +74,8 @@ def blamed_variable(error: BaseException | None) -> str | None:
         names = named or valued
         if names:
             return (
-                f"the environment variable {' or '.join(names)} is {shown(match[1])}, and a library reads it as a "
+                f"the environment variable {' or '.join(names)} is {shown(match[1])}, and a "
+                "library reads it as a "
                 "number; set it to one, or unset it"
             )
     return None
@@ -73,8 +84,14 @@ def blamed_variable(error: BaseException | None) -> str | None:
 def _is_of_the_network(error: BaseException) -> bool:
     modules = {kind.__module__.partition(".")[0].rstrip("2") for kind in type(error).__mro__}
     places = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
-    is_inside = any(f"{os.sep}{name}" in place for place in places for name in ("httpx", "httpcore", "huggingface_hub"))
-    return not modules.isdisjoint(_NETWORK) or (is_inside and isinstance(error, (ValueError, OSError)))
+    is_inside = any(
+        f"{os.sep}{name}" in place
+        for place in places
+        for name in ("httpx", "httpcore", "huggingface_hub")
+    )
+    return not modules.isdisjoint(_NETWORK) or (
+        is_inside and isinstance(error, (ValueError, OSError))
+    )
 
 
 def _unusable_address() -> str | None:
@@ -82,16 +99,23 @@ def _unusable_address() -> str | None:
     environment = os.environ
     endpoint = environment.get("HF_ENDPOINT")
     if endpoint and not _ENDPOINT.fullmatch(endpoint):
-        return f"the environment variable HF_ENDPOINT is {shown(endpoint)!r}, and must begin with https:// or http://"
+        return (
+            f"the environment variable HF_ENDPOINT is {shown(endpoint)!r}, and must begin with "
+            "https:// or http://"
+        )
     for name in _PROXIES:
         if environment.get(name) and not _PROXY.fullmatch(environment[name]):
             return (  # without its value, which may hold a password
-                f"the environment variable {name} is no address of a proxy, such as http://host:3128 or "
+                f"the environment variable {name} is no address of a proxy, such as "
+                "http://host:3128 or "
                 "socks5://host:1080; correct it, or unset it"
             )
     for name in _FILES:
         if environment.get(name) and not os.path.exists(environment[name]):  # noqa: PTH110  (as ssl asks it)
-            return f"the environment variable {name} is {shown(environment[name])!r}, which does not exist; unset it"
+            return (
+                f"the environment variable {name} is {shown(environment[name])!r}, which does not "
+                "exist; unset it"
+            )
     return None
 
 
@@ -105,11 +129,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _names_in_lines(error: BaseException) -> list[str]:
-    """Environment variables whose names stand in the statements that an exception came through, innermost first."""
+    """Environment variables whose names stand in the statements that an exception came through,
+    innermost first.
+    """
     names: list[str] = []
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         first = frame.lineno or 1
         last = getattr(frame, "end_lineno", None) or first  # since Python 3.11
-        text = "".join(linecache.getline(frame.filename, number) for number in range(first, last + 1))
+        text = "".join(
+            linecache.getline(frame.filename, number) for number in range(first, last + 1)
+        )
         names += [name for name in _QUOTED_NAME.findall(text) if name in os.environ]
     return list(dict.fromkeys(names))

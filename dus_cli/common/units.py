@@ -64,7 +64,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?B)?", text.strip().upper(), re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise ValueError(f"{text!r} is not a size; write it like 5GB, 300MB or 1.5TB (decimal units)")
+        raise ValueError(
+            f"{text!r} is not a size; write it like 5GB, 300MB or 1.5TB (decimal units)"
+        )
     return size
 
 
@@ -106,4 +108,6 @@ def human_time(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min"
     hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+    )

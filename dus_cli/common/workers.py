@@ -25,7 +25,9 @@ class Workers(NamedTuple):
 
 @contextmanager
 def workers(jobs: int) -> Iterator[Workers]:
-    """A pool of `jobs` threads. On leaving, also by Ctrl-C, waiting tasks are dropped and running ones told."""
+    """A pool of `jobs` threads. On leaving, also by Ctrl-C, waiting tasks are dropped and
+    running ones told.
+    """
     stop = threading.Event()
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -36,9 +38,13 @@ def workers(jobs: int) -> Iterator[Workers]:
 
 
 def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], window: int = 32
+    pool: ThreadPoolExecutor,
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    window: int = 32,
 ) -> Iterator[_Result]:
-    """Like `pool.map`, but at most `window` results wait for whoever takes them: memory does not grow with the items.
+    """Like `pool.map`, but at most `window` results wait for whoever takes them: memory does not
+    grow with the items.
 
     Raises:
         Exception: the function's, at the result's turn.

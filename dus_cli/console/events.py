@@ -1,4 +1,6 @@
-"""Progress for a program: JSON Lines on stderr, one event each. docs/layout.md describes every field."""
+"""Progress for a program: JSON Lines on stderr, one event each. docs/layout.md describes every
+field.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class Wanted:
 
 
 def are_wanted(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for events. It need not be valid: its own usage error is to be one.
+    """Whether a command line asks for events. It need not be valid: its own usage error is to be
+    one.
 
     >>> are_wanted(["verify", "--progress", "json"]), are_wanted(["verify", "--progress=plain"])
     (True, False)
@@ -56,9 +59,10 @@ def are_wanted(arguments: Sequence[str]) -> bool:
     options = list(takewhile(lambda argument: argument != "--", arguments))
     if not any(option.partition("=")[0] == "--progress" for option in options):
         return Wanted.by_a_file
-    return f"--progress={ProgressMode.json.value}" in options or ("--progress", ProgressMode.json.value) in pairwise(
-        options
-    )
+    return f"--progress={ProgressMode.json.value}" in options or (
+        "--progress",
+        ProgressMode.json.value,
+    ) in pairwise(options)
 
 
 class JsonProgress:

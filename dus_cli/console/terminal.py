@@ -26,7 +26,9 @@ _INTERVAL = 60.0
 
 
 def say(text: str) -> None:
-    """A line on stderr, at once. Where nobody reads it any more the work goes on, and nothing more is said."""
+    """A line on stderr, at once. Where nobody reads it any more the work goes on, and nothing
+    more is said.
+    """
     try:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
@@ -35,7 +37,8 @@ def say(text: str) -> None:
 
 
 def fitted(text: object, width: int | None = None) -> str:
-    """A result, its lines broken between words where a terminal would break within them; paths and commands stay whole.
+    """A result, its lines broken between words where a terminal would break within them; paths and
+    commands stay whole.
 
     Where stdout is no terminal and COLUMNS is not set, a line stays a line.
 
@@ -55,7 +58,11 @@ def _broken(line: str, width: int) -> str:
     label = re.match(r"(?:\S+(?: \S+)*)?\s{2,}", line)  # of a table's first column
     indent = label.end() if label and label.end() <= width // 2 else 0
     lines = textwrap.wrap(
-        line[indent:], width - indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        line[indent:],
+        width - indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
     )
     return line[:indent] + ("\n" + " " * indent).join(lines)
 

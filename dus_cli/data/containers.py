@@ -1,7 +1,8 @@
-"""Files as streams of bytes, unpacked where their names say so, in memory that does not grow with the file.
+"""Files as streams of bytes, unpacked where their names say so, in memory that does not grow with
+the file.
 
-`.gz`, `.zst`, `.xz` and `.bz2`, also of several members one behind the other. A file cut short is an error, never
-the end of the text.
+`.gz`, `.zst`, `.xz` and `.bz2`, also of several members one behind the other. A file cut short is
+an error, never the end of the text.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _NO_TEXT = _MAGIC | {
 }
 _POINTER = b"version https://git-lfs"
 
-# Up to 1,000-fold where text is all alike, so that a hostile file takes megabytes and not the machine.
+# Up to 1,000-fold where text is all alike, so that a hostile file takes megabytes and not the
+# machine.
 _COMPRESSED_PIECE = 16 << 10
 
 
@@ -84,12 +86,16 @@ def check_is_text(head: bytes) -> None:
         UnreadableError: it does.
     """
     if head.startswith(_POINTER):
-        raise UnreadableError("it is a Git LFS pointer, not the file; fetch the file (git lfs pull)")
+        raise UnreadableError(
+            "it is a Git LFS pointer, not the file; fetch the file (git lfs pull)"
+        )
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UnreadableError("it is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
     for suffix, magic in _NO_TEXT.items():
         if head.startswith(magic):
-            raise UnreadableError(f"it holds what a {suffix} file holds; rename it so, or unpack it")
+            raise UnreadableError(
+                f"it holds what a {suffix} file holds; rename it so, or unpack it"
+            )
 
 
 @contextmanager
@@ -116,7 +122,9 @@ def _unpacked(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Zstandard frames, decompressed. zstandard's own stream_reader takes a file cut short for one that ends there."""
+    """Zstandard frames, decompressed. zstandard's own stream_reader takes a file cut short for
+    one that ends there.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         self._zstd = import_library("zstandard", ".zst")

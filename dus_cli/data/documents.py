@@ -1,4 +1,5 @@
-"""Training text: which files there are, which of them are no data, and the documents in them, one at a time.
+"""Training text: which files there are, which of them are no data, and the documents in them, one
+at a time.
 
 `texts` has the kinds of files. All but Parquet and Arrow may be compressed: .jsonl.gz, .csv.xz.
 """
@@ -25,7 +26,9 @@ class BadLine(str, Enum):
 
 @dataclass
 class Tally:
-    """What was read: documents, how many lines were left out for which reason, bytes of the current file."""
+    """What was read: documents, how many lines were left out for which reason, bytes of the
+    current file.
+    """
 
     documents: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -35,24 +38,26 @@ class Tally:
         self.skipped[reason] = self.skipped.get(reason, 0) + count
 
 
-# --- the documents in a file -------------------------------------------------------------------------
+# --- the documents in a file ----------------------------------------------------------------------
 
 
 def documents(path: Path, text_field: str, on_bad_line: BadLine, tally: Tally) -> Iterator[str]:
-    """The texts in a file, in order. Texts of nothing but white space are counted as `empty` and left out.
+    """The texts in a file, in order. Texts of nothing but white space are counted as `empty` and
+    left out.
 
-    Reasons in `tally.skipped`: malformed_json, malformed_csv, missing_field, not_a_string, invalid_utf8, too_long,
-    empty.
+    Reasons in `tally.skipped`: malformed_json, malformed_csv, missing_field, not_a_string,
+    invalid_utf8, too_long, empty.
 
     Raises:
-        DataError: the file cannot be read, ends too early, lacks the column; or with `error`, the first bad
-            line, row or item, by its number from 1.
+        DataError: the file cannot be read, ends too early, lacks the column; or with `error`, the
+            first bad line, row or item, by its number from 1.
     """
 
     def on_bad(unit: str, number: int, problem: BadRecordError) -> None:
         if on_bad_line is BadLine.error:
             raise DataError(
-                f"{shown(path)}, {unit} {number}: {problem.detail}; mend it, or leave such {unit}s out with"
+                f"{shown(path)}, {unit} {number}: {problem.detail}; mend it, or leave such "
+                f"{unit}s out with"
                 " --on-bad-line skip"
             )
         tally.skip(problem.reason)
@@ -75,7 +80,9 @@ def documents(path: Path, text_field: str, on_bad_line: BadLine, tally: Tally) -
         raise DataError(f"cannot read {shown(path)}: {error}") from error
     except OSError as error:
         reason = error.strerror or shown(error)
-        raise DataError(f"cannot read {shown(path)}: {reason}; check the disk or the network mount") from error
+        raise DataError(
+            f"cannot read {shown(path)}: {reason}; check the disk or the network mount"
+        ) from error
 
 
 @dataclass(frozen=True)

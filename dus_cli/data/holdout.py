@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dus_cli.common.units import parse_share
 from dus_cli.errors import DataError, shown
 
-# --- which files -----------------------------------------------------------------------------------
+# --- which files ----------------------------------------------------------------------------------
 
 
 def parse_holdout(text: str) -> float:
@@ -25,7 +25,10 @@ def parse_holdout(text: str) -> float:
     except ValueError:
         share = 1.0
     if share > 0.5:
-        raise DataError(f"{shown(text)} is no share of documents to hold out; give 0% to 50%, such as 0.5% or 0.005")
+        raise DataError(
+            f"{shown(text)} is no share of documents to hold out; give 0% to 50%, such as 0.5% or "
+            "0.005"
+        )
     return share
 
 
@@ -37,7 +40,8 @@ EVERYTHING = 1.0
 
 @dataclass(frozen=True)
 class Split:
-    """Where a document goes, by the hash of its text: so that the split stays the same when data is added.
+    """Where a document goes, by the hash of its text: so that the split stays the same when data is
+    added.
 
     `share` of the documents is held out; those whose hash is in `left_out` go nowhere.
     """

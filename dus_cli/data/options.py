@@ -21,7 +21,8 @@ OnBadLine = Annotated[BadLine, Option("Stop at a line without text, or count it.
 SpecialTokens = Annotated[
     bool,
     Option(
-        "A document begins with what the model's tokenizer puts before a text (<s>), or with the text itself.",
+        "A document begins with what the model's tokenizer puts before a text (<s>), or with the "
+        "text itself.",
         panel=DATA,
     ),
 ]

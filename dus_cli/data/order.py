@@ -1,7 +1,8 @@
 """Which row of which source comes when: a pure function of the seed, computed row by row.
 
-Nothing is shuffled in memory and nothing is kept: the order of a billion rows costs nothing, any worker
-can ask for any row, and a run that is resumed with more or fewer workers goes on with the same rows.
+Nothing is shuffled in memory and nothing is kept: the order of a billion rows costs nothing, any
+worker can ask for any row, and a run that is resumed with more or fewer workers goes on with the
+same rows.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ _FEWEST_BITS = 4
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where a pseudo-random permutation of range(size) takes `index`. Time and memory do not grow with `size`.
+    """Where a pseudo-random permutation of range(size) takes `index`. Time and memory do not grow
+    with `size`.
 
-    A Feistel network is a permutation of 2**b values whatever its rounds compute; walking along its cycle
-    until the value is below `size` makes it one of range(size) (Black and Rogaway, Ciphers with arbitrary
-    finite domains, 2002). Fewer than two steps on average, where size is above 2**4.
+    A Feistel network is a permutation of 2**b values whatever its rounds compute; walking along its
+    cycle until the value is below `size` makes it one of range(size) (Black and Rogaway, Ciphers
+    with arbitrary finite domains, 2002). Fewer than two steps on average, where size is above 2**4.
 
     >>> [permute(index, 10, key=1) for index in range(10)]
     [0, 2, 4, 9, 1, 3, 6, 7, 5, 8]
@@ -64,17 +66,22 @@ def _key(*parts: object) -> int:
 class Order:
     """The rows of several sources, in the order in which a run with this seed sees them.
 
-    Without weights an epoch is every row once. With weights an epoch has rows in these proportions, as
-    many as there are until the first source is used up; no row comes twice in an epoch, and in the next
-    one a source that was not used up goes on with its next rows.
+    Without weights an epoch is every row once. With weights an epoch has rows in these proportions,
+    as many as there are until the first source is used up; no row comes twice in an epoch, and in
+    the next one a source that was not used up goes on with its next rows.
 
     Raises:
         DataError: no rows at all, or a source with a weight has none.
     """
 
-    def __init__(self, num_rows: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, num_rows: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0
+    ) -> None:
         if sum(num_rows) == 0 or (weights is not None and 0 in num_rows):
-            raise DataError("a source has too few tokens for one row; add data, or choose a smaller --seq-length")
+            raise DataError(
+                "a source has too few tokens for one row; add data, or choose a smaller "
+                "--seq-length"
+            )
         self.num_rows = tuple(num_rows)
         self.is_weighted = weights is not None
         self.seed = seed
@@ -87,14 +94,17 @@ class Order:
         return self._ends[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Source and row of the run's row `index` = 0, 1, …; epochs follow each other without an end."""
+        """Source and row of the run's row `index` = 0, 1, …; epochs follow each other without an
+        end.
+        """
         epoch, place = divmod(index, self.rows_per_epoch)
         slot = permute(place, self.rows_per_epoch, _key(self.seed, "epoch", epoch))
         source = bisect_right(self._ends, slot)
         offset = slot - (self._ends[source] - self._quotas[source])
         if not self.is_weighted:
             return source, offset
-        # One permutation for all passes: an epoch that begins in one pass and ends in the next repeats no row.
+        # One permutation for all passes: an epoch that begins in one pass and ends in the next
+        # repeats no row.
         pick = epoch * self._quotas[source] + offset
         size = self.num_rows[source]
         return source, permute(pick % size, size, _key(self.seed, "source", source))
@@ -109,4 +119,7 @@ def _quotas(num_rows: Sequence[int], weights: Sequence[float]) -> tuple[int, ...
     (70, 30)
     """
     scale = min(size / weight for size, weight in zip(num_rows, weights, strict=True))
-    return tuple(max(1, min(size, round(weight * scale))) for size, weight in zip(num_rows, weights, strict=True))
+    return tuple(
+        max(1, min(size, round(weight * scale)))
+        for size, weight in zip(num_rows, weights, strict=True)
+    )

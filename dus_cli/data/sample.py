@@ -1,7 +1,8 @@
-"""Text for a measurement without a run: the first documents of some data, tokenised and packed in memory.
+"""Text for a measurement without a run: the first documents of some data, tokenised and packed in
+memory.
 
-`dus heal` keeps its data in token files, because it may be terabytes. A measurement takes some thousand tokens, so
-it reads no further than it must and writes nothing.
+`dus heal` keeps its data in token files, because it may be terabytes. A measurement takes some
+thousand tokens, so it reads no further than it must and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ _LONGEST_TOKEN = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents in reading order, the last one of each source cut where the number of tokens is reached.
+    """Documents in reading order, the last one of each source cut where the number of tokens is
+    reached.
 
-    `skipped` counts lines and documents that were left out, by reason; `unread` are files that are no data.
+    `skipped` counts lines and documents that were left out, by reason; `unread` are files that are
+    no data.
     """
 
     texts: tuple[str, ...]
@@ -49,15 +52,17 @@ def read_sample(
     reading: Reading | None = None,
     holdout: float | None = None,
 ) -> Sample:
-    """The first documents of the data, up to about `max_tokens` tokens with those around each text: never more.
+    """The first documents of the data, up to about `max_tokens` tokens with those around each text:
+    never more.
 
     Args:
-        files: as `--data` takes them. Of sources with weights each gives its share of the tokens; without, the
-            first ones are read first.
+        files: as `--data` takes them. Of sources with weights each gives its share of the tokens;
+            without, the first ones are read first.
         tokeniser: counts tokens. Other tokenizers give other numbers of tokens for the same texts.
         max_tokens: where reading ends.
         reading: how documents are found in files.
-        holdout: only documents that `dus heal --holdout SHARE` holds out; None takes every document.
+        holdout: only documents that `dus heal --holdout SHARE` holds out; None takes every
+            document.
 
     Raises:
         DataError: nothing there, not readable, or no document.
@@ -69,18 +74,25 @@ def read_sample(
         left = max_tokens
         for source, weight in zip(sources, weights, strict=True):
             budget = round(max_tokens * weight / sum(weights)) if weight else left
-            found, count = _first_documents(_documents(source, reading or Reading(), holdout, tally), tokeniser, budget)
+            found, count = _first_documents(
+                _documents(source, reading or Reading(), holdout, tally), tokeniser, budget
+            )
             texts += found
             left -= count
     if not texts:
-        raise DataError(f"{shown_list(list(files))} has no documents to measure on: {_why(tally, holdout)}")
+        raise DataError(
+            f"{shown_list(list(files))} has no documents to measure on: {_why(tally, holdout)}"
+        )
     unread = sum((source.unread for source in sources), Unread())
     return Sample(tuple(texts), dict(sorted(tally.skipped.items())), unread)
 
 
 def _why(tally: Tally, holdout: float | None) -> str:
     if tally.documents and holdout is not None:
-        return f"none of {tally.documents} falls into the held-out share of {holdout:.2%}; raise --holdout"
+        return (
+            f"none of {tally.documents} falls into the held-out share of {holdout:.2%}; raise "
+            "--holdout"
+        )
     if tally.documents:
         return "they have no tokens"
     if tally.skipped:
@@ -89,7 +101,9 @@ def _why(tally: Tally, holdout: float | None) -> str:
     return "the files are empty; choose others"
 
 
-def _documents(source: Source, reading: Reading, holdout: float | None, tally: Tally) -> Iterator[str]:
+def _documents(
+    source: Source, reading: Reading, holdout: float | None, tally: Tally
+) -> Iterator[str]:
     split = None if holdout is None else Split(holdout)
     for path in source.paths:
         for text in documents(path, reading.text_field, reading.on_bad_line, tally):
@@ -97,7 +111,9 @@ def _documents(source: Source, reading: Reading, holdout: float | None, tally: T
                 yield text
 
 
-def _first_documents(texts: Iterator[str], tokeniser: Tokeniser, max_tokens: int) -> tuple[list[str], int]:
+def _first_documents(
+    texts: Iterator[str], tokeniser: Tokeniser, max_tokens: int
+) -> tuple[list[str], int]:
     """Documents of at most `max_tokens` tokens, and how many they have."""
     found: list[str] = []
     total, around = 0, len(tokeniser.before) + len(tokeniser.ending)
@@ -120,7 +136,9 @@ def _first_documents(texts: Iterator[str], tokeniser: Tokeniser, max_tokens: int
 
 
 def _beginning(text: str, tokeniser: Tokeniser, max_tokens: int) -> str:
-    """The beginning of a text that has at most `max_tokens` tokens and hardly fewer, found by halving."""
+    """The beginning of a text that has at most `max_tokens` tokens and hardly fewer, found by
+    halving.
+    """
     low, high = 0, len(text)
     while high - low > max(1, low >> 6):
         middle = (low + high) // 2
@@ -147,10 +165,17 @@ class _InMemory:
 
 
 class Packed(RowsInOrder):
-    """Documents in rows, one behind the other, as `dus heal` packs its held-out set. The last row is filled up."""
+    """Documents in rows, one behind the other, as `dus heal` packs its held-out set. The last
+    row is filled up.
+    """
 
     def __init__(
-        self, texts: Sequence[str], tokeniser: Tokeniser, seq_length: int, *, document_mask: bool = True
+        self,
+        texts: Sequence[str],
+        tokeniser: Tokeniser,
+        seq_length: int,
+        *,
+        document_mask: bool = True,
     ) -> None:
         ids, ends = list[int](), list[int]()
         for document in tokeniser.encode(texts):
@@ -158,13 +183,19 @@ class Packed(RowsInOrder):
             ends.append(len(ids))
         tokens = _InMemory(np.array(ids, np.int64), np.array(ends, np.int64))
         tokeniser.check_ids(int(tokens.ids.max(initial=0)))
-        super().__init__(tokens, len(ids), Packing(seq_length, tokeniser.eos, tokeniser.before, document_mask))
+        super().__init__(
+            tokens, len(ids), Packing(seq_length, tokeniser.eos, tokeniser.before, document_mask)
+        )
         self.num_tokens = len(ids)  # those around the texts counted
         self._ends = tokens.ends
 
     def document_numbers(self, index: int) -> Ids:
-        """The document, counted from 0, that each label of row `index` belongs to; -1 where none counts."""
+        """The document, counted from 0, that each label of row `index` belongs to; -1 where none
+        counts.
+        """
         row, start = self[index], self.start(index)
         first = start + 1 - self.packing.lead(self.tokens, start)
-        numbers = np.searchsorted(self._ends, np.arange(first, first + self.packing.seq_length), side="right")
+        numbers = np.searchsorted(
+            self._ends, np.arange(first, first + self.packing.seq_length), side="right"
+        )
         return np.where(row.labels == IGNORED, -1, numbers)

@@ -1,10 +1,13 @@
-"""Data, tokenised once: whoever asks first builds, the others wait, and the next run starts at once.
+"""Data, tokenised once: whoever asks first builds, the others wait, and the next run starts at
+once.
 
 Below `tokens/`:
 
-- `<key>/`: a part, see `tokenise`. A large file is one part; small files of a source share one, in order.
-  The key is a digest of all that its tokens depend on: content, tokenizer, field, and how it was split.
-- `sources.jsonl`: the SHA-256 of each file by path, size, time and inode, so that a second run need not read it.
+- `<key>/`: a part, see `tokenise`. A large file is one part; small files of a source share one, in
+  order. The key is a digest of all that its tokens depend on: content, tokenizer, field, and how it
+  was split.
+- `sources.jsonl`: the SHA-256 of each file by path, size, time and inode, so that a second run need
+  not read it.
 - `.lock`: held while parts are built (flock: the kernel releases it however the process ends).
 """
 
@@ -62,9 +65,9 @@ def prepare(
 ) -> Prepared:
     """Tokenise what is not there yet.
 
-    Where the share `holdout` holds no document it is doubled until it does, up to a half: the sets are
-    nested, so a document once held out stays so as long as the share is the same or larger. With
-    `eval_sources` their documents are held out, all of them, and left out of training.
+    Where the share `holdout` holds no document it is doubled until it does, up to a half: the sets
+    are nested, so a document once held out stays so as long as the share is the same or larger.
+    With `eval_sources` their documents are held out, all of them, and left out of training.
 
     Args:
         sources: training data.
@@ -78,34 +81,43 @@ def prepare(
         special_tokens: whether documents have what the tokenizer puts around a text.
         wait: for another run that builds; else that is an error.
         say: told once what is waited for.
-        on_progress: told bytes done and bytes in all, where each file that is not yet known counts twice:
-            it is read for its digest, then for its text.
+        on_progress: told bytes done and bytes in all, where each file that is not yet known counts
+            twice: it is read for its digest, then for its text.
 
     Raises:
-        DataError: no documents to train on; a file, the tokenizer or an id is not usable; another run is building.
+        DataError: no documents to train on; a file, the tokenizer or an id is not usable; another
+            run is building.
         OutputError: the disk is full, or failed.
     """
     if any(source.weight is not None for source in eval_sources):
         raise DataError("evaluation data has no mixture; leave the weights of --eval-data out")
     reading = Reading(text_field, on_bad_line)
-    shelf = _Shelf(folder, tokenizer_folder, vocab_size, reading, on_progress, special_tokens=special_tokens)
+    shelf = _Shelf(
+        folder, tokenizer_folder, vocab_size, reading, on_progress, special_tokens=special_tokens
+    )
     try:  # without the lock, for all is there but the first time
         prepared = _assemble(shelf, sources, eval_sources, holdout)
     except _MissingError:
         with writing(folder.name):
             folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder, wait=wait, say=say), contextlib.closing(shelf):
-            shelf.start_building([path for source in (*sources, *eval_sources) for path in source.paths])
+            shelf.start_building(
+                [path for source in (*sources, *eval_sources) for path in source.paths]
+            )
             prepared = _assemble(shelf, sources, eval_sources, holdout)
     return prepared
 
 
-def _assemble(shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[Source], holdout: float) -> Prepared:
+def _assemble(
+    shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[Source], holdout: float
+) -> Prepared:
     eval_parts = shelf.parts(eval_sources, Split(EVERYTHING), "")
     if eval_sources:
         holdout = 0.0
         if not any(meta["num_documents"]["heldout"] for _, meta in eval_parts):
-            raise DataError(f"{_names(eval_sources)} has no documents to evaluate on; choose other data")
+            raise DataError(
+                f"{_names(eval_sources)} has no documents to evaluate on; choose other data"
+            )
     split_by = [part.key for part, _ in eval_parts]
 
     def split_at(share: float) -> list[list[tuple[Part, dict[str, Any]]]]:
@@ -142,7 +154,9 @@ def _assemble(shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[S
 
 
 def _share_that_holds_some(metas: Sequence[dict[str, Any]], share: float) -> float:
-    """The share doubled until it holds a document but not all; 0 if there is no such one up to a half."""
+    """The share doubled until it holds a document but not all; 0 if there is no such one up to a
+    half.
+    """
     lowest = min((meta["lowest_hash"] for meta in metas), default=0)
     highest = max((meta["highest_hash"] for meta in metas), default=0)
     while share < 0.5:
@@ -162,7 +176,8 @@ def _check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[
     if num_held_out:
         why = f"all {num_held_out} fall into the held-out set; lower --holdout, or name --eval-data"
     elif left_out:
-        why = f"left out: {shown_list([f'{count} {reason}' for reason, count in left_out.items()])}; check the data"
+        counts = [f"{count} {reason}" for reason, count in left_out.items()]
+        why = f"left out: {shown_list(counts)}; check the data"
     else:
         why = "the files are empty; choose others"
     raise DataError(f"{_names(sources)} has no documents to train on: {why}")
@@ -181,7 +196,9 @@ class _MissingError(Exception):
 
 
 class _Shelf:
-    """The parts that there are; once `start_building` was called, also those that there are not yet."""
+    """The parts that there are; once `start_building` was called, also those that there are not
+    yet.
+    """
 
     def __init__(
         self,
@@ -217,16 +234,27 @@ class _Shelf:
         self._done += num_bytes
         self._on_progress(self._done, self._total)
 
-    def parts(self, sources: Sequence[Source], split: Split, split_by: object) -> list[tuple[Part, dict[str, Any]]]:
-        """The parts of these sources and their meta.json. `split_by` is what names `split.left_out` in the key."""
+    def parts(
+        self, sources: Sequence[Source], split: Split, split_by: object
+    ) -> list[tuple[Part, dict[str, Any]]]:
+        """The parts of these sources and their meta.json. `split_by` is what names
+        `split.left_out` in the key.
+        """
         if self.may_build:
             self._total += sum(_stamp(path)[0] for source in sources for path in source.paths)
-        return [self._part(files, split, split_by) for source in sources for files in _groups(source.paths)]
+        return [
+            self._part(files, split, split_by)
+            for source in sources
+            for files in _groups(source.paths)
+        ]
 
-    def _part(self, files: Sequence[Path], split: Split, split_by: object) -> tuple[Part, dict[str, Any]]:
+    def _part(
+        self, files: Sequence[Path], split: Split, split_by: object
+    ) -> tuple[Part, dict[str, Any]]:
         stamps = [_stamp(path) for path in files]
         digests = [self.digests.get(path) for path in files]
-        # The same bytes may be .txt here and .jsonl there; more of the name is nothing to the tokens.
+        # The same bytes may be .txt here and .jsonl there; more of the name is nothing to the
+        # tokens.
         kinds = [kind_of(path.name) for path in files]
         dtype = np.dtype(token_dtype(self.vocab_size)).name
         way = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
@@ -236,13 +264,17 @@ class _Shelf:
             meta = self._build(key, files, split)
             if stamps != [_stamp(path) for path in files]:
                 shutil.rmtree(self.folder / key)
-                raise DataError(f"{shown_list([p.name for p in files])} changed while it was read; start again")
+                raise DataError(
+                    f"{shown_list([p.name for p in files])} changed while it was read; start again"
+                )
         elif self.may_build:
             self._advance(sum(_stamp(path)[0] for path in files))
         if max(meta["highest_id"], meta["eos"]) >= self.vocab_size:
             self._load().check_ids(max(meta["highest_id"], meta["eos"]))
         tokens, documents = meta["num_tokens"], meta["num_documents"]
-        part = Part(key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"])
+        part = Part(
+            key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"]
+        )
         return part, meta
 
     def _stored(self, key: str) -> dict[str, Any] | None:
@@ -257,14 +289,18 @@ class _Shelf:
         if not self.may_build:
             raise _MissingError
         tokeniser = self._load()
-        with Staging(self.folder / key, overwrite=True, claim=_is_of_a_part) as staging:  # for a damaged one
+        with Staging(
+            self.folder / key, overwrite=True, claim=_is_of_a_part
+        ) as staging:  # for a damaged one
             meta = write_part(staging.folder, files, self.reading, split, tokeniser, self._advance)
             staging.publish()
         return meta
 
     def _load(self) -> Tokeniser:
         if self.tokeniser is None:
-            self.tokeniser = Tokeniser(self.tokenizer_folder, self.vocab_size, special_tokens=self.special_tokens)
+            self.tokeniser = Tokeniser(
+                self.tokenizer_folder, self.vocab_size, special_tokens=self.special_tokens
+            )
         return self.tokeniser
 
     def hashes(self, keys: Sequence[str]) -> frozenset[int]:
@@ -272,7 +308,9 @@ class _Shelf:
         if not self.may_build:
             return frozenset()
         return frozenset(
-            number for key in keys for number in np.fromfile(self.folder / key / "hashes.bin", np.uint64).tolist()
+            number
+            for key in keys
+            for number in np.fromfile(self.folder / key / "hashes.bin", np.uint64).tolist()
         )
 
 
@@ -300,12 +338,16 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise DataError(f"cannot read {shown(path)}: {error.strerror}; check the disk or the network") from error
+        raise DataError(
+            f"cannot read {shown(path)}: {error.strerror}; check the disk or the network"
+        ) from error
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class _Digests:
-    """SHA-256 by path, size, time and inode, in a file that only grows: a torn line is one that is not known."""
+    """SHA-256 by path, size, time and inode, in a file that only grows: a torn line is one that
+    is not known.
+    """
 
     def __init__(self, path: Path, on_bytes: Callable[[int], object]) -> None:
         self._path, self._on_bytes = path, on_bytes
@@ -354,13 +396,17 @@ class _Digests:
                     digest.update(piece[:count])
                     self._on_bytes(count)
         except OSError as error:
-            raise DataError(f"cannot read {shown(path)}: {error.strerror}; check the disk or the network") from error
+            raise DataError(
+                f"cannot read {shown(path)}: {error.strerror}; check the disk or the network"
+            ) from error
         return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterator[None]:
-    """Build alone. Polled, because a blocking lock on a network file system may not see a dead owner's go."""
+    """Build alone. Polled, because a blocking lock on a network file system may not see a dead
+    owner's go.
+    """
     with writing(".lock"):
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -368,9 +414,15 @@ def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterat
         while not _try_lock(lock, folder, say):
             owner = os.pread(lock, 300, 0).decode(errors="replace") or holder(lock)
             if not wait:
-                raise DataError(f"another run is preparing the data in {shown(folder)} ({shown(owner)}); wait for it")
+                raise DataError(
+                    f"another run is preparing the data in {shown(folder)} ({shown(owner)}); wait "
+                    "for it"
+                )
             if not has_said:
-                say(f"waiting for another run to prepare the data in {shown(folder)} ({shown(owner)})")
+                say(
+                    f"waiting for another run to prepare the data in {shown(folder)} "
+                    f"({shown(owner)})"
+                )
                 has_said = True
             time.sleep(_POLL)
         with writing(".lock"):
@@ -391,5 +443,8 @@ def _try_lock(lock: int, folder: Path, say: Callable[[str], object]) -> bool:
             raise DataError(
                 f"cannot lock {shown(folder / '.lock')}: {error.strerror}; choose another folder"
             ) from error
-        say(f"{shown(folder)} is on a file system without locks; start no second run until this one has its data")
+        say(
+            f"{shown(folder)} is on a file system without locks; start no second run until this "
+            "one has its data"
+        )
     return True

@@ -26,7 +26,8 @@ _MAY_BE_COMPRESSED = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")
 KINDS = (*_MAY_BE_COMPRESSED, ".parquet", ".arrow", ".feather")
 
-# Beside data, and no data itself: what `datasets` and clones of the Hub hold, and what describes them.
+# Beside data, and no data itself: what `datasets` and clones of the Hub hold, and what describes
+# them.
 _BESIDE_DATA = re.compile(
     r"dataset_infos?\.json|dataset_dict\.json|state\.json|(readme|licen[cs]e|notice|copying|changelog)\b.*|_SUCCESS"
     r"|.*(sums|\.sha\d+|\.md5|\.crc|\.py)",
@@ -41,7 +42,9 @@ _MOST_NAMES = 20
 
 @dataclass(frozen=True)
 class Unread:
-    """Files of a folder or pattern that look like data and are not read: how many, and the names of the first."""
+    """Files of a folder or pattern that look like data and are not read: how many, and the names
+    of the first.
+    """
 
     count: int = 0
     names: tuple[str, ...] = ()
@@ -60,7 +63,8 @@ class Unread:
 
 @dataclass(frozen=True)
 class Source:
-    """One `--data` argument as typed, its files in reading order, and its weight in the mixture if it has one.
+    """One `--data` argument as typed, its files in reading order, and its weight in the mixture if
+    it has one.
 
     `unread` are those that it finds and that are not read.
     """
@@ -84,7 +88,8 @@ class _Found:
 
 
 def kind_of(name: str) -> str | None:
-    """The suffix that tells how a file is read, without that of its compression; None where it is not read.
+    """The suffix that tells how a file is read, without that of its compression; None where it is
+    not read.
 
     >>> kind_of("part-0.JSONL.gz"), kind_of("a.parquet"), kind_of("a.parquet.gz")
     ('.jsonl', '.parquet', None)
@@ -95,16 +100,18 @@ def kind_of(name: str) -> str | None:
     return suffix if suffix in (KINDS if stem == name else _MAY_BE_COMPRESSED) else None
 
 
-def parse_sources(arguments: Sequence[str], spool: Path, text_field: str = "text") -> tuple[Source, ...]:
+def parse_sources(
+    arguments: Sequence[str], spool: Path, text_field: str = "text"
+) -> tuple[Source, ...]:
     """The files behind FILE, FOLDER, 'PATTERN' or `-`, each with `:WEIGHT` behind it or not.
 
-    `-` is standard input, JSONL; it is copied to stdin.jsonl in the folder `spool`, because data is read
-    more than once. A colon that is part of a file's name is no weight. Of folders and patterns, a .json of one
-    object without `text_field` is no data but describes them.
+    `-` is standard input, JSONL; it is copied to stdin.jsonl in the folder `spool`, because data is
+    read more than once. A colon that is part of a file's name is no weight. Of folders and
+    patterns, a .json of one object without `text_field` is no data but describes them.
 
     Raises:
-        DataError: nothing there, nothing that is data, no permission, standard input empty; weights on some
-            arguments only, or not positive.
+        DataError: nothing there, nothing that is data, no permission, standard input empty; weights
+            on some arguments only, or not positive.
         OutputError: standard input could not be stored.
     """
     sources = []
@@ -119,7 +126,9 @@ def parse_sources(arguments: Sequence[str], spool: Path, text_field: str = "text
         sources.append(Source(text, tuple(dict.fromkeys(found.paths)), weight, found.said_unread))
     without = [source.text for source in sources if source.weight is None]
     if without and len(without) < len(sources):
-        raise DataError(f"{shown(without[0])} has no weight but others have; give all of them a weight, or none")
+        raise DataError(
+            f"{shown(without[0])} has no weight but others have; give all of them a weight, or none"
+        )
     return tuple(sources)
 
 
@@ -127,20 +136,25 @@ def _nothing_there(text: str) -> str:
     """What to say of an argument that is no file: it may be a data set elsewhere."""
     scheme, is_url, _ = text.partition("://")
     if is_url and scheme == "hf":
-        return f"{shown(text)} is on the Hub, and --data reads local files; fetch it first: {_FETCH}"
+        return (
+            f"{shown(text)} is on the Hub, and --data reads local files; fetch it first: {_FETCH}"
+        )
     if is_url and scheme in {"http", "https"}:
         return (
-            f"{shown(text)} is a URL, and --data reads local files; download it first (curl -LO URL), or pipe lines of"
+            f"{shown(text)} is a URL, and --data reads local files; download it first (curl -LO "
+            "URL), or pipe lines of"
             " JSON in: curl -L URL | dus … --data -"
         )
     if is_url:
         return (
-            f"{shown(text)} is in another store, and --data reads local files: FILE, FOLDER, 'PATTERN' or -; copy it"
+            f"{shown(text)} is in another store, and --data reads local files: FILE, FOLDER, "
+            "'PATTERN' or -; copy it"
             f" first with {shown(scheme)}'s own tool, or mount it"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text, re.ASCII) and kind_of(text) is None:
         return (
-            f"{shown(text)} is no file or folder here; --data reads local files, so a data set of the Hub is fetched"
+            f"{shown(text)} is no file or folder here; --data reads local files, so a data set of "
+            "the Hub is fetched"
             f" first: {_FETCH}"
         )
     return f"{shown(text)} is no file or folder, and no pattern that fits one; check the path"
@@ -158,7 +172,9 @@ def _weight(argument: str, text: str) -> float:
 
 
 def _find(text: str, spool: Path, text_field: str) -> _Found:
-    """Files of known kinds, absolute and in a fixed order. None where there is nothing by this name."""
+    """Files of known kinds, absolute and in a fixed order. None where there is nothing by this
+    name.
+    """
     if text == "-":
         return _Found([_spooled(spool)])
     text = str(user_path(text)) if text.startswith("~") and not os.path.lexists(text) else text
@@ -177,7 +193,9 @@ def _find(text: str, spool: Path, text_field: str) -> _Found:
     if names and not found.paths:
         there = f" but {found.said_unread}" if found.unread else ""
         kinds = " ".join(KINDS)
-        raise DataError(f"{shown(text)} holds no data{there}; --data reads {kinds} and most of them compressed")
+        raise DataError(
+            f"{shown(text)} holds no data{there}; --data reads {kinds} and most of them compressed"
+        )
     return found
 
 
@@ -199,11 +217,15 @@ def _add(found: _Found, path: Path, text_field: str) -> None:
             found.unread[path] = f"{path.name} (empty)"
         found.paths.append(path)
     except OSError as error:
-        raise DataError(f"cannot read {shown(path)}: {error.strerror}; check the disk or the network") from error
+        raise DataError(
+            f"cannot read {shown(path)}: {error.strerror}; check the disk or the network"
+        ) from error
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files below a folder. Linked folders are followed, each folder once; hidden names are not looked at."""
+    """All files below a folder. Linked folders are followed, each folder once; hidden names are
+    not looked at.
+    """
     paths, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         status = Path(root).stat()
@@ -221,7 +243,10 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{shown(path)} is an archive; unpack it, and give its folder")
     if kind_of(path.name) is None:
         compressed = f"all but the last three also {' '.join(COMPRESSIONS)}"
-        raise DataError(f"{shown(path)} is of no known kind; rename it to what it is: {' '.join(KINDS)} ({compressed})")
+        raise DataError(
+            f"{shown(path)} is of no known kind; rename it to what it is: {' '.join(KINDS)} "
+            f"({compressed})"
+        )
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -235,7 +260,10 @@ def _check_file(path: Path) -> None:
 def _spooled(spool: Path) -> Path:
     """Standard input as a file. Under its name once it is whole."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise DataError("--data - reads standard input, which is a terminal; pipe the data in: zcat … | dus heal …")
+        raise DataError(
+            "--data - reads standard input, which is a terminal; pipe the data in: zcat … | dus "
+            "heal …"
+        )
     path, partial = spool / "stdin.jsonl", spool / ".stdin.jsonl.partial"
     try:
         with writing(path.name):
@@ -245,7 +273,10 @@ def _spooled(spool: Path) -> Path:
                 file.flush()
                 sync(file.fileno())
                 if not file.tell():  # also where it was read before: that must not be lost
-                    raise DataError("standard input is empty, or was read already; pipe data in, and give - once")
+                    raise DataError(
+                        "standard input is empty, or was read already; pipe data in, and give - "
+                        "once"
+                    )
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """The tokens that a model's own tokenizer puts around a text: decided here, and nowhere else.
 
-`<s>` of Llama, Mistral and Gemma, ChatGLM's two, [CLS] and [SEP], an end-of-text; nothing for GPT-2 and Qwen. A
-model that was trained behind such a token knows little without it, so text is trained and measured with it.
+`<s>` of Llama, Mistral and Gemma, ChatGLM's two, [CLS] and [SEP], an end-of-text; nothing for GPT-2
+and Qwen. A model that was trained behind such a token knows little without it, so text is trained
+and measured with it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ class SpecialTokens:
 
 
 def special_tokens_of(tokenizer: Any) -> SpecialTokens:
-    """What a tokenizer of transformers puts around a text, as it is loaded: template, add_bos_token and all.
+    """What a tokenizer of transformers puts around a text, as it is loaded: template, add_bos_token
+    and all.
 
-    Found by asking, with special tokens and without: whether a template, a class of its own or a setting adds them,
-    fast or slow, what counts is what users of the model get.
+    Found by asking, with special tokens and without: whether a template, a class of its own or a
+    setting adds them, fast or slow, what counts is what users of the model get.
 
     Raises:
         ValueError: it changes with the text, so that no document can be said to begin in one way.
@@ -44,7 +46,8 @@ def special_tokens_of(tokenizer: Any) -> SpecialTokens:
 def _around(tokenizer: Any, text: str) -> SpecialTokens | None:
     """What stands around this text. None where the text has no tokens of its own."""
     plain, whole = (
-        list(tokenizer(text, add_special_tokens=adds, verbose=False)["input_ids"]) for adds in (False, True)
+        list(tokenizer(text, add_special_tokens=adds, verbose=False)["input_ids"])
+        for adds in (False, True)
     )
     if not plain:
         return None

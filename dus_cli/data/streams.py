@@ -1,12 +1,13 @@
 """Token files as a run reads them: parts in a row as one stream, the stream in rows.
 
-`prepare` makes the files and says in `Prepared` which they are. A row is `seq_length` inputs and their
-next tokens; rows follow each other without a gap, so every token of the stream but its first is
-predicted once in an epoch, and less than a row is left over at the end.
+`prepare` makes the files and says in `Prepared` which they are. A row is `seq_length` inputs and
+their next tokens; rows follow each other without a gap, so every token of the stream but its first
+is predicted once in an epoch, and less than a row is left over at the end.
 
-Where the tokenizer puts tokens before a text (`before`), a row that begins within a document begins with them
-too, as text does wherever the model is used: a model trained behind `<s>` knows little without it. Each row keeps
-places for them, so that row i is found without reading those before it. They are never what is predicted.
+Where the tokenizer puts tokens before a text (`before`), a row that begins within a document begins
+with them too, as text does wherever the model is used: a model trained behind `<s>` knows little
+without it. Each row keeps places for them, so that row i is found without reading those before it.
+They are never what is predicted.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ Ids = npt.NDArray[np.int64]
 # What the loss passes over.
 IGNORED = -100
 
-# Parts kept open at a time, by two files each: well below the 1,024 that a process commonly may open.
+# Parts kept open at a time, by two files each: well below the 1,024 that a process commonly may
+# open.
 _MOST_OPEN = 128
 
 
 @dataclass(frozen=True)
 class Part:
-    """A folder below `tokens/` by its key. Counts of tokens include the end-of-text of each document."""
+    """A folder below `tokens/` by its key. Counts of tokens include the end-of-text of each
+    document.
+    """
 
     key: str
     num_train_tokens: int
@@ -64,14 +68,18 @@ class Prepared:
 
     Attributes:
         sources: where training rows come from.
-        eval_parts: evaluation data of its own; empty where held-out documents are a share of the sources.
-        holdout: the share that was held out. More than asked for where that held no document; 0 where none is.
+        eval_parts: evaluation data of its own; empty where held-out documents are a share of the
+            sources.
+        holdout: the share that was held out. More than asked for where that held no document; 0
+            where none is.
         dtype: of the ids in the files: uint16 or uint32.
         eos: the end-of-text id.
         before: the ids with which each document begins, and each row.
         skipped: lines, and documents left out, by reason.
-        unread: files of folders and patterns that look like data and were not read: `count`, and some `names`.
-        content_key: a digest of all tokens and of the way they were split; with it a resumed run knows its data.
+        unread: files of folders and patterns that look like data and were not read: `count`, and
+            some `names`.
+        content_key: a digest of all tokens and of the way they were split; with it a resumed run
+            knows its data.
     """
 
     sources: tuple[PreparedSource, ...]
@@ -110,7 +118,9 @@ class Prepared:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Prepared:
         sources = tuple(
-            PreparedSource(source["name"], source["weight"], tuple(Part(**part) for part in source["parts"]))
+            PreparedSource(
+                source["name"], source["weight"], tuple(Part(**part) for part in source["parts"])
+            )
             for source in data["sources"]
         )
         eval_parts = tuple(Part(**part) for part in data["eval_parts"])
@@ -127,14 +137,19 @@ class Tokens(Protocol):
 
 
 class Stream:
-    """The training or the held-out tokens of several parts, one behind the other. Files are opened when needed.
+    """The training or the held-out tokens of several parts, one behind the other. Files are opened
+    when needed.
 
     Raises:
         DataError: from `read` and `document_starts`, where a file does not measure what it should.
     """
 
     def __init__(
-        self, folder: Path, parts: Sequence[Part], name: Literal["train", "heldout"], dtype: str | np.dtype[Any]
+        self,
+        folder: Path,
+        parts: Sequence[Part],
+        name: Literal["train", "heldout"],
+        dtype: str | np.dtype[Any],
     ) -> None:
         counts = [
             (part.key, part.num_train_tokens, part.num_train_documents)
@@ -166,15 +181,21 @@ class Stream:
             found.append(ends[first:last].astype(np.int64) + offset)
         return np.concatenate(found)
 
-    def _overlaps(self, start: int, stop: int) -> list[tuple[int, npt.NDArray[Any], npt.NDArray[Any], int, int]]:
-        """Each part that has some of the tokens: its start in the stream, ids, ends, and which of its tokens."""
+    def _overlaps(
+        self, start: int, stop: int
+    ) -> list[tuple[int, npt.NDArray[Any], npt.NDArray[Any], int, int]]:
+        """Each part that has some of the tokens: its start in the stream, ids, ends, and which
+        of its tokens.
+        """
         assert 0 <= start <= stop <= self.num_tokens
         overlaps = []
         index = int(np.searchsorted(self._starts, start, side="right")) - 1
         while index < len(self._counts) and self._starts[index] < stop:
             offset, end = int(self._starts[index]), int(self._starts[index + 1])
             ids, ends = self._files(index)
-            overlaps.append((offset, ids, ends, max(start, offset) - offset, min(stop, end) - offset))
+            overlaps.append(
+                (offset, ids, ends, max(start, offset) - offset, min(stop, end) - offset)
+            )
             index += 1
         return overlaps
 
@@ -202,7 +223,8 @@ def _mapped(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
     except OSError as error:
         reason = error.strerror or str(error)
     raise DataError(
-        f"the token file {path.name} in {shown(path.parent)} is damaged ({reason}); start again, which builds it anew"
+        f"the token file {path.name} in {shown(path.parent)} is damaged ({reason}); start again, "
+        "which builds it anew"
     )
 
 
@@ -216,7 +238,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """How a stream becomes rows: their length, what fills the last, what a text begins with, and the mask.
+    """How a stream becomes rows: their length, what fills the last, what a text begins with, and
+    the mask.
 
     Raises:
         DataError: a row has no place for text.
@@ -230,7 +253,8 @@ class Packing:
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise DataError(
-                f"a row of {self.seq_length} tokens has no place behind the {len(self.before)} with which the "
+                f"a row of {self.seq_length} tokens has no place behind the {len(self.before)} "
+                "with which the "
                 "tokenizer begins a text; choose a larger --seq-length, or --no-special-tokens"
             )
 
@@ -245,17 +269,20 @@ class Packing:
         return len(self.before) or int(self.document_mask)
 
     def lead(self, tokens: Tokens, start: int) -> int:
-        """How many of `before` stand in front of a row from token `start` on: as many as are not there already."""
+        """How many of `before` stand in front of a row from token `start` on: as many as are not
+        there already.
+        """
         if not self.before:
             return 0
         begins = tokens.document_starts(max(0, start - len(self.before) + 1), start + 1)
         return start - int(begins[-1]) if len(begins) else len(self.before)
 
     def whole(self, tokens: Tokens, stop: int) -> list[int]:
-        """The tokens at which rows begin so that no document is cut that a row can hold, as far as `stop`.
+        """The tokens at which rows begin so that no document is cut that a row can hold, as far as
+        `stop`.
 
-        A document whose beginning is in one row and its end in the next would be measured behind `before` in its
-        midst, which is not how the model meets text.
+        A document whose beginning is in one row and its end in the next would be measured behind
+        `before` in its midst, which is not how the model meets text.
         """
         begins = [*tokens.document_starts(0, stop).tolist(), stop]
         starts, place = [0], 0
@@ -272,16 +299,25 @@ class Packing:
     def row(self, tokens: Tokens, start: int, stop: int, *, is_full: bool = False) -> Row:
         """The row from token `start` on. From `stop` on there are none: eos, without labels.
 
-        A row has `stride` tokens of the stream, or as many as it has places for if it `is_full`. With the mask a
-        document's last token predicts nothing, and positions begin anew with each document.
+        A row has `stride` tokens of the stream, or as many as it has places for if it `is_full`.
+        With the mask a document's last token predicts nothing, and positions begin anew with each
+        document.
         """
         lead = self.lead(tokens, start)
         most = self.seq_length - lead if is_full else self.stride
         found = tokens.read(start, min(start + most + 1, stop))
         end = lead + len(found) - 1
-        input_ids, labels = np.full(self.seq_length, self.eos, np.int64), np.full(self.seq_length, IGNORED, np.int64)
-        input_ids[:lead], input_ids[lead:end], labels[lead:end] = self.before[:lead], found[:-1], found[1:]
-        # Where documents begin, as inputs of this row: from before it, for what its labels still have of `before`.
+        input_ids, labels = (
+            np.full(self.seq_length, self.eos, np.int64),
+            np.full(self.seq_length, IGNORED, np.int64),
+        )
+        input_ids[:lead], input_ids[lead:end], labels[lead:end] = (
+            self.before[:lead],
+            found[:-1],
+            found[1:],
+        )
+        # Where documents begin, as inputs of this row: from before it, for what its labels still
+        # have of `before`.
         first = max(0, start + 1 - max(0, len(self.before) - 1))
         begins = tokens.document_starts(first, start + len(found)) - start + lead
         for offset in range(self.num_unasked):
@@ -301,14 +337,21 @@ class Packing:
 class Rows:
     """The training rows in the order of a run with this seed.
 
-    Without weights all sources are one stream; with weights each is its own, and only in rows do they mix.
+    Without weights all sources are one stream; with weights each is its own, and only in rows do
+    they mix.
 
     Raises:
         DataError: too few tokens for a row; from `row`, a damaged token file.
     """
 
     def __init__(
-        self, prepared: Prepared, folder: Path, seq_length: int, seed: int, *, document_mask: bool = True
+        self,
+        prepared: Prepared,
+        folder: Path,
+        seq_length: int,
+        seed: int,
+        *,
+        document_mask: bool = True,
     ) -> None:
         self.packing = Packing(seq_length, prepared.eos, prepared.before, document_mask)
         weights = [source.weight for source in prepared.sources if source.weight is not None]
@@ -335,15 +378,21 @@ class Rows:
 
 
 class RowsInOrder(Sequence[Row]):
-    """The first `stop` tokens in rows, in stored order, read when asked for. The last one is filled up.
+    """The first `stop` tokens in rows, in stored order, read when asked for. The last one is filled
+    up.
 
-    Where the tokenizer puts tokens before a text, so is each row that would else cut a document in two.
+    Where the tokenizer puts tokens before a text, so is each row that would else cut a document in
+    two.
     """
 
     def __init__(self, tokens: Tokens, stop: int, packing: Packing) -> None:
         self.tokens, self.packing = tokens, packing
         last = max(0, stop - 1)  # it is predicted, and no input
-        starts = packing.whole(tokens, stop) if packing.before and last else range(0, last, packing.stride)
+        starts = (
+            packing.whole(tokens, stop)
+            if packing.before and last
+            else range(0, last, packing.stride)
+        )
         self._starts: list[int] = [*starts, last]
 
     def __len__(self) -> int:
@@ -378,9 +427,16 @@ class RowsInOrder(Sequence[Row]):
 
 
 def heldout_rows(
-    prepared: Prepared, folder: Path, seq_length: int, *, document_mask: bool = True, max_tokens: int | None = None
+    prepared: Prepared,
+    folder: Path,
+    seq_length: int,
+    *,
+    document_mask: bool = True,
+    max_tokens: int | None = None,
 ) -> RowsInOrder:
     """The first `max_tokens` held-out tokens (all of them if None) as rows."""
     stream = Stream(folder, (*prepared.parts, *prepared.eval_parts), "heldout", prepared.dtype)
     stop = stream.num_tokens if max_tokens is None else min(stream.num_tokens, max_tokens + 1)
-    return RowsInOrder(stream, stop, Packing(seq_length, prepared.eos, prepared.before, document_mask))
+    return RowsInOrder(
+        stream, stop, Packing(seq_length, prepared.eos, prepared.before, document_mask)
+    )

@@ -1,15 +1,16 @@
 """The texts in a file, one at a time, by the kind of file that its name tells.
 
-- JSON (`.jsonl`, `.ndjson`, `.json`): an object a line, or one array of objects, or objects over several lines; the
-  content tells which. The text is in one of their fields.
-- `.csv`, `.tsv`: a row is a document, the text in the column that the first row names. RFC 4180, of which only the
-  comma is taken loosely: where the first row has the column with semicolons, tabs or bars, they separate.
+- JSON (`.jsonl`, `.ndjson`, `.json`): an object a line, or one array of objects, or objects over
+  several lines; the content tells which. The text is in one of their fields.
+- `.csv`, `.tsv`: a row is a document, the text in the column that the first row names. RFC 4180, of
+  which only the comma is taken loosely: where the first row has the column with semicolons, tabs or
+  bars, they separate.
 - `.txt`: cut at blank lines into pieces of at most 64 KiB, each a document.
-- `.parquet`, `.arrow`, `.feather`: a row is a document, the text in one of the columns. Of Arrow the file and
-  the stream format.
+- `.parquet`, `.arrow`, `.feather`: a row is a document, the text in one of the columns. Of Arrow
+  the file and the stream format.
 
-Memory is the longest document, whatever the size of a file. Text is UTF-8; a byte order mark at the start of a file
-is dropped.
+Memory is the longest document, whatever the size of a file. Text is UTF-8; a byte order mark at the
+start of a file is dropped.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any, BinaryIO
 from dus_cli.data.containers import BUFFER, UnreadableError, check_is_text, import_library, opened
 from dus_cli.errors import shown, shown_list
 
-# A longer line or item is garbage: what a disk full of zeros or a binary file by a wrong name looks like.
+# A longer line or item is garbage: what a disk full of zeros or a binary file by a wrong name looks
+# like.
 LONGEST_LINE = 64 << 20
 
 # A piece of a .txt file, in bytes.
@@ -39,7 +41,15 @@ _HEAD = 64 << 10
 
 _BOM = b"\xef\xbb\xbf"
 # Arrow's names of what can hold text; a column without a value is "null".
-_TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null"}
+_TEXT_TYPES = {
+    "string",
+    "large_string",
+    "string_view",
+    "binary",
+    "large_binary",
+    "binary_view",
+    "null",
+}
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -61,8 +71,11 @@ OnBad = Callable[[str, int, BadRecordError], None]
 OnPosition = Callable[[int], None]
 
 
-def texts_in(path: Path, kind: str, text_field: str, on_bad: OnBad, on_position: OnPosition) -> Iterator[str]:
-    """The texts in a file of a kind, its suffix without a compression's: ".jsonl". White space alone is a text, too.
+def texts_in(
+    path: Path, kind: str, text_field: str, on_bad: OnBad, on_position: OnPosition
+) -> Iterator[str]:
+    """The texts in a file of a kind, its suffix without a compression's: ".jsonl". White space
+    alone is a text, too.
 
     Raises:
         UnreadableError: it cannot be read, ends too early, lacks the column.
@@ -95,7 +108,8 @@ def head_of(path: Path) -> bytes:
 
 
 def is_one_object_without(path: Path, text_field: str) -> bool:
-    """Whether a file of JSON is one object without this field: a description of data beside them, and no data.
+    """Whether a file of JSON is one object without this field: a description of data beside them,
+    and no data.
 
     Raises:
         OSError: the disk fails.
@@ -108,7 +122,7 @@ def is_one_object_without(path: Path, text_field: str) -> bool:
     return len(first) == 1 and isinstance(first[0], dict) and text_field not in first[0]
 
 
-# --- JSON ------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 class _Shape(Enum):
@@ -158,8 +172,13 @@ def _value(line: bytes) -> object:
     except UnicodeDecodeError as error:
         raise _not_utf8(error) from None
     except json.JSONDecodeError as error:
-        raise BadRecordError("malformed_json", f"not JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, brackets a thousand deep
+        raise BadRecordError(
+            "malformed_json", f"not JSON ({error.msg} at column {error.colno})"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ):  # a number of thousands of digits, brackets a thousand deep
         raise BadRecordError("malformed_json", "no JSON that can be read") from None
 
 
@@ -175,7 +194,8 @@ class _Values:
     """The items of a JSON array, or values one behind the other, decoded one at a time.
 
     Raises:
-        UnreadableError: from the iteration, where no value can be read: what follows it cannot be told apart.
+        UnreadableError: from the iteration, where no value can be read: what follows it cannot be
+            told apart.
     """
 
     def __init__(self, stream: BinaryIO, *, is_array: bool) -> None:
@@ -244,7 +264,8 @@ class _Values:
     def _no_json(self, why: str, at: int | None = None) -> UnreadableError:
         line = self._lines_before + self._text.count("\n", 0, self._at if at is None else at) + 1
         return UnreadableError(
-            f"its JSON breaks off at item {self._number or 1}, line {line} ({why}); mend it, or copy it again"
+            f"its JSON breaks off at item {self._number or 1}, line {line} ({why}); mend it, or "
+            "copy it again"
         )
 
 
@@ -255,12 +276,19 @@ _DECODER = json.JSONDecoder(parse_int=float)
 def _text_of(record: object, text_field: str) -> str:
     """The text in an object."""
     if not isinstance(record, dict) or text_field not in record:
-        holds = f"an object with {shown_list(list(record)) or 'nothing'}" if isinstance(record, dict) else "no object"
-        raise BadRecordError("missing_field", f"no field {shown(text_field)} but {holds} (--text-field)")
+        holds = (
+            f"an object with {shown_list(list(record)) or 'nothing'}"
+            if isinstance(record, dict)
+            else "no object"
+        )
+        raise BadRecordError(
+            "missing_field", f"no field {shown(text_field)} but {holds} (--text-field)"
+        )
     text = record[text_field]
     if not isinstance(text, str):
         raise BadRecordError(
-            "not_a_string", f"the field {shown(text_field)} is no string but {shown(json.dumps(text))}"
+            "not_a_string",
+            f"the field {shown(text_field)} is no string but {shown(json.dumps(text))}",
         )
     return _encodable(text)
 
@@ -280,14 +308,18 @@ def _encodable(text: str) -> str:
 
 def _not_utf8(error: UnicodeDecodeError) -> BadRecordError:
     byte = error.object[error.start]
-    return BadRecordError("invalid_utf8", f"not UTF-8 (byte 0x{byte:02x} at {error.start}); convert it with iconv")
+    return BadRecordError(
+        "invalid_utf8", f"not UTF-8 (byte 0x{byte:02x} at {error.start}); convert it with iconv"
+    )
 
 
-# --- text ------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def _txt_pieces(stream: BinaryIO, on_bad: OnBad) -> Iterator[str]:
-    """Pieces that depend on what is in them alone, so that text added behind changes but the last."""
+    """Pieces that depend on what is in them alone, so that text added behind changes but the
+    last.
+    """
     rest = stream.read(TEXT_PIECE + len(_BOM)).removeprefix(_BOM)
     number = 1
     while rest:
@@ -303,7 +335,9 @@ def _txt_pieces(stream: BinaryIO, on_bad: OnBad) -> Iterator[str]:
 
 
 def _piece_end(text: bytes) -> int:
-    """Behind the last blank line of the first 64 KiB; without one in their second half a line's end; else anywhere."""
+    """Behind the last blank line of the first 64 KiB; without one in their second half a line's
+    end; else anywhere.
+    """
     if len(text) <= TEXT_PIECE:
         return len(text)
     blank_lines = list(_BLANK_LINE.finditer(text, TEXT_PIECE // 2, TEXT_PIECE))
@@ -326,16 +360,20 @@ def _good_lines(piece: bytes, first: int, on_bad: OnBad) -> Iterator[str]:
             on_bad("line", number, _not_utf8(error))
 
 
-# --- tables ----------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def _csv_texts(stream: BinaryIO, delimiter: str | None, text_field: str, on_bad: OnBad) -> Iterator[str]:
+def _csv_texts(
+    stream: BinaryIO, delimiter: str | None, text_field: str, on_bad: OnBad
+) -> Iterator[str]:
     """A delimiter of None is told by the first row. Rows are counted behind it, from 1."""
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
         lines = _csv_lines(text)
         first = next(lines, "")
         csv.field_size_limit(LONGEST_LINE)
-        rows = csv.reader(chain([first], lines), delimiter=delimiter or _delimiter(first, text_field), strict=True)
+        rows = csv.reader(
+            chain([first], lines), delimiter=delimiter or _delimiter(first, text_field), strict=True
+        )
         column: int | None = None
         width = number = 0
         for row in _csv_rows(rows):
@@ -351,7 +389,9 @@ def _csv_texts(stream: BinaryIO, delimiter: str | None, text_field: str, on_bad:
                 if isinstance(row, csv.Error):
                     raise BadRecordError("malformed_csv", f"no CSV ({row})")
                 if len(row) != width:
-                    raise BadRecordError("malformed_csv", f"{len(row)} fields where the first row names {width}")
+                    raise BadRecordError(
+                        "malformed_csv", f"{len(row)} fields where the first row names {width}"
+                    )
                 yield _encodable(row[column])
             except BadRecordError as problem:
                 on_bad("row", number, problem)
@@ -363,7 +403,9 @@ def _csv_lines(text: io.TextIOWrapper) -> Iterator[str]:
     while line := text.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
-            raise UnreadableError(f"its line {number} is longer than {LONGEST_LINE >> 20} MiB; mend it")
+            raise UnreadableError(
+                f"its line {number} is longer than {LONGEST_LINE >> 20} MiB; mend it"
+            )
         yield line
 
 
@@ -375,7 +417,9 @@ def _csv_rows(rows: Any) -> Iterator[list[str] | csv.Error]:
             row = next(rows, None)
         except csv.Error as error:
             if rows.line_num > line + 1:  # nobody knows where it ends
-                raise UnreadableError(f"its row on line {line + 1} is no CSV ({error}); mend it") from None
+                raise UnreadableError(
+                    f"its row on line {line + 1} is no CSV ({error}); mend it"
+                ) from None
             yield error
             continue
         if row is None:
@@ -394,13 +438,19 @@ def _delimiter(line: str, text_field: str) -> str:
 
 def _no_column(names: list[str], text_field: str) -> UnreadableError:
     return UnreadableError(
-        f"it has no column {shown(text_field)} but {shown_list(names) or 'none'}; choose with --text-field, or leave"
+        f"it has no column {shown(text_field)} but {shown_list(names) or 'none'}; choose with "
+        "--text-field, or leave"
         " the file out"
     )
 
 
-def _parquet_texts(path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition) -> Iterator[str]:
-    arrow, parquet = import_library("pyarrow", ".parquet"), import_library("pyarrow.parquet", ".parquet")
+def _parquet_texts(
+    path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition
+) -> Iterator[str]:
+    arrow, parquet = (
+        import_library("pyarrow", ".parquet"),
+        import_library("pyarrow.parquet", ".parquet"),
+    )
     _check_is_no_pointer(path)
     size, number = path.stat().st_size, 0
     try:
@@ -410,7 +460,9 @@ def _parquet_texts(path: Path, text_field: str, on_bad: OnBad, on_position: OnPo
             if text_field not in names:
                 raise _no_column(names, text_field)
             num_rows = file.metadata.num_rows
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field], use_threads=False):
+            for batch in file.iter_batches(
+                batch_size=_ROWS, columns=[text_field], use_threads=False
+            ):
                 yield from _column_texts(arrow, batch.column(0), number, text_field, on_bad)
                 number += len(batch)
                 on_position(size * number // max(num_rows, 1))
@@ -418,12 +470,16 @@ def _parquet_texts(path: Path, text_field: str, on_bad: OnBad, on_position: OnPo
         raise UnreadableError(f"{shown(error)}; copy or download it again") from error
 
 
-def _arrow_texts(path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition) -> Iterator[str]:
+def _arrow_texts(
+    path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition
+) -> Iterator[str]:
     """Of the file format (Feather 2 is one) or the stream format; the content tells which."""
     arrow, ipc = import_library("pyarrow", path.suffix), import_library("pyarrow.ipc", path.suffix)
     head = _check_is_no_pointer(path)
     if head.startswith(b"FEA1"):
-        raise UnreadableError("it is of Feather's first version; write it anew with pyarrow.feather.write_feather")
+        raise UnreadableError(
+            "it is of Feather's first version; write it anew with pyarrow.feather.write_feather"
+        )
     number = 0
     try:
         with arrow.memory_map(str(path)) as source:
@@ -459,13 +515,19 @@ def _check_is_no_pointer(path: Path) -> bytes:
     return head
 
 
-def _column_texts(arrow: Any, column: Any, number: int, text_field: str, on_bad: OnBad) -> Iterator[str]:
-    """The texts of some rows, of which `number` came before. Undecoded bytes: a bad one would fail all of them."""
+def _column_texts(
+    arrow: Any, column: Any, number: int, text_field: str, on_bad: OnBad
+) -> Iterator[str]:
+    """The texts of some rows, of which `number` came before. Undecoded bytes: a bad one would
+    fail all of them.
+    """
     if arrow.types.is_dictionary(column.type):
         column.validate(full=True)
         column = column.dictionary_decode()
     if str(column.type) not in _TEXT_TYPES:
-        raise UnreadableError(f"the column is no text but {shown(column.type)}; choose another with --text-field")
+        raise UnreadableError(
+            f"the column is no text but {shown(column.type)}; choose another with --text-field"
+        )
     name = str(column.type)
     if name.endswith(("string", "string_view")):
         column = column.view(name.replace("string", "binary"))

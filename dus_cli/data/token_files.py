@@ -1,14 +1,18 @@
-"""Text to token files: the model's own tokenizer, in parallel, in memory that does not grow with the text.
+"""Text to token files: the model's own tokenizer, in parallel, in memory that does not grow with
+the text.
 
 A part is a folder:
 
-- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, one document behind the other. A document begins with
-  what the model's tokenizer puts before a text, and ends with what it puts behind one and with one end-of-text.
+- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, one document behind the other. A document
+  begins with what the model's tokenizer puts before a text, and ends with what it puts behind one
+  and with one end-of-text.
 - `train.idx`, `heldout.idx`: uint64, where each document ends, in tokens.
-- `hashes.bin`: uint64, the hash of each document where all are held out (evaluation data); else empty.
+- `hashes.bin`: uint64, the hash of each document where all are held out (evaluation data); else
+  empty.
 - `meta.json`: counts, and what the files must measure.
 
-While one batch is tokenised (by the tokenizer's own threads, without Python's lock) a thread reads the next.
+While one batch is tokenised (by the tokenizer's own threads, without Python's lock) a thread reads
+the next.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 
-# Bytes of text tokenised at a time: enough for every core, and the tokenizer needs some 40 times as much.
+# Bytes of text tokenised at a time: enough for every core, and the tokenizer needs some 40 times as
+# much.
 _BATCH = min(os.cpu_count() or 1, 16) << 20
 
 
@@ -46,7 +51,9 @@ def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
 
 @dataclass
 class Summary:
-    """What building a part found. `lowest_hash` and `highest_hash` are of the documents that were not left out."""
+    """What building a part found. `lowest_hash` and `highest_hash` are of the documents that
+    were not left out.
+    """
 
     skipped: dict[str, int] = field(default_factory=dict)
     highest_id: int = 0
@@ -55,7 +62,9 @@ class Summary:
 
 
 class _Piece(NamedTuple):
-    """A document or a piece of one: whether it is held out, and whether the document begins and ends with it."""
+    """A document or a piece of one: whether it is held out, and whether the document begins and
+    ends with it.
+    """
 
     text: str
     is_held_out: bool

@@ -17,8 +17,8 @@ _LONGEST_PIECE = 1 << 20
 
 # What makes a tokenizer, by the names that transformers saves and reads.
 _TOKENIZER_FILES = """
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt
-    tokenizer.model spiece.model sentencepiece.bpe.model tekken.json
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model tekken.json
 """.split()
 
 
@@ -32,12 +32,17 @@ def tokenizer_identity(folder: Path) -> str:
     names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     names += sorted(path.name for path in folder.glob("*.tiktoken"))
     if not names:
-        raise DataError(f"{shown(folder)} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its base")
+        raise DataError(
+            f"{shown(folder)} has no tokenizer; copy tokenizer.json and tokenizer_config.json of "
+            "its base"
+        )
     for name in names:
         try:
             content = (folder / name).read_bytes()
         except OSError as error:
-            raise DataError(f"cannot read {shown(folder / name)}: {error.strerror}; check the file") from error
+            raise DataError(
+                f"cannot read {shown(folder / name)}: {error.strerror}; check the file"
+            ) from error
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
@@ -65,9 +70,10 @@ UNKNOWN_VOCABULARY = 1 << 32
 class Tokeniser:
     """The tokenizer in a model's folder.
 
-    `before` are the ids with which a document begins, `ending` those with which one ends in a row of documents: what
-    the tokenizer itself puts around a text, and an end-of-text if that has none. `eos` is the end-of-text alone, and
-    `unknown` the id of what it cannot say, None where it has none.
+    `before` are the ids with which a document begins, `ending` those with which one ends in a row
+    of documents: what the tokenizer itself puts around a text, and an end-of-text if that has none.
+    `eos` is the end-of-text alone, and `unknown` the id of what it cannot say, None where it has
+    none.
 
     Args:
         folder: the model's.
@@ -75,19 +81,27 @@ class Tokeniser:
         special_tokens: False leaves out what the tokenizer puts around a text.
 
     Raises:
-        DataError: it cannot be loaded, has no end-of-text token, or one beyond the model's vocabulary.
+        DataError: it cannot be loaded, has no end-of-text token, or one beyond the model's
+            vocabulary.
     """
 
-    def __init__(self, folder: Path, vocab_size: int | None, *, special_tokens: bool = True) -> None:
+    def __init__(
+        self, folder: Path, vocab_size: int | None, *, special_tokens: bool = True
+    ) -> None:
         # Otherwise tokenizers warns in every process that is forked from this one.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         from transformers import AutoTokenizer
 
         _check_fetched(folder)
         if str(folder) != encodable(str(folder)):
-            raise DataError(f"the name of {shown(folder)} is not UTF-8, and tokenizers opens no such path; rename it")
+            raise DataError(
+                f"the name of {shown(folder)} is not UTF-8, and tokenizers opens no such path; "
+                "rename it"
+            )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise DataError(
                 f"cannot load the tokenizer in {shown(folder)}: {reason_of(error)}; "
@@ -104,7 +118,8 @@ class Tokeniser:
             eos = around.behind[-1]  # [SEP] of a tokenizer that knows no other end
         if eos is None:
             raise DataError(
-                f"the tokenizer in {shown(folder)} has no end-of-text token to put between documents; name its"
+                f"the tokenizer in {shown(folder)} has no end-of-text token to put between "
+                "documents; name its"
                 " eos_token in tokenizer_config.json"
             )
         self.eos = int(eos)
@@ -118,7 +133,8 @@ class Tokeniser:
             return special_tokens_of(self._tokenizer)
         except ValueError as error:
             raise DataError(
-                f"the tokenizer in {shown(self.folder)} cannot be asked how a text begins: {error}; "
+                f"the tokenizer in {shown(self.folder)} cannot be asked how a text begins: "
+                f"{error}; "
                 "--no-special-tokens leaves out what it puts there"
             ) from error
 
@@ -130,7 +146,8 @@ class Tokeniser:
         """
         if highest >= self.vocab_size:
             raise DataError(
-                f"the tokenizer in {shown(self.folder)} gives id {highest}, but the model has {self.vocab_size} words;"
+                f"the tokenizer in {shown(self.folder)} gives id {highest}, but the model has "
+                f"{self.vocab_size} words;"
                 " use the tokenizer that belongs to the model"
             )
 
@@ -147,8 +164,8 @@ class Tokeniser:
 def pieces_of(text: str) -> Iterator[tuple[str, bool]]:
     """A long document in pieces, and whether each is the last.
 
-    Cut before a space behind a letter or digit: there a byte-level tokenizer begins a new word anyway, so
-    its tokens are those of the whole.
+    Cut before a space behind a letter or digit: there a byte-level tokenizer begins a new word
+    anyway, so its tokens are those of the whole.
     """
     start = 0
     while len(text) - start > _LONGEST_PIECE:

@@ -1,4 +1,6 @@
-"""The models that are compared: found, fetched, and their tokenizers opened, before the first of them is run."""
+"""The models that are compared: found, fetched, and their tokenizers opened, before the first of
+them is run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from dus_cli.source.incomplete import is_unfinished_healing
 class Candidate:
     """A model at hand.
 
-    `name` is unlike the others'. `max_length` are the positions that it knows, None where config.json does not say.
+    `name` is unlike the others'. `max_length` are the positions that it knows, None where
+    config.json does not say.
     """
 
     ref: ModelRef
@@ -47,15 +50,22 @@ def check_there(refs: Sequence[ModelRef]) -> None:
             continue
         if not ref.path.is_dir():
             what = "is not a directory" if ref.path.exists() else "does not exist"
-            raise ModelNotFoundError(f"{shown(ref)} {what}; give a model's directory or a Hub id such as org/name")
+            raise ModelNotFoundError(
+                f"{shown(ref)} {what}; give a model's directory or a Hub id such as org/name"
+            )
         if is_unfinished_healing(ref.path):
             raise EvaluationError(
-                f"{shown(ref)} is a healing that has not finished; end it with the same dus heal command, then evaluate"
+                f"{shown(ref)} is a healing that has not finished; end it with the same dus heal "
+                "command, then evaluate"
             )
 
 
 def find_candidates(
-    refs: Sequence[ModelRef], progress: Progress | None = None, *, special_tokens: bool = True, quiet: bool
+    refs: Sequence[ModelRef],
+    progress: Progress | None = None,
+    *,
+    special_tokens: bool = True,
+    quiet: bool,
 ) -> list[Candidate]:
     """Every model with its weights, from its directory or by way of the Hub's cache.
 
@@ -75,7 +85,9 @@ def find_candidates(
     ]
 
 
-def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, special_tokens: bool, quiet: bool) -> Candidate:
+def _candidate(
+    ref: ModelRef, name: str, progress: Progress | None, *, special_tokens: bool, quiet: bool
+) -> Candidate:
     checkpoint = open_base(ref, quiet=quiet, progress=progress)
     try:
         decoder = decoder_config(checkpoint.config)
@@ -89,7 +101,9 @@ def _candidate(ref: ModelRef, name: str, progress: Progress | None, *, special_t
         commit=checkpoint.folder.name if ref.repo_id is not None else None,
         num_layers=num_layers,
         max_length=context_length(fields),
-        tokeniser=Tokeniser(checkpoint.folder, vocab_size(checkpoint.config, fields), special_tokens=special_tokens),
+        tokeniser=Tokeniser(
+            checkpoint.folder, vocab_size(checkpoint.config, fields), special_tokens=special_tokens
+        ),
     )
 
 
@@ -102,7 +116,8 @@ def base_layers(candidate: Candidate) -> tuple[int, ...]:
     base = base_within(candidate.folder)
     if base is None:
         raise EvaluationError(
-            f"--with-base: no base stands in {shown(candidate.name)} (only a model as dus upscale wrote it, not healed "
+            f"--with-base: no base stands in {shown(candidate.name)} (only a model as dus upscale "
+            "wrote it, not healed "
             "since, holds its base); give the base as the first MODEL"
         )
     return base.layers

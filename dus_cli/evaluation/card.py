@@ -1,7 +1,8 @@
-"""Results into the model card: README.md's metadata, as the Hub's `model-index` (hub-docs, modelcard.md).
+"""Results into the model card: README.md's metadata, as the Hub's `model-index` (hub-docs,
+modelcard.md).
 
-Only the lines of `model-index` change; every other byte of the card stays. A result takes the place of an earlier one
-of the same task and data that `dus eval` wrote; others stay, whoever wrote them.
+Only the lines of `model-index` change; every other byte of the card stays. A result takes the place
+of an earlier one of the same task and data that `dus eval` wrote; others stay, whoever wrote them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ NAME = "README.md"
 # By this the Hub and we know who measured.
 _SOURCE = {"name": "dus eval", "url": "https://pypi.org/project/dus-cli/"}
 
-# How the Hub's `datasets` calls what reads files of this kind: the type of a data set that is none of the Hub's.
+# How the Hub's `datasets` calls what reads files of this kind: the type of a data set that is none
+# of the Hub's.
 _LOADERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 _MAX_BYTES = 16_000_000
@@ -45,7 +47,9 @@ def results_of(report: EvalReport, ref: ModelRef) -> list[dict[str, Any]]:
     """A model's results as entries of model-index."""
     found = []
     if report.losses is not None:
-        model = next(model for model in report.losses.models if model.model == ref.text and not model.is_base)
+        model = next(
+            model for model in report.losses.models if model.model == ref.text and not model.is_base
+        )
         options, text = report.losses.options, report.losses.text_name
         data = {
             "name": text,
@@ -60,7 +64,10 @@ def results_of(report: EvalReport, ref: ModelRef) -> list[dict[str, Any]]:
         found.append(_entry(data, _loss_metrics(model)))
     if report.tasks is not None:
         scores = next(model.scores for model in report.tasks.models if model.model == ref.text)
-        found += [_entry(_task_data(score, report.tasks.options.limit), [_task_metric(score)]) for score in scores]
+        found += [
+            _entry(_task_data(score, report.tasks.options.limit), [_task_metric(score)])
+            for score in scores
+        ]
     return found
 
 
@@ -73,14 +80,20 @@ def _loss_metrics(model: ModelResult) -> list[dict[str, Any]]:
     return [
         {"type": "loss", "value": round(model.loss.value, 4), "name": "loss (nats per token)"},
         {"type": "perplexity", "value": float(f"{model.perplexity:.6g}"), "name": "perplexity"},
-        {"type": "bits_per_byte", "value": round(model.bits_per_byte.value, 4), "name": "bits per byte"},
+        {
+            "type": "bits_per_byte",
+            "value": round(model.bits_per_byte.value, 4),
+            "name": "bits per byte",
+        },
     ]
 
 
 def _task_data(score: TaskScore, limit: int | None) -> dict[str, Any]:
     args = {"num_few_shot": score.num_fewshot, "limit": limit}
     kept = {key: value for key, value in args.items() if value is not None}
-    return {"name": score.label, "type": score.dataset or score.task} | ({"args": kept} if kept else {})
+    return {"name": score.label, "type": score.dataset or score.task} | (
+        {"args": kept} if kept else {}
+    )
 
 
 def _task_metric(score: TaskScore) -> dict[str, Any]:
@@ -113,7 +126,8 @@ def updated(card: str, name: str, results: Sequence[dict[str, Any]]) -> str:
     if match is None:
         newline = "\r\n" if "\r\n" in card else "\n"
         mark = "\ufeff" if card.startswith("\ufeff") else ""
-        return f"{mark}---{newline}{_block(_merged(None, name, results), newline)}---{newline}{card.removeprefix(mark)}"
+        block = _block(_merged(None, name, results), newline)
+        return f"{mark}---{newline}{block}---{newline}{card.removeprefix(mark)}"
     opening, newline, front = match.group(1, 2, 3)
     before = _parsed(front)
     index = _merged(before.get(RESULTS), name, results)
@@ -128,7 +142,8 @@ def updated(card: str, name: str, results: Sequence[dict[str, Any]]) -> str:
         is_right = False
     if not is_right:
         raise EvaluationError(
-            f"{NAME}: its metadata cannot be changed in one place (it is one line, or has references); write it plainly"
+            f"{NAME}: its metadata cannot be changed in one place (it is one line, or has "
+            "references); write it plainly"
         )
     return opening + changed + card[match.end(3) :]
 
@@ -138,12 +153,15 @@ def _parsed(front: str) -> dict[str, Any]:
         found = yaml.safe_load(front)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EvaluationError(
-            f"{NAME}: the metadata at its beginning is no YAML ({shown(' '.join(str(error).split()))}); mend it"
+            f"{NAME}: the metadata at its beginning is no YAML "
+            f"({shown(' '.join(str(error).split()))}); mend it"
         ) from error
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise EvaluationError(f"{NAME}: the metadata at its beginning is no list of fields; mend it")
+        raise EvaluationError(
+            f"{NAME}: the metadata at its beginning is no list of fields; mend it"
+        )
     return found
 
 
@@ -153,7 +171,10 @@ def _merged(index: Any, name: str, results: Sequence[dict[str, Any]]) -> list[di
         return [{"name": name, "results": list(results)}]
     is_known = isinstance(index, list) and index and isinstance(index[0], dict)
     if not is_known or not isinstance(index[0].get("results", []), list):
-        raise EvaluationError(f"{NAME}: its {RESULTS} is not of the Hub's form, a list of models with results; mend it")
+        raise EvaluationError(
+            f"{NAME}: its {RESULTS} is not of the Hub's form, a list of models with results; mend "
+            "it"
+        )
     entries = list(index[0].get("results", []))
     for result in results:
         same = [k for k, entry in enumerate(entries) if _identity(entry) == _identity(result)]
@@ -179,12 +200,15 @@ def check_card(ref: ModelRef) -> None:
         EvaluationError: it is on the Hub, or has no card that can be read.
     """
     if ref.path is None:
-        raise EvaluationError(f"--update-card: {shown(ref)} is on the Hub; give a directory, or leave the option out")
+        raise EvaluationError(
+            f"--update-card: {shown(ref)} is on the Hub; give a directory, or leave the option out"
+        )
     updated(_read(ref.path), ref.name, [])
 
 
 def update_card(folder: Path, name: str, results: Sequence[dict[str, Any]]) -> bool:
-    """Write results into a directory's README.md, and its sum into SHA256SUMS; whether anything changed.
+    """Write results into a directory's README.md, and its sum into SHA256SUMS; whether anything
+    changed.
 
     Each of the two files is whole at any time. Whoever else updates this card waits.
 
@@ -204,21 +228,29 @@ def _read(folder: Path) -> str:
     path = folder / NAME
     try:
         if path.is_symlink():
-            raise EvaluationError(f"{shown(path)} is a link, and what it leads to would not change; copy the file here")
+            raise EvaluationError(
+                f"{shown(path)} is a link, and what it leads to would not change; copy the file "
+                "here"
+            )
         with open_regular(path) as file:
             content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise EvaluationError(
-            f"{shown(folder)} has no {NAME} for the results; write a card first, or leave out --update-card"
+            f"{shown(folder)} has no {NAME} for the results; write a card first, or leave out "
+            "--update-card"
         ) from None
     except OSError as error:
-        raise EvaluationError(f"cannot read {shown(path)}: {error.strerror}; check the file") from error
+        raise EvaluationError(
+            f"cannot read {shown(path)}: {error.strerror}; check the file"
+        ) from error
     if len(content) > _MAX_BYTES:
         raise EvaluationError(f"{shown(path)} is larger than {_MAX_BYTES:,} bytes, and no card")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{shown(path)} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+        raise EvaluationError(
+            f"{shown(path)} is not UTF-8 (byte {error.start}); convert it with iconv"
+        ) from error
 
 
 def _refresh_sum(folder: Path) -> bool:

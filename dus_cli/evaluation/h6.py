@@ -1,7 +1,7 @@
 """H6: the six tasks of SOLAR's table, and what was published of SOLAR on them. Pure.
 
-Tasks, shots and metrics are those of the Open LLM Leaderboard of 2023, which the paper follows (arXiv:2312.15166,
-section 4.1 and table 2); the names are lm-evaluation-harness's.
+Tasks, shots and metrics are those of the Open LLM Leaderboard of 2023, which the paper follows
+(arXiv:2312.15166, section 4.1 and table 2); the names are lm-evaluation-harness's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ NAME = "h6"
 
 @dataclass(frozen=True)
 class Plan:
-    """A task of the harness: what it is called in a table, its shots and the metric that counts; None as it says."""
+    """A task of the harness: what it is called in a table, its shots and the metric that counts;
+    None as it says.
+    """
 
     label: str
     task: str
@@ -50,7 +52,8 @@ def average(scores: tuple[float, ...]) -> float:
 
 
 def plans_of(names: Sequence[str]) -> tuple[Plan, ...]:
-    """The plans of what was typed: `h6` stands for its six, anything else for the harness's task of that name.
+    """The plans of what was typed: `h6` stands for its six, anything else for the harness's task of
+    that name.
 
     >>> [plan.task for plan in plans_of(["h6,piqa"])][-2:]
     ['gsm8k', 'piqa']

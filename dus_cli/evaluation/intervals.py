@@ -1,9 +1,10 @@
 """Confidence intervals of mean losses, and of their differences, over documents. Pure arithmetic.
 
-The tokens of a document are not independent, so its sum is one observation (clustered standard errors; Miller,
-"Adding Error Bars to Evals", arXiv:2411.00640, sections 2.2 and 4.2: compare models by paired differences). A
-loss is a ratio of two sums over documents, nats to tokens; its standard error is the ratio estimator's (Cochran,
-"Sampling Techniques", 3rd ed., section 6.4), its interval Student's t with one degree of freedom less than documents.
+The tokens of a document are not independent, so its sum is one observation (clustered standard
+errors; Miller, "Adding Error Bars to Evals", arXiv:2411.00640, sections 2.2 and 4.2: compare models
+by paired differences). A loss is a ratio of two sums over documents, nats to tokens; its standard
+error is the ratio estimator's (Cochran, "Sampling Techniques", 3rd ed., section 6.4), its interval
+Student's t with one degree of freedom less than documents.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 
 LEVEL = 0.95
 
-# Sums that are kept; with more documents neighbours share one, so that memory does not grow with the data.
+# Sums that are kept; with more documents neighbours share one, so that memory does not grow with
+# the data.
 MAX_UNITS = 8192
 
 
@@ -31,14 +33,17 @@ class Estimate:
         return None if self.margin is None else (self.value - self.margin, self.value + self.margin)
 
     def times(self, factor: float) -> Estimate:
-        return Estimate(self.value * factor, None if self.margin is None else abs(factor) * self.margin)
+        return Estimate(
+            self.value * factor, None if self.margin is None else abs(factor) * self.margin
+        )
 
 
 class Sums:
-    """Sums by document, of at most `MAX_UNITS` units: a document, or as many neighbours as it takes.
+    """Sums by document, of at most `MAX_UNITS` units: a document, or as many neighbours as it
+    takes.
 
-    Which documents share a unit depends on their numbers alone, so the units of two models on the same
-    documents are the same.
+    Which documents share a unit depends on their numbers alone, so the units of two models on the
+    same documents are the same.
 
     >>> sums = Sums(limit=2)
     >>> for document in range(5):
@@ -74,7 +79,9 @@ class Sums:
         return math.fsum(self._sums)
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], level: float = LEVEL) -> Estimate:
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float], level: float = LEVEL
+) -> Estimate:
     """Σ numerators / Σ denominators with its interval over the pairs.
 
     The variance is n / (n − 1) · Σ (x − r y)² / (Σ y)², of the residuals from the ratio r.
@@ -96,7 +103,9 @@ def t_quantile(freedom: int, level: float = LEVEL) -> float:
     low, high = 0.0, math.pi / 2  # of atan(t / √freedom), which keeps the search finite
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _central_probability(middle, freedom) < level else (low, middle)
+        low, high = (
+            (middle, high) if _central_probability(middle, freedom) < level else (low, middle)
+        )
     return math.sqrt(freedom) * math.tan((low + high) / 2)
 
 

@@ -1,4 +1,6 @@
-"""What is asked of `dus eval`, with its options. Pure: `dus eval --help` imports no torch for it."""
+"""What is asked of `dus eval`, with its options. Pure: `dus eval --help` imports no torch for
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,22 @@ class TextOptions:
     data: Annotated[
         tuple[str, ...],
         Option(
-            f"Held-out text: {DATA_KINDS}; files, globs, folders, - for standard input. Repeat for more.",
+            f"Held-out text: {DATA_KINDS}; files, globs, folders, - for standard input. Repeat "
+            "for more.",
             metavar="FILE",
             panel=DATA,
         ),
     ] = ()
     text_field: TextField = "text"
     on_bad_line: OnBadLine = BadLine.error
-    max_documents: Annotated[int | None, Option("The first N documents.", metavar="N", panel=DATA)] = None
+    max_documents: Annotated[
+        int | None, Option("The first N documents.", metavar="N", panel=DATA)
+    ] = None
     max_tokens: Annotated[
         int | None,
         Option(
-            "Documents up to the one with which N tokens of the baseline's tokenizer are reached (100K, 1M).",
+            "Documents up to the one with which N tokens of the baseline's tokenizer are reached "
+            "(100K, 1M).",
             name="tokens",
             metavar="N",
             panel=DATA,
@@ -48,12 +54,18 @@ class ScoringOptions:
     """How text is cut and run. None stands for what fits the models and the device."""
 
     seq_length: Annotated[
-        int | None, Option("Tokens of a window. Default: 2048, or what every MODEL can see.", metavar="T", panel=DATA)
+        int | None,
+        Option(
+            "Tokens of a window. Default: 2048, or what every MODEL can see.",
+            metavar="T",
+            panel=DATA,
+        ),
     ] = None
     stride: Annotated[
         int | None,
         Option(
-            "Tokens between two windows of a long document; T − S tokens of context at least. Default: T / 2.",
+            "Tokens between two windows of a long document; T − S tokens of context at least. "
+            "Default: T / 2.",
             metavar="S",
             panel=DATA,
         ),
@@ -76,7 +88,9 @@ class ScoringOptions:
             parse=Precision.parse,
         ),
     ] = Precision.auto
-    device: Annotated[str, Option("cpu, cuda:0, …; auto is a GPU's.", metavar="NAME", panel=_RUN)] = "auto"
+    device: Annotated[
+        str, Option("cpu, cuda:0, …; auto is a GPU's.", metavar="NAME", panel=_RUN)
+    ] = "auto"
     special_tokens: SpecialTokens = True
 
 
@@ -90,19 +104,25 @@ class TaskOptions:
     tasks: Annotated[
         tuple[str, ...],
         Option(
-            "Tasks of lm-evaluation-harness (eval extra), by commas; h6 is SOLAR's six.", metavar="NAMES", panel=_TASKS
+            "Tasks of lm-evaluation-harness (eval extra), by commas; h6 is SOLAR's six.",
+            metavar="NAMES",
+            panel=_TASKS,
         ),
     ] = ()
     include_path: Annotated[
         Path | None,
         Option(
-            "Tasks of your own: YAML files of the harness. A !function in them is run.", metavar="DIR", panel=_TASKS
+            "Tasks of your own: YAML files of the harness. A !function in them is run.",
+            metavar="DIR",
+            panel=_TASKS,
         ),
     ] = None
     num_fewshot: Annotated[
         int | None, Option("Shots. Default: the task's; h6 has its own.", metavar="N", panel=_TASKS)
     ] = None
-    limit: Annotated[int | None, Option("The first N examples of a task.", metavar="N", panel=_TASKS)] = None
+    limit: Annotated[
+        int | None, Option("The first N examples of a task.", metavar="N", panel=_TASKS)
+    ] = None
 
     @property
     def plans(self) -> tuple[Plan, ...]:

@@ -22,12 +22,19 @@ from dus_cli.pictures.svg import (
     wrapped,
 )
 
-# The edges of the plot between names and figures, and the height of a row and of a line of text, in pixels.
+# The edges of the plot between names and figures, and the height of a row and of a line of text, in
+# pixels.
 _LEFT, _RIGHT = 190, 500
 _ROW, _SCORE_ROW, _LINE = 44, 24, 18
 
-# Characters of a name beside its row, of one in lines of its own above it, of a title, and scores in a line.
-_BESIDE, _ABOVE, _TITLE, _IN_A_LINE = int((_LEFT - 30) / CHARACTER), int((WIDTH - 40) / CHARACTER), 70, 3
+# Characters of a name beside its row, of one in lines of its own above it, of a title, and scores
+# in a line.
+_BESIDE, _ABOVE, _TITLE, _IN_A_LINE = (
+    int((_LEFT - 30) / CHARACTER),
+    int((WIDTH - 40) / CHARACTER),
+    70,
+    3,
+)
 
 # Of the normal distribution: how many standard errors of the harness make a 95% interval.
 _NORMAL = 1.96
@@ -35,7 +42,9 @@ _NORMAL = 1.96
 
 @dataclass(frozen=True)
 class _Scale:
-    """Values from `left` to right, and the rows from `top` to `bottom` below which they are named."""
+    """Values from `left` to right, and the rows from `top` to `bottom` below which they are
+    named.
+    """
 
     low: float
     high: float
@@ -52,7 +61,9 @@ class _Scale:
         for value in ticks(self.low, self.high, step):
             x = self.x(value)
             yield f'<path d="M{x:.1f} {self.top:g}V{self.bottom:g}" stroke="{colour["grid"]}"/>'
-            yield text_at(x, self.bottom + 18, f"{value:.{decimals}f}", colour["axis"], anchor="middle")
+            yield text_at(
+                x, self.bottom + 18, f"{value:.{decimals}f}", colour["axis"], anchor="middle"
+            )
         yield text_at(self.left, self.bottom + 38, label, colour["axis"])
 
     def whisker(self, y: float, estimate: Estimate, dot: str, stroke: str) -> str:
@@ -66,7 +77,9 @@ class _Scale:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the rows of a plot lie. Names that do not fit beside them stand above, in lines, and none is cut."""
+    """Where the rows of a plot lie. Names that do not fit beside them stand above, in lines, and
+    none is cut.
+    """
 
     names: tuple[tuple[str, ...], ...]
     tops: tuple[float, ...]
@@ -94,7 +107,11 @@ class _Rows:
 
     def name(self, k: int, colour: dict[str, str]) -> Iterable[str]:
         """The name of row k."""
-        first = self.tops[k] - _LINE * len(self.names[k]) + 14 if self.is_above else self.middle(k) + 4.5
+        first = (
+            self.tops[k] - _LINE * len(self.names[k]) + 14
+            if self.is_above
+            else self.middle(k) + 4.5
+        )
         for number, line in enumerate(self.names[k]):
             yield text_at(20, first + _LINE * number, line, colour["text"], halo=colour["page"])
 
@@ -102,10 +119,16 @@ class _Rows:
 def eval_svg(report: EvalReport, *, dark: bool = False) -> str:
     """The picture of what was found on the text, in the tasks, or both."""
     colour = COLOURS[dark]
-    title = "Evaluation by tasks" if report.losses is None else f"Evaluation on {report.losses.text_name}"
+    title = (
+        "Evaluation by tasks"
+        if report.losses is None
+        else f"Evaluation on {report.losses.text_name}"
+    )
     parts, bottom, said = [], 28.0, []
     for line in wrapped(title, _TITLE):
-        parts.append(f'<text x="20" y="{bottom:g}" font-size="15" font-weight="600">{escaped(line)}</text>')
+        parts.append(
+            f'<text x="20" y="{bottom:g}" font-size="15" font-weight="600">{escaped(line)}</text>'
+        )
         bottom += 20
     bottom -= 8
     if report.losses is not None:
@@ -120,7 +143,9 @@ def eval_svg(report: EvalReport, *, dark: bool = False) -> str:
 
 
 def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[list[str], float, str]:
-    """A row for each model: loss, or bits per byte where tokenizers differ. The parts, where they end, and in words."""
+    """A row for each model: loss, or bits per byte where tokenizers differ. The parts, where
+    they end, and in words.
+    """
     same = all(model.has_same_tokens for model in report.models)
     figures = [model.loss if same else model.bits_per_byte for model in report.models]
     ends = [end for figure in figures for end in (figure.interval or (figure.value, figure.value))]
@@ -131,14 +156,27 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
     interval = ", with its 95% interval" if report.num_units > 1 else ""
     parts = list(scale.axis(label + interval, colour))
     first = scale.x(figures[0].value)
-    parts.append(f'<path d="M{first:.1f} {scale.top:g}V{scale.bottom:g}" stroke="{colour["base"]}" {DASHED}/>')
+    parts.append(
+        f'<path d="M{first:.1f} {scale.top:g}V{scale.bottom:g}" stroke="{colour["base"]}" {DASHED}/>'
+    )
     words = []
     for k, (model, figure) in enumerate(zip(report.models, figures, strict=True)):
         y, ink = rows.middle(k), colour["heldout" if k else "base"]
         parts += rows.name(k, colour)
-        parts.append(scale.whisker(y, figure, f'r="5" fill="{ink}"', f'stroke="{ink}" stroke-width="2" fill="none"'))
+        parts.append(
+            scale.whisker(
+                y, figure, f'r="5" fill="{ink}"', f'stroke="{ink}" stroke-width="2" fill="none"'
+            )
+        )
         difference = _difference(model, same=same)
-        parts.append(text_at(_RIGHT + 14, y - 3.5 if difference else y + 4.5, f"{figure.value:.4f}", colour["text"]))
+        parts.append(
+            text_at(
+                _RIGHT + 14,
+                y - 3.5 if difference else y + 4.5,
+                f"{figure.value:.4f}",
+                colour["text"],
+            )
+        )
         if difference:
             parts.append(text_at(_RIGHT + 14, y + 13, difference, colour["axis"]))
         words.append(f"{model.name} {figure.value:.4f}{f' ({difference})' * bool(difference)}")
@@ -146,7 +184,9 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
 
 
 def _difference(model: ModelResult, *, same: bool) -> str:
-    """To the baseline, in the figure that is drawn; its interval is of the pairs, and so much narrower."""
+    """To the baseline, in the figure that is drawn; its interval is of the pairs, and so much
+    narrower.
+    """
     found = model.difference if same else model.difference_bits
     if found is None:
         return ""
@@ -156,7 +196,9 @@ def _difference(model: ModelResult, *, same: bool) -> str:
 def _scores(
     report: TaskReport, top: float, colour: dict[str, str], series: Sequence[str]
 ) -> tuple[list[str], float, str]:
-    """A row for each task, a dot for each model. Scores that are no shares have no place on this axis."""
+    """A row for each task, a dot for each model. Scores that are no shares have no place on this
+    axis.
+    """
     labels = [score.label for score in report.models[0].scores if score.is_share]
     lines = -(-len(report.models) // _IN_A_LINE)  # of figures, in a row
     rows = _Rows.of(labels, top + 8, max(_SCORE_ROW, _LINE * lines + 6))
@@ -170,11 +212,17 @@ def _scores(
         for k, result in enumerate(report.models):
             score = next(score for score in result.scores if score.label == label)
             error = None if score.stderr is None else 100 * _NORMAL * score.stderr
-            parts.append(scale.whisker(y, Estimate(100 * score.value, error), *_look(k, colour, series)))
+            parts.append(
+                scale.whisker(y, Estimate(100 * score.value, error), *_look(k, colour, series))
+            )
             values.append(f"{100 * score.value:.1f}")
         for number in range(lines):
             said = "  ".join(values[number * _IN_A_LINE : (number + 1) * _IN_A_LINE])
-            parts.append(text_at(_RIGHT + 14, y + 4.5 + _LINE * (number - (lines - 1) / 2), said, colour["text"]))
+            parts.append(
+                text_at(
+                    _RIGHT + 14, y + 4.5 + _LINE * (number - (lines - 1) / 2), said, colour["text"]
+                )
+            )
         words.append(f"{label} {', '.join(values)}")
     y = scale.bottom + 64
     for k, result in enumerate(report.models):
@@ -183,11 +231,18 @@ def _scores(
         for line in wrapped(result.name, _TITLE):
             parts.append(text_at(54, y, line, colour["text"]))
             y += 20
-    return parts, y, f"Scores in percent of {', '.join(r.name for r in report.models)}: {'; '.join(words)}."
+    return (
+        parts,
+        y,
+        f"Scores in percent of {', '.join(r.name for r in report.models)}: {'; '.join(words)}.",
+    )
 
 
 def _look(k: int, colour: dict[str, str], series: Sequence[str]) -> tuple[str, str]:
     """Dot and line of a model; those that share a colour differ in their dots."""
     ink = series[k % len(series)]
     fill = ink if k < len(series) else colour["page"]
-    return f'r="4" fill="{fill}" stroke="{ink}" stroke-width="1.5"', f'stroke="{ink}" stroke-width="1.5" fill="none"'
+    return (
+        f'r="4" fill="{fill}" stroke="{ink}" stroke-width="1.5"',
+        f'stroke="{ink}" stroke-width="1.5" fill="none"',
+    )

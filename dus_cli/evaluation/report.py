@@ -29,8 +29,9 @@ _NATS_PER_BIT = math.log(2)
 class ModelResult:
     """A model's figures on the text, each document of which stands behind the ids `before`.
 
-    `difference` is to the baseline (None for itself): nats on the same bytes, per token of the baseline's
-    tokenizer, so that it is the difference of the two losses where both have the same tokens.
+    `difference` is to the baseline (None for itself): nats on the same bytes, per token of the
+    baseline's tokenizer, so that it is the difference of the two losses where both have the same
+    tokens.
     """
 
     name: str
@@ -48,7 +49,9 @@ class ModelResult:
     before: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, candidate: Candidate, name: str, scores: Scores, first: Scores | None, *, is_base: bool) -> ModelResult:
+    def of(
+        cls, candidate: Candidate, name: str, scores: Scores, first: Scores | None, *, is_base: bool
+    ) -> ModelResult:
         """The result of a pass, beside the baseline's where it is another."""
         code, difference, bits = scores.code_length, None, None
         if first is not None:
@@ -66,7 +69,8 @@ class ModelResult:
             bits_per_byte=ratio(code, list(scores.text_bytes)).times(1 / _NATS_PER_BIT),
             difference=difference,
             difference_bits=bits,
-            has_same_tokens=first is None or scores.token_digest.digest() == first.token_digest.digest(),
+            has_same_tokens=first is None
+            or scores.token_digest.digest() == first.token_digest.digest(),
             seconds=scores.seconds,
             before=candidate.tokeniser.before,
         )
@@ -154,7 +158,8 @@ class Gates:
     min_improvement: Annotated[
         float | None,
         Option(
-            "Exit 1 unless each loss is at least X nats per token under the baseline's; -0.05 lets it be above.",
+            "Exit 1 unless each loss is at least X nats per token under the baseline's; -0.05 "
+            "lets it be above.",
             metavar="X",
             panel=_GATES,
         ),
@@ -176,7 +181,12 @@ class Gates:
         ),
     ] = None
     is_confident: Annotated[
-        bool, Option("Ask it of the whole 95% interval, not of the measured value.", name="confident", panel=_GATES)
+        bool,
+        Option(
+            "Ask it of the whole 95% interval, not of the measured value.",
+            name="confident",
+            panel=_GATES,
+        ),
     ] = False
 
     def to_json(self) -> dict[str, Any]:
@@ -207,7 +217,11 @@ class Gates:
             if num_models == 1 and option != "--max-loss":
                 return (
                     option,
-                    "one model has nothing to be held against; give its base as the first MODEL, or --with-base",
+                    (
+                        "one model has nothing to be held against; give its base as the first "
+                        "MODEL, "
+                        "or --with-base"
+                    ),
                 )
         if self.is_confident and self.min_improvement is None and self.max_loss is None:
             return "--confident", "it is about --min-improvement and --max-loss; give one of them"
@@ -216,13 +230,19 @@ class Gates:
     def missed(self, report: LossReport) -> list[str]:
         """What is missed, model by model, in words."""
         judged = report.models[1:] or report.models
-        return [text for model in judged for text in (self._loss(model), self._improvement(model, report)) if text]
+        return [
+            text
+            for model in judged
+            for text in (self._loss(model), self._improvement(model, report))
+            if text
+        ]
 
     def missed_tasks(self, report: TaskReport) -> list[str]:
         """In which task a model is more than `max_drop` points of a hundred below the baseline."""
         first = {score.label: score for score in report.models[0].scores}
         return [
-            f"{shown(model.name)}: {score.label} {100 * score.value:.2f} is more than --max-drop {self.max_drop:g} "
+            f"{shown(model.name)}: {score.label} {100 * score.value:.2f} is more than --max-drop "
+            f"{self.max_drop:g} "
             f"points below {shown(report.models[0].name)}'s {100 * first[score.label].value:.2f}"
             for model in report.models[1:]
             for score in model.scores
@@ -235,7 +255,10 @@ class Gates:
         worst = self._worst(model.loss)
         if self.max_loss is None or worst <= self.max_loss:
             return None
-        return f"{shown(model.name)}: loss {_number(model.loss, worst)} is above --max-loss {self.max_loss:g}"
+        return (
+            f"{shown(model.name)}: loss {_number(model.loss, worst)} is above --max-loss "
+            f"{self.max_loss:g}"
+        )
 
     def _improvement(self, model: ModelResult, report: LossReport) -> str | None:
         if self.min_improvement is None or model.difference is None:
@@ -271,25 +294,43 @@ def losses_text(report: LossReport, width: int = 80) -> str:
     documents = f"{report.num_documents:,} document{'s' * (report.num_documents != 1)}"
     lines = [
         f"{shown(report.text_name)}: {documents}, {report.num_bytes:,} bytes",
-        f"windows of {options.seq_length} tokens every {options.stride}, {options.precision.value} on {report.device}",
+        (
+            f"windows of {options.seq_length} tokens every {options.stride}, "
+            f"{options.precision.value} on {report.device}"
+        ),
         "",
     ]
     rows = [_row(model, is_alone=len(report.models) == 1) for model in report.models]
-    header = ["", "tokens", "loss", "perplexity", "bits/byte", *(["difference"] if len(report.models) > 1 else [])]
+    header = [
+        "",
+        "tokens",
+        "loss",
+        "perplexity",
+        "bits/byte",
+        *(["difference"] if len(report.models) > 1 else []),
+    ]
     lines += table([header, *rows], width)
     lines.append("")
     if len(report.models) > 1:
-        lines.append(f"difference: to {shown(first.name)}, nats per token of its tokenizer on the same bytes;")
+        lines.append(
+            f"difference: to {shown(first.name)}, nats per token of its tokenizer on the same "
+            "bytes;"
+        )
         lines.append(f"±: {_interval_text(report)}")
     else:
         loss = first.loss
-        margin = "" if loss.margin is None else f"loss ± {loss.margin:.4f}: {_interval_text(report)}"
+        margin = (
+            "" if loss.margin is None else f"loss ± {loss.margin:.4f}: {_interval_text(report)}"
+        )
         lines += [margin] if margin else []
     others = [shown(model.name) for model in report.models if not model.has_same_tokens]
     if others:
-        lines.append(f"other tokens than {shown(first.name)}: {', '.join(others)}; compare bits per byte")
+        lines.append(
+            f"other tokens than {shown(first.name)}: {', '.join(others)}; compare bits per byte"
+        )
     lines += [
-        f"warning: {model.unknown_tokens:,} tokens of {shown(model.name)} stand for text that its tokenizer does not "
+        f"warning: {model.unknown_tokens:,} tokens of {shown(model.name)} stand for text that its "
+        "tokenizer does not "
         "know; its figures flatter it"
         for model in report.models
         if model.unknown_tokens
@@ -312,8 +353,18 @@ def _interval_text(report: LossReport) -> str:
 
 def _row(model: ModelResult, *, is_alone: bool) -> list[str]:
     perplexity = f"{model.perplexity:,.2f}" if model.perplexity < 1e7 else f"{model.perplexity:.2e}"
-    row = [model.name, f"{model.tokens:,}", f"{model.loss.value:.4f}", perplexity, f"{model.bits_per_byte.value:.4f}"]
-    return row if is_alone else [*row, "baseline" if model.difference is None else signed(model.difference)]
+    row = [
+        model.name,
+        f"{model.tokens:,}",
+        f"{model.loss.value:.4f}",
+        perplexity,
+        f"{model.bits_per_byte.value:.4f}",
+    ]
+    return (
+        row
+        if is_alone
+        else [*row, "baseline" if model.difference is None else signed(model.difference)]
+    )
 
 
 def signed(estimate: Estimate) -> str:
@@ -322,17 +373,24 @@ def signed(estimate: Estimate) -> str:
     >>> signed(Estimate(-0.0123, 0.004))
     '-0.0123 ± 0.0040'
     """
-    return f"{estimate.value:+.4f}" + ("" if estimate.margin is None else f" ± {estimate.margin:.4f}")
+    return f"{estimate.value:+.4f}" + (
+        "" if estimate.margin is None else f" ± {estimate.margin:.4f}"
+    )
 
 
 def table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Columns two spaces apart, numbers to the right. The first gives way where a line would be too long."""
+    """Columns two spaces apart, numbers to the right. The first gives way where a line would be
+    too long.
+    """
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     room = max(8, width - sum(widths[1:]) - 2 * (len(widths) - 1))
     widths[0] = min(widths[0], room)
     return [
         "  ".join(
-            [_fitted(row[0], room).ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))]
+            [
+                _fitted(row[0], room).ljust(widths[0]),
+                *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True)),
+            ]
         )
         for row in rows
     ]
@@ -350,17 +408,22 @@ def _fitted(name: str, width: int) -> str:
 
 
 def tasks_text(report: TaskReport, width: int = 80) -> str:
-    """A row for each task, a column for each model, and for H6 the published figures; as many columns as fit."""
+    """A row for each task, a column for each model, and for H6 the published figures; as many
+    columns as fit.
+    """
     columns = [(result.name, _score_cells(result)) for result in report.models]
     if len(report.models[0].scores) and report.models[0].h6 is not None:
-        columns += [
-            (f"{name} *", {plan.label: f"{score:.2f}" for plan, score in zip(h6.PLANS, scores, strict=True)}
-             | {_H6: f"{h6.average(scores):.2f}"})
-            for name, scores in h6.PUBLISHED.items()
-        ]  # fmt: skip
+        for name, scores in h6.PUBLISHED.items():
+            cells = {
+                plan.label: f"{score:.2f}" for plan, score in zip(h6.PLANS, scores, strict=True)
+            }
+            columns.append((f"{name} *", cells | {_H6: f"{h6.average(scores):.2f}"}))
     labels = list(columns[0][1])
     heads = [_fitted(name, 22) for name, _ in columns]
-    widths = [max(len(head), *map(len, cells.values())) for head, (_, cells) in zip(heads, columns, strict=True)]
+    widths = [
+        max(len(head), *map(len, cells.values()))
+        for head, (_, cells) in zip(heads, columns, strict=True)
+    ]
     first = max(map(len, labels))
     blocks: list[list[int]] = [[]]
     for k, size in enumerate(widths):
@@ -374,7 +437,10 @@ def tasks_text(report: TaskReport, width: int = 80) -> str:
         lines += [*table(rows, width), ""]
     said = [f"lm-evaluation-harness {report.harness}, ± one standard error"]
     if report.options.limit is not None:
-        said.append(f"of the first {report.options.limit} examples of each task: no figure to compare with others'")
+        said.append(
+            f"of the first {report.options.limit} examples of each task: no figure to compare "
+            "with others'"
+        )
     if len(columns) > len(report.models):
         said.append("* as published (arXiv:2312.15166, table 2), with the harness of 2023")
     return "\n".join([*lines, *said])
@@ -414,10 +480,13 @@ class EvalReport:
             record |= self.losses.to_json()
             models = {model.name: model.to_json() for model in self.losses.models}
         if self.tasks is not None:
-            record |= self.tasks.to_json() | {"baseline": record.get("baseline", self.tasks.models[0].name)}
+            record |= self.tasks.to_json() | {
+                "baseline": record.get("baseline", self.tasks.models[0].name)
+            }
             for result in self.tasks.models:
                 entry = models.setdefault(
-                    result.name, {"name": result.name, "model": result.model, "commit": result.commit}
+                    result.name,
+                    {"name": result.name, "model": result.model, "commit": result.commit},
                 )
                 entry |= {"scores": [score.to_json() for score in result.scores], "h6": result.h6}
         last = {"gates": self.gates.to_json(), "missed": self.missed, "cards": list(self.cards)}

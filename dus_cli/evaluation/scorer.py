@@ -24,7 +24,8 @@ from dus_cli.models.losses import Head, cross_entropies, token_losses
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# Nats by which the losses by way of hidden states may differ from the model's own: both are of the same products.
+# Nats by which the losses by way of hidden states may differ from the model's own: both are of the
+# same products.
 _TOLERANCE = 0.01
 
 # In the RuntimeError of torch's allocator for the CPU.
@@ -47,15 +48,20 @@ def device_of(name: str) -> torch.device:
         EvaluationError: there is no such device here.
     """
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EvaluationError(f"--device {shown(name)}: {reason_of(error)}; give auto, cpu or cuda:0") from error
+        raise EvaluationError(
+            f"--device {shown(name)}: {reason_of(error)}; give auto, cpu or cuda:0"
+        ) from error
     return device
 
 
 def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
-    """A causal language model with all its weights, for inference. No code of the checkpoint's is run.
+    """A causal language model with all its weights, for inference. No code of the checkpoint's is
+    run.
 
     Raises:
         LoadError: transformers cannot load it, or would make up weights that the files lack.
@@ -66,10 +72,12 @@ def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
 
 
 class Scorer:
-    """Losses of a loaded model, token by token, without the logits of a whole batch where its structure is known.
+    """Losses of a loaded model, token by token, without the logits of a whole batch where its
+    structure is known.
 
-    Each window stands behind the ids `before`. Where the structure is not known (an output embedding that is none,
-    logits that are changed in an unknown way) they are taken from the logits.
+    Each window stands behind the ids `before`. Where the structure is not known (an output
+    embedding that is none, logits that are changed in an unknown way) they are taken from the
+    logits.
     """
 
     def __init__(self, model: Any, num_layers: int, before: Sequence[int]) -> None:
@@ -102,7 +110,9 @@ class Scorer:
         inputs, labels = inputs.to(self.device), labels.to(self.device)
         each = self._token_losses(inputs, labels).cpu().double()  # MPS has no float64
         rows = (labels != IGNORED).nonzero()[:, 0].cpu()
-        sums: list[float] = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, each).tolist()
+        sums: list[float] = (
+            torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, each).tolist()
+        )
         return sums
 
     @contextmanager
@@ -110,7 +120,8 @@ class Scorer:
         """Score with these layers alone: the base inside an up-scaled model."""
         if self._decoder is None:
             raise EvaluationError(
-                f"model_type {self._model.config.model_type!r} is not known well enough to run its base alone; "
+                f"model_type {self._model.config.model_type!r} is not known well enough to run "
+                "its base alone; "
                 "give the base itself as a MODEL"
             )
         with self._decoder.only(layers):
@@ -127,7 +138,9 @@ class Scorer:
         return cross_entropies(logits, labels[counted], Head())
 
     def _check_decoder(self) -> None:
-        """Hold our way to the losses against the model's own logits, on a few tokens; without it where they differ."""
+        """Hold our way to the losses against the model's own logits, on a few tokens; without it
+        where they differ.
+        """
         ids = torch.arange(1, 33, device=self.device)[None] % self.vocab_size
         ours = self._token_losses(ids[:, :-1], ids[:, 1:])
         decoder, self._decoder = self._decoder, None
@@ -147,5 +160,6 @@ def out_of_memory(name: str) -> Iterator[None]:
         if not isinstance(error, known) and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise EvaluationError(
-            f"out of memory while {shown(name)} was evaluated; lower --batch-tokens or --seq-length, or --device cpu"
+            f"out of memory while {shown(name)} was evaluated; lower --batch-tokens or "
+            "--seq-length, or --device cpu"
         ) from error

@@ -13,10 +13,12 @@ from dus_cli.evaluation.intervals import Sums
 
 @dataclass
 class Scores:
-    """What a pass over the text adds up, document by document, and what tells one pass from another.
+    """What a pass over the text adds up, document by document, and what tells one pass from
+    another.
 
-    `nats` are of the `tokens` that were predicted. `guessed` are nats of first tokens that nothing stands before,
-    each as one of `num_words` equally likely ones: with them, bytes of whole documents can be compared.
+    `nats` are of the `tokens` that were predicted. `guessed` are nats of first tokens that nothing
+    stands before, each as one of `num_words` equally likely ones: with them, bytes of whole
+    documents can be compared.
     """
 
     num_words: int = 1

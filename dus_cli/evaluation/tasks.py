@@ -1,4 +1,6 @@
-"""Tasks of lm-evaluation-harness, run by the harness itself on models that are loaded as for the losses."""
+"""Tasks of lm-evaluation-harness, run by the harness itself on models that are loaded as for the
+losses.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ SHARES = frozenset([*_METRICS, "mc1", "pass@1"])
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A model's score in a task, as the harness gives it: a share, mostly, and its standard error."""
+    """A model's score in a task, as the harness gives it: a share, mostly, and its standard
+    error.
+    """
 
     label: str
     task: str
@@ -78,21 +82,28 @@ class TaskReport:
     models: tuple[TaskResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that the tasks have in the report, but for the scores; docs/layout.md describes each."""
+        """The fields that the tasks have in the report, but for the scores; docs/layout.md
+        describes each.
+        """
         has_h6 = set(h6.PLANS) <= set(self.options.plans)
         return {
             "tasks": [plan.task for plan in self.options.plans],
             "limit": self.options.limit,
             "lm_eval": self.harness,
-            "published": {name: list(scores) for name, scores in h6.PUBLISHED.items()} if has_h6 else None,
+            "published": {name: list(scores) for name, scores in h6.PUBLISHED.items()}
+            if has_h6
+            else None,
         }
 
 
 class Harness:
-    """lm-evaluation-harness with its tasks found and their data at hand, before a model is loaded."""
+    """lm-evaluation-harness with its tasks found and their data at hand, before a model is
+    loaded.
+    """
 
     def __init__(self, options: TaskOptions, progress: Progress) -> None:
-        """Find the tasks and load their data sets, which the harness takes from the Hub where they are not local.
+        """Find the tasks and load their data sets, which the harness takes from the Hub where they
+        are not local.
 
         Raises:
             MissingExtraError: the harness is not installed.
@@ -114,20 +125,25 @@ class Harness:
             path = None if options.include_path is None else str(options.include_path)
             self._manager = TaskManager(include_path=path, include_defaults=path is None)
             if path is not None and not all(self._is_whole(plan.task) for plan in options.plans):
-                self._manager = TaskManager(include_path=path)  # takes ten seconds: it reads 14,000 files
+                self._manager = TaskManager(
+                    include_path=path
+                )  # takes ten seconds: it reads 14,000 files
         self._loaded = [self._load(plan) for plan in options.plans]
 
     def _is_whole(self, name: str) -> bool:
         """Whether a task is known, and all that a group is made of."""
         entry = self._manager.task_index.get(name)
         members = [] if entry is None else entry.cfg.get("task") if "group" in entry.cfg else []
-        return entry is not None and all(isinstance(member, str) and self._is_whole(member) for member in members)
+        return entry is not None and all(
+            isinstance(member, str) and self._is_whole(member) for member in members
+        )
 
     def _load(self, plan: Plan) -> list[Any]:
         """The task, the group or the tasks of a tag by this name."""
         if plan.task not in self._manager.task_index:
             raise EvaluationError(
-                f"lm-evaluation-harness has no task {shown(plan.task)!r}; `lm-eval ls tasks` lists them, "
+                f"lm-evaluation-harness has no task {shown(plan.task)!r}; `lm-eval ls tasks` "
+                "lists them, "
                 "--include-path adds your own"
             )
         with _harness_errors(f"task {shown(plan.task)}"), _silent():
@@ -145,7 +161,9 @@ class Harness:
 
         assert options.batch_tokens is not None
         assert options.seq_length is not None
-        tokenizer = AutoTokenizer.from_pretrained(candidate.folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            candidate.folder, local_files_only=True, trust_remote_code=False
+        )
         scores: list[TaskScore] = []
         with _silent(), _harness_errors(f"{shown(candidate.name)}"):
             lm = self._models.HFLM(
@@ -153,7 +171,9 @@ class Harness:
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=max(1, options.batch_tokens // options.seq_length),
-                add_bos_token=None if options.special_tokens else False,  # None is as the tokenizer has it
+                add_bos_token=None
+                if options.special_tokens
+                else False,  # None is as the tokenizer has it
                 trust_remote_code=False,
             )
         for plan, loaded in zip(self._options.plans, self._loaded, strict=True):
@@ -163,7 +183,9 @@ class Harness:
                     model=lm,
                     tasks=loaded,
                     task_manager=self._manager,
-                    num_fewshot=self._options.num_fewshot if plan.num_fewshot is None else plan.num_fewshot,
+                    num_fewshot=self._options.num_fewshot
+                    if plan.num_fewshot is None
+                    else plan.num_fewshot,
                     limit=self._options.limit,
                     log_samples=False,
                     confirm_run_unsafe_code=False,
@@ -180,7 +202,10 @@ class Harness:
             return _Bar(self._progress, what, items, total)
 
         usual = model.tqdm
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
             try:
                 model.tqdm = task.tqdm = self._models.tqdm = bar
                 yield
@@ -189,9 +214,13 @@ class Harness:
 
 
 class _Bar:
-    """What the harness uses of tqdm. Its loops over documents are short; what it counts by hand are the requests."""
+    """What the harness uses of tqdm. Its loops over documents are short; what it counts by hand
+    are the requests.
+    """
 
-    def __init__(self, progress: Progress, what: str, items: Iterable[Any], total: int | None) -> None:
+    def __init__(
+        self, progress: Progress, what: str, items: Iterable[Any], total: int | None
+    ) -> None:
         self._progress, self._items = progress, items
         if total is not None and items == ():
             progress.start(what, total, "requests")
@@ -208,7 +237,9 @@ class _Bar:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """What libraries print goes nowhere: stdout is for results, and what matters in it is an error."""
+    """What libraries print goes nowhere: stdout is for results, and what matters in it is an
+    error.
+    """
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -237,7 +268,9 @@ def _score(plan: Plan, name: str, results: dict[str, Any]) -> TaskScore:
         wanted = next(iter([*preferred, *metrics]), wanted)
     if wanted not in metrics:
         has = ", ".join(metrics) or "none"
-        raise EvaluationError(f"task {shown(name)} gives no {wanted} but {shown(has)}; its definition was changed")
+        raise EvaluationError(
+            f"task {shown(name)} gives no {wanted} but {shown(has)}; its definition was changed"
+        )
     metric, _, chosen = wanted.partition(",")
     stderr = entry.get(f"{metric}_stderr,{chosen}")
     # Of a group the harness tells shots and numbers of its tasks.
@@ -266,12 +299,18 @@ def _score(plan: Plan, name: str, results: dict[str, Any]) -> TaskScore:
 def _leaves(names: Sequence[str], results: dict[str, Any]) -> list[str]:
     """The tasks below a group's members, which may be groups."""
     groups = results.get("group_subtasks", {})
-    return [leaf for name in names for leaf in (_leaves(groups[name], results) if groups.get(name) else [name])]
+    return [
+        leaf
+        for name in names
+        for leaf in (_leaves(groups[name], results) if groups.get(name) else [name])
+    ]
 
 
 @contextlib.contextmanager
 def _harness_errors(what: str) -> Iterator[None]:
-    """Turn whatever the harness and its data sets raise into one line: they have no errors of their own."""
+    """Turn whatever the harness and its data sets raise into one line: they have no errors of
+    their own.
+    """
     import torch
 
     try:
@@ -280,6 +319,8 @@ def _harness_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise EvaluationError(
-            f"{what}: lm-evaluation-harness fails with {type(error).__name__}: {reason_of(error)}; DUS_DEBUG=1 shows "
-            "where (a data set that is not on this machine comes from the Hub, unless HF_DATASETS_OFFLINE=1)"
+            f"{what}: lm-evaluation-harness fails with {type(error).__name__}: "
+            f"{reason_of(error)}; DUS_DEBUG=1 shows "
+            "where (a data set that is not on this machine comes from the Hub, unless "
+            "HF_DATASETS_OFFLINE=1)"
         ) from error

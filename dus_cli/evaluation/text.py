@@ -27,9 +27,12 @@ class Text:
 
     @property
     def name(self) -> str:
-        """What it is called in a card: the names of the files, or of the argument that found many."""
+        """What it is called in a card: the names of the files, or of the argument that found
+        many.
+        """
         return ", ".join(
-            source.paths[0].name if len(source.paths) == 1 else public(source.text) for source in self.sources
+            source.paths[0].name if len(source.paths) == 1 else public(source.text)
+            for source in self.sources
         )
 
     @property
@@ -40,8 +43,11 @@ class Text:
     def num_file_bytes(self) -> int:
         return sum(path.stat().st_size for source in self.sources for path in source.paths)
 
-    def batches(self, skipped: dict[str, int], on_bytes: Callable[[int], object]) -> Iterator[list[str]]:
-        """The documents in order, some at a time; `on_bytes` is told how many bytes of the files were read.
+    def batches(
+        self, skipped: dict[str, int], on_bytes: Callable[[int], object]
+    ) -> Iterator[list[str]]:
+        """The documents in order, some at a time; `on_bytes` is told how many bytes of the files
+        were read.
 
         What is left out is counted in `skipped`, by reason.
         """
@@ -56,7 +62,9 @@ class Text:
         if batch:
             yield batch
 
-    def _documents(self, skipped: dict[str, int], on_bytes: Callable[[int], object]) -> Iterator[str]:
+    def _documents(
+        self, skipped: dict[str, int], on_bytes: Callable[[int], object]
+    ) -> Iterator[str]:
         count = 0
         for path in (path for source in self.sources for path in source.paths):
             tally, position, size = Tally(skipped=skipped), 0, path.stat().st_size
@@ -72,7 +80,8 @@ class Text:
 
 
 def open_text(options: TextOptions, spool: Path) -> Text:
-    """The text behind `--data`. Standard input is kept in the folder `spool`, for every model reads it.
+    """The text behind `--data`. Standard input is kept in the folder `spool`, for every model reads
+    it.
 
     Raises:
         DataError: nothing there, nothing that is text, or weights, which are for training.
@@ -80,5 +89,8 @@ def open_text(options: TextOptions, spool: Path) -> Text:
     sources = parse_sources(options.data, spool, options.text_field)
     for source in sources:
         if source.weight is not None:
-            raise DataError(f"{shown(source.text)} has a weight, and every document counts once; leave out the weight")
+            raise DataError(
+                f"{shown(source.text)} has a weight, and every document counts once; leave out "
+                "the weight"
+            )
     return Text(sources, options.text_field, options.on_bad_line, options.max_documents)

@@ -1,11 +1,13 @@
-"""Documents cut into windows that a model can see at once, and windows gathered into batches. Pure, no torch.
+"""Documents cut into windows that a model can see at once, and windows gathered into batches. Pure,
+no torch.
 
-Every token of a document is predicted exactly once, its first one too where the tokenizer puts a token before a
-text: every window stands behind it, those that begin within a document as well, for a model that was trained
-behind `<s>` knows little without it. Where nothing stands before a text nothing predicts its first token. A
-document's first window predicts `length` tokens. Each further one begins `stride` tokens later and predicts what
-no window before it did, so that a token has the document's last `length` − `stride` tokens before it at least, as
-far as there are so many (transformers' guide "Perplexity of fixed-length models").
+Every token of a document is predicted exactly once, its first one too where the tokenizer puts a
+token before a text: every window stands behind it, those that begin within a document as well, for
+a model that was trained behind `<s>` knows little without it. Where nothing stands before a text
+nothing predicts its first token. A document's first window predicts `length` tokens. Each further
+one begins `stride` tokens later and predicts what no window before it did, so that a token has the
+document's last `length` − `stride` tokens before it at least, as far as there are so many
+(transformers' guide "Perplexity of fixed-length models").
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-# Windows of so many batches are sorted by their length before they are batched: little is padded then.
+# Windows of so many batches are sorted by their length before they are batched: little is padded
+# then.
 _BATCHES_AHEAD = 16
 
 
@@ -31,7 +34,8 @@ def windows(
 ) -> Iterator[Window]:
     """The windows of a document of these token ids, of which the first counts or does not.
 
-    >>> [(list(window.ids), window.num_scored) for window in windows(0, range(7), length=4, stride=2)]
+    >>> cut = windows(0, range(7), length=4, stride=2)
+    >>> [(list(window.ids), window.num_scored) for window in cut]
     [([0, 1, 2, 3], 4), ([2, 3, 4, 5], 2), ([4, 5, 6], 1)]
     """
     end = 0 if is_first_scored else 1
@@ -46,7 +50,9 @@ def windows(
 
 
 def batches(source: Iterable[Window], max_tokens: int) -> Iterator[list[Window]]:
-    """Windows of similar length together: at most `max_tokens` of them once padded, or one window."""
+    """Windows of similar length together: at most `max_tokens` of them once padded, or one
+    window.
+    """
     held: list[Window] = []
     size = 0
     for window in source:
@@ -60,7 +66,9 @@ def batches(source: Iterable[Window], max_tokens: int) -> Iterator[list[Window]]
 
 def _batched(held: list[Window], max_tokens: int) -> Iterator[list[Window]]:
     batch: list[Window] = []
-    for window in sorted(held, key=lambda window: -len(window.ids)):  # the first is the longest of its batch
+    for window in sorted(
+        held, key=lambda window: -len(window.ids)
+    ):  # the first is the longest of its batch
         if batch and (len(batch) + 1) * len(batch[0].ids) > max_tokens:
             yield batch
             batch = []

@@ -1,6 +1,8 @@
-"""Continued pretraining: the launcher (`dus heal`), the worker that torchrun starts, and what they share.
+"""Continued pretraining: the launcher (`dus heal`), the worker that torchrun starts, and what they
+share.
 
-`run.json` is all that passes between the two; torch and transformers are imported below this folder only.
+`run.json` is all that passes between the two; torch and transformers are imported below this folder
+only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The folder of a run's checkpoints, for those who have no team: which are complete, and who is using them."""
+"""The folder of a run's checkpoints, for those who have no team: which are complete, and who is
+using them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def newest(folder: Path) -> int | None:
 
 
 def disk_failure(folder: Path, reason: str, sizes: str = "") -> str:
-    """What to say where the disk of a run fails. `folder` has its checkpoints, `sizes` says what was wanted of it."""
+    """What to say where the disk of a run fails. `folder` has its checkpoints, `sizes` says what
+    was wanted of it.
+    """
     step = newest(folder)
     kept = (
         "no checkpoint is saved yet, and the same command starts again"
@@ -54,7 +58,8 @@ def lock(folder: Path) -> int:
         who = holder(file)
         os.close(file)
         raise HealError(
-            f"another run is healing into {shown(folder.parent)} at this moment ({who}); wait for it, or end it"
+            f"another run is healing into {shown(folder.parent)} at this moment ({who}); wait for "
+            "it, or end it"
         ) from None
     except OSError:
         pass  # no locks on this file system

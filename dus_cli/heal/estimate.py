@@ -1,4 +1,6 @@
-"""What a run costs, on paper: FLOPs per token, memory per device, time. Pure arithmetic with its sources."""
+"""What a run costs, on paper: FLOPs per token, memory per device, time. Pure arithmetic with its
+sources.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from dataclasses import dataclass
 from dus_cli.maps.shape import Shape
 from dus_cli.models.chunks import LOGITS_BYTES_ELSEWHERE
 
-# Dense bf16 peak in FLOP/s without sparsity, from the vendors' data sheets, by part of the device's name.
-# The longer name comes first where one contains the other.
+# Dense bf16 peak in FLOP/s without sparsity, from the vendors' data sheets, by part of the device's
+# name. The longer name comes first where one contains the other.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -59,17 +61,21 @@ class MemoryEstimate:
         )
 
 
-# Bytes kept for the backward pass, per token, layer and unit of hidden size: 34 with flash attention
-# (Korthikanti et al., arXiv:2205.05198, equation 2 without its attention matrix).
+# Bytes kept for the backward pass, per token, layer and unit of hidden size: 34 with flash
+# attention (Korthikanti et al., arXiv:2205.05198, equation 2 without its attention matrix).
 _ACTIVATION_BYTES = {"none": 34.0, "selective": 18.0, "full": 2.0}
 
 
-def checkpoint_bytes(shape: Shape, *, num_learning_layers: int, weight_bytes: int, has_fp32_masters: bool) -> int:
-    """Bytes of a checkpoint: of what learns the weight, two fp32 moments, and the fp32 master where it is another one.
+def checkpoint_bytes(
+    shape: Shape, *, num_learning_layers: int, weight_bytes: int, has_fp32_masters: bool
+) -> int:
+    """Bytes of a checkpoint: of what learns the weight, two fp32 moments, and the fp32 master where
+    it is another one.
 
     Args:
         shape: the model's.
-        num_learning_layers: layers that learn at some time; all of them is the whole model, embeddings included.
+        num_learning_layers: layers that learn at some time; all of them is the whole model,
+            embeddings included.
         weight_bytes: of a parameter as it computes.
         has_fp32_masters: whether bf16 weights are followed by fp32 ones.
     """
@@ -90,16 +96,23 @@ def memory_per_device(
     activation_checkpointing: str,
     teacher_layers: int,
 ) -> MemoryEstimate:
-    """Bytes that one device needs. Weights, gradients, masters and moments are split `num_shards` ways.
+    """Bytes that one device needs. Weights, gradients, masters and moments are split `num_shards`
+    ways.
 
-    Gradients are summed in fp32; Adam keeps two fp32 moments; one layer and the head are gathered at a time.
+    Gradients are summed in fp32; Adam keeps two fp32 moments; one layer and the head are gathered
+    at a time.
     """
     each = shape.num_parameters / num_shards
     masters = 4.0 if has_fp32_masters and weight_bytes != 4 else 0.0
-    layer = (shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size) / max(1, shape.num_layers)
+    layer = (shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size) / max(
+        1, shape.num_layers
+    )
     is_sharded = num_shards > 1
     activations = (
-        micro_batch_tokens * shape.num_layers * shape.hidden_size * _ACTIVATION_BYTES[activation_checkpointing]
+        micro_batch_tokens
+        * shape.num_layers
+        * shape.hidden_size
+        * _ACTIVATION_BYTES[activation_checkpointing]
     )
     if activation_checkpointing == "full":
         activations += micro_batch_tokens * shape.hidden_size * _ACTIVATION_BYTES["none"]
@@ -108,7 +121,9 @@ def memory_per_device(
         gradients=each * 4.0,
         optimizer=each * (8.0 + masters),
         teacher=each * weight_bytes * teacher_layers / max(1, shape.num_layers),
-        gathered=(2 * layer + shape.vocab_size * shape.hidden_size) * weight_bytes if is_sharded else 0.0,
+        gathered=(2 * layer + shape.vocab_size * shape.hidden_size) * weight_bytes
+        if is_sharded
+        else 0.0,
         activations=activations * weight_bytes / 2,
         # the logits, their gradient, and the head's gradient in fp32
         logits=3.0 * min(LOGITS_BYTES_ELSEWHERE, 4 * micro_batch_tokens * shape.vocab_size)

@@ -9,7 +9,9 @@ from typing import Any
 
 
 class MetricsFile:
-    """The file, open at its end, without the rows of steps after `last_step` (they will be run again)."""
+    """The file, open at its end, without the rows of steps after `last_step` (they will be run
+    again).
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
         kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= last_step]
@@ -20,7 +22,9 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row, for others to read at once. JSON has no NaN: what is not finite is null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 

@@ -1,4 +1,6 @@
-"""What is asked of `dus heal`, in groups, with its options. Pure: `dus heal --help` imports no torch for it."""
+"""What is asked of `dus heal`, in groups, with its options. Pure: `dus heal --help` imports no
+torch for it.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,18 @@ class Schedule(str, Enum):
 
 
 class MasterWeights(DtypeChoice):
-    """What the optimizer updates: an fp32 copy, or the bf16 weights themselves by stochastic rounding."""
+    """What the optimizer updates: an fp32 copy, or the bf16 weights themselves by stochastic
+    rounding.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Checkpointing(str, Enum):
-    """Which activations are kept for the backward pass: all, the matrix products', or each layer's input."""
+    """Which activations are kept for the backward pass: all, the matrix products', or each
+    layer's input.
+    """
 
     none = "none"
     selective = "selective"
@@ -49,7 +55,9 @@ class Checkpointing(str, Enum):
 
 
 class Sharding(str, Enum):
-    """Over which workers the weights are split: auto, all of them, those of a node (HSDP), or nobody."""
+    """Over which workers the weights are split: auto, all of them, those of a node (HSDP), or
+    nobody.
+    """
 
     auto = "auto"
     fsdp = "fsdp"
@@ -58,7 +66,9 @@ class Sharding(str, Enum):
 
 
 class Train(str, Enum):
-    """Which layers learn: all, embeddings and norm included, or those alone that are not the base's own."""
+    """Which layers learn: all, embeddings and norm included, or those alone that are not the
+    base's own.
+    """
 
     all = "all"
     new = "new"
@@ -75,14 +85,18 @@ class Track(str, Enum):
 
 @dataclass(frozen=True)
 class Span:
-    """A length of the run: a number of steps, of tokens, or a share of the whole. One of the three is set."""
+    """A length of the run: a number of steps, of tokens, or a share of the whole. One of the
+    three is set.
+    """
 
     steps: int | None = None
     tokens: int | None = None
     share: float | None = None
 
     def in_steps(self, total_steps: int, tokens_per_step: int) -> int:
-        """Steps, at most the whole run's. A positive share or number of tokens is at least one step."""
+        """Steps, at most the whole run's. A positive share or number of tokens is at least one
+        step.
+        """
         if self.steps is not None:
             steps = self.steps
         elif self.tokens is not None:
@@ -98,12 +112,18 @@ class Span:
         >>> str(Span(steps=100)), str(Span(share=0.02)), str(Span(tokens=10_000_000))
         ('100', '2%', '10000000')
         """
-        return share_text(self.share) if self.share is not None else str(self.steps or self.tokens or 0)
+        return (
+            share_text(self.share)
+            if self.share is not None
+            else str(self.steps or self.tokens or 0)
+        )
 
 
 @dataclass(frozen=True)
 class Distill:
-    """The weight of the KL term at the start, falling linearly to 0 at `until`; None is the end of the run."""
+    """The weight of the KL term at the start, falling linearly to 0 at `until`; None is the end
+    of the run.
+    """
 
     weight: float
     until: Span | None = None
@@ -111,10 +131,16 @@ class Distill:
     def __str__(self) -> str:
         """As it is typed.
 
-        >>> str(Distill(0.5)), str(Distill(0.5, Span(share=0.8))), str(Distill(0.25, Span(tokens=10_000_000)))
-        ('50%', '50%:80%', '25%:10000000')
+        >>> str(Distill(0.5)), str(Distill(0.5, Span(share=0.8)))
+        ('50%', '50%:80%')
+        >>> str(Distill(0.25, Span(tokens=10_000_000)))
+        '25%:10000000'
         """
-        return share_text(self.weight) if self.until is None else f"{share_text(self.weight)}:{self.until}"
+        return (
+            share_text(self.weight)
+            if self.until is None
+            else f"{share_text(self.weight)}:{self.until}"
+        )
 
 
 @dataclass(frozen=True)
@@ -127,8 +153,10 @@ class Every:
     def __str__(self) -> str:
         """As it is typed.
 
-        >>> str(Every(steps=500)), str(Every(seconds=900.0)), str(Every(seconds=0.25)), str(Every(seconds=7200.0))
-        ('500', '15m', '0.25s', '2h')
+        >>> str(Every(steps=500)), str(Every(seconds=900.0))
+        ('500', '15m')
+        >>> str(Every(seconds=0.25)), str(Every(seconds=7200.0))
+        ('0.25s', '2h')
         """
         if self.seconds is None:
             return str(self.steps)
@@ -152,7 +180,9 @@ def parse_span(text: str) -> Span:
     try:
         return Span(share=parse_share(text))
     except ValueError:
-        raise ValueError(f"{text!r} is not a length; write steps (100) or a share of the run (10%)") from None
+        raise ValueError(
+            f"{text!r} is not a length; write steps (100) or a share of the run (10%)"
+        ) from None
 
 
 def parse_every(text: str) -> Every:
@@ -189,7 +219,9 @@ def parse_distill(text: str) -> Distill:
         except ValueError:
             span = Span(tokens=parse_count(until))
     except ValueError:
-        raise ValueError(f"{text!r} is not a weight; write 0.5, or 0.5:80% or 0.5:10M for when it is 0") from None
+        raise ValueError(
+            f"{text!r} is not a weight; write 0.5, or 0.5:80% or 0.5:10M for when it is 0"
+        ) from None
     return Distill(value, span)
 
 
@@ -247,7 +279,8 @@ class DataOptions:
     files: Annotated[
         tuple[str, ...],
         Option(
-            f"Text: {DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. "
+            f"Text: {DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a "
+            "mixture. "
             "Repeat for more.",
             name="data",
             metavar="FILE",
@@ -267,13 +300,16 @@ class DataOptions:
         ),
     ] = 0.005
     eval_files: Annotated[
-        tuple[str, ...], Option("Held-out text of its own.", name="eval-data", metavar="FILE", panel=DATA)
+        tuple[str, ...],
+        Option("Held-out text of its own.", name="eval-data", metavar="FILE", panel=DATA),
     ] = ()
     seq_length: Annotated[
-        int | None, Option("Tokens of a row. Default: min(4096, the model's).", metavar="T", panel=DATA)
+        int | None,
+        Option("Tokens of a row. Default: min(4096, the model's).", metavar="T", panel=DATA),
     ] = None
     document_mask: Annotated[
-        bool, Option("Attention stays within a document, or runs over the whole packed row.", panel=DATA)
+        bool,
+        Option("Attention stays within a document, or runs over the whole packed row.", panel=DATA),
     ] = True
     special_tokens: SpecialTokens = True
 
@@ -284,14 +320,21 @@ class Budget:
 
     tokens: Annotated[
         int | None,
-        Option("Budget in tokens (10M, 1B). Default: one epoch.", metavar="N", panel=_BUDGET, parse=parse_count),
+        Option(
+            "Budget in tokens (10M, 1B). Default: one epoch.",
+            metavar="N",
+            panel=_BUDGET,
+            parse=parse_count,
+        ),
     ] = None
     steps: Annotated[int | None, Option("Budget in steps.", metavar="N", panel=_BUDGET)] = None
     epochs: Annotated[float | None, Option("Budget in epochs.", metavar="E", panel=_BUDGET)] = None
     until: Annotated[
         Until | None,
         Option(
-            "base: end once the held-out loss is at or under the base's, twice in a row.", metavar="base", panel=_BUDGET
+            "base: end once the held-out loss is at or under the base's, twice in a row.",
+            metavar="base",
+            panel=_BUDGET,
         ),
     ] = None
 
@@ -303,7 +346,8 @@ class Recipe:
     batch_tokens: Annotated[
         int | None,
         Option(
-            "Tokens of a step over all workers. Default: 512 below 1B parameters, else 262,144; at least a row.",
+            "Tokens of a step over all workers. Default: 512 below 1B parameters, else 262,144; "
+            "at least a row.",
             metavar="N",
             panel=_RECIPE,
             parse=parse_count,
@@ -319,7 +363,8 @@ class Recipe:
         ),
     ] = 0.06
     schedule: Annotated[
-        Schedule, Option("Warm-up, stable, decay to 0; or constant after the warm-up.", panel=_RECIPE)
+        Schedule,
+        Option("Warm-up, stable, decay to 0; or constant after the warm-up.", panel=_RECIPE),
     ] = Schedule.wsd
     warmup: Annotated[
         Span,
@@ -329,15 +374,22 @@ class Recipe:
         Span,
         Option("Of wsd: steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span),
     ] = Span(share=0.2)
-    weight_decay: Annotated[float, Option("Of AdamW, for matrices.", metavar="W", panel=_RECIPE)] = 0.0
+    weight_decay: Annotated[
+        float, Option("Of AdamW, for matrices.", metavar="W", panel=_RECIPE)
+    ] = 0.0
     betas: Annotated[
         tuple[float, float],
         Option("Of AdamW.", metavar="B1,B2", panel=_RECIPE, parse=parse_betas, show=betas_text),
     ] = (0.9, 0.95)
-    grad_clip: Annotated[float, Option("Largest gradient norm; 0 is none.", metavar="G", panel=_RECIPE)] = 1.0
+    grad_clip: Annotated[
+        float, Option("Largest gradient norm; 0 is none.", metavar="G", panel=_RECIPE)
+    ] = 1.0
     seed: Annotated[int, Option("Of the data's order.", metavar="S", panel=_RECIPE)] = 0
     train: Annotated[
-        Train, Option("Which layers learn: all, or new (those that are not the base's own).", panel=_RECIPE)
+        Train,
+        Option(
+            "Which layers learn: all, or new (those that are not the base's own).", panel=_RECIPE
+        ),
     ] = Train.all
     distill: Annotated[
         Distill | None,
@@ -359,12 +411,18 @@ class Fit:
 
     micro_batch: Annotated[
         int | None,
-        Option("Rows at once on a worker; auto tries a GPU's memory.", metavar="ROWS", panel=_FIT, auto=True),
+        Option(
+            "Rows at once on a worker; auto tries a GPU's memory.",
+            metavar="ROWS",
+            panel=_FIT,
+            auto=True,
+        ),
     ] = None
     precision: Annotated[
         Precision,
         Option(
-            "Of weights and activations; auto is bf16, and fp32 on a CPU that has no instructions for bf16.",
+            "Of weights and activations; auto is bf16, and fp32 on a CPU that has no instructions "
+            "for bf16.",
             metavar="[auto|bf16|fp32]",
             panel=_FIT,
             parse=Precision.parse,
@@ -379,14 +437,17 @@ class Fit:
             parse=MasterWeights.parse,
         ),
     ] = MasterWeights.fp32
-    activation_checkpointing: Annotated[Checkpointing, Option("What is computed again to save memory.", panel=_FIT)] = (
-        Checkpointing.none
-    )
+    activation_checkpointing: Annotated[
+        Checkpointing, Option("What is computed again to save memory.", panel=_FIT)
+    ] = Checkpointing.none
     compile: Annotated[bool, Option("torch.compile each layer.", panel=_FIT)] = False
     sharding: Annotated[
-        Sharding, Option("Weights over all workers (fsdp), those of a node (hsdp), none.", panel=_FIT)
+        Sharding,
+        Option("Weights over all workers (fsdp), those of a node (hsdp), none.", panel=_FIT),
     ] = Sharding.auto
-    offload: Annotated[bool, Option("Weights and optimizer in the CPU's memory.", panel=_FIT)] = False
+    offload: Annotated[bool, Option("Weights and optimizer in the CPU's memory.", panel=_FIT)] = (
+        False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,24 +456,32 @@ class Launch:
 
     nproc_per_node: Annotated[
         int | None,
-        Option("Workers of this node; auto is one for each GPU.", metavar="N", panel=_LAUNCH, auto=True),
+        Option(
+            "Workers of this node; auto is one for each GPU.", metavar="N", panel=_LAUNCH, auto=True
+        ),
     ] = None
     nnodes: Annotated[int, Option("Nodes.", metavar="N", panel=_LAUNCH)] = 1
     node_rank: Annotated[int, Option("This node's number.", metavar="R", panel=_LAUNCH)] = 0
     rdzv_endpoint: Annotated[
-        str | None, Option("Where nodes meet.", metavar="HOST:PORT", panel=_LAUNCH, parse=parse_endpoint)
+        str | None,
+        Option("Where nodes meet.", metavar="HOST:PORT", panel=_LAUNCH, parse=parse_endpoint),
     ] = None
-    max_restarts: Annotated[int, Option("Restarts after a worker's death.", metavar="N", panel=_LAUNCH)] = 3
+    max_restarts: Annotated[
+        int, Option("Restarts after a worker's death.", metavar="N", panel=_LAUNCH)
+    ] = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """What is measured and kept on the way. None is as often and as much as a tenth of the run's time allows."""
+    """What is measured and kept on the way. None is as often and as much as a tenth of the run's
+    time allows.
+    """
 
     eval_every: Annotated[
         int | None,
         Option(
-            "Steps between held-out measurements. Default: a 20th of the run, or more: see --eval-tokens.",
+            "Steps between held-out measurements. Default: a 20th of the run, or more: see "
+            "--eval-tokens.",
             metavar="STEPS",
             panel=_KEEP,
         ),
@@ -420,7 +489,8 @@ class Keeping:
     eval_tokens: Annotated[
         int | None,
         Option(
-            "Held-out tokens of a measurement, at most. Default: 250K, or what takes a tenth of the run's time.",
+            "Held-out tokens of a measurement, at most. Default: 250K, or what takes a tenth of "
+            "the run's time.",
             metavar="N",
             panel=_KEEP,
             parse=parse_count,
@@ -453,8 +523,12 @@ class HealOptions:
     keeping: Keeping = field(default_factory=Keeping)
 
     def to_json(self) -> dict[str, Any]:
-        """The options that make a run what it is, for run.json: how it is launched is another matter."""
-        groups = {name: getattr(self, name) for name in ("data", "budget", "recipe", "fit", "keeping")}
+        """The options that make a run what it is, for run.json: how it is launched is another
+        matter.
+        """
+        groups = {
+            name: getattr(self, name) for name in ("data", "budget", "recipe", "fit", "keeping")
+        }
         return {
             f"{name}.{key}": value
             for name, group in groups.items()
@@ -463,7 +537,14 @@ class HealOptions:
 
 
 # The groups by their names in run.json.
-GROUPS = {"data": DataOptions, "budget": Budget, "recipe": Recipe, "fit": Fit, "launch": Launch, "keeping": Keeping}
+GROUPS = {
+    "data": DataOptions,
+    "budget": Budget,
+    "recipe": Recipe,
+    "fit": Fit,
+    "launch": Launch,
+    "keeping": Keeping,
+}
 
 
 def typed_options(*groups: Any) -> dict[str, Any]:
@@ -472,6 +553,10 @@ def typed_options(*groups: Any) -> dict[str, Any]:
     >>> typed_options(Budget(tokens=1000, until=Until.base))
     {'tokens': 1000, 'until': 'base'}
     """
-    found = [(option, getattr(group, option.field)) for group in groups for option in option_fields(type(group))]
+    found = [
+        (option, getattr(group, option.field))
+        for group in groups
+        for option in option_fields(type(group))
+    ]
     typed = {option.name: option.typed(value) for option, value in found}
     return {name: value for name, value in typed.items() if value is not None and value != []}

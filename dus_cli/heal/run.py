@@ -31,10 +31,11 @@ _FOLDERS = ("tokens", "logs", "tensorboard")
 
 SCHEMA = 1
 
-# What may change between a run and its resumption: nothing here changes what is learned, rounding aside.
-# Files are compared by their content.
+# What may change between a run and its resumption: nothing here changes what is learned, rounding
+# aside. Files are compared by their content.
 _FREE = frozenset(
-    "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload keeping.eval_every "
+    "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload "
+    "keeping.eval_every "
     "keeping.save_every keeping.keep keeping.track data.files data.eval_files".split()
 )
 
@@ -45,8 +46,8 @@ _T = TypeVar("_T")
 class RecipePlan:
     """How it learns, in steps. `warmup_steps` and `decay_steps` are at the two ends of the run.
 
-    `train_layers` are the output layers that learn; None is the whole model. `distill_steps` is the step at which
-    the KL term's weight has fallen to 0.
+    `train_layers` are the output layers that learn; None is the whole model. `distill_steps` is the
+    step at which the KL term's weight has fallen to 0.
     """
 
     lr: float
@@ -91,13 +92,15 @@ class KeepingPlan:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run. `data` is `tokens.Prepared` as JSON; its paths are relative to `tokens/` beside run.json.
+    """A whole run. `data` is `tokens.Prepared` as JSON; its paths are relative to `tokens/` beside
+    run.json.
 
-    `options` are the wishes behind the numbers, by group and name: a resumed run is held against them.
-    A step is `rows_per_step` sequences of `seq_length` tokens, over all workers. `model_key` is a digest
-    of the model's config and weights' headers: a resumed run must start from the same model. `epochs` is how often
-    the data is trained on; `heldout_documents` and `heldout_tokens` are what each measurement predicts.
-    `notes` are what a person should know of the model and its base.
+    `options` are the wishes behind the numbers, by group and name: a resumed run is held against
+    them. A step is `rows_per_step` sequences of `seq_length` tokens, over all workers. `model_key`
+    is a digest of the model's config and weights' headers: a resumed run must start from the same
+    model. `epochs` is how often the data is trained on; `heldout_documents` and `heldout_tokens`
+    are what each measurement predicts. `notes` are what a person should know of the model and its
+    base.
     """
 
     schema: int
@@ -152,7 +155,9 @@ class Run:
 
 
 def is_of_a_run(relative: str) -> bool:
-    """Whether a file in the folder of a run is one that dus writes while it heals, by its path with "/"."""
+    """Whether a file in the folder of a run is one that dus writes while it heals, by its path
+    with "/".
+    """
     first, _, rest = relative.partition("/")
     if first == "checkpoints":
         return not rest or rest.lstrip(".").startswith("step-")
@@ -168,13 +173,20 @@ def read_run(path: Path) -> Run:
     try:
         record = parse_json_object(_content(path), NAME)
     except OSError as error:
-        raise HealError(f"{shown(path)} cannot be read ({error.strerror}); give the run.json of a `dus heal`") from None
+        raise HealError(
+            f"{shown(path)} cannot be read ({error.strerror}); give the run.json of a `dus heal`"
+        ) from None
     if record.get("schema") != SCHEMA:
-        raise HealError(f"{shown(path)} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
+        raise HealError(
+            f"{shown(path)} has a schema that this dus does not know; update dus (pip install -U "
+            "dus-cli)"
+        )
     try:
         run: Run = _build(Run, _without_phases(record))
     except (TypeError, KeyError, ValueError) as error:
-        raise HealError(f"{shown(path)} is damaged or was edited ({error}); remove it to start again") from None
+        raise HealError(
+            f"{shown(path)} is damaged or was edited ({error}); remove it to start again"
+        ) from None
     return dataclasses.replace(run, output=str(path.resolve().parent))
 
 
@@ -202,7 +214,12 @@ def _without_phases(record: dict[str, Any]) -> dict[str, Any]:
 
 def _build(kind: type[_T], record: dict[str, Any]) -> _T:
     """A dataclass from JSON: nested ones from objects, tuples from lists."""
-    nested: dict[str, Any] = {"recipe": RecipePlan, "fit": FitPlan, "keeping": KeepingPlan, "base": BasePlan}
+    nested: dict[str, Any] = {
+        "recipe": RecipePlan,
+        "fit": FitPlan,
+        "keeping": KeepingPlan,
+        "base": BasePlan,
+    }
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name not in record and field.default is not dataclasses.MISSING:
@@ -223,7 +240,11 @@ def check_same(old: Run, new: Run) -> None:
         HealError: an option that matters, the model or the data changed; names each.
     """
     changed = changed_options(old, new.options)
-    changed += [what for what, key in (("the model", "model_key"),) if getattr(old, key) != getattr(new, key)]
+    changed += [
+        what
+        for what, key in (("the model", "model_key"),)
+        if getattr(old, key) != getattr(new, key)
+    ]
     if old.data["content_key"] != new.data["content_key"]:
         changed.append("the data")
     if changed:
@@ -234,7 +255,8 @@ def changed_options(old: Run, options: dict[str, Any]) -> list[str]:
     """Options that matter and are not what they were, each as "lr 0.0001 → 0.0003"."""
     names = [name for name in {**old.options, **options} if name not in _FREE]
     return [
-        f"{name.split('.')[1].replace('_', '-')} {json.dumps(old.options.get(name))} → {json.dumps(options.get(name))}"
+        f"{name.split('.')[1].replace('_', '-')} {json.dumps(old.options.get(name))} → "
+        f"{json.dumps(options.get(name))}"
         for name in names
         if old.options.get(name) != options.get(name)
     ]
@@ -251,7 +273,8 @@ def other_options(old: Run, changed: list[str]) -> HealError:
 def options_of_run(record: dict[str, Any]) -> dict[str, Any] | None:
     """The options of a run, of its run.json, as they are typed; None of what is no run.json.
 
-    The model is the run's; where the output goes and how the workers are launched is another matter.
+    The model is the run's; where the output goes and how the workers are launched is another
+    matter.
 
     Raises:
         HealError: it is damaged, or was written by a newer dus.
@@ -267,7 +290,9 @@ def options_of_run(record: dict[str, Any]) -> dict[str, Any] | None:
         values: list[Any] = [_restored(GROUPS[group], fields) for group, fields in by_group.items()]
         return {"model": str(record["model"]), **typed_options(*values)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise HealError(f"its options are damaged or of another dus ({error}); give another file") from None
+        raise HealError(
+            f"its options are damaged or of another dus ({error}); give another file"
+        ) from None
 
 
 def _restored(kind: type[_T], fields: dict[str, Any]) -> _T:
@@ -276,7 +301,9 @@ def _restored(kind: type[_T], fields: dict[str, Any]) -> _T:
     for option in option_fields(kind):
         value = fields.get(option.field)
         if isinstance(value, dict):
-            parts = {key: Span(**part) if isinstance(part, dict) else part for key, part in value.items()}
+            parts = {
+                key: Span(**part) if isinstance(part, dict) else part for key, part in value.items()
+            }
             values[option.field] = option.kind(**parts)
         elif isinstance(value, list):
             values[option.field] = tuple(value)

@@ -1,9 +1,9 @@
 """The worker: `torchrun … -m dus_cli.heal.worker OUT/run.json`. One of these runs for each device.
 
-It loads its part of the model, measures base and scaled loss, goes on from the newest checkpoint, trains,
-and with its team writes the healed model. It exits 0 when the run is finished; 1 on a failure, which it leaves in one
-line in `failure.json`; and with 128 + the signal when one asked it to stop and a checkpoint is saved, under torchrun
-with 0, because torchrun starts again what failed.
+It loads its part of the model, measures base and scaled loss, goes on from the newest checkpoint,
+trains, and with its team writes the healed model. It exits 0 when the run is finished; 1 on a
+failure, which it leaves in one line in `failure.json`; and with 128 + the signal when one asked it
+to stop and a checkpoint is saved, under torchrun with 0, because torchrun starts again what failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def work(path: Path, signals: Signals) -> int:
         DusError: any known failure.
     """
     run = read_run(path)
-    # Imported here: a known failure that torchrun restarts is told again without loading torch first.
+    # Imported here: a known failure that torchrun restarts is told again without loading torch
+    # first.
     from dus_cli.heal.train.loop import Training
     from dus_cli.models.team import gathered
 
@@ -70,7 +71,10 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     failure = path.parent / FAILURE
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if failure.exists() and json.loads(failure.read_text(encoding="utf-8")).get("launch") == launch != "":
+    if (
+        failure.exists()
+        and json.loads(failure.read_text(encoding="utf-8")).get("launch") == launch != ""
+    ):
         return 1  # torchrun restarts workers, a known failure stays what it is
     _quiet_libraries()
     try:
@@ -79,15 +83,22 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("DUS_DEBUG") or _may_pass(error):
             raise
         is_full = isinstance(error, OSError) and not isinstance(error, DusError)
-        text = disk_failure(path.parent / "checkpoints", error.strerror or "") if is_full else explained(error)  # type: ignore[attr-defined]
+        text = (
+            disk_failure(path.parent / "checkpoints", error.strerror or "")
+            if is_full
+            else explained(error)
+        )  # type: ignore[attr-defined]
         _leave(failure, launch, text)
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
-        os._exit(1)  # others may wait for this worker in a collective: no clean-up that waits for them
+        os._exit(
+            1
+        )  # others may wait for this worker in a collective: no clean-up that waits for them
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a restart may help: the network's failures and a device's are RuntimeErrors of torch, or OSErrors.
+    """Whether a restart may help: the network's failures and a device's are RuntimeErrors of torch,
+    or OSErrors.
 
     A library that is missing, a config that is wrong and a fault of dus stay what they are.
     """
@@ -100,7 +111,10 @@ def _may_pass(error: Exception) -> bool:
 
 def _leave(path: Path, launch: str, error: str) -> None:
     """Leave a failure for the launcher; the first one counts."""
-    with contextlib.suppress(OSError), path.open("x", encoding="utf-8") as file:  # stderr has it in any case
+    with (
+        contextlib.suppress(OSError),
+        path.open("x", encoding="utf-8") as file,
+    ):  # stderr has it in any case
         try:
             file.write(json.dumps({"launch": launch, "error": error}))
             file.flush()

@@ -1,7 +1,8 @@
-"""What of a model is missing from huggingface_hub's cache, where the Hub cannot be asked: the file or the ref, by name.
+"""What of a model is missing from huggingface_hub's cache, where the Hub cannot be asked: the file
+or the ref, by name.
 
-The cache's layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache. A ref names a commit, its snapshot
-holds links to blobs, and a blob that is being fetched ends in `.incomplete`.
+The cache's layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache. A ref names a
+commit, its snapshot holds links to blobs, and a blob that is being fetched ends in `.incomplete`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def not_cached(ref: ModelRef, folder: Path, names: Sequence[str]) -> ModelNotFou
 
 
 def check_snapshot(ref: ModelRef, folder: Path) -> None:
-    """Hold that a snapshot's folder is a commit's: of an empty ref huggingface_hub makes the folder of them all.
+    """Hold that a snapshot's folder is a commit's: of an empty ref huggingface_hub makes the folder
+    of them all.
 
     Raises:
         ModelNotFoundError: it is not.
@@ -35,7 +37,9 @@ def check_snapshot(ref: ModelRef, folder: Path) -> None:
 
 
 def missing(ref: ModelRef) -> str:
-    """What the cache lacks of a model, as far as its ref, its snapshot and the list of its files tell."""
+    """What the cache lacks of a model, as far as its ref, its snapshot and the list of its files
+    tell.
+    """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -62,7 +66,8 @@ def _missing(ref: ModelRef, cache: Path, repo: Path) -> str:
         text = path.read_text(encoding="utf-8", errors="replace")
         if text != text.strip() and _COMMIT.fullmatch(text.strip()):
             return (
-                f"refs/{shown(revision)} has white space around the commit, which huggingface_hub takes for a part of "
+                f"refs/{shown(revision)} has white space around the commit, which huggingface_hub "
+                "takes for a part of "
                 f"it (mend it: printf %s {text.strip()} > {shlex.quote(str(path))})"
             )
         if not _COMMIT.fullmatch(text):
@@ -79,7 +84,9 @@ def _missing(ref: ModelRef, cache: Path, repo: Path) -> str:
 
 
 def _lacking_by_list(ref: ModelRef, commit: str, snapshot: Path) -> list[str]:
-    """Files of a commit that its snapshot does not hold, by the list in the cache; [] where there is no list."""
+    """Files of a commit that its snapshot does not hold, by the list in the cache; [] where
+    there is no list.
+    """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -110,5 +117,8 @@ def way_out(tried: str = "") -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, so nothing is fetched: unset it, or `hf download` the model first"
+        return (
+            "HF_HUB_OFFLINE is set, so nothing is fetched: unset it, or `hf download` the model "
+            "first"
+        )
     return f"the Hub cannot be reached{tried}: check the network and HF_ENDPOINT"

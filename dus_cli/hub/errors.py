@@ -33,7 +33,9 @@ def check_token(token: str | None) -> None:
 
     found = build_hf_headers(token=token).get("authorization", "").removeprefix("Bearer ")
     if not (found.isascii() and found.isprintable()):
-        raise ModelNotFoundError("the Hub's token has characters that no token has: set HF_TOKEN, or log in, again")
+        raise ModelNotFoundError(
+            "the Hub's token has characters that no token has: set HF_TOKEN, or log in, again"
+        )
 
 
 def prepare(ref: ModelRef) -> None:
@@ -51,12 +53,16 @@ def prepare(ref: ModelRef) -> None:
 
 
 def limit_time(request: Any, seconds: float | None = None) -> None:
-    """Let no request wait for ever, as huggingface_hub's for a commit and for a list of files would."""
+    """Let no request wait for ever, as huggingface_hub's for a commit and for a list of files
+    would.
+    """
     from huggingface_hub import constants
 
     limit = constants.HF_HUB_ETAG_TIMEOUT if seconds is None else seconds
     limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {what: limit if limits.get(what) is None else limits[what] for what in _WAITS}
+    request.extensions["timeout"] = {
+        what: limit if limits.get(what) is None else limits[what] for what in _WAITS
+    }
 
 
 def tried(started: float) -> str:
@@ -68,7 +74,8 @@ def tried(started: float) -> str:
 def answered(error: Exception) -> HfHubHTTPError | None:
     """The Hub's own answer behind an error; None where it gave none.
 
-    After a bad answer snapshot_download looks into the cache, and then says only that it is not there.
+    After a bad answer snapshot_download looks into the cache, and then says only that it is not
+    there.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -82,47 +89,75 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     started = time.monotonic()
-    here = f"; a directory of that name exists here: write ./{ref.repo_id} for it" if Path(str(ref)).is_dir() else ""
+    here = (
+        f"; a directory of that name exists here: write ./{ref.repo_id} for it"
+        if Path(str(ref)).is_dir()
+        else ""
+    )
     try:
         yield
     except errors.GatedRepoError as error:
         raise ModelNotFoundError(
-            f"{ref.repo_id} is gated: ask for access at {constants.ENDPOINT}/{ref.repo_id}, then give --token, set "
+            f"{ref.repo_id} is gated: ask for access at {constants.ENDPOINT}/{ref.repo_id}, then "
+            "give --token, set "
             "HF_TOKEN or run `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelNotFoundError(
-            f"{ref.repo_id} is not on the Hub, or is private and the token, if there is one, may not read it: give "
+            f"{ref.repo_id} is not on the Hub, or is private and the token, if there is one, may "
+            "not read it: give "
             f"--token, set HF_TOKEN or run `hf auth login`{here}"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelNotFoundError(f"{ref.repo_id} has no revision {shown(ref.revision)}; see its branches") from error
+        raise ModelNotFoundError(
+            f"{ref.repo_id} has no revision {shown(ref.revision)}; see its branches"
+        ) from error
     except errors.HFValidationError as error:
-        raise ModelNotFoundError(f"{shown(ref)} is not a valid Hub id: {shown(error)}{here}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
+        raise ModelNotFoundError(
+            f"{shown(ref)} is not a valid Hub id: {shown(error)}{here}"
+        ) from error
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.HfHubHTTPError,
+    ) as error:
         answer = answered(error)
         if answer is None:
             raise ModelNotFoundError(
-                f"{ref} is not (wholly) in the cache: {missing(ref)}; {way_out(tried(started))}{here}"
+                f"{ref} is not (wholly) in the cache: {missing(ref)}; "
+                f"{way_out(tried(started))}{here}"
             ) from error
         status = answer.response.status_code
-        advice = "renew the token: --token, HF_TOKEN or `hf auth login`" if status == 401 else "try again later"
-        raise ModelNotFoundError(f"the Hub answered {status} for {ref}{tried(started)}; {advice}{here}") from error
+        advice = (
+            "renew the token: --token, HF_TOKEN or `hf auth login`"
+            if status == 401
+            else "try again later"
+        )
+        raise ModelNotFoundError(
+            f"the Hub answered {status} for {ref}{tried(started)}; {advice}{here}"
+        ) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise ModelNotFoundError(
-                f"the disk of the Hub's cache is full while fetching {ref}; free some space or set HF_HOME elsewhere"
+                f"the disk of the Hub's cache is full while fetching {ref}; free some space or "
+                "set HF_HOME elsewhere"
             ) from error
         if error.filename is not None:  # of the cache: the disk's, not the Hub's
             raise ModelNotFoundError(
-                f"cannot fetch {ref} into the Hub's cache: {shown(error.filename)}: {error.strerror}; check its owner "
+                f"cannot fetch {ref} into the Hub's cache: {shown(error.filename)}: "
+                f"{error.strerror}; check its owner "
                 "and its mode, or set HF_HOME elsewhere"
             ) from error
-        raise ModelNotFoundError(f"cannot fetch {ref} from the Hub: {shown(error)}{here}") from error
+        raise ModelNotFoundError(
+            f"cannot fetch {ref} from the Hub: {shown(error)}{here}"
+        ) from error
     except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's; hf_xet's
         raise ModelNotFoundError(
-            f"the connection to the Hub failed for {ref}{tried(started)}: {shown(error).rstrip('.')}; try again, or "
+            f"the connection to the Hub failed for {ref}{tried(started)}: "
+            f"{shown(error).rstrip('.')}; try again, or "
             f"check HF_ENDPOINT{here}"
         ) from error
     except (struct.error, ValueError) as error:
-        raise ModelNotFoundError(f"the Hub's answer for {ref} makes no sense: {shown(error)}{here}") from error
+        raise ModelNotFoundError(
+            f"the Hub's answer for {ref} makes no sense: {shown(error)}{here}"
+        ) from error

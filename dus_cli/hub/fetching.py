@@ -1,7 +1,8 @@
 """Fetch a model from the Hub with huggingface_hub, into its own cache.
 
-huggingface_hub is imported only when a Hub id is used: it takes longer to import than a reflinked upscale
-takes to run. It reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE itself.
+huggingface_hub is imported only when a Hub id is used: it takes longer to import than a reflinked
+upscale takes to run. It reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE
+itself.
 """
 
 from __future__ import annotations
@@ -27,13 +28,22 @@ from dus_cli.source.checkpoint import CONFIG_NAME, read_config
 from dus_cli.source.files import OTHER_FORMAT_FOLDERS, WEIGHT_PATTERNS
 from dus_cli.source.headers import Header, header_length, parse_header
 from dus_cli.source.pickles import parse_pickled
-from dus_cli.source.weights import IN_ORDER, INDEX_NAME, choose_weights, is_index, is_pickled, read_index, regular_files
+from dus_cli.source.weights import (
+    IN_ORDER,
+    INDEX_NAME,
+    choose_weights,
+    is_index,
+    is_pickled,
+    read_index,
+    regular_files,
+)
 
 # Most headers fit: one request then gives the length and the JSON (huggingface_hub does the same).
 _FIRST_BYTES = 100_000
 _HEADERS_AT_ONCE = 8
 
-# Tries of a snapshot, with waits of up to 1, 2, 4 and 8 seconds: for its lists huggingface_hub waits 23 s each time.
+# Tries of a snapshot, with waits of up to 1, 2, 4 and 8 seconds: for its lists huggingface_hub
+# waits 23 s each time.
 _ATTEMPTS = 5
 
 
@@ -45,11 +55,13 @@ class Fetch(Enum):
     headers = "headers"
 
 
-def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool = False) -> tuple[Path, str]:
+def fetch_small_files(
+    ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool = False
+) -> tuple[Path, str]:
     """Everything but weights, and the weights' index: the snapshot's folder and its commit.
 
-    The index of pickled weights comes only where there are no safetensors. With `Fetch.headers` config, card, index and
-    what says which others go along: a tokenizer may have 30 MB.
+    The index of pickled weights comes only where there are no safetensors. With `Fetch.headers`
+    config, card, index and what says which others go along: a tokenizer may have 30 MB.
 
     The revision is resolved here, once; the snapshot's folder is named after the commit.
 
@@ -57,10 +69,14 @@ def fetch_small_files(ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool 
         ModelNotFoundError: the Hub cannot serve it; one line for each reason.
     """
     silence(quiet=quiet)
-    ignored = [case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())]
+    ignored = [
+        case for p in WEIGHT_PATTERNS if p != "*.safetensors.index.json" for case in (p, p.upper())
+    ]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
     only = [CONFIG_NAME, CARD_NAME, INDEX_NAME, *DECIDING] if fetch is Fetch.headers else None
-    bar = _told_of(NoProgress()) if quiet else None  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
+    bar = (
+        _told_of(NoProgress()) if quiet else None
+    )  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
     folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
     check_snapshot(ref, folder)
     config, _ = read_config(folder)
@@ -81,8 +97,8 @@ def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
 def listed_files(ref: ModelRef, commit: str) -> dict[str, int] | None:
     """Paths and sizes of a commit's files, by the list that the cache has; None where it has none.
 
-    huggingface_hub brings the list whenever it looks at the Hub: without one another program filled the cache, and the
-    Hub cannot be reached.
+    huggingface_hub brings the list whenever it looks at the Hub: without one another program filled
+    the cache, and the Hub cannot be reached.
     """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -95,7 +111,9 @@ def listed_files(ref: ModelRef, commit: str) -> dict[str, int] | None:
 
 
 def _names(ref: ModelRef, commit: str, folder: Path) -> set[str]:
-    """The files among which the weights are chosen: the commit's, or those in the cache where no others can come."""
+    """The files among which the weights are chosen: the commit's, or those in the cache where no
+    others can come.
+    """
     from huggingface_hub import constants
 
     listed = None if constants.HF_HUB_OFFLINE else listed_files(ref, commit)
@@ -110,9 +128,11 @@ def _snapshot(
     ignored: list[str] | None = None,
     bar: type[Any] | None = None,
 ) -> Path:
-    """Bring the files that match into the cache; the snapshot's folder. `bar` draws in the place of the library's.
+    """Bring the files that match into the cache; the snapshot's folder. `bar` draws in the place of
+    the library's.
 
-    huggingface_hub asks for a commit and for a file once, whatever the answer: here it is asked some more times.
+    huggingface_hub asks for a commit and for a file once, whatever the answer: here it is asked
+    some more times.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -143,7 +163,8 @@ def _snapshot(
 
 
 def _told_of(progress: Progress, total: int = 0) -> type[Any]:
-    """A bar that draws nothing and tells of the bytes that reach the disk, up to `total`: a retry's are not all new.
+    """A bar that draws nothing and tells of the bytes that reach the disk, up to `total`: a retry's
+    are not all new.
 
     snapshot_download makes three: of bytes that come in, of bytes that are written, of files.
     """
@@ -153,7 +174,9 @@ def _told_of(progress: Progress, total: int = 0) -> type[Any]:
 
     class Told(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            self._counts = options.get("unit") == "B" and str(options.get("desc")).startswith("Reconstructing")
+            self._counts = options.get("unit") == "B" and str(options.get("desc")).startswith(
+                "Reconstructing"
+            )
             super().__init__(*arguments, **(options | {"disable": True}))
 
         def update(self, n: float | None = 1) -> bool | None:
@@ -169,13 +192,18 @@ def _told_of(progress: Progress, total: int = 0) -> type[Any]:
 
 
 def _lacking_bytes(ref: ModelRef, commit: str, folder: Path, names: list[str]) -> int:
-    """Bytes of these files that the cache does not hold, by the list of that commit; 0 where that is not known."""
+    """Bytes of these files that the cache does not hold, by the list of that commit; 0 where
+    that is not known.
+    """
     listed = listed_files(ref, commit) or {}
     return sum(listed.get(name, 0) for name in set(names) if not (folder / name).exists())
 
 
-def fetch_weights(ref: ModelRef, folder: Path, commit: str, progress: Progress | None = None) -> None:
-    """The shards that the index names, or the one file of weights. Cached ones are not fetched again.
+def fetch_weights(
+    ref: ModelRef, folder: Path, commit: str, progress: Progress | None = None
+) -> None:
+    """The shards that the index names, or the one file of weights. Cached ones are not fetched
+    again.
 
     Told to `progress`, unless that is live: then huggingface_hub draws it itself.
 
@@ -185,7 +213,9 @@ def fetch_weights(ref: ModelRef, folder: Path, commit: str, progress: Progress |
         ModelNotFoundError: the Hub cannot serve them.
         CheckpointError: the repo has neither safetensors nor pickled weights.
     """
-    config, _ = read_config(folder)  # says what it is where it is no decoder, before gigabytes are moved
+    config, _ = read_config(
+        folder
+    )  # says what it is where it is no decoder, before gigabytes are moved
     chosen = choose_weights(_names(ref, commit, folder), config)
     if chosen is None:
         raise _no_weights(ref, commit, folder)
@@ -195,8 +225,12 @@ def fetch_weights(ref: ModelRef, folder: Path, commit: str, progress: Progress |
         raise _not_there(ref, commit, folder, lacking, chosen)
 
 
-def _begun(ref: ModelRef, commit: str, folder: Path, names: list[str], progress: Progress | None) -> type[Any] | None:
-    """The bar for a fetch that `progress` is told of, if anything is lacking; None where huggingface_hub may draw."""
+def _begun(
+    ref: ModelRef, commit: str, folder: Path, names: list[str], progress: Progress | None
+) -> type[Any] | None:
+    """The bar for a fetch that `progress` is told of, if anything is lacking; None where
+    huggingface_hub may draw.
+    """
     if progress is None or progress.is_live:
         return None
     lacking = _lacking_bytes(ref, commit, folder, names)
@@ -206,10 +240,14 @@ def _begun(ref: ModelRef, commit: str, folder: Path, names: list[str], progress:
     return _told_of(progress, lacking)
 
 
-def _not_there(ref: ModelRef, commit: str, folder: Path, lacking: list[str], chosen: str) -> DusError:
+def _not_there(
+    ref: ModelRef, commit: str, folder: Path, lacking: list[str], chosen: str
+) -> DusError:
     listed = listed_files(ref, commit)
     if listed is not None and (gone := [name for name in lacking if name not in listed]):
-        return CheckpointError(f"{ref} has no {shown_list(gone)} on the Hub, which its {chosen} names; tell its owner")
+        return CheckpointError(
+            f"{ref} has no {shown_list(gone)} on the Hub, which its {chosen} names; tell its owner"
+        )
     return not_cached(ref, folder, lacking)
 
 
@@ -219,7 +257,8 @@ def _no_weights(ref: ModelRef, commit: str, folder: Path) -> DusError:
     if expected is not None or listed is None:
         return not_cached(ref, folder, [expected or IN_ORDER[0]])
     return CheckpointError(
-        f"{ref} has neither {IN_ORDER[0]} nor {IN_ORDER[2]} nor an index of either on the Hub; dus reads no other "
+        f"{ref} has neither {IN_ORDER[0]} nor {IN_ORDER[2]} nor an index of either on the Hub; "
+        "dus reads no other "
         "weights, look for a conversion (the repo's refs/pr branches often hold one)"
     )
 
@@ -227,8 +266,8 @@ def _no_weights(ref: ModelRef, commit: str, folder: Path) -> DusError:
 class RemoteHeaders:
     """The headers of a repo's weights, by range request: at most some 100 kB a shard.
 
-    The first call fetches those of all shards that the index names and `folder` lacks, several at a time. Of a pickled
-    shard it fetches the zip's directory and the pickle, about as much.
+    The first call fetches those of all shards that the index names and `folder` lacks, several at a
+    time. Of a pickled shard it fetches the zip's directory and the pickle, about as much.
     """
 
     def __init__(self, ref: ModelRef, commit: str, folder: Path) -> None:
@@ -290,12 +329,16 @@ def _read_remote_pickle(ref: ModelRef, commit: str, name: str) -> Header | None:
 
 
 def silence(*, quiet: bool) -> None:
-    """No chatter from huggingface_hub; its progress bars only for a person who did not ask for quiet."""
+    """No chatter from huggingface_hub; its progress bars only for a person who did not ask for
+    quiet.
+    """
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if quiet or not sys.stderr.isatty():
-        with warnings.catch_warnings():  # where the environment has asked for bars they stay, and need no warning
+        with (
+            warnings.catch_warnings()
+        ):  # where the environment has asked for bars they stay, and need no warning
             warnings.simplefilter("ignore")
             disable_progress_bars()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -9,7 +9,8 @@ from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
 
 
 def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = None) -> Checkpoint:
-    """A base with its weights, from its directory or by way of the Hub's cache. Arguments as of `plan`.
+    """A base with its weights, from its directory or by way of the Hub's cache. Arguments as of
+    `plan`.
 
     Raises:
         DusError: as `plan`.

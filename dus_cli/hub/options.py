@@ -10,13 +10,22 @@ from dus_cli.common.options import Option
 HUB = "The Hub"
 
 Revision = Annotated[
-    str | None, Option("Branch, tag or commit of a Hub id, as org/name@REV says it.", metavar="REV", panel=HUB)
+    str | None,
+    Option("Branch, tag or commit of a Hub id, as org/name@REV says it.", metavar="REV", panel=HUB),
 ]
 
-Token = Annotated[str | None, Option("Of the Hub. Default: HF_TOKEN, or the stored login.", metavar="TOKEN", panel=HUB)]
+Token = Annotated[
+    str | None,
+    Option("Of the Hub. Default: HF_TOKEN, or the stored login.", metavar="TOKEN", panel=HUB),
+]
 
-Private = Annotated[bool, Option("The repo is private; refused where it is a public one.", panel=HUB)]
+Private = Annotated[
+    bool, Option("The repo is private; refused where it is a public one.", panel=HUB)
+]
 
 Branch = Annotated[
-    str | None, Option("Branch to push to, made where it is not there. Default: main.", metavar="NAME", panel=HUB)
+    str | None,
+    Option(
+        "Branch to push to, made where it is not there. Default: main.", metavar="NAME", panel=HUB
+    ),
 ]

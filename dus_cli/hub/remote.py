@@ -1,7 +1,9 @@
-"""A file on the Hub, read by range request: asked again when it fails, from where a connection broke.
+"""A file on the Hub, read by range request: asked again when it fails, from where a connection
+broke.
 
-huggingface_hub's session, headers and errors, and not its downloads: those are of whole files into its cache. Files
-of weights are served from another origin, at an address that is signed for some time; the token goes to the Hub alone.
+huggingface_hub's session, headers and errors, and not its downloads: those are of whole files into
+its cache. Files of weights are served from another origin, at an address that is signed for some
+time; the token goes to the Hub alone.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dus_cli.hub.errors import LIBRARY, hub_errors, prepare
 if TYPE_CHECKING:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
-# Tries without a byte in between; waits of 1, 2, 4, … seconds, or half of that at the least: one to two minutes.
+# Tries without a byte in between; waits of 1, 2, 4, … seconds, or half of that at the least: one to
+# two minutes.
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 
@@ -33,7 +36,8 @@ LONGEST_ASKED = 600.0
 # What passes: time-outs, too many requests, and a server in trouble.
 _PASSING = frozenset([408, 425, 429, 500, 502, 503, 504])
 
-# How a signed address says that its time is over. The Hub itself says so once more, if that is not the reason.
+# How a signed address says that its time is over. The Hub itself says so once more, if that is not
+# the reason.
 _EXPIRED = frozenset([400, 401, 403, 404, 410])
 _SIGNED_ANEW = 3
 
@@ -141,26 +145,45 @@ class RemoteFile:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
         headers = build_hf_headers(
-            token=self.ref.token if _is_the_hubs(url) else False, library_name=LIBRARY, library_version=__version__
+            token=self.ref.token if _is_the_hubs(url) else False,
+            library_name=LIBRARY,
+            library_version=__version__,
         )
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as response:
             hf_raise_for_status(response)
-            said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if response.status_code != 206 or said is None or "Content-Encoding" in response.headers:
+            said = re.fullmatch(
+                r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "")
+            )
+            if (
+                response.status_code != 206
+                or said is None
+                or "Content-Encoding" in response.headers
+            ):
                 raise ModelNotFoundError(
-                    f"the server of {shown(self.name)} does not send the part of a file that is asked for (no range "
-                    "requests); use another HF_ENDPOINT, or fetch the model with `hf download` and give its directory"
+                    f"the server of {shown(self.name)} does not send the part of a file that is "
+                    "asked for (no range "
+                    "requests); use another HF_ENDPOINT, or fetch the model with `hf download` "
+                    "and give its directory"
                 )
             if int(said[1]) != start or int(said[2]) >= end:
                 raise ValueError(f"bytes {start}-{end - 1} were asked for and {said[0]} came")
             yield from response.iter_raw()
 
-    def _wait(self, error: HTTPError, url: str | None, failures: int, stop: threading.Event) -> None:
+    def _wait(
+        self, error: HTTPError, url: str | None, failures: int, stop: threading.Event
+    ) -> None:
         """Wait for the next try; raise the error where none makes sense."""
         response = getattr(error, "response", None)
         status = None if response is None else response.status_code
-        if url is not None and not _is_the_hubs(url) and status in _EXPIRED and failures < _SIGNED_ANEW:
+        if (
+            url is not None
+            and not _is_the_hubs(url)
+            and status in _EXPIRED
+            and failures < _SIGNED_ANEW
+        ):
             with self._lock:
                 if self._url == url:  # else another thread has it signed anew
                     self._url = None
@@ -169,14 +192,18 @@ class RemoteFile:
 
 
 def wait_before(error: HTTPError, failures: int, attempts: int) -> float:
-    """Seconds to wait before the next try, after so many failures; raises the error where none makes sense."""
+    """Seconds to wait before the next try, after so many failures; raises the error where none
+    makes sense.
+    """
     response = getattr(error, "response", None)
     if (response is not None and response.status_code not in _PASSING) or failures >= attempts:
         raise error
     asked = 0.0 if response is None else _asked_to_wait(response.headers)
     if asked > LONGEST_ASKED:
         raise error
-    return max(asked, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (failures - 1)) * _random.uniform(0.5, 1))
+    return max(
+        asked, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (failures - 1)) * _random.uniform(0.5, 1)
+    )
 
 
 def pause(seconds: float, stop: threading.Event | None = None) -> None:
@@ -185,7 +212,9 @@ def pause(seconds: float, stop: threading.Event | None = None) -> None:
 
 
 def _http_error() -> type[HTTPError]:
-    """What every failed request raises: httpx's error, under the name that huggingface_hub gives it."""
+    """What every failed request raises: httpx's error, under the name that huggingface_hub gives
+    it.
+    """
     from huggingface_hub import errors
 
     return errors.HTTPError  # type: ignore[attr-defined]
@@ -204,7 +233,9 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _asked_to_wait(headers: dict[str, str]) -> float:
-    """Seconds that an answer asks for: in Retry-After, as a number or a date, or in the Hub's RateLimit."""
+    """Seconds that an answer asks for: in Retry-After, as a number or a date, or in the Hub's
+    RateLimit.
+    """
     said = headers.get("Retry-After", "").strip()
     if said.isdecimal():
         return float(said)

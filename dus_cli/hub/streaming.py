@@ -1,12 +1,14 @@
-"""Move tensor bytes from the Hub straight into the output, by range requests, without a copy in the cache.
+"""Move tensor bytes from the Hub straight into the output, by range requests, without a copy in the
+cache.
 
-A source shard is cut into pieces, which threads fetch in the file's order: each piece is one request, however many
-tensors it holds parts of, and is written to every place that wants it. Where all of a file passes by, the pieces are
-hashed in the file's order and the sum is held against the Hub's: a thread waits with its piece until those before it
-have been hashed, so memory is one piece for each thread.
+A source shard is cut into pieces, which threads fetch in the file's order: each piece is one
+request, however many tensors it holds parts of, and is written to every place that wants it. Where
+all of a file passes by, the pieces are hashed in the file's order and the sum is held against the
+Hub's: a thread waits with its piece until those before it have been hashed, so memory is one piece
+for each thread.
 
-Every second or so what has arrived is synced and noted in the journal. The next run reads it back from the output, for
-the sum, and fetches the rest.
+Every second or so what has arrived is synced and noted in the journal. The next run reads it back
+from the output, for the sum, and fetches the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ from typing import NamedTuple, Protocol
 from dus_cli.common.files import sync_file, writing
 from dus_cli.common.reference import ModelRef
 from dus_cli.common.workers import workers
-from dus_cli.errors import CheckpointError, ModelNotFoundError, OutputError, VerificationError, shown
+from dus_cli.errors import (
+    CheckpointError,
+    ModelNotFoundError,
+    OutputError,
+    VerificationError,
+    shown,
+)
 from dus_cli.hub.remote import RemoteFile
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
@@ -46,8 +54,8 @@ SYNC_EVERY = 1.0
 class Streamed:
     """What came over the network, and which of the base's files were held against the Hub's sha256.
 
-    `fetched` are bytes of this run, `resumed` bytes that were on the disk when it began. `checked` are the files whose
-    sum is the Hub's; `unchecked` the others, with the reason.
+    `fetched` are bytes of this run, `resumed` bytes that were on the disk when it began. `checked`
+    are the files whose sum is the Hub's; `unchecked` the others, with the reason.
     """
 
     fetched: int = 0
@@ -57,7 +65,9 @@ class Streamed:
 
 
 class Piece(NamedTuple):
-    """The bytes of a source shard from `start` to `end`, and the parts of moves that they are; none of a header."""
+    """The bytes of a source shard from `start` to `end`, and the parts of moves that they are;
+    none of a header.
+    """
 
     start: int
     end: int
@@ -65,7 +75,9 @@ class Piece(NamedTuple):
 
 
 def pieces(shard_moves: Sequence[Move], limit: int) -> Iterator[Piece]:
-    """Cut moves, in their order, into pieces of at most `limit` bytes without gaps. Numbers to be cast stay whole."""
+    """Cut moves, in their order, into pieces of at most `limit` bytes without gaps. Numbers to
+    be cast stay whole.
+    """
     parts: list[Move] = []
     start = end = 0
     for move in shard_moves:
@@ -100,18 +112,21 @@ def stream_weights(
 ) -> tuple[Tally, Streamed]:
     """Write every shard of the plan into `folder` from the Hub, and see it on the disk (fsync).
 
-    Memory is `jobs` pieces of 8 MiB, a few for each job where it casts, whatever the size of the model.
+    Memory is `jobs` pieces of 8 MiB, a few for each job where it casts, whatever the size of the
+    model.
 
     Args:
         plan: what to write. Shards of its base that are in the cache are copied from there.
         ref: where the others are.
-        folder: where; files of a run that was killed may be there, and `journal` says what is in them.
+        folder: where; files of a run that was killed may be there, and `journal` says what is in
+            them.
         journal: of this plan.
         jobs: threads, each with one request at a time.
         on_bytes: told the number of bytes of tensor data done, from several threads.
 
     Raises:
-        ModelNotFoundError: the Hub cannot serve the bytes, after several tries, or a file's sum is not the Hub's.
+        ModelNotFoundError: the Hub cannot serve the bytes, after several tries, or a file's sum is
+            not the Hub's.
         CheckpointError: a finite number is beyond the dtype that it is cast to.
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
@@ -128,7 +143,14 @@ def stream_weights(
             continue
         try:
             one = _ShardStreamer(
-                plan, ref, shard, folder=folder, journal=journal, on_bytes=on_bytes, tally=tally, streamed=streamed
+                plan,
+                ref,
+                shard,
+                folder=folder,
+                journal=journal,
+                on_bytes=on_bytes,
+                tally=tally,
+                streamed=streamed,
             )
             is_the_hubs = one.run(shard_moves, jobs)
         except ModelNotFoundError as error:
@@ -136,7 +158,8 @@ def stream_weights(
         if not is_the_hubs:
             journal.forget(shard.name)
             raise ModelNotFoundError(
-                f"{shown(shard.name)} came with another sha256 than the Hub says it has: a bit was lost on the way or "
+                f"{shown(shard.name)} came with another sha256 than the Hub says it has: a bit "
+                "was lost on the way or "
                 f"on this disk; {KEPT}, fetching that file again"
             )
     tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
@@ -147,7 +170,8 @@ def stream_weights(
 
 
 def check_against_hub(plan: UpscalePlan, ref: ModelRef, folder: Path, *, jobs: int) -> None:
-    """Hold what stands in the output against the Hub's sha256, file by file: for those that are wholly in it, uncast.
+    """Hold what stands in the output against the Hub's sha256, file by file: for those that are
+    wholly in it, uncast.
 
     Of the base's weights nothing is fetched but headers.
 
@@ -169,7 +193,8 @@ def check_against_hub(plan: UpscalePlan, ref: ModelRef, folder: Path, *, jobs: i
             )
             if not one.run(shard_moves, jobs):
                 raise VerificationError(
-                    f"the output holds {shown(shard.name)} with another sha256 than the Hub says it has; the disk or "
+                    f"the output holds {shown(shard.name)} with another sha256 than the Hub says "
+                    "it has; the disk or "
                     "its driver failed, nothing was published"
                 )
 
@@ -218,9 +243,13 @@ class _ShardStreamer:
     ) -> None:
         self.shard, self.folder, self.journal = shard, folder, journal
         self.on_bytes, self.tally, self.streamed = on_bytes, tally, streamed
-        remote = RemoteFile.open(ref, plan.checkpoint.folder.name, shard.name)  # a snapshot's folder is its commit
+        remote = RemoteFile.open(
+            ref, plan.checkpoint.folder.name, shard.name
+        )  # a snapshot's folder is its commit
         if remote is None or remote.size != shard.header.end:
-            raise CheckpointError(f"{shown(shard.name)} is not on the Hub as it was a moment ago; start again")
+            raise CheckpointError(
+                f"{shown(shard.name)} is not on the Hub as it was a moment ago; start again"
+            )
         self.remote = remote
         self.lock = threading.Lock()
         self.arrived: list[tuple[int, int]] = []  # written, and not yet in the journal
@@ -258,7 +287,10 @@ class _ShardStreamer:
             return "the Hub has no sha256 of it"
         if sum(piece.end - piece.start for piece in wanted) != header.end - header.data_start:
             return "parts of it are not in the output, and were not fetched"
-        if any(self._is_here(piece) and any(part.is_changed for part in piece.parts) for piece in wanted):
+        if any(
+            self._is_here(piece) and any(part.is_changed for part in piece.parts)
+            for piece in wanted
+        ):
             return "parts of it were fetched by an earlier run and cast or scaled"
         return None
 
@@ -266,7 +298,8 @@ class _ShardStreamer:
         return bool(piece.parts) and self.journal.holds(self.shard.name, piece.start, piece.end)
 
     def _work(self, queue: Iterator[Piece]) -> None:
-        # Page-aligned, for direct I/O: a piece, and room for a copy of a part and for what a cast makes of it.
+        # Page-aligned, for direct I/O: a piece, and room for a copy of a part and for what a cast
+        # makes of it.
         buffer = memoryview(mmap.mmap(-1, BLOCK + 4 * REQUEST))
         try:
             while not self.stop.is_set():
@@ -283,7 +316,8 @@ class _ShardStreamer:
                 self.digest.abandon()
 
     def _move(self, piece: Piece, buffer: memoryview) -> None:
-        # Whole blocks of the source are whole pages of memory: positions of source and output agree modulo a block.
+        # Whole blocks of the source are whole pages of memory: positions of source and output agree
+        # modulo a block.
         at = piece.start % BLOCK
         view = buffer[at : at + piece.end - piece.start]
         here = self._is_here(piece)
@@ -294,7 +328,11 @@ class _ShardStreamer:
             if self.stop.is_set():
                 return
             for part in piece.parts:
-                self._deliver(part, view[part.source_start - piece.start :][: part.length], buffer[BLOCK + REQUEST :])
+                self._deliver(
+                    part,
+                    view[part.source_start - piece.start :][: part.length],
+                    buffer[BLOCK + REQUEST :],
+                )
         with self.lock:
             count = piece.end - piece.start
             self.streamed.resumed += count if here else 0
@@ -306,7 +344,9 @@ class _ShardStreamer:
         self._sync()
 
     def _deliver(self, part: Move, view: memoryview, room: memoryview) -> None:
-        if part.cast is not None:  # a copy, because numbers in memory start at multiples of their size
+        if (
+            part.cast is not None
+        ):  # a copy, because numbers in memory start at multiples of their size
             numbers = room[: len(view)]
             numbers[:] = view
             self.outputs.deliver(part, 0, numbers, room[REQUEST:])
@@ -330,11 +370,15 @@ class _ShardStreamer:
             try:
                 whole = self.outputs.read(name, start, view[at : at + part.length])
             except OSError as error:
-                raise OutputError(f"cannot read {shown(name)}: {error.strerror}; check the disk") from error
+                raise OutputError(
+                    f"cannot read {shown(name)}: {error.strerror}; check the disk"
+                ) from error
             assert whole  # it was made as long as planned
 
     def _sync(self, *, at_once: bool = False) -> None:
-        """See what has arrived on the disk, and note it: one thread now and then, while the others go on."""
+        """See what has arrived on the disk, and note it: one thread now and then, while the
+        others go on.
+        """
         if not self.syncing.acquire(blocking=at_once):
             return
         try:
@@ -364,7 +408,9 @@ class _Digest:
             self._turn.wait_for(lambda: self._position == start or self._abandoned)
             if self._abandoned:
                 return
-        self._hash.update(view)  # outside: nobody else's turn is before this one ends, and it takes no lock of Python's
+        self._hash.update(
+            view
+        )  # outside: nobody else's turn is before this one ends, and it takes no lock of Python's
         with self._turn:
             self._position += len(view)
             self._turn.notify_all()

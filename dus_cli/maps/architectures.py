@@ -1,8 +1,10 @@
-"""What configs and tensor names say per layer, as data. `rules` says how, `model_config` and `stacks` apply it.
+"""What configs and tensor names say per layer, as data. `rules` says how, `model_config` and
+`stacks` apply it.
 
-Read from transformers 5.23's source (models/*/configuration_*.py and modeling_*.py), and held to it by
-tests/test_zoo.py: every type here is up-scaled and compared with its base rearranged. Adding an architecture
-is adding lines here. What stands in no table is refused by name or reported, never passed over.
+Read from transformers 5.23's source (models/*/configuration_*.py and modeling_*.py), and held to it
+by tests/test_zoo.py: every type here is up-scaled and compared with its base rearranged. Adding an
+architecture is adding lines here. What stands in no table is refused by name or reported, never
+passed over.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ from dus_cli.maps.rules import (
     check_period,
 )
 
-# --- depth and tensor names ------------------------------------------------------------------------
+# --- depth and tensor names -----------------------------------------------------------------------
 
 # How configs call the number of decoder layers, unless their type says otherwise below.
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
-# And what others call it (OpenELM the first), looked for where none of those is there. Beside one of those they are
-# the depth where they say the same.
+# And what others call it (OpenELM the first), looked for where none of those is there. Beside one
+# of those they are the depth where they say the same.
 OTHER_DEPTH_KEYS = (
     "num_transformer_layers",
     "num_decoder_layers",
@@ -69,9 +71,10 @@ DECODER_KEYS = ("text_config", "llm_config", "language_config")
 ENCODER_KEYS = ("vision_config", "audio_config", "vq_config")
 
 # Where the decoder's layers stand in tensor names. `h`, `layers` and `blocks` alone occur in files
-# that were saved from the base model, without its language-modelling head (gpt2 on the Hub). What transformers 5.23
-# saves of kimi_k25 and qianfan_ocr has `language_model.model.blocks` and `….encoder.layers`: it turns its renames of
-# the vision tower's tensors back in the decoder's names too (conversion_mapping.py).
+# that were saved from the base model, without its language-modelling head (gpt2 on the Hub). What
+# transformers 5.23 saves of kimi_k25 and qianfan_ocr has `language_model.model.blocks` and
+# `….encoder.layers`: it turns its renames of the vision tower's tensors back in the decoder's names
+# too (conversion_mapping.py).
 LAYER_STACKS = (
     "model.layers",
     "layers",
@@ -109,19 +112,27 @@ LAYER_STACKS = (
     "transformer.layers",
 )
 
-# The BERT family's decoders (config.json says `is_decoder`): bert.encoder.layer, roberta.encoder.layer, ….
+# The BERT family's decoders (config.json says `is_decoder`): bert.encoder.layer,
+# roberta.encoder.layer, ….
 DECODER_SUFFIX = "encoder.layer"
 
-# Numbered stacks that belong to the decoder but not to its depth: multi-token prediction beside the layers, a part of
-# the name being "mtp" or beginning with "mtp_" (mtp.layers in qwen3_next, model.mtp_block and model.mtp_linear_proj in
-# ernie4_5_moe, model.mtp_layers in hy_v4). Depth up-scaling leaves them as they are.
+# Numbered stacks that belong to the decoder but not to its depth: multi-token prediction beside the
+# layers, a part of the name being "mtp" or beginning with "mtp_" (mtp.layers in qwen3_next,
+# model.mtp_block and model.mtp_linear_proj in ernie4_5_moe, model.mtp_layers in hy_v4). Depth
+# up-scaling leaves them as they are.
 MTP_STACK = re.compile(r"(^|\.)mtp(_|\.|$)")
 
-# --- lists that a class makes up where the file lacks them -----------------------------------------
+# --- lists that a class makes up where the file lacks them ----------------------------------------
 
 
 def every(
-    period: int, kind: Any, others: Any, *, key: str | None = None, phase: int = 1, last: bool = False
+    period: int,
+    kind: Any,
+    others: Any,
+    *,
+    key: str | None = None,
+    phase: int = 1,
+    last: bool = False,
 ) -> Derivation:
     """`kind` where (i + phase) is a multiple of the period, which the file may give under `key`.
 
@@ -137,16 +148,26 @@ def every(
 
 
 def head(
-    count: int, first: str, rest: str, *, key: str | None = None, only_if: Mapping[str, Any] = MappingProxyType({})
+    count: int,
+    first: str,
+    rest: str,
+    *,
+    key: str | None = None,
+    only_if: Mapping[str, Any] = MappingProxyType({}),
 ) -> Derivation:
     """`first` in the first layers, `rest` in the others.
 
-    All are `first` unless the switches `only_if` are on, given with what the class takes where the file is silent.
+    All are `first` unless the switches `only_if` are on, given with what the class takes where the
+    file is silent.
     """
 
     def of(fields: Fields, num_layers: int) -> list[str]:
         k = _number(fields, key, count) if key else count
-        k = k if all(fields.get(switch, default) for switch, default in only_if.items()) else num_layers
+        k = (
+            k
+            if all(fields.get(switch, default) for switch, default in only_if.items())
+            else num_layers
+        )
         return [first if layer < k else rest for layer in range(num_layers)]
 
     return of
@@ -162,14 +183,18 @@ def _full_and_linear(key: str | None = None, period: int = 4) -> Derived:
     return Derived("layer_types", of, (key,) if key else ())
 
 
-def _dense_first(count: int, key: str | None = None, dense: str = "dense", sparse: str = "sparse") -> Derived:
+def _dense_first(
+    count: int, key: str | None = None, dense: str = "dense", sparse: str = "sparse"
+) -> Derived:
     return Derived("mlp_layer_types", head(count, dense, sparse, key=key), (key,) if key else ())
 
 
 def _windows_from(key: str, default: int) -> Derived:
     switches = {"use_sliding_window": False, "sliding_window": 4096}
     return Derived(
-        "layer_types", head(default, "full_attention", "sliding_attention", key=key, only_if=switches), (key,)
+        "layer_types",
+        head(default, "full_attention", "sliding_attention", key=key, only_if=switches),
+        (key,),
     )
 
 
@@ -207,7 +232,11 @@ def _cohere2_moe(fields: Fields, num_layers: int) -> list[str]:
 
 
 def _deepseek_v4(fields: Fields, num_layers: int) -> list[str]:
-    names = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    names = {
+        0: "sliding_attention",
+        4: "compressed_sparse_attention",
+        128: "heavily_compressed_attention",
+    }
     ratios = fields.get("compress_ratios")
     if isinstance(ratios, list):
         return [names.get(ratio, "") for ratio in ratios[:num_layers]]
@@ -216,7 +245,9 @@ def _deepseek_v4(fields: Fields, num_layers: int) -> list[str]:
 
 def _backward(kind: Any, others: Any) -> Callable[[int], list[Any]]:
     """muse_glimmer, muse_spark: `kind` in every fourth layer, counted backward from the last."""
-    return lambda num_layers: [others if (num_layers - 1 - layer) % 4 else kind for layer in range(num_layers)]
+    return lambda num_layers: [
+        others if (num_layers - 1 - layer) % 4 else kind for layer in range(num_layers)
+    ]
 
 
 def _muse_kinds(fields: Fields, num_layers: int) -> list[str]:
@@ -232,19 +263,31 @@ def _muse_theta(fields: Fields, num_layers: int) -> list[Any]:
 def _step3p5(fields: Fields, num_layers: int) -> list[str]:
     listed = fields.get("moe_layers_enum")
     numbers = listed.split(",") if isinstance(listed, str) else listed
-    sparse = range(3, num_layers) if numbers is None else {int(number) for number in numbers if str(number).strip()}
+    sparse = (
+        range(3, num_layers)
+        if numbers is None
+        else {int(number) for number in numbers if str(number).strip()}
+    )
     return ["sparse" if layer in sparse else "dense" for layer in range(num_layers)]
 
 
 def _dots1(fields: Fields, num_layers: int) -> list[str]:
-    first = _number(fields, "max_window_layers", 62) if fields.get("sliding_window", 4096) else num_layers
-    return ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    first = (
+        _number(fields, "max_window_layers", 62)
+        if fields.get("sliding_window", 4096)
+        else num_layers
+    )
+    return [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)
+    ]
 
 
 def _dots3_note(fields: Fields, num_layers: int) -> list[str]:
     full = "full_attention" if fields.get("use_dsa") is False else "indexed_attention"
     return [
-        full if not fields.get("use_sliding_window", True) or layer < 2 or layer % 4 == 1 else "sliding_attention"
+        full
+        if not fields.get("use_sliding_window", True) or layer < 2 or layer % 4 == 1
+        else "sliding_attention"
         for layer in range(num_layers)
     ]
 
@@ -266,17 +309,26 @@ def _glm_moe_dsa(fields: Fields, num_layers: int) -> list[str]:
     if pattern is not None:
         names = {"F": "full", "S": "shared"}
         return [names.get(kind, kind) for kind in pattern] if len(pattern) == num_layers else []
-    freq, offset = max(_number(fields, "index_topk_freq", 1), 1), _number(fields, "index_skip_topk_offset", 2)
-    return ["shared" if max(layer - offset + 1, 0) % freq else "full" for layer in range(num_layers)]
+    freq, offset = (
+        max(_number(fields, "index_topk_freq", 1), 1),
+        _number(fields, "index_skip_topk_offset", 2),
+    )
+    return [
+        "shared" if max(layer - offset + 1, 0) % freq else "full" for layer in range(num_layers)
+    ]
 
 
 def _hy_v4(fields: Fields, num_layers: int) -> list[str]:
-    return ["full" if layer == 0 or (layer - 1) % 4 == 0 else "shared" for layer in range(num_layers)]
+    return [
+        "full" if layer == 0 or (layer - 1) % 4 == 0 else "shared" for layer in range(num_layers)
+    ]
 
 
 def _inkling(fields: Fields, num_layers: int) -> list[str]:
     local = fields.get("local_layer_ids")
-    is_local = [(layer + 1) % 6 != 0 if local is None else layer in local for layer in range(num_layers)]
+    is_local = [
+        (layer + 1) % 6 != 0 if local is None else layer in local for layer in range(num_layers)
+    ]
     return ["hybrid_sliding" if sliding else "hybrid" for sliding in is_local]
 
 
@@ -284,8 +336,14 @@ def _kimi_linear(fields: Fields, num_layers: int) -> list[str]:
     linear = fields.get("linear_attn_config") or {}
     full, kda = linear.get("full_attn_layers"), linear.get("kda_layers")
     if isinstance(full, list) and isinstance(kda, list):  # counted from 1
-        return ["full_attention" if layer + 1 in full else "linear_attention" for layer in range(num_layers)]
-    return ["full_attention" if layer and layer % 4 == 0 else "linear_attention" for layer in range(num_layers)]
+        return [
+            "full_attention" if layer + 1 in full else "linear_attention"
+            for layer in range(num_layers)
+        ]
+    return [
+        "full_attention" if layer and layer % 4 == 0 else "linear_attention"
+        for layer in range(num_layers)
+    ]
 
 
 def _lfm3(fields: Fields, num_layers: int) -> list[str]:
@@ -307,39 +365,51 @@ def _llama4(fields: Fields, num_layers: int) -> list[str]:
 
 
 def _mimo_v2_flash(fields: Fields, num_layers: int) -> list[str]:
-    return ["sliding_attention" if layer and (layer + 1) % 6 else "full_attention" for layer in range(num_layers)]
+    return [
+        "sliding_attention" if layer and (layer + 1) % 6 else "full_attention"
+        for layer in range(num_layers)
+    ]
 
 
 def _olmo_hybrid(fields: Fields, num_layers: int) -> list[str]:
-    kinds = ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(num_layers)]
+    kinds = [
+        "full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(num_layers)
+    ]
     return kinds if "full_attention" in kinds else [*kinds[:-1], "full_attention"]
 
 
 def _qwen2_moe(fields: Fields, num_layers: int) -> list[str]:
     last = _number(fields, "max_window_layers", 28) if fields.get("use_sliding_window") else 0
-    return ["full_attention" if layer % 2 or layer >= last else "sliding_attention" for layer in range(num_layers)]
+    return [
+        "full_attention" if layer % 2 or layer >= last else "sliding_attention"
+        for layer in range(num_layers)
+    ]
 
 
 def _smollm3(fields: Fields, num_layers: int) -> list[str]:
     rope = fields.get("no_rope_layers") or _NO_ROPE(fields, num_layers)
     slides = fields.get("use_sliding_window") and fields.get("sliding_window") is not None
-    return ["sliding_attention" if slides and not has_rope else "full_attention" for has_rope in rope]
+    return [
+        "sliding_attention" if slides and not has_rope else "full_attention" for has_rope in rope
+    ]
 
 
 _gemma4 = every(6, "full_attention", "sliding_attention", last=True)
 
-# --- the table -------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 class Architecture(NamedTuple):
-    """What is particular about a model type. Fields that no rule here reads follow the general rules below.
+    """What is particular about a model type. Fields that no rule here reads follow the general
+    rules below.
 
-    `depth` is how its configs call the number of layers, where DEPTH_KEYS are not right; `depth_of` names
-    lists (or texts) whose length is the depth instead. `needs` are tensors that the layers' file must bring, as the
-    class would make them up from the layer's number. `beside` are endings of prefixes under which a tensor stands for
-    each layer, outside the layers, and the layer that is number 0 there; `apart` are prefixes of numbered tensors that
-    have nothing to do with layers. `refused` is why it cannot be deepened at all. `wrapper` are rules for the whole
-    config.json of a multimodal model of this type, whose decoder has an entry of its own.
+    `depth` is how its configs call the number of layers, where DEPTH_KEYS are not right; `depth_of`
+    names lists (or texts) whose length is the depth instead. `needs` are tensors that the layers'
+    file must bring, as the class would make them up from the layer's number. `beside` are endings
+    of prefixes under which a tensor stands for each layer, outside the layers, and the layer that
+    is number 0 there; `apart` are prefixes of numbered tensors that have nothing to do with layers.
+    `refused` is why it cannot be deepened at all. `wrapper` are rules for the whole config.json of
+    a multimodal model of this type, whose decoder has an entry of its own.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -359,8 +429,9 @@ def _refused(why: str) -> Architecture:
 # A head and an embedding for each codebook.
 _MUSICGEN = Architecture(apart=("lm_heads", "model.decoder.embed_tokens"))
 _EXPERT_STEP = SparseStep()
-# Decoders of encoder-decoder models. Their class counts the encoder's layers too, though there is none, and sizes
-# the cache of generation by that (configuration's num_hidden_layers): it follows where it was the decoder's depth.
+# Decoders of encoder-decoder models. Their class counts the encoder's layers too, though there is
+# none, and sizes the cache of generation by that (configuration's num_hidden_layers): it follows
+# where it was the decoder's depth.
 _BART = Architecture(
     depth=("decoder_layers",),
     rules=(Counts("num_hidden_layers", may_differ=True), Counts("encoder_layers", may_differ=True)),
@@ -371,45 +442,73 @@ _GEMMA4 = Architecture(
         LastLayerIs("layer_types", "full_attention", _gemma4),
         ByLayer("per_layer_config"),
         Refused(
-            "num_kv_shared_layers", "the last layers take keys and values from an earlier one, counted from the end"
+            "num_kv_shared_layers",
+            "the last layers take keys and values from an earlier one, counted from the end",
         ),
-        Refused("hidden_size_per_layer_input", "its per-layer embeddings stand in one table outside the layers", 256),
+        Refused(
+            "hidden_size_per_layer_input",
+            "its per-layer embeddings stand in one table outside the layers",
+            256,
+        ),
     )
 )
 _QWEN2_VL = Architecture(rules=(_windows_from("max_window_layers", 80),))
-_DEEPSTACK = FirstStay(("vision_config", "deepstack_visual_indexes"), 3, "visual features are added after each of them")
+_DEEPSTACK = FirstStay(
+    ("vision_config", "deepstack_visual_indexes"), 3, "visual features are added after each of them"
+)
 _DEEP_VISION = Architecture(wrapper=(_DEEPSTACK,))
-_ENCODER_DECODER = _refused("it is an encoder-decoder model, and dus deepens decoder-only language models")
-_MUSE = Architecture(rules=(Derived("layer_types", _muse_kinds), Derived("layer_rope_theta", _muse_theta)))
+_ENCODER_DECODER = _refused(
+    "it is an encoder-decoder model, and dus deepens decoder-only language models"
+)
+_MUSE = Architecture(
+    rules=(Derived("layer_types", _muse_kinds), Derived("layer_rope_theta", _muse_theta))
+)
 _QWEN35 = Architecture(rules=(_full_and_linear("full_attention_interval"),))
 _GRANITE_SWA = Architecture(rules=(_full_and_sliding(phase=0),))
 
-# The types that depth up-scaling has something particular to know about; a multimodal model's is that of its
-# `text_config`. In the comments: where transformers says so, if not in the configuration's __post_init__.
+# The types that depth up-scaling has something particular to know about; a multimodal model's is
+# that of its `text_config`. In the comments: where transformers says so, if not in the
+# configuration's __post_init__.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "afmoe": Architecture(
-        rules=(_full_and_sliding("global_attn_every_n_layers"), Threshold("num_dense_layers", default=1))
+        rules=(
+            _full_and_sliding("global_attn_every_n_layers"),
+            Threshold("num_dense_layers", default=1),
+        )
     ),
     "axk1": Architecture(
-        rules=(Derived("mlp_layer_types", _sparse_after, ("first_k_dense_replace", "moe_layer_freq")),)
+        rules=(
+            Derived("mlp_layer_types", _sparse_after, ("first_k_dense_replace", "moe_layer_freq")),
+        )
     ),
     "axk2": Architecture(
-        rules=(Derived("mlp_layer_types", _sparse_after, ("first_k_dense_replace", "moe_layer_freq")),)
+        rules=(
+            Derived("mlp_layer_types", _sparse_after, ("first_k_dense_replace", "moe_layer_freq")),
+        )
     ),
     "bailing_hybrid": Architecture(
         rules=(_full_and_linear("layer_group_size", 6), _dense_first(2, "first_k_dense_replace"))
     ),
     "bart": _BART,
-    "beam": _refused("its residual additions are scaled by the layer's number"),  # modeling: depth_scaled_residual_add
+    "beam": _refused(
+        "its residual additions are scaled by the layer's number"
+    ),  # modeling: depth_scaled_residual_add
     "bigbird_pegasus": _BART,
     "blenderbot": _BART,
     "blenderbot-small": _BART,
-    "blip": _refused("its text decoder reads the image through cross-attention in every layer, it is no decoder alone"),
-    "blt": _refused("it is made of several stacks of layers (patcher, encoder, global and local decoder)"),
+    "blip": _refused(
+        "its text decoder reads the image through cross-attention in every layer, it is no "
+        "decoder alone"
+    ),
+    "blt": _refused(
+        "it is made of several stacks of layers (patcher, encoder, global and local decoder)"
+    ),
     "cohere2": Architecture(
         rules=(
             _full_and_sliding("sliding_window_pattern"),
-            Kept(("order_of_interleaved_layers",)),  # "local_attn_first" in published files; not read
+            Kept(
+                ("order_of_interleaved_layers",)
+            ),  # "local_attn_first" in published files; not read
         )
     ),
     "cohere2_moe": Architecture(
@@ -417,7 +516,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             Derived(
                 "layer_types",
                 _cohere2_moe,
-                ("first_k_dense_replace", "prefix_dense_sliding_window_pattern", "sliding_window_pattern"),
+                (
+                    "first_k_dense_replace",
+                    "prefix_dense_sliding_window_pattern",
+                    "sliding_window_pattern",
+                ),
             ),
             _dense_first(0, "first_k_dense_replace"),
         )
@@ -425,7 +528,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "cohere_compass": _DEEP_VISION,
     "cosmos3_omni": Architecture(wrapper=(_DEEPSTACK,), apart=("blocks",)),
     "cwm": Architecture(rules=(_full_and_sliding(phase=0),)),
-    "deepseek_ocr2_text": Architecture(rules=(Threshold("first_k_dense_replace", instead="mlp_layer_types"),)),
+    "deepseek_ocr2_text": Architecture(
+        rules=(Threshold("first_k_dense_replace", instead="mlp_layer_types"),)
+    ),
     "deepseek_v2": Architecture(rules=(Threshold("first_k_dense_replace"),)),
     "deepseek_v3": Architecture(rules=(Threshold("first_k_dense_replace", default=3),)),
     "deepseek_v32": Architecture(rules=(_dense_first(3, "first_k_dense_replace"),)),
@@ -456,7 +561,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "ernie4_5_moe": Architecture(rules=(Stretch(),)),  # modeling: Ernie4_5_MoeDecoderLayer.__init__
     "ernie4_5_vl_moe_text": Architecture(rules=(_dense_first(1), Kept(("moe_intermediate_size",)))),
     "evolla": _refused(
-        "its adapters stand in every (depth / aligner_num_add_layers)-th layer, which changes with the depth"
+        "its adapters stand in every (depth / aligner_num_add_layers)-th layer, which changes "
+        "with the depth"
     ),
     "exaone4": Architecture(rules=(Derived("layer_types", _exaone4, ("sliding_window_pattern",)),)),
     "exaone_moe": Architecture(
@@ -472,7 +578,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rules=(_full_and_sliding("sliding_window_pattern", 6), Kept(("_sliding_window_pattern",)))
     ),
     "gemma3n_text": _refused(
-        "its layers share keys and values counted from the last one, and take embeddings from one table outside them"
+        "its layers share keys and values counted from the last one, and take embeddings from one "
+        "table outside them"
     ),
     "gemma4_assistant": _refused("its layers read the keys and values of another model"),
     "gemma4_text": _GEMMA4,
@@ -484,18 +591,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm5_next_text": Architecture(
         rules=(
             Derived("layer_types", every(4, "indexed_attention", "linear_attention")),
-            Derived("indexer_types", _glm_moe_dsa, ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")),
+            Derived(
+                "indexer_types",
+                _glm_moe_dsa,
+                ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"),
+            ),
             _dense_first(3),
         )
     ),
     "glm_moe_dsa": Architecture(
         rules=(
-            Derived("indexer_types", _glm_moe_dsa, ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")),
+            Derived(
+                "indexer_types",
+                _glm_moe_dsa,
+                ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"),
+            ),
             _dense_first(3, "first_k_dense_replace"),
         )
     ),
     "gpt_neo": Architecture(rules=(Groups("attention_types"), PerLayer("attention_layers"))),
-    "gpt_neox_japanese": Architecture(rules=(Unlike(-1, "only its attention has a bias"),)),  # modeling: use_bias
+    "gpt_neox_japanese": Architecture(
+        rules=(Unlike(-1, "only its attention has a bias"),)
+    ),  # modeling: use_bias
     "gpt_oss": Architecture(rules=(_full_and_sliding(period=2),)),
     "granite4_vision": Architecture(
         wrapper=(
@@ -509,7 +626,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "hrm_text": _refused("its layers form stacks that are run in cycles"),
     "hy_v3": Architecture(rules=(_dense_first(1),)),
     "hy_v4": Architecture(rules=(_dense_first(1), Derived("indexer_types", _hy_v4))),
-    "idefics": _refused("its cross-attention stands in a stack of its own, found by the layer's number"),
+    "idefics": _refused(
+        "its cross-attention stands in a stack of its own, found by the layer's number"
+    ),
     "inkling2_text": Architecture(  # modeling: is_block_boundary, attention_input
         rules=(
             Derived("layer_types", every(6, "hybrid", "hybrid_sliding")),
@@ -528,12 +647,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "jamba": Architecture(
         rules=(
             PeriodAndOffset("attn_layer_period", "attn_layer_offset", (8, 4), "attention", "mamba"),
-            PeriodAndOffset("expert_layer_period", "expert_layer_offset", (2, 1), "expert", "dense"),
+            PeriodAndOffset(
+                "expert_layer_period", "expert_layer_offset", (2, 1), "expert", "dense"
+            ),
         )
     ),
     "kimi_linear": Architecture(
         rules=(
-            Inside("linear_attn_config", (IndexSet("full_attn_layers", first=1), IndexSet("kda_layers", first=1))),
+            Inside(
+                "linear_attn_config",
+                (IndexSet("full_attn_layers", first=1), IndexSet("kda_layers", first=1)),
+            ),
             Derived("layer_types", _kimi_linear),
             _dense_first(1, "first_k_dense_replace"),
             Kept(("moe_layer_freq",)),  # not read
@@ -548,7 +672,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama4_text": Architecture(
         rules=(
             Derived("no_rope_layers", _NO_ROPE, ("no_rope_layer_interval",)),
-            Derived("moe_layers", _llama4_experts, ("interleave_moe_layer_step",), is_index_set=True),
+            Derived(
+                "moe_layers", _llama4_experts, ("interleave_moe_layer_step",), is_index_set=True
+            ),
             Derived("layer_types", _llama4),
         )
     ),
@@ -559,7 +685,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rules=(
             Derived("layer_types", _mimo_v2_flash),
             _dense_first(1),
-            # The published file's lists say the same to its own code; transformers does not read them.
+            # The published file's lists say the same to its own code; transformers does not read
+            # them.
             PerLayer("hybrid_layer_pattern"),
             PerLayer("moe_layer_freq"),
         )
@@ -567,7 +694,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "minicpm3": Architecture(rules=(DepthScaled("scale_depth", 1.4),)),  # modeling: residual scale
     "minimax": Architecture(
         rules=(Derived("layer_types", every(2, "linear_attention", "full_attention")),),
-        # modeling: get_slope_rate makes decay rates up from the layer's number, unless the file brings them
+        # modeling: get_slope_rate makes decay rates up from the layer's number, unless the file
+        # brings them
         needs=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
     ),
     "minimax_m3_vl_text": Architecture(
@@ -580,7 +708,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral_large4_text": Architecture(
         rules=(
             Derived("no_rope_layers", _NO_ROPE, ("no_rope_layer_interval",)),
-            Derived("indexer_types", _glm_moe_dsa, ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")),
+            Derived(
+                "indexer_types",
+                _glm_moe_dsa,
+                ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"),
+            ),
             _dense_first(1, "first_k_dense_replace"),
             OwnSource("kv_source_layers"),
         )
@@ -599,28 +731,40 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mvp": _BART,
     "nemotron_h": Architecture(
         depth_of=("layers_block_type", "layer_types", "hybrid_override_pattern"),
-        rules=(Spelled("hybrid_override_pattern"), Kept(("mtp_layers_block_type", "mtp_hybrid_override_pattern"))),
+        rules=(
+            Spelled("hybrid_override_pattern"),
+            Kept(("mtp_layers_block_type", "mtp_hybrid_override_pattern")),
+        ),
     ),
     "olmo3": Architecture(rules=(_full_and_sliding(),)),
     "olmo_hybrid": Architecture(rules=(Derived("layer_types", _olmo_hybrid),)),
     "pegasus": _BART,
-    "pi0": _refused("it is two models, a language model and an action expert, layer by layer side by side"),
+    "pi0": _refused(
+        "it is two models, a language model and an action expert, layer by layer side by side"
+    ),
     "pix2struct": _ENCODER_DECODER,
     "plbart": _BART,
     "pp_formulanet": _ENCODER_DECODER,
     "prophetnet": Architecture(
         depth=("num_decoder_layers",),
-        rules=(Counts("num_hidden_layers", may_differ=True), Counts("num_encoder_layers", may_differ=True)),
+        rules=(
+            Counts("num_hidden_layers", may_differ=True),
+            Counts("num_encoder_layers", may_differ=True),
+        ),
     ),
     "qwen2": Architecture(rules=(_windows_from("max_window_layers", 28),)),
     "qwen2_5_omni_text": Architecture(rules=(_windows_from("max_window_layers", 28),)),
     "qwen2_5_vl_text": _QWEN2_VL,
-    "qwen2_moe": Architecture(rules=(Derived("layer_types", _qwen2_moe, ("max_window_layers",)), _EXPERT_STEP)),
+    "qwen2_moe": Architecture(
+        rules=(Derived("layer_types", _qwen2_moe, ("max_window_layers",)), _EXPERT_STEP)
+    ),
     "qwen2_vl_text": _QWEN2_VL,
     "qwen3": Architecture(rules=(_windows_from("max_window_layers", 28),)),
     "qwen3_5_moe_text": _QWEN35,
     "qwen3_5_text": _QWEN35,
-    "qwen3_moe": Architecture(rules=(_EXPERT_STEP, Kept(("max_window_layers",)))),  # read by no layer
+    "qwen3_moe": Architecture(
+        rules=(_EXPERT_STEP, Kept(("max_window_layers",)))
+    ),  # read by no layer
     "qwen3_next": Architecture(rules=(_full_and_linear("full_attention_interval"), _EXPERT_STEP)),
     "qwen3_omni_moe_text": Architecture(rules=(_EXPERT_STEP,)),
     "qwen3_omni_moe_thinker": _DEEP_VISION,
@@ -634,16 +778,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 every(4, "indexed_attention", "linear_attention", key="full_attention_interval"),
                 ("full_attention_interval",),
             ),
-            Refused("ple_layer_ids", "its n-gram tables are sized by the layer's place among those that have one"),
+            Refused(
+                "ple_layer_ids",
+                "its n-gram tables are sized by the layer's place among those that have one",
+            ),
         )
     ),
-    "recurrent_gemma": Architecture(rules=(Cycle("block_types", ("recurrent", "recurrent", "attention")),)),
+    "recurrent_gemma": Architecture(
+        rules=(Cycle("block_types", ("recurrent", "recurrent", "attention")),)
+    ),
     "reformer": Architecture(
         depth_of=("attn_layers",),
         rules=(PerLayer("attn_layers"),),
         apart=("reformer.embeddings.position_embeddings.weights",),
     ),
-    "rwkv": Architecture(rules=(Unlike(0, "only it has a norm before its block"),)),  # modeling: pre_ln
+    "rwkv": Architecture(
+        rules=(Unlike(0, "only it has a norm before its block"),)
+    ),  # modeling: pre_ln
     "smollm3": Architecture(
         rules=(
             Derived("no_rope_layers", _NO_ROPE, ("no_rope_layer_interval",)),
@@ -656,7 +807,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             Derived("mlp_layer_types", _step3p5, ("moe_layers_enum",)),
             *(
                 PerLayer(key, beyond="num_nextn_predict_layers")
-                for key in ("swiglu_limits", "swiglu_limits_shared", "rope_theta", "partial_rotary_factors")
+                for key in (
+                    "swiglu_limits",
+                    "swiglu_limits_shared",
+                    "rope_theta",
+                    "partial_rotary_factors",
+                )
             ),
             ByLayer("per_layer_config"),
         )
@@ -673,19 +829,25 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "xlstm": Architecture(depth=("num_blocks", "num_hidden_layers")),
     "zamba": _refused("its layers share one attention block"),
     "zamba2": _refused("its layers share attention blocks"),
-    "zaya": Architecture(rules=(Unlike(0, "only its router takes nothing from the layer below"),)),  # modeling: use_eda
+    "zaya": Architecture(
+        rules=(Unlike(0, "only its router takes nothing from the layer below"),)
+    ),  # modeling: use_eda
 }
 
-# Types that transformers does not have, or has under another name: their code is published with the checkpoints
-# (`auto_map`). Nothing here runs it; what it makes of a layer's number was read in it.
+# Types that transformers does not have, or has under another name: their code is published with the
+# checkpoints (`auto_map`). Nothing here runs it; what it makes of a layer's number was read in it.
 _DEEPSEEK_V3 = ARCHITECTURES["deepseek_v3"]
 _LIGHTNING = Architecture(needs=ARCHITECTURES["minimax"].needs, rules=(PerLayer("attn_type_list"),))
 CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
-    "bailing_moe_linear": _refused("the decay of its linear attention is computed from the layer's number"),
+    "bailing_moe_linear": _refused(
+        "the decay of its linear attention is computed from the layer's number"
+    ),
     "deepseek": Architecture(rules=(Threshold("first_k_dense_replace"), Period("moe_layer_freq"))),
     "kimi_k2": _DEEPSEEK_V3,
     "minicpm": Architecture(rules=(DepthScaled("scale_depth", 1.0),)),
-    "minicpmv": Architecture(rules=(DepthScaled("scale_depth", None),)),  # on MiniCPM, Llama or Qwen
+    "minicpmv": Architecture(
+        rules=(DepthScaled("scale_depth", None),)
+    ),  # on MiniCPM, Llama or Qwen
     "minimax_m1": _LIGHTNING,
     "minimax_text_01": _LIGHTNING,
     "openelm": Architecture(
@@ -697,11 +859,14 @@ CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
         ),
     ),
     "phi3small": Architecture(rules=(Period("dense_attention_every_n_layers"),)),
-    "plamo2": Architecture(rules=(Period("mamba_step", only_if="mamba_enabled"), IndexSet("full_attention_idx"))),
+    "plamo2": Architecture(
+        rules=(Period("mamba_step", only_if="mamba_enabled"), IndexSet("full_attention_idx"))
+    ),
     "step3_text": Architecture(rules=(IndexSet("moe_layers_enum"),)),
     **dict.fromkeys(
         """
-        Yi aquila baichuan chatglm exaone internlm internlm2 orion plamo qwen skywork stablelm_epoch telechat xverse
+        Yi aquila baichuan chatglm exaone internlm internlm2 orion plamo qwen skywork stablelm_epoch
+        telechat xverse
         """.split(),
         Architecture(),
     ),
@@ -712,37 +877,46 @@ CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
 # goes through with a warning if nothing per-layer is in sight.
 PLAIN_TYPES = frozenset(
     """
-    apertus arcee aria_text bamba bert bert-generation big_bird biogpt bitnet bloom camembert chameleon codegen
-    cohere cohere_compass_text cosmos3_edge_text cpmant ctrl data2vec-text dbrx doge electra emu3_text_model
-    ernie ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma git glm glm4 glm4v_text glm_ocr_text gpt2
-    gpt_bigcode gpt_neox gptj granite granite4_vision_text granite_docling_text granitemoe granitemoehybrid
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl_text hyperclovax internlm3 iquestcoder
-    jais2 jetmoe lfm2 llama mamba mamba2 megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral
-    mllama_text_model moshi mpt nanochat nemotron olmo olmo2 olmoe openai-gpt opt paddleocr_vl_text persimmon
-    phi phi3 phi4_multimodal phimoe qwen3_vl_text rembert roberta roberta-prelayernorm roc_bert roformer
+    apertus arcee aria_text bamba bert bert-generation big_bird biogpt bitnet bloom camembert
+    chameleon codegen cohere cohere_compass_text cosmos3_edge_text cpmant ctrl data2vec-text dbrx
+    doge electra emu3_text_model ernie ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma git
+    glm glm4 glm4v_text glm_ocr_text gpt2 gpt_bigcode gpt_neox gptj granite granite4_vision_text
+    granite_docling_text granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hunyuan_vl_text hyperclovax internlm3 iquestcoder jais2 jetmoe lfm2 llama mamba
+    mamba2 megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral mllama_text_model
+    moshi mpt nanochat nemotron olmo olmo2 olmoe openai-gpt opt paddleocr_vl_text persimmon phi phi3
+    phi4_multimodal phimoe qwen3_vl_text rembert roberta roberta-prelayernorm roc_bert roformer
     seed_oss solar_open stablelm starcoder2 xglm xlm-roberta xlm-roberta-xl xlnet xmod youtu
     """.split()
 )
 # Those that the tests hold to transformers' own classes, and all that the tables know.
 TRIED_TYPES = PLAIN_TYPES | {name for name, entry in ARCHITECTURES.items() if entry.refused is None}
-KNOWN_TYPES = TRIED_TYPES | {name for name, entry in CUSTOM_ARCHITECTURES.items() if entry.refused is None}
+KNOWN_TYPES = TRIED_TYPES | {
+    name for name, entry in CUSTOM_ARCHITECTURES.items() if entry.refused is None
+}
 
 # The type that a class of published code is of, for files that name the class alone.
-TYPE_OF_CLASS: Mapping[str, str] = {name.replace("_", "").lower(): name for name in CUSTOM_ARCHITECTURES}
+TYPE_OF_CLASS: Mapping[str, str] = {
+    name.replace("_", "").lower(): name for name in CUSTOM_ARCHITECTURES
+}
 
 # What fields of these names say, in any type whose own rules do not read them.
 GENERAL_RULES: tuple[Rule, ...] = (
     *map(
         PerLayer,
         """
-        layer_types mlp_layer_types no_rope_layers layer_rope_theta num_attention_heads_per_layer indexer_types
-        layers_block_type intermediate_size num_key_value_heads num_attention_heads num_query_heads ffn_multipliers
-        num_kv_heads num_key_value_heads_per_layer
-        moe_topk num_experts_per_tok num_shared_expert block_configs activation_sparsity_pattern attention_layers
-        attn_type_list
+        layer_types mlp_layer_types no_rope_layers layer_rope_theta num_attention_heads_per_layer
+        indexer_types layers_block_type intermediate_size num_key_value_heads num_attention_heads
+        num_query_heads ffn_multipliers num_kv_heads num_key_value_heads_per_layer moe_topk
+        num_experts_per_tok num_shared_expert block_configs activation_sparsity_pattern
+        attention_layers attn_type_list
         """.split(),
     ),
-    *map(IndexSet, "cross_attention_layers attn_layer_indices full_attn_idxs moe_layers local_layer_ids".split()),
+    *map(
+        IndexSet,
+        "cross_attention_layers attn_layer_indices full_attn_idxs moe_layers "
+        "local_layer_ids".split(),
+    ),
     IndexSet("mlp_only_layers"),
     IndexSet("moe_layers_enum"),
     ByLayer("pruned_heads"),
@@ -766,14 +940,19 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Threshold("first_k_dense_replace", instead="mlp_layer_types"),
     Threshold("num_dense_layers", instead="mlp_layer_types"),
     Refused(
-        "scale_attn_by_inverse_layer_idx", "it divides attention by the layer's number, which changes with the depth"
+        "scale_attn_by_inverse_layer_idx",
+        "it divides attention by the layer's number, which changes with the depth",
     ),
     Refused(
-        "scale_depth", "it scales residuals by the square root of the depth", otherwise=DepthScaled("scale_depth", None)
+        "scale_depth",
+        "it scales residuals by the square root of the depth",
+        otherwise=DepthScaled("scale_depth", None),
     ),
     Refused("num_kv_shared_layers", "its layers share keys and values, counted from the last"),
     Refused("hidden_size_per_layer_input", "its per-layer embeddings stand outside the layers"),
-    Refused("per_layer_config", "its keys are layer numbers", otherwise=ByLayer("per_layer_config")),
+    Refused(
+        "per_layer_config", "its keys are layer numbers", otherwise=ByLayer("per_layer_config")
+    ),
     Refused(
         "attention_types",
         "it spells the kinds of the layers as repeated groups",
@@ -782,15 +961,16 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Refused("block_types", "it is read cyclically along the depth", otherwise=Cycle("block_types")),
     Refused("linear_attn_config", "it holds lists of layer numbers"),
     Refused("compress_ratios", "it is a pattern along the depth"),
-    # Suspicious names that say nothing about single layers, and lists that may by chance be as long as the model
-    # is deep.
+    # Suspicious names that say nothing about single layers, and lists that may by chance be as long
+    # as the model is deep.
     Kept(
         tuple(
             """
-            num_nextn_predict_layers num_mtp_layers mtp_num_hidden_layers mtp_transformer_layers encoder_layers
-            decoder_layers vocab_size_per_layer_input attn_layer_offset expert_layer_offset architectures eos_token_id
-            bos_token_id pad_token_id bad_words_ids suppress_tokens begin_suppress_tokens forced_decoder_ids
-            mrope_section time_step_limit ssm_multipliers rope_local_base_freq mlp_multipliers languages dtypes
+            num_nextn_predict_layers num_mtp_layers mtp_num_hidden_layers mtp_transformer_layers
+            encoder_layers decoder_layers vocab_size_per_layer_input attn_layer_offset
+            expert_layer_offset architectures eos_token_id bos_token_id pad_token_id bad_words_ids
+            suppress_tokens begin_suppress_tokens forced_decoder_ids mrope_section time_step_limit
+            ssm_multipliers rope_local_base_freq mlp_multipliers languages dtypes
             keys_to_ignore_at_inference mtp_layer_types mtp_mlp_layer_types
             """.split()
         )
@@ -798,7 +978,13 @@ GENERAL_RULES: tuple[Rule, ...] = (
 )
 
 # Encoders and encoder-decoders: architectures that depth up-scaling of a causal LM does not fit.
-ENCODER_HEADS = ("ForMaskedLM", "ForPreTraining", "ForImageClassification", "ForCTC", "ForMaskedImageModeling")
+ENCODER_HEADS = (
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForImageClassification",
+    "ForCTC",
+    "ForMaskedImageModeling",
+)
 
 
 def architecture(model_type: str) -> Architecture:

@@ -1,10 +1,11 @@
-"""How inference engines come to what a layer is, as data: whether they compute what config.json says. Pure.
+"""How inference engines come to what a layer is, as data: whether they compute what config.json
+says. Pure.
 
-Some engines do not read what a config says by layer. They take a layer's kind from its number, a scale from the
-number of layers, or give all layers the same kind. What a layer map changes there they compute otherwise, in silence.
-`ENGINES` are the versions that were held, `WAYS` says for each engine and model type how it comes to what a layer is,
-with the line of its source. tests/stack/test_engines.py holds rows against the engines; docs/engines.md is made from
-this page.
+Some engines do not read what a config says by layer. They take a layer's kind from its number, a
+scale from the number of layers, or give all layers the same kind. What a layer map changes there
+they compute otherwise, in silence. `ENGINES` are the versions that were held, `WAYS` says for each
+engine and model type how it comes to what a layer is, with the line of its source.
+tests/stack/test_engines.py holds rows against the engines; docs/engines.md is made from this page.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from dus_cli.maps.rules import Fields, Kinds
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An engine: its name for `--for`, other names for it, how sentences call it, and the version that was held."""
+    """An engine: its name for `--for`, other names for it, how sentences call it, and the
+    version that was held.
+    """
 
     name: str
     title: str
@@ -64,7 +67,9 @@ def parse_engines(texts: Iterable[str]) -> tuple[str, ...]:
     Raises:
         UsageError: one is no engine that dus knows.
     """
-    names = {spelling: engine.name for engine in ENGINES for spelling in (engine.name, *engine.others)}
+    names = {
+        spelling: engine.name for engine in ENGINES for spelling in (engine.name, *engine.others)
+    }
     found: list[str] = []
     for word in (part.strip() for text in texts for part in text.split(",")):
         if word.lower() == ALL:
@@ -73,16 +78,18 @@ def parse_engines(texts: Iterable[str]) -> tuple[str, ...]:
             found.append(names[word.lower()])
         else:
             known = ", ".join(engine.name for engine in ENGINES)
-            raise UsageError(f"dus knows no engine {shown(word)!r}; it knows {known}, and {ALL} for them all")
+            raise UsageError(
+                f"dus knows no engine {shown(word)!r}; it knows {known}, and {ALL} for them all"
+            )
     return tuple(dict.fromkeys(found))
 
 
 class Verdict(str, Enum):
     """What an engine makes of a config.
 
-    `right`: what the config says. `within_window`: that, for texts no longer than the sliding window. `differs`: it
-    loads the model and computes another one. `refuses`: it does not load it. `absent`: it does not know models of this
-    type, the base neither. `unknown`: nobody looked.
+    `right`: what the config says. `within_window`: that, for texts no longer than the sliding
+    window. `differs`: it loads the model and computes another one. `refuses`: it does not load it.
+    `absent`: it does not know models of this type, the base neither. `unknown`: nobody looked.
     """
 
     right = "right"
@@ -107,7 +114,9 @@ class Told(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Where an engine departs from a config: to it `fields` repeat every `period` layers, or it does as `why` says."""
+    """Where an engine departs from a config: to it `fields` repeat every `period` layers, or it
+    does as `why` says.
+    """
 
     verdict: Verdict
     fields: tuple[str, ...]
@@ -117,7 +126,8 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How an engine comes to what a layer is: `source` is the line that says so, `is_run` that it was seen to do so.
+    """How an engine comes to what a layer is: `source` is the line that says so, `is_run` that it
+    was seen to do so.
 
     As text it is what docs/engines.md says of it.
     """
@@ -154,10 +164,11 @@ class Absent(Way):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Way):
-    """It takes `field` from the layer's number: `kind` where (i + phase) is a multiple of the period, else `others`.
+    """It takes `field` from the layer's number: `kind` where (i + phase) is a multiple of the
+    period, else `others`.
 
-    The config may give the period under `key`. With `refuses` the layers of another kind hold other tensors, so that
-    the engine cannot load what it takes for another kind.
+    The config may give the period under `key`. With `refuses` the layers of another kind hold other
+    tensors, so that the engine cannot load what it takes for another kind.
     """
 
     field: str
@@ -178,7 +189,10 @@ class Counts(Way):
             return None
         if type(period) is not int or period < 1:
             return Fault(Verdict.refuses, (self.field,), why=f"takes a number alone for {self.key}")
-        counted = [self.others if (layer + self.phase) % period else self.kind for layer in range(told.num_layers)]
+        counted = [
+            self.others if (layer + self.phase) % period else self.kind
+            for layer in range(told.num_layers)
+        ]
         return None if said == counted else Fault(verdict, (self.field,), period)
 
     def __str__(self) -> str:
@@ -186,20 +200,25 @@ class Counts(Way):
         number = f" + {self.phase}" if self.phase else ""
         refused = "; tensors do not fit out of step: refused" if self.refuses else ""
         return (
-            f"counts: `{self.field}` is {self.kind} in every layer whose number{number} is a multiple of {key}{refused}"
+            f"counts: `{self.field}` is {self.kind} in every layer whose number{number} is a "
+            f"multiple of {key}{refused}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spells(Way):
-    """It reads a text such as "LLLG" along the depth, over and over, and no list; without it no layer slides."""
+    """It reads a text such as "LLLG" along the depth, over and over, and no list; without it no
+    layer slides.
+    """
 
     key: str = "sliding_window_pattern"
 
     def fault(self, told: Told, /) -> Fault | None:
         pattern, said = told.fields.get(self.key), told.kinds.get("layer_types") or []
         if pattern is not None and (not isinstance(pattern, str) or not pattern):
-            return Fault(Verdict.refuses, (self.key,), why=f'takes {self.key} as a text such as "LLLG" alone')
+            return Fault(
+                Verdict.refuses, (self.key,), why=f'takes {self.key} as a text such as "LLLG" alone'
+            )
         if pattern is None or told.fields.get("sliding_window") is None:
             slides = any(kind != "full_attention" for kind in said)
             why = f"reads {self.key} alone, and without it takes every layer for full attention"
@@ -218,7 +237,9 @@ Depths = Callable[[Told], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class ByDepth(Way):
-    """It takes something from the number of layers. `is_right` says for which configs it comes out as it should."""
+    """It takes something from the number of layers. `is_right` says for which configs it comes
+    out as it should.
+    """
 
     field: str
     why: str
@@ -235,7 +256,9 @@ class ByDepth(Way):
 
 @dataclass(frozen=True, kw_only=True)
 class OneWindow(Way):
-    """It gives every layer full attention, or with `all_slide` every layer the window: so the base's layers too."""
+    """It gives every layer full attention, or with `all_slide` every layer the window: so the
+    base's layers too.
+    """
 
     all_slide: bool = False
 
@@ -247,29 +270,42 @@ class OneWindow(Way):
         taken = "sliding_attention" if self.all_slide else "full_attention"
         if said is not None and set(said) <= {taken}:
             return None
-        why = f"{self}: texts longer than the window of {window} tokens are computed otherwise, the base's too"
+        why = (
+            f"{self}: texts longer than the window of {window} tokens are computed otherwise, the "
+            "base's too"
+        )
         return Fault(Verdict.within_window, ("sliding_window",), why=why)
 
     def __str__(self) -> str:
-        return "gives every layer the window" if self.all_slide else "gives every layer full attention"
+        return (
+            "gives every layer the window" if self.all_slide else "gives every layer full attention"
+        )
 
 
-# --- what takes something from the number of layers --------------------------------------------------
+# --- what takes something from the number of layers -----------------------------------------------
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
+    return (
+        value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        else None
+    )
 
 
 def _scale_at(depth: int, head_dim: int, query_pre_attn_scalar: float) -> Depths:
-    """Gemma's attention scale: 1/√(hidden_size // heads) in a model of `depth` layers, 1/√head_dim in any other.
+    """Gemma's attention scale: 1/√(hidden_size // heads) in a model of `depth` layers, 1/√head_dim
+    in any other.
 
     `head_dim` and `query_pre_attn_scalar` are what the class takes where the file is silent.
     """
 
     def is_right(told: Told) -> bool:
         fields = told.fields
-        hidden, heads = _number(fields.get("hidden_size")), _number(fields.get("num_attention_heads"))
+        hidden, heads = (
+            _number(fields.get("hidden_size")),
+            _number(fields.get("num_attention_heads")),
+        )
         wanted = _number(fields.get("query_pre_attn_scalar")) or query_pre_attn_scalar
         taken: float = _number(fields.get("head_dim")) or head_dim
         if told.num_layers == depth:
@@ -282,7 +318,9 @@ def _scale_at(depth: int, head_dim: int, query_pre_attn_scalar: float) -> Depths
 
 
 def _exaone4(told: Told) -> bool:
-    """With 64 layers it reads the windows; with any other number every layer is full attention, with rotary angles."""
+    """With 64 layers it reads the windows; with any other number every layer is full attention,
+    with rotary angles.
+    """
     has_windows = told.fields.get("sliding_window") is not None
     return has_windows if told.num_layers == 64 else not has_windows
 
@@ -303,7 +341,9 @@ def _lite_as_it_is(told: Told) -> bool:
 
 
 def _baichuan(told: Told) -> bool:
-    """Rotary angles with 32 layers (7B), ALiBi with 40 (13B, of 5120 values a token), neither with any other number."""
+    """Rotary angles with 32 layers (7B), ALiBi with 40 (13B, of 5120 values a token), neither
+    with any other number.
+    """
     return told.num_layers == (40 if told.fields.get("hidden_size") == 5120 else 32)
 
 
@@ -320,7 +360,9 @@ def _full_every(period: int, source: str, *, key: str | None = None, is_run: boo
 
 
 def _no_rope_every(period: int, source: str, *, is_run: bool = True) -> Counts:
-    return Counts(field="no_rope_layers", period=period, kind="0", others="1", source=source, is_run=is_run)
+    return Counts(
+        field="no_rope_layers", period=period, kind="0", others="1", source=source, is_run=is_run
+    )
 
 
 def _chunked_every(period: int, source: str, *, is_run: bool = True) -> Counts:
@@ -372,11 +414,12 @@ def _one_window(source: str, types: str, *, all_slide: bool = False) -> dict[str
     return dict.fromkeys(types.split(), (OneWindow(source=source, all_slide=all_slide),))
 
 
-# --- the table ---------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 _LITE = ByDepth(
     field="q_lora_rank",
-    why="takes models of 26 or 27 layers (or 48 and 128,256 tokens), and no others, to be without q_lora_rank",
+    why="takes models of 26 or 27 layers (or 48 and 128,256 tokens), and no others, to be without "
+    "q_lora_rank",
     is_right=_lite_as_it_is,
     refuses=True,
     source="src/models/deepseek2.cpp:8",
@@ -411,7 +454,8 @@ _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
         _full_every(2, "src/models/gemma2.cpp:6; conversion/gemma.py:103"),
         ByDepth(
             field="query_pre_attn_scalar",
-            why="scales attention by hidden_size / num_attention_heads with 46 layers and by head_dim with any other "
+            why="scales attention by hidden_size / num_attention_heads with 46 layers and by "
+            "head_dim with any other "
             "number of them",
             is_right=_scale_at(46, 256, 256),
             source="src/models/gemma2.cpp:18,25",
@@ -421,7 +465,8 @@ _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
         _full_every(6, "src/models/gemma3.cpp:7; conversion/gemma.py:156"),
         ByDepth(
             field="query_pre_attn_scalar",
-            why="scales attention by hidden_size / num_attention_heads with 62 layers and by head_dim with any other "
+            why="scales attention by hidden_size / num_attention_heads with 62 layers and by "
+            "head_dim with any other "
             "number of them",
             is_right=_scale_at(62, 256, 256),
             source="src/models/gemma3.cpp:22,29",
@@ -447,7 +492,8 @@ _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
     "minicpm3": (
         ByDepth(
             field="scale_depth",
-            why="divides a scale_depth of 1.4 by the square root of the number of layers, whatever config.json says",
+            why="divides a scale_depth of 1.4 by the square root of the number of layers, "
+            "whatever config.json says",
             is_right=_minicpm3,
             source="src/models/minicpm3.cpp:67,197",
         ),
@@ -456,10 +502,14 @@ _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
         _no_rope_every(4, "src/models/smollm3.cpp:5,69"),
         OneWindow(source="src/models/smollm3.cpp:60"),
     ),
-    **_reads("conversion/: an array for each layer", "olmo3 exaone_moe gemma4_text lfm2 lfm2_moe granitemoehybrid"),
+    **_reads(
+        "conversion/: an array for each layer",
+        "olmo3 exaone_moe gemma4_text lfm2 lfm2_moe granitemoehybrid",
+    ),
     **_reads("conversion/", "glm4_moe qwen3_next qwen3_5_text falcon_h1 jamba"),
     **_reads(
-        "conversion/granite.py:103, mellum.py:29, muse_glimmer.py:51, mimo.py:160, command_r.py:103, step3.py:182",
+        "conversion/granite.py:103, mellum.py:29, muse_glimmer.py:51, mimo.py:160, "
+        "command_r.py:103, step3.py:182",
         "granite_swa granitemoe_swa mellum muse_glimmer_text mimo_v2_flash cohere2_moe step3p5",
         is_run=False,
     ),
@@ -481,15 +531,21 @@ _MLX: Mapping[str, tuple[Way, ...]] = {
     "qwen3_next": (_linear_every(4, "models/qwen3_next.py:352"),),
     **_reads(
         "models/*.py: layer_types, no_rope_layers",
-        "afmoe exaone_moe gpt_oss olmo3 smollm3 gemma4_text lfm2 lfm2_moe granitemoehybrid llama4_text",
+        "afmoe exaone_moe gpt_oss olmo3 smollm3 gemma4_text lfm2 lfm2_moe granitemoehybrid "
+        "llama4_text",
     ),
-    **_reads("models/*.py: first_k_dense_replace, mlp_only_layers", "deepseek_v3 glm4_moe dots1 qwen3_moe"),
+    **_reads(
+        "models/*.py: first_k_dense_replace, mlp_only_layers",
+        "deepseek_v3 glm4_moe dots1 qwen3_moe",
+    ),
     **_reads(
         "models/*.py: layer_types",
         "ministral3 mellum olmo_hybrid muse_glimmer_text laguna step3p5 nemotron_h",
         is_run=False,
     ),
-    **_one_window("models/gemma2.py, llama.py, phi3.py, qwen2.py, qwen3.py", "gemma2 mistral phi3 qwen2 qwen3"),
+    **_one_window(
+        "models/gemma2.py, llama.py, phi3.py, qwen2.py, qwen3.py", "gemma2 mistral phi3 qwen2 qwen3"
+    ),
 }
 
 _VLLM: Mapping[str, tuple[Way, ...]] = {
@@ -500,22 +556,31 @@ _VLLM: Mapping[str, tuple[Way, ...]] = {
         "afmoe cohere2 exaone4 exaone_moe gemma2 gemma3_text granitemoehybrid olmo3 smollm3",
     ),
     **_reads("models/*.py: first_k_dense_replace, mlp_only_layers", "glm4_moe dots1 qwen3_moe"),
-    **_reads("models/*.py", "deepseek_v2 deepseek_v3 qwen3_next qwen3_5_text lfm2 lfm2_moe", is_run=False),
+    **_reads(
+        "models/*.py", "deepseek_v2 deepseek_v3 qwen3_next qwen3_5_text lfm2 lfm2_moe", is_run=False
+    ),
 }
 
 _OLD_TRANSFORMERS: Mapping[str, tuple[Way, ...]] = {
-    "cohere2": (_full_every(4, "models/cohere2/modeling_cohere2.py:206,294", key="sliding_window_pattern"),),
+    "cohere2": (
+        _full_every(4, "models/cohere2/modeling_cohere2.py:206,294", key="sliding_window_pattern"),
+    ),
     "gemma2": (_full_every(2, "models/gemma2/modeling_gemma2.py:203,272"),),
-    "gemma3_text": (_full_every(6, "models/gemma3/modeling_gemma3.py:265", key="sliding_window_pattern"),),
+    "gemma3_text": (
+        _full_every(6, "models/gemma3/modeling_gemma3.py:265", key="sliding_window_pattern"),
+    ),
     "llama4_text": (
         _no_rope_every(4, "models/llama4/modeling_llama4.py:313", is_run=False),
         _chunked_every(4, "models/llama4/modeling_llama4.py:400", is_run=False),
     ),
-    **_reads("models/*: first_k_dense_replace, mlp_only_layers", "deepseek_v3 qwen3_moe", is_run=False),
+    **_reads(
+        "models/*: first_k_dense_replace, mlp_only_layers", "deepseek_v3 qwen3_moe", is_run=False
+    ),
     **_one_window("models/qwen2/modeling_qwen2.py:617", "qwen2 qwen3", all_slide=True),
     **_absent(
         "models/auto/configuration_auto.py",
-        "afmoe dots1 exaone4 exaone_moe gemma4_text glm4_moe gpt_oss lfm2 lfm2_moe mellum minicpm3 olmo3 qwen3_5_text "
+        "afmoe dots1 exaone4 exaone_moe gemma4_text glm4_moe gpt_oss lfm2 lfm2_moe mellum "
+        "minicpm3 olmo3 qwen3_5_text "
         "qwen3_next smollm3",
     ),
 }
@@ -523,10 +588,15 @@ _OLD_TRANSFORMERS: Mapping[str, tuple[Way, ...]] = {
 _ONNX: Mapping[str, tuple[Way, ...]] = {
     "gpt_oss": (_full_every(2, "models/builders/gptoss.py:15"),),
     **_reads("models/builders/base.py:96,1525", "gemma2"),
-    **_reads("models/builders/gemma.py:198, smollm.py:12, lfm2.py:55", "gemma3_text smollm3 lfm2", is_run=False),
+    **_reads(
+        "models/builders/gemma.py:198, smollm.py:12, lfm2.py:55",
+        "gemma3_text smollm3 lfm2",
+        is_run=False,
+    ),
     **_absent(
         "models/builder.py:676",
-        "afmoe cohere2 deepseek_v2 deepseek_v3 dots1 exaone4 exaone_moe glm4_moe llama4 llama4_text minicpm3 olmo3 "
+        "afmoe cohere2 deepseek_v2 deepseek_v3 dots1 exaone4 exaone_moe glm4_moe llama4 "
+        "llama4_text minicpm3 olmo3 "
         "qwen3_moe qwen3_next",
     ),
 }
@@ -541,14 +611,22 @@ WAYS: Mapping[str, Mapping[str, tuple[Way, ...]]] = {
 
 
 def ways(engine: Engine, types: Sequence[str]) -> tuple[Way, ...] | None:
-    """How an engine comes to the layers of a model: by the first of its types in the table, None where none is."""
+    """How an engine comes to the layers of a model: by the first of its types in the table, None
+    where none is.
+    """
     of_engine = WAYS[engine.name]
     return next((of_engine[name] for name in types if name in of_engine), None)
 
 
 def may_depart(types: Sequence[str]) -> bool:
-    """Whether any engine takes something of this type from numbers: else there is nothing to judge."""
-    return any(not isinstance(way, (Reads, Absent)) for engine in ENGINES for way in ways(engine, types) or ())
+    """Whether any engine takes something of this type from numbers: else there is nothing to
+    judge.
+    """
+    return any(
+        not isinstance(way, (Reads, Absent))
+        for engine in ENGINES
+        for way in ways(engine, types) or ()
+    )
 
 
 class Judgement(NamedTuple):
@@ -568,7 +646,8 @@ def judge(told: Told, types: Sequence[str]) -> Iterator[Judgement]:
 
     Args:
         told: what the config says.
-        types: the whole model's type and its decoder's: a multimodal model may have a row of its own.
+        types: the whole model's type and its decoder's: a multimodal model may have a row of its
+            own.
     """
     for engine in ENGINES:
         of_type = ways(engine, types)
@@ -578,4 +657,6 @@ def judge(told: Told, types: Sequence[str]) -> Iterator[Judgement]:
             continue
         faults = tuple(fault for way in of_type if (fault := way.fault(told)) is not None)
         verdicts = {fault.verdict for fault in faults}
-        yield Judgement(engine, next((v for v in _BY_WEIGHT if v in verdicts), Verdict.right), faults)
+        yield Judgement(
+            engine, next((v for v in _BY_WEIGHT if v in verdicts), Verdict.right), faults
+        )

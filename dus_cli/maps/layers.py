@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from dus_cli.errors import LayerMapError, shown
 
-# A map longer than this is a slip of the keyboard, not a model: the deepest known are near 200 layers.
+# A map longer than this is a slip of the keyboard, not a model: the deepest known are near 200
+# layers.
 MAX_OUTPUT_LAYERS = 100_000
 
 
@@ -18,7 +19,8 @@ class Seam:
     """Where two output layers meet that were not neighbours in the base.
 
     `distance` is how far apart the two layers stood in the base; neighbours have distance 1.
-    SOLAR's seam joins layer 23 to layer 8, distance 15 (arXiv:2312.15166, section 2, "layer distance").
+    SOLAR's seam joins layer 23 to layer 8, distance 15 (arXiv:2312.15166, section 2, "layer
+    distance").
     """
 
     output_layers: tuple[int, int]
@@ -58,7 +60,9 @@ class LayerMap:
 
     @property
     def runs(self) -> tuple[range, ...]:
-        """The map as runs of consecutive base layers: [0…23, 8…31] is (range(0, 24), range(8, 32))."""
+        """The map as runs of consecutive base layers: [0…23, 8…31] is (range(0, 24), range(8,
+        32)).
+        """
         starts = [0, *(seam.output_layers[1] for seam in self.seams), len(self.sources)]
         return tuple(range(self.sources[a], self.sources[b - 1] + 1) for a, b in pairwise(starts))
 
@@ -72,24 +76,30 @@ class LayerMap:
 
     @property
     def holds_base(self) -> bool:
-        """Whether the base stands in the output whole and in its order, with other layers between its own or not."""
+        """Whether the base stands in the output whole and in its order, with other layers
+        between its own or not.
+        """
         return self._in_order() is not None
 
     @property
     def base_outputs(self) -> tuple[int | None, ...]:
         """For every base layer the output layer that is its own; any others that copy it are new.
 
-        Where the base stands in the output in its order, these are the first layers that make it up: for depth
-        up-scaling the first n − m and the last m. Else each layer's first copy; None for a layer left out.
+        Where the base stands in the output in its order, these are the first layers that make it
+        up: for depth up-scaling the first n − m and the last m. Else each layer's first copy; None
+        for a layer left out.
 
         >>> stack(4, trim=1).base_outputs
         (0, 1, 2, 5)
         """
-        return self._in_order() or tuple(outputs[0] if outputs else None for outputs in self.outputs)
+        return self._in_order() or tuple(
+            outputs[0] if outputs else None for outputs in self.outputs
+        )
 
     @property
     def new_layers(self) -> tuple[int, ...]:
-        """The output layers that are none of the base's own: all that identities or training may change.
+        """The output layers that are none of the base's own: all that identities or training may
+        change.
 
         >>> stack(4, trim=1).new_layers
         (3, 4)
@@ -97,7 +107,9 @@ class LayerMap:
         return tuple(sorted(set(range(len(self))) - set(self.base_outputs)))
 
     def _in_order(self) -> tuple[int, ...] | None:
-        """The earliest output layers that hold base layers 0, 1, …, n − 1 in this order; None where there are none."""
+        """The earliest output layers that hold base layers 0, 1, …, n − 1 in this order; None
+        where there are none.
+        """
         found: list[int] = []
         for output, base in enumerate(self.sources):
             if base == len(found):
@@ -105,7 +117,9 @@ class LayerMap:
         return tuple(found) if len(found) == self.num_base_layers else None
 
     def keeps_phase(self, period: int) -> bool:
-        """Whether every output layer keeps its base layer's position in a pattern of this period."""
+        """Whether every output layer keeps its base layer's position in a pattern of this
+        period.
+        """
         return all(output % period == base % period for output, base in enumerate(self.sources))
 
     def __str__(self) -> str:
@@ -128,7 +142,11 @@ def source_layers(num_layers: int, trim: int, copies: int = 2) -> tuple[int, ...
     >>> source_layers(4, trim=1, copies=3)
     (0, 1, 2, 1, 2, 1, 2, 3)
     """
-    first, inner, last = range(num_layers - trim), range(trim, num_layers - trim), range(trim, num_layers)
+    first, inner, last = (
+        range(num_layers - trim),
+        range(trim, num_layers - trim),
+        range(trim, num_layers),
+    )
     return (*first, *(layer for _ in range(copies - 2) for layer in inner), *last)
 
 
@@ -138,7 +156,9 @@ def default_trim(num_layers: int) -> int:
 
 
 def largest_trim(num_layers: int) -> int:
-    """The largest trim whose result is deeper than the base: s > n exactly when m < n / 2, for any copies."""
+    """The largest trim whose result is deeper than the base: s > n exactly when m < n / 2, for
+    any copies.
+    """
     return (num_layers - 1) // 2
 
 
@@ -163,7 +183,9 @@ def stack(num_layers: int, trim: int | None = None, copies: int = 2) -> LayerMap
         raise LayerMapError(f"{what}; use {f'0 to {span}' if span else '0'}")
     num_output = copies * num_layers - 2 * (copies - 1) * trim
     if num_output > MAX_OUTPUT_LAYERS:
-        raise LayerMapError(f"--copies {copies} would make {num_output} layers; at most {MAX_OUTPUT_LAYERS}")
+        raise LayerMapError(
+            f"--copies {copies} would make {num_output} layers; at most {MAX_OUTPUT_LAYERS}"
+        )
     return LayerMap(source_layers(num_layers, trim, copies), num_layers, trim)
 
 
@@ -187,7 +209,8 @@ def parse_layers(text: str) -> tuple[tuple[int, int | None], ...]:
         match = _RANGE.fullmatch(part.strip())
         if match is None:
             raise LayerMapError(
-                f"--layers {shown(text)!r}: {shown(part)!r} is neither START:END nor a layer number; "
+                f"--layers {shown(text)!r}: {shown(part)!r} is neither START:END nor a layer "
+                "number; "
                 "ranges are half-open like Python slices, for example 0:24,8:32"
             )
         start, end, single = match.groups()
@@ -216,7 +239,9 @@ def typed_map(text: str, num_layers: int) -> LayerMap:
                 f"(0 to {num_layers - 1}); ranges are half-open, so {num_layers} is the largest end"
             )
         if start >= stop:
-            raise LayerMapError(f"--layers {start}:{stop} is empty; the end must be greater than the start")
+            raise LayerMapError(
+                f"--layers {start}:{stop} is empty; the end must be greater than the start"
+            )
         sources.extend(range(start, stop))
         if len(sources) > MAX_OUTPUT_LAYERS:
             raise LayerMapError(f"--layers names more than {MAX_OUTPUT_LAYERS} layers")
@@ -224,7 +249,8 @@ def typed_map(text: str, num_layers: int) -> LayerMap:
 
 
 def parse_double(text: str) -> tuple[tuple[int, int], ...]:
-    """The grammar of `--double`: half-open ranges like Python slices, rising, and single layers; both ends are given.
+    """The grammar of `--double`: half-open ranges like Python slices, rising, and single layers;
+    both ends are given.
 
     >>> parse_double("2:29"), parse_double("4,8:10")
     (((2, 29),), ((4, 5), (8, 10)))
@@ -239,7 +265,8 @@ def parse_double(text: str) -> tuple[tuple[int, int], ...]:
         end = int(match[2] or start + 1) if match else 0
         if end <= start or (found and start < found[-1][1]):
             raise LayerMapError(
-                f"--double {shown(text)!r}: {shown(part)!r} is no stretch of layers behind the last one; give START:"
+                f"--double {shown(text)!r}: {shown(part)!r} is no stretch of layers behind the "
+                "last one; give START:"
                 "END of base layers, half-open like Python slices, for example 2:29"
             )
         found.append((start, end))
@@ -259,11 +286,14 @@ def doubled_map(text: str, num_layers: int) -> LayerMap:
     for start, end in parse_double(text):
         if end > num_layers:
             raise LayerMapError(
-                f"--double {start}:{end} reaches beyond the base, which has {num_layers} layers (0 to "
+                f"--double {start}:{end} reaches beyond the base, which has {num_layers} layers "
+                "(0 to "
                 f"{num_layers - 1}); ranges are half-open, so {num_layers} is the largest end"
             )
         twice.update(range(start, end))
-    return LayerMap(tuple(layer for layer in range(num_layers) for _ in range(1 + (layer in twice))), num_layers)
+    return LayerMap(
+        tuple(layer for layer in range(num_layers) for _ in range(1 + (layer in twice))), num_layers
+    )
 
 
 # Canonical decimal numbers only: "007" or a non-ASCII digit is not how any library writes an index.
@@ -271,7 +301,8 @@ _LAYER_NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 def number_span(name: str) -> tuple[int, int] | None:
-    """Where in a tensor's name its layer's number stands, as of `split_name`: for loops over very many names.
+    """Where in a tensor's name its layer's number stands, as of `split_name`: for loops over very
+    many names.
 
     >>> number_span("model.layers.17.mlp.weight")
     (13, 15)
@@ -282,7 +313,9 @@ def number_span(name: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class LayerName:
-    """A tensor's name split at its layer number: prefix + "." + index, and "." + suffix where there is one."""
+    """A tensor's name split at its layer number: prefix + "." + index, and "." + suffix where
+    there is one.
+    """
 
     prefix: str
     index: int
@@ -293,7 +326,8 @@ class LayerName:
 
 
 def split_name(name: str) -> LayerName | None:
-    """Split a name at its first number, which is the layer's; later ones (`experts.3`) belong to the suffix.
+    """Split a name at its first number, which is the layer's; later ones (`experts.3`) belong to
+    the suffix.
 
     >>> split_name("model.layers.7.mlp.experts.3.up_proj.weight")
     LayerName(prefix='model.layers', index=7, suffix='mlp.experts.3.up_proj.weight')

@@ -1,7 +1,7 @@
 """From the base's config to the deeper one's, each layer keeping its kind. Pure: dict to dict.
 
-What is not understood is refused by name: a config that is wrong in silence gives a model that loads
-and computes something else.
+What is not understood is refused by name: a config that is wrong in silence gives a model that
+loads and computes something else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SUSPICIOUS = re.compile(
     r"|layer_(id|ids|types?|offset)s?($|_)|_layers$|^layers_|_sparse_step$|first_k_|_per_layer($|_)"
 )
 
-# Of the rarer names of the depth those that are nothing else where they say the same as a usual one.
+# Of the rarer names of the depth those that are nothing else where they say the same as a usual
+# one.
 _SURELY_DEPTH = ("num_transformer_layers", "n_decoder_layers", "nlayers")
 
 
@@ -31,8 +32,8 @@ _SURELY_DEPTH = ("num_transformer_layers", "n_decoder_layers", "nlayers")
 class DecoderConfig:
     """The part of config.json that describes the decoder: the whole of it, or its `text_config`.
 
-    `depth_keys` are the fields that hold the depth as a number; where there are none, a list's length does.
-    `wrapper_type` is the `model_type` of the whole.
+    `depth_keys` are the fields that hold the depth as a number; where there are none, a list's
+    length does. `wrapper_type` is the `model_type` of the whole.
     """
 
     model_type: str
@@ -63,8 +64,10 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     if nested_in and not entry.depth_of and not any(key in fields for key in known):
         if not any(config.get(key) is not None for key in arch.DEPTH_KEYS):
             raise ConfigError(
-                f"config.json: {nested_in} does not say how many layers the decoder has (older files leave that to "
-                "the model's class); load and save the base once with a current transformers, which writes it"
+                f"config.json: {nested_in} does not say how many layers the decoder has (older "
+                "files leave that to "
+                "the model's class); load and save the base once with a current transformers, "
+                "which writes it"
             )
         nested_in, fields = None, config
         model_type = _model_type(config, None)
@@ -87,18 +90,25 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     if not keys:
         raise ConfigError(
             "config.json does not say how many layers the model has (looked for "
-            f"{', '.join((*names, *arch.OTHER_DEPTH_KEYS))}, also in text_config); is this a decoder-only language "
+            f"{', '.join((*names, *arch.OTHER_DEPTH_KEYS))}, also in text_config); is this a "
+            "decoder-only language "
             "model?"
         )
     depths = {key: fields[key] for key in keys}
     if nested_in:  # some wrappers repeat the decoder's depth
-        depths |= {f"{key} (top level)": config[key] for key in arch.DEPTH_KEYS if config.get(key) is not None}
+        depths |= {
+            f"{key} (top level)": config[key]
+            for key in arch.DEPTH_KEYS
+            if config.get(key) is not None
+        }
     for key, depth in depths.items():
         if type(depth) is not int or not 1 <= depth <= MAX_OUTPUT_LAYERS:
             raise ConfigError(f"config.json: {key} is {described(depth)}, not a number of layers")
     if len(set(depths.values())) > 1:
         said = ", ".join(f"{key} {depth}" for key, depth in depths.items())
-        raise ConfigError(f"config.json gives several depths that disagree ({said}); refusing to guess")
+        raise ConfigError(
+            f"config.json gives several depths that disagree ({said}); refusing to guess"
+        )
     return DecoderConfig(
         model_type,
         wrapper_type,
@@ -111,9 +121,13 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
 
 
 def _depth_keys(fields: Fields, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The fields that hold the depth: under its usual names, else under others; those others too that say the same."""
+    """The fields that hold the depth: under its usual names, else under others; those others too
+    that say the same.
+    """
     usual = tuple(key for key in names if fields.get(key) is not None)
-    others = tuple(key for key in arch.OTHER_DEPTH_KEYS if key not in usual and fields.get(key) is not None)
+    others = tuple(
+        key for key in arch.OTHER_DEPTH_KEYS if key not in usual and fields.get(key) is not None
+    )
     if not usual:
         return others
     same = (key for key in others if key in _SURELY_DEPTH and fields[key] == fields[usual[0]])
@@ -126,8 +140,8 @@ def _nested_in(config: dict[str, Any]) -> str | None:
 
 
 def _model_type(config: dict[str, Any], nested_in: str | None) -> str:
-    """The decoder's type: of older multimodal files, that do not give it or have no `text_config`, the wrapper's with
-    "_text".
+    """The decoder's type: of older multimodal files, that do not give it or have no `text_config`,
+    the wrapper's with "_text".
     """
     outer = str(config.get("model_type") or "")
     inner = config[nested_in].get("model_type") if nested_in else None
@@ -141,9 +155,14 @@ def _model_type(config: dict[str, Any], nested_in: str | None) -> str:
 
 
 def _type_of_class(config: dict[str, Any]) -> str:
-    """For a file without `model_type`: the type whose published code has the class that the file names."""
+    """For a file without `model_type`: the type whose published code has the class that the file
+    names.
+    """
     named, mapped = config.get("architectures"), config.get("auto_map")
-    classes = [*(named if isinstance(named, list) else ()), *(mapped.values() if isinstance(mapped, dict) else ())]
+    classes = [
+        *(named if isinstance(named, list) else ()),
+        *(mapped.values() if isinstance(mapped, dict) else ()),
+    ]
     for name in classes:
         base = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model|Config)$", "", str(name).rpartition(".")[2])
         found = arch.TYPE_OF_CLASS.get(base.replace("_", "").lower())
@@ -156,9 +175,9 @@ def _type_of_class(config: dict[str, Any]) -> str:
 class DeeperConfig:
     """The config of the deeper model, key order kept.
 
-    `kinds` says what the config says of each base layer, a name for each way of saying it: every output layer
-    keeps the kinds of its source. `tells` are these and whatever else followed: all by which the config tells layers
-    apart. `warnings` are for what a person should look at.
+    `kinds` says what the config says of each base layer, a name for each way of saying it: every
+    output layer keeps the kinds of its source. `tells` are these and whatever else followed: all by
+    which the config tells layers apart. `warnings` are for what a person should look at.
     """
 
     config: dict[str, Any]
@@ -178,9 +197,10 @@ def deepen_config(
     Args:
         config: the parsed config.json.
         layer_map: the map.
-        assume: what a person decided about fields that no rule can carry, by name ("a.b" is b in a).
-        names: the numbered names of the checkpoint's tensors; without them layers are told by the names that decoders
-            usually have.
+        assume: what a person decided about fields that no rule can carry, by name ("a.b" is b in
+            a).
+        names: the numbered names of the checkpoint's tensors; without them layers are told by the
+            names that decoders usually have.
 
     Raises:
         ConfigError: a per-layer field that cannot follow the map, or that is not understood.
@@ -207,11 +227,18 @@ def deepen_config(
         deeper = _carried_wrapper(config, decoder, carrier) | {decoder.nested_in: deeper} | repeated
     deeper |= of_wrapper
     kinds = {name: said for name, said in found.kinds.items() if len(set(said)) > 1}
-    return DeeperConfig(deeper, kinds, found.tells | carrier.tells, (*_about_type(decoder, carrier), *carrier.warnings))
+    return DeeperConfig(
+        deeper,
+        kinds,
+        found.tells | carrier.tells,
+        (*_about_type(decoder, carrier), *carrier.warnings),
+    )
 
 
 class _Found:
-    """What the rules find in a decoder's config. `taken` are the fields that nothing else needs to look at."""
+    """What the rules find in a decoder's config. `taken` are the fields that nothing else needs
+    to look at.
+    """
 
     def __init__(self, carrier: Carrier) -> None:
         self.carrier = carrier
@@ -226,12 +253,19 @@ class _Found:
         own = arch.architecture(decoder.model_type).rules
         for rule in (*own, *arch.general_rules_for(decoder.model_type)):
             self.taken.update(rule.reads)
-            decided = {key: self.carrier.assume[key] for key in rule.reads if key in self.carrier.assume}
+            decided = {
+                key: self.carrier.assume[key] for key in rule.reads if key in self.carrier.assume
+            }
             changed |= self._by_rule(rule, decoder, decided, is_general=rule not in own)
         return changed
 
     def _by_rule(
-        self, rule: Rule, decoder: DecoderConfig, decided: Mapping[str, Assumption], *, is_general: bool
+        self,
+        rule: Rule,
+        decoder: DecoderConfig,
+        decided: Mapping[str, Assumption],
+        *,
+        is_general: bool,
     ) -> dict[str, Any]:
         layer_map, fields = self.carrier.layer_map, decoder.fields
         try:
@@ -242,10 +276,14 @@ class _Found:
             if not is_general or not present:
                 raise
             if not decided:
-                raise ConfigError(f"{error}; or say --assume {present[0]}=keep to leave it as it is") from error
+                raise ConfigError(
+                    f"{error}; or say --assume {present[0]}=keep to leave it as it is"
+                ) from error
             return self._as_decided(rule, fields, decided)
         for key in decided:
-            raise ConfigError(f"--assume {shown(key)}: dus knows how this field follows the map; leave it out")
+            raise ConfigError(
+                f"--assume {shown(key)}: dus knows how this field follows the map; leave it out"
+            )
         self.kinds |= kinds
         self.tells |= kinds
         period = rule.period(fields) if isinstance(rule, Period) and not kinds else None
@@ -255,7 +293,9 @@ class _Found:
             self.carrier.followed += _speaking(rule, fields, changed, kinds)
         return changed
 
-    def _as_decided(self, rule: Rule, fields: Fields, decided: Mapping[str, Assumption]) -> dict[str, Any]:
+    def _as_decided(
+        self, rule: Rule, fields: Fields, decided: Mapping[str, Assumption]
+    ) -> dict[str, Any]:
         """What a person decided where a general rule cannot carry a field."""
         changed: dict[str, Any] = {}
         for key, assumption in decided.items():
@@ -264,7 +304,8 @@ class _Found:
                 continue
             if not isinstance(rule, Refused) or rule.otherwise is None:
                 raise ConfigError(
-                    f"--assume {shown(key)}=map: dus does not know how it would follow the map; =keep is left"
+                    f"--assume {shown(key)}=map: dus does not know how it would follow the map; "
+                    "=keep is left"
                 )
             changed |= rule.otherwise.follow(fields, self.carrier.layer_map)
             kinds = rule.otherwise.kinds(fields, self.carrier.layer_map.num_base_layers)
@@ -291,20 +332,34 @@ def _about_type(decoder: DecoderConfig, carrier: Carrier) -> tuple[str, ...]:
     said = "nothing per-layer was found in its config"
     if carrier.followed:
         names = list(dict.fromkeys(carrier.followed))
-        said = f"what its config says per layer followed the map by general rules ({shown_list(names, 8)})"
+        said = (
+            "what its config says per layer followed the map by general rules "
+            f"({shown_list(names, 8)})"
+        )
     elif any("--assume" in warning for warning in carrier.warnings):
         said = "what its config says per layer was carried as decided"
     name = f"model type {shown(decoder.model_type)!r}"
-    return (f"{name} is not one dus knows; {said}, but check the result before you spend compute on it",)
+    return (
+        f"{name} is not one dus knows; {said}, but check the result before you spend compute on it",
+    )
 
 
-def _carried_wrapper(config: dict[str, Any], decoder: DecoderConfig, carrier: Carrier) -> dict[str, Any]:
-    """What stands around the decoder's config: names and numbers of its layers follow, encoders stay as they are."""
+def _carried_wrapper(
+    config: dict[str, Any], decoder: DecoderConfig, carrier: Carrier
+) -> dict[str, Any]:
+    """What stands around the decoder's config: names and numbers of its layers follow, encoders
+    stay as they are.
+    """
     read = {key for rule in arch.architecture(decoder.wrapper_type).wrapper for key in rule.reads}
     carried = dict(config)
     carrier.by_length = False
     for key, value in config.items():
-        if key != decoder.nested_in and key not in read and key not in arch.ENCODER_KEYS and not _is_harmless(key):
+        if (
+            key != decoder.nested_in
+            and key not in read
+            and key not in arch.ENCODER_KEYS
+            and not _is_harmless(key)
+        ):
             carried[key] = carrier.carry((key,), value)
     return carried
 
@@ -323,20 +378,34 @@ def refuse_types(config: dict[str, Any]) -> None:
     for model_type in (_model_type(config, None), _model_type(config, _nested_in(config))):
         refused = arch.architecture(model_type).refused
         if refused is not None:
-            raise ConfigError(f"model type {model_type!r} cannot be deepened by copying layers: {refused}")
+            raise ConfigError(
+                f"model type {model_type!r} cannot be deepened by copying layers: {refused}"
+            )
 
 
 def _check_assumptions(
-    assume: Mapping[str, Assumption], decoder: DecoderConfig, config: dict[str, Any], names: NumberedNames
+    assume: Mapping[str, Assumption],
+    decoder: DecoderConfig,
+    config: dict[str, Any],
+    names: NumberedNames,
 ) -> None:
     for key in assume:
-        known = key in decoder.depth_keys or any(key in rule.reads for rule in arch.rules_for(decoder.model_type))
+        known = key in decoder.depth_keys or any(
+            key in rule.reads for rule in arch.rules_for(decoder.model_type)
+        )
         is_prefix = key == names.stack or key in names.others
-        if not known and not is_prefix and not _is_there(key, decoder.fields) and not _is_there(key, config):
+        if (
+            not known
+            and not is_prefix
+            and not _is_there(key, decoder.fields)
+            and not _is_there(key, config)
+        ):
             where = f"config.json's {decoder.nested_in}" if decoder.nested_in else "config.json"
             raise ConfigError(f"--assume {shown(key)}: {where} has no such field")
         if key in decoder.depth_keys or (known and _is_harmless(key)):
-            raise ConfigError(f"--assume {shown(key)}: dus knows how this field follows the map; leave it out")
+            raise ConfigError(
+                f"--assume {shown(key)}: dus knows how this field follows the map; leave it out"
+            )
 
 
 def _is_there(path: str, value: Any) -> bool:
@@ -350,10 +419,14 @@ def _is_there(path: str, value: Any) -> bool:
 
 
 def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
-    """A field that no rule reads: decided by a person, plainly harmless, about single layers, or refused."""
+    """A field that no rule reads: decided by a person, plainly harmless, about single layers, or
+    refused.
+    """
     if key in carrier.assume:
         return _decided_field(key, value, carrier)
-    if value in (None, [], {}) or (isinstance(value, dict) and (key in arch.ENCODER_KEYS or is_a_model((key,), value))):
+    if value in (None, [], {}) or (
+        isinstance(value, dict) and (key in arch.ENCODER_KEYS or is_a_model((key,), value))
+    ):
         return {}
     outputs = carrier.output_names((key,), key)
     if outputs != [key]:
@@ -361,10 +434,16 @@ def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
     if isinstance(value, (bool, float)):
         return {}
     carried = carrier.carry((key,), value)
-    if _SUSPICIOUS.search(key) and carried == value and not (isinstance(value, list) and key in carrier.followed):
+    if (
+        _SUSPICIOUS.search(key)
+        and carried == value
+        and not (isinstance(value, list) and key in carrier.followed)
+    ):
         raise ConfigError(
-            f"config.json: {shown(key)} looks like it describes single layers, and dus does not know how it "
-            f"follows the layer map (value {shown(value)}); say --assume {shown(key)}=keep, or =map if it has an "
+            f"config.json: {shown(key)} looks like it describes single layers, and dus does not "
+            "know how it "
+            f"follows the layer map (value {shown(value)}); say --assume {shown(key)}=keep, or "
+            "=map if it has an "
             "entry per layer or lists layers' numbers"
         )
     return {} if carried == value else {key: carried}
@@ -385,6 +464,7 @@ def _decided_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
     if isinstance(value, list):
         follow_list(key, value, carrier.layer_map)  # says how many entries there are, and should be
     raise ConfigError(
-        f"--assume {shown(key)}=map: its value {shown(value)} is neither a list nor a text with one entry per layer, "
+        f"--assume {shown(key)}=map: its value {shown(value)} is neither a list nor a text with "
+        "one entry per layer, "
         "and names no layers"
     )

@@ -1,8 +1,9 @@
 """Names and numbers of layers anywhere in a JSON value, and how they follow a layer map. Pure.
 
-A quantiser's lists of modules, settings keyed by module or by layer number, a list with an entry per layer three
-levels down: what names base layer i names every output layer that copies it. What might name a layer and cannot be
-told for certain is refused with its path, and a person may decide: `--assume PATH=keep` or `=map`.
+A quantiser's lists of modules, settings keyed by module or by layer number, a list with an entry
+per layer three levels down: what names base layer i names every output layer that copies it. What
+might name a layer and cannot be told for certain is refused with its path, and a person may decide:
+`--assume PATH=keep` or `=map`.
 """
 
 from __future__ import annotations
@@ -16,25 +17,30 @@ from typing import Any, Literal
 from dus_cli.errors import ConfigError, shown
 from dus_cli.maps.layers import LayerMap, split_name
 
-# What a person may decide about a field that dus does not know: leave it, or let it follow the layer map.
+# What a person may decide about a field that dus does not know: leave it, or let it follow the
+# layer map.
 Assumption = Literal["keep", "map"]
 _ASSUMED = {"keep": "was kept", "map": "followed the map"}
 NO_ASSUMPTIONS: Mapping[str, Assumption] = MappingProxyType({})
 
-# Where a config lists modules for a quantiser: compressed-tensors wrote the second before transformers did, MLX reads
-# the third.
+# Where a config lists modules for a quantiser: compressed-tensors wrote the second before
+# transformers did, MLX reads the third.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
-# Expressions over module names: `re:` (compressed-tensors, torchao), `+:` and `-:` (GPTQModel's `dynamic`), or shell
-# patterns (quark, modelopt). What says "any number" or counts inside a name (w1, w[13]) names no layer.
+# Expressions over module names: `re:` (compressed-tensors, torchao), `+:` and `-:` (GPTQModel's
+# `dynamic`), or shell patterns (quark, modelopt). What says "any number" or counts inside a name
+# (w1, w[13]) names no layer.
 _EXPRESSION = re.compile(r"^(re|[+-]):|[\\*?\[\](){}+^$|]")
 _ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)([+*]|\{1,\d*\})\??|(?<=[A-Za-z_])(\[[\d-]+\]|\d+)")
 _SINGLE_NUMBER = re.compile(r"\d|\\d")
 _LAYER_EXPRESSION = re.compile(r"(^|[^A-Za-z])(layers?|blocks?|blk|h)[^A-Za-z0-9]{1,6}(\d|\\d)")
 
-# The last part of a module's name before a layer's number, and names that count layers without a dot.
+# The last part of a module's name before a layer's number, and names that count layers without a
+# dot.
 _LAYER_WORDS = frozenset("layers layer blocks block blk h".split())
-_UNDOTTED = re.compile(r"(?:^|[._/-])(?:layers?|blocks?|blk)[_/\[: -]?(\d{1,6})\]?(?=$|[._/:-])", re.ASCII)
+_UNDOTTED = re.compile(
+    r"(?:^|[._/-])(?:layers?|blocks?|blk)[_/\[: -]?(\d{1,6})\]?(?=$|[._/:-])", re.ASCII
+)
 # Parts of names that say that a numbered stack is not the decoder's.
 _OTHER_STACK = re.compile(
     r"vision|visual|(^|[._])vit([._]|$)|image|video|audio|speech|encoder|tower|(^|[._])mtp|draft|eagle|medusa|projector"
@@ -42,9 +48,11 @@ _OTHER_STACK = re.compile(
 )
 
 # Keys under which numbers are layers' numbers, or have an entry for each layer.
-_OF_LAYERS = re.compile(r"(^|_)(layer|layers|layerwise|block|blocks|depths?|idxs?|indices|indexes)(_|$)(?!size|shape)")
-# And those under which they are something else, whatever their count: ids of tokens and labels, sizes of images,
-# sections of rotary embeddings, tiles of a quantiser.
+_OF_LAYERS = re.compile(
+    r"(^|_)(layer|layers|layerwise|block|blocks|depths?|idxs?|indices|indexes)(_|$)(?!size|shape)"
+)
+# And those under which they are something else, whatever their count: ids of tokens and labels,
+# sizes of images, sections of rotary embeddings, tiles of a quantiser.
 _NOT_OF_LAYERS = re.compile(
     r"token|vocab|label|lang|(^|_)ids?$|^rope_(scaling|parameters)$|factors?$|section|kernel|stride|dilation|patch"
     r"|pinpoints|image|video|audio|vision|visual|pixel|crop|_mean$|_std$|betas?$|block_(size|shape)|version|multipliers$"
@@ -71,9 +79,11 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class NumberedNames:
-    """The numbered prefixes of a checkpoint's tensors: the decoder's stack of layers, and all others.
+    """The numbered prefixes of a checkpoint's tensors: the decoder's stack of layers, and all
+    others.
 
-    `known` are the places where decoders keep their layers, for names written before a library renamed its modules.
+    `known` are the places where decoders keep their layers, for names written before a library
+    renamed its modules.
     """
 
     stack: str | None
@@ -81,11 +91,15 @@ class NumberedNames:
     known: Collection[str] = ()
 
     def is_layer(self, prefix: str) -> bool | None:
-        """Whether a number after this prefix is that of a decoder layer; None where that is not certain."""
+        """Whether a number after this prefix is that of a decoder layer; None where that is not
+        certain.
+        """
         if prefix in self.others:
             return False
         if self.stack is not None and _is_same_place(prefix, self.stack):
-            return _OTHER_STACK.search(prefix.removesuffix(self.stack)) is None or self.stack.endswith(prefix)
+            return _OTHER_STACK.search(
+                prefix.removesuffix(self.stack)
+            ) is None or self.stack.endswith(prefix)
         if any(_is_same_place(prefix, other) for other in self.others):
             return False
         if prefix in self.known:
@@ -103,10 +117,10 @@ def _is_same_place(prefix: str, stack: str) -> bool:
 class Carrier:
     """Carries JSON values to the layers of a map.
 
-    `file` names what the values stand in, for messages; `of_quantiser` says that all of it is a quantiser's settings.
-    `by_length` lets lists follow that have an entry per layer and no name that speaks of layers. `followed` are the
-    fields in which something followed, `tells` what is said there of each base layer, and `warnings` what a person
-    should look at.
+    `file` names what the values stand in, for messages; `of_quantiser` says that all of it is a
+    quantiser's settings. `by_length` lets lists follow that have an entry per layer and no name
+    that speaks of layers. `followed` are the fields in which something followed, `tells` what is
+    said there of each base layer, and `warnings` what a person should look at.
     """
 
     layer_map: LayerMap
@@ -162,19 +176,26 @@ class Carrier:
     def refuse(self, path: Path, what: str, *, can_follow: bool = True) -> ConfigError:
         """The error that names a path, says what it holds, and how a person may decide."""
         name = shown(".".join(path))
-        way = "keep, or =map to let it follow the layers" if can_follow else "keep to leave it as it is"
+        way = (
+            "keep, or =map to let it follow the layers"
+            if can_follow
+            else "keep to leave it as it is"
+        )
         return ConfigError(
-            f"{self.file}: {name} looks like it describes single layers: it {what}; say --assume {name}={way}"
+            f"{self.file}: {name} looks like it describes single layers: it {what}; say --assume "
+            f"{name}={way}"
         )
 
-    # --- mappings ------------------------------------------------------------------------------------
+    # --- mappings ---------------------------------------------------------------------------------
 
     def carry_mapping(self, path: Path, value: dict[str, Any], *, forced: bool) -> dict[str, Any]:
         numbered = {key: int(key) for key in value if _is_number(key)}
         if numbered and self._are_layers(path, list(numbered.values()), forced=forced):
             return self._carry_numbered(path, value, numbered)
         if any(_RANGE.fullmatch(key) for key in value) and not _NOT_OF_LAYERS.search(_last(path)):
-            raise self.refuse(path, "has ranges of numbers as its keys, which may be layers", can_follow=False)
+            raise self.refuse(
+                path, "has ranges of numbers as its keys, which may be layers", can_follow=False
+            )
         if self._sorts_layers(list(value.values())) and not _is_of_something_else(path):
             if not forced:
                 raise self.refuse(path, "has lists of numbers that sort the layers")
@@ -188,12 +209,18 @@ class Carrier:
             self._say(path, key, shown(entry))
             for output in outputs:
                 split, copied = split_name(key), split_name(output)
-                own = (split.index, copied.index) if split is not None and copied is not None else None
+                own = (
+                    (split.index, copied.index)
+                    if split is not None and copied is not None
+                    else None
+                )
                 carried[output] = self._carry_own(own, (*path, key), entry)
         return carried
 
     def _carry_own(self, own: tuple[int, int] | None, path: Path, value: Any) -> Any:
-        """What belongs to one base layer, for an output layer that copies it: its own number becomes that one's."""
+        """What belongs to one base layer, for an output layer that copies it: its own number
+        becomes that one's.
+        """
         outer, self._own = self._own, own
         try:
             return self.carry(path, value)
@@ -201,11 +228,15 @@ class Carrier:
             self._own = outer
 
     def _sorts_layers(self, value: list[Any]) -> bool:
-        """Whether these are lists of numbers that together hold each layer's number once, from 0."""
+        """Whether these are lists of numbers that together hold each layer's number once, from
+        0.
+        """
         if len(value) < 2 or not all(isinstance(entry, list) and entry for entry in value):
             return False
         numbers = [number for entry in value for number in entry]
-        return all(type(number) is int for number in numbers) and sorted(numbers) == list(range(self._depth))
+        return all(type(number) is int for number in numbers) and sorted(numbers) == list(
+            range(self._depth)
+        )
 
     def _are_layers(self, path: Path, numbers: list[int], *, forced: bool) -> bool:
         """Whether the numbers that are a mapping's keys are those of layers, from 0 or from 1."""
@@ -218,23 +249,37 @@ class Carrier:
             return True
         if max(numbers) >= depth and not _is_of_layers(path):
             return False
-        raise self.refuse(path, "has numbers as its keys, which may be layers", can_follow=max(numbers) < depth)
+        raise self.refuse(
+            path, "has numbers as its keys, which may be layers", can_follow=max(numbers) < depth
+        )
 
-    def _carry_numbered(self, path: Path, value: dict[str, Any], numbered: dict[str, int]) -> dict[str, Any]:
+    def _carry_numbered(
+        self, path: Path, value: dict[str, Any], numbered: dict[str, int]
+    ) -> dict[str, Any]:
         first = 1 if max(numbered.values()) == self._depth else 0
         contents = {number - first: ((*path, key), value[key]) for key, number in numbered.items()}
         self._note(
             path,
             f"is keyed by the layers' numbers (from {first}) and followed the map",
-            [shown(contents[layer][1]) if layer in contents else "" for layer in range(self._depth)],
+            [
+                shown(contents[layer][1]) if layer in contents else ""
+                for layer in range(self._depth)
+            ],
         )
-        kept = {key: self.carry((*path, key), entry) for key, entry in value.items() if key not in numbered}
-        outputs = [(output, base) for output, base in enumerate(self.layer_map.sources) if base in contents]
+        kept = {
+            key: self.carry((*path, key), entry)
+            for key, entry in value.items()
+            if key not in numbered
+        }
+        outputs = [
+            (output, base) for output, base in enumerate(self.layer_map.sources) if base in contents
+        ]
         return kept | {
-            str(output + first): self._carry_own((base, output), *contents[base]) for output, base in outputs
+            str(output + first): self._carry_own((base, output), *contents[base])
+            for output, base in outputs
         }
 
-    # --- lists and numbers ---------------------------------------------------------------------------
+    # --- lists and numbers ------------------------------------------------------------------------
 
     def _carry_list(self, path: Path, value: list[Any], *, forced: bool) -> list[Any]:
         if any(isinstance(entry, str) and self._names_a_layer(path, entry) for entry in value):
@@ -243,19 +288,27 @@ class Carrier:
             what = f"is a list with one entry per layer ({self._depth}) and followed the map"
             self._note(path, what, [str(entry) for entry in value])
             return [
-                self._carry_own((base, output), path, value[base]) if isinstance(value[base], dict) else value[base]
+                self._carry_own((base, output), path, value[base])
+                if isinstance(value[base], dict)
+                else value[base]
                 for output, base in enumerate(self.layer_map.sources)
             ]
         if self._sorts_layers(value) and not _is_of_something_else(path) and not forced:
             raise self.refuse(path, "has lists of numbers that sort the layers", can_follow=False)
         if self.may_number_layers(path, value):
             if not forced or min(value) < 0:
-                raise self.refuse(path, f"is {shown(value)}, which may be layers' numbers", can_follow=min(value) >= 0)
+                raise self.refuse(
+                    path,
+                    f"is {shown(value)}, which may be layers' numbers",
+                    can_follow=min(value) >= 0,
+                )
             return self.carry_numbers(path, value)
         return list(self._renamed(path, value, forced=forced))
 
     def _renamed(self, path: Path, value: list[Any], *, forced: bool) -> Iterator[Any]:
-        """Entry by entry: a name once for each layer that copies its own, anything else carried in its place."""
+        """Entry by entry: a name once for each layer that copies its own, anything else carried
+        in its place.
+        """
         for entry in value:
             if not isinstance(entry, str):
                 yield self.carry(path, entry)
@@ -266,29 +319,41 @@ class Carrier:
             yield from outputs
 
     def _has_entry_per_layer(self, path: Path, value: list[Any], *, forced: bool) -> bool:
-        if len(value) != self._depth or any(isinstance(entry, str) and "." in entry for entry in _flat(value)):
+        if len(value) != self._depth or any(
+            isinstance(entry, str) and "." in entry for entry in _flat(value)
+        ):
             return False
         if forced:
             return True
         if _is_of_something_else(path):
             return False
-        shortest = 4 if self._is_of_quantiser(path) else 1  # a quantiser's tiles are given by two or three numbers
+        shortest = (
+            4 if self._is_of_quantiser(path) else 1
+        )  # a quantiser's tiles are given by two or three numbers
         return _is_of_layers(path[-1:]) or (self.by_length and len(value) > shortest)
 
     def may_number_layers(self, path: Path, value: list[Any]) -> bool:
         """Distinct numbers within the depth, under a key that speaks of layers."""
-        if not value or not all(type(entry) is int for entry in value) or len(set(value)) != len(value):
+        if (
+            not value
+            or not all(type(entry) is int for entry in value)
+            or len(set(value)) != len(value)
+        ):
             return False
         within = -self._depth <= min(value) and max(value) <= self._depth
         return within and _is_of_layers(path) and not _is_of_something_else(path)
 
     def carry_numbers(self, path: Path, value: Sequence[int]) -> list[int]:
-        """Layers' numbers, counted from 0, or from 1 where one is the depth: the output layers that copy those."""
+        """Layers' numbers, counted from 0, or from 1 where one is the depth: the output layers
+        that copy those.
+        """
         first = 1 if max(value) == self._depth else 0
         members = {number - first for number in value}
         told = ["yes" if layer in members else "no" for layer in range(self._depth)]
         self._note(path, f"lists layers' numbers (from {first}) and followed the map", told)
-        return [output + first for output, base in enumerate(self.layer_map.sources) if base in members]
+        return [
+            output + first for output, base in enumerate(self.layer_map.sources) if base in members
+        ]
 
     def _carry_number(self, path: Path, value: int) -> int:
         key = path[-1]
@@ -298,10 +363,12 @@ class Carrier:
         if is_layer and self._own is not None and value == self._own[0]:
             return self._own[1]
         if (is_layer or (_PATTERN.search(key) and value > 1)) and not _is_of_something_else(path):
-            raise self.refuse(path, f"is {value}, which may be a layer's number or a pattern", can_follow=False)
+            raise self.refuse(
+                path, f"is {value}, which may be a layer's number or a pattern", can_follow=False
+            )
         return value
 
-    # --- texts and names -----------------------------------------------------------------------------
+    # --- texts and names --------------------------------------------------------------------------
 
     def _carry_text(self, path: Path, value: str, *, forced: bool) -> str:
         if _NOT_NAMES.search(_last(path)) or len(value) > _LONGEST_TEXT or "\n" in value:
@@ -319,7 +386,9 @@ class Carrier:
             self._note(path, "has a character for each layer and followed the map", list(value))
             return "".join(value[base] for base in self.layer_map.sources)
         before = [name.strip() for name in value.split(",")]  # auto-round writes names of blocks so
-        after = [output for name in before for output in self.output_names(path, name, forced=forced)]
+        after = [
+            output for name in before for output in self.output_names(path, name, forced=forced)
+        ]
         if after == before:
             return value
         if len(before) == 1 and len(after) != 1 and not forced and not self._is_of_quantiser(path):
@@ -331,13 +400,17 @@ class Carrier:
     def _names_a_layer(self, path: Path, name: str) -> bool:
         split = split_name(name)
         is_layer = split is not None and self.names.is_layer(split.prefix) is not False
-        return is_layer or _undotted_layer(name) is not None or self._is_layer_expression(path, name)
+        return (
+            is_layer or _undotted_layer(name) is not None or self._is_layer_expression(path, name)
+        )
 
     def output_names(self, path: Path, name: str, *, forced: bool = False) -> list[str]:
-        """A module's name with a layer's number, once for each output layer that copies that layer; any other as it is.
+        """A module's name with a layer's number, once for each output layer that copies that layer;
+        any other as it is.
 
         Raises:
-            ConfigError: an expression that names single layers, or a number that may be a layer's and may not.
+            ConfigError: an expression that names single layers, or a number that may be a layer's
+                and may not.
         """
         split = split_name(name)
         is_layer = self.names.is_layer(split.prefix) if split is not None else False
@@ -346,17 +419,22 @@ class Carrier:
                 return [split.at(split.index - self._depth + len(self.layer_map))]
             if self._own is not None and split.index == self._own[0]:
                 return [split.at(self._own[1])]
-            end = "." if name.endswith(".") and not split.suffix else ""  # "layers.1." does not begin "layers.10."
+            end = (
+                "." if name.endswith(".") and not split.suffix else ""
+            )  # "layers.1." does not begin "layers.10."
             return [split.at(output) + end for output in self.layer_map.outputs[split.index]]
         if self._is_layer_expression(path, name):
             raise self.refuse(
                 path,
-                f"has the expression {shown(name)!r}, which names single layers, and dus cannot rewrite expressions: "
+                f"has the expression {shown(name)!r}, which names single layers, and dus cannot "
+                "rewrite expressions: "
                 "list the modules by their full names",
                 can_follow=False,
             )
         if split is not None and is_layer is None and split.index < self._depth:
-            raise self.refuse(path, f"has {shown(name)!r}, which may be a module of layer {split.index}")
+            raise self.refuse(
+                path, f"has {shown(name)!r}, which may be a module of layer {split.index}"
+            )
         return self._undotted_outputs(path, name, forced=forced)
 
     def _undotted_outputs(self, path: Path, name: str, *, forced: bool) -> list[str]:
@@ -366,7 +444,10 @@ class Carrier:
         if not forced or int(number[1]) == self._depth:
             raise self.refuse(path, f"has {shown(name)!r}, which may be layer {number[1]}")
         start, end = number.span(1)
-        return [f"{name[:start]}{output}{name[end:]}" for output in self.layer_map.outputs[int(number[1])]]
+        return [
+            f"{name[:start]}{output}{name[end:]}"
+            for output in self.layer_map.outputs[int(number[1])]
+        ]
 
     def _is_layer_expression(self, path: Path, name: str) -> bool:
         if len(name) > _LONGEST_TEXT or not _EXPRESSION.search(name):
@@ -374,7 +455,7 @@ class Carrier:
         single = _SINGLE_NUMBER if self._is_of_quantiser(path) else _LAYER_EXPRESSION
         return bool(single.search(_ANY_NUMBER.sub("", name)))
 
-    # --- what was found ------------------------------------------------------------------------------
+    # --- what was found ---------------------------------------------------------------------------
 
     def _note(self, path: Path, what: str, told: list[str]) -> None:
         name = ".".join(path)
@@ -404,10 +485,12 @@ def follow_settings(
     file: str,
     assume: Mapping[str, Assumption] = NO_ASSUMPTIONS,
 ) -> dict[str, Any]:
-    """A quantiser's settings from a file beside config.json, with names and numbers of layers at the new depth.
+    """A quantiser's settings from a file beside config.json, with names and numbers of layers at
+    the new depth.
 
     Raises:
-        ConfigError: something in it names layers, or may, in a way that cannot follow; the message names `file`.
+        ConfigError: something in it names layers, or may, in a way that cannot follow; the message
+            names `file`.
     """
     carrier = Carrier(layer_map, names, assume, file, of_quantiser=True)
     found: dict[str, Any] = carrier.carry((), value)
@@ -415,7 +498,9 @@ def follow_settings(
 
 
 def is_a_model(path: Path, value: dict[str, Any]) -> bool:
-    """Whether a mapping describes a model of its own, such as an encoder: its layers are not the decoder's."""
+    """Whether a mapping describes a model of its own, such as an encoder: its layers are not the
+    decoder's.
+    """
     if "model_type" in value or "num_hidden_layers" in value:
         return True
     return bool(path) and "." not in path[-1] and _OTHER_STACK.search(path[-1]) is not None
@@ -431,9 +516,16 @@ def _undotted_layer(name: str) -> re.Match[str] | None:
 
 
 def _is_of_layers(path: Path) -> bool:
-    """Whether a key speaks of layers, of those below the last one that names a single module or layer."""
+    """Whether a key speaks of layers, of those below the last one that names a single module or
+    layer.
+    """
     below = next(
-        (place for place in range(len(path), 0, -1) if "." in path[place - 1] or _is_number(path[place - 1])), 0
+        (
+            place
+            for place in range(len(path), 0, -1)
+            if "." in path[place - 1] or _is_number(path[place - 1])
+        ),
+        0,
     )
     return any(_OF_LAYERS.search(key) for key in path[below:])
 

@@ -13,7 +13,9 @@ from dus_cli.maps.starts import StartRule
 
 
 def engines_option(help_text: str, panel: str | None = None) -> Option:
-    """`--for` with what it means to a command. Several engines stand behind it with commas, or it is repeated."""
+    """`--for` with what it means to a command. Several engines stand behind it with commas, or
+    it is repeated.
+    """
     names = tuple(engine.name for engine in ENGINES)
     return Option(
         f"{help_text} One or more of {', '.join(names)}, or {ALL}.",
@@ -74,7 +76,8 @@ def parse_assumption(text: str) -> tuple[str, Assumption]:
 Assume = Annotated[
     tuple[tuple[str, Assumption], ...],
     Option(
-        "What dus cannot tell of a field of config.json (a.b for b in a), or of a numbered stack of tensors "
+        "What dus cannot tell of a field of config.json (a.b for b in a), or of a numbered stack "
+        "of tensors "
         "(by its prefix): keep it, or let it follow the layers.",
         metavar="FIELD=keep|map",
         panel="Layer map",

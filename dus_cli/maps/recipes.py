@@ -1,18 +1,21 @@
-"""Published layer maps by name, as data: what `--recipe` takes. docs/recipes.md says more about each.
+"""Published layer maps by name, as data: what `--recipe` takes. docs/recipes.md says more about
+each.
 
-- `solar`: SOLAR 10.7B (arXiv:2312.15166, section 2), m = 8 of 32 layers: 48. A quarter is trimmed from each copy.
-- `yi`: Yi-9B from Yi-6B ("Dive Deeper into Yi-9B", 01-ai.github.io/blog/dive-deeper-into-yi-9b; arXiv:2403.04652,
-  section 7.3): layers 12 to 27 of 32 stand twice: 48.
+- `solar`: SOLAR 10.7B (arXiv:2312.15166, section 2), m = 8 of 32 layers: 48. A quarter is trimmed
+  from each copy.
+- `yi`: Yi-9B from Yi-6B ("Dive Deeper into Yi-9B", 01-ai.github.io/blog/dive-deeper-into-yi-9b;
+  arXiv:2403.04652, section 7.3): layers 12 to 27 of 32 stand twice: 48.
 - `bielik`: Bielik 11B v2 from Mistral 7B (arXiv:2505.02410, section 2), m = 7 of 32: 50.
 - `granite-34b-code`: from Granite 20B Code (arXiv:2405.04324, section 3), m = 8 of 52: 88.
-- `llama-pro`: LLaMA Pro 8.3B from LLaMA 2 7B (arXiv:2401.02415, section 3.2): a copy of every 4th of 32 layers right
-  behind it, its output projections zeros: 40.
-- `llama-3-120b`: mlabonne/Meta-Llama-3-120B-Instruct (its model card's mergekit configuration): seven slices of 20
-  of 80 layers, each begun 10 after the last: 140.
+- `llama-pro`: LLaMA Pro 8.3B from LLaMA 2 7B (arXiv:2401.02415, section 3.2): a copy of every 4th
+  of 32 layers right behind it, its output projections zeros: 40.
+- `llama-3-120b`: mlabonne/Meta-Llama-3-120B-Instruct (its model card's mergekit configuration):
+  seven slices of 20 of 80 layers, each begun 10 after the last: 140.
 
-Where a map is one of ratios it is carried to other depths: its bounds are scaled by n / the published depth,
-the start of a slice rounded down and its end up, so that rounding never drops a layer. Where the published
-number is not a ratio that anybody argued for, other depths are refused: `--trim` says the same in the open.
+Where a map is one of ratios it is carried to other depths: its bounds are scaled by n / the
+published depth, the start of a slice rounded down and its end up, so that rounding never drops a
+layer. Where the published number is not a ratio that anybody argued for, other depths are refused:
+`--trim` says the same in the open.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from dus_cli.maps.layers import LayerMap, largest_trim, source_layers
 class Recipe(NamedTuple):
     """A published map for a base of `num_layers` layers.
 
-    `slices` are half-open ranges of base layers, as published. `scales`: the bounds are ratios of the depth.
-    `every` stands for slices: a copy behind every k-th layer. `identity`: the new layers start as identities.
+    `slices` are half-open ranges of base layers, as published. `scales`: the bounds are ratios of
+    the depth. `every` stands for slices: a copy behind every k-th layer. `identity`: the new layers
+    start as identities.
     """
 
     source: str
@@ -41,7 +45,9 @@ class Recipe(NamedTuple):
 
     @property
     def smallest(self) -> int:
-        """The depth below which a group, or a step between two bounds, would be less than a layer."""
+        """The depth below which a group, or a step between two bounds, would be less than a
+        layer.
+        """
         bounds = (bound for part in self.slices for bound in part)
         return self.every or self.num_layers // math.gcd(*bounds)
 
@@ -79,20 +85,31 @@ def recipe_map(name: str, num_layers: int) -> LayerMap:
         raise LayerMapError(_not_for(name, recipe, num_layers))
     if num_layers < recipe.smallest:
         raise LayerMapError(
-            f"--recipe {name} needs {recipe.smallest} layers or more and this model has {num_layers}; use --layers"
+            f"--recipe {name} needs {recipe.smallest} layers or more and this model has "
+            f"{num_layers}; use --layers"
         )
-    sources = _scaled(recipe, num_layers) if recipe.every is None else _with_copies(num_layers, recipe.every)
+    sources = (
+        _scaled(recipe, num_layers)
+        if recipe.every is None
+        else _with_copies(num_layers, recipe.every)
+    )
     return LayerMap(sources, num_layers, _trim(sources, num_layers))
 
 
 def _with_copies(num_layers: int, every: int) -> tuple[int, ...]:
-    """Each layer, and behind every k-th its copy; what remains after the last whole group has none."""
-    return tuple(k for layer in range(num_layers) for k in (layer,) * (2 if (layer + 1) % every == 0 else 1))
+    """Each layer, and behind every k-th its copy; what remains after the last whole group has
+    none.
+    """
+    return tuple(
+        k for layer in range(num_layers) for k in (layer,) * (2 if (layer + 1) % every == 0 else 1)
+    )
 
 
 def _scaled(recipe: Recipe, num_layers: int) -> tuple[int, ...]:
     depth = recipe.num_layers
-    bounds = [(start * num_layers // depth, -(-end * num_layers // depth)) for start, end in recipe.slices]
+    bounds = [
+        (start * num_layers // depth, -(-end * num_layers // depth)) for start, end in recipe.slices
+    ]
     return tuple(layer for start, end in bounds for layer in range(start, end))
 
 
@@ -104,8 +121,11 @@ def _trim(sources: tuple[int, ...], num_layers: int) -> int | None:
 
 def _not_for(name: str, recipe: Recipe, num_layers: int) -> str:
     trim = recipe.num_layers - recipe.slices[0][1]
-    advice = f"--trim {trim} is the same cut" if trim <= largest_trim(num_layers) else "choose a --trim"
+    advice = (
+        f"--trim {trim} is the same cut" if trim <= largest_trim(num_layers) else "choose a --trim"
+    )
     return (
-        f"--recipe {name} is for {recipe.num_layers} layers and this model has {num_layers}: its trim of {trim} "
+        f"--recipe {name} is for {recipe.num_layers} layers and this model has {num_layers}: its "
+        f"trim of {trim} "
         f"was published as a number of layers, not as a ratio; {advice}"
     )

@@ -1,8 +1,8 @@
 """How what a config says per layer follows a layer map: one class for each way of saying it.
 
-`architectures` is the table that says which fields of which model type are said in which way. A rule is
-pure: from the base's fields and the map to the fields that change. `kinds` tells what the rule says each
-base layer to be, for the drawing of the plan.
+`architectures` is the table that says which fields of which model type are said in which way. A
+rule is pure: from the base's fields and the map to the fields that change. `kinds` tells what the
+rule says each base layer to be, for the drawing of the plan.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class _OneField(_Quiet):
 class PerLayer(_OneField):
     """A list with one entry per layer. A number in its place holds for all layers.
 
-    `beyond` names the field that counts entries for layers after the last (multi-token prediction), which stay.
+    `beyond` names the field that counts entries for layers after the last (multi-token prediction),
+    which stay.
     """
 
     beyond: str | None = None
@@ -90,15 +91,20 @@ class PerLayer(_OneField):
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         value = fields.get(self.key)
-        return {self.key: [str(kind) for kind in value[:num_layers]]} if isinstance(value, list) else {}
+        return (
+            {self.key: [str(kind) for kind in value[:num_layers]]}
+            if isinstance(value, list)
+            else {}
+        )
 
 
 @dataclass(frozen=True)
 class Stretched(_OneField):
-    """A list with one entry per layer, or the first and last of values spaced evenly between (openelm).
+    """A list with one entry per layer, or the first and last of values spaced evenly between
+    (openelm).
 
-    Such a pair is written out, rounded as the class rounds, unless its ends are equal or the list `instead`, which the
-    class makes of it, is there.
+    Such a pair is written out, rounded as the class rounds, unless its ends are equal or the list
+    `instead`, which the class makes of it, is there.
     """
 
     instead: str | None = None
@@ -110,7 +116,10 @@ class Stretched(_OneField):
         if len(value) != 2 or num_layers <= 2:
             return value
         first, last = value
-        return [round(first + (last - first) * layer / (num_layers - 1), 2) for layer in range(num_layers)]
+        return [
+            round(first + (last - first) * layer / (num_layers - 1), 2)
+            for layer in range(num_layers)
+        ]
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         spread = self._spread(value, layer_map.num_base_layers)
@@ -118,8 +127,10 @@ class Stretched(_OneField):
             return value
         if self.instead:
             raise ConfigError(
-                f"config.json: {self.key} is {shown(value)}, from the first layer to the last, and the list "
-                f"{self.instead} that is made of it is not there; load and save the base once with its own code"
+                f"config.json: {self.key} is {shown(value)}, from the first layer to the last, "
+                "and the list "
+                f"{self.instead} that is made of it is not there; load and save the base once "
+                "with its own code"
             )
         return follow_list(self.key, spread, layer_map)
 
@@ -134,7 +145,9 @@ class Spelled(_OneField):
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         if not isinstance(value, str):
-            raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a text with a character per layer")
+            raise ConfigError(
+                f"config.json: {self.key} is {shown(value)}, not a text with a character per layer"
+            )
         return "".join(follow_list(self.key, value, layer_map))
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
@@ -144,7 +157,8 @@ class Spelled(_OneField):
 
 @dataclass(frozen=True)
 class IndexSet(_OneField):
-    """A list of layer numbers, counted from `first`: becomes the output layers whose source is in it.
+    """A list of layer numbers, counted from `first`: becomes the output layers whose source is in
+    it.
 
     A text with commas between the numbers stays one (step3's "4,5,6").
     """
@@ -153,7 +167,9 @@ class IndexSet(_OneField):
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         members = self._members(value, layer_map.num_base_layers)
-        found = [output + self.first for output, base in enumerate(layer_map.sources) if base in members]
+        found = [
+            output + self.first for output, base in enumerate(layer_map.sources) if base in members
+        ]
         return ",".join(map(str, found)) if isinstance(value, str) else found
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
@@ -166,12 +182,18 @@ class IndexSet(_OneField):
     def _members(self, value: Any, num_layers: int) -> set[int]:
         if isinstance(value, str):
             parts = [part.strip() for part in value.split(",")]
-            value = [int(part) if part.isdecimal() and part.isascii() else part for part in parts if part]
+            value = [
+                int(part) if part.isdecimal() and part.isascii() else part for part in parts if part
+            ]
         if not isinstance(value, list) or not all(type(index) is int for index in value):
-            raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a list of layer numbers")
+            raise ConfigError(
+                f"config.json: {self.key} is {shown(value)}, not a list of layer numbers"
+            )
         members = {index - self.first for index in value}
         if not all(0 <= index < num_layers for index in members):
-            raise ConfigError(f"config.json: {self.key} names a layer beyond the {num_layers} that there are")
+            raise ConfigError(
+                f"config.json: {self.key} names a layer beyond the {num_layers} that there are"
+            )
         return members
 
 
@@ -185,8 +207,14 @@ class ByLayer(_OneField):
         if not all(str(key).isdecimal() for key in value):
             return value  # by kind of layer, which follows with the kinds
         if not all(int(key) < layer_map.num_base_layers for key in value):
-            raise ConfigError(f"config.json: {self.key} names a layer beyond the {layer_map.num_base_layers}")
-        return {str(output): value[str(base)] for output, base in enumerate(layer_map.sources) if str(base) in value}
+            raise ConfigError(
+                f"config.json: {self.key} names a layer beyond the {layer_map.num_base_layers}"
+            )
+        return {
+            str(output): value[str(base)]
+            for output, base in enumerate(layer_map.sources)
+            if str(base) in value
+        }
 
 
 @dataclass(frozen=True)
@@ -216,7 +244,9 @@ class Groups(_OneField):
 
 @dataclass(frozen=True)
 class Cycle(_OneField):
-    """A list that is read cyclically along the depth (recurrent_gemma): all entries are written out."""
+    """A list that is read cyclically along the depth (recurrent_gemma): all entries are written
+    out.
+    """
 
     default: tuple[str, ...] = ()
 
@@ -236,11 +266,12 @@ class Cycle(_OneField):
 
 @dataclass(frozen=True)
 class Period(_OneField):
-    """A pattern that repeats along the depth, and has to stay in phase; a list in its place follows the map.
+    """A pattern that repeats along the depth, and has to stay in phase; a list in its place follows
+    the map.
 
-    It is inert where the list `instead` is there, or the switch `only_if` says no. `default` is what the class takes
-    where the file is silent; with it, `phase` draws the pattern: the layers where (i + phase) is a multiple of the
-    period.
+    It is inert where the list `instead` is there, or the switch `only_if` says no. `default` is
+    what the class takes where the file is silent; with it, `phase` draws the pattern: the layers
+    where (i + phase) is a multiple of the period.
     """
 
     instead: str | None = None
@@ -255,7 +286,8 @@ class Period(_OneField):
         if period is None or layer_map.keeps_phase(period):
             return {}
         raise ConfigError(
-            f"config.json: {self.key} is {period}, a pattern along the depth that this layer map puts out of step"
+            f"config.json: {self.key} is {period}, a pattern along the depth that this layer map "
+            "puts out of step"
             f"{trims_that_would(layer_map, lambda other: other.keeps_phase(period))}"
         )
 
@@ -265,7 +297,11 @@ class Period(_OneField):
         period = self.period(fields) if self.default else None
         if period is None:
             return {}
-        return {self.key: ["no" if (layer + self.phase) % period else "yes" for layer in range(num_layers)]}
+        return {
+            self.key: [
+                "no" if (layer + self.phase) % period else "yes" for layer in range(num_layers)
+            ]
+        }
 
     def period(self, fields: Fields) -> int | None:
         """The period of the pattern; None where there is none, or nothing reads it."""
@@ -280,7 +316,8 @@ class Period(_OneField):
 
 @dataclass(frozen=True)
 class Threshold(_OneField):
-    """The first k layers are of another kind than the rest. Inert where the list `instead` is there.
+    """The first k layers are of another kind than the rest. Inert where the list `instead` is
+    there.
 
     `default` is what the class takes where the file is silent; `only_if` is a switch without which
     transformers does not look at the field.
@@ -298,7 +335,8 @@ class Threshold(_OneField):
         moved = sum(below)
         if not all(below[:moved]):
             raise ConfigError(
-                f"config.json: {self.key} is {count}: the first {count} layers are of another kind than the rest, "
+                f"config.json: {self.key} is {count}: the first {count} layers are of another "
+                "kind than the rest, "
                 "and this map repeats some of them further up, which the field cannot say; "
                 f"use a trim of {count} or more"
             )
@@ -321,7 +359,9 @@ class Threshold(_OneField):
         if value is None or value is False:
             return self.default
         if type(value) is not int or value < 0:
-            raise ConfigError(f"config.json: {self.key} is {described(value)}, not a number of layers")
+            raise ConfigError(
+                f"config.json: {self.key} is {described(value)}, not a number of layers"
+            )
         return value
 
 
@@ -332,9 +372,9 @@ Derivation = Callable[[Fields, int], Sequence[Any]]
 class Derived:
     """A per-layer list that the class makes up from the layers' numbers where the file lacks it.
 
-    `of` does as the class does (its configuration_*.py, __post_init__). The list is written out where the
-    class would make up another one at the new depth. The fields that `of` reads (`from_fields`) say
-    nothing once the list is there, and stay.
+    `of` does as the class does (its configuration_*.py, __post_init__). The list is written out
+    where the class would make up another one at the new depth. The fields that `of` reads
+    (`from_fields`) say nothing once the list is there, and stay.
     """
 
     key: str
@@ -368,11 +408,16 @@ class Derived:
             if self.is_index_set:
                 return changed
             raise ConfigError(
-                f"config.json lacks {self.key}, and what the model's class makes of its place is not known; "
+                f"config.json lacks {self.key}, and what the model's class makes of its place is "
+                "not known; "
                 "load and save the base once with a current transformers, which writes it"
             )
         wanted = self._list_rule().follow({self.key: base}, layer_map)
-        return changed if wanted[self.key] == list(self.of(fields, len(layer_map))) else changed | wanted
+        return (
+            changed
+            if wanted[self.key] == list(self.of(fields, len(layer_map)))
+            else changed | wanted
+        )
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         return self._list_rule().kinds({self.key: self.effective(fields, num_layers)}, num_layers)
@@ -380,8 +425,8 @@ class Derived:
 
 @dataclass(frozen=True)
 class SparseStep:
-    """Experts in every p-th layer that is not among `dense` (qwen3_moe): a step out of phase becomes 1, with every
-    dense layer listed.
+    """Experts in every p-th layer that is not among `dense` (qwen3_moe): a step out of phase
+    becomes 1, with every dense layer listed.
     """
 
     step: str = "decoder_sparse_step"
@@ -397,7 +442,9 @@ class SparseStep:
         step = 1 if step is None else step
         check_period(self.step, step)
         listed = list(self.default_dense) if dense is None else dense
-        IndexSet(self.dense).follow({self.dense: listed}, LayerMap(tuple(range(num_layers)), num_layers))
+        IndexSet(self.dense).follow(
+            {self.dense: listed}, LayerMap(tuple(range(num_layers)), num_layers)
+        )
         return [layer in listed or (layer + 1) % step != 0 for layer in range(num_layers)]
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
@@ -412,12 +459,18 @@ class SparseStep:
         return changed
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
-        return {self.dense: ["dense" if is_dense else "expert" for is_dense in self._is_dense(fields, num_layers)]}
+        return {
+            self.dense: [
+                "dense" if is_dense else "expert" for is_dense in self._is_dense(fields, num_layers)
+            ]
+        }
 
 
 @dataclass(frozen=True)
 class PeriodAndOffset:
-    """Layer i is of another kind where i % period == offset (jamba): another pair is sought where the map shifts."""
+    """Layer i is of another kind where i % period == offset (jamba): another pair is sought
+    where the map shifts.
+    """
 
     period: str
     offset: str
@@ -434,7 +487,9 @@ class PeriodAndOffset:
         offset = self.default[1] if fields.get(self.offset) is None else fields[self.offset]
         check_period(self.period, period)
         if type(offset) is not int or not 0 <= offset < period:
-            raise ConfigError(f"config.json: {self.offset} is {shown(offset)}, not below {self.period} ({period})")
+            raise ConfigError(
+                f"config.json: {self.offset} is {shown(offset)}, not below {self.period} ({period})"
+            )
         return period, offset
 
     def _fitting(self, fields: Fields, layer_map: LayerMap) -> tuple[int, int] | None:
@@ -446,7 +501,9 @@ class PeriodAndOffset:
             first = places[0]
             step = places[1] - first if len(places) > 1 else max(first + 1, len(wanted) - first)
             candidates += [(step, first)] if first < step else []
-        return next((pair for pair in candidates if wanted == self._pattern(pair, len(wanted))), None)
+        return next(
+            (pair for pair in candidates if wanted == self._pattern(pair, len(wanted))), None
+        )
 
     @staticmethod
     def _pattern(pair: tuple[int, int], num_layers: int) -> list[bool]:
@@ -456,9 +513,13 @@ class PeriodAndOffset:
         found = self._fitting(fields, layer_map)
         if found is None:
             period, _ = self._pair(fields)
+            would = trims_that_would(
+                layer_map, lambda other: self._fitting(fields, other) is not None
+            )
             raise ConfigError(
-                f"config.json: {self.period} is {period}, a pattern along the depth that this layer map puts out of "
-                f"step{trims_that_would(layer_map, lambda other: self._fitting(fields, other) is not None)}"
+                f"config.json: {self.period} is {period}, a pattern along the depth that this "
+                "layer map puts out of "
+                f"step{would}"
             )
         return {} if found == self._pair(fields) else dict(zip(self.reads, found, strict=True))
 
@@ -469,7 +530,9 @@ class PeriodAndOffset:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Experts in every p-th layer from a first to a last one (ernie4_5_moe): the stretch moves, its period must fit."""
+    """Experts in every p-th layer from a first to a last one (ernie4_5_moe): the stretch moves,
+    its period must fit.
+    """
 
     start: str = "moe_layer_start_index"
     end: str = "moe_layer_end_index"
@@ -505,17 +568,25 @@ class Stretch:
             return None
         first, last = wanted.index(True), len(wanted) - 1 - wanted[::-1].index(True)
         candidates = [values, (first, last, values[2]), (first, last, 1)]
-        return next((found for found in candidates if self._pattern(found, len(wanted)) == wanted), None)
+        return next(
+            (found for found in candidates if self._pattern(found, len(wanted)) == wanted), None
+        )
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
         found = self._fitting(fields, layer_map)
         if found is None:
+            would = trims_that_would(
+                layer_map, lambda other: self._fitting(fields, other) is not None
+            )
             raise ConfigError(
-                f"config.json: {', '.join(self.reads)} say which layers hold experts, and cannot say it for this "
-                f"layer map{trims_that_would(layer_map, lambda other: self._fitting(fields, other) is not None)}"
+                f"config.json: {', '.join(self.reads)} say which layers hold experts, and cannot "
+                "say it for this "
+                f"layer map{would}"
             )
         before = self._values(fields)
-        return {key: new for key, new, old in zip(self.reads, found, before, strict=True) if new != old}
+        return {
+            key: new for key, new, old in zip(self.reads, found, before, strict=True) if new != old
+        }
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         pattern = self._pattern(self._values(fields), num_layers)
@@ -541,8 +612,8 @@ class Inside(_OneField):
 class DepthScaled(_OneField):
     """A residual scale that the model divides by the square root of its depth (minicpm, minicpm3).
 
-    The scale itself is what the weights were trained with, so the field grows by √(s/n). Null means √depth,
-    a scale of one at any depth.
+    The scale itself is what the weights were trained with, so the field grows by √(s/n). Null means
+    √depth, a scale of one at any depth.
     """
 
     default: float | None = 1.0
@@ -558,7 +629,9 @@ class DepthScaled(_OneField):
 
 @dataclass(frozen=True)
 class Counts(_OneField):
-    """A number that is `times` the depth; where it is another number, an error, or of something else (`may_differ`)."""
+    """A number that is `times` the depth; where it is another number, an error, or of something
+    else (`may_differ`).
+    """
 
     times: int = 1
     may_differ: bool = False
@@ -569,7 +642,8 @@ class Counts(_OneField):
         if self.may_differ:
             return value
         raise ConfigError(
-            f"config.json: {self.key} is {shown(value)}, not {self.times} × {layer_map.num_base_layers} layers; "
+            f"config.json: {self.key} is {shown(value)}, not {self.times} × "
+            f"{layer_map.num_base_layers} layers; "
             "the config disagrees with itself"
         )
 
@@ -587,7 +661,8 @@ class LastLayerIs(_Quiet):
         kinds = fields.get(self.key) or self.of(fields, n)
         if last != n - 1 and kinds[last] != self.kind:
             raise ConfigError(
-                f"this map ends in layer {last}, a {kinds[last]} layer, and the model's class makes the last layer "
+                f"this map ends in layer {last}, a {kinds[last]} layer, and the model's class "
+                "makes the last layer "
                 f"{self.kind}; end the map with layer {n - 1}"
             )
         return {}
@@ -605,7 +680,8 @@ class Unlike(_Quiet):
         if layer_map.outputs[unlike] != (self.layer % len(layer_map),):
             place = "first" if self.layer == 0 else "last"
             raise ConfigError(
-                f"layer {unlike} is unlike the others ({self.why}), so it can only stand {place}, and once"
+                f"layer {unlike} is unlike the others ({self.why}), so it can only stand {place}, "
+                "and once"
                 f"{trims_that_would(layer_map, lambda other: len(other.outputs[unlike]) == 1)}"
             )
         return {}
@@ -613,9 +689,11 @@ class Unlike(_Quiet):
 
 @dataclass(frozen=True)
 class FirstStay(_Quiet):
-    """The model does something after each of its first k layers, found by number: they stay first, and stand once.
+    """The model does something after each of its first k layers, found by number: they stay first,
+    and stand once.
 
-    k is the length of the list at `path` in the whole config.json, `default` where the file is silent.
+    k is the length of the list at `path` in the whole config.json, `default` where the file is
+    silent.
     """
 
     path: tuple[str, str]
@@ -630,7 +708,8 @@ class FirstStay(_Quiet):
         count = min(self.default if value is None else len(value), layer_map.num_base_layers)
         if not self._stay(count, layer_map):
             raise ConfigError(
-                f"config.json: {outer}.{key} has {count} entries: layers 0 to {count - 1} are known by their numbers "
+                f"config.json: {outer}.{key} has {count} entries: layers 0 to {count - 1} are "
+                "known by their numbers "
                 f"({self.why}), so they can only stand there, and once"
                 f"{trims_that_would(layer_map, lambda other: self._stay(count, other))}"
             )
@@ -643,7 +722,8 @@ class FirstStay(_Quiet):
 
 @dataclass(frozen=True)
 class Places(_OneField):
-    """A list of layers at which the model does something once each: they may move, and not be repeated or dropped.
+    """A list of layers at which the model does something once each: they may move, and not be
+    repeated or dropped.
 
     With `in_pairs` it is a list of [something, layer] (granite4_vision).
     """
@@ -657,14 +737,19 @@ class Places(_OneField):
         layers = self._layers(value, layer_map.num_base_layers)
         if not self._are_single(layers, layer_map):
             raise ConfigError(
-                f"config.json: {self.key} is {shown(value)}, layers at which something happens once, and this map "
+                f"config.json: {self.key} is {shown(value)}, layers at which something happens "
+                "once, and this map "
                 "repeats or drops one of them"
                 f"{trims_that_would(layer_map, lambda other: self._are_single(layers, other))}"
             )
         moved = [layer_map.outputs[layer][0] for layer in layers]
         if moved == layers:
             return {}
-        return {self.key: [[*pair[:1], to] for pair, to in zip(value, moved, strict=True)] if self.in_pairs else moved}
+        return {
+            self.key: [[*pair[:1], to] for pair, to in zip(value, moved, strict=True)]
+            if self.in_pairs
+            else moved
+        }
 
     @staticmethod
     def _are_single(layers: list[int], layer_map: LayerMap) -> bool:
@@ -676,18 +761,24 @@ class Places(_OneField):
         except (TypeError, IndexError, KeyError):
             layers = [None]
         if not all(type(layer) is int and 0 <= layer < num_layers for layer in layers):
-            raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a list of {num_layers} layers' numbers")
+            raise ConfigError(
+                f"config.json: {self.key} is {shown(value)}, not a list of {num_layers} layers' "
+                "numbers"
+            )
         return layers
 
 
 @dataclass(frozen=True)
 class OwnSource(_OneField):
-    """For each layer the number of the one whose keys and values it takes (mistral_large4): its own, or refused."""
+    """For each layer the number of the one whose keys and values it takes (mistral_large4): its
+    own, or refused.
+    """
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         if value != list(range(layer_map.num_base_layers)):
             raise ConfigError(
-                f"config.json: {self.key} cannot follow the layer map: layers take keys and values from one that "
+                f"config.json: {self.key} cannot follow the layer map: layers take keys and "
+                "values from one that "
                 "the map may repeat or drop"
             )
         return list(range(len(layer_map)))
@@ -695,7 +786,9 @@ class OwnSource(_OneField):
 
 @dataclass(frozen=True)
 class Refused(_OneField):
-    """A field that cannot follow a map, whatever the map, unless it is off (absent, null, false, 0, empty)."""
+    """A field that cannot follow a map, whatever the map, unless it is off (absent, null, false,
+    0, empty).
+    """
 
     why: str
     # What the class takes where the file is silent: refused too unless falsy.
@@ -731,7 +824,8 @@ def follow_list(key: str, values: Sequence[Any], layer_map: LayerMap) -> list[An
     """
     if len(values) != layer_map.num_base_layers:
         raise ConfigError(
-            f"config.json: {shown(key)} has {len(values)} entries for {layer_map.num_base_layers} layers; "
+            f"config.json: {shown(key)} has {len(values)} entries for {layer_map.num_base_layers} "
+            "layers; "
             "the config disagrees with itself"
         )
     return [values[base] for base in layer_map.sources]
@@ -755,7 +849,9 @@ def trims_that_would(layer_map: LayerMap, fits: Callable[[LayerMap], bool]) -> s
     '; --trim 1 or 4 or 7 or 10 or 13 would keep it'
     """
     n = layer_map.num_base_layers
-    fitting = (trim for trim in range(largest_trim(n) + 1) if fits(LayerMap(source_layers(n, trim), n)))
+    fitting = (
+        trim for trim in range(largest_trim(n) + 1) if fits(LayerMap(source_layers(n, trim), n))
+    )
     trims = list(islice(fitting, 6))
     if not trims:
         return "; no trim keeps it"

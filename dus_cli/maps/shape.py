@@ -7,8 +7,8 @@ from typing import Any
 
 from dus_cli.errors import ConfigError, described
 
-# The fields of config.json that give the number of positions a decoder knows, the usual one first: then GPT-2's, GPT's
-# and CTRL's, MPT's, DBRX's, ChatGLM's and BLOOM's, RWKV's.
+# The fields of config.json that give the number of positions a decoder knows, the usual one first:
+# then GPT-2's, GPT's and CTRL's, MPT's, DBRX's, ChatGLM's and BLOOM's, RWKV's.
 _CONTEXT_LENGTHS = (
     "max_position_embeddings",
     "n_positions",
@@ -19,13 +19,16 @@ _CONTEXT_LENGTHS = (
     "context_length",
 )
 
-# Tokens per parameter at which pretraining spends its compute best (Chinchilla, arXiv:2203.15556, table 3).
+# Tokens per parameter at which pretraining spends its compute best (Chinchilla, arXiv:2203.15556,
+# table 3).
 TOKENS_PER_PARAMETER = 20
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What FLOPs and memory depend on. `num_matmul_parameters` excludes the embedding that is only looked up."""
+    """What FLOPs and memory depend on. `num_matmul_parameters` excludes the embedding that is
+    only looked up.
+    """
 
     num_parameters: int
     num_matmul_parameters: int
@@ -36,7 +39,8 @@ class Shape:
 
 
 def context_length(fields: dict[str, Any]) -> int | None:
-    """How many positions a decoder knows, in tokens; None where its fields of config.json do not say.
+    """How many positions a decoder knows, in tokens; None where its fields of config.json do not
+    say.
 
     >>> context_length({"model_type": "mpt", "max_seq_len": 2048})
     2048
@@ -70,20 +74,30 @@ def shape_of(config: dict[str, Any], num_parameters: int, num_layers: int) -> Sh
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
     head_size = int(config.get("head_dim") or (hidden // heads if heads else 0))
     vocab = vocab_size(config) or 0
-    # Tied weights stand once in num_parameters and are multiplied once, as the head; untied ones stand twice.
+    # Tied weights stand once in num_parameters and are multiplied once, as the head; untied ones
+    # stand twice.
     looked_up = 0 if config.get("tie_word_embeddings") else vocab * hidden
-    return Shape(num_parameters, num_parameters - looked_up, num_layers, hidden, heads * head_size, vocab)
+    return Shape(
+        num_parameters, num_parameters - looked_up, num_layers, hidden, heads * head_size, vocab
+    )
 
 
 def flops_per_token(shape: Shape, seq_length: int) -> float:
-    """FLOPs of forward and backward for one token: 6 · N + 12 · L · A · T (PaLM, arXiv:2204.02311, appendix B).
+    """FLOPs of forward and backward for one token: 6 · N + 12 · L · A · T (PaLM, arXiv:2204.02311,
+    appendix B).
 
-    N are the parameters that are multiplied, L layers, A the width of attention over all heads, T the
-    sequence length. As in the paper the causal half is not subtracted and recomputation is not counted.
+    N are the parameters that are multiplied, L layers, A the width of attention over all heads, T
+    the sequence length. As in the paper the causal half is not subtracted and recomputation is not
+    counted.
     """
-    return 6.0 * shape.num_matmul_parameters + 12.0 * shape.num_layers * shape.attention_size * seq_length
+    return (
+        6.0 * shape.num_matmul_parameters
+        + 12.0 * shape.num_layers * shape.attention_size * seq_length
+    )
 
 
 def pretraining_flops(shape: Shape, seq_length: int) -> float:
-    """FLOPs of pretraining a model of this shape on 20 tokens a parameter (Chinchilla, arXiv:2203.15556)."""
+    """FLOPs of pretraining a model of this shape on 20 tokens a parameter (Chinchilla,
+    arXiv:2203.15556).
+    """
     return TOKENS_PER_PARAMETER * shape.num_parameters * flops_per_token(shape, seq_length)

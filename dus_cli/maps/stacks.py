@@ -1,4 +1,6 @@
-"""Find the decoder's layers among a checkpoint's tensor names, and account for every other number."""
+"""Find the decoder's layers among a checkpoint's tensor names, and account for every other
+number.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from dus_cli.maps.layers import LayerMap, number_span, split_name
 from dus_cli.maps.model_config import DecoderConfig
 from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, NumberedNames
 
-# Parts of a prefix by which a stack is of another tower than the language model's, whatever its depth.
+# Parts of a prefix by which a stack is of another tower than the language model's, whatever its
+# depth.
 _OTHER_TOWER = re.compile(
     r"vision|visual|image|img|audio|speech|video|(^|[._])(vit|vpm|apm|clip|siglip|encoder|resampler|perceiver|projector"
     r"|connector|draft|medusa|eagle)([._]|$)|encoder\.|projector|resampler"
@@ -27,9 +30,9 @@ _HEADS = frozenset(["lm_head", "output_layer", "embed_out"])
 class LayerStack:
     """Where the decoder's layers stand: tensors `prefix.0.…` to `prefix.n-1.…`.
 
-    `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3). `beside` are other
-    prefixes that hold a tensor for each layer from some layer on, which is number 0 there (inkling2). `others` are all
-    numbered prefixes but the layers'.
+    `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3). `beside`
+    are other prefixes that hold a tensor for each layer from some layer on, which is number 0 there
+    (inkling2). `others` are all numbered prefixes but the layers'.
     """
 
     prefix: str
@@ -44,14 +47,18 @@ class LayerStack:
         return NumberedNames(self.prefix, self.others)
 
     def output_names(self, name: str, layer_map: LayerMap) -> tuple[str, ...]:
-        """The names under which a base tensor stands in the output: none where the map drops its layer."""
+        """The names under which a base tensor stands in the output: none where the map drops its
+        layer.
+        """
         split = split_name(name)
         if split is None:
             return (name,)
         return tuple(map(split.at, self.output_numbers(split.prefix, split.index, layer_map)))
 
     def output_numbers(self, prefix: str, index: int, layer_map: LayerMap) -> tuple[int, ...]:
-        """The numbers that a base tensor has in the output instead of `index`, which stands behind `prefix`."""
+        """The numbers that a base tensor has in the output instead of `index`, which stands
+        behind `prefix`.
+        """
         if prefix == self.prefix:
             if index < self.num_layers:
                 return layer_map.outputs[index]
@@ -101,8 +108,10 @@ def find_stack(
     missing = sorted(set(range(depth)) - found)
     if missing:
         raise CheckpointError(
-            f"{prefix} lacks {'layer' if len(missing) == 1 else 'layers'} {shown_list([str(i) for i in missing])} "
-            f"of the {depth} that config.json counts; shards are missing, download the checkpoint again"
+            f"{prefix} lacks {'layer' if len(missing) == 1 else 'layers'} "
+            f"{shown_list([str(i) for i in missing])} "
+            f"of the {depth} that config.json counts; shards are missing, download the checkpoint "
+            "again"
         )
     num_extra = _count_extra(prefix, found, decoder)
     beside = (*_beside(indices, decoder), *_assumed_beside(indices, prefix, depth, assume))
@@ -113,17 +122,25 @@ def find_stack(
     lacking = [need for need in needs if not any(name.endswith(need) for name in names)]
     if lacking:
         raise CheckpointError(
-            f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then makes them up from the layers' "
-            "numbers, which change; load and save the base once with a current transformers, which writes them"
+            f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then makes them up "
+            "from the layers' "
+            "numbers, which change; load and save the base once with a current transformers, "
+            "which writes them"
         )
-    return LayerStack(prefix, depth, num_extra, beside, frozenset(indices.keys() - {prefix})), tuple(warnings)
+    return LayerStack(
+        prefix, depth, num_extra, beside, frozenset(indices.keys() - {prefix})
+    ), tuple(warnings)
 
 
 def _assumed_beside(
     indices: Mapping[str, set[int]], chosen: str, depth: int, assume: Mapping[str, Assumption]
 ) -> tuple[tuple[str, int], ...]:
     """Stacks outside the layers that follow the map because a person says so."""
-    following = [p for p, assumption in assume.items() if assumption == "map" and p in indices and p != chosen]
+    following = [
+        p
+        for p, assumption in assume.items()
+        if assumption == "map" and p in indices and p != chosen
+    ]
     for prefix in following:
         if indices[prefix] != set(range(depth)):
             raise CheckpointError(
@@ -143,7 +160,8 @@ def _beside(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[tuple
     for prefix, first in found:
         if indices[prefix] != set(range(decoder.num_layers - first)):
             raise CheckpointError(
-                f"{shown(prefix)} has {len(indices[prefix])} entries for {decoder.num_layers - first} layers; "
+                f"{shown(prefix)} has {len(indices[prefix])} entries for "
+                f"{decoder.num_layers - first} layers; "
                 "shards are missing, download the checkpoint again"
             )
     return found
@@ -155,18 +173,34 @@ def _choose(
     decoder: DecoderConfig,
     assume: Mapping[str, Assumption],
 ) -> tuple[str, list[str]]:
-    """The prefix of the decoder's layers, and warnings: a known one, or else the only stack of the config's depth."""
+    """The prefix of the decoder's layers, and warnings: a known one, or else the only stack of
+    the config's depth.
+    """
     depth = decoder.num_layers
-    known = [prefix for prefix in indices if prefix in arch.LAYER_STACKS or _is_bert_decoder(prefix, decoder)]
+    known = [
+        prefix
+        for prefix in indices
+        if prefix in arch.LAYER_STACKS or _is_bert_decoder(prefix, decoder)
+    ]
     known = [prefix for prefix in known if prefix not in _apart(decoder)]
-    complete = [prefix for prefix, found in indices.items() if len(found) == depth and max(found) == depth - 1]
+    complete = [
+        prefix
+        for prefix, found in indices.items()
+        if len(found) == depth and max(found) == depth - 1
+    ]
     right = [prefix for prefix in known if prefix in complete]
-    likely = [prefix for prefix in complete if prefix not in known and _may_be_decoder(prefix, names, decoder)]
+    likely = [
+        prefix
+        for prefix in complete
+        if prefix not in known and _may_be_decoder(prefix, names, decoder)
+    ]
     right = _not_assumed(right, assume)
     if len(right) > 1 or (len(known) > 1 and not right and not likely):
         raise CheckpointError(
-            f"there are several layer stacks ({shown_list(sorted(right or known))}) where one decoder is meant; "
-            "dus deepens decoder-only language models; for another that has nothing to do with the layers, "
+            f"there are several layer stacks ({shown_list(sorted(right or known))}) where one "
+            "decoder is meant; "
+            "dus deepens decoder-only language models; for another that has nothing to do with "
+            "the layers, "
             "say --assume PREFIX=keep"
         )
     if right or (known and len(likely) != 1):
@@ -175,26 +209,35 @@ def _choose(
         return chosen, []
     if not likely:
         raise _no_stack(indices, decoder)
-    by_name = _not_assumed([prefix for prefix in likely if not _OTHER_TOWER.search(prefix)] or likely, assume)
+    by_name = _not_assumed(
+        [prefix for prefix in likely if not _OTHER_TOWER.search(prefix)] or likely, assume
+    )
     if len(by_name) != 1:
         raise CheckpointError(
-            f"there are several stacks of {depth} numbered entries ({shown_list(sorted(by_name))}), and dus knows none "
+            f"there are several stacks of {depth} numbered entries "
+            f"({shown_list(sorted(by_name))}), and dus knows none "
             "of their names; say --assume PREFIX=keep of those that are not the decoder's layers"
         )
     (chosen,) = by_name
     _refuse_encoder_decoder(chosen, indices)
-    return chosen, [f"the layers were taken to be {shown(chosen)}.0 to {depth - 1}, a place dus does not know"]
+    return chosen, [
+        f"the layers were taken to be {shown(chosen)}.0 to {depth - 1}, a place dus does not know"
+    ]
 
 
 def _not_assumed(prefixes: list[str], assume: Mapping[str, Assumption]) -> list[str]:
-    """Of several stacks those about which no person decided; of one that stack, whose differences may be assumed."""
+    """Of several stacks those about which no person decided; of one that stack, whose
+    differences may be assumed.
+    """
     return [prefix for prefix in prefixes if prefix not in assume] or prefixes
 
 
 def _may_be_decoder(prefix: str, names: Iterable[str], decoder: DecoderConfig) -> bool:
-    """Whether a stack of the right depth may be a decoder's: one called an encoder is, if the model gives logits.
+    """Whether a stack of the right depth may be a decoder's: one called an encoder is, if the model
+    gives logits.
 
-    ChatGLM's decoder stands under transformer.encoder.layers; BERT's kin have `encoder.layer`, T5's `encoder.block`.
+    ChatGLM's decoder stands under transformer.encoder.layers; BERT's kin have `encoder.layer`, T5's
+    `encoder.block`.
     """
     if prefix.endswith(("encoder.layer", "encoder.block")):
         return False
@@ -209,19 +252,26 @@ def _may_be_decoder(prefix: str, names: Iterable[str], decoder: DecoderConfig) -
 
 
 def _refuse_encoder_decoder(prefix: str, indices: Mapping[str, set[int]]) -> None:
-    """Hold that what was taken for the decoder has no counterpart: model.decoder.layers, and model.encoder.layers."""
+    """Hold that what was taken for the decoder has no counterpart: model.decoder.layers, and
+    model.encoder.layers.
+    """
     for mine, other in (("decoder", "encoder"), ("encoder", "decoder")):
         counterpart = re.sub(rf"\b{mine}\b", other, prefix)
         if counterpart != prefix and counterpart in indices:
             raise CheckpointError(
-                f"{shown(prefix)} stands beside {shown(counterpart)}: this is an encoder-decoder model; "
+                f"{shown(prefix)} stands beside {shown(counterpart)}: this is an encoder-decoder "
+                "model; "
                 "dus deepens decoder-only language models"
             )
 
 
 def _no_stack(indices: Mapping[str, set[int]], decoder: DecoderConfig) -> CheckpointError:
     depth = decoder.num_layers
-    encoders = [prefix for prefix in indices if prefix.endswith(("encoder.layer", "encoder.layers", "encoder.block"))]
+    encoders = [
+        prefix
+        for prefix in indices
+        if prefix.endswith(("encoder.layer", "encoder.layers", "encoder.block"))
+    ]
     if any(len(indices[prefix]) == depth for prefix in encoders):
         return CheckpointError(
             f"the layers stand under {shown_list(sorted(encoders))}: this is an encoder; "
@@ -235,11 +285,16 @@ def _no_stack(indices: Mapping[str, set[int]], decoder: DecoderConfig) -> Checkp
 
 
 def _apart(decoder: DecoderConfig) -> tuple[str, ...]:
-    return (*arch.architecture(decoder.model_type).apart, *arch.architecture(decoder.wrapper_type).apart)
+    return (
+        *arch.architecture(decoder.model_type).apart,
+        *arch.architecture(decoder.wrapper_type).apart,
+    )
 
 
 def _is_bert_decoder(prefix: str, decoder: DecoderConfig) -> bool:
-    return decoder.is_causal_bert and prefix.count(".") <= 2 and prefix.endswith(arch.DECODER_SUFFIX)
+    return (
+        decoder.is_causal_bert and prefix.count(".") <= 2 and prefix.endswith(arch.DECODER_SUFFIX)
+    )
 
 
 def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
@@ -247,22 +302,29 @@ def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
     if not beyond:
         return 0
     announced = decoder.fields.get("num_nextn_predict_layers")
-    if type(announced) is int and beyond == list(range(decoder.num_layers, decoder.num_layers + announced)):
+    if type(announced) is int and beyond == list(
+        range(decoder.num_layers, decoder.num_layers + announced)
+    ):
         return announced
     raise CheckpointError(
-        f"tensors named {prefix}.{beyond[0]} lie beyond the {decoder.num_layers} layers that config.json counts; "
+        f"tensors named {prefix}.{beyond[0]} lie beyond the {decoder.num_layers} layers that "
+        "config.json counts; "
         "the config is of another model"
     )
 
 
 def _check_others(
-    others: Mapping[str, set[int]], prefix: str, decoder: DecoderConfig, assume: Mapping[str, Assumption]
+    others: Mapping[str, set[int]],
+    prefix: str,
+    decoder: DecoderConfig,
+    assume: Mapping[str, Assumption],
 ) -> list[str]:
-    """Numbered names outside the decoder's layers: understood, or an error that names them. Returns warnings.
+    """Numbered names outside the decoder's layers: understood, or an error that names them. Returns
+    warnings.
 
-    A multimodal model's encoders stand outside the language model and stay as they are. Elsewhere, what is not
-    numbered 0 to depth - 1 is no table with one entry per layer, and stays as well; what is so numbered may be one
-    (gemma3n's altup projections).
+    A multimodal model's encoders stand outside the language model and stay as they are. Elsewhere,
+    what is not numbered 0 to depth - 1 is no table with one entry per layer, and stays as well;
+    what is so numbered may be one (gemma3n's altup projections).
     """
     language_model = prefix.rpartition(".")[0]
     assumed, kept = [], []
@@ -278,14 +340,17 @@ def _check_others(
             kept.append(other)
         else:
             raise CheckpointError(
-                f"{shown(other)} is a numbered stack ({len(others[other])} entries) beside {prefix}; "
-                f"dus does not know whether it follows the layer map; say --assume {shown(other)}=keep, or =map if it "
+                f"{shown(other)} is a numbered stack ({len(others[other])} entries) beside "
+                f"{prefix}; "
+                "dus does not know whether it follows the layer map; say --assume "
+                f"{shown(other)}=keep, or =map if it "
                 "has an entry per layer"
             )
     warnings = [f"{shown(other)} was kept, as --assume says" for other in assumed]
     if kept:
         warnings.append(
-            f"{shown_list(kept)}: numbered, but not from 0 to {decoder.num_layers - 1} like the layers; "
+            f"{shown_list(kept)}: numbered, but not from 0 to {decoder.num_layers - 1} like the "
+            "layers; "
             "dus kept them as they are"
         )
     return warnings

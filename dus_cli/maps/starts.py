@@ -1,14 +1,17 @@
 """Starts: how loudly each output layer speaks before any training. Pure functions of a layer map.
 
-A copied layer says its word a second time. What a layer adds to the residual stream is a product of matrices, so a
-factor on the last of them, the output projection, scales it in an ordinary checkpoint, without a tensor more:
+A copied layer says its word a second time. What a layer adds to the residual stream is a product of
+matrices, so a factor on the last of them, the output projection, scales it in an ordinary
+checkpoint, without a tensor more:
 
 - `copy`: every layer as it is in the base. SOLAR's way (arXiv:2312.15166).
-- `identity`: new layers add nothing, as in LLaMA Pro (arXiv:2401.02415). No factors: `planning.projections` has it.
-- `half`: a base layer that stands K times adds 1/K each time: a residual block as a step of an integrator, taken as
-  K steps of a K-th of the size.
-- `fade`: where the end of one copy is the beginning of the next, the first fades out as the second fades in. Each
-  pair of factors comes to 1. `fade:cosine` stays longer at either end than `fade:linear`, the default.
+- `identity`: new layers add nothing, as in LLaMA Pro (arXiv:2401.02415). No factors:
+  `planning.projections` has it.
+- `half`: a base layer that stands K times adds 1/K each time: a residual block as a step of an
+  integrator, taken as K steps of a K-th of the size.
+- `fade`: where the end of one copy is the beginning of the next, the first fades out as the second
+  fades in. Each pair of factors comes to 1. `fade:cosine` stays longer at either end than
+  `fade:linear`, the default.
 - `scale:C`: new layers add C times what they would.
 
 docs/starts.md has what each of them brings.
@@ -67,7 +70,9 @@ class StartRule:
         if name == "fade" and (value in _SHAPES or not colon):
             return cls(name, value or "linear")
         if name == "fade":
-            raise ValueError(f"{shown(text)!r} is no start: a fade is one of fade:{', fade:'.join(_SHAPES)}")
+            raise ValueError(
+                f"{shown(text)!r} is no start: a fade is one of fade:{', fade:'.join(_SHAPES)}"
+            )
         if name not in STARTS or colon:
             raise ValueError(f"{shown(text)!r} is no start; there are {', '.join(STARTS)}")
         return cls(name)
@@ -94,7 +99,8 @@ def _factor(text: str) -> float:
         factor = math.nan
     if not 0 < factor <= LARGEST_FACTOR:  # NaN is not
         raise ValueError(
-            f"scale:{shown(text)} is no start; give a factor above 0, at most {LARGEST_FACTOR:g}, such as scale:0.25 "
+            f"scale:{shown(text)} is no start; give a factor above 0, at most {LARGEST_FACTOR:g}, "
+            "such as scale:0.25 "
             "(for 0 there is identity)"
         )
     return factor
@@ -117,7 +123,9 @@ def factors(start: StartRule, layer_map: LayerMap) -> tuple[float, ...]:
     if start.name == "fade":
         return _faded(layer_map, _SHAPES[start.shape])
     if not layer_map.new_layers:
-        raise LayerMapError(f"--start {start}: no layer of the base stands twice in this map; leave it out")
+        raise LayerMapError(
+            f"--start {start}: no layer of the base stands twice in this map; leave it out"
+        )
     if start.name == "half":
         counts = Counter(layer_map.sources)
         return tuple(1 / counts[base] for base in layer_map.sources)
@@ -126,7 +134,9 @@ def factors(start: StartRule, layer_map: LayerMap) -> tuple[float, ...]:
 
 
 def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float, ...]:
-    """Over an overlap of W layers the k-th pair is (1 - s, s), with s = shape((k + ½) / W): no layer is silent."""
+    """Over an overlap of W layers the k-th pair is (1 - s, s), with s = shape((k + ½) / W): no
+    layer is silent.
+    """
     found = [1.0] * len(layer_map)
     runs = layer_map.runs
     begins = accumulate((len(run) for run in runs), initial=0)
@@ -136,7 +146,10 @@ def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float,
         if width <= 0:  # layers are left out between the two
             continue
         if second.start < first.start or second.stop < first.stop:
-            raise _no_fade(f"layers {second.start} to {second.stop - 1} stand again behind {first.start}:{first.stop}")
+            raise _no_fade(
+                f"layers {second.start} to {second.stop - 1} stand again behind "
+                f"{first.start}:{first.stop}"
+            )
         for step in range(width):
             above = begin + len(first) + step
             below = above - width
@@ -146,7 +159,9 @@ def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float,
             found[above] = round(shape((step + 0.5) / width), _DIGITS)
             found[below] = round(1 - found[above], _DIGITS)
     if not faded:
-        raise LayerMapError("--start fade: no layer of the base stands twice in this map; leave it out")
+        raise LayerMapError(
+            "--start fade: no layer of the base stands twice in this map; leave it out"
+        )
     if len(set(layer_map.sources)) + len(faded) // 2 < len(layer_map):
         raise _no_fade("a layer stands in two copies that do not follow each other")
     return tuple(found)
@@ -154,6 +169,7 @@ def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float,
 
 def _no_fade(why: str) -> LayerMapError:
     return LayerMapError(
-        f"--start fade is for copies of which each begins with the layers that end the one before it, and {why}; "
+        "--start fade is for copies of which each begins with the layers that end the one before "
+        f"it, and {why}; "
         "use --start half"
     )

@@ -1,8 +1,10 @@
-"""Layers that hold other tensors than others: what a config of a type in no table may say without dus seeing it.
+"""Layers that hold other tensors than others: what a config of a type in no table may say without
+dus seeing it.
 
-The evidence is in the headers alone: which tensors a layer has, and of which shapes. Where they differ, either
-something that followed the map tells the same layers apart, or the map has to keep the pattern that is seen along
-the depth, as a class would continue it that goes by the layers' numbers. Anything else is refused, naming the layers.
+The evidence is in the headers alone: which tensors a layer has, and of which shapes. Where they
+differ, either something that followed the map tells the same layers apart, or the map has to keep
+the pattern that is seen along the depth, as a class would continue it that goes by the layers'
+numbers. Anything else is refused, naming the layers.
 """
 
 from __future__ import annotations
@@ -16,9 +18,17 @@ from dus_cli.maps.layers import LayerMap, split_name
 from dus_cli.maps.rules import Kinds
 
 # What older files hold of a layer that is no parameter, in some layers or in all.
-_BUFFERS = ("inv_freq", "masked_bias", "position_ids", "attn.bias", "attention.bias", "rotary_emb.cos_cached")
+_BUFFERS = (
+    "inv_freq",
+    "masked_bias",
+    "position_ids",
+    "attn.bias",
+    "attention.bias",
+    "rotary_emb.cos_cached",
+)
 
-# No pattern along the depth of a published model is longer, and looking for one takes time that grows with this.
+# No pattern along the depth of a published model is longer, and looking for one takes time that
+# grows with this.
 _LONGEST_PATTERN = 128
 
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
@@ -36,7 +46,9 @@ class LayerTensors:
     is_quantised: bool = False
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]], prefix: str, num_layers: int) -> LayerTensors:
+    def of(
+        cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]], prefix: str, num_layers: int
+    ) -> LayerTensors:
         """Sort tensors, given as (name, dtype, shape)."""
         found = cls(prefix, [{} for _ in range(num_layers)])
         for name, dtype, shape in tensors:
@@ -50,34 +62,48 @@ class LayerTensors:
     def signatures(self, *, is_quantised: bool) -> list[frozenset[object]]:
         """For each layer what tells it from layers of another build.
 
-        A quantiser stores a module in several tensors, of sizes that follow from its bits: there the modules' names
-        alone count. Biases and buffers do not: they may be left out.
+        A quantiser stores a module in several tensors, of sizes that follow from its bits: there
+        the modules' names alone count. Biases and buffers do not: they may be left out.
         """
         if is_quantised or self.is_quantised:
             return [frozenset(name.rpartition(".")[0] for name in layer) for layer in self.by_layer]
         return [
-            frozenset((name, shape) for name, shape in layer.items() if not name.endswith(("bias", *_BUFFERS)))
+            frozenset(
+                (name, shape)
+                for name, shape in layer.items()
+                if not name.endswith(("bias", *_BUFFERS))
+            )
             for layer in self.by_layer
         ]
 
 
-def check_alike(tensors: LayerTensors, layer_map: LayerMap, tells: Kinds, *, is_quantised: bool) -> tuple[str, ...]:
-    """Warnings about layers whose differences nothing in the config explains, and that the map keeps in their pattern.
+def check_alike(
+    tensors: LayerTensors, layer_map: LayerMap, tells: Kinds, *, is_quantised: bool
+) -> tuple[str, ...]:
+    """Warnings about layers whose differences nothing in the config explains, and that the map
+    keeps in their pattern.
 
     Raises:
-        ConfigError: the map moves such layers to numbers at which the model's class may expect others.
+        ConfigError: the map moves such layers to numbers at which the model's class may expect
+            others.
     """
     signatures = tensors.signatures(is_quantised=is_quantised)
     if len(set(signatures)) == 1 or _explain(tells, signatures):
         return ()
     groups = _groups(signatures)
     if _keeps_pattern(signatures, layer_map):
-        warning = f"the layers are not all built alike ({groups}), and nothing that dus knows in config.json says which"
+        warning = (
+            f"the layers are not all built alike ({groups}), and nothing that dus knows in "
+            "config.json says which"
+        )
         return (f"{warning} is which; the map keeps the pattern along the depth",)
     raise ConfigError(
-        f"the layers of {shown(tensors.prefix)} are not all built alike ({groups}), and nothing that dus knows in "
-        "config.json says which is which, so the model's code may go by the layers' numbers, which this map changes; "
-        f"use a map that keeps the pattern, or say --assume {shown(tensors.prefix)}=keep if the deeper model loads"
+        f"the layers of {shown(tensors.prefix)} are not all built alike ({groups}), and nothing "
+        "that dus knows in "
+        "config.json says which is which, so the model's code may go by the layers' numbers, "
+        "which this map changes; "
+        f"use a map that keeps the pattern, or say --assume {shown(tensors.prefix)}=keep if the "
+        "deeper model loads"
     )
 
 
@@ -88,7 +114,9 @@ def _explain(tells: Kinds, signatures: Sequence[object]) -> bool:
 
 
 def _groups(signatures: Sequence[frozenset[object]]) -> str:
-    """Which layers hold what: for each build its layers, and a tensor that others lack or have in another shape."""
+    """Which layers hold what: for each build its layers, and a tensor that others lack or have
+    in another shape.
+    """
     layers: dict[frozenset[object], list[int]] = {}
     for layer, signature in enumerate(signatures):
         layers.setdefault(signature, []).append(layer)
@@ -124,9 +152,11 @@ def _ranges(layers: Sequence[int]) -> str:
 
 
 def _keeps_pattern(signatures: Sequence[object], layer_map: LayerMap) -> bool:
-    """Whether the output's layers are those of the base's pattern, continued by the layers' numbers.
+    """Whether the output's layers are those of the base's pattern, continued by the layers'
+    numbers.
 
-    The pattern is the shortest that holds for the base: k first layers, then a period that is seen twice at least.
+    The pattern is the shortest that holds for the base: k first layers, then a period that is seen
+    twice at least.
     """
     if layer_map.sources == tuple(range(layer_map.num_base_layers)):
         return True
@@ -149,6 +179,9 @@ def _pattern(signatures: Sequence[object]) -> tuple[int, int] | None:
             first = length - period
             if n - first < 2 * period:
                 continue
-            if all(signatures[layer] == signatures[layer - period] for layer in range(first + period, n)):
+            if all(
+                signatures[layer] == signatures[layer - period]
+                for layer in range(first + period, n)
+            ):
                 return first, period
     return None

@@ -21,5 +21,9 @@ def block_rows(device_type: str, vocab_size: int) -> int:
 
 
 def block_words(device_type: str, num_rows: int) -> int:
-    """Words of the vocabulary whose logits are held at a time where no gradient is wanted, in fp32."""
-    return max(1024, _BLOCK_BYTES.get(device_type, LOGITS_BYTES_ELSEWHERE) // (4 * max(1, num_rows)))
+    """Words of the vocabulary whose logits are held at a time where no gradient is wanted, in
+    fp32.
+    """
+    return max(
+        1024, _BLOCK_BYTES.get(device_type, LOGITS_BYTES_ELSEWHERE) // (4 * max(1, num_rows))
+    )

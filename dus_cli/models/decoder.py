@@ -1,4 +1,6 @@
-"""The model under training: loaded in shards by transformers, run without full logits, run in part as its base."""
+"""The model under training: loaded in shards by transformers, run without full logits, run in
+part as its base.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Decoder:
         self._packs_rows = packs_rows
         self._name = stack_name(self.inner, num_layers)
         self._hidden: Tensor | None = None
-        # By name before the first forward: afterwards FSDP may show the gathered parameters instead.
+        # By name before the first forward: afterwards FSDP may show the gathered parameters
+        # instead.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._project = self.output.forward
 
@@ -46,13 +49,16 @@ class Decoder:
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The last hidden states, (rows, length, width), of token ids and positions (rows, length).
 
-        Attention is masked per document where positions start again (transformers reads it from them).
-        Without positions each row is one document, from its first token on.
+        Attention is masked per document where positions start again (transformers reads it from
+        them). Without positions each row is one document, from its first token on.
         """
         rows, length = input_ids.shape
         positions = {} if position_ids is None else {"position_ids": position_ids}
         if self._packs_rows and position_ids is not None:
-            input_ids, positions = input_ids.reshape(1, -1), {"position_ids": position_ids.reshape(1, -1)}
+            input_ids, positions = (
+                input_ids.reshape(1, -1),
+                {"position_ids": position_ids.reshape(1, -1)},
+            )
         self.output.forward = self._keep
         try:
             self.model(input_ids=input_ids, **positions, use_cache=False)
@@ -64,14 +70,20 @@ class Decoder:
 
     def _keep(self, hidden: Tensor) -> Tensor:
         self._hidden = hidden
-        return hidden[..., :1].clone()  # what follows is for logits; a view would upset FSDP's hooks
+        return hidden[
+            ..., :1
+        ].clone()  # what follows is for logits; a view would upset FSDP's hooks
 
     def brake_at_layers(self, brake: Brake, num_tokens: int) -> None:
-        """Let a signal end a pass at a layer, forwards and backwards. A micro-batch has `num_tokens` tokens at most.
+        """Let a signal end a pass at a layer, forwards and backwards. A micro-batch has
+        `num_tokens` tokens at most.
 
-        Every worker counts the same FLOPs, whatever rows it has: they are only to come to the same place.
+        Every worker counts the same FLOPs, whatever rows it has: they are only to come to the same
+        place.
         """
-        whole = [2.0 * num_tokens * sum(p.numel() for p in layer.parameters()) for layer in self.layers]
+        whole = [
+            2.0 * num_tokens * sum(p.numel() for p in layer.parameters()) for layer in self.layers
+        ]
 
         def after(flops: float, output: Any) -> None:
             brake.passed(flops)
@@ -80,7 +92,9 @@ class Decoder:
                 hidden.register_hook(lambda _: brake.passed(2 * flops))  # type: ignore[no-untyped-call]
 
         for layer, flops in zip(self.layers, whole, strict=True):
-            layer.register_forward_hook(lambda _layer, _input, output, flops=flops: after(flops, output))
+            layer.register_forward_hook(
+                lambda _layer, _input, output, flops=flops: after(flops, output)
+            )
 
     def check_loss(self, input_ids: Tensor, position_ids: Tensor) -> None:
         """Hold our way to the loss against the model's own, on a few tokens.
@@ -94,9 +108,13 @@ class Decoder:
 
         labels = input_ids.roll(-1, dims=1)
         with torch.no_grad():
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            logits = self.model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False
+            ).logits
             theirs = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-            _, total, _ = loss_sums(self.hidden(input_ids, position_ids), self.output, labels, self.head)
+            _, total, _ = loss_sums(
+                self.hidden(input_ids, position_ids), self.output, labels, self.head
+            )
         _join_tied(self.model)
         self.reshard()
         check_head(float(total) / labels.numel(), float(theirs), self.model.config.model_type)
@@ -110,27 +128,39 @@ class Decoder:
         half = input_ids.shape[1] // 2
         own = torch.arange(input_ids.shape[1] - half, device=input_ids.device)
         positions = torch.cat([own[:half], own])[None]
-        changed = torch.cat([(input_ids[:, :half] + 1) % self.model.config.vocab_size, input_ids[:, half:]], 1)
+        changed = torch.cat(
+            [(input_ids[:, :half] + 1) % self.model.config.vocab_size, input_ids[:, half:]], 1
+        )
         with torch.no_grad():
-            first, other = (self.hidden(ids, positions)[:, half:].float() for ids in (input_ids, changed))
+            first, other = (
+                self.hidden(ids, positions)[:, half:].float() for ids in (input_ids, changed)
+            )
             alone = self.hidden(input_ids[:, half:], own[None]).float()
         self.reshard()
         size = first.norm()
-        if not ((first - other).norm() <= _ROUNDING * size and (first - alone).norm() <= 10 * _ROUNDING * size):
+        if not (
+            (first - other).norm() <= _ROUNDING * size
+            and (first - alone).norm() <= 10 * _ROUNDING * size
+        ):
             raise HealError(
-                f"model_type {self.model.config.model_type!r} does not keep the documents of a row apart in "
+                f"model_type {self.model.config.model_type!r} does not keep the documents of a "
+                "row apart in "
                 "transformers; give --no-document-mask"
             )
 
     def reshard(self) -> None:
-        """Let go of gathered weights. FSDP keeps some from a forward, and would not see what changes after it."""
+        """Let go of gathered weights. FSDP keeps some from a forward, and would not see what
+        changes after it.
+        """
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     @contextmanager
     def only(self, layers: Sequence[int]) -> Iterator[None]:
-        """Run with these layers alone, each keeping its kind. At step 0 the base's layers give the base's loss."""
+        """Run with these layers alone, each keeping its kind. At step 0 the base's layers give
+        the base's loss.
+        """
         whole, config = self.layers, self.inner.config
         lists = _by_layer(config, len(whole))
         try:
@@ -157,7 +187,9 @@ class Decoder:
     def train_only(self, layers: Sequence[int] | None) -> None:
         """Let these layers learn, and nothing else; None is everything."""
         self.reshard()  # FSDP asks what learns when it gathers
-        learning = None if layers is None else {id(p) for i in layers for p in self.layers[i].parameters()}
+        learning = (
+            None if layers is None else {id(p) for i in layers for p in self.layers[i].parameters()}
+        )
         for parameter in self.parameters.values():
             parameter.requires_grad_(learning is None or id(parameter) in learning)
 
@@ -165,21 +197,29 @@ class Decoder:
 def _by_layer(config: Any, num_layers: int) -> dict[str, Sequence[Any]]:
     """A config's fields with an entry for each layer."""
     fields = vars(config).items()
-    return {key: value for key, value in fields if isinstance(value, (list, tuple)) and len(value) == num_layers}
+    return {
+        key: value
+        for key, value in fields
+        if isinstance(value, (list, tuple)) and len(value) == num_layers
+    }
 
 
 def stack_name(inner: nn.Module, num_layers: int) -> str:
     for name, child in inner.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == num_layers:
             return name
-    raise HealError(f"{shown(type(inner).__name__)} has no list of {num_layers} layers; dus heal does not know it")
+    raise HealError(
+        f"{shown(type(inner).__name__)} has no list of {num_layers} layers; dus heal does not "
+        "know it"
+    )
 
 
 def _join_tied(model: nn.Module) -> None:
     """Give a tied weight one storage, after the first forward.
 
-    transformers ties after `fully_shard`, so FSDP manages the weight twice. Where its rows do not divide by
-    the workers FSDP pads each of the two into a copy of its own then, and the optimizer would update one only.
+    transformers ties after `fully_shard`, so FSDP manages the weight twice. Where its rows do not
+    divide by the workers FSDP pads each of the two into a copy of its own then, and the optimizer
+    would update one only.
     """
     managed: dict[int, list[Any]] = {}
     for module in model.modules():
@@ -191,7 +231,11 @@ def _join_tied(model: nn.Module) -> None:
         if len(twins) == 1:
             continue
         storage = _storage(twins[0].sharded_param.to_local())
-        data = next(held._sharded_param_data for held in twins if _storage(held._sharded_param_data) == storage)  # noqa: SLF001
+        data = next(
+            held._sharded_param_data  # noqa: SLF001
+            for held in twins
+            if _storage(held._sharded_param_data) == storage  # noqa: SLF001
+        )
         for held in twins:
             held._sharded_param_data = data  # noqa: SLF001
 
@@ -206,8 +250,13 @@ def layers_of(model: Any, num_layers: int) -> list[Any]:
     for whole in (inner, model):
         for module in whole.modules():
             for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) == num_layers and list(child.parameters()):
+                if (
+                    isinstance(child, nn.ModuleList)
+                    and len(child) == num_layers
+                    and list(child.parameters())
+                ):
                     return list(child)
     raise ProbeError(
-        f"{shown(type(model).__name__)} has no list of {num_layers} layers; dus probe does not know this model_type"
+        f"{shown(type(model).__name__)} has no list of {num_layers} layers; dus probe does not "
+        "know this model_type"
     )

@@ -9,14 +9,18 @@ import torch
 
 
 def computes_in_bf16(device_type: str | None = None) -> bool:
-    """Whether a device has instructions for bf16: any accelerator, or a CPU for which oneDNN has kernels.
+    """Whether a device has instructions for bf16: any accelerator, or a CPU for which oneDNN has
+    kernels.
 
-    Without them, as on x86 before AVX-512, torch computes bf16 many times slower than fp32 (docs/healing.md).
+    Without them, as on x86 before AVX-512, torch computes bf16 many times slower than fp32
+    (docs/healing.md).
 
     Args:
         device_type: "cpu", "cuda" and so on; the one that torch finds by default.
     """
-    on_accelerator = torch.accelerator.is_available() if device_type is None else device_type != "cpu"
+    on_accelerator = (
+        torch.accelerator.is_available() if device_type is None else device_type != "cpu"
+    )
     return on_accelerator or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 

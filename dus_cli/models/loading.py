@@ -1,4 +1,6 @@
-"""Models as transformers loads them: from local files, quietly, and none of the checkpoint's code is run."""
+"""Models as transformers loads them: from local files, quietly, and none of the checkpoint's
+code is run.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,17 @@ from transformers.utils import logging as transformers_logging
 
 from dus_cli.errors import LoadError, reason_of, shown, shown_list
 
-# By the names of the safetensors format: the types that torch computes in, or casts from without a scale.
-STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# By the names of the safetensors format: the types that torch computes in, or casts from without a
+# scale.
+STORED_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
-# What transformers raises for a checkpoint that it does not take; it has no exception of its own for that.
+# What transformers raises for a checkpoint that it does not take; it has no exception of its own
+# for that.
 _REFUSALS = (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError)
 
 
@@ -40,7 +49,12 @@ def load_model(folder: str | Path, name: object, dtype: torch.dtype, **options: 
     """
     with refusals_told(name):
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     if missing:
@@ -50,12 +64,16 @@ def load_model(folder: str | Path, name: object, dtype: torch.dtype, **options: 
 
 @contextmanager
 def refusals_told(name: object) -> Iterator[None]:
-    """Let transformers work on a checkpoint: its bars and remarks are not shown, and a refusal is one line.
+    """Let transformers work on a checkpoint: its bars and remarks are not shown, and a refusal is
+    one line.
 
     Raises:
         LoadError: it refuses. An allocator's error passes as it is.
     """
-    level, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, has_bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
@@ -73,6 +91,7 @@ def refusals_told(name: object) -> Iterator[None]:
 def no_weights(name: object, parameters: Iterable[str]) -> LoadError:
     """What to say of parameters that the files have no tensors for."""
     return LoadError(
-        f"{shown(name)}: transformers finds no weights for {shown_list(sorted(parameters))} and would make them up; "
+        f"{shown(name)}: transformers finds no weights for {shown_list(sorted(parameters))} and "
+        "would make them up; "
         "dus verify tells what the files hold"
     )

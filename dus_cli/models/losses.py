@@ -1,9 +1,11 @@
-"""The loss, without the logits of a whole batch: cross-entropy, and the KL divergence from a teacher.
+"""The loss, without the logits of a whole batch: cross-entropy, and the KL divergence from a
+teacher.
 
-At 49,152 words and 8 × 512 tokens full logits are 800 MB in fp32, and as much again for their gradient.
-Here a chunk of rows is multiplied, its loss is taken, its gradient takes the place of its logits, and both are
-forgotten, as in Liger (arXiv:2410.10989). Both terms have the gradient "what the model says − what it should
-say", so they cost one pass. On a CPU that pass goes over a few rows at a time, which stay in its cache.
+At 49,152 words and 8 × 512 tokens full logits are 800 MB in fp32, and as much again for their
+gradient. Here a chunk of rows is multiplied, its loss is taken, its gradient takes the place of its
+logits, and both are forgotten, as in Liger (arXiv:2410.10989). Both terms have the gradient "what
+the model says − what it should say", so they cost one pass. On a CPU that pass goes over a few rows
+at a time, which stay in its cache.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from dus_cli.models.chunks import block_rows, block_words, chunk_rows
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: z = scale · (h Wᵀ + b), then cap · tanh(z / cap) where there is a cap."""
+    """From hidden states to logits: z = scale · (h Wᵀ + b), then cap · tanh(z / cap) where there
+    is a cap.
+    """
 
     scale: float = 1.0
     cap: float | None = None
 
     def logits(self, products: Tensor) -> Tensor:
-        """Logits in fp32, (tokens, vocabulary), of h Wᵀ + b. They may take the place of products that are fp32."""
+        """Logits in fp32, (tokens, vocabulary), of h Wᵀ + b. They may take the place of products
+        that are fp32.
+        """
         logits = products.float()
         if self.scale != 1.0:
             logits *= self.scale
@@ -51,7 +57,9 @@ def head_of(config: Any) -> Head:
 
 
 class _Loss(torch.autograd.Function):
-    """Sums over tokens of scale · ((1 − w) · CE + w · KL), and of CE and KL. Gradients flow from the first only."""
+    """Sums over tokens of scale · ((1 − w) · CE + w · KL), and of CE and KL. Gradients flow from
+    the first only.
+    """
 
     @staticmethod
     def forward(
@@ -69,7 +77,9 @@ class _Loss(torch.autograd.Function):
         share = teacher.weight if teacher is not None else 0.0
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient: Tensor | None = None
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        bias_gradient = (
+            torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        )
         sums = hidden.new_zeros(2, dtype=torch.float32)
         at_once = chunk_rows(hidden.device.type, weight.shape[0])
         for start in range(0, len(hidden), at_once):
@@ -83,7 +93,9 @@ class _Loss(torch.autograd.Function):
             if needs_weight:
                 # One chunk's is rounded once, as any layer's; those of several are summed in fp32.
                 product = products.mT @ hidden[rows]
-                weight_gradient = product if weight_gradient is None else weight_gradient.float().add_(product)
+                weight_gradient = (
+                    product if weight_gradient is None else weight_gradient.float().add_(product)
+                )
             if bias_gradient is not None:
                 bias_gradient += products.sum(0, dtype=torch.float32)
             del products, theirs
@@ -106,9 +118,16 @@ class _Loss(torch.autograd.Function):
 
 
 def _to_gradient(
-    products: Tensor, labels: Tensor, head: Head, scale: float, teacher: Teaching | None, theirs: Tensor | None
+    products: Tensor,
+    labels: Tensor,
+    head: Head,
+    scale: float,
+    teacher: Teaching | None,
+    theirs: Tensor | None,
 ) -> Tensor:
-    """Sums of CE and KL over the rows of h Wᵀ + b, (rows, vocabulary), which becomes its own gradient in place."""
+    """Sums of CE and KL over the rows of h Wᵀ + b, (rows, vocabulary), which becomes its own
+    gradient in place.
+    """
     share = teacher.weight if teacher is not None else 0.0
     sums = products.new_zeros(2, dtype=torch.float32)
     at_once = block_rows(products.device.type, products.shape[1])
@@ -139,7 +158,9 @@ def _to_gradient(
 
 @dataclass(frozen=True)
 class Teaching:
-    """The teacher's hidden states (tokens, width) for the same rows, its head, and the weight of its word."""
+    """The teacher's hidden states (tokens, width) for the same rows, its head, and the weight of
+    its word.
+    """
 
     hidden: Tensor
     output: nn.Module
@@ -148,7 +169,9 @@ class Teaching:
 
     def products(self, rows: slice) -> Tensor:
         """The teacher's h Wᵀ + b, (rows, vocabulary)."""
-        return functional.linear(self.hidden[rows], self.output.weight, getattr(self.output, "bias", None))  # type: ignore[arg-type]
+        return functional.linear(
+            self.hidden[rows], self.output.weight, getattr(self.output, "bias", None)
+        )  # type: ignore[arg-type]
 
 
 def loss_sums(
@@ -160,7 +183,8 @@ def loss_sums(
     scale: float = 1.0,
     between: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the labelled tokens: what is minimised, cross-entropy, KL(teacher ‖ model), in nats, fp32.
+    """Sums over the labelled tokens: what is minimised, cross-entropy, KL(teacher ‖ model), in
+    nats, fp32.
 
     Args:
         hidden: the decoder's output, (rows, length, width).
@@ -171,7 +195,11 @@ def loss_sums(
         scale: of what is minimised: 1 / tokens makes the sum a mean.
         between: called before each chunk of rows; what it raises ends the work.
     """
-    parts: tuple[Any, ...] = (hidden.reshape(-1, hidden.shape[-1]), output.weight, getattr(output, "bias", None))
+    parts: tuple[Any, ...] = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        output.weight,
+        getattr(output, "bias", None),
+    )
     if not torch.is_grad_enabled():  # which a Function is not told: it asks the tensors
         parts = tuple(part if part is None else part.detach() for part in parts)
     loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
@@ -187,7 +215,8 @@ def loss_sums(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
-    """Cross-entropy of each token in nats, fp32, (tokens,): of hidden states (tokens, width) and next tokens (tokens,).
+    """Cross-entropy of each token in nats, fp32, (tokens,): of hidden states (tokens, width) and
+    next tokens (tokens,).
 
     Without a gradient, and like the sums without the logits of all tokens at once.
     """
@@ -196,13 +225,17 @@ def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) 
     at_once = chunk_rows(hidden.device.type, weight.shape[0])
     for start in range(0, len(hidden), at_once):
         rows = slice(start, start + at_once)
-        products = functional.linear(hidden[rows], weight, getattr(output, "bias", None))  # (chunk, vocabulary)
+        products = functional.linear(
+            hidden[rows], weight, getattr(output, "bias", None)
+        )  # (chunk, vocabulary)
         losses[rows] = cross_entropies(products, labels[rows], head)
     return losses
 
 
 def cross_entropies(products: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Of each token, fp32, (tokens,): from h Wᵀ + b, (tokens, vocabulary), which may be overwritten."""
+    """Of each token, fp32, (tokens,): from h Wᵀ + b, (tokens, vocabulary), which may be
+    overwritten.
+    """
     losses = torch.empty(len(products), dtype=torch.float32, device=products.device)
     at_once = block_rows(products.device.type, products.shape[1])
     for start in range(0, len(products), at_once):
@@ -213,10 +246,12 @@ def cross_entropies(products: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def cross_entropy(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
-    """The sum over the labelled tokens of cross-entropy in nats, without a gradient: what a measurement needs.
+    """The sum over the labelled tokens of cross-entropy in nats, without a gradient: what a
+    measurement needs.
 
-    The vocabulary is taken in blocks with a running log-sum-exp (online softmax, arXiv:1805.02867): each weight is
-    read once, and no more logits exist at a time than a CPU's cache holds. Arguments as of `loss_sums`.
+    The vocabulary is taken in blocks with a running log-sum-exp (online softmax, arXiv:1805.02867):
+    each weight is read once, and no more logits exist at a time than a CPU's cache holds. Arguments
+    as of `loss_sums`.
     """
     weight: Tensor = output.weight  # type: ignore[assignment]
     bias: Tensor | None = getattr(output, "bias", None)
@@ -238,16 +273,18 @@ def check_head(ours: float, theirs: float, model_type: str) -> None:
     """Hold that our loss is the model's own.
 
     Raises:
-        HealError: the architecture does something between hidden states and logits that we do not know, or the
-            weights are damaged.
+        HealError: the architecture does something between hidden states and logits that we do not
+            know, or the weights are damaged.
     """
     if not math.isfinite(theirs):
         raise HealError(
-            f"the model's loss before training is {theirs}: its weights are damaged; dus verify --base finds the "
+            f"the model's loss before training is {theirs}: its weights are damaged; dus verify "
+            "--base finds the "
             "tensors that differ from the base's"
         )
     if not abs(ours - theirs) <= 0.02 * max(1.0, abs(theirs)):
         raise HealError(
-            f"the loss that dus computes for model_type {model_type!r} is {ours:.4f}, transformers' is {theirs:.4f}: "
+            f"the loss that dus computes for model_type {model_type!r} is {ours:.4f}, "
+            f"transformers' is {theirs:.4f}: "
             "this architecture changes its logits in a way dus does not know; please report it"
         )

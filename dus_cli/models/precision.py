@@ -6,14 +6,18 @@ from dus_cli.planning.dtypes import DtypeChoice
 
 
 class Precision(DtypeChoice):
-    """The dtype of the weights in forward and backward; auto is bf16 where the device has instructions for it."""
+    """The dtype of the weights in forward and backward; auto is bf16 where the device has
+    instructions for it.
+    """
 
     auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
 
     def on(self, device_type: str | None = None) -> Precision:
-        """What is computed in on such a device ("cpu", "cuda" and so on), or on the one that torch finds by default."""
+        """What is computed in on such a device ("cpu", "cuda" and so on), or on the one that
+        torch finds by default.
+        """
         if self is not Precision.auto:
             return self
         from dus_cli.models.devices import computes_in_bf16

@@ -1,4 +1,6 @@
-"""How a worker ends when it is asked to: at once while there is nothing to keep, else as a team, with a checkpoint."""
+"""How a worker ends when it is asked to: at once while there is nothing to keep, else as a team,
+with a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dus_cli.models.team import Team
 
-# Seconds in which a worker that was asked to stop has to come to a place where its team can. Kubernetes and Slurm
-# kill after 30, and what there is to keep wants to be written in them.
+# Seconds in which a worker that was asked to stop has to come to a place where its team can.
+# Kubernetes and Slurm kill after 30, and what there is to keep wants to be written in them.
 _GRACE = 8.0
 _POLL = 0.1
 
-# Seconds in which signals count as one. A launcher that is killed sends SIGTERM more than once: the kernel does so as
-# each of its threads ends, and torchrun passes on what it got.
+# Seconds in which signals count as one. A launcher that is killed sends SIGTERM more than once: the
+# kernel does so as each of its threads ends, and torchrun passes on what it got.
 _SAME = 2.0
 
-# FLOPs between two questions of a team to itself: some tenths of a second, against a fraction of a millisecond.
+# FLOPs between two questions of a team to itself: some tenths of a second, against a fraction of a
+# millisecond.
 _WORK = {"cpu": 2e10}
 _WORK_ELSEWHERE = 1e14
 
-# What passes a brake between two questions, at most: in small layers the FLOPs are not what takes the time.
+# What passes a brake between two questions, at most: in small layers the FLOPs are not what takes
+# the time.
 _PASSES = 100
 
 _HEARD = (signal.SIGTERM, signal.SIGINT)
@@ -37,14 +41,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequested(BaseException):
-    """A signal came, to this worker or to another of its team; all of them raise it at the same place."""
+    """A signal came, to this worker or to another of its team; all of them raise it at the same
+    place.
+    """
 
 
 class Signals:
-    """SIGTERM and SIGINT of this process, heard by a thread, so also while a library is at work for long.
+    """SIGTERM and SIGINT of this process, heard by a thread, so also while a library is at work for
+    long.
 
-    The first one ends the process at once, unless it is `cooperating`; then the work has to come to a `Brake` soon. A
-    later one ends it whatever it does, from two seconds after the first on.
+    The first one ends the process at once, unless it is `cooperating`; then the work has to come to
+    a `Brake` soon. A later one ends it whatever it does, from two seconds after the first on.
     """
 
     def __init__(self) -> None:
@@ -53,7 +60,9 @@ class Signals:
         self._ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         for signum in _HEARD:
-            signal.signal(signum, lambda *_: None)  # Python's handlers wait for the library, the thread does not
+            signal.signal(
+                signum, lambda *_: None
+            )  # Python's handlers wait for the library, the thread does not
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_be_deaf)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -65,7 +74,9 @@ class Signals:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal, as a shell has it; 0 under torchrun, which would start the worker again."""
+        """128 + the signal, as a shell has it; 0 under torchrun, which would start the worker
+        again.
+        """
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + (self.signum or signal.SIGTERM)
 
     def cooperate(self) -> None:
@@ -74,7 +85,8 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The time to come to a brake does not run: what is under way ends soon, or is what is to be kept.
+        """The time to come to a brake does not run: what is under way ends soon, or is what is to
+        be kept.
 
         One within another ends with the outer one.
         """
@@ -95,11 +107,15 @@ class Signals:
                     break
             if self._is_held:
                 deadline = time.monotonic() + _GRACE
-        os._exit(self.exit_code)  # whoever waits for a lost worker in a collective would wait for long
+        os._exit(
+            self.exit_code
+        )  # whoever waits for a lost worker in a collective would wait for long
 
 
 def _be_deaf() -> None:
-    """In a process that a library forks: what ends that one is not meant for this one, whose pipe it has too."""
+    """In a process that a library forks: what ends that one is not meant for this one, whose
+    pipe it has too.
+    """
     signal.set_wakeup_fd(-1)
     for signum in _HEARD:
         signal.signal(signum, signal.SIG_DFL)
@@ -114,7 +130,8 @@ class Brake:
         self._work = 0.0
 
     def passed(self, flops: float) -> None:
-        """Note work that every worker does, in the same order; after enough of it they ask each other.
+        """Note work that every worker does, in the same order; after enough of it they ask each
+        other.
 
         Raises:
             StopRequested: one of them was asked to stop.
@@ -144,9 +161,11 @@ class Brake:
 
 
 def end_with_torchrun() -> None:
-    """Have the kernel send SIGTERM when torchrun is gone: its workers, in sessions of their own, outlive its kill -9.
+    """Have the kernel send SIGTERM when torchrun is gone: its workers, in sessions of their own,
+    outlive its kill -9.
 
-    Only there: the kernel means the thread that started this process, and torchrun does so from its main one.
+    Only there: the kernel means the thread that started this process, and torchrun does so from its
+    main one.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return

@@ -19,8 +19,9 @@ _TIMEOUT = timedelta(minutes=60)
 class Team:
     """A worker's place. One worker has no groups, and needs no port.
 
-    `saving` is a group of its own: a checkpoint is saved while training goes on. So is `talking`, which is gloo's on
-    every device: what the workers tell each other needs no GPU, and a lost one is an error there at once.
+    `saving` is a group of its own: a checkpoint is saved while training goes on. So is `talking`,
+    which is gloo's on every device: what the workers tell each other needs no GPU, and a lost one
+    is an error there at once.
     """
 
     rank: int
@@ -73,10 +74,17 @@ def gathered() -> Iterator[Team]:
 
     Without them it is a team of one.
     """
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
         os.environ.setdefault(name, value)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     device = torch.device("cpu")
     if accelerator is not None:
         device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))

@@ -38,14 +38,18 @@ _MAX_DOTS = 60
 MAX_SERIES = 8
 
 
-def loss_curve(rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, title: str, dark: bool = False) -> str:
+def loss_curve(
+    rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, title: str, dark: bool = False
+) -> str:
     """The picture of a run, from the rows of its metrics.jsonl.
 
-    Thin: training loss, smoothed. Thick: held-out loss, from right after scaling
-    to the end. Dashed: the base's held-out loss, with the first measurement that is at it or below it.
+    Thin: training loss, smoothed. Thick: held-out loss, from right after scaling to the end.
+    Dashed: the base's held-out loss, with the first measurement that is at it or below it.
     """
     ordered = [row for _, row in sorted({row["step"]: row for row in rows}.items())]
-    training = _points((row["tokens"], row.get("loss")) for row in ordered if not row.get("skipped"))
+    training = _points(
+        (row["tokens"], row.get("loss")) for row in ordered if not row.get("skipped")
+    )
     heldout = _points((row["tokens"], row.get("eval_loss")) for row in ordered)
     base_loss = _finite(base_loss)
     reached = None if base_loss is None else next((p for p in heldout if p[1] <= base_loss), None)
@@ -70,12 +74,20 @@ def loss_curve(rows: Iterable[Mapping[str, Any]], *, base_loss: float | None, ti
     if reached is not None and reached[0] > 0:
         parts.append(plot.reached(reached))
     if not training and not heldout:
-        parts.append(plot.text((0, plot.low), "nothing measured yet", colour["axis"], dx=10, dy=-10))
-    return document(parts, title, _description(training, heldout, base_loss, reached), _HEIGHT, colour)
+        parts.append(
+            plot.text((0, plot.low), "nothing measured yet", colour["axis"], dx=10, dy=-10)
+        )
+    return document(
+        parts, title, _description(training, heldout, base_loss, reached), _HEIGHT, colour
+    )
 
 
 def compare_curves(
-    series: Mapping[str, Sequence[Point]], *, base_loss: float | None, title: str, dark: bool = False
+    series: Mapping[str, Sequence[Point]],
+    *,
+    base_loss: float | None,
+    title: str,
+    dark: bool = False,
 ) -> str:
     """Held-out losses of several runs in one picture, each as (tokens, loss) under its name.
 
@@ -121,7 +133,10 @@ class _Plot:
         """Axes with all the points and the base's line inside, and air for the labels."""
         losses = [loss for _, loss in points] + ([] if base_loss is None else [base_loss])
         low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
-        middle, spread = (low + high) / 2, max(high - low, 0.02 * abs(high), 1e-3)  # a constant has a spread, too
+        middle, spread = (
+            (low + high) / 2,
+            max(high - low, 0.02 * abs(high), 1e-3),
+        )  # a constant has a spread, too
         most = max((tokens for tokens, _ in points), default=0.0)
         return cls(most, middle - 0.62 * spread, middle + 0.62 * spread, COLOURS[dark])
 
@@ -147,10 +162,14 @@ class _Plot:
             label = f"{loss:.{decimals}f}"
             parts.append(text_at(_LEFT - 8, y + 4.5, label, colour["axis"], anchor="end"))
         parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
-        for tokens in ticks(0, self.most, nice_step(self.most, 6, least=1.0)) if self.most else [0.0]:
+        for tokens in (
+            ticks(0, self.most, nice_step(self.most, 6, least=1.0)) if self.most else [0.0]
+        ):
             x = self.x(tokens)
             parts.append(f'<path d="M{x:.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
-            parts.append(text_at(x, _BOTTOM + 20, human_count(tokens), colour["axis"], anchor="middle"))
+            parts.append(
+                text_at(x, _BOTTOM + 20, human_count(tokens), colour["axis"], anchor="middle")
+            )
         parts.append(text_at(_RIGHT, _BOTTOM + 38, "tokens", colour["axis"], anchor="end"))
         return "".join(parts)
 
@@ -163,9 +182,16 @@ class _Plot:
     def dot(self, point: Point, style: str) -> str:
         return f'<circle cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" {style}/>'
 
-    def text(self, point: Point, text: str, fill: str, *, dx: float, dy: float, anchor: str = "start") -> str:
+    def text(
+        self, point: Point, text: str, fill: str, *, dx: float, dy: float, anchor: str = "start"
+    ) -> str:
         return text_at(
-            self.x(point[0]) + dx, self.y(point[1]) + dy, text, fill, anchor=anchor, halo=self.colour["page"]
+            self.x(point[0]) + dx,
+            self.y(point[1]) + dy,
+            text,
+            fill,
+            anchor=anchor,
+            halo=self.colour["page"],
         )
 
     def base_line(self, base_loss: float, colour: str) -> str:
@@ -182,7 +208,9 @@ class _Plot:
         return self.text(start, label, colour, dx=10, dy=17)
 
     def reached(self, point: Point) -> str:
-        """A ring where the base is reached, and a line up to its label: the curves are low by then."""
+        """A ring where the base is reached, and a line up to its label: the curves are low by
+        then.
+        """
         colour, x, y = self.colour["base"], self.x(point[0]), self.y(point[1])
         label = f"at the base after {human_count(point[0])} tokens"
         fits = x + 10 + len(label) * CHARACTER < _RIGHT
@@ -230,7 +258,10 @@ def _legend_row(entries: Sequence[tuple[str, str, float]], colour: Mapping[str, 
 
 
 def _description(
-    training: Sequence[Point], heldout: Sequence[Point], base_loss: float | None, reached: Point | None
+    training: Sequence[Point],
+    heldout: Sequence[Point],
+    base_loss: float | None,
+    reached: Point | None,
 ) -> str:
     """What the picture shows, for those who do not see it."""
     said = []
@@ -238,9 +269,13 @@ def _description(
         said.append(f"Training loss from {training[0][1]:.3f} to {training[-1][1]:.3f}.")
     if heldout:
         end = human_count(heldout[-1][0])
-        said.append(f"Held-out loss from {heldout[0][1]:.3f} to {heldout[-1][1]:.3f} after {end} tokens.")
+        said.append(
+            f"Held-out loss from {heldout[0][1]:.3f} to {heldout[-1][1]:.3f} after {end} tokens."
+        )
     if base_loss is not None:
-        when = "not reached" if reached is None else f"reached after {human_count(reached[0])} tokens"
+        when = (
+            "not reached" if reached is None else f"reached after {human_count(reached[0])} tokens"
+        )
         said.append(f"Held-out loss of the base: {base_loss:.3f}, {when}.")
     return " ".join(said) or "Nothing measured yet."
 
@@ -266,13 +301,18 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
     count = min(len(points), _MAX_POINTS)
     edges = [len(points) * k // count for k in range(count + 1)] if count else []
     groups = [points[start:stop] for start, stop in pairwise(edges)]
-    return [(math.fsum(t for t, _ in g) / len(g), math.fsum(loss for _, loss in g) / len(g)) for g in groups]
+    return [
+        (math.fsum(t for t, _ in g) / len(g), math.fsum(loss for _, loss in g) / len(g))
+        for g in groups
+    ]
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """Losses as means over a sixth of the run, so that batches hide neither the trend nor the held-out line.
+    """Losses as means over a sixth of the run, so that batches hide neither the trend nor the
+    held-out line.
 
-    Of each sixth the middle half, so that a spike is none; at the start over fewer, for there the loss falls fastest.
+    Of each sixth the middle half, so that a spike is none; at the start over fewer, for there the
+    loss falls fastest.
     """
     losses = [loss for _, loss in points]
     reaches = [min(k + 1, len(points) // 12) for k in range(len(points))]

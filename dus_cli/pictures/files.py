@@ -22,10 +22,15 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() != ".svg":
         raise OutputError(f"--plot {shown(path)}: dus draws SVG; give a name that ends in .svg")
     if path.is_dir() or not path.resolve().parent.is_dir():
-        raise OutputError(f"--plot {shown(path)} is no place for a file; give a name in a folder that exists")
+        raise OutputError(
+            f"--plot {shown(path)} is no place for a file; give a name in a folder that exists"
+        )
     for target in (path, dark_twin(path)):
         if os.path.lexists(target) and not is_drawn(target):
-            raise OutputError(f"--plot: {shown(target)} exists and is no picture that dus drew; choose another name")
+            raise OutputError(
+                f"--plot: {shown(target)} exists and is no picture that dus drew; choose another "
+                "name"
+            )
 
 
 def dark_twin(path: Path) -> Path:
@@ -38,7 +43,8 @@ def dark_twin(path: Path) -> Path:
 
 
 def write_pictures(path: Path, draw: Callable[[bool], str]) -> None:
-    """FILE.svg for a light page and FILE-dark.svg for a dark one, each under its name once it is whole.
+    """FILE.svg for a light page and FILE-dark.svg for a dark one, each under its name once it is
+    whole.
 
     `draw` is told whether the page is dark.
 

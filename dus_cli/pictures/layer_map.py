@@ -35,15 +35,22 @@ def describe_map(layer_map: LayerMap) -> str:
     """
     runs = layer_map.runs
     if len(runs) > 4:
-        return f"{layer_map.num_base_layers} base layers, cut into {len(runs)} runs, make {len(layer_map)} layers"
+        return (
+            f"{layer_map.num_base_layers} base layers, cut into {len(runs)} runs, make "
+            f"{len(layer_map)} layers"
+        )
     spans = [str(r.start) if len(r) == 1 else f"{r.start} to {r.stop - 1}" for r in runs]
-    return f"Base layers {', then '.join(spans)}{',' * (len(runs) > 1)} make {len(layer_map)} layers"
+    return (
+        f"Base layers {', then '.join(spans)}{',' * (len(runs) > 1)} make {len(layer_map)} layers"
+    )
 
 
 def layer_map_svg(layer_map: LayerMap, *, dark: bool, identities: Collection[int] = ()) -> str:
-    """The base, each run cut from it under the base's layers, and the output with its seams: some kB for any map.
+    """The base, each run cut from it under the base's layers, and the output with its seams: some
+    kB for any map.
 
-    `identities` are output layers that start as identities: outlined, not filled. Holds numbers and colours only.
+    `identities` are output layers that start as identities: outlined, not filled. Holds numbers and
+    colours only.
     """
     colour, run_colours = (_DARK, _DARK_RUNS) if dark else (_LIGHT, _LIGHT_RUNS)
     n, runs = layer_map.num_base_layers, layer_map.runs
@@ -54,7 +61,13 @@ def layer_map_svg(layer_map: LayerMap, *, dark: bool, identities: Collection[int
                 rows.append(("…", [], f"{len(runs) - _MAX_ROWS + 1} more"))
             continue
         bars = _cells(run, n, run_colours[number % len(run_colours)])
-        rows.append((f"copy {number + 1}", bars, f"layers {_span(run)}" if len(run) > 1 else f"layer {run.start}"))
+        rows.append(
+            (
+                f"copy {number + 1}",
+                bars,
+                f"layers {_span(run)}" if len(run) > 1 else f"layer {run.start}",
+            )
+        )
     pitch = 34 if len(rows) <= 4 else 22
     parts: list[str] = []
     y = 20
@@ -74,15 +87,21 @@ def layer_map_svg(layer_map: LayerMap, *, dark: bool, identities: Collection[int
 
 
 def _cells(layers: range, of: int, colour: str) -> list[Bar]:
-    """A run of layers on the scale of `of` layers: a cell for each, one bar where cells would be too narrow."""
+    """A run of layers on the scale of `of` layers: a cell for each, one bar where cells would be
+    too narrow.
+    """
     pitch = _pitch(of)
     if pitch < _SMALLEST_CELL:
         return [(layers.start * pitch, max(1.0, len(layers) * pitch), colour, False)]
     return [(k * pitch, pitch - _gap(pitch), colour, False) for k in layers]
 
 
-def _outputs(layer_map: LayerMap, colours: tuple[str, ...], identities: frozenset[int]) -> list[Bar]:
-    """The output's layers, each in its run's colour; where cells are too narrow one bar for the same pixels."""
+def _outputs(
+    layer_map: LayerMap, colours: tuple[str, ...], identities: frozenset[int]
+) -> list[Bar]:
+    """The output's layers, each in its run's colour; where cells are too narrow one bar for the
+    same pixels.
+    """
     run_of = [number for number, run in enumerate(layer_map.runs) for _ in run]
     pitch = _pitch(len(layer_map))
 
@@ -91,7 +110,10 @@ def _outputs(layer_map: LayerMap, colours: tuple[str, ...], identities: frozense
 
     if pitch >= _SMALLEST_CELL:
         looks = [(j, look(j)) for j in range(len(layer_map))]
-        return [(j * pitch, pitch - _gap(pitch), colours[run % len(colours)], hollow) for j, (run, hollow) in looks]
+        return [
+            (j * pitch, pitch - _gap(pitch), colours[run % len(colours)], hollow)
+            for j, (run, hollow) in looks
+        ]
     pixels = [look(x * len(layer_map) // _WIDTH) for x in range(_WIDTH)]
     bars, x = [], 0
     for (run, hollow), group in groupby(pixels):
@@ -105,9 +127,7 @@ def _row(label: str, bars: list[Bar], note: str, y: int) -> Iterator[str]:
     yield f'<text x="8" y="{y + 11}">{label}</text>'
     for x, width, colour, hollow in bars:
         if hollow:
-            box = (
-                f'x="{_LEFT + x + 0.6:g}" y="{y + 0.6:g}" width="{max(0.4, width - 1.2):g}" height="{_HEIGHT - 1.2:g}"'
-            )
+            box = f'x="{_LEFT + x + 0.6:g}" y="{y + 0.6:g}" width="{max(0.4, width - 1.2):g}" height="{_HEIGHT - 1.2:g}"'
             yield f'<rect {box} fill="none" stroke="{colour}" stroke-width="1.2"/>'
         else:
             yield f'<rect x="{_LEFT + x:g}" y="{y}" width="{width:g}" height="{_HEIGHT}" fill="{colour}"/>'

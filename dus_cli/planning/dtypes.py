@@ -1,7 +1,8 @@
 """`--dtype`: floating-point tensors cast while they stream, rounded as torch rounds.
 
-torch does the rounding (to nearest, ties to even) and is imported at the first number that must change
-its dtype: it comes with the `heal` extra, and a checkpoint that has the dtype already never needs it.
+torch does the rounding (to nearest, ties to even) and is imported at the first number that must
+change its dtype: it comes with the `heal` extra, and a checkpoint that has the dtype already never
+needs it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _OTHER_NAMES = {
 
 
 def torch_name(text: str) -> str:
-    """The name that torch prints for a dtype, of any name that is in use; other text comes back in small letters.
+    """The name that torch prints for a dtype, of any name that is in use; other text comes back in
+    small letters.
 
     >>> torch_name("bf16"), torch_name("torch.half"), torch_name("F32"), torch_name("auto")
     ('bfloat16', 'float16', 'float32', 'auto')
@@ -61,7 +63,9 @@ class DtypeChoice(str, Enum):
         try:
             return cls(text)
         except ValueError:
-            raise ValueError(f"{shown(text)!r} is not one of {', '.join(choice.value for choice in cls)}") from None
+            raise ValueError(
+                f"{shown(text)!r} is not one of {', '.join(choice.value for choice in cls)}"
+            ) from None
 
 
 class Dtype(DtypeChoice):
@@ -81,13 +85,15 @@ class Dtype(DtypeChoice):
         return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[self.value]
 
 
-# What is cast: safetensors' names, with torch's. Other dtypes are numbers of another kind and stay as they are.
+# What is cast: safetensors' names, with torch's. Other dtypes are numbers of another kind and stay
+# as they are.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Floats of eight bits and fewer mean nothing without their scales.
 _SCALED = ("F4", "F6_", "F8_")
 _INTEGERS = frozenset(["I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"])
-# How integer tensors end that hold packed weights (GPTQ, AWQ, bitsandbytes, compressed-tensors, MXFP4).
+# How integer tensors end that hold packed weights (GPTQ, AWQ, bitsandbytes, compressed-tensors,
+# MXFP4).
 _PACKED = (".weight", ".qweight", ".qzeros", ".weight_packed", ".weight.absmax", "_blocks", ".SCB")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -112,10 +118,11 @@ class Cast:
         return DTYPE_BITS[self.target] // 8
 
     def __call__(self, numbers: memoryview, into: memoryview) -> int:
-        """Cast `numbers` into a buffer of their count; returns how many finite ones became infinite.
+        """Cast `numbers` into a buffer of their count; returns how many finite ones became
+        infinite.
 
-        Every NaN becomes the one that torch calls nan: which bits else depends on the CPU, and in torch even on the
-        place of the number in its tensor.
+        Every NaN becomes the one that torch calls nan: which bits else depends on the CPU, and in
+        torch even on the place of the number in its tensor.
         """
         import torch
 
@@ -140,14 +147,17 @@ def _torch_dtype(stored: str) -> torch.dtype:
 def overflow(name: str, cast: Cast) -> CheckpointError:
     """The error for a tensor with finite numbers that the dtype cannot hold."""
     return CheckpointError(
-        f"tensor {shown(name)} holds finite {cast.source} numbers beyond {FLOATS[cast.target]}'s range "
+        f"tensor {shown(name)} holds finite {cast.source} numbers beyond {FLOATS[cast.target]}'s "
+        "range "
         f"(±{_LARGEST[cast.target]}), which would become infinite; choose "
-        f"{'--dtype bfloat16 or float32' if cast.target == 'F16' else 'another --dtype'}, or leave it out"
+        f"{'--dtype bfloat16 or float32' if cast.target == 'F16' else 'another --dtype'}, or "
+        "leave it out"
     )
 
 
 def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
-    """Hold that the numbers of a checkpoint mean what they say, and tell of what a person should know.
+    """Hold that the numbers of a checkpoint mean what they say, and tell of what a person should
+    know.
 
     Raises:
         CheckpointError: it is quantised.
@@ -156,14 +166,18 @@ def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
         for key in _QUANTIZATION_KEYS:
             if fields.get(key):
                 raise CheckpointError(
-                    f"--dtype: the model is quantised (config.json has {key}), and its tensors cannot be cast one by "
+                    f"--dtype: the model is quantised (config.json has {key}), and its tensors "
+                    "cannot be cast one by "
                     "one; use the unquantised model, or leave out --dtype"
                 )
     found: Counter[str] = Counter()
     for _, tensor in checkpoint.tensors():
-        if tensor.dtype.startswith(_SCALED) or (tensor.dtype in _INTEGERS and tensor.name.endswith(_PACKED)):
+        if tensor.dtype.startswith(_SCALED) or (
+            tensor.dtype in _INTEGERS and tensor.name.endswith(_PACKED)
+        ):
             raise CheckpointError(
-                f"--dtype: {shown(tensor.name)} is quantised ({tensor.dtype}), and casting would part it from its "
+                f"--dtype: {shown(tensor.name)} is quantised ({tensor.dtype}), and casting would "
+                "part it from its "
                 "scale; use the unquantised model, or leave out --dtype"
             )
         if tensor.dtype in FLOATS:
@@ -171,7 +185,12 @@ def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
     if len(found) < 2:
         return ()
     said = ", ".join(f"{count} {FLOATS[stored]}" for stored, count in found.most_common())
-    return (f"the base's tensors are of several dtypes ({said}); --dtype casts all of them to {dtype.value}",)
+    return (
+        (
+            f"the base's tensors are of several dtypes ({said}); --dtype casts all of them to "
+            f"{dtype.value}"
+        ),
+    )
 
 
 def cast_dtype(tensor: TensorInfo, dtype: Dtype | None) -> str:
@@ -180,13 +199,16 @@ def cast_dtype(tensor: TensorInfo, dtype: Dtype | None) -> str:
 
 
 def output_config(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:
-    """The config of weights under the usual names, cast to `dtype`: without a field that names another file."""
+    """The config of weights under the usual names, cast to `dtype`: without a field that names
+    another file.
+    """
     named = {key: value for key, value in config.items() if key != EXPLICIT_KEY}
     return config_with_dtype(named, dtype)
 
 
 def config_with_dtype(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:
-    """The config that says the new dtype: wherever it says one, in nested configs too, and at the top in any case.
+    """The config that says the new dtype: wherever it says one, in nested configs too, and at the
+    top in any case.
 
     `torch_dtype` is what transformers before 4.56 wrote.
     """
@@ -209,4 +231,12 @@ def _said_anew(fields: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 def _nested(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The config and every config in it."""
-    return [config, *(inner for value in config.values() if isinstance(value, dict) for inner in _nested(value))]
+    return [
+        config,
+        *(
+            inner
+            for value in config.values()
+            if isinstance(value, dict)
+            for inner in _nested(value)
+        ),
+    ]

@@ -1,7 +1,8 @@
-"""Which inference engines compute a map's output as config.json says, and which trims keep them right.
+"""Which inference engines compute a map's output as config.json says, and which trims keep them
+right.
 
-`maps.engines` says how each engine comes to what a layer is. Base and output are held against that without the
-engines: it costs what comparing lists costs.
+`maps.engines` says how each engine comes to what a layer is. Base and output are held against that
+without the engines: it costs what comparing lists costs.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from dus_cli.maps.model_config import DecoderConfig, decoder_config, deepen_conf
 from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, NumberedNames
 from dus_cli.maps.rules import DepthScaled, Kinds, Rule
 
-# How many trims to each side are tried, at least, and how many layers may be looked at for it: all trims of any model
-# that there is, some of an absurd one. How many of those that would do are named.
+# How many trims to each side are tried, at least, and how many layers may be looked at for it: all
+# trims of any model that there is, some of an absurd one. How many of those that would do are
+# named.
 _TRIED = 24
 _WORK = 400_000
 _NAMED = 3
 
 
 class Judged(NamedTuple):
-    """What an engine makes of an output and of its base. `trims` are the nearest with which it would be right."""
+    """What an engine makes of an output and of its base. `trims` are the nearest with which it
+    would be right.
+    """
 
     engine: Engine
     verdict: Verdict
@@ -49,7 +53,9 @@ class Judged(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A trim that nobody gave. `why` says why it is not a quarter of the layers; None where it is."""
+    """A trim that nobody gave. `why` says why it is not a quarter of the layers; None where it
+    is.
+    """
 
     trim: int
     why: str | None = None
@@ -76,20 +82,31 @@ class Maps:
 
     @cached_property
     def tells(self) -> Kinds:
-        """All by which the config tells the base's layers apart; nothing where it is not understood."""
+        """All by which the config tells the base's layers apart; nothing where it is not
+        understood.
+        """
         whole = LayerMap(tuple(range(self.decoder.num_layers)), self.decoder.num_layers)
         try:
             tells = deepen_config(self.config, whole, self.assume, self.names).tells
         except ConfigError:
             return {}
-        return {name: kinds for name, kinds in tells.items() if len(kinds) == self.decoder.num_layers}
+        return {
+            name: kinds for name, kinds in tells.items() if len(kinds) == self.decoder.num_layers
+        }
 
     def judge(self, layer_map: LayerMap) -> tuple[Judged, ...]:
-        """What each engine makes of a map's output: every layer is told to be what its source is."""
+        """What each engine makes of a map's output: every layer is told to be what its source
+        is.
+        """
         decoder = self.decoder
-        mapped = {name: [kinds[base] for base in layer_map.sources] for name, kinds in self.tells.items()}
+        mapped = {
+            name: [kinds[base] for base in layer_map.sources] for name, kinds in self.tells.items()
+        }
         scaled = [rule.follow(decoder.fields, layer_map) for rule in self._scales]
-        fields = {**decoder.fields, **{key: value for found in scaled for key, value in found.items()}}
+        fields = {
+            **decoder.fields,
+            **{key: value for found in scaled for key, value in found.items()},
+        }
         output = judge(Told(fields, len(layer_map), mapped), self.types)
         return tuple(
             Judged(ours.engine, ours.verdict, theirs.verdict, ours.faults)
@@ -98,12 +115,16 @@ class Maps:
 
     @cached_property
     def _of_base(self) -> tuple[Judgement, ...]:
-        return tuple(judge(Told(self.decoder.fields, self.decoder.num_layers, self.tells), self.types))
+        return tuple(
+            judge(Told(self.decoder.fields, self.decoder.num_layers, self.tells), self.types)
+        )
 
     @cached_property
     def _scales(self) -> tuple[Rule, ...]:
         """The rules of fields that are numbers which change with the depth."""
-        return tuple(rule for rule in rules_for(self.decoder.model_type) if isinstance(rule, DepthScaled))
+        return tuple(
+            rule for rule in rules_for(self.decoder.model_type) if isinstance(rule, DepthScaled)
+        )
 
     def with_trims(self, judged: Sequence[Judged], near: int | None) -> tuple[Judged, ...]:
         """The same, with the trims that would be right for each engine that is wrong."""
@@ -119,11 +140,18 @@ class Maps:
         """The trims with which none of these engines is wrong, nearest first."""
         return self._trims(near, lambda judged: not _wrong(judged) & set(engines))
 
-    def trims_without(self, faults: Sequence[Fault], engines: Sequence[str], near: int | None) -> list[int]:
+    def trims_without(
+        self, faults: Sequence[Fault], engines: Sequence[str], near: int | None
+    ) -> list[int]:
         """The nearest trims with which these engines have none of these faults, by size."""
 
         def fits(judged: Sequence[Judged]) -> bool:
-            return not any(fault in faults for one in judged if one.engine.name in engines for fault in one.faults)
+            return not any(
+                fault in faults
+                for one in judged
+                if one.engine.name in engines
+                for fault in one.faults
+            )
 
         return sorted(islice(self._trims(self._near(near), fits), _NAMED))
 
@@ -139,7 +167,12 @@ class Maps:
     def can_be(self, trim: int) -> bool:
         """Whether config.json can say a depthwise scaling."""
         try:
-            deepen_config(self.config, stack(self.decoder.num_layers, trim, self.copies), self.assume, self.names)
+            deepen_config(
+                self.config,
+                stack(self.decoder.num_layers, trim, self.copies),
+                self.assume,
+                self.names,
+            )
         except ConfigError:
             return False
         return True
@@ -165,8 +198,8 @@ def outwards(near: int, num_layers: int) -> Iterator[int]:
 def choose_trim(maps: Maps, engines: Sequence[str] = ()) -> Chosen:
     """The trim nearest to a quarter of the layers with which `engines` compute what they should.
 
-    Without any it is the nearest with which fewest of all engines depart from config.json: which keeps the step of
-    what repeats along the depth.
+    Without any it is the nearest with which fewest of all engines depart from config.json: which
+    keeps the step of what repeats along the depth.
 
     Raises:
         EngineError: there is none for `engines`.
@@ -174,7 +207,9 @@ def choose_trim(maps: Maps, engines: Sequence[str] = ()) -> Chosen:
     """
     quarter = default_trim(maps.decoder.num_layers)
     stack(maps.decoder.num_layers, quarter, maps.copies)
-    if not maps.may_depart or not maps.can_be(quarter):  # nothing to judge; or no such map, and the plan says why
+    if not maps.may_depart or not maps.can_be(
+        quarter
+    ):  # nothing to judge; or no such map, and the plan says why
         return Chosen(quarter)
     counted = set(engines) or {engine.name for engine in ENGINES}
     trim = _fewest_wrong(maps, quarter, counted)
@@ -185,7 +220,9 @@ def choose_trim(maps: Maps, engines: Sequence[str] = ()) -> Chosen:
         return Chosen(quarter)
     remaining = {one.engine.name: one.faults for one in at_best}
     avoided = [
-        one._replace(faults=tuple(fault for fault in one.faults if fault not in remaining[one.engine.name]))
+        one._replace(
+            faults=tuple(fault for fault in one.faults if fault not in remaining[one.engine.name])
+        )
         for one in judged
         if one.engine.name in counted
     ]
@@ -209,7 +246,9 @@ def _wrong(judged: Sequence[Judged]) -> set[str]:
     return {one.engine.name for one in judged if one.verdict.is_wrong}
 
 
-def judge_config(config: dict[str, Any], assume: Mapping[str, Assumption] = NO_ASSUMPTIONS) -> tuple[Judged, ...]:
+def judge_config(
+    config: dict[str, Any], assume: Mapping[str, Assumption] = NO_ASSUMPTIONS
+) -> tuple[Judged, ...]:
     """What each engine makes of a config as it stands, whoever made it.
 
     Raises:
@@ -220,7 +259,9 @@ def judge_config(config: dict[str, Any], assume: Mapping[str, Assumption] = NO_A
     return Maps(config, decoder, assume=assume).judge(whole)
 
 
-def check_right(maps: Maps, judged: Sequence[Judged], engines: Sequence[str], trim: int | None) -> None:
+def check_right(
+    maps: Maps, judged: Sequence[Judged], engines: Sequence[str], trim: int | None
+) -> None:
     """Hold that `engines` compute what config.json says.
 
     Raises:
@@ -232,10 +273,17 @@ def check_right(maps: Maps, judged: Sequence[Judged], engines: Sequence[str], tr
         raise EngineError(f"--for {asked}: {'; '.join(_with_advice(maps, named, trim))}")
 
 
-def engine_warnings(maps: Maps, judged: Sequence[Judged], engines: Sequence[str], trim: int | None) -> tuple[str, ...]:
-    """What a person should know who gives the output to one of the engines; of `engines` also what is not known."""
+def engine_warnings(
+    maps: Maps, judged: Sequence[Judged], engines: Sequence[str], trim: int | None
+) -> tuple[str, ...]:
+    """What a person should know who gives the output to one of the engines; of `engines` also
+    what is not known.
+    """
     asked = [one for one in judged if one.engine.name in engines]
-    return (*_with_advice(maps, [one for one in judged if one.verdict.is_wrong], trim), *asides(asked))
+    return (
+        *_with_advice(maps, [one for one in judged if one.verdict.is_wrong], trim),
+        *asides(asked),
+    )
 
 
 def problems(judged: Sequence[Judged]) -> list[str]:
@@ -254,7 +302,8 @@ def asides(judged: Sequence[Judged]) -> list[str]:
     unknown = [one.engine.title for one in judged if one.verdict is Verdict.unknown]
     if unknown:
         said.append(
-            f"dus does not know what {_listed(unknown)} make{'s' * (len(unknown) == 1)} of what this config says by "
+            f"dus does not know what {_listed(unknown)} make{'s' * (len(unknown) == 1)} of what "
+            "this config says by "
             "layer; compare logits with transformers' before you rely on it"
         )
     return said
@@ -267,7 +316,10 @@ def _with_advice(maps: Maps, judged: Sequence[Judged], trim: int | None) -> list
         keeps = "the step" if faults[0].period is not None else "it right"
         advice = f"no trim keeps {keeps}"
         if trims:
-            advice = f"--trim {_listed([str(trim) for trim in trims], 'or')} keep{'s' * (len(trims) == 1)} {keeps}"
+            advice = (
+                f"--trim {_listed([str(trim) for trim in trims], 'or')} "
+                f"keep{'s' * (len(trims) == 1)} {keeps}"
+            )
         lines.append(f"{text}; {advice}")
     return lines
 
@@ -281,7 +333,9 @@ def _sentences(judged: Sequence[Judged]) -> list[tuple[str, list[Fault], list[st
     for one in judged:
         for fault in one.faults:
             if fault.verdict.is_wrong:
-                faults, of_group = groups.setdefault((fault.verdict, fault.period, fault.why), ([], []))
+                faults, of_group = groups.setdefault(
+                    (fault.verdict, fault.period, fault.why), ([], [])
+                )
                 faults += [fault] * (fault not in faults)
                 of_group += [one] * (one not in of_group)
     return [
@@ -300,14 +354,21 @@ def _sentence(fault: Fault, judged: Sequence[Judged]) -> str:
     engines = _listed([one.engine.title for one in judged])
     if fault.verdict in (Verdict.within_window, Verdict.absent):
         return f"{engines} {fault.why}"
-    does = "would not load it" if fault.verdict is Verdict.refuses else "would compute another model in silence"
+    does = (
+        "would not load it"
+        if fault.verdict is Verdict.refuses
+        else "would compute another model in silence"
+    )
     if fault.period is None:
         return f"{engines} {fault.why}, and {does}"
     is_one, is_new = len(fault.fields) == 1, not any(one.of_base.is_wrong for one in judged)
     old = "does not repeat" if is_one else "do not repeat"
     repeats = f"no longer repeat{'s' * is_one}" if is_new else old
     count = "counts" if len(judged) == 1 else "count"
-    return f"{_listed(fault.fields)} {repeats} every {fault.period} layers: {engines} {count} layers and {does}"
+    return (
+        f"{_listed(fault.fields)} {repeats} every {fault.period} layers: {engines} {count} layers "
+        f"and {does}"
+    )
 
 
 def _listed(words: Sequence[str], last: str = "and") -> str:

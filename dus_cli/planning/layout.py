@@ -1,20 +1,24 @@
-"""In which shard, and in which order, the output's tensors lie, so that nearly all bytes can be cloned.
+"""In which shard, and in which order, the output's tensors lie, so that nearly all bytes can be
+cloned.
 
-A file system clones (reflinks) whole blocks only: a tensor can be cloned where its position in the output agrees with
-its position in the source modulo the block. safetensors allows no holes between tensors but does allow spaces after the
-header, so each output shard has one free choice: the *phase*, its data start modulo the block. The order does the rest:
+A file system clones (reflinks) whole blocks only: a tensor can be cloned where its position in the
+output agrees with its position in the source modulo the block. safetensors allows no holes between
+tensors but does allow spaces after the header, so each output shard has one free choice: the
+*phase*, its data start modulo the block. The order does the rest:
 
-- tensors keep the source's order, which keeps their distances; a second copy whose size is a multiple of the block
-  goes right behind the first and shifts nothing;
-- second copies of other sizes (norms, biases) go to the end of the shard, or to a shard of their own where they are
-  most of the bytes (a hidden size that is no multiple of anything);
-- what one source shard gives is cut into *runs*, whose tensors keep their distances. A run follows another one in an
-  output shard where its phase is the one that has come up there; else it begins a shard, if it is worth one. A source
-  shard has a phase by the length of its header, so an output has as many shards as its base has phases, or more;
-- what is not worth a shard, at most a 256th of the output, goes to the end of a shard that has room, and is copied.
+- tensors keep the source's order, which keeps their distances; a second copy whose size is a
+  multiple of the block goes right behind the first and shifts nothing;
+- second copies of other sizes (norms, biases) go to the end of the shard, or to a shard of their
+  own where they are most of the bytes (a hidden size that is no multiple of anything);
+- what one source shard gives is cut into *runs*, whose tensors keep their distances. A run follows
+  another one in an output shard where its phase is the one that has come up there; else it begins a
+  shard, if it is worth one. A source shard has a phase by the length of its header, so an output
+  has as many shards as its base has phases, or more;
+- what is not worth a shard, at most a 256th of the output, goes to the end of a shard that has
+  room, and is copied.
 
-The layout depends on the checkpoint, the map and the shard size alone, so every machine and every file system gets the
-same bytes.
+The layout depends on the checkpoint, the map and the shard size alone, so every machine and every
+file system gets the same bytes.
 """
 
 from __future__ import annotations
@@ -31,14 +35,22 @@ from dus_cli.maps.stacks import LayerStack
 from dus_cli.planning.scaling import Scale
 from dus_cli.planning.treatment import UNSCALED, Making, Treatment, making_of
 from dus_cli.source.checkpoint import Checkpoint, Shard
-from dus_cli.source.headers import DTYPE_BITS, MAX_HEADER_BYTES, TensorInfo, encode_header, header_size, is_aligned
+from dus_cli.source.headers import (
+    DTYPE_BITS,
+    MAX_HEADER_BYTES,
+    TensorInfo,
+    encode_header,
+    header_size,
+    is_aligned,
+)
 
 # As many as the number of an output layer has.
 _MOST_DIGITS = 6
 
 _NOWHERE: frozenset[int] = frozenset()
 
-# Block of every common file system on x86 and Arm. Larger ones copy what does not agree with theirs.
+# Block of every common file system on x86 and Arm. Larger ones copy what does not agree with
+# theirs.
 BLOCK = 4096
 
 # What the tensors' lines in a header may come to: the rest is for metadata and for the padding.
@@ -50,7 +62,8 @@ _WORTH_A_SHARD, _PART_WORTH_A_SHARD = 1 << 20, 16
 # An output of fewer bytes is one file where it can be: to copy them takes no time.
 _SMALL = 16 << 20
 
-# What does not fit into one shard is followed there by what is smaller, until this many later ones are begun.
+# What does not fit into one shard is followed there by what is smaller, until this many later ones
+# are begun.
 _LOOKED_AT = 3
 
 # The part of the output that may be copied, so that it has fewer shards.
@@ -61,11 +74,12 @@ _FEW = 64
 
 
 class Kind(NamedTuple):
-    """What many tensors of one source shard share: all that a layout asks of them but their names and places.
+    """What many tensors of one source shard share: all that a layout asks of them but their names
+    and places.
 
-    `dtype` and `num_bytes` are a copy's, `zeroed` the numbers under which it is zeros, `scales` by what it is
-    multiplied under which number. `can_agree`: positions in source and output can agree; a cast tensor has another
-    length, a strided one no order.
+    `dtype` and `num_bytes` are a copy's, `zeroed` the numbers under which it is zeros, `scales` by
+    what it is multiplied under which number. `can_agree`: positions in source and output can agree;
+    a cast tensor has another length, a strided one no order.
     """
 
     shard: Shard
@@ -79,8 +93,8 @@ class Kind(NamedTuple):
 class Origin(NamedTuple):
     """A base tensor that stands in the output.
 
-    `number` to `number_end` are the characters of its name that are a number which its copies have others of; where
-    there is none, both are 0.
+    `number` to `number_end` are the characters of its name that are a number which its copies have
+    others of; where there is none, both are 0.
     """
 
     tensor: TensorInfo
@@ -90,7 +104,8 @@ class Origin(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """An output tensor: a copy of its origin, with `number` for the one in its name if that has one.
+    """An output tensor: a copy of its origin, with `number` for the one in its name if that has
+    one.
 
     A plan may hold a million of them: what can be worked out is not stored, not even the name.
     """
@@ -102,7 +117,11 @@ class Placement(NamedTuple):
     def name(self) -> str:
         origin = self.origin
         name = origin.tensor.name
-        return f"{name[: origin.number]}{self.number}{name[origin.number_end :]}" if origin.number else name
+        return (
+            f"{name[: origin.number]}{self.number}{name[origin.number_end :]}"
+            if origin.number
+            else name
+        )
 
     @property
     def tensor(self) -> TensorInfo:
@@ -128,7 +147,11 @@ class Placement(NamedTuple):
         tensor, kind, *_ = self.origin
         if self.number in kind.zeroed:
             return Making.zeros
-        return Making.scaled if kind.scales and self.number in kind.scales else making_of(tensor, kind.dtype)
+        return (
+            Making.scaled
+            if kind.scales and self.number in kind.scales
+            else making_of(tensor, kind.dtype)
+        )
 
     @property
     def scale(self) -> Scale | None:
@@ -138,7 +161,9 @@ class Placement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes to move: `length` bytes from `source_start` in a source shard to `start` in an output shard."""
+    """Bytes to move: `length` bytes from `source_start` in a source shard to `start` in an
+    output shard.
+    """
 
     shard: Shard
     source_start: int
@@ -147,7 +172,9 @@ class Segment:
 
     @property
     def clonable(self) -> range:
-        """The whole blocks inside, as positions in the output; empty where source and output disagree."""
+        """The whole blocks inside, as positions in the output; empty where source and output
+        disagree.
+        """
         if (self.source_start - self.start) % BLOCK:
             return range(0)
         first = -(-self.start // BLOCK) * BLOCK
@@ -159,8 +186,8 @@ class Segment:
 class ShardLayout:
     """An output shard: a header, then the tensors in this order. `num_bytes` is the file's size.
 
-    `phase` is where the data starts, modulo the block. The header is encoded anew whenever it is asked for: those of a
-    deep model are hundreds of megabytes.
+    `phase` is where the data starts, modulo the block. The header is encoded anew whenever it is
+    asked for: those of a deep model are hundreds of megabytes.
     """
 
     metadata: Mapping[str, str]
@@ -182,11 +209,17 @@ class ShardLayout:
             start += placement.origin.kind.num_bytes
 
     def segments(self) -> Iterator[Segment]:
-        """The bytes to move as they are, neighbours in both files joined: one segment may span many layers."""
+        """The bytes to move as they are, neighbours in both files joined: one segment may span
+        many layers.
+        """
         pending: Segment | None = None
         for placement, start in self.positions():
             tensor = placement.tensor
-            if placement.making is not Making.copied or tensor.strides is not None or not tensor.num_bytes:
+            if (
+                placement.making is not Making.copied
+                or tensor.strides is not None
+                or not tensor.num_bytes
+            ):
                 continue
             if (
                 pending is not None
@@ -194,7 +227,12 @@ class ShardLayout:
                 and pending.source_start + pending.length == tensor.start
                 and pending.start + pending.length == start
             ):
-                pending = Segment(pending.shard, pending.source_start, pending.start, tensor.end - pending.source_start)
+                pending = Segment(
+                    pending.shard,
+                    pending.source_start,
+                    pending.start,
+                    tensor.end - pending.source_start,
+                )
                 continue
             if pending is not None:
                 yield pending
@@ -212,8 +250,8 @@ def lay_out(
 ) -> tuple[ShardLayout, ...]:
     """Place every output tensor. Linear in the number of tensors.
 
-    A tensor larger than `max_shard_bytes` gets a shard to itself, as in transformers. Without a treatment all
-    are copied as they are; zeros stand where the copies would.
+    A tensor larger than `max_shard_bytes` gets a shard to itself, as in transformers. Without a
+    treatment all are copied as they are; zeros stand where the copies would.
 
     Raises:
         CheckpointError: the map leaves nothing, or a header would pass the format's limit.
@@ -232,8 +270,12 @@ def lay_out(
     return tuple(map(_finish, _pack(runs, max_shard_bytes)))
 
 
-def _sequences(shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: Treatment) -> Iterator[list[Placement]]:
-    """The output tensors that come from one source shard, in orders that keep the source's distances."""
+def _sequences(
+    shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: Treatment
+) -> Iterator[list[Placement]]:
+    """The output tensors that come from one source shard, in orders that keep the source's
+    distances.
+    """
     waiting = list(_origins(shard, stack, layer_map, treatment))
     sequence: list[Placement] = []
     size = done = 0  # bytes of the sequence; copies of each waiting tensor that are placed
@@ -258,7 +300,9 @@ def _sequences(shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: 
 def _origins(
     shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: Treatment
 ) -> Iterator[tuple[Origin, tuple[int, ...]]]:
-    """The tensors of one source shard, and the numbers that their copies have; one copy where there is no number."""
+    """The tensors of one source shard, and the numbers that their copies have; one copy where
+    there is no number.
+    """
     kinds: dict[tuple[object, ...], Kind] = {}
     for tensor in shard.header.tensors:
         name, zeroed, scales = tensor.name, _NOWHERE, UNSCALED
@@ -269,7 +313,10 @@ def _origins(
             start, end = span
             prefix = name[: start - 1]
             suffix = name[end + 1 :]
-            zeroed, scales = treatment.zeroed(prefix, suffix), treatment.scales(prefix, suffix, tensor)
+            zeroed, scales = (
+                treatment.zeroed(prefix, suffix),
+                treatment.scales(prefix, suffix, tensor),
+            )
             numbers = stack.output_numbers(prefix, int(name[start:end]), layer_map)
         key = (tensor.dtype, tensor.shape, tensor.strides is None, zeroed, id(scales))
         kind = kinds.get(key)
@@ -279,11 +326,17 @@ def _origins(
 
 
 def _kind(
-    tensor: TensorInfo, shard: Shard, treatment: Treatment, zeroed: frozenset[int], scales: Mapping[int, Scale]
+    tensor: TensorInfo,
+    shard: Shard,
+    treatment: Treatment,
+    zeroed: frozenset[int],
+    scales: Mapping[int, Scale],
 ) -> Kind:
     dtype = treatment.dtype_of(tensor)
     num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8
-    return Kind(shard, dtype, num_bytes, zeroed, scales, dtype == tensor.dtype and tensor.strides is None)
+    return Kind(
+        shard, dtype, num_bytes, zeroed, scales, dtype == tensor.dtype and tensor.strides is None
+    )
 
 
 def _line(placement: Placement) -> tuple[str, str, tuple[int, ...], int]:
@@ -301,8 +354,8 @@ def _line_bytes(origin: Origin) -> int:
 class _Run:
     """Output tensors from one source shard that keep the source's distances from each other.
 
-    They agree with the source where the first is placed at `entry` modulo the block; `exit` is where the next one would
-    be placed then. `num_agreeing` bytes of theirs can agree.
+    They agree with the source where the first is placed at `entry` modulo the block; `exit` is
+    where the next one would be placed then. `num_agreeing` bytes of theirs can agree.
     """
 
     shard: Shard
@@ -340,7 +393,8 @@ def _runs(shard: Shard, sequence: Sequence[Placement]) -> Iterator[_Run]:
 
 @dataclass(slots=True)
 class _Group:
-    """What comes into one output shard: tensors that agree with their sources, behind them the others.
+    """What comes into one output shard: tensors that agree with their sources, behind them the
+    others.
 
     `header` is an upper bound of the header's bytes.
     """
@@ -351,9 +405,14 @@ class _Group:
     header: int = 0
 
     def has_room(self, num_bytes: int, line: int, max_shard_bytes: int) -> bool:
-        """Whether a tensor of these bytes, with this line in the header, fits; an empty shard takes any."""
+        """Whether a tensor of these bytes, with this line in the header, fits; an empty shard
+        takes any.
+        """
         header = self.header + line
-        fits = header + self.num_bytes + num_bytes <= max_shard_bytes - BLOCK and header <= _MOST_HEADER_BYTES
+        fits = (
+            header + self.num_bytes + num_bytes <= max_shard_bytes - BLOCK
+            and header <= _MOST_HEADER_BYTES
+        )
         return fits or not self.header
 
     def add(self, num_bytes: int, line: int) -> None:
@@ -395,7 +454,9 @@ def _pack(runs: Sequence[_Run], max_shard_bytes: int) -> list[_Group]:
     return groups
 
 
-def _with_room(groups: list[_Group], num_bytes: int, line: int, max_shard_bytes: int) -> _Group | None:
+def _with_room(
+    groups: list[_Group], num_bytes: int, line: int, max_shard_bytes: int
+) -> _Group | None:
     """Which of some shards takes a tensor: the first that has room, so that few remain nearly full.
 
     What is no whole blocks shifts what follows it, and goes where that can follow: to the last one.
@@ -408,7 +469,9 @@ def _with_room(groups: list[_Group], num_bytes: int, line: int, max_shard_bytes:
 
 
 def _beginnings(runs: Sequence[_Run], worth: int) -> set[int]:
-    """The phases with which shards are begun: all but those of few bytes, together at most a part of the output."""
+    """The phases with which shards are begun: all but those of few bytes, together at most a
+    part of the output.
+    """
     num_bytes: Counter[int] = Counter()
     for run in runs:
         if run.entry % 8 == 0 and run.num_agreeing >= worth and not run.shard.is_pickled:
@@ -426,7 +489,9 @@ def _beginnings(runs: Sequence[_Run], worth: int) -> set[int]:
 def _pack_others(
     runs: Iterable[_Run], groups: list[_Group], of_shard: Mapping[str, _Group], max_shard_bytes: int
 ) -> None:
-    """Put what will be copied behind what comes from the same source shard, or where else there is room."""
+    """Put what will be copied behind what comes from the same source shard, or where else there
+    is room.
+    """
     spare = iter(tuple(groups))
     group: _Group | None = None
     for run in runs:
@@ -448,8 +513,8 @@ def _pack_others(
 
 def _finish(group: _Group) -> ShardLayout:
     placements = [*group.agreeing, *group.others]
-    # Where it is not so of itself, what is copied, or else all, is ordered as the library does it: then every tensor
-    # starts at a multiple of its element.
+    # Where it is not so of itself, what is copied, or else all, is ordered as the library does it:
+    # then every tensor starts at a multiple of its element.
     if not _are_aligned(placements):
         placements = [*group.agreeing, *sorted(group.others, key=_falling)]
         if not _are_aligned(placements):
@@ -462,7 +527,8 @@ def _finish(group: _Group) -> ShardLayout:
     data_start = header_size(metadata, map(_line, placements), BLOCK, phase)
     if data_start - 8 > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"an output shard would need a header of {data_start} bytes, over the format's limit of "
+            f"an output shard would need a header of {data_start} bytes, over the format's limit "
+            "of "
             f"{MAX_HEADER_BYTES}; use a smaller --max-shard-size"
         )
     num_bytes = data_start + sum(origin.kind.num_bytes for origin, _ in placements)

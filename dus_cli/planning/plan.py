@@ -1,4 +1,6 @@
-"""`UpscalePlan`: everything that will be written, decided before the first byte. Pure, so a dry run is free."""
+"""`UpscalePlan`: everything that will be written, decided before the first byte. Pure, so a dry
+run is free.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ from dus_cli.errors import UsageError, shown
 from dus_cli.maps.architectures import KNOWN_TYPES, TRIED_TYPES
 from dus_cli.maps.engines import parse_engines
 from dus_cli.maps.layers import LayerMap, doubled_map, parse_double, parse_layers, stack, typed_map
-from dus_cli.maps.model_config import DecoderConfig, DeeperConfig, decoder_config, deepen_config, refuse_types
+from dus_cli.maps.model_config import (
+    DecoderConfig,
+    DeeperConfig,
+    decoder_config,
+    deepen_config,
+    refuse_types,
+)
 from dus_cli.maps.naming import QUANTIZATION_KEYS, Assumption
 from dus_cli.maps.recipes import RECIPES, recipe_map
 from dus_cli.maps.rules import Kinds
@@ -46,13 +54,15 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 class MapRequest:
     """The layer map that was asked for, before the base's depth is known.
 
-    `layers`, `double` and `recipe` exclude each other and the rest. `identity`: the map's new layers start as
-    identities; else `start` says how they do. `assume` says how fields of config.json, and numbered stacks of tensors
-    by their prefix, that dus does not know are to be carried, as (field or prefix, "keep" or "map"). `engines` are
-    names of those that must compute the output as config.json says.
+    `layers`, `double` and `recipe` exclude each other and the rest. `identity`: the map's new
+    layers start as identities; else `start` says how they do. `assume` says how fields of
+    config.json, and numbered stacks of tensors by their prefix, that dus does not know are to be
+    carried, as (field or prefix, "keep" or "map"). `engines` are names of those that must compute
+    the output as config.json says.
 
     Raises:
-        UsageError: options that exclude each other, a number outside of its bounds, or no such recipe or engine.
+        UsageError: options that exclude each other, a number outside of its bounds, or no such
+            recipe or engine.
         LayerMapError: `layers` is not of its grammar.
     """
 
@@ -71,10 +81,16 @@ class MapRequest:
         check_numbers(trim=self.trim, copies=self.copies)
         given = [name for name in ("layers", "double", "recipe") if getattr(self, name) is not None]
         if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
-            others = [f"--{name}" for name in ("trim", "layers", "double", "recipe", "copies") if name != given[-1]]
+            others = [
+                f"--{name}"
+                for name in ("trim", "layers", "double", "recipe", "copies")
+                if name != given[-1]
+            ]
             raise UsageError(f"--{given[-1]} says the whole map; leave out {' and '.join(others)}")
         if self.recipe is not None and self.recipe not in RECIPES:
-            raise UsageError(f"there is no recipe {shown(self.recipe)!r}; there are {', '.join(RECIPES)}")
+            raise UsageError(
+                f"there is no recipe {shown(self.recipe)!r}; there are {', '.join(RECIPES)}"
+            )
         if self.layers is not None:
             parse_layers(self.layers)
         if self.double is not None:
@@ -103,14 +119,19 @@ class MapRequest:
             return recipe_map(self.recipe, num_layers)
         if self.double is not None:
             return doubled_map(self.double, num_layers)
-        return stack(num_layers, self.trim, self.copies) if self.layers is None else typed_map(self.layers, num_layers)
+        return (
+            stack(num_layers, self.trim, self.copies)
+            if self.layers is None
+            else typed_map(self.layers, num_layers)
+        )
 
 
 @dataclass(frozen=True)
 class Base:
     """The base as lineage records it: what was typed, and the commit where it came from the Hub.
 
-    `recorded_name` is its name where that was recorded before, and the directory may have another now.
+    `recorded_name` is its name where that was recorded before, and the directory may have another
+    now.
     """
 
     ref: ModelRef
@@ -125,9 +146,10 @@ class Base:
 class Start(str, Enum):
     """How a model stands to its base before any training.
 
-    `seams`: layers meet that never met, which makes it worse; `scaled`: so they do, and some say less or more than in
-    the base; `identity`: its new layers do nothing yet; `base`: the map has the base's layers, all and in order, and
-    nothing else; `part`: some that follow each other, and no seam.
+    `seams`: layers meet that never met, which makes it worse; `scaled`: so they do, and some say
+    less or more than in the base; `identity`: its new layers do nothing yet; `base`: the map has
+    the base's layers, all and in order, and nothing else; `part`: some that follow each other, and
+    no seam.
     """
 
     seams = "seams"
@@ -141,11 +163,12 @@ class Start(str, Enum):
 class UpscalePlan:
     """The whole output: shards, config, files, and the figures that the report gives.
 
-    `shards` maps file names to layouts, in order. `files` are those of the source's other files that go along, as
-    (path with "/", file); those that were not fetched have `num_absent_bytes`. `sidecars` go along too, with names of
-    layers that followed the map, and `left_out` do not. `kinds` are what the config says of each base layer.
-    `base_card` is what the base's model card says that ours repeats. `engines` are what each inference engine makes of
-    the output, and `why_trim` says why a trim that nobody gave is not a quarter of the layers.
+    `shards` maps file names to layouts, in order. `files` are those of the source's other files
+    that go along, as (path with "/", file); those that were not fetched have `num_absent_bytes`.
+    `sidecars` go along too, with names of layers that followed the map, and `left_out` do not.
+    `kinds` are what the config says of each base layer. `base_card` is what the base's model card
+    says that ours repeats. `engines` are what each inference engine makes of the output, and
+    `why_trim` says why a trim that nobody gave is not a quarter of the layers.
     """
 
     base: Base
@@ -179,7 +202,9 @@ class UpscalePlan:
             options = f"--layers {self.layer_map}" if trim is None else f"--trim {trim}"
         if request.copies != 2:
             options += f" --copies {request.copies}"
-        if request.identity and not (request.recipe is not None and RECIPES[request.recipe].identity):
+        if request.identity and not (
+            request.recipe is not None and RECIPES[request.recipe].identity
+        ):
             options += " --identity"
         if request.start.scales:
             options += f" --start {request.start}"
@@ -205,8 +230,13 @@ class UpscalePlan:
 
     @property
     def output_kinds(self) -> Kinds:
-        """What each output layer is: what its source is, by every field that tells the base's layers apart."""
-        return {name: [kinds[base] for base in self.layer_map.sources] for name, kinds in self.kinds.items()}
+        """What each output layer is: what its source is, by every field that tells the base's
+        layers apart.
+        """
+        return {
+            name: [kinds[base] for base in self.layer_map.sources]
+            for name, kinds in self.kinds.items()
+        }
 
     @property
     def along(self) -> list[str]:
@@ -250,30 +280,44 @@ class UpscalePlan:
     @property
     def num_file_bytes(self) -> int:
         """Bytes of the files that are copied along."""
-        return self.num_absent_bytes + sum(path.stat().st_size for _, path in self.files if path.exists())
+        return self.num_absent_bytes + sum(
+            path.stat().st_size for _, path in self.files if path.exists()
+        )
 
     def index(self) -> dict[str, Any] | None:
         """The content of model.safetensors.index.json, None where one file holds everything."""
         if SINGLE_NAME in self.shards:
             return None
-        weight_map = {p.name: name for name, layout in self.shards.items() for p in layout.placements}
+        weight_map = {
+            p.name: name for name, layout in self.shards.items() for p in layout.placements
+        }
         metadata = {"total_size": self.num_data_bytes, "total_parameters": self.num_parameters}
         return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
     def text_files(self) -> dict[str, str]:
         """config.json, what goes along changed, and the index, as they are written."""
         index = self.index()
-        records = {**self.sidecars, "config.json": self.config, **({} if index is None else {INDEX_NAME: index})}
+        records = {
+            **self.sidecars,
+            "config.json": self.config,
+            **({} if index is None else {INDEX_NAME: index}),
+        }
         return {name: dump_json(record) for name, record in records.items()}
 
     @property
     def text_names(self) -> list[str]:
         """The names of `text_files`."""
-        return [*self.sidecars, "config.json", *([] if SINGLE_NAME in self.shards else [INDEX_NAME])]
+        return [
+            *self.sidecars,
+            "config.json",
+            *([] if SINGLE_NAME in self.shards else [INDEX_NAME]),
+        ]
 
 
 def dump_json(value: object) -> str:
-    """JSON as transformers lays it out, keys in their order. Text stays ASCII, so any content can be written."""
+    """JSON as transformers lays it out, keys in their order. Text stays ASCII, so any content
+    can be written.
+    """
     return json.dumps(value, indent=2) + "\n"
 
 
@@ -287,13 +331,15 @@ def make_plan(
 ) -> UpscalePlan:
     """Decide everything that will be written. Reads headers and names only.
 
-    `dtype`: what floats are cast to. `absent`: files of the repo that are not in the checkpoint's folder, with sizes.
+    `dtype`: what floats are cast to. `absent`: files of the repo that are not in the checkpoint's
+    folder, with sizes.
 
     Raises:
         LayerMapError: the map is not valid for this model.
         ConfigError: a field of the config cannot follow the map.
         EngineError: one of the request's engines would not compute what config.json says.
-        CheckpointError: tensors that the layer map, or an identity, does not account for; or that cannot be cast.
+        CheckpointError: tensors that the layer map, or an identity, does not account for; or that
+            cannot be cast.
     """
     refuse_types(checkpoint.config)
     decoder = decoder_config(checkpoint.config)
@@ -308,26 +354,41 @@ def make_plan(
     judged = maps.judge(layer_map)
     check_right(maps, judged, request.engines, layer_map.trim)
     if layers.prefix in assume:
-        unlike: tuple[str, ...] = (f"differences between the layers under {layers.prefix} were kept, as --assume says",)
+        unlike: tuple[str, ...] = (
+            f"differences between the layers under {layers.prefix} were kept, as --assume says",
+        )
     else:
         unlike = _check_alike(checkpoint, decoder, layers, layer_map, deeper)
-    treatment, treatment_warnings = _treatment(checkpoint, decoder, layers, layer_map, request, dtype)
+    treatment, treatment_warnings = _treatment(
+        checkpoint, decoder, layers, layer_map, request, dtype
+    )
     layouts = lay_out(checkpoint, layers, layer_map, max_shard_bytes, treatment)
     if len(layouts) == 1:
         shards = {SINGLE_NAME: layouts[0]}
     else:
         width = max(5, len(str(len(layouts))))
-        names = [f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors" for i in range(1, len(layouts) + 1)]
+        names = [
+            f"model-{i:0{width}}-of-{len(layouts):0{width}}.safetensors"
+            for i in range(1, len(layouts) + 1)
+        ]
         shards = dict(zip(names, layouts, strict=True))
-    warnings = [*checkpoint.warnings, *stack_warnings, *deeper.warnings, *unlike, *treatment_warnings]
+    warnings = [
+        *checkpoint.warnings,
+        *stack_warnings,
+        *deeper.warnings,
+        *unlike,
+        *treatment_warnings,
+    ]
     warnings += engine_warnings(maps, judged, request.engines, layer_map.trim)
     if not layer_map.is_deeper:
         warnings.append(
-            f"the map is not deeper than the base: {len(layer_map)} layers from {layer_map.num_base_layers}"
+            f"the map is not deeper than the base: {len(layer_map)} layers from "
+            f"{layer_map.num_base_layers}"
         )
     if layers.num_extra:
         warnings.append(
-            f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last layer, as "
+            f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last "
+            "layer, as "
             f"{layers.prefix}.{len(layer_map)} and on"
         )
     along = go_along(_carried(checkpoint, absent or {}), layer_map, layers.names)
@@ -351,35 +412,56 @@ def make_plan(
         left_out=along.left_out,
         warnings=tuple(warnings),
         base_card=base_card,
-        num_absent_bytes=sum((absent or {}).get(name, 0) for name, path in along.files if not path.exists()),
+        num_absent_bytes=sum(
+            (absent or {}).get(name, 0) for name, path in along.files if not path.exists()
+        ),
         engines=maps.with_trims(judged, layer_map.trim),
         why_trim=why_trim,
     )
 
 
 def _check_alike(
-    checkpoint: Checkpoint, decoder: DecoderConfig, layers: LayerStack, layer_map: LayerMap, deeper: DeeperConfig
+    checkpoint: Checkpoint,
+    decoder: DecoderConfig,
+    layers: LayerStack,
+    layer_map: LayerMap,
+    deeper: DeeperConfig,
 ) -> tuple[str, ...]:
-    """Warnings about layers of a type in no table that hold other tensors than others; an error where it matters."""
+    """Warnings about layers of a type in no table that hold other tensors than others; an error
+    where it matters.
+    """
     if decoder.model_type in TRIED_TYPES:
         return ()
-    is_quantised = any(checkpoint.config.get(key) or decoder.fields.get(key) for key in QUANTIZATION_KEYS)
+    is_quantised = any(
+        checkpoint.config.get(key) or decoder.fields.get(key) for key in QUANTIZATION_KEYS
+    )
     described = ((tensor.name, tensor.dtype, tensor.shape) for _, tensor in checkpoint.tensors())
     tensors = LayerTensors.of(described, layers.prefix, decoder.num_layers)
     return check_alike(tensors, layer_map, deeper.tells, is_quantised=is_quantised)
 
 
 def _carried(checkpoint: Checkpoint, absent: Mapping[str, int]) -> Carried:
-    """What goes along from the checkpoint's folder, and from its repo where only some of it was fetched."""
+    """What goes along from the checkpoint's folder, and from its repo where only some of it was
+    fetched.
+    """
     weights = {shard.name for shard in checkpoint.shards}
     here = carried_files(checkpoint.folder, weights)
     names = [name for name in absent if belongs_by_name(name)]
     files = [*here.files, *((name, checkpoint.folder / name) for name in names)]
     folders = {name.split("/")[0] for name, _ in files if "/" in name}
-    others = [name for name in absent if name not in {*names, *weights, *WRITTEN_ANEW} and not is_index(name)]
-    cut = (name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/" for name in others)
+    others = [
+        name
+        for name in absent
+        if name not in {*names, *weights, *WRITTEN_ANEW} and not is_index(name)
+    ]
+    cut = (
+        name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/"
+        for name in others
+    )
     left_out = {*here.left_out, *cut}
-    return Carried(tuple(sorted(files, key=lambda file: walk_order(file[0]))), tuple(sorted(left_out)))
+    return Carried(
+        tuple(sorted(files, key=lambda file: walk_order(file[0]))), tuple(sorted(left_out))
+    )
 
 
 def _treatment(
@@ -403,9 +485,12 @@ def _treatment(
         scaled = scaled_tensors(decoder, layers, tensors, copied, f"--start {request.start.name}")
     if (zeros or scaled) and decoder.model_type not in KNOWN_TYPES:
         option = "--identity" if zeros else f"--start {request.start.name}"
-        against = "its base's" if zeros else "those of its base's layers, called with these factors,"
+        against = (
+            "its base's" if zeros else "those of its base's layers, called with these factors,"
+        )
         warnings.append(
-            f"{option} went by the names of tensors alone for model type {shown(decoder.model_type)!r}; compare the "
+            f"{option} went by the names of tensors alone for model type "
+            f"{shown(decoder.model_type)!r}; compare the "
             f"model's logits with {against} before you train it"
         )
     by_layer = by_layer if scaled else ()

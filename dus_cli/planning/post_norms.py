@@ -1,8 +1,10 @@
-"""Which of a layer's tensors a factor goes on, so that it scales what the layer adds to the residual stream.
+"""Which of a layer's tensors a factor goes on, so that it scales what the layer adds to the
+residual stream.
 
-Most layers are h + f(norm(h)), and there these are the output projections (`planning.projections`). Where a norm stands
-behind a block, h + norm(f(…)), it undoes any factor before it: there it is the norm's own weight. Model types were read
-from models/*/modeling_*.py of transformers 5.23; tests/test_starts.py holds every type of the zoo against its base.
+Most layers are h + f(norm(h)), and there these are the output projections (`planning.projections`).
+Where a norm stands behind a block, h + norm(f(…)), it undoes any factor before it: there it is the
+norm's own weight. Model types were read from models/*/modeling_*.py of transformers 5.23;
+tests/test_starts.py holds every type of the zoo against its base.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from dus_cli.source.headers import TensorInfo
 
 
 class PostNorms(NamedTuple):
-    """The norms behind a type's blocks: behind those of attention and the like, and behind the MLP or the experts.
+    """The norms behind a type's blocks: behind those of attention and the like, and behind the MLP
+    or the experts.
 
     None where a type has none there. `offset` is 1 where they multiply by 1 + w.
     """
@@ -57,18 +60,26 @@ POST_NORMS: Mapping[str, PostNorms] = {
 }
 
 # Behind a block, by its name, in a type that stands in no row above.
-_LOOKS_BEHIND = re.compile(r"post_?(feed_?forward|ffn?|ffw|mlp|moe|self_attn|mixer|operator|block|norm)")
+_LOOKS_BEHIND = re.compile(
+    r"post_?(feed_?forward|ffn?|ffw|mlp|moe|self_attn|mixer|operator|block|norm)"
+)
 
 
 def scaled_tensors(
-    decoder: DecoderConfig, stack: LayerStack, tensors: Iterable[TensorInfo], layers: Container[int], option: str
+    decoder: DecoderConfig,
+    stack: LayerStack,
+    tensors: Iterable[TensorInfo],
+    layers: Container[int],
+    option: str,
 ) -> dict[str, int]:
-    """What is scaled in these base layers, by names within the layer (`projections.pattern`), with the offset of each.
+    """What is scaled in these base layers, by names within the layer (`projections.pattern`), with
+    the offset of each.
 
     Raises:
-        ConfigError: the layers of this model are not h + f(h), or it is not known where a norm stands.
-        CheckpointError: a block without an output projection, or with a quantised one; layers of which some have a norm
-            behind a block and others do not.
+        ConfigError: the layers of this model are not h + f(h), or it is not known where a norm
+            stands.
+        CheckpointError: a block without an output projection, or with a quantised one; layers of
+            which some have a norm behind a block and others do not.
     """
     tensors = tuple(tensors)
     writers = stream_patterns(decoder, stack, tensors, layers, option)
@@ -78,24 +89,36 @@ def scaled_tensors(
     for kind in kinds:
         found |= _scaled_in(kind, writers & kind, norms)
         known = () if norms is None else (norms.after_mixer, norms.after_mlp)
-        behind = sorted(name for name in kind if _LOOKS_BEHIND.search(name) and name.rpartition(".")[0] not in known)
+        behind = sorted(
+            name
+            for name in kind
+            if _LOOKS_BEHIND.search(name) and name.rpartition(".")[0] not in known
+        )
         if behind:
             raise ConfigError(
-                f"{option}: {shown_list(behind)} may stand behind a block and undo its scaling, and dus does not know "
+                f"{option}: {shown_list(behind)} may stand behind a block and undo its scaling, "
+                "and dus does not know "
                 f"that of model type {shown(decoder.model_type)!r}; leave out {option}"
             )
     for kind in kinds:
         if both := sorted((found.keys() & kind) - _scaled_in(kind, writers & kind, norms).keys()):
             raise CheckpointError(
-                f"{option}: {shown_list(both)} would have to be scaled in some layers and not in others; leave out "
+                f"{option}: {shown_list(both)} would have to be scaled in some layers and not in "
+                "others; leave out "
                 f"{option}"
             )
     return dict(sorted(found.items()))
 
 
-def _scaled_in(kind: frozenset[str], writers: frozenset[str], norms: PostNorms | None) -> dict[str, int]:
-    """What is scaled in layers that hold these tensors: each output projection, or the norm behind it."""
-    if norms is None or not all(f"{norm}.weight" in kind for norm in (norms.after_mixer, norms.after_mlp) if norm):
+def _scaled_in(
+    kind: frozenset[str], writers: frozenset[str], norms: PostNorms | None
+) -> dict[str, int]:
+    """What is scaled in layers that hold these tensors: each output projection, or the norm
+    behind it.
+    """
+    if norms is None or not all(
+        f"{norm}.weight" in kind for norm in (norms.after_mixer, norms.after_mlp) if norm
+    ):
         return dict.fromkeys(writers, 0)
     found: dict[str, int] = {}
     for writer in writers:

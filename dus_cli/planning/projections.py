@@ -1,9 +1,10 @@
 """Output projections, as data: the matrices by which a layer's blocks write to the residual stream.
 
-With a pre-norm layer h + f(norm(h)) whose f ends in zeros, the layer is the identity: what LLaMA Pro's block
-expansion rests on (arXiv:2401.02415, section 3.2). With a factor on them it is h + c · f(norm(h)), unless a norm stands
-between f and the stream (`planning.post_norms`). Names were read from the files that transformers 5.23 writes and from
-models/*/modeling_*.py; tests/test_recipes.py and tests/test_starts.py hold every type of the zoo against its base.
+With a pre-norm layer h + f(norm(h)) whose f ends in zeros, the layer is the identity: what LLaMA
+Pro's block expansion rests on (arXiv:2401.02415, section 3.2). With a factor on them it is h + c ·
+f(norm(h)), unless a norm stands between f and the stream (`planning.post_norms`). Names were read
+from the files that transformers 5.23 writes and from models/*/modeling_*.py; tests/test_recipes.py
+and tests/test_starts.py hold every type of the zoo against its base.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from dus_cli.maps.stacks import LayerStack
 from dus_cli.planning.dtypes import FLOATS
 from dus_cli.source.headers import TensorInfo
 
-# The general rule: whatever bears one of these names writes to the residual stream, unless its shape says otherwise:
-# w2 is the output of Llama's w1, w2, w3 and an input of Qwen 1's w1, w2, c_proj.
+# The general rule: whatever bears one of these names writes to the residual stream, unless its
+# shape says otherwise: w2 is the output of Llama's w1, w2, w3 and an input of Qwen 1's w1, w2,
+# c_proj.
 PROJECTIONS = frozenset(
     """
     o_proj out_proj c_proj down_proj dense_4h_to_h fc2 fc_out w2 output_linear linear_out proj_down
@@ -42,7 +44,10 @@ IN_BLOCK = frozenset(
 
 # What else a model type adds to the stream, as patterns.
 BY_TYPE: Mapping[str, tuple[str, ...]] = {
-    "ctrl": ("ffn.2.weight", "ffn.2.bias"),  # of two matrices, known by their places in a Sequential
+    "ctrl": (
+        "ffn.2.weight",
+        "ffn.2.bias",
+    ),  # of two matrices, known by their places in a Sequential
     "jetmoe": ("mlp.bias", "self_attention.experts.bias"),
 }
 
@@ -65,8 +70,14 @@ NOT_IDENTITIES: Mapping[str, str] = {
 
 # Fields of the config under which a layer is not h + f(h), with the value that makes it so.
 NOT_WITH: Mapping[str, tuple[Any, str]] = {
-    "do_layer_norm_before": (False, "norms then stand on the residual stream, behind each block"),  # opt
-    "apply_residual_connection_post_layernorm": (True, "the residual is then the normed input"),  # bloom
+    "do_layer_norm_before": (
+        False,
+        "norms then stand on the residual stream, behind each block",
+    ),  # opt
+    "apply_residual_connection_post_layernorm": (
+        True,
+        "the residual is then the normed input",
+    ),  # bloom
 }
 
 # Where a block's tensors stand under something that is no block (dbrx).
@@ -75,14 +86,18 @@ _WRAPPERS = ("norm_attn_norm.",)
 # Behind a block, and zero where it is: convolutions without bias (inkling_text).
 _AFTER_BLOCKS = frozenset(["attn_sconv", "mlp_sconv"])
 
-# Matrices that stand in a layer without a block around them, and the block that they are (opt, xglm, biogpt).
+# Matrices that stand in a layer without a block around them, and the block that they are (opt,
+# xglm, biogpt).
 _BARE = frozenset(["fc1", "fc2"])
 
 # Fields of the config that say how wide the residual stream is, where no norm does.
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim")
 
-# Matrices that read the stream in any block of attention: their shape tells which side of a matrix is its input.
-_READERS = re.compile(r"^(c_attn|query_key_value|w?qkv(_proj)?|w?[qkv]|[qkv]_proj|qkv)$", re.IGNORECASE)
+# Matrices that read the stream in any block of attention: their shape tells which side of a matrix
+# is its input.
+_READERS = re.compile(
+    r"^(c_attn|query_key_value|w?qkv(_proj)?|w?[qkv]|[qkv]_proj|qkv)$", re.IGNORECASE
+)
 
 _NORM = re.compile(r"norm\d?$|norm_\w+$|^ln_?|layernorm", re.IGNORECASE)
 _GATE = re.compile(r"gates?$|^router$")
@@ -111,24 +126,30 @@ def is_output_projection(suffix: str, model_type: str = "") -> bool:
 
 
 class Writers(NamedTuple):
-    """What of a layer writes to the residual stream, as patterns; and modules in which several matrices may."""
+    """What of a layer writes to the residual stream, as patterns; and modules in which several
+    matrices may.
+    """
 
     found: frozenset[str]
     unclear: tuple[tuple[str, ...], ...]
 
 
-def stream_writers(layer: Mapping[str, Sequence[int]], model_type: str = "", width: int | None = None) -> Writers:
+def stream_writers(
+    layer: Mapping[str, Sequence[int]], model_type: str = "", width: int | None = None
+) -> Writers:
     """Tell a layer's output projections, weights and biases, by name, shape and place.
 
-    Matrices of one module compete: where the names of several say that they write, the one whose output is as wide
-    as the stream does. Zeros, or gains, on two factors of one product would leave none of them a gradient.
+    Matrices of one module compete: where the names of several say that they write, the one whose
+    output is as wide as the stream does. Zeros, or gains, on two factors of one product would leave
+    none of them a gradient.
 
     Args:
         layer: shapes of the layer's tensors by their names within it.
         model_type: of the decoder.
         width: of the residual stream, where the layer has no norm that says it.
 
-    >>> shapes = {"input_layernorm.weight": (8,), "mlp.w1.weight": (32, 8), "mlp.w2.weight": (32, 8)}
+    >>> shapes = {"input_layernorm.weight": (8,)}
+    >>> shapes |= {"mlp.w1.weight": (32, 8), "mlp.w2.weight": (32, 8)}
     >>> sorted(stream_writers(shapes | {"mlp.c_proj.weight": (8, 32)}).found)
     ['mlp.c_proj.weight']
     """
@@ -149,12 +170,15 @@ def stream_writers(layer: Mapping[str, Sequence[int]], model_type: str = "", wid
         elif named:
             unclear.append(tuple(named))
     own = BY_TYPE.get(model_type, ())
-    found = frozenset(pattern(suffix) for suffix in layer if _stem(suffix) in chosen or pattern(suffix) in own)
+    found = frozenset(
+        pattern(suffix) for suffix in layer if _stem(suffix) in chosen or pattern(suffix) in own
+    )
     return Writers(found, tuple(unclear))
 
 
 def _stem(suffix: str) -> str:
-    """The pattern of the module that a weight or bias belongs to; experts in one tensor are called so too.
+    """The pattern of the module that a weight or bias belongs to; experts in one tensor are called
+    so too.
 
     >>> _stem("mlp.experts.7.w2.weight"), _stem("mlp.experts.down_proj_bias")
     ('mlp.experts.*.w2', 'mlp.experts.down_proj')
@@ -170,14 +194,18 @@ def _stem(suffix: str) -> str:
 
 def _stream_width(layer: Mapping[str, Sequence[int]]) -> int | None:
     """As wide as most of the layer's own norms are."""
-    widths = Counter(shape[0] for suffix, shape in layer.items() if len(shape) == 1 and _is_norm(suffix))
+    widths = Counter(
+        shape[0] for suffix, shape in layer.items() if len(shape) == 1 and _is_norm(suffix)
+    )
     return widths.most_common(1)[0][0] if widths else None
 
 
 def _orientation(layer: Mapping[str, Sequence[int]]) -> int | None:
-    """Which side of this layer's matrices is their output: 0 as in `nn.Linear`, 1 as in GPT-2's Conv1D, if it shows.
+    """Which side of this layer's matrices is their output: 0 as in `nn.Linear`, 1 as in GPT-2's
+    Conv1D, if it shows.
 
-    It shows in a bias, which is as long as the output, and in the matrices that read the stream for attention.
+    It shows in a bias, which is as long as the output, and in the matrices that read the stream for
+    attention.
     """
     votes = [0, 0]
     width = _stream_width(layer)
@@ -187,7 +215,11 @@ def _orientation(layer: Mapping[str, Sequence[int]]) -> int | None:
         bias = layer.get(f"{suffix.removesuffix('weight')}bias")
         if bias is not None and len(bias) == 1 and bias[0] in shape:
             votes[list(shape).index(bias[0])] += 1
-        elif width is not None and width in shape and _READERS.search(_stem(suffix).rpartition(".")[2]):
+        elif (
+            width is not None
+            and width in shape
+            and _READERS.search(_stem(suffix).rpartition(".")[2])
+        ):
             votes[1 - list(shape).index(width)] += 1
     if votes[0] == votes[1]:
         return None
@@ -195,7 +227,10 @@ def _orientation(layer: Mapping[str, Sequence[int]]) -> int | None:
 
 
 def _writer(
-    matrices: Mapping[str, tuple[int, ...]], named: Sequence[str], orientation: int | None, width: int | None
+    matrices: Mapping[str, tuple[int, ...]],
+    named: Sequence[str],
+    orientation: int | None,
+    width: int | None,
 ) -> str | None:
     """Of one module's matrices the one that writes to the stream; None where that is not clear.
 
@@ -211,7 +246,10 @@ def _writer(
     others = [
         stem
         for stem, shape in matrices.items()
-        if stem not in named and len(shape) == 2 and shape[0] != shape[1] and _writes(shape, orientation, width)
+        if stem not in named
+        and len(shape) == 2
+        and shape[0] != shape[1]
+        and _writes(shape, orientation, width)
     ]
     if not others:
         return named[0]  # the name alone says so (dbrx), and no shape says anything else
@@ -219,16 +257,22 @@ def _writer(
 
 
 def _writes(shape: tuple[int, ...], orientation: int | None, width: int | None) -> bool:
-    """Whether a matrix's output is as wide as the stream; of many in one tensor either side may be the output."""
+    """Whether a matrix's output is as wide as the stream; of many in one tensor either side may
+    be the output.
+    """
     if len(shape) == 2 and orientation is not None:
         return shape[orientation] == width
     return width in shape[-2:]
 
 
 def _odd_one_out(matrices: Mapping[str, tuple[int, ...]], width: int | None) -> int | None:
-    """The side on which the only matrix of its shape has the stream: a block reads more often than it writes."""
+    """The side on which the only matrix of its shape has the stream: a block reads more often
+    than it writes.
+    """
     sides = Counter(
-        shape.index(width) for shape in matrices.values() if len(shape) == 2 and shape[0] != shape[1] and width in shape
+        shape.index(width)
+        for shape in matrices.values()
+        if len(shape) == 2 and shape[0] != shape[1] and width in shape
     )
     alone = [side for side, count in sides.items() if count == 1 and sides[1 - side] > 1]
     return alone[0] if alone else None
@@ -237,9 +281,11 @@ def _odd_one_out(matrices: Mapping[str, tuple[int, ...]], width: int | None) -> 
 def zero_patterns(
     decoder: DecoderConfig, stack: LayerStack, tensors: Iterable[TensorInfo], layer_map: LayerMap
 ) -> frozenset[str]:
-    """The tensors of new layers that must be zeros for the model to compute what its base does; see `pattern`.
+    """The tensors of new layers that must be zeros for the model to compute what its base does; see
+    `pattern`.
 
-    Every tensor of the layers that stand twice is accounted for: in a norm, or in a block that ends in zeros.
+    Every tensor of the layers that stand twice is accounted for: in a norm, or in a block that ends
+    in zeros.
 
     Raises:
         LayerMapError: the base does not stand in the output whole and in order, or nothing is new.
@@ -252,9 +298,14 @@ def zero_patterns(
 
 
 def stream_patterns(
-    decoder: DecoderConfig, stack: LayerStack, tensors: Iterable[TensorInfo], copied: Container[int], option: str
+    decoder: DecoderConfig,
+    stack: LayerStack,
+    tensors: Iterable[TensorInfo],
+    copied: Container[int],
+    option: str,
 ) -> frozenset[str]:
-    """The output projections of these base layers, weights and biases, once they account for every block.
+    """The output projections of these base layers, weights and biases, once they account for every
+    block.
 
     `option` is the one that needs them, in messages.
 
@@ -268,7 +319,9 @@ def stream_patterns(
         split = split_name(tensor.name)
         if split is not None and split.prefix == stack.prefix and split.index in copied:
             layers[split.index][split.suffix] = tensor
-    width = next((decoder.fields[key] for key in _WIDTHS if type(decoder.fields.get(key)) is int), None)
+    width = next(
+        (decoder.fields[key] for key in _WIDTHS if type(decoder.fields.get(key)) is int), None
+    )
     of_kind: dict[tuple[tuple[str, str, tuple[int, ...]], ...], frozenset[str]] = {}
     for index in sorted(layers):
         kind = tuple(sorted((suffix, t.dtype, t.shape) for suffix, t in layers[index].items()))
@@ -279,14 +332,19 @@ def stream_patterns(
         both = sorted(found & {pattern(suffix) for suffix, _, _ in kind} - writers)
         if both:
             raise CheckpointError(
-                f"{option}: {shown_list(both)} writes to the residual stream in some layers and not in others, by its "
+                f"{option}: {shown_list(both)} writes to the residual stream in some layers and "
+                "not in others, by its "
                 f"shapes; leave out {option}"
             )
     return found
 
 
-def layer_kinds(tensors: Iterable[TensorInfo], stack: LayerStack, layers: Container[int]) -> frozenset[frozenset[str]]:
-    """What these layers hold, by names within the layer (see `pattern`): each kind of layer once."""
+def layer_kinds(
+    tensors: Iterable[TensorInfo], stack: LayerStack, layers: Container[int]
+) -> frozenset[frozenset[str]]:
+    """What these layers hold, by names within the layer (see `pattern`): each kind of layer
+    once.
+    """
     held: dict[int, set[str]] = defaultdict(set)
     for tensor in tensors:
         split = split_name(tensor.name)
@@ -297,12 +355,17 @@ def layer_kinds(tensors: Iterable[TensorInfo], stack: LayerStack, layers: Contai
 
 def _check_map(layer_map: LayerMap) -> None:
     if not layer_map.new_layers:
-        raise LayerMapError("--identity: this map has no new layer; leave it out, or give a deeper map")
+        raise LayerMapError(
+            "--identity: this map has no new layer; leave it out, or give a deeper map"
+        )
     if not layer_map.holds_base:
         left_out = [str(layer) for layer, outputs in enumerate(layer_map.outputs) if not outputs]
-        why = f"leaves out layers {shown_list(left_out)}" if left_out else "has them in another order"
+        why = (
+            f"leaves out layers {shown_list(left_out)}" if left_out else "has them in another order"
+        )
         raise LayerMapError(
-            f"--identity needs the base's layers in the output, all and in order, and this map {why}: "
+            "--identity needs the base's layers in the output, all and in order, and this map "
+            f"{why}: "
             "the model could not start as its base; leave out --identity"
         )
 
@@ -311,15 +374,23 @@ def _check_config(decoder: DecoderConfig, option: str) -> None:
     cannot = "cannot be identities" if option == "--identity" else "cannot be scaled"
     reason = NOT_IDENTITIES.get(decoder.model_type)
     if reason is not None:
-        raise ConfigError(f"{option}: layers of model type {decoder.model_type!r} {cannot}: {reason}")
+        raise ConfigError(
+            f"{option}: layers of model type {decoder.model_type!r} {cannot}: {reason}"
+        )
     for key, (value, reason) in NOT_WITH.items():
         if decoder.fields.get(key) is value:
-            raise ConfigError(f"{option}: config.json has {key} {value}, so layers {cannot}: {reason}")
+            raise ConfigError(
+                f"{option}: config.json has {key} {value}, so layers {cannot}: {reason}"
+            )
 
 
-def _writers_of(layer: Mapping[str, TensorInfo], model_type: str, width: int | None, option: str) -> frozenset[str]:
+def _writers_of(
+    layer: Mapping[str, TensorInfo], model_type: str, width: int | None, option: str
+) -> frozenset[str]:
     """The patterns of one layer's output projections, once every block has one."""
-    writers = stream_writers({suffix: tensor.shape for suffix, tensor in layer.items()}, model_type, width)
+    writers = stream_writers(
+        {suffix: tensor.shape for suffix, tensor in layer.items()}, model_type, width
+    )
     blocks: dict[str, list[str]] = defaultdict(list)
     ended: set[str] = set()
     for suffix, tensor in layer.items():
@@ -329,28 +400,38 @@ def _writers_of(layer: Mapping[str, TensorInfo], model_type: str, width: int | N
         blocks[block].append(tensor.name)
         if pattern(suffix) in writers.found:
             _check_float(tensor, option)
-            ended |= {block, block.partition(".")[0]}  # experts end the block whose router chooses them
+            ended |= {
+                block,
+                block.partition(".")[0],
+            }  # experts end the block whose router chooses them
         elif is_output_projection(suffix, model_type):
             if tensor.dtype not in FLOATS:
                 raise _quantised(tensor, option)
         elif any(
-            part in PROJECTIONS or part.startswith(tuple(f"{p}_" for p in PROJECTIONS)) for part in suffix.split(".")
+            part in PROJECTIONS or part.startswith(tuple(f"{p}_" for p in PROJECTIONS))
+            for part in suffix.split(".")
         ):
             raise _quantised(tensor, option)
     if writers.unclear:
-        names = [tensor.name for suffix, tensor in layer.items() if _stem(suffix) in writers.unclear[0]]
+        names = [
+            tensor.name for suffix, tensor in layer.items() if _stem(suffix) in writers.unclear[0]
+        ]
         raise CheckpointError(
-            f"{option}: by name and shape {shown_list(names)} may or may not be what writes to the residual stream, "
+            f"{option}: by name and shape {shown_list(names)} may or may not be what writes to "
+            "the residual stream, "
             f"and a change to the wrong matrix would do harm; leave out {option}"
         )
     can = "silence" if option == "--identity" else "scale"
     for block, names in blocks.items():
         if block not in ended:
             raise CheckpointError(
-                f"{option}: no output projection is known in {shown_list(names)}: dus cannot {can} this layer; leave "
+                f"{option}: no output projection is known in {shown_list(names)}: dus cannot "
+                f"{can} this layer; leave "
                 f"out {option}"
             )
-    return frozenset(writers.found & {pattern(suffix) for suffix in layer if _block_of(suffix) is not None})
+    return frozenset(
+        writers.found & {pattern(suffix) for suffix in layer if _block_of(suffix) is not None}
+    )
 
 
 def _is_norm(suffix: str) -> bool:
@@ -361,14 +442,19 @@ def _is_norm(suffix: str) -> bool:
 
 
 def _block_of(suffix: str) -> str | None:
-    """The block that a tensor belongs to; None for a layer's own norms and for what only scales a block.
+    """The block that a tensor belongs to; None for a layer's own norms and for what only scales a
+    block.
 
     Experts and shared experts are blocks of their own: each of them writes to the stream.
     """
     for wrapper in _WRAPPERS:
         suffix = suffix.removeprefix(wrapper)
     parts = suffix.split(".")
-    if _NORM.search(parts[0]) or any(map(_GATE.search, parts)) or (parts[0] in _AFTER_BLOCKS and parts[-1] != "bias"):
+    if (
+        _NORM.search(parts[0])
+        or any(map(_GATE.search, parts))
+        or (parts[0] in _AFTER_BLOCKS and parts[-1] != "bias")
+    ):
         return None
     if parts[0] in _BARE:
         return "fc"
@@ -390,6 +476,7 @@ def _check_float(tensor: TensorInfo, option: str) -> None:
 
 def _quantised(tensor: TensorInfo, option: str) -> CheckpointError:
     return CheckpointError(
-        f"{option}: {shown(tensor.name)} ({tensor.dtype}) is a quantised output projection, and dus does not know "
+        f"{option}: {shown(tensor.name)} ({tensor.dtype}) is a quantised output projection, and "
+        "dus does not know "
         f"what its values mean; use the unquantised model, or leave out {option}"
     )

@@ -1,7 +1,9 @@
-"""Numbers of a tensor times a factor, while they stream: what a start such as `half` makes of output projections.
+"""Numbers of a tensor times a factor, while they stream: what a start such as `half` makes of
+output projections.
 
-Every number becomes the product in float32 (float64 for float64), rounded to its dtype: to nearest, ties to even. By a
-power of two that is exact. numpy does it, and not torch: `dus upscale` alone is enough, and memory stays flat.
+Every number becomes the product in float32 (float64 for float64), rounded to its dtype: to nearest,
+ties to even. By a power of two that is exact. numpy does it, and not torch: `dus upscale` alone is
+enough, and memory stays flat.
 """
 
 from __future__ import annotations
@@ -56,8 +58,10 @@ class Scale:
         """
         if self(numbers):
             raise CheckpointError(
-                f"tensor {shown(name)} holds finite {self.dtype} numbers that {self.factor:g} times are beyond "
-                f"{FLOATS[self.dtype]}'s range; choose a smaller factor for --start, or --dtype float32"
+                f"tensor {shown(name)} holds finite {self.dtype} numbers that {self.factor:g} "
+                "times are beyond "
+                f"{FLOATS[self.dtype]}'s range; choose a smaller factor for --start, or --dtype "
+                "float32"
             )
 
     def __call__(self, numbers: memoryview) -> int:
@@ -85,7 +89,9 @@ class Scale:
             part = words[start : start + _AT_ONCE]
             if overflows is not None:
                 num_infinite += int(overflows[part].sum())
-            np.take(table, part, out=part, mode="clip")  # the mode that needs no buffer: every word is in the table
+            np.take(
+                table, part, out=part, mode="clip"
+            )  # the mode that needs no buffer: every word is in the table
         return num_infinite
 
     def _multiply(self, numbers: NDArray[Any]) -> None:
@@ -101,12 +107,18 @@ class Scale:
 
 @lru_cache(maxsize=64)
 def _table(scale: Scale) -> tuple[NDArray[np.uint16], NDArray[np.bool_] | None]:
-    """For every 16 bits the scaled number's, and which finite ones become infinite, if any; a NaN stays as it is."""
+    """For every 16 bits the scaled number's, and which finite ones become infinite, if any; a
+    NaN stays as it is.
+    """
     import numpy as np
 
     words = np.arange(1 << 16, dtype=np.uint32)
     is_bfloat = scale.dtype == "BF16"
-    floats = (words << 16).view(np.float32) if is_bfloat else words.astype(np.uint16).view(np.float16).astype("f4")
+    floats = (
+        (words << 16).view(np.float32)
+        if is_bfloat
+        else words.astype(np.uint16).view(np.float16).astype("f4")
+    )
     scaled = floats.copy()
     scale._multiply(scaled)  # noqa: SLF001  (the other half of the class)
     with np.errstate(all="ignore"):

@@ -1,4 +1,6 @@
-"""The base's other files at the new depth: most go along as they are; some name layers, and follow the map or stay."""
+"""The base's other files at the new depth: most go along as they are; some name layers, and
+follow the map or stay.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _MAX_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class Along:
-    """What goes along: `files` as they are, `records` with names of layers that followed the map, by file name.
+    """What goes along: `files` as they are, `records` with names of layers that followed the map,
+    by file name.
 
     `left_out` are the base's other files, and `warnings` what a person should know of some of them.
     """
@@ -31,7 +34,8 @@ class Along:
 
 
 def go_along(carried: Carried, layer_map: LayerMap, names: NumberedNames) -> Along:
-    """Decide what becomes of the base's other files. `names` tell which numbers are those of layers.
+    """Decide what becomes of the base's other files. `names` tell which numbers are those of
+    layers.
 
     Raises:
         CheckpointError: a file that names layers cannot be read.
@@ -51,8 +55,12 @@ def go_along(carried: Carried, layer_map: LayerMap, names: NumberedNames) -> Alo
             followed = follow_settings(record, layer_map, names, name)
         except (CheckpointError, ConfigError) as error:
             left_out.append(name)
-            why = str(error).partition("; say --assume")[0]  # nobody can decide about it: it is not config.json
-            warnings.append(f"{shown(name)} stays behind, because what it says of layers cannot follow: {why}")
+            why = str(error).partition("; say --assume")[
+                0
+            ]  # nobody can decide about it: it is not config.json
+            warnings.append(
+                f"{shown(name)} stays behind, because what it says of layers cannot follow: {why}"
+            )
             continue
         if followed == record:
             files.append((name, path))

@@ -1,4 +1,6 @@
-"""How the bytes of output tensors come to be from the base's: as they are, zeros, cast, or scaled."""
+"""How the bytes of output tensors come to be from the base's: as they are, zeros, cast, or
+scaled.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ UNSCALED: Mapping[int, Scale] = MappingProxyType({})
 class Making(Enum):
     """How a tensor's bytes come to be.
 
-    A further kind is a line here and in `made_pieces`, and its writer in `writing.transfer`. What is scaled may be
-    cast before.
+    A further kind is a line here and in `made_pieces`, and its writer in `writing.transfer`. What
+    is scaled may be cast before.
     """
 
     copied = "copied"
@@ -38,9 +40,10 @@ class Making(Enum):
 class Treatment:
     """What becomes of the base's tensors; by default they are copied as they are.
 
-    `zeros` are the tensors of `new_layers` that are zeros, by their names within the layer (`projections.pattern`).
-    `dtype` is what floating-point tensors are cast to. `scaled` are the tensors that are multiplied, with the offset of
-    each (`planning.scaling`), in the layers whose entry in `factors`, one for each output layer, is not 1.
+    `zeros` are the tensors of `new_layers` that are zeros, by their names within the layer
+    (`projections.pattern`). `dtype` is what floating-point tensors are cast to. `scaled` are the
+    tensors that are multiplied, with the offset of each (`planning.scaling`), in the layers whose
+    entry in `factors`, one for each output layer, is not 1.
     """
 
     layer_prefix: str = ""
@@ -76,21 +79,31 @@ class Treatment:
         return self.new_layers
 
     def scales(self, prefix: str, suffix: str, tensor: TensorInfo) -> Mapping[int, Scale]:
-        """By what, in which layers, a tensor with a name of these parts is multiplied, once it is cast."""
+        """By what, in which layers, a tensor with a name of these parts is multiplied, once it
+        is cast.
+        """
         if not self.scaled or prefix != self.layer_prefix:
             return UNSCALED
         dtype, offset = self.dtype_of(tensor), self.scaled.get(pattern(suffix))
         if offset is None or dtype not in FLOATS:
             return UNSCALED
         if (dtype, offset) not in self._scales:  # one for all of its kind
-            by_layer = {layer: Scale(dtype, self.factors[layer], offset) for layer in self.scaled_layers}
+            by_layer = {
+                layer: Scale(dtype, self.factors[layer], offset) for layer in self.scaled_layers
+            }
             self._scales[dtype, offset] = by_layer
         return self._scales[dtype, offset]
 
     def scale_of(self, name: str, tensor: TensorInfo) -> Scale | None:
-        """By what the output tensor of this name, from this base tensor, is scaled; None for one that is not."""
+        """By what the output tensor of this name, from this base tensor, is scaled; None for one
+        that is not.
+        """
         split = split_name(name) if self.scaled else None
-        return None if split is None else self.scales(split.prefix, split.suffix, tensor).get(split.index)
+        return (
+            None
+            if split is None
+            else self.scales(split.prefix, split.suffix, tensor).get(split.index)
+        )
 
     @property
     def scaled_layers(self) -> tuple[int, ...]:
@@ -106,13 +119,15 @@ def making_of(tensor: TensorInfo, dtype: str) -> Making:
 def made_pieces(
     file: int, tensor: TensorInfo, making: Making, dtype: str, scale: Scale | None = None
 ) -> Iterator[bytes | memoryview]:
-    """An output tensor's bytes in order, at most 8 MiB at a time, from the base tensor that lies in `file`.
+    """An output tensor's bytes in order, at most 8 MiB at a time, from the base tensor that lies in
+    `file`.
 
     A piece is valid until the next is asked for. They end early where the file does.
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: a finite number is beyond `dtype`, or a strided tensor lies beyond the file's end.
+        CheckpointError: a finite number is beyond `dtype`, or a strided tensor lies beyond the
+            file's end.
     """
     if making is Making.zeros:
         num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8

@@ -1,4 +1,6 @@
-"""Memory on paper, before anything is loaded, and how many rows go through the layers together. Pure."""
+"""Memory on paper, before anything is loaded, and how many rows go through the layers together.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Memory:
 
 
 def weight_bytes(checkpoint: Checkpoint, stack: LayerStack, itemsize: int, *, streams: bool) -> int:
-    """Bytes of weights that are held at a time: all, or with streaming the largest layer and all that is no layer's."""
+    """Bytes of weights that are held at a time: all, or with streaming the largest layer and all
+    that is no layer's.
+    """
     layers = [0] * stack.num_layers
     rest = 0
     for _, tensor in checkpoint.tensors():
@@ -47,7 +51,14 @@ def weight_bytes(checkpoint: Checkpoint, stack: LayerStack, itemsize: int, *, st
 
 
 def plan_memory(
-    weights: int, most_states: int, batch_bytes: int, num_batches: int, others: int, available: int, *, streams: bool
+    weights: int,
+    most_states: int,
+    batch_bytes: int,
+    num_batches: int,
+    others: int,
+    available: int,
+    *,
+    streams: bool,
 ) -> Memory:
     """How many batches go through the layers together: as many as the memory takes.
 
@@ -67,10 +78,16 @@ def plan_memory(
     each = (most_states + 1) * batch_bytes
     room = available - weights - others
     if room < each:
-        way_out = "a smaller --seq-length, or a larger machine" if streams else "--stream-layers, or a larger machine"
+        way_out = (
+            "a smaller --seq-length, or a larger machine"
+            if streams
+            else "--stream-layers, or a larger machine"
+        )
         raise ProbeError(
-            f"this takes {human_bytes(weights + others + each)} of memory ({human_bytes(weights)} of weights) and "
-            f"{human_bytes(max(0, available))} may be used; try {way_out}, or --max-memory if you know better"
+            f"this takes {human_bytes(weights + others + each)} of memory ({human_bytes(weights)} "
+            "of weights) and "
+            f"{human_bytes(max(0, available))} may be used; try {way_out}, or --max-memory if you "
+            "know better"
         )
     at_once = min(num_batches, room // each)
     return Memory(weights, at_once * each, others, at_once, -(-num_batches // at_once))

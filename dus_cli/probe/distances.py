@@ -1,11 +1,11 @@
 """How far apart the base's hidden states are at every two depths: what a seam has to bridge.
 
-Angular distance (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv:2403.17887, section 3):
-d(x, y) = arccos(x · y / |x||y|) / π, between 0 and 1. They take the last token of many sequences; here it is the mean
-over tokens, because a probe has few sequences.
+Angular distance (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers",
+arXiv:2403.17887, section 3): d(x, y) = arccos(x · y / |x||y|) / π, between 0 and 1. They take the
+last token of many sequences; here it is the mean over tokens, because a probe has few sequences.
 
-Block influence (Men et al., "ShortGPT", arXiv:2403.03853, section 2): BI = 1 − E[x · y / |x||y|], the mean over tokens;
-theirs is of one layer, here of whatever stands between two depths.
+Block influence (Men et al., "ShortGPT", arXiv:2403.03853, section 2): BI = 1 − E[x · y / |x||y|],
+the mean over tokens; theirs is of one layer, here of whatever stands between two depths.
 """
 
 from __future__ import annotations
@@ -34,22 +34,25 @@ _FEWEST = 256
 
 @dataclass(frozen=True)
 class Distances:
-    """Means over `num_tokens` tokens for every two depths 0…n: depth d is before layer d, n behind the last."""
+    """Means over `num_tokens` tokens for every two depths 0…n: depth d is before layer d, n
+    behind the last.
+    """
 
     angular: list[list[float]]
     influence: list[list[float]]
     num_tokens: int
 
     def of(self, seam: Seam) -> tuple[float, float]:
-        """Angular distance and block influence between what a seam's lower layer puts out, and what its upper layer
-        was handed in the base.
+        """Angular distance and block influence between what a seam's lower layer puts out, and what
+        its upper layer was handed in the base.
         """
         below, above = seam.base_layers
         return self.angular[below + 1][above], self.influence[below + 1][above]
 
 
 class Depths:
-    """Directions of the base's hidden states at every depth, for tokens spread evenly over the text.
+    """Directions of the base's hidden states at every depth, for tokens spread evenly over the
+    text.
 
     Args:
         num_layers: of the base.
@@ -60,7 +63,9 @@ class Depths:
     def __init__(self, num_layers: int, width: int, labels: Sequence[Tensor]) -> None:
         most = max(_FEWEST, KEPT_BYTES // (4 * width * (num_layers + 1)))
         share = min(1.0, most / sum(int((each != IGNORED).sum()) for each in labels))
-        self._places = [_spread((each.flatten() != IGNORED).nonzero()[:, 0], share) for each in labels]
+        self._places = [
+            _spread((each.flatten() != IGNORED).nonzero()[:, 0], share) for each in labels
+        ]
         self._ends = list(accumulate(map(len, self._places)))
         self._filled = [0] * (num_layers + 1)
         self._kept: Tensor | None = None
@@ -69,7 +74,8 @@ class Depths:
         """Hidden states (rows, length, width) of the next batch at a depth."""
         batch, width = self._filled[depth], hidden.shape[-1]
         if self._kept is None:
-            # One piece from the start: many small ones that outlive what is made between them leave holes in the heap.
+            # One piece from the start: many small ones that outlive what is made between them leave
+            # holes in the heap.
             size = len(self._filled), self._ends[-1], width
             self._kept = torch.empty(size, dtype=torch.float32, device=hidden.device)
         places, stop = self._places[batch], self._ends[batch]

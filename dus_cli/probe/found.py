@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Text:
-    """What is measured on: `tokens` are those that are predicted, `before` the ids that a document begins with."""
+    """What is measured on: `tokens` are those that are predicted, `before` the ids that a
+    document begins with.
+    """
 
     files: tuple[str, ...]
     tokens: int
@@ -40,7 +42,9 @@ class Measured:
 
     @property
     def is_finite(self) -> bool:
-        """Whether it was measured, and its hidden states stayed within what the precision can say."""
+        """Whether it was measured, and its hidden states stayed within what the precision can
+        say.
+        """
         return self.loss is not None and math.isfinite(self.loss)
 
 

@@ -28,7 +28,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A map, the options that make it, and what it costs; or the reason for which `dus upscale` refuses it.
+    """A map, the options that make it, and what it costs; or the reason for which `dus upscale`
+    refuses it.
 
     `engines` are what each inference engine makes of its output.
     """
@@ -62,8 +63,13 @@ def wanted_requests(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
     first, end = options.trims or (0, None)
     span = range(first, min(most + 1, most + 1 if end is None else end))
     if not span:
-        raise LayerMapError(f"--trims {first}: would leave {num_layers} layers no deeper; use 0:{most + 1}")
-    return [*(MapRequest(trim, copies=options.copies, assume=options.assume) for trim in span), *requests]
+        raise LayerMapError(
+            f"--trims {first}: would leave {num_layers} layers no deeper; use 0:{most + 1}"
+        )
+    return [
+        *(MapRequest(trim, copies=options.copies, assume=options.assume) for trim in span),
+        *requests,
+    ]
 
 
 def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candidate:
@@ -94,21 +100,29 @@ def cost_of(plan: UpscalePlan, seq_length: int) -> Cost:
     decoder = decoder_config(plan.config)
     shape = shape_of(decoder.fields, plan.num_parameters, len(plan.layer_map))
     # A third of a training step's: forward is one of three products.
-    return Cost(len(plan.layer_map), plan.num_parameters, plan.num_data_bytes, flops_per_token(shape, seq_length) / 3)
+    return Cost(
+        len(plan.layer_map),
+        plan.num_parameters,
+        plan.num_data_bytes,
+        flops_per_token(shape, seq_length) / 3,
+    )
 
 
 def nearest(distances: Sequence[Sequence[float]], best: int) -> list[LayerMap]:
     """Of all [0,a)+[b,n) those to measure, by the distances between depths, (n + 1, n + 1).
 
-    Of each depth the one whose layers meet at the smallest distance; of these the `best` that gain most on
-    the depthwise scaling of that depth, or of the depth below it where there is none. Depthwise scalings are left out.
+    Of each depth the one whose layers meet at the smallest distance; of these the `best` that gain
+    most on the depthwise scaling of that depth, or of the depth below it where there is none.
+    Depthwise scalings are left out.
     """
     n = len(distances) - 1
     closest: dict[int, tuple[float, int, int]] = {}
     for a in range(1, n + 1):
         for b in range(a):
             if a + b != n:
-                closest[a - b] = min(closest.get(a - b, (float("inf"), 0, 0)), (distances[a][b], a, b))
+                closest[a - b] = min(
+                    closest.get(a - b, (float("inf"), 0, 0)), (distances[a][b], a, b)
+                )
     ranked = []
     for extra, (distance, a, b) in closest.items():
         trim = (n - extra + 1) // 2
@@ -119,5 +133,7 @@ def nearest(distances: Sequence[Sequence[float]], best: int) -> list[LayerMap]:
 
 
 def width_of(checkpoint: Checkpoint) -> int:
-    """The size of a hidden state; where config.json has no name for it that dus knows, a large one's."""
+    """The size of a hidden state; where config.json has no name for it that dus knows, a large
+    one's.
+    """
     return shape_of(decoder_config(checkpoint.config).fields, 0, 0).hidden_size or 8192

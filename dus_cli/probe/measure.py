@@ -40,7 +40,12 @@ class Meter:
     """
 
     def __init__(
-        self, model: object, num_layers: int, batches: Sequence[Batch], ready: Ready, batches_at_once: int
+        self,
+        model: object,
+        num_layers: int,
+        batches: Sequence[Batch],
+        ready: Ready,
+        batches_at_once: int,
     ) -> None:
         self._num_layers, self._batches, self._ready = num_layers, batches, ready
         self._at_once = batches_at_once
@@ -73,7 +78,9 @@ class Meter:
         totals = [0.0] * len(maps)
         with torch.no_grad():
             for start in range(0, len(self._batches), self._at_once):
-                self._sweep(maps, self._batches[start : start + self._at_once], totals, depths, on_layer)
+                self._sweep(
+                    maps, self._batches[start : start + self._at_once], totals, depths, on_layer
+                )
         return totals
 
     def _sweep(

@@ -1,4 +1,6 @@
-"""What is asked of `dus probe`, with its options. Pure: `dus probe --help` imports no torch for it."""
+"""What is asked of `dus probe`, with its options. Pure: `dus probe --help` imports no torch for
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def parse_trims(text: str) -> tuple[int, int | None]:
         end = (int(match[3]) if match[3] else None) if match[2] else first + 1
         if end is None or first < end:
             return first, end
-    raise ValueError(f"{text!r} is no range of trims; write 4:12 for 4 to 11, 4: for all from 4 on, or 7")
+    raise ValueError(
+        f"{text!r} is no range of trims; write 4:12 for 4 to 11, 4: for all from 4 on, or 7"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +56,24 @@ class ProbeOptions:
         tuple[str, ...],
         Option(
             "Text that the model was not trained on, as dus heal takes it: "
-            f"{DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
+            f"{DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a "
+            "mixture. Repeat for more.",
             metavar="FILE",
             panel=DATA,
         ),
     ]
     tokens: Annotated[
         int,
-        Option("How many tokens of the data are read, at most.", metavar="N", panel=DATA, parse=parse_count),
+        Option(
+            "How many tokens of the data are read, at most.",
+            metavar="N",
+            panel=DATA,
+            parse=parse_count,
+        ),
     ] = 20_480
     seq_length: Annotated[
-        int | None, Option("Tokens of a row. Default: min(512, the model's).", metavar="T", panel=DATA)
+        int | None,
+        Option("Tokens of a row. Default: min(512, the model's).", metavar="T", panel=DATA),
     ] = None
     text_field: TextField = "text"
     on_bad_line: OnBadLine = BadLine.error
@@ -70,7 +81,8 @@ class ProbeOptions:
     holdout: Annotated[
         float | None,
         Option(
-            "Read only documents that dus heal --holdout SHARE holds out of this data. Default: all.",
+            "Read only documents that dus heal --holdout SHARE holds out of this data. Default: "
+            "all.",
             metavar="SHARE",
             panel=DATA,
             parse=parse_holdout,
@@ -79,7 +91,8 @@ class ProbeOptions:
     trims: Annotated[
         tuple[int, int | None] | None,
         Option(
-            "Trims to measure, half-open: 4:12 is 4 to 11. Default: all, unless there are --layers.",
+            "Trims to measure, half-open: 4:12 is 4 to 11. Default: all, unless there are "
+            "--layers.",
             metavar="FIRST:END",
             panel=_MAPS,
             parse=parse_trims,
@@ -98,12 +111,17 @@ class ProbeOptions:
     search: Annotated[
         bool,
         Option(
-            "Look beyond symmetric trims, [0,a)+[b,n) for all a, b: by distance first, the best by loss.", panel=_MAPS
+            "Look beyond symmetric trims, [0,a)+[b,n) for all a, b: by distance first, the best "
+            "by loss.",
+            panel=_MAPS,
         ),
     ] = False
-    best: Annotated[int, Option("Maps of a search that are measured.", metavar="K", panel=_MAPS)] = 10
+    best: Annotated[
+        int, Option("Maps of a search that are measured.", metavar="K", panel=_MAPS)
+    ] = 10
     engines: Annotated[
-        tuple[str, ...], engines_option("Recommend only what inference engines compute as config.json says.", _MAPS)
+        tuple[str, ...],
+        engines_option("Recommend only what inference engines compute as config.json says.", _MAPS),
     ] = ()
     assume: Assume = ()
     within: Annotated[
@@ -126,12 +144,17 @@ class ProbeOptions:
     ] = Precision.auto
     stream_layers: Annotated[
         bool,
-        Option("Read each layer from disk when its turn comes: memory for one layer, not for the model.", panel=_FIT),
+        Option(
+            "Read each layer from disk when its turn comes: memory for one layer, not for the "
+            "model.",
+            panel=_FIT,
+        ),
     ] = False
     max_memory: Annotated[
         int | None,
         Option(
-            "Memory to use (8GB). Rows that do not fit go through the layers later. Default: 85% of what is free.",
+            "Memory to use (8GB). Rows that do not fit go through the layers later. Default: 85% "
+            "of what is free.",
             metavar="SIZE",
             panel=_FIT,
             parse=parse_size,

@@ -22,15 +22,16 @@ from dus_cli.pictures.svg import (
 )
 from dus_cli.probe.found import Measured, Probe
 
-# The edges of the upper plot, and of the heat map below it, in pixels. What is recommended is named above the plot.
+# The edges of the upper plot, and of the heat map below it, in pixels. What is recommended is named
+# above the plot.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 112, 378
 _NAMES, _NAME = 76, 20
 _MAP_TOP, _MAP_SIZE = 476, 372
 _SCALE_LEFT, _SCALE_WIDTH = 500, 16
 _HEIGHT = 898
 
-# From near to far: a light page goes from pale to deep blue, a dark one from deep to bright. By lightness alone, so
-# that every kind of sight reads it.
+# From near to far: a light page goes from pale to deep blue, a dark one from deep to bright. By
+# lightness alone, so that every kind of sight reads it.
 _NEAR_TO_FAR = {
     False: ((247, 251, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107)),
     True: ((13, 27, 42), (29, 78, 125), (75, 150, 205), (214, 236, 255)),
@@ -52,7 +53,11 @@ class _Axes:
 
     def x(self, value: float) -> float:
         low, high = self.xs
-        return _LEFT + 14 + (_RIGHT - _LEFT - 28) * ((value - low) / (high - low) if high > low else 0.5)
+        return (
+            _LEFT
+            + 14
+            + (_RIGHT - _LEFT - 28) * ((value - low) / (high - low) if high > low else 0.5)
+        )
 
     @staticmethod
     def _y(value: float, span: tuple[float, float]) -> float:
@@ -67,7 +72,9 @@ class _Axes:
 
 
 def probe_svg(found: Probe, *, dark: bool = False) -> str:
-    """The picture of a finished probe. Depthwise scalings are a line over the trim, other maps dots at their depth."""
+    """The picture of a finished probe. Depthwise scalings are a line over the trim, other maps
+    dots at their depth.
+    """
     assert found.base_loss is not None
     colour, series = COLOURS[dark], SERIES[dark]
     measured = [m for m in found.maps if m.is_finite]
@@ -85,12 +92,16 @@ def probe_svg(found: Probe, *, dark: bool = False) -> str:
 
 
 def _trim_of(measured: Measured, num_layers: int) -> float:
-    """The trim, of other maps that of a depthwise scaling of the same depth: a half one where there is none."""
+    """The trim, of other maps that of a depthwise scaling of the same depth: a half one where
+    there is none.
+    """
     layer_map = measured.candidate.layer_map
     return layer_map.trim if layer_map.trim is not None else num_layers - len(layer_map) / 2
 
 
-def _losses(found: Probe, measured: Sequence[Measured], colour: dict[str, str], series: Sequence[str]) -> list[str]:
+def _losses(
+    found: Probe, measured: Sequence[Measured], colour: dict[str, str], series: Sequence[str]
+) -> list[str]:
     assert found.base_loss is not None
     points = sorted(
         (
@@ -113,8 +124,13 @@ def _losses(found: Probe, measured: Sequence[Measured], colour: dict[str, str], 
     for loss in ticks(*axes.losses, step):
         y = axes.loss_y(loss)
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
-        parts.append(text_at(_LEFT - 8, y + 4.5, f"{loss:.{decimals}f}", colour["axis"], anchor="end"))
-    named = {human_count(size): size for size in ticks(*axes.sizes, nice_step(axes.sizes[1] - axes.sizes[0], 5))}
+        parts.append(
+            text_at(_LEFT - 8, y + 4.5, f"{loss:.{decimals}f}", colour["axis"], anchor="end")
+        )
+    named = {
+        human_count(size): size
+        for size in ticks(*axes.sizes, nice_step(axes.sizes[1] - axes.sizes[0], 5))
+    }
     for name, size in named.items():
         y = axes.size_y(size)
         parts.append(f'<path d="M{_RIGHT} {y:.1f}h5" stroke="{size_colour}"/>')
@@ -124,7 +140,15 @@ def _losses(found: Probe, measured: Sequence[Measured], colour: dict[str, str], 
         x = axes.x(trim)
         parts.append(f'<path d="M{x:.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
         parts.append(text_at(x, _BOTTOM + 20, f"{trim:g}", colour["axis"], anchor="middle"))
-    parts.append(text_at(_RIGHT, _BOTTOM + 38, "trim (layers left out of each copy)", colour["axis"], anchor="end"))
+    parts.append(
+        text_at(
+            _RIGHT,
+            _BOTTOM + 38,
+            "trim (layers left out of each copy)",
+            colour["axis"],
+            anchor="end",
+        )
+    )
     scaled = [point for point in points if not point[3]]
     others = [point for point in points if point[3]]
     sizes = " ".join(f"{axes.x(trim):.1f},{axes.size_y(size):.1f}" for trim, _, size, _ in scaled)
@@ -136,7 +160,9 @@ def _losses(found: Probe, measured: Sequence[Measured], colour: dict[str, str], 
     parts.append(f'<path d="M{_LEFT} {base_y:.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(f'<path d="M240 46h26" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(text_at(274, 50, f"base {found.base_loss:.3f}", colour["base"]))
-    parts.append(f'<polyline points="{line}" fill="none" stroke="{loss_colour}" stroke-width="2.5"/>')
+    parts.append(
+        f'<polyline points="{line}" fill="none" stroke="{loss_colour}" stroke-width="2.5"/>'
+    )
     parts += [
         f'<circle cx="{axes.x(trim):.1f}" cy="{axes.loss_y(loss):.1f}" r="3.2" fill="{loss_colour}"/>'
         for trim, loss, *_ in scaled
@@ -188,12 +214,16 @@ def _marks(found: Probe, axes: _Axes, colour: dict[str, str]) -> list[str]:
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7.5" fill="none" stroke="{colour["text"]}" stroke-width="2"/>'
         )
-        parts.append(text_at(x + dx, baseline, label, colour["text"], anchor=anchor, halo=colour["page"]))
+        parts.append(
+            text_at(x + dx, baseline, label, colour["text"], anchor=anchor, halo=colour["page"])
+        )
     return parts
 
 
 def _placed(marks: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str, str]]:
-    """Marks from left to right, in rows: the lower name away from the line that comes down from the upper one."""
+    """Marks from left to right, in rows: the lower name away from the line that comes down from
+    the upper one.
+    """
     if not marks:
         return []
     room_behind = WIDTH - 10 - 6 - CHARACTER * len(marks[-1][2])
@@ -206,7 +236,9 @@ def _placed(marks: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
 
 
 def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
-    """Angular distance of every two depths: a seam is a cell below the diagonal, (out of a, into b)."""
+    """Angular distance of every two depths: a seam is a cell below the diagonal, (out of a, into
+    b).
+    """
     assert found.distances is not None
     table = found.distances.angular
     size = len(table)
@@ -232,13 +264,17 @@ def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
     for depth in ticks(0, size - 1, step):
         at = (depth / every + 0.5) * cell
         parts.append(text_at(left - 8, top + at + 4.5, f"{depth:g}", colour["axis"], anchor="end"))
-        parts.append(text_at(left + at, top + _MAP_SIZE + 18, f"{depth:g}", colour["axis"], anchor="middle"))
+        parts.append(
+            text_at(left + at, top + _MAP_SIZE + 18, f"{depth:g}", colour["axis"], anchor="middle")
+        )
     parts.append(text_at(left, top + _MAP_SIZE + 38, "depth d: before layer d", colour["axis"]))
     parts += _seams_on_map(found, left, top, cell / every, colour)
     return parts + _scale(most, colour, dark=dark)
 
 
-def _seams_on_map(found: Probe, left: float, top: float, cell: float, colour: dict[str, str]) -> list[str]:
+def _seams_on_map(
+    found: Probe, left: float, top: float, cell: float, colour: dict[str, str]
+) -> list[str]:
     """A ring on each seam of what is recommended."""
     parts = []
     for number in dict.fromkeys(n for n in (found.within, found.knee) if n is not None):
@@ -269,7 +305,9 @@ def _scale(most: float, colour: dict[str, str], *, dark: bool) -> list[str]:
     parts.append(
         f'<circle cx="{_SCALE_LEFT + 8}" cy="{y - 4}" r="5" fill="none" stroke="{colour["scaled"]}" stroke-width="2"/>'
     )
-    for row, words in enumerate(("seam of what is", "recommended:", "row out of a,", "column into b")):
+    for row, words in enumerate(
+        ("seam of what is", "recommended:", "row out of a,", "column into b")
+    ):
         parts.append(text_at(_SCALE_LEFT + 24, y + 18 * row, words, colour["axis"]))
     return parts
 
@@ -280,7 +318,8 @@ def _mixed(share: float, *, dark: bool) -> str:
     place = min(max(share, 0.0), 1.0) * (len(stops) - 1)
     index = min(int(place), len(stops) - 2)
     red, green, blue = (
-        round(a + (b - a) * (place - index)) for a, b in zip(stops[index], stops[index + 1], strict=True)
+        round(a + (b - a) * (place - index))
+        for a, b in zip(stops[index], stops[index + 1], strict=True)
     )
     return f"#{red:02x}{green:02x}{blue:02x}"
 
@@ -291,7 +330,9 @@ def _description(found: Probe, measured: Sequence[Measured]) -> str:
     said = [f"Base: {found.base_loss:.3f}."]
     said += [f"Trim {m.candidate.layer_map.trim}: {m.loss:.3f}." for m in scaled]
     if found.within is not None:
-        said.append(f"Largest within {found.bound:.0%}: {found.maps[found.within].candidate.options}.")
+        said.append(
+            f"Largest within {found.bound:.0%}: {found.maps[found.within].candidate.options}."
+        )
     if found.knee is not None:
         said.append(f"Knee: {found.maps[found.knee].candidate.options}.")
     return " ".join(said)

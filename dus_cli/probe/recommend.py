@@ -9,7 +9,8 @@ Point = tuple[float, int]
 
 
 def within(points: Sequence[Point], limit: float) -> int | None:
-    """The largest model whose loss is at most `limit`, the better of two of one size; None where there is none.
+    """The largest model whose loss is at most `limit`, the better of two of one size; None where
+    there is none.
 
     >>> within([(7.8, 60), (3.4, 46), (3.1, 40)], limit=3.5)
     1
@@ -19,11 +20,12 @@ def within(points: Sequence[Point], limit: float) -> int | None:
 
 
 def knee(points: Sequence[Point]) -> int | None:
-    """Where more trimming begins to pay less: the point farthest below the chord from the first to the last.
+    """Where more trimming begins to pay less: the point farthest below the chord from the first to
+    the last.
 
     Both axes are scaled to the span between the two ends, as in Kneedle (Satopaa et al., 2011,
-    doi:10.1109/ICDCSW.2011.20) for a falling convex curve; a sweep has too few points for its smoothing.
-    None with fewer than three points, or where none lies below the chord.
+    doi:10.1109/ICDCSW.2011.20) for a falling convex curve; a sweep has too few points for its
+    smoothing. None with fewer than three points, or where none lies below the chord.
 
     Args:
         points: in the order of the trim.

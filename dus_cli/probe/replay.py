@@ -1,11 +1,12 @@
 """A model's layers called one by one, each as the model calls it in its own place.
 
-The model's own forward says what a layer is handed besides the hidden states: masks, rotary angles, its kind. That
-is written down once for each batch of rows; then any layer can be called on any hidden states. What comes before
-the layers and behind them is left to the model's forward as well, with stand-ins for the layers.
+The model's own forward says what a layer is handed besides the hidden states: masks, rotary angles,
+its kind. That is written down once for each batch of rows; then any layer can be called on any
+hidden states. What comes before the layers and behind them is left to the model's forward as well,
+with stand-ins for the layers.
 
-Two things must hold for that to mean anything, and are held at run time: between two layers nothing happens to the
-hidden states, and nothing else passes from layer to layer.
+Two things must hold for that to mean anything, and are held at run time: between two layers nothing
+happens to the hidden states, and nothing else passes from layer to layer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass(frozen=True)
 class Call:
-    """How a layer is called, its hidden states aside: they are the first argument, or `hidden_states`."""
+    """How a layer is called, its hidden states aside: they are the first argument, or
+    `hidden_states`.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -43,7 +46,9 @@ class Call:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return cls(
-            args[1:], {key: value for key, value in kwargs.items() if args or key != "hidden_states"}, bool(args)
+            args[1:],
+            {key: value for key, value in kwargs.items() if args or key != "hidden_states"},
+            bool(args),
         )
 
     def on(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
@@ -61,7 +66,9 @@ class _Interned:
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             alike = self.known.setdefault((value.shape, value.dtype, value.device), [])
-            same = next((other for other in alike if other is value or torch.equal(other, value)), None)
+            same = next(
+                (other for other in alike if other is value or torch.equal(other, value)), None
+            )
             if same is None:
                 alike.append(value)
             return value if same is None else same
@@ -87,7 +94,8 @@ class Replay:
         starts: of each batch, the hidden states before the first layer.
 
     Raises:
-        ProbeError: the model cannot be taken apart like this. A wrong loss is never measured instead.
+        ProbeError: the model cannot be taken apart like this. A wrong loss is never measured
+            instead.
     """
 
     def __init__(self, model: Any, num_layers: int, example: Tensor, ready: Ready) -> None:
@@ -95,7 +103,9 @@ class Replay:
         self.layers = layers_of(model, num_layers)
         self._forwards = [layer.forward for layer in self.layers]
         parameters = inspect.signature(model.forward).parameters
-        takes_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        takes_cache = "use_cache" in parameters or any(
+            p.kind is p.VAR_KEYWORD for p in parameters.values()
+        )
         self._settings: dict[str, Any] = {"use_cache": False} if takes_cache else {}
         self._returns: list[Any] = [None] * num_layers
         self._works_in_place: set[int] = set()
@@ -112,14 +122,18 @@ class Replay:
         for batch in batches:
             start, calls = self._stand_in(batch)
             self.starts.append(start)
-            self._calls.append([c and replace(c, args=intern(c.args), kwargs=intern(c.kwargs)) for c in calls])
+            self._calls.append(
+                [c and replace(c, args=intern(c.args), kwargs=intern(c.kwargs)) for c in calls]
+            )
 
     @property
     def model_type(self) -> str:
         return shown(self.model.config.get_text_config().model_type)
 
     def layer(self, number: int, batch: int, hidden: Tensor) -> Tensor:
-        """The hidden states behind layer `number`, called as it is in the model, on hidden states of that batch."""
+        """The hidden states behind layer `number`, called as it is in the model, on hidden
+        states of that batch.
+        """
         call = self._calls[batch][number]
         if number in self._works_in_place:
             hidden = hidden.clone()
@@ -139,7 +153,9 @@ class Replay:
         return range(len(self.layers))
 
     def _output(self, number: int, hidden: Tensor) -> Any:
-        """What a layer returns, with these hidden states in it. All else that it would return is zeros."""
+        """What a layer returns, with these hidden states in it. All else that it would return is
+        zeros.
+        """
         returned = self._returns[number]
         if returned is None:
             return hidden
@@ -150,7 +166,8 @@ class Replay:
             return self.model(input_ids=ids, **self._settings)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
             raise ProbeError(
-                f"transformers cannot run model_type {self.model_type} on text alone: {reason_of(error)}"
+                f"transformers cannot run model_type {self.model_type} on text alone: "
+                f"{reason_of(error)}"
             ) from error
 
     @contextmanager
@@ -164,7 +181,9 @@ class Replay:
                 layer.__dict__.pop("forward", None)
 
     def _watch(self, ids: Tensor, ready: Ready) -> tuple[list[Call | None], Tensor, Tensor]:
-        """The model as it is, on one batch: how each layer was called, what is behind the last one, logits."""
+        """The model as it is, on one batch: how each layer was called, what is behind the last
+        one, logits.
+        """
         calls: list[Call | None] = [None] * len(self.layers)
         behind: list[Tensor] = []
 
@@ -174,7 +193,9 @@ class Replay:
                 if not isinstance(hidden, Tensor):
                     raise self._refusal(f"layer {number} is not handed hidden states alone")
                 if behind and not torch.equal(behind[-1], hidden):
-                    raise self._refusal(f"something happens to the hidden states before layer {number}")
+                    raise self._refusal(
+                        f"something happens to the hidden states before layer {number}"
+                    )
                 if any(calls[number:]):
                     raise self._refusal(f"layer {number} is not called once and in its turn")
                 calls[number], before = Call.of(args, kwargs), hidden.clone()
@@ -183,7 +204,11 @@ class Replay:
                     self._hold_finite(number, before, _hidden_of(output))
                 if not torch.equal(before, hidden):
                     self._works_in_place.add(number)
-                if not isinstance(_hidden_of(output), Tensor) or type(output) not in (Tensor, tuple, list):
+                if not isinstance(_hidden_of(output), Tensor) or type(output) not in (
+                    Tensor,
+                    tuple,
+                    list,
+                ):
                     raise self._refusal(f"layer {number} returns something else than hidden states")
                 self._returns[number] = None if isinstance(output, Tensor) else output
                 behind[:] = [_hidden_of(output)]
@@ -191,14 +216,19 @@ class Replay:
 
             return call
 
-        with self._replaced([watched(number) for number in self._numbers]), last_positions(self.model):
+        with (
+            self._replaced([watched(number) for number in self._numbers]),
+            last_positions(self.model),
+        ):
             logits: Tensor = self._run(ids).logits
         if not behind:
             raise self._refusal("its layers are not called")
         return calls, behind[0], logits
 
     def _stand_in(self, ids: Tensor) -> tuple[Tensor, list[Call | None]]:
-        """The model without its layers: what stands before the first, and how each would be called."""
+        """The model without its layers: what stands before the first, and how each would be
+        called.
+        """
         calls: list[Call | None] = [None] * len(self.layers)
         start: list[Tensor] = []
 
@@ -211,7 +241,10 @@ class Replay:
 
             return call
 
-        with self._replaced([standing(number) for number in self._numbers]), last_positions(self.model):
+        with (
+            self._replaced([standing(number) for number in self._numbers]),
+            last_positions(self.model),
+        ):
             self._run(ids)
         return start[0], calls
 
@@ -225,7 +258,9 @@ class Replay:
                 and other is not None
                 and not _same([mine.args, mine.kwargs], [other.args, other.kwargs])
             ):
-                raise self._refusal(f"layer {number} is handed more from other layers than hidden states")
+                raise self._refusal(
+                    f"layer {number} is handed more from other layers than hidden states"
+                )
 
     def _hold_finite(self, number: int, before: Tensor, behind: Any) -> None:
         """Hold that numbers of the base stay numbers: what is NaN equals nothing, not even itself.
@@ -240,23 +275,31 @@ class Replay:
 
     def _refusal(self, what: str) -> ProbeError:
         return ProbeError(
-            f"dus probe cannot measure maps of model_type {self.model_type}: {what}; write the models with dus upscale "
+            f"dus probe cannot measure maps of model_type {self.model_type}: {what}; write the "
+            "models with dus upscale "
             "and measure those"
         )
 
 
 def damaged(where: str, module: nn.Module, prefix: str = "") -> ProbeError:
-    """An error about the base itself, whatever the map: which of this module's weights is NaN or infinite."""
+    """An error about the base itself, whatever the map: which of this module's weights is NaN or
+    infinite.
+    """
     names = [
         f"{prefix}{name}"
         for name, parameter in module.named_parameters()
-        if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all()
+        if not parameter.is_meta
+        and parameter.is_floating_point()
+        and not torch.isfinite(parameter).all()
     ]
     what = f"the base itself, with no map, computes NaN or infinite numbers {where}"
     if names:
-        return ProbeError(f"{what}: weights in {shown_list(names)} are damaged; fetch or save the base again")
+        return ProbeError(
+            f"{what}: weights in {shown_list(names)} are damaged; fetch or save the base again"
+        )
     return ProbeError(
-        f"{what}, though its weights there are finite: they are beyond this precision; try --precision fp32"
+        f"{what}, though its weights there are finite: they are beyond this precision; try "
+        "--precision fp32"
     )
 
 
@@ -281,7 +324,9 @@ def _hidden_of(output: Any) -> Tensor:
 
 
 def _zeros(value: Any) -> Any:
-    """The same shape of things, all tensors zero: what a map's layers may not hand on must not go unnoticed."""
+    """The same shape of things, all tensors zero: what a map's layers may not hand on must not
+    go unnoticed.
+    """
     if isinstance(value, Tensor):
         return torch.zeros_like(value)
     if isinstance(value, dict):
@@ -294,7 +339,9 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
+        return left.keys() == right.keys() and all(
+            _same(value, right[key]) for key, value in left.items()
+        )
     if isinstance(left, (tuple, list)) and type(left) is type(right):
         return len(left) == len(right) and all(map(_same, left, right))
     return isinstance(left, _PLAIN) and type(left) is type(right) and bool(left == right)

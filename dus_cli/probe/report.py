@@ -58,7 +58,9 @@ def probe_json(found: Probe) -> dict[str, Any]:
         else {
             "tokens": found.distances.num_tokens,
             "angular": [[round(value, 6) for value in row] for row in found.distances.angular],
-            "block_influence": [[round(value, 6) for value in row] for row in found.distances.influence],
+            "block_influence": [
+                [round(value, 6) for value in row] for row in found.distances.influence
+            ],
         },
         "layer_passes": found.layer_passes,
         "memory": {
@@ -91,7 +93,10 @@ def _map_json(measured: Measured) -> dict[str, Any]:
     seams = [seam_record(seam) for seam in layer_map.seams]
     if measured.seams:
         for record, (angular, influence) in zip(seams, measured.seams, strict=True):
-            record |= {"angular_distance": round(angular, 6), "block_influence": round(influence, 6)}
+            record |= {
+                "angular_distance": round(angular, 6),
+                "block_influence": round(influence, 6),
+            }
     return {
         "trim": layer_map.trim,
         "layers": str(layer_map),
@@ -107,7 +112,9 @@ def _map_json(measured: Measured) -> dict[str, Any]:
 
 def _within_json(found: Probe) -> dict[str, Any]:
     assert found.base_loss is not None
-    choice = {"map": None, "command": None} if found.within is None else _choice(found, found.within)
+    choice = (
+        {"map": None, "command": None} if found.within is None else _choice(found, found.within)
+    )
     return {"share": found.bound, "loss": (1 + found.bound) * found.base_loss, **choice}
 
 
@@ -123,8 +130,12 @@ def upscale_command(found: Probe, number: int) -> str:
 
 
 def probe_text(found: Probe) -> str:
-    """The table and the advice, at most 80 columns wide but for commands, long maps, engines and warnings."""
-    wrong = list(dict.fromkeys(engine for measured in found.maps for engine in measured.candidate.wrong))
+    """The table and the advice, at most 80 columns wide but for commands, long maps, engines and
+    warnings.
+    """
+    wrong = list(
+        dict.fromkeys(engine for measured in found.maps for engine in measured.candidate.wrong)
+    )
     head = ["map", "layers", "params", "bytes", "FLOP/token", "loss", "perplexity", "seam"]
     rows = [head, _row("base", found.base_cost, found.base_cost.num_layers, found.base_loss, "")]
     for measured in found.maps:
@@ -133,27 +144,47 @@ def probe_text(found: Probe) -> str:
         seam = f"{max(angular for angular, _ in measured.seams):.3f}" if measured.seams else ""
         rows.append(_row(name, measured.candidate.cost, len(layer_map), measured.loss, seam))
     if wrong:  # a column of its own, of initials
-        not_in = ["".join(engine.name[0] for engine in measured.candidate.wrong) for measured in found.maps]
+        not_in = [
+            "".join(engine.name[0] for engine in measured.candidate.wrong)
+            for measured in found.maps
+        ]
         rows = [[*row, cell] for row, cell in zip(rows, ["not in", "", *not_in], strict=True)]
         head = rows[0]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    refused = [measured.candidate for measured in found.maps if measured.candidate.refused is not None]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+    refused = [
+        measured.candidate for measured in found.maps if measured.candidate.refused is not None
+    ]
     lines += [f"refused: {candidate.options}: {candidate.refused}" for candidate in refused]
     typed = [str(m.candidate.layer_map) for m in found.maps if m.candidate.layer_map.trim is None]
     lines += [f"{_short(name)} is {name}" for name in typed if len(name) > _WIDTH]
     if wrong:
         names = ", ".join(f"{engine.name[0]} {engine.title}" for engine in wrong)
         lines.append(f"not in: {names} would not compute it as config.json says")
-    return "\n".join([*lines, "", *_closing(found), *(f"warning: {warning}" for warning in found.warnings)])
+    return "\n".join(
+        [*lines, "", *_closing(found), *(f"warning: {warning}" for warning in found.warnings)]
+    )
 
 
 def _row(name: str, cost: Cost | None, num_layers: int, loss: float | None, seam: str) -> list[str]:
     size = ["", "", ""]
     if cost is not None:
-        size = [human_count(cost.num_parameters), human_bytes(cost.num_bytes), human_count(cost.flops_per_token)]
+        size = [
+            human_count(cost.num_parameters),
+            human_bytes(cost.num_bytes),
+            human_count(cost.flops_per_token),
+        ]
     ends = ["", ""] if loss is None else [f"{loss:.3f}", _shown_perplexity(perplexity(loss))]
-    return [_short(name), str(num_layers), *size, *(["refused", ""] if cost is None else ends), seam]
+    return [
+        _short(name),
+        str(num_layers),
+        *size,
+        *(["refused", ""] if cost is None else ends),
+        seam,
+    ]
 
 
 def _short(name: str) -> str:
@@ -165,7 +196,10 @@ def _shown_perplexity(value: float) -> str:
 
 
 def _closing(found: Probe) -> list[str]:
-    memory = f"{human_bytes(found.memory.total)} of memory, {human_bytes(found.memory.weights)} of it weights"
+    memory = (
+        f"{human_bytes(found.memory.total)} of memory, {human_bytes(found.memory.weights)} of it "
+        "weights"
+    )
     if found.is_dry_run:
         groups = (
             ""
@@ -175,7 +209,9 @@ def _closing(found: Probe) -> list[str]:
         return [f"Dry run: nothing was measured. It would take about {memory}.{groups}"]
     assert found.text is not None
     assert found.base_loss is not None
-    peak = "" if found.peak_bytes is None else f", {human_bytes(found.peak_bytes)} of memory at most"
+    peak = (
+        "" if found.peak_bytes is None else f", {human_bytes(found.peak_bytes)} of memory at most"
+    )
     documents = f"{found.text.documents:,} document{'s' * (found.text.documents != 1)}"
     lines = [
         f"loss: nats per token, over {found.text.tokens:,} tokens of {documents};",
@@ -188,11 +224,13 @@ def _closing(found: Probe) -> list[str]:
     if found.within is None:
         asked = f" that is right for {', '.join(found.engines)}" if found.engines else ""
         lines.append(
-            f"No deeper model{asked} is within {found.bound:.0%} of the base's loss ({limit:.3f}); see --within."
+            f"No deeper model{asked} is within {found.bound:.0%} of the base's loss "
+            f"({limit:.3f}); see --within."
         )
     else:
         lines.append(
-            f"largest within {found.bound:.0%} of the base's loss ({limit:.3f}): {_named(found, found.within)}"
+            f"largest within {found.bound:.0%} of the base's loss ({limit:.3f}): "
+            f"{_named(found, found.within)}"
         )
         lines.append(f"  {upscale_command(found, found.within)}")
     if found.knee is not None and found.knee != found.within:
@@ -205,4 +243,7 @@ def _closing(found: Probe) -> list[str]:
 
 def _named(found: Probe, number: int) -> str:
     candidate, loss = found.maps[number].candidate, found.maps[number].loss
-    return f"{candidate.options.removeprefix('--')}, {len(candidate.layer_map)} layers, loss {loss:.3f}"
+    return (
+        f"{candidate.options.removeprefix('--')}, {len(candidate.layer_map)} layers, loss "
+        f"{loss:.3f}"
+    )

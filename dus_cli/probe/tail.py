@@ -1,4 +1,6 @@
-"""From hidden states behind the last layer to the loss: the model's own norm and head, without full logits."""
+"""From hidden states behind the last layer to the loss: the model's own norm and head, without
+full logits.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _ROUNDING_ELSE = 2e-2
 
 
 class Tail:
-    """The loss of a batch. Where the head does what dus does not know, through the model's own logits.
+    """The loss of a batch. Where the head does what dus does not know, through the model's own
+    logits.
 
     Args:
         replay: the model.
@@ -40,7 +43,8 @@ class Tail:
         logits = replay.logits
         if logits.shape[:1] != labels.shape[:1] or logits.ndim != 3:
             raise ProbeError(
-                f"model_type {replay.model_type} gives no logits for each token of a text; dus probe cannot measure it"
+                f"model_type {replay.model_type} gives no logits for each token of a text; dus "
+                "probe cannot measure it"
             )
         some = labels[:, -logits.shape[1] :]
         self._theirs = _full_cross_entropy(logits, some)
@@ -72,7 +76,8 @@ class Tail:
         return float(cross_entropy(kept[0], self._output, labels, self._head))
 
     def check(self, hidden: Tensor) -> None:
-        """Hold that the example's hidden states, from layers called one by one, give the model's own loss.
+        """Hold that the example's hidden states, from layers called one by one, give the model's
+        own loss.
 
         Raises:
             ProbeError: they do not.
@@ -82,8 +87,10 @@ class Tail:
         if not self._agrees(ours):
             count = max(1, int((self._some != IGNORED).sum()))
             raise ProbeError(
-                f"the base's layers, called one by one, give a loss of {ours / count:.4f} and the model itself "
-                f"{self._theirs / count:.4f}: dus probe does not know how model_type {self._replay.model_type} calls "
+                f"the base's layers, called one by one, give a loss of {ours / count:.4f} and the "
+                "model itself "
+                f"{self._theirs / count:.4f}: dus probe does not know how model_type "
+                f"{self._replay.model_type} calls "
                 "its layers; please report it"
             )
 
@@ -94,4 +101,6 @@ class Tail:
 
 def _full_cross_entropy(logits: Tensor, labels: Tensor) -> float:
     flat: Any = logits.float().flatten(0, 1)
-    return float(functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum"))
+    return float(
+        functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    )

@@ -1,4 +1,6 @@
-"""Layer maps as a tree of their beginnings, so that what several maps begin with is computed once. Pure."""
+"""Layer maps as a tree of their beginnings, so that what several maps begin with is computed
+once. Pure.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Node:
-    """A beginning of one or more maps, known by its last layer. `ends` are the numbers of the maps that end here."""
+    """A beginning of one or more maps, known by its last layer. `ends` are the numbers of the
+    maps that end here.
+    """
 
     layer: int
     parent: Node | None
@@ -46,8 +50,9 @@ def count_nodes(root: Node) -> int:
 def sweeps(root: Node, num_layers: int) -> Iterator[tuple[int, list[Node]]]:
     """Layers in the order in which they are called, each with the nodes that it is called for.
 
-    A sweep goes once over the base's layers and takes every node along whose beginning is known by then; a map
-    of two copies is done in two sweeps. So a layer that is read from disk is read once for all maps.
+    A sweep goes once over the base's layers and takes every node along whose beginning is known by
+    then; a map of two copies is done in two sweeps. So a layer that is read from disk is read once
+    for all maps.
 
     >>> [(layer, len(nodes)) for layer, nodes in sweeps(grow([(0, 1, 2), (0, 1, 1, 2)]), 3)]
     [(0, 1), (1, 1), (2, 1), (1, 1), (2, 1)]

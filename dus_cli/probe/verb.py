@@ -35,17 +35,21 @@ if TYPE_CHECKING:
     from dus_cli.probe.distances import Depths
     from dus_cli.probe.measure import Batch
 
-# Tokens that go through a layer at once: enough for the matrix products, and few enough for a CPU's cache.
+# Tokens that go through a layer at once: enough for the matrix products, and few enough for a CPU's
+# cache.
 _BATCH_TOKENS = {"cpu": 512}
 _BATCH_TOKENS_ELSEWHERE = 8192
 
 _SEQ_LENGTH = 512
 
-# The base as the map of its own layers: where they stand and what they cost, whatever else may be refused.
+# The base as the map of its own layers: where they stand and what they cost, whatever else may be
+# refused.
 _WHOLE = MapRequest(layers="0:")
 
 
-def probe(ref: ModelRef, options: ProbeOptions, progress: Progress, *, dry_run: bool, quiet: bool) -> Probe:
+def probe(
+    ref: ModelRef, options: ProbeOptions, progress: Progress, *, dry_run: bool, quiet: bool
+) -> Probe:
     """Measure maps of a model, or say what that would take.
 
     Raises:
@@ -60,7 +64,10 @@ def probe(ref: ModelRef, options: ProbeOptions, progress: Progress, *, dry_run: 
     requests = wanted.wanted_requests(options, len(of_base.layer_map))
     candidates = [wanted.check(of_base, request, seq_length) for request in requests]
     if not options.search and all(candidate.refused for candidate in candidates):
-        raise ProbeError(f"dus upscale refuses every one of these maps, the first because: {candidates[0].refused}")
+        raise ProbeError(
+            "dus upscale refuses every one of these maps, the first because: "
+            f"{candidates[0].refused}"
+        )
     plan = _plan(of_base, options, seq_length, candidates)
     found = Probe(
         model=ref.text,
@@ -102,7 +109,9 @@ class _Plan:
     memory: Memory
 
 
-def _plan(of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidates: Sequence[Candidate]) -> _Plan:
+def _plan(
+    of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidates: Sequence[Candidate]
+) -> _Plan:
     import torch
 
     from dus_cli.probe.distances import KEPT_BYTES
@@ -121,7 +130,9 @@ def _plan(of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidat
         states = max(states, len(candidates) + options.best + 1)
     others = min(KEPT_BYTES, 4 * options.tokens * (num_layers + 1) * width)  # for the distances
     others += 32 * rows * seq_length * width * dtype.itemsize  # within a layer
-    others += 0 if options.stream_layers else checkpoint.num_bytes  # the files, mapped while they are loaded
+    others += (
+        0 if options.stream_layers else checkpoint.num_bytes
+    )  # the files, mapped while they are loaded
     memory = plan_memory(
         weight_bytes(checkpoint, of_base.stack, dtype.itemsize, streams=options.stream_layers),
         states,
@@ -136,7 +147,10 @@ def _plan(of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidat
 
 def _layers(of_base: UpscalePlan, candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
     """The base and the maps that are measured."""
-    return [of_base.layer_map.sources, *(c.layer_map.sources for c in candidates if c.refused is None)]
+    return [
+        of_base.layer_map.sources,
+        *(c.layer_map.sources for c in candidates if c.refused is None),
+    ]
 
 
 def _measure(
@@ -154,7 +168,9 @@ def _measure(
     from dus_cli.probe.replay import damaged
 
     checkpoint, num_layers = of_base.checkpoint, found.num_layers
-    text, batches, num_labels, warnings = _read(checkpoint, options, found.seq_length, plan.rows_at_once)
+    text, batches, num_labels, warnings = _read(
+        checkpoint, options, found.seq_length, plan.rows_at_once
+    )
     progress.start("loading the model", None)
     if options.stream_layers:
         model, ready = weights.stream(checkpoint, of_base.stack, plan.dtype, plan.device)
@@ -172,7 +188,9 @@ def _measure(
         count = count_nodes(grow(maps))
         passes += count
         progress.start("measuring", count * meter.num_groups, "layers")
-        return [total / num_labels for total in meter.losses(maps, depths, lambda: progress.advance(1))]
+        return [
+            total / num_labels for total in meter.losses(maps, depths, lambda: progress.advance(1))
+        ]
 
     if options.search:  # the distances say which maps are worth a loss
         losses([], depths)
@@ -188,12 +206,19 @@ def _measure(
         raise damaged("on this text", model)
     values = iter(mine)
     maps = tuple(
-        Measured(c, None if c.refused else next(values), tuple(distances.of(seam) for seam in c.layer_map.seams))
+        Measured(
+            c,
+            None if c.refused else next(values),
+            tuple(distances.of(seam) for seam in c.layer_map.seams),
+        )
         for c in candidates
     )
     lost = [m.candidate.options for m in maps if m.loss is not None and not m.is_finite]
     if lost:
-        warnings = (*warnings, f"no finite loss in {found.precision}: {shown_list(lost)}; try --precision fp32")
+        warnings = (
+            *warnings,
+            f"no finite loss in {found.precision}: {shown_list(lost)}; try --precision fp32",
+        )
     within, knee = _recommended(maps, base_loss, options.within, options.engines)
     return replace(
         found,
@@ -221,12 +246,17 @@ def _recommended(
     deeper = [
         (number, m.loss, len(m.candidate.layer_map))
         for number, m in enumerate(maps)
-        if m.is_finite and m.loss is not None and m.candidate.layer_map.is_deeper and m.candidate.is_right_for(engines)
+        if m.is_finite
+        and m.loss is not None
+        and m.candidate.layer_map.is_deeper
+        and m.candidate.is_right_for(engines)
     ]
     largest = recommend.within([(loss, size) for _, loss, size in deeper], (1 + bound) * base_loss)
     scaled = [entry for entry in deeper if maps[entry[0]].candidate.layer_map.trim is not None]
     bend = recommend.knee([(loss, size) for _, loss, size in scaled])
-    return None if largest is None else deeper[largest][0], None if bend is None else scaled[bend][0]
+    return None if largest is None else deeper[largest][0], None if bend is None else scaled[bend][
+        0
+    ]
 
 
 def _read(
@@ -246,7 +276,9 @@ def _read(
     words = vocab_size(checkpoint.config, fields)
     tokeniser = Tokeniser(checkpoint.folder, words, special_tokens=options.special_tokens)
     reading = Reading(options.text_field, options.on_bad_line)
-    sample = read_sample(options.data, tokeniser, options.tokens, reading=reading, holdout=options.holdout)
+    sample = read_sample(
+        options.data, tokeniser, options.tokens, reading=reading, holdout=options.holdout
+    )
     rows = Packed(sample.texts, tokeniser, seq_length, document_mask=False)
     if not len(rows):
         raise DataError(f"{shown_list(list(options.data))} has one token; give more text")
@@ -257,7 +289,9 @@ def _read(
         group += [row._replace(labels=np.full_like(row.labels, IGNORED)) for row in rows[:1]] * (
             rows_at_once - len(group)
         )
-        ids, labels = (np.stack([getattr(row, name) for row in group]) for name in ("input_ids", "labels"))
+        ids, labels = (
+            np.stack([getattr(row, name) for row in group]) for name in ("input_ids", "labels")
+        )
         batches.append(Batch(torch.from_numpy(ids), torch.from_numpy(labels)))
     num_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
     text = Text(
@@ -270,12 +304,19 @@ def _read(
         unread=sample.unread,
     )
     few = rows.num_tokens < 0.9 * options.tokens
-    warnings = (f"the data has {rows.num_tokens:,} tokens where --tokens asks for {options.tokens:,}",) if few else ()
+    warnings = (
+        (f"the data has {rows.num_tokens:,} tokens where --tokens asks for {options.tokens:,}",)
+        if few
+        else ()
+    )
     return text, batches, num_labels, warnings
 
 
 def _seq_length(checkpoint: Checkpoint, options: ProbeOptions) -> int:
     most = context_length(decoder_config(checkpoint.config).fields)
     if options.seq_length is not None and most is not None and options.seq_length > most:
-        raise ProbeError(f"--seq-length {options.seq_length} is more than the model's {most} positions; choose less")
+        raise ProbeError(
+            f"--seq-length {options.seq_length} is more than the model's {most} positions; choose "
+            "less"
+        )
     return options.seq_length or min(_SEQ_LENGTH, most or _SEQ_LENGTH)

@@ -1,4 +1,6 @@
-"""A model in memory, or one whose layers' weights are read from disk when their turn comes and let go after it."""
+"""A model in memory, or one whose layers' weights are read from disk when their turn comes and
+let go after it.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,14 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> tu
     Raises:
         LoadError: transformers cannot load it, or would make up weights that the files lack.
     """
-    return load_model(checkpoint.folder, checkpoint.folder, dtype).to(device).eval(), lambda _: nullcontext()
+    return load_model(checkpoint.folder, checkpoint.folder, dtype).to(
+        device
+    ).eval(), lambda _: nullcontext()
 
 
-def stream(checkpoint: Checkpoint, stack: LayerStack, dtype: torch.dtype, device: torch.device) -> tuple[Any, Ready]:
+def stream(
+    checkpoint: Checkpoint, stack: LayerStack, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Ready]:
     """The model with all but its layers' weights, and a way to give a layer its own for a while.
 
     Raises:
@@ -43,7 +49,9 @@ def stream(checkpoint: Checkpoint, stack: LayerStack, dtype: torch.dtype, device
     from transformers import AutoModelForCausalLM
 
     if checkpoint.is_pickled:
-        raise ProbeError("--stream-layers reads safetensors, and these weights are pickled; leave it out")
+        raise ProbeError(
+            "--stream-layers reads safetensors, and these weights are pickled; leave it out"
+        )
     if "quantization_config" in checkpoint.config:
         raise ProbeError("--stream-layers does not read quantised weights; leave it out")
     with refusals_told(checkpoint.folder):
@@ -64,7 +72,10 @@ class _Stored:
     def __getitem__(self, _whole: object) -> Tensor:
         dtype = STORED_DTYPES.get(self.tensor.dtype)
         if dtype is None:
-            raise ProbeError(f"{shown(self.tensor.name)} is {self.tensor.dtype}, which --stream-layers does not read")
+            raise ProbeError(
+                f"{shown(self.tensor.name)} is {self.tensor.dtype}, which --stream-layers does "
+                "not read"
+            )
         content = bytearray(self.tensor.num_bytes)
         with reading(self.shard.name), open_regular(self.shard.path, 0) as file:
             file.seek(self.tensor.start)
@@ -72,16 +83,29 @@ class _Stored:
             while view:
                 count = cast("FileIO", file).readinto(view)
                 if not count:
-                    raise ProbeError(f"{shown(self.shard.name)} was cut short while it was read; fetch it again")
+                    raise ProbeError(
+                        f"{shown(self.shard.name)} was cut short while it was read; fetch it again"
+                    )
                 view = view[count:]
-        return torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape) if content else torch.empty(0)
+        return (
+            torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape)
+            if content
+            else torch.empty(0)
+        )
 
 
 class _Streamed:
-    """Tensors by layer. transformers' own loading renames and merges them as the architecture wants it."""
+    """Tensors by layer. transformers' own loading renames and merges them as the architecture
+    wants it.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, stack: LayerStack, model: Any, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        stack: LayerStack,
+        model: Any,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -103,7 +127,9 @@ class _Streamed:
         missing = self._load(rest)
         self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
         of_layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
-        lacking = [n for n, p in self._model.named_parameters() if p.is_meta and id(p) not in of_layers]
+        lacking = [
+            n for n, p in self._model.named_parameters() if p.is_meta and id(p) not in of_layers
+        ]
         if lacking:
             raise no_weights(self._checkpoint.folder, lacking)
         for module in self._model.modules():
@@ -114,12 +140,18 @@ class _Streamed:
     def layer(self, number: int) -> Iterator[None]:
         """Layer `number` has its weights."""
         layer = self._layers[number]
-        empty = [(module, name, p) for module in layer.modules() for name, p in module.named_parameters(recurse=False)]
+        empty = [
+            (module, name, p)
+            for module in layer.modules()
+            for name, p in module.named_parameters(recurse=False)
+        ]
         try:
             self._load(self._stored[number])
             lacking = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
             if lacking:
-                raise no_weights(self._checkpoint.folder, [f"layer {number}: {name}" for name in lacking])
+                raise no_weights(
+                    self._checkpoint.folder, [f"layer {number}: {name}" for name in lacking]
+                )
             yield
         finally:
             for module, name, parameter in empty:
@@ -132,14 +164,18 @@ class _Streamed:
 
         plan = self._model._get_dtype_plan(self._dtype)  # noqa: SLF001  (what stays in fp32; it has no public name)
         settings = LoadStateDictConfig(
-            dtype=self._dtype, dtype_plan=plan, device_map={"": self._device}, weight_mapping=self._mapping
+            dtype=self._dtype,
+            dtype_plan=plan,
+            device_map={"": self._device},
+            weight_mapping=self._mapping,
         )
         with refusals_told(self._checkpoint.folder):
             found, _ = convert_and_load_state_dict_in_model(self._model, stored, settings)
         wrong = [*(name for name, *_ in found.mismatched_keys), *found.conversion_errors]
         if wrong:
             raise ProbeError(
-                f"transformers cannot place {shown_list(sorted(wrong))} by itself; leave out --stream-layers"
+                f"transformers cannot place {shown_list(sorted(wrong))} by itself; leave out "
+                "--stream-layers"
             )
         missing: set[str] = found.missing_keys
         return missing
@@ -147,7 +183,9 @@ class _Streamed:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made here have parameters without memory. Buffers are made as ever: they are computed, not loaded."""
+    """Modules made here have parameters without memory. Buffers are made as ever: they are
+    computed, not loaded.
+    """
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

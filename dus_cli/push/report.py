@@ -17,8 +17,8 @@ from dus_cli.push.target import Remote, Target
 class PushReport:
     """The result of a push, or of its dry run.
 
-    `status` is "pushed", "planned", or "unchanged": the branch already held every file. `removed` are files of an
-    earlier model. `uploaded` counts the files that the branch did not hold.
+    `status` is "pushed", "planned", or "unchanged": the branch already held every file. `removed`
+    are files of an earlier model. `uploaded` counts the files that the branch did not hold.
     """
 
     target: Target
@@ -63,16 +63,30 @@ def push_text(report: PushReport) -> str:
     if report.status == "planned":
         kind = "private " if (remote.private if remote.exists else target.private) else ""
         repo = f"the {kind}repo is there" if remote.exists else f"the {kind}repo would be created"
-        branch = f", branch {target.branch}{'' if remote.head else ' would be created'}" * (target.branch != "main")
-        token = "the token may write" if remote.can_write else "whether the token may write shows when it is tried"
+        branch = f", branch {target.branch}{'' if remote.head else ' would be created'}" * (
+            target.branch != "main"
+        )
+        token = (
+            "the token may write"
+            if remote.can_write
+            else "whether the token may write shows when it is tried"
+        )
         return f"{target.url}: {what}; {repo}{branch}; {token}{here}"
     commit = (report.commit or "")[:12]
     if report.status == "unchanged":
         return f"{target.url} already holds these {what}, at commit {commit}{here}"
     removed = f"; {len(report.removed)} of an earlier model removed" if report.removed else ""
-    return f"{target.url} holds {what}, at commit {commit}, each compared with what was verified{removed}{here}"
+    return (
+        f"{target.url} holds {what}, at commit {commit}, each compared with what was "
+        f"verified{removed}{here}"
+    )
 
 
 def folder_push_json(output: Path, report: PushReport) -> dict[str, Any]:
     """The report of `dus push --json`; docs/layout.md describes each field."""
-    return {"schema": SCHEMA, "version": __version__, "model": str(output), "push": report.to_json()}
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": str(output),
+        "push": report.to_json(),
+    }

@@ -1,8 +1,10 @@
-"""The verb `push`: a verified output to the Hub, by huggingface_hub's upload of large folders, and the proof.
+"""The verb `push`: a verified output to the Hub, by huggingface_hub's upload of large folders, and
+the proof.
 
-Everything in the folder is summed before it goes, and afterwards the Hub's own list of files, one request, is held
-against these sums: what was pushed is what was verified. A push that was cut off goes on with the same command: what
-the Hub has already (files of the branch, and objects uploaded for a commit that never came) is not sent again.
+Everything in the folder is summed before it goes, and afterwards the Hub's own list of files, one
+request, is held against these sums: what was pushed is what was verified. A push that was cut off
+goes on with the same command: what the Hub has already (files of the branch, and objects uploaded
+for a commit that never came) is not sent again.
 """
 
 from __future__ import annotations
@@ -45,14 +47,16 @@ if TYPE_CHECKING:
 # The Hub takes no larger file (huggingface.co/docs/hub/storage-limits).
 LARGEST_FILE = 50_000_000_000
 
-# What an earlier push may have left that would be loaded beside this model's weights, or instead of them (transformers
-# takes model.safetensors before an index), or that records another model.
+# What an earlier push may have left that would be loaded beside this model's weights, or instead of
+# them (transformers takes model.safetensors before an index), or that records another model.
 _OF_A_MODEL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 _Result = TypeVar("_Result")
 
 
-def preview(plan: UpscalePlan, target: Target, remote: Remote, *, with_checksums: bool = False) -> PushReport:
+def preview(
+    plan: UpscalePlan, target: Target, remote: Remote, *, with_checksums: bool = False
+) -> PushReport:
     """What `--push-to` would do with the output of a plan. Creates nothing.
 
     Raises:
@@ -92,7 +96,9 @@ def preview_folder(output: Path, target: Target) -> PushReport:
 
 @dataclass(frozen=True)
 class Push:
-    """A push that is ready to go: what is in the folder, and what of it the branch has otherwise or not."""
+    """A push that is ready to go: what is in the folder, and what of it the branch has otherwise
+    or not.
+    """
 
     output: Path
     target: Target
@@ -127,14 +133,18 @@ class Push:
                 commit, remarks = _until_signalled(lambda: patiently(self._upload))
             there = listed(target, commit)
         now = _fingerprints(self.output)
-        if changed := sorted(name for name in now | self.fingerprints if now.get(name) != self.fingerprints.get(name)):
+        if changed := sorted(
+            name for name in now | self.fingerprints if now.get(name) != self.fingerprints.get(name)
+        ):
             raise PushError(
-                f"{shown_list(changed)} changed while it was pushed: commit {commit[:12]} of {target.repo_id} is not "
+                f"{shown_list(changed)} changed while it was pushed: commit {commit[:12]} of "
+                f"{target.repo_id} is not "
                 "what was verified; let nothing write to the folder, and push again"
             )
         if lacking := _differences(self.output, self.sums, there):
             raise PushError(
-                f"the Hub holds other bytes of {shown_list(lacking)} in commit {commit[:12]} of {target.repo_id} than "
+                f"the Hub holds other bytes of {shown_list(lacking)} in commit {commit[:12]} of "
+                f"{target.repo_id} than "
                 "were verified here; push again, and tell the Hub if it stays so"
             )
         return PushReport(
@@ -176,16 +186,29 @@ class Push:
 
 
 def send(
-    output: Path, target: Target, *, jobs: int = DEFAULT_JOBS, progress: Progress, is_verified: bool = False
+    output: Path,
+    target: Target,
+    *,
+    jobs: int = DEFAULT_JOBS,
+    progress: Progress,
+    is_verified: bool = False,
 ) -> PushReport:
-    """Verify and sum, told by `progress`, then send: huggingface_hub draws that itself where `progress` is live.
+    """Verify and sum, told by `progress`, then send: huggingface_hub draws that itself where
+    `progress` is live.
 
     A log or a program is told of the upload as of any stage.
 
     Raises:
         DusError: as `prepare` and `Push.run`.
     """
-    ready = prepare(output, target, jobs=jobs, progress=progress, quiet=not progress.is_live, is_verified=is_verified)
+    ready = prepare(
+        output,
+        target,
+        jobs=jobs,
+        progress=progress,
+        quiet=not progress.is_live,
+        is_verified=is_verified,
+    )
     progress.rest()
     if progress.is_live or ready.is_done:
         return ready.run()
@@ -244,21 +267,28 @@ def prepare(
 
 def _verify(output: Path) -> None:
     if not output.is_dir():
-        raise PushError(f"{shown(output)} is not a directory; give the one that dus upscale or dus heal wrote")
+        raise PushError(
+            f"{shown(output)} is not a directory; give the one that dus upscale or dus heal wrote"
+        )
     if is_unfinished_healing(output):
         raise PushError(
-            f"{shown(output)} is a run of dus heal that has not ended, and no model yet; the same dus heal command "
+            f"{shown(output)} is a run of dus heal that has not ended, and no model yet; the same "
+            "dus heal command "
             "goes on with it"
         )
     found = verify(output, deep=False)
     if not found.is_sound:
         more = len(found.problems) - 1
         rest = f" (and {more} more: dus verify lists them)" if more else ""
-        raise VerificationError(f"{shown(output)} does not verify: {found.problems[0]}{rest}; nothing was pushed")
+        raise VerificationError(
+            f"{shown(output)} does not verify: {found.problems[0]}{rest}; nothing was pushed"
+        )
 
 
 def _files(output: Path) -> list[str]:
-    """What is pushed: what dus.json says that dus wrote; of a folder without one, what a checkpoint's files are."""
+    """What is pushed: what dus.json says that dus wrote; of a folder without one, what a
+    checkpoint's files are.
+    """
     ours = {*model_files(output, read_record(output)), *indexed_weights(output), checksums.NAME}
     return [name for name in staged_files(output) if name in ours and inside(output, name)]
 
@@ -268,7 +298,10 @@ def _left_here(output: Path) -> list[str]:
     pushed = _files(output)
     folders = {name.split("/")[0] for name in pushed if "/" in name}
     others = (name for name in staged_files(output) if name not in pushed)
-    cut = (name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/" for name in others)
+    cut = (
+        name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/"
+        for name in others
+    )
     return list(dict.fromkeys(cut))
 
 
@@ -282,7 +315,8 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if size > LARGEST_FILE:
             raise PushError(
-                f"{shown(name)} has {human_bytes(size)} and the Hub takes no file over {human_bytes(LARGEST_FILE)}; "
+                f"{shown(name)} has {human_bytes(size)} and the Hub takes no file over "
+                f"{human_bytes(LARGEST_FILE)}; "
                 "make the model again with a smaller --max-shard-size, such as 5GB"
             )
 
@@ -302,13 +336,21 @@ def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress)
 
         sums = dict(zip(sizes, pool.map(sum_of, sizes), strict=True))
     expected, problems = checksums.expected_sums(output)
-    expected = {name: total for name, total in expected.items() if name in sums or not (output / name).is_file()}
+    expected = {
+        name: total
+        for name, total in expected.items()
+        if name in sums or not (output / name).is_file()
+    }
     uncovered = sorted(name for name in sums if name not in expected and name != checksums.NAME)
     if checksums.are_in(output) and uncovered:
         problems.append(checksums.lacking(uncovered))
     wrong = [name for name, total in expected.items() if sums.get(name) != total]
     if wrong or problems:
-        what = f"{shown_list(wrong)} does not match its sum in {checksums.NAME}" if wrong else problems[0]
+        what = (
+            f"{shown_list(wrong)} does not match its sum in {checksums.NAME}"
+            if wrong
+            else problems[0]
+        )
         raise VerificationError(f"{shown(output)} does not verify: {what}; nothing was pushed")
     return sums
 
@@ -317,19 +359,27 @@ def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress)
 
 
 def _differences(output: Path, sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
-    """The files that the Hub has otherwise, or not: by SHA-256 of large files, by git's own sum of small ones."""
+    """The files that the Hub has otherwise, or not: by SHA-256 of large files, by git's own sum
+    of small ones.
+    """
 
     def is_there(name: str) -> bool:
         entry = there.get(name)
         if entry is None:
             return False
-        return entry.blob_id == _git_sum(output / name) if entry.lfs is None else entry.lfs.sha256 == sums[name]
+        return (
+            entry.blob_id == _git_sum(output / name)
+            if entry.lfs is None
+            else entry.lfs.sha256 == sums[name]
+        )
 
     return [name for name in sums if not is_there(name)]
 
 
 def _git_sum(path: Path) -> str:
-    """What git calls a file of this content: a SHA-1 over its length and bytes (git-hash-object(1))."""
+    """What git calls a file of this content: a SHA-1 over its length and bytes
+    (git-hash-object(1)).
+    """
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     for piece in file_pieces(path, path.name):
         digest.update(piece)
@@ -337,7 +387,9 @@ def _git_sum(path: Path) -> str:
 
 
 def _stale(sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
-    """Files of an earlier model on the branch: its weights, records and pictures. Others are nobody's business."""
+    """Files of an earlier model on the branch: its weights, records and pictures. Others are
+    nobody's business.
+    """
     ours = (*_OF_A_MODEL, *WRITTEN_ANEW, *OF_A_HEALING)
 
     def is_ours(name: str) -> bool:
@@ -347,7 +399,8 @@ def _stale(sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
 
 
 def _until_signalled(work: Callable[[], _Result]) -> _Result:
-    """The work's result. A signal ends the wait at once, in whatever the library's threads are at that moment.
+    """The work's result. A signal ends the wait at once, in whatever the library's threads are at
+    that moment.
 
     Raises:
         StoppedError: a signal came. What the Hub has stays there.
@@ -364,14 +417,17 @@ def _until_signalled(work: Callable[[], _Result]) -> _Result:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while thread.is_alive():  # not one long wait: a signal that another thread is given would not end it
+        while (
+            thread.is_alive()
+        ):  # not one long wait: a signal that another thread is given would not end it
             thread.join(0.1)
     except BaseException as error:
         signum = getattr(error, "signum", None)
         if signum is None:
             raise
         raise StoppedError(
-            f"ended by {signal.Signals(signum).name}; what was sent stays on the Hub, and the same command goes on",
+            f"ended by {signal.Signals(signum).name}; what was sent stays on the Hub, and the "
+            "same command goes on",
             signum,
         ) from None
     if failures:

@@ -1,1 +1,3 @@
-"""What stands beside the weights: the card and its pictures, dus.json, SHA256SUMS, and following them again."""
+"""What stands beside the weights: the card and its pictures, dus.json, SHA256SUMS, and following
+them again.
+"""

@@ -53,9 +53,10 @@ STATES = {
 # How to heal it stands between these; a healed model's card has no need of it.
 HEAL_START, HEAL_END = "<!-- dus: heal it -->", "<!-- /dus: heal it -->"
 
-# The Hub knows adapter, finetune, quantized and merge (huggingface.co/docs/hub/model-cards, "Specifying a base model").
-# A model stacked from a base's own layers, none of them trained, is what mergekit calls a passthrough merge, and the
-# Hub's cards of such models (mlabonne/Meta-Llama-3-120B-Instruct) say merge. Continued pretraining makes it a finetune.
+# The Hub knows adapter, finetune, quantized and merge (huggingface.co/docs/hub/model-cards,
+# "Specifying a base model"). A model stacked from a base's own layers, none of them trained, is
+# what mergekit calls a passthrough merge, and the Hub's cards of such models
+# (mlabonne/Meta-Llama-3-120B-Instruct) say merge. Continued pretraining makes it a finetune.
 SCALED, HEALED = "base_model_relation: merge", "base_model_relation: finetune"
 
 _CITATION = """\
@@ -70,21 +71,36 @@ _CITATION = """\
 
 
 def command_line(plan: UpscalePlan) -> str:
-    """The command that makes this model again. OUT stands for the directory, so that any two runs agree."""
+    """The command that makes this model again. OUT stands for the directory, so that any two
+    runs agree.
+    """
     ref = plan.base.ref
-    model = ref.text if ref.repo_id is None else ref.repo_id + (f"@{plan.base.commit}" if plan.base.commit else "")
+    model = (
+        ref.text
+        if ref.repo_id is None
+        else ref.repo_id + (f"@{plan.base.commit}" if plan.base.commit else "")
+    )
     return f"dus upscale {shlex.quote(model)} {plan.options} -o OUT"
 
 
 def pictures(plan: UpscalePlan) -> dict[str, str]:
     """The layer map's pictures that the card shows, by file name."""
     identities = plan.layer_map.new_layers if plan.treatment.zeros else ()
-    return {name: layer_map_svg(plan.layer_map, dark=dark, identities=identities) for name, dark in PICTURES.items()}
+    return {
+        name: layer_map_svg(plan.layer_map, dark=dark, identities=identities)
+        for name, dark in PICTURES.items()
+    }
 
 
 def model_card(plan: UpscalePlan) -> str:
-    """Markdown with the Hub's metadata in front. Like dus.json it has no times and no output path."""
-    layer_map, base_parameters, chain = plan.layer_map, plan.checkpoint.num_parameters, base_chain(plan.checkpoint)
+    """Markdown with the Hub's metadata in front. Like dus.json it has no times and no output
+    path.
+    """
+    layer_map, base_parameters, chain = (
+        plan.layer_map,
+        plan.checkpoint.num_parameters,
+        base_chain(plan.checkpoint),
+    )
     warnings = "".join(f"\n> **Note:** {warning}\n" for warning in plan.warnings)
     how = "depth up-scaled" if layer_map.is_deeper else "rearranged"
     light, dark = PICTURES
@@ -166,7 +182,9 @@ OUT must be a directory here.
 
 
 def _metadata(plan: UpscalePlan, chain: list[Any]) -> str:
-    """The Hub's fields as YAML. A text is plain, or as JSON writes it: YAML that nothing breaks out of."""
+    """The Hub's fields as YAML. A text is plain, or as JSON writes it: YAML that nothing breaks
+    out of.
+    """
     base, config = plan.base_card, plan.checkpoint.config
     fields: dict[str, Any] = {}
     if (base_model := _base_model(plan, chain)) is not None:
@@ -205,7 +223,9 @@ _YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
 def _base_model(plan: UpscalePlan, chain: list[Any]) -> str | None:
-    """The base's id, or of the model on the Hub that a base which dus made here came from; None where there is none."""
+    """The base's id, or of the model on the Hub that a base which dus made here came from; None
+    where there is none.
+    """
     if plan.base.ref.repo_id is not None:
         return plan.base.ref.repo_id
     for record in reversed(chain):
@@ -228,7 +248,11 @@ def _license_link(plan: UpscalePlan) -> str | None:
     link, ref = plan.base_card.license_link, plan.base.ref
     if link is None or link.startswith(("https://", "http://")) or link in dict(plan.files):
         return link
-    return f"https://huggingface.co/{ref.repo_id}/blob/{plan.base.commit or 'main'}/{link}" if ref.repo_id else None
+    return (
+        f"https://huggingface.co/{ref.repo_id}/blob/{plan.base.commit or 'main'}/{link}"
+        if ref.repo_id
+        else None
+    )
 
 
 # --- the body -----------------------------------------------------------------------------------
@@ -243,17 +267,25 @@ def _scaled(plan: UpscalePlan) -> str:
     treatment = plan.treatment
     if not treatment.scaled:
         return ""
-    return f" Its start is `{plan.request.start}`: {describe_scales(treatment.factors, treatment.scaled)}."
+    return (
+        f" Its start is `{plan.request.start}`: "
+        f"{describe_scales(treatment.factors, treatment.scaled)}."
+    )
 
 
 def _dtype(plan: UpscalePlan) -> str:
     dtype = plan.treatment.dtype
-    return "" if dtype is None else f" Its floating-point tensors are {dtype.value}; others of the base's were cast."
+    return (
+        ""
+        if dtype is None
+        else f" Its floating-point tensors are {dtype.value}; others of the base's were cast."
+    )
 
 
 def _seams(layer_map: LayerMap) -> str:
     lines = [
-        f"- output layers {seam.output_layers[0]} and {seam.output_layers[1]}: base layer {seam.base_layers[0]} "
+        f"- output layers {seam.output_layers[0]} and {seam.output_layers[1]}: base layer "
+        f"{seam.base_layers[0]} "
         f"feeds base layer {seam.base_layers[1]}, distance {seam.distance}"
         for seam in layer_map.seams
     ]
@@ -290,7 +322,11 @@ def _lineage(plan: UpscalePlan, count: int) -> str:
         base = f"[{ref.repo_id}](https://huggingface.co/{ref.repo_id}){at}"
     else:
         base = f"`{shown(plan.base.name)}`, a directory"
-    made = f", itself made by dus in {count} step{'s' * (count != 1)} (`chain` in `dus.json`)" if count else ""
+    made = (
+        f", itself made by dus in {count} step{'s' * (count != 1)} (`chain` in `dus.json`)"
+        if count
+        else ""
+    )
     pickled = "\n\nThe base's weights were pickled; these are safetensors, the same numbers."
     return (
         f"Base: {base}{made}.{pickled if plan.checkpoint.is_pickled else ''}\n\n"

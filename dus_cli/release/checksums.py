@@ -25,8 +25,12 @@ _LINE = re.compile(r"(?P<sum>[0-9a-fA-F]{64}) [ *](?P<name>.+?)\r?")
 _TAGGED_LINE = re.compile(r"SHA256 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{64})\r?")
 
 
-def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object] = lambda _: None) -> str:
-    """SHA-256 of a file, hexadecimal, in memory that does not grow. Of no use once `stop` is set."""
+def file_sum(
+    path: Path, stop: threading.Event, on_bytes: Callable[[int], object] = lambda _: None
+) -> str:
+    """SHA-256 of a file, hexadecimal, in memory that does not grow. Of no use once `stop` is
+    set.
+    """
     digest = hashlib.sha256()
     with open_regular(path, 0) as file:
         while not stop.is_set() and (piece := file.read(PIECE)):
@@ -36,11 +40,16 @@ def file_sum(path: Path, stop: threading.Event, on_bytes: Callable[[int], object
 
 
 def folder_sums(
-    folder: Path, jobs: int, held: Mapping[str, str] | None = None, known: Mapping[str, str] | None = None
+    folder: Path,
+    jobs: int,
+    held: Mapping[str, str] | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The sum of every file in a folder, by its path with "/", and of the `held` texts that are yet to be written.
+    """The sum of every file in a folder, by its path with "/", and of the `held` texts that are yet
+    to be written.
 
-    Of SHA256SUMS itself there is none. `known` are sums of files that were made while these were written.
+    Of SHA256SUMS itself there is none. `known` are sums of files that were made while these were
+    written.
     """
     made = known or {}
     texts = held or {}
@@ -67,8 +76,8 @@ def sums_text(sums: Mapping[str, str]) -> str:
 def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
     """What a folder's SHA256SUMS says, by file name, where it has one; and problems.
 
-    It is read as sha256sum reads it: a "*" before a name, Windows' line ends, upper case, "./", and the lines of
-    `sha256sum --tag`.
+    It is read as sha256sum reads it: a "*" before a name, Windows' line ends, upper case, "./", and
+    the lines of `sha256sum --tag`.
     """
     problems: list[str] = []
     expected: dict[str, str] = {}
@@ -96,13 +105,21 @@ def are_in(folder: Path) -> bool:
 
 
 def not_covered(folder: Path, expected: Mapping[str, str]) -> list[str]:
-    """The files of a folder of which its SHA256SUMS has no sum; what git and the Hub's tools leave there aside."""
+    """The files of a folder of which its SHA256SUMS has no sum; what git and the Hub's tools
+    leave there aside.
+    """
 
     def is_left(name: str) -> bool:
-        return any(fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in LEFT_BEHIND)
+        return any(
+            fnmatch(part, pattern) for part in PurePosixPath(name).parts for pattern in LEFT_BEHIND
+        )
 
     ours = (NAME, incomplete.NAME)
-    return [name for name in staged_files(folder) if name not in expected and name not in ours and not is_left(name)]
+    return [
+        name
+        for name in staged_files(folder)
+        if name not in expected and name not in ours and not is_left(name)
+    ]
 
 
 def lacking(names: list[str]) -> str:
@@ -112,11 +129,14 @@ def lacking(names: list[str]) -> str:
 
 def different_files(sums: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
     """The files whose sums are not the expected ones, and those that only one of the two has."""
-    return sorted(name for name in sums.keys() | expected.keys() if sums.get(name) != expected.get(name))
+    return sorted(
+        name for name in sums.keys() | expected.keys() if sums.get(name) != expected.get(name)
+    )
 
 
 def check_sums(folder: Path, jobs: int) -> tuple[int, list[str]]:
-    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and problems.
+    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and
+    problems.
 
     A file that it has no sum of is a problem too.
     """

@@ -12,7 +12,8 @@ _MAX_ROWS = 12
 
 
 def draw_map(layer_map: LayerMap, width: int = 80) -> str:
-    """A bar for the base and one for each run of the map, over the base's layers from left to right.
+    """A bar for the base and one for each run of the map, over the base's layers from left to
+    right.
 
     >>> from dus_cli.maps.layers import stack
     >>> print(draw_map(stack(8, trim=2), width=60))
@@ -30,14 +31,23 @@ def draw_map(layer_map: LayerMap, width: int = 80) -> str:
         output = last + 1
     spans = [_span(run.start, run.stop - 1) for _, run, _ in rows]
     span_width = max(map(len, spans))
-    bar_width = max(10, min(n * 3, width - 9 - 3 - span_width - 3 - max(len(note) for *_, note in rows)))
+    bar_width = max(
+        10, min(n * 3, width - 9 - 3 - span_width - 3 - max(len(note) for *_, note in rows))
+    )
     lines = []
     for (label, run, note), span in zip(rows, spans, strict=True):
-        start, stop = run.start * bar_width // n, max(run.stop * bar_width // n, run.start * bar_width // n + 1)
+        start, stop = (
+            run.start * bar_width // n,
+            max(run.stop * bar_width // n, run.start * bar_width // n + 1),
+        )
         bar = (" " * start + "█" * (stop - start)).ljust(bar_width)
         lines.append(f"{label:<9}{bar}   {span:<{span_width}}   {note}")
     if len(lines) > _MAX_ROWS:
-        lines = [*lines[: _MAX_ROWS - 1], f"…        {len(lines) - _MAX_ROWS} copies more", lines[-1]]
+        lines = [
+            *lines[: _MAX_ROWS - 1],
+            f"…        {len(lines) - _MAX_ROWS} copies more",
+            lines[-1],
+        ]
     seams = [
         f"seam     layer {s.base_layers[0]} feeds layer {s.base_layers[1]}: distance {s.distance}, "
         f"output {s.output_layers[0]}|{s.output_layers[1]}"
@@ -48,8 +58,11 @@ def draw_map(layer_map: LayerMap, width: int = 80) -> str:
     return "\n".join(lines + seams)
 
 
-def draw_kinds(kinds: Mapping[str, Sequence[str]], layer_map: LayerMap, width: int = 80) -> list[str]:
-    """What the output's layers are, a letter for each, with a bar at every seam; lines at most `width` wide.
+def draw_kinds(
+    kinds: Mapping[str, Sequence[str]], layer_map: LayerMap, width: int = 80
+) -> list[str]:
+    """What the output's layers are, a letter for each, with a bar at every seam; lines at most
+    `width` wide.
 
     >>> from dus_cli.maps.layers import stack
     >>> kinds = ["sliding_attention"] * 5 + ["full_attention"]
@@ -93,7 +106,9 @@ def _letters(kinds: Sequence[str]) -> dict[str, str]:
     letters: dict[str, str] = {}
     for kind in dict.fromkeys(kinds):
         own = [c for c in f"{kind.lower()}{kind.upper()}" if c.isalnum()]
-        free = (c for c in (*own, *string.ascii_letters, *string.digits) if c not in letters.values())
+        free = (
+            c for c in (*own, *string.ascii_letters, *string.digits) if c not in letters.values()
+        )
         letters[kind] = next(free, "?")
     return letters
 

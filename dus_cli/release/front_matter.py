@@ -12,7 +12,9 @@ import yaml
 
 RESULTS = "model-index"
 
-FRONT = re.compile(r"\A(\ufeff?---[ \t]*(\r?\n))(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+FRONT = re.compile(
+    r"\A(\ufeff?---[ \t]*(\r?\n))(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE
+)
 
 
 def field_span(front: str, name: str) -> tuple[int, int]:
@@ -31,14 +33,16 @@ def field_span(front: str, name: str) -> tuple[int, int]:
     if not pairs:
         return len(front), len(front)
     key, value = pairs[0]
-    # A block's own end mark is where the next field begins: comments between them are not the field's.
+    # A block's own end mark is where the next field begins: comments between them are not the
+    # field's.
     last = max([key.end_mark.index, *_ends(value)])
     end = front.find("\n", last)
     return key.start_mark.index, len(front) if end < 0 else end + 1
 
 
 def without_results(card: str) -> str:
-    r"""A card without its evaluation results. One whose metadata cannot be read is returned as it is.
+    r"""A card without its evaluation results. One whose metadata cannot be read is returned as it
+    is.
 
     >>> without_results("---\nlicense: mit\nmodel-index:\n- name: x\n---\n# A model\n")
     '---\nlicense: mit\n---\n# A model\n'

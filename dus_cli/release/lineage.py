@@ -50,12 +50,15 @@ def engines_record(plan: UpscalePlan) -> list[dict[str, Any]]:
 
 
 def starts_record(plan: UpscalePlan) -> dict[str, Any]:
-    """What else the report says of map and start. dus.json says it where there is something to say."""
+    """What else the report says of map and start. dus.json says it where there is something to
+    say.
+    """
     return {"double": plan.request.double, "scaled": _scaled_record(plan)}
 
 
 def _scaled_record(plan: UpscalePlan) -> dict[str, Any] | None:
-    """The start, its factor for each output layer, and the tensors that were multiplied; None where none was.
+    """The start, its factor for each output layer, and the tensors that were multiplied; None where
+    none was.
 
     `one_plus` are those of them that multiply by 1 + w, which is what was scaled.
     """
@@ -112,7 +115,9 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
 
 
 def output_files(plan: UpscalePlan) -> list[str]:
-    """Every file that is written but dus.json itself and SHA256SUMS: what may be pushed, or replaced, later."""
+    """Every file that is written but dus.json itself and SHA256SUMS: what may be pushed, or
+    replaced, later.
+    """
     return sorted({*plan.shards, *plan.text_names, *plan.along, *CARD_FILES})
 
 
@@ -142,12 +147,15 @@ def parse_lineage(raw: bytes, name: str) -> dict[str, Any]:
     record = parse_json_object(raw, name)
     limit_nesting(record, name)
     if record.get("schema") != SCHEMA:
-        raise CheckpointError(f"{name} has a schema that this dus does not know; update dus (pip install -U dus-cli)")
+        raise CheckpointError(
+            f"{name} has a schema that this dus does not know; update dus (pip install -U dus-cli)"
+        )
     return record
 
 
 def recorded_layers(record: dict[str, Any], layer_map: LayerMap) -> tuple[int, ...]:
-    """The output layers that dus.json calls new; where an older dus wrote none down, those of the map.
+    """The output layers that dus.json calls new; where an older dus wrote none down, those of the
+    map.
 
     Raises:
         CheckpointError: not rising numbers of output layers.
@@ -158,7 +166,9 @@ def recorded_layers(record: dict[str, Any], layer_map: LayerMap) -> tuple[int, .
         or not all(type(layer) is int and 0 <= layer < len(layer_map) for layer in layers)
         or layers != sorted(set(layers))
     ):
-        raise CheckpointError(f"{NAME}: new_layers is no list of output layers; it was damaged or edited")
+        raise CheckpointError(
+            f"{NAME}: new_layers is no list of output layers; it was damaged or edited"
+        )
     return tuple(layers)
 
 
@@ -170,7 +180,9 @@ def recorded_treatment(record: dict[str, Any], layer_map: LayerMap) -> Treatment
     """
     zeros = record.get("identity") or []
     if not isinstance(zeros, list) or not all(isinstance(name, str) for name in zeros):
-        raise CheckpointError(f"{NAME}: identity is no list of tensor names; it was damaged or edited")
+        raise CheckpointError(
+            f"{NAME}: identity is no list of tensor names; it was damaged or edited"
+        )
     dtype = record.get("dtype")
     if dtype is not None and dtype not in [choice.value for choice in Dtype]:
         raise CheckpointError(f"{NAME}: dtype is {shown(dtype)}; it was damaged or edited")
@@ -180,8 +192,11 @@ def recorded_treatment(record: dict[str, Any], layer_map: LayerMap) -> Treatment
     return Treatment(prefix, new_layers, frozenset(zeros), dtype and Dtype(dtype), by_layer, scaled)
 
 
-def _recorded_scales(record: dict[str, Any], num_layers: int) -> tuple[tuple[float, ...], dict[str, int]]:
-    """The factor of each output layer, and what is scaled; nothing where dus.json says that nothing was.
+def _recorded_scales(
+    record: dict[str, Any], num_layers: int
+) -> tuple[tuple[float, ...], dict[str, int]]:
+    """The factor of each output layer, and what is scaled; nothing where dus.json says that nothing
+    was.
 
     Raises:
         CheckpointError: damaged.
@@ -194,7 +209,9 @@ def _recorded_scales(record: dict[str, Any], num_layers: int) -> tuple[tuple[flo
     if (
         not isinstance(by_layer, list)
         or len(by_layer) != num_layers
-        or not all(type(factor) in {int, float} and 0 < factor <= LARGEST_FACTOR for factor in by_layer)
+        or not all(
+            type(factor) in {int, float} and 0 < factor <= LARGEST_FACTOR for factor in by_layer
+        )
         or not _are_names(names)
         or not _are_names(one_plus)
     ):
@@ -218,7 +235,9 @@ def recorded_start(record: dict[str, Any]) -> StartRule:
     try:
         return StartRule.parse(said["start"])
     except (TypeError, KeyError, AttributeError, ValueError):
-        raise CheckpointError(f"{NAME}: scaled is not what dus writes; it was damaged or edited") from None
+        raise CheckpointError(
+            f"{NAME}: scaled is not what dus writes; it was damaged or edited"
+        ) from None
 
 
 def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:
@@ -228,8 +247,12 @@ def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:
         CheckpointError: damaged.
     """
     assume = record.get("assume", {})
-    if not isinstance(assume, dict) or not all(value in ("keep", "map") for value in assume.values()):
-        raise CheckpointError(f"{NAME}: assume is no mapping of fields to keep or map; it was damaged or edited")
+    if not isinstance(assume, dict) or not all(
+        value in ("keep", "map") for value in assume.values()
+    ):
+        raise CheckpointError(
+            f"{NAME}: assume is no mapping of fields to keep or map; it was damaged or edited"
+        )
     return assume
 
 

@@ -1,4 +1,6 @@
-"""`--from dus.json`: what was done, read back, so that a release can be made again and held against its sums."""
+"""`--from dus.json`: what was done, read back, so that a release can be made again and held
+against its sums.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,18 @@ _OF_THE_BASE = {
     "shards": "shards of other names or sizes",
 }
 
-# Files that bear the version of dus, or are drawn by it: those of another version need not be the same.
+# Files that bear the version of dus, or are drawn by it: those of another version need not be the
+# same.
 _OF_THE_VERSION = (card.NAME, *PICTURES, lineage.NAME)
 
 
 @dataclass(frozen=True)
 class Remaking:
-    """A lineage to be followed again: `ref` is where the base is fetched or read, the rest is as it was.
+    """A lineage to be followed again: `ref` is where the base is fetched or read, the rest is as it
+    was.
 
-    `sums` are those of the SHA256SUMS beside the lineage, None where there are none or the model was healed since.
+    `sums` are those of the SHA256SUMS beside the lineage, None where there are none or the model
+    was healed since.
     """
 
     path: Path
@@ -66,35 +71,48 @@ class Remaking:
             return Base(ModelRef(base["path"], path=Path(base["path"])), recorded_name=name)
         revision = base.get("revision")
         text = repo_id if revision is None else f"{repo_id}@{revision}"
-        return Base(ModelRef(text, repo_id=repo_id, revision=revision), base["commit"], recorded_name=name)
+        return Base(
+            ModelRef(text, repo_id=repo_id, revision=revision), base["commit"], recorded_name=name
+        )
 
     def check(self, made: UpscalePlan) -> None:
-        """Hold a plan's lineage against the one to be followed: the base's digests, then every other field.
+        """Hold a plan's lineage against the one to be followed: the base's digests, then every
+        other field.
 
         Raises:
             VerificationError: the base is another one, or this dus plans something else.
         """
         planned = json.loads(dump_json(lineage.lineage(made)))
         then, now = self.record["base"], planned["base"]
-        other = [what for key, what in _OF_THE_BASE.items() if key in then and then[key] != now[key]]
+        other = [
+            what for key, what in _OF_THE_BASE.items() if key in then and then[key] != now[key]
+        ]
         recorded = then.get("shards")
-        if other and isinstance(recorded, dict) and recorded and recorded.keys() <= set(made.checkpoint.unread):
+        if (
+            other
+            and isinstance(recorded, dict)
+            and recorded
+            and recorded.keys() <= set(made.checkpoint.unread)
+        ):
             read = made.checkpoint.weight_files[0]
             raise VerificationError(
-                f"{shown(self.path)} was made from {shown_list(sorted(recorded))}, and beside them {read} counts, as "
+                f"{shown(self.path)} was made from {shown_list(sorted(recorded))}, and beside "
+                f"them {read} counts, as "
                 f"for transformers; move {read} away to make the same again"
             )
         if other:
             raise VerificationError(
-                f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has {' and '.join(other)}; "
+                f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has "
+                f"{' and '.join(other)}; "
                 "give the right one as MODEL"
             )
-        # An older dus recorded fewer fields; those of both must agree. Of files that differ their sums tell more, and
-        # what engines make of the model is another dus's to judge.
+        # An older dus recorded fewer fields; those of both must agree. Of files that differ their
+        # sums tell more, and what engines make of the model is another dus's to judge.
         fields = self.record.keys() & planned.keys() - {"base", "dus_version", "files", "engines"}
         if differing := sorted(key for key in fields if self.record[key] != planned[key]):
             raise VerificationError(
-                f"dus {__version__} would make something else than {shown(self.path)} records: {shown_list(differing)} "
+                f"dus {__version__} would make something else than {shown(self.path)} records: "
+                f"{shown_list(differing)} "
                 f"differ; it was made by dus {shown(self.record.get('dus_version'))}, or edited"
             )
 
@@ -111,7 +129,8 @@ class Remaking:
             differing = [name for name in differing if name not in _OF_THE_VERSION]
         if differing:
             raise VerificationError(
-                f"not reproduced: {shown_list(differing)} differ from the {SUMS} beside {shown(self.path)}; nothing "
+                f"not reproduced: {shown_list(differing)} differ from the {SUMS} beside "
+                f"{shown(self.path)}; nothing "
                 "was published. Has the base's folder other small files than it had?"
             )
 
@@ -131,7 +150,9 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
     path = path / lineage.NAME if path.is_dir() else path
     record = lineage.parse_lineage(read_small_file(path, shown(path), _MAX_BYTES), shown(path))
     if "layer_map" not in record:
-        raise CheckpointError(f"{shown(path)} records no upscale; give the dus.json that dus upscale wrote")
+        raise CheckpointError(
+            f"{shown(path)} records no upscale; give the dus.json that dus upscale wrote"
+        )
     base = record.get("base")
     if not isinstance(base, dict):
         raise _damaged(path, "base")
@@ -146,20 +167,30 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
     warnings = []
     if record.get("dus_version") != __version__:
         warnings.append(
-            f"{shown(path)} is of dus {shown(record.get('dus_version'))} and this is dus {__version__}: the card, its "
+            f"{shown(path)} is of dus {shown(record.get('dus_version'))} and this is dus "
+            f"{__version__}: the card, its "
             "pictures and dus.json may differ"
         )
     found, problems = expected_sums(path.parent)
     if problems:
-        raise CheckpointError(f"beside {shown(path)}: {problems[0]}; restore it, or take it away to compare nothing")
+        raise CheckpointError(
+            f"beside {shown(path)}: {problems[0]}; restore it, or take it away to compare nothing"
+        )
     if not found and are_in(path.parent):
-        raise CheckpointError(f"{SUMS} beside {shown(path)} is empty; restore it, or take it away to compare nothing")
+        raise CheckpointError(
+            f"{SUMS} beside {shown(path)} is empty; restore it, or take it away to compare nothing"
+        )
     sums = found or None
     if record.get("healing"):
-        warnings.append(f"the model of {shown(path)} was healed since: this makes it as it was before")
+        warnings.append(
+            f"the model of {shown(path)} was healed since: this makes it as it was before"
+        )
         sums = None
     elif total := _sum_without_results(path.parent, found.get(card.NAME)):
-        warnings.append(f"the {card.NAME} beside {shown(path)} has evaluation results: this makes it without them")
+        warnings.append(
+            f"the {card.NAME} beside {shown(path)} has evaluation results: this makes it without "
+            "them"
+        )
         sums = found | {card.NAME: total}
     return Remaking(
         path,
@@ -174,7 +205,9 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
 
 
 def _sum_without_results(folder: Path, total: str | None) -> str | None:
-    """The sum that the card had before evaluation results were written into it; None where it has none."""
+    """The sum that the card had before evaluation results were written into it; None where it
+    has none.
+    """
     if total is None:
         return None
     try:
@@ -206,13 +239,16 @@ def _check_base(path: Path, base: dict[str, Any]) -> None:
 
 
 def _recorded_ref(path: Path, base: dict[str, Any], token: str | None) -> ModelRef:
-    """Where the base was: a repo at its commit, whatever its branches name now; or a path as it was typed."""
+    """Where the base was: a repo at its commit, whatever its branches name now; or a path as it
+    was typed.
+    """
     if base.get("repo_id") is not None:
         return ModelRef.parse(base["repo_id"], revision=base["commit"], token=token)
     ref = ModelRef(base["path"], path=user_path(base["path"]))
     if not user_path(base["path"]).is_dir():
         raise CheckpointError(
-            f"{shown(path)} records its base at {shown(ref)}, where no directory is; say where it is now: dus upscale "
+            f"{shown(path)} records its base at {shown(ref)}, where no directory is; say where it "
+            "is now: dus upscale "
             "MODEL --from …"
         )
     return ref
@@ -236,11 +272,15 @@ def _request(path: Path, record: dict[str, Any]) -> MapRequest:
         if not isinstance(layers, str):
             raise _damaged(path, "layers")
         return MapRequest(layers=layers, identity=identity, assume=assume, start=start)
-    return MapRequest(trim, copies=_copies(path, record), identity=identity, assume=assume, start=start)
+    return MapRequest(
+        trim, copies=_copies(path, record), identity=identity, assume=assume, start=start
+    )
 
 
 def _copies(path: Path, record: dict[str, Any]) -> int:
-    """K of --copies, by the output's length: K · n − 2 · (K − 1) · m layers (`maps.layers.source_layers`)."""
+    """K of --copies, by the output's length: K · n − 2 · (K − 1) · m layers
+    (`maps.layers.source_layers`).
+    """
     trim, depths, sources = record["trim"], record.get("num_layers"), record["layer_map"]
     n = depths.get("base") if isinstance(depths, dict) else None
     if type(trim) is int and type(n) is int and isinstance(sources, list) and 0 <= trim < n / 2:
@@ -251,4 +291,6 @@ def _copies(path: Path, record: dict[str, Any]) -> int:
 
 
 def _damaged(path: Path, name: str) -> CheckpointError:
-    return CheckpointError(f"{shown(path)}: {name} is not what dus writes; it was damaged or edited")
+    return CheckpointError(
+        f"{shown(path)}: {name} is not what dus writes; it was damaged or edited"
+    )

@@ -1,4 +1,6 @@
-"""The base of a deeper model, by its dus.json: which of its layers are the base's, or where the base itself is."""
+"""The base of a deeper model, by its dus.json: which of its layers are the base's, or where the
+base itself is.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from dus_cli.source.checkpoint import open_checkpoint
 class BasePlan:
     """The base inside the model: `layers` are the output layers that, run alone, are the base.
 
-    Where `folder` is one, the base does not stand in the model: it is there itself, and `layers` are all of its own.
+    Where `folder` is one, the base does not stand in the model: it is there itself, and `layers`
+    are all of its own.
     """
 
     layers: tuple[int, ...]
@@ -39,7 +42,8 @@ def base_within(folder: Path) -> BasePlan | None:
 
 
 def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | None:
-    """The layer map that a dus.json records for a model of so many layers, or None where it records none.
+    """The layer map that a dus.json records for a model of so many layers, or None where it records
+    none.
 
     Raises:
         HealError: the record does not fit the model.
@@ -47,12 +51,19 @@ def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | N
     if record is None or "layer_map" not in record:
         return None
     try:
-        layer_map = LayerMap(tuple(map(int, record["layer_map"])), int(record["num_layers"]["base"]))
+        layer_map = LayerMap(
+            tuple(map(int, record["layer_map"])), int(record["num_layers"]["base"])
+        )
     except (TypeError, ValueError, KeyError):
         layer_map = LayerMap((), 0)
     sources = layer_map.sources
-    if len(sources) != num_layers or not all(0 <= layer < layer_map.num_base_layers for layer in sources):
-        raise HealError(f"{lineage.NAME} does not describe this model of {num_layers} layers; it was damaged or edited")
+    if len(sources) != num_layers or not all(
+        0 <= layer < layer_map.num_base_layers for layer in sources
+    ):
+        raise HealError(
+            f"{lineage.NAME} does not describe this model of {num_layers} layers; it was damaged "
+            "or edited"
+        )
     return layer_map
 
 
@@ -75,7 +86,8 @@ def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> 
 
 
 def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
-    """The base of a model whose start scaled the base's own layers: itself, where dus.json says that it is.
+    """The base of a model whose start scaled the base's own layers: itself, where dus.json says
+    that it is.
 
     None where another model is there now, or none, and for every other kind of output.
 
@@ -88,11 +100,14 @@ def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> Ba
     folder = _recorded_folder(base) if isinstance(base, dict) else None
     if folder is None or not _is_recorded(folder, base):
         return None
-    return BasePlan(tuple(range(layer_map.num_base_layers)), str(base.get("name") or "base"), str(folder))
+    return BasePlan(
+        tuple(range(layer_map.num_base_layers)), str(base.get("name") or "base"), str(folder)
+    )
 
 
 def scales_base(record: dict[str, Any], layer_map: LayerMap) -> bool:
-    """Whether layers of the base's own were scaled by the start, and the model was not trained since.
+    """Whether layers of the base's own were scaled by the start, and the model was not trained
+    since.
 
     Raises:
         CheckpointError: the record is damaged.
@@ -107,18 +122,26 @@ def _recorded_folder(base: dict[str, Any]) -> Path | None:
         folder = user_path(base["path"])
         return folder.resolve() if folder.is_dir() else None
     repo_id, commit = base.get("repo_id"), base.get("commit")
-    if not isinstance(repo_id, str) or not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+    if (
+        not isinstance(repo_id, str)
+        or not isinstance(commit, str)
+        or not re.fullmatch(r"[0-9a-f]{40}", commit)
+    ):
         return None
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    repo = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repo_id, repo_type="model")
+    repo = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(
+        repo_id=repo_id, repo_type="model"
+    )
     folder = repo / "snapshots" / commit
     return folder if folder.is_dir() else None
 
 
 def _is_recorded(folder: Path, base: Any) -> bool:
-    """Whether the model in a folder is the one that was recorded, by its config and the sizes of its weights."""
+    """Whether the model in a folder is the one that was recorded, by its config and the sizes of
+    its weights.
+    """
     try:
         found = open_checkpoint(folder)
     except DusError:

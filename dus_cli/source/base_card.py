@@ -1,9 +1,10 @@
-"""What the base's own card (README.md) says that still holds for a deeper model: licence, languages, task, tags.
+"""What the base's own card (README.md) says that still holds for a deeper model: licence,
+languages, task, tags.
 
-The card is a file from a stranger. Only the lines of the fields that are wanted are read as YAML, each a few kB, with a
-loader that makes nothing but text, lists and mappings; only values of a known form are taken. So a card of any size
-costs little, an alias or a tag of YAML's has nothing to expand into, and no text of the base's can end our own
-metadata or begin another field.
+The card is a file from a stranger. Only the lines of the fields that are wanted are read as YAML,
+each a few kB, with a loader that makes nothing but text, lists and mappings; only values of a known
+form are taken. So a card of any size costs little, an alias or a tag of YAML's has nothing to
+expand into, and no text of the base's can end our own metadata or begin another field.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _FILE = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w./ -]{0,199}", re.ASCII)
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8}){0,3}|code|multilingual", re.ASCII)
 _TAG = re.compile(r"(?:arxiv:)?[A-Za-z0-9][\w .+-]{0,63}", re.ASCII)
 
-# Tasks of a model that reads and goes on writing; the Hub has dozens of others, which a deeper decoder does not do.
+# Tasks of a model that reads and goes on writing; the Hub has dozens of others, which a deeper
+# decoder does not do.
 _TASKS = (
     "text-generation",
     "image-text-to-text",
@@ -45,9 +47,10 @@ _TASKS = (
 
 # Of the base's files, its training, or what the Hub works out by itself.
 _TAGS_OF_THE_BASE = frozenset(
-    """gguf ggml llama.cpp onnx openvino mlx coreml safetensors pytorch tf jax tensorboard awq gptq exl2 quantized 4-bit
-    8-bit model-index eval-results generated_from_trainer autotrain_compatible endpoints_compatible
-    text-generation-inference transformers merge mergekit finetuned base_model license region dataset""".split()
+    """gguf ggml llama.cpp onnx openvino mlx coreml safetensors pytorch tf jax tensorboard awq gptq
+    exl2 quantized 4-bit 8-bit model-index eval-results generated_from_trainer
+    autotrain_compatible endpoints_compatible text-generation-inference transformers merge
+    mergekit finetuned base_model license region dataset""".split()
 )
 
 _MAX_LANGUAGES, _MAX_TAGS = 400, 40
@@ -55,7 +58,8 @@ _MAX_LANGUAGES, _MAX_TAGS = 400, 40
 
 @dataclass(frozen=True)
 class BaseCard:
-    """What is taken from the base's card; `problem` says why nothing was, where there is a card that cannot be read.
+    """What is taken from the base's card; `problem` says why nothing was, where there is a card
+    that cannot be read.
 
     `license_link` is an address, or the name of a file in the base's folder.
     """
@@ -70,7 +74,9 @@ class BaseCard:
 
 
 def read_base_card(folder: Path) -> BaseCard:
-    """The card of a base's folder. Whatever is wrong with it is no failure: then nothing is taken, and it says so."""
+    """The card of a base's folder. Whatever is wrong with it is no failure: then nothing is
+    taken, and it says so.
+    """
     try:
         path = inside(folder, NAME)
         if not os.path.lexists(path):
@@ -87,7 +93,8 @@ def read_base_card(folder: Path) -> BaseCard:
 def parse_base_card(text: str) -> BaseCard:
     r"""The wanted fields of a card's metadata.
 
-    >>> card = parse_base_card("---\nlicense: other\nlicense_name: llama3\nlanguage: [en, no]\n---\n# Llama")
+    >>> front = "license: other\nlicense_name: llama3\nlanguage: [en, no]"
+    >>> card = parse_base_card(f"---\n{front}\n---\n# Llama")
     >>> card.license, card.license_name, card.languages
     (('other',), 'llama3', ('en', 'no'))
     """
@@ -95,20 +102,34 @@ def parse_base_card(text: str) -> BaseCard:
     start = next((number for number, line in enumerate(lines) if line.strip()), 0)
     if not lines or lines[start].rstrip() != "---":
         return BaseCard()
-    end = next((number for number in range(start + 1, len(lines)) if lines[number].rstrip() == "---"), None)
+    end = next(
+        (number for number in range(start + 1, len(lines)) if lines[number].rstrip() == "---"), None
+    )
     if end is None:
-        return BaseCard(problem=f"the base's {NAME} has metadata without an end: its licence is not carried over")
+        return BaseCard(
+            problem=f"the base's {NAME} has metadata without an end: its licence is not carried "
+            "over"
+        )
     fields = _fields(lines[start + 1 : end])
     damaged = sorted(name for name, value in fields.items() if value is None)
-    tags = [tag for tag in _texts(fields.get("tags"), _TAG, _MAX_TAGS) if tag.lower() not in _TAGS_OF_THE_BASE]
+    tags = [
+        tag
+        for tag in _texts(fields.get("tags"), _TAG, _MAX_TAGS)
+        if tag.lower() not in _TAGS_OF_THE_BASE
+    ]
     return BaseCard(
         license=_texts(fields.get("license"), _LICENSE, 8),
         license_name=_text(fields.get("license_name"), _LICENSE_NAME),
-        license_link=_text(fields.get("license_link"), _URL) or _text(fields.get("license_link"), _FILE),
+        license_link=_text(fields.get("license_link"), _URL)
+        or _text(fields.get("license_link"), _FILE),
         languages=_texts(fields.get("language"), _LANGUAGE, _MAX_LANGUAGES),
-        task=next((task for task in _texts(fields.get("pipeline_tag"), _TAG, 1) if task in _TASKS), None),
+        task=next(
+            (task for task in _texts(fields.get("pipeline_tag"), _TAG, 1) if task in _TASKS), None
+        ),
         tags=tuple(tags),
-        problem=f"the base's {NAME}: {shown(', '.join(damaged))} is no metadata that can be read" if damaged else None,
+        problem=f"the base's {NAME}: {shown(', '.join(damaged))} is no metadata that can be read"
+        if damaged
+        else None,
     )
 
 
@@ -123,20 +144,30 @@ def _fields(lines: list[str]) -> dict[str, Any]:
         if line[:1] not in ("", " ", "\t", "-", "#"):
             block = []
             name, colon, _ = line.partition(":")
-            if colon and name in ("license", "license_name", "license_link", "language", "pipeline_tag", "tags"):
+            if colon and name in (
+                "license",
+                "license_name",
+                "license_link",
+                "language",
+                "pipeline_tag",
+                "tags",
+            ):
                 blocks[name] = block
         block.append(line)
     return {name: _value("\n".join(found), name) for name, found in blocks.items()}
 
 
 def _value(text: str, name: str) -> Any:
-    """A field's value as text, lists and mappings; "" where it is empty, None where it cannot be read."""
+    """A field's value as text, lists and mappings; "" where it is empty, None where it cannot be
+    read.
+    """
     import yaml  # comes with huggingface_hub; not at the top: most commands need none
 
     if len(text) > _MAX_FIELD_BYTES:
         return None
     try:
-        # BaseLoader makes text of every scalar, so that Norwegian (`no`) is no boolean, and knows no other objects.
+        # BaseLoader makes text of every scalar, so that Norwegian (`no`) is no boolean, and knows
+        # no other objects.
         found = yaml.load(text, yaml.BaseLoader)  # noqa: S506  (safer than SafeLoader: it resolves no tag at all)
     except (yaml.YAMLError, RecursionError, ValueError):
         return None

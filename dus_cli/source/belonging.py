@@ -1,8 +1,10 @@
-"""Which files of a folder belong to the model in it. An allow-list: what nobody knows stays where it is.
+"""Which files of a folder belong to the model in it. An allow-list: what nobody knows stays where
+it is.
 
-A checkpoint's folder is also where people train, log in and keep keys. So a file goes along to a model made from this
-one, to the Hub, or makes place for another model, where its name is one that a model's files have, where a file that
-belongs names it (`auto_map`, and imports from there), or where dus.json says that dus wrote it.
+A checkpoint's folder is also where people train, log in and keep keys. So a file goes along to a
+model made from this one, to the Hub, or makes place for another model, where its name is one that a
+model's files have, where a file that belongs names it (`auto_map`, and imports from there), or
+where dus.json says that dus wrote it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dus_cli.errors import CheckpointError, shown
-from dus_cli.source.files import OF_A_HEALING, WRITTEN_ANEW, check_fetched, inside, is_index, is_weights, walk_order
+from dus_cli.source.files import (
+    OF_A_HEALING,
+    WRITTEN_ANEW,
+    check_fetched,
+    inside,
+    is_index,
+    is_weights,
+    walk_order,
+)
 from dus_cli.source.reading import unreadable
 
 # Names as they are on the Hub, in lower case. Each part of a path has its own pattern.
@@ -71,17 +81,24 @@ _NAMES = (
 )
 
 # How the weights were quantised, read by loaders: names of layers in it follow the map.
-SIDECARS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+SIDECARS = (
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+)
 
 # Which files go along, and changed or not, is read in these.
 DECIDING = (*SIDECARS, "*.py", "*_config.json")
 
-# They tell of the base's layers, to loaders and tools that read other weights: untrue of the output.
+# They tell of the base's layers, to loaders and tools that read other weights: untrue of the
+# output.
 OF_OTHER_LAYERS = ("params.json", "mergekit_config.yml", "mergekit_config.yaml")
 
 # Terms under which a model is given, whatever the file is called.
 _TERMS = re.compile(
-    r"licen[cs]e|notice|copying|copyright|polic(y|ies)|agreement|terms[_ -]?of|citation|^authors|^patents"
+    r"licen[cs]e|notice|copying|copyright|polic(y|ies)|agreement|terms[_ "
+    r"-]?of|citation|^authors|^patents"
 )
 _TERMS_SUFFIXES = ("", ".md", ".txt", ".pdf", ".rst", ".html", ".cff")
 
@@ -114,7 +131,8 @@ _TRACES = (
 )
 
 _RELATIVE_IMPORT = re.compile(
-    r"^[ \t]*(?:from[ \t]+(?P<dots>\.+)(?P<module>[\w.]*)[ \t]+import[ \t]*(?P<names>\([^)]*\)|[^\n]*)"
+    r"^[ \t]*(?:from[ \t]+(?P<dots>\.+)(?P<module>[\w.]*)[ \t]+import[ "
+    r"\t]*(?P<names>\([^)]*\)|[^\n]*)"
     r"|import[ \t]+\.(?P<plain>[\w.]+))",
     re.MULTILINE,
 )
@@ -140,7 +158,11 @@ def belongs_by_name(relative: str) -> bool:
     >>> belongs_by_name("tokenizer.json"), belongs_by_name("LICENSE"), belongs_by_name(".env")
     (True, True, False)
     """
-    if relative in WRITTEN_ANEW or is_weights(relative) or any(p.startswith(".") for p in relative.split("/")):
+    if (
+        relative in WRITTEN_ANEW
+        or is_weights(relative)
+        or any(p.startswith(".") for p in relative.split("/"))
+    ):
         return False
     return fits(relative, (*_NAMES, *SIDECARS)) or _is_of_terms(relative)
 
@@ -154,10 +176,11 @@ def _is_of_terms(relative: str) -> bool:
 
 @dataclass(frozen=True)
 class Carried:
-    """The files of a folder that go along, as (path with "/", file), sorted so that two runs write the same.
+    """The files of a folder that go along, as (path with "/", file), sorted so that two runs write
+    the same.
 
-    `left_out` names every other file, but for weights that were read, indices, and what is written anew; a folder of
-    which nothing goes along ends with "/".
+    `left_out` names every other file, but for weights that were read, indices, and what is written
+    anew; a folder of which nothing goes along ends with "/".
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -165,10 +188,12 @@ class Carried:
 
 
 def carried_files(folder: Path, weights: Collection[str] = ()) -> Carried:
-    """What goes along from a folder, and what does not. `weights` are the files of weights that were read.
+    """What goes along from a folder, and what does not. `weights` are the files of weights that
+    were read.
 
     Raises:
-        CheckpointError: what goes along is a link that leaves the folder, no regular file, or far too large.
+        CheckpointError: what goes along is a link that leaves the folder, no regular file, or far
+            too large.
     """
     found = _found(folder)
     files = tuple((name, _checked(folder, name)) for name in sorted(found, key=walk_order))
@@ -188,7 +213,9 @@ def _candidates(folder: Path) -> Iterator[str]:
         if not is_folder:
             yield entry.name
         elif any("/" in p and fnmatchcase(entry.name.lower(), p.split("/")[0]) for p in _NAMES):
-            yield from (f"{entry.name}/{e.name}" for e in _entries(folder / entry.name) if not e.is_dir())
+            yield from (
+                f"{entry.name}/{e.name}" for e in _entries(folder / entry.name) if not e.is_dir()
+            )
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -202,11 +229,17 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _others(folder: Path, taken: set[str]) -> Iterator[str]:
     for entry in _entries(folder):
         if not entry.is_dir(follow_symlinks=False):
-            if entry.name not in taken and entry.name not in WRITTEN_ANEW and not is_index(entry.name):
+            if (
+                entry.name not in taken
+                and entry.name not in WRITTEN_ANEW
+                and not is_index(entry.name)
+            ):
                 yield entry.name
         elif any(name.startswith(f"{entry.name}/") for name in taken):
             for root, _, names in os.walk(folder / entry.name):
-                inner = ((Path(root) / name).relative_to(folder).as_posix() for name in sorted(names))
+                inner = (
+                    (Path(root) / name).relative_to(folder).as_posix() for name in sorted(names)
+                )
                 yield from (name for name in inner if name not in taken)
         else:
             yield f"{entry.name}/"
@@ -222,20 +255,23 @@ def _checked(folder: Path, relative: str) -> Path:
         raise CheckpointError(f"{shown(relative)} is not a regular file; remove it from the folder")
     if status.st_size > LARGEST_CARRIED_BYTES:
         raise CheckpointError(
-            f"{shown(relative)} has {status.st_size} bytes, too many for what its name says; move it out of the "
+            f"{shown(relative)} has {status.st_size} bytes, too many for what its name says; move "
+            "it out of the "
             "model's folder"
         )
     check_fetched(relative, path)
     return path
 
 
-# --- custom code ------------------------------------------------------------------------------------
+# --- custom code ----------------------------------------------------------------------------------
 
 
 def code_files(folder: Path, names: Collection[str]) -> list[str]:
-    """The files of code that a model needs: what `auto_map` names in its JSON files, and what those import from beside.
+    """The files of code that a model needs: what `auto_map` names in its JSON files, and what those
+    import from beside.
 
-    Nothing is run: the text is searched, as transformers does before it copies such files (dynamic_module_utils).
+    Nothing is run: the text is searched, as transformers does before it copies such files
+    (dynamic_module_utils).
     """
     waiting = [name for name in names if name.endswith(".py")]
     settings = ["config.json", *(name for name in names if name.endswith("_config.json"))]
@@ -248,7 +284,11 @@ def code_files(folder: Path, names: Collection[str]) -> list[str]:
         found.append(name)
         waiting += _imported_from_beside(name, text)
     if found:
-        found += [entry.name for entry in _entries(folder) if entry.is_file() and fits(entry.name, _KERNELS)]
+        found += [
+            entry.name
+            for entry in _entries(folder)
+            if entry.is_file() and fits(entry.name, _KERNELS)
+        ]
     return found
 
 
@@ -291,11 +331,13 @@ def _imported_from_beside(name: str, text: str) -> Iterator[str]:
             yield "/".join([*at, f"{imported}.py"])
 
 
-# --- what stands in a folder --------------------------------------------------------------------------
+# --- what stands in a folder ----------------------------------------------------------------------
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's dus.json as far as it can be read; None where dus has written none."""
+    """The content of a folder's dus.json as far as it can be read; None where dus has written
+    none.
+    """
     try:
         record = json.loads(_text(folder, "dus.json") or "null")
     except (ValueError, RecursionError):
@@ -312,7 +354,8 @@ def recorded_files(record: Mapping[str, Any] | None) -> set[str] | None:
 
 
 def model_files(folder: Path, record: Mapping[str, Any] | None) -> set[str]:
-    """The files of the model in a folder: those that its dus.json names, else those that are called as such files are.
+    """The files of the model in a folder: those that its dus.json names, else those that are called
+    as such files are.
 
     Some of them may not be there. `record` is the content of dus.json, None where there is none.
     """
@@ -354,6 +397,10 @@ def indexed_weights(folder: Path) -> set[str]:
 
 def _healing_files(folder: Path) -> set[str]:
     """The record of a healing, as versions wrote it that did not name it in dus.json."""
-    names = {entry.name for entry in _entries(folder) if fits(entry.name, OF_A_HEALING) and entry.is_file()}
+    names = {
+        entry.name
+        for entry in _entries(folder)
+        if fits(entry.name, OF_A_HEALING) and entry.is_file()
+    }
     events = (folder / "tensorboard").glob("events.out.tfevents.*")
     return names | {path.relative_to(folder).as_posix() for path in events}

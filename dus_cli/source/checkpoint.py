@@ -1,4 +1,6 @@
-"""A checkpoint opened for reading: config, headers, and where each tensor's bytes lie. No weights are read."""
+"""A checkpoint opened for reading: config, headers, and where each tensor's bytes lie. No
+weights are read.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,15 @@ from dus_cli.source.weights import (
 
 CONFIG_NAME = "config.json"
 
-# The output embedding in architectures that can tie it to the input's (`_tied_weights_keys` in transformers).
+# The output embedding in architectures that can tie it to the input's (`_tied_weights_keys` in
+# transformers).
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "proj_out.weight")
 
 # Larger than any real one by a factor of a hundred: a spike of memory is a denial of service.
 _MAX_CONFIG_BYTES = 16_000_000
 
-# Shards whose headers are read at once: a disk answers several requests in the time of one, a network more.
+# Shards whose headers are read at once: a disk answers several requests in the time of one, a
+# network more.
 _HEADERS_AT_ONCE = 16
 
 # Device, inode, bytes, and nanoseconds of the last modification.
@@ -58,9 +62,10 @@ Fingerprint = tuple[int, int, int, int]
 def fingerprint(path: Path) -> Fingerprint | None:
     """What changes when a file is replaced or written to; None where there is no such file.
 
-    On FUSE that is its size and the second of its last modification: object stores give a file another inode number
-    whenever they like (Mountpoint for Amazon S3, gcsfuse), and a list of objects tells times finer than a request for
-    one of them does. What is written to an object later than a second after its last change has another second.
+    On FUSE that is its size and the second of its last modification: object stores give a file
+    another inode number whenever they like (Mountpoint for Amazon S3, gcsfuse), and a list of
+    objects tells times finer than a request for one of them does. What is written to an object
+    later than a second after its last change has another second.
     """
     try:
         status = path.stat()
@@ -94,8 +99,9 @@ class Checkpoint:
     """A decoder checkpoint, all headers checked and held against the index.
 
     Tensors have distinct names over all shards. `config_sha256` and `index_sha256` are hexadecimal;
-    the latter is None where the weights are one file. `index_name` is the index that was read, `unread` are the paths
-    of other weights that are there. `warnings` say where index and headers differ.
+    the latter is None where the weights are one file. `index_name` is the index that was read,
+    `unread` are the paths of other weights that are there. `warnings` say where index and headers
+    differ.
     """
 
     folder: Path
@@ -110,11 +116,16 @@ class Checkpoint:
     @property
     def weight_files(self) -> list[str]:
         """The files of weights that are read, and their index."""
-        return [*([] if self.index_name is None else [self.index_name]), *(shard.name for shard in self.shards)]
+        return [
+            *([] if self.index_name is None else [self.index_name]),
+            *(shard.name for shard in self.shards),
+        ]
 
     @property
     def rivals(self) -> list[str]:
-        """Other files from which the model could be loaded, and from which transformers does not."""
+        """Other files from which the model could be loaded, and from which transformers does
+        not.
+        """
         return rivals(self.unread, self.shards[0].name)
 
     @property
@@ -146,7 +157,9 @@ class Checkpoint:
 
 
 class Elsewhere(Protocol):
-    """Files that are not in the folder: a repo on the Hub, planned before its weights are fetched."""
+    """Files that are not in the folder: a repo on the Hub, planned before its weights are
+    fetched.
+    """
 
     @property
     def names(self) -> Iterable[str]:
@@ -161,7 +174,8 @@ def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpo
 
     Args:
         folder: the directory.
-        elsewhere: where the files are that are not in the folder; without it every shard must be there.
+        elsewhere: where the files are that are not in the folder; without it every shard must be
+            there.
 
     Raises:
         CheckpointError: not a folder, not a decoder checkpoint, or not sound.
@@ -170,7 +184,8 @@ def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpo
     if not folder.is_dir():
         what = "is not a directory" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"{shown(folder)} {what}; give a checkpoint's directory, or a Hub id of the form org/name"
+            f"{shown(folder)} {what}; give a checkpoint's directory, or a Hub id of the form "
+            "org/name"
         )
     check_whole(folder)
     config, config_sha256 = read_config(folder)
@@ -212,9 +227,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     limit_nesting(config, CONFIG_NAME)
     if is_answer(raw) and "model_type" not in config:
         answer = shown(" ".join(raw.decode("utf-8").split()))
-        raise CheckpointError(f"{CONFIG_NAME} is a server's answer ({answer}), not a config; download it again")
+        raise CheckpointError(
+            f"{CONFIG_NAME} is a server's answer ({answer}), not a config; download it again"
+        )
     architectures = config.get("architectures")
-    heads = [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
+    heads = (
+        [a for a in architectures if isinstance(a, str)] if isinstance(architectures, list) else []
+    )
     if config.get("is_encoder_decoder") is True:
         raise CheckpointError(
             f"{shown(folder)} holds an encoder-decoder model ({shown_list(heads)}); "
@@ -222,25 +241,33 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
         )
     if any(head.endswith(arch.ENCODER_HEADS) for head in heads):
         raise CheckpointError(
-            f"{shown(folder)} holds an encoder ({shown_list(heads)}); dus deepens decoder-only language models"
+            f"{shown(folder)} holds an encoder ({shown_list(heads)}); dus deepens decoder-only "
+            "language models"
         )
     return config, hashlib.sha256(raw).hexdigest()
 
 
-def _open_shards(folder: Path, names: list[str], chosen: str, elsewhere: Elsewhere | None) -> tuple[Shard, ...]:
+def _open_shards(
+    folder: Path, names: list[str], chosen: str, elsewhere: Elsewhere | None
+) -> tuple[Shard, ...]:
     """The files of weights, their headers read; `chosen` is what names them."""
     paths = {name: inside(folder, name) for name in names}
     missing = [name for name, path in paths.items() if not os.path.lexists(path)]
     if missing and elsewhere is None:
         raise CheckpointError(
-            f"{chosen} names {shown_list(missing)}, missing from {shown(folder)}; download the checkpoint again"
+            f"{chosen} names {shown_list(missing)}, missing from {shown(folder)}; download the "
+            "checkpoint again"
         )
     shards: list[Shard] = []
     seen: set[str] = set()
     with workers(_HEADERS_AT_ONCE) as (pool, _):
-        read = ahead(pool, lambda file: _read(*file, is_elsewhere=elsewhere is not None), paths.items())
+        read = ahead(
+            pool, lambda file: _read(*file, is_elsewhere=elsewhere is not None), paths.items()
+        )
         for (name, path), (before, raw) in zip(paths.items(), read, strict=True):
-            shard = Shard(name, path, _header(name, path, raw, None if before else elsewhere), before)
+            shard = Shard(
+                name, path, _header(name, path, raw, None if before else elsewhere), before
+            )
             seen.update(tensor.name for tensor in shard.header.tensors)
             shards.append(shard)
     if len(seen) != sum(len(shard.header.tensors) for shard in shards):
@@ -248,10 +275,14 @@ def _open_shards(folder: Path, names: list[str], chosen: str, elsewhere: Elsewhe
     return tuple(shards)
 
 
-def _read(name: str, path: Path, *, is_elsewhere: bool) -> tuple[Fingerprint | None, tuple[bytes, int] | None]:
-    """What a shard's file was before its header was read, and the header, where it is one of safetensors and here.
+def _read(
+    name: str, path: Path, *, is_elsewhere: bool
+) -> tuple[Fingerprint | None, tuple[bytes, int] | None]:
+    """What a shard's file was before its header was read, and the header, where it is one of
+    safetensors and here.
 
-    This is what waits for a disk or a network, and several do it at once; to understand headers is one thread's work.
+    This is what waits for a disk or a network, and several do it at once; to understand headers is
+    one thread's work.
     """
     before = fingerprint(path)
     if is_pickled(name) or (before is None and is_elsewhere):
@@ -259,7 +290,9 @@ def _read(name: str, path: Path, *, is_elsewhere: bool) -> tuple[Fingerprint | N
     return before, header_bytes(path, shown(name))
 
 
-def _header(name: str, path: Path, raw: tuple[bytes, int] | None, elsewhere: Elsewhere | None) -> Header:
+def _header(
+    name: str, path: Path, raw: tuple[bytes, int] | None, elsewhere: Elsewhere | None
+) -> Header:
     if raw is not None:
         return parse_header(*raw, shown(name))
     header = read_pickled(path, shown(name)) if elsewhere is None else elsewhere.header(name)
@@ -275,13 +308,15 @@ def _refuse_twice(shards: Iterable[Shard]) -> None:
             other = holder.setdefault(tensor.name, shard.name)
             if other != shard.name:
                 raise CheckpointError(
-                    f"tensor {shown(tensor.name)} stands in two shards, {shown(other)} and {shown(shard.name)}; "
+                    f"tensor {shown(tensor.name)} stands in two shards, {shown(other)} and "
+                    f"{shown(shard.name)}; "
                     "loaders differ in which one counts, download the checkpoint again"
                 )
 
 
 def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]) -> list[str]:
-    """Where an index says otherwise than the headers, which count: loaders take the shards' names alone from it.
+    """Where an index says otherwise than the headers, which count: loaders take the shards' names
+    alone from it.
 
     Raises:
         CheckpointError: the index names a tensor that the model needs, and no shard holds it.
@@ -302,44 +337,62 @@ def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]
         absent = [name for name in index.weight_map if name not in held]
     if absent and (needed := _needed(absent, index, held, config)):
         raise CheckpointError(
-            f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs (transformers would "
+            f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs "
+            "(transformers would "
             "fill it with random numbers); download the checkpoint again"
         )
     said = {
         "which no shard holds: transformers loads the model without": absent,
         "in other shards than those that hold them: the shards' headers count": moved,
     }
-    warnings = [f"{index.name} names {shown_list(names)}, {what}" for what, names in said.items() if names]
+    warnings = [
+        f"{index.name} names {shown_list(names)}, {what}" for what, names in said.items() if names
+    ]
     if unnamed:
-        warnings.append(f"{index.name} does not name {shown_list(unnamed)}, which the shards hold: read all the same")
+        warnings.append(
+            f"{index.name} does not name {shown_list(unnamed)}, which the shards hold: read all "
+            "the same"
+        )
     return warnings
 
 
-# Parts of a decoder that every one has, beside its layers: embeddings and norms, as architectures call them.
+# Parts of a decoder that every one has, beside its layers: embeddings and norms, as architectures
+# call them.
 _ESSENTIAL = re.compile(r"embed|norm|^(?:wte|wpe|ln_\w+)$")
 
 
-def _needed(absent: Sequence[str], index: Index, held: Iterable[str], config: dict[str, Any]) -> list[str]:
+def _needed(
+    absent: Sequence[str], index: Index, held: Iterable[str], config: dict[str, Any]
+) -> list[str]:
     """Those of the absent tensors that a model lacks.
 
-    That is what has its like in other layers, or should be in every one; embeddings and norms; and an output embedding
-    that is not the input's, where config.json says so (if it is silent, the model's class decides).
+    That is what has its like in other layers, or should be in every one; embeddings and norms; and
+    an output embedding that is not the input's, where config.json says so (if it is silent, the
+    model's class decides).
     """
     layers: dict[str, set[int]] = {}
     kinds: set[tuple[str, str]] = set()
     for split in filter(None, map(split_name, held)):
         layers.setdefault(split.prefix, set()).add(split.index)
         kinds.add((split.prefix, split.suffix))
-    listed = Counter((split.prefix, split.suffix) for split in filter(None, map(split_name, index.weight_map)))
+    listed = Counter(
+        (split.prefix, split.suffix) for split in filter(None, map(split_name, index.weight_map))
+    )
     sections = [config, config.get("text_config")]
-    unties = any(isinstance(section, dict) and section.get("tie_word_embeddings") is False for section in sections)
+    unties = any(
+        isinstance(section, dict) and section.get("tie_word_embeddings") is False
+        for section in sections
+    )
 
     def is_needed(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
         if name.endswith(_TIED_HEADS):
             return unties
         if (split := split_name(name)) is None:
-            return leaf in ("weight", "bias") and _ESSENTIAL.search(module.rpartition(".")[2]) is not None
+            return (
+                leaf in ("weight", "bias")
+                and _ESSENTIAL.search(module.rpartition(".")[2]) is not None
+            )
         kind = split.prefix, split.suffix
         is_of_each = leaf == "weight" and listed[kind] >= len(layers.get(split.prefix, ())) > 0
         return kind in kinds or is_of_each
@@ -350,11 +403,15 @@ def _needed(absent: Sequence[str], index: Index, held: Iterable[str], config: di
 def _without_tied_heads(shards: tuple[Shard, ...], config: dict[str, Any]) -> tuple[Shard, ...]:
     """Leave out an output embedding that is the input's, where config.json ties the two.
 
-    torch.save keeps such a tensor under both names, with one storage; safetensors has no way to say so, and
-    transformers' save_pretrained leaves the output's out. Where the config is silent both are written.
+    torch.save keeps such a tensor under both names, with one storage; safetensors has no way to say
+    so, and transformers' save_pretrained leaves the output's out. Where the config is silent both
+    are written.
     """
     sections = [config, config.get("text_config")]
-    if not any(isinstance(section, dict) and section.get("tie_word_embeddings") is True for section in sections):
+    if not any(
+        isinstance(section, dict) and section.get("tie_word_embeddings") is True
+        for section in sections
+    ):
         return shards
     return tuple(_without_tied_head(shard) if shard.is_pickled else shard for shard in shards)
 
@@ -377,9 +434,13 @@ def _no_config(folder: Path) -> str:
             "with PEFT's merge_and_unload"
         )
     if (folder / "model_index.json").exists():
-        return f"{shown(folder)} holds a diffusion pipeline; dus deepens decoder-only language models"
+        return (
+            f"{shown(folder)} holds a diffusion pipeline; dus deepens decoder-only language models"
+        )
     if found := _other_weights(folder):
-        return f"{shown(folder)} holds {found} and no config.json; dus reads Hugging Face checkpoints"
+        return (
+            f"{shown(folder)} holds {found} and no config.json; dus reads Hugging Face checkpoints"
+        )
     return f"{shown(folder)} has no config.json; give the directory of a Hugging Face checkpoint"
 
 
@@ -394,21 +455,28 @@ def _no_weights(folder: Path) -> str:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
         if variants := {match[1] for match in map(_VARIANT.match, names) if match}:
             return (
-                f"{shown(folder)} holds weights of a variant alone ({shown_list(sorted(variants))}), which "
-                f"transformers loads only when asked for it; give them the names without it ({SINGLE_NAME})"
+                f"{shown(folder)} holds weights of a variant alone "
+                f"({shown_list(sorted(variants))}), which "
+                "transformers loads only when asked for it; give them the names without it "
+                f"({SINGLE_NAME})"
             )
         return (
-            f"{shown(folder)} holds {shown_list(names)} but neither {SINGLE_NAME} nor {INDEX_NAME}; "
+            f"{shown(folder)} holds {shown_list(names)} but neither {SINGLE_NAME} nor "
+            f"{INDEX_NAME}; "
             "the index is missing, download the checkpoint again"
         )
     if any(folder.glob("pytorch_model*.bin")):
         names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         return (
-            f"{shown(folder)} holds {shown_list(names)} but neither {PICKLED_NAME} nor {PICKLED_INDEX_NAME}; "
+            f"{shown(folder)} holds {shown_list(names)} but neither {PICKLED_NAME} nor "
+            f"{PICKLED_INDEX_NAME}; "
             "the index is missing, download the checkpoint again"
         )
     found = _other_weights(folder)
-    advice = "dus reads safetensors and pytorch_model*.bin; load the model in transformers and save_pretrained it"
+    advice = (
+        "dus reads safetensors and pytorch_model*.bin; load the model in transformers and "
+        "save_pretrained it"
+    )
     return f"{shown(folder)} holds {found or 'no weights'}; {advice}"
 
 

@@ -1,4 +1,6 @@
-"""Files read past the page cache, where the file system allows: what is read once need not push out what others use."""
+"""Files read past the page cache, where the file system allows: what is read once need not push
+out what others use.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from pathlib import Path
 
 from dus_cli.source.reading import open_descriptor
 
-# What direct I/O asks of addresses, positions and lengths. Devices of larger sectors refuse, and are read otherwise.
+# What direct I/O asks of addresses, positions and lengths. Devices of larger sectors refuse, and
+# are read otherwise.
 _BLOCK = 4096
 
 
@@ -26,11 +29,14 @@ class DirectFile:
         self._room = room
         self._buffered = open_descriptor(path, os.O_RDONLY)
         self._direct: int | None = None
-        with contextlib.suppress(OSError, AttributeError):  # tmpfs, some network file systems, macOS
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # tmpfs, some network file systems, macOS
             self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
     def read(self, start: int, length: int) -> memoryview:
-        """Bytes from `start` on, fewer where the file ends before. They are valid until the next call.
+        """Bytes from `start` on, fewer where the file ends before. They are valid until the next
+        call.
 
         Raises:
             OSError: they cannot be read.
@@ -63,5 +69,7 @@ class DirectFile:
 
 
 def aligned_room(num_bytes: int) -> memoryview:
-    """Room for any `num_bytes` of a file, with the blocks at both ends that are only partly wanted."""
+    """Room for any `num_bytes` of a file, with the blocks at both ends that are only partly
+    wanted.
+    """
     return memoryview(mmap.mmap(-1, -(-num_bytes // _BLOCK) * _BLOCK + _BLOCK))

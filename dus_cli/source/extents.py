@@ -1,8 +1,9 @@
 """Which bytes of two files lie in the same blocks of the disk, asked of the file system: FIEMAP.
 
-Sources: Documentation/filesystems/fiemap.rst and include/uapi/linux/fiemap.h of Linux. XFS and btrfs alone are asked.
-There an address means the same for all files with the same device number, if none is on a realtime device; of other
-file systems that share blocks (overlayfs, bcachefs, NFS, OCFS2) that is not so, or not known.
+Sources: Documentation/filesystems/fiemap.rst and include/uapi/linux/fiemap.h of Linux. XFS and
+btrfs alone are asked. There an address means the same for all files with the same device number, if
+none is on a realtime device; of other file systems that share blocks (overlayfs, bcachefs, NFS,
+OCFS2) that is not so, or not known.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from dus_cli.source.reading import open_descriptor
 _FS_IOC_FIEMAP = 0xC020660B
 _FS_IOC_FSGETXATTR = 0x801C581F
 
-# struct fiemap: start, length, flags, mapped extents, room for extents, reserved; then struct fiemap_extent for each:
-# logical, physical, length, 16 bytes reserved, flags, 12 bytes reserved.
+# struct fiemap: start, length, flags, mapped extents, room for extents, reserved; then struct
+# fiemap_extent for each: logical, physical, length, 16 bytes reserved, flags, 12 bytes reserved.
 _REQUEST = struct.Struct("=QQLLLL")
 _EXTENT = struct.Struct("=QQQ16xL12x")
 _AT_ONCE = 500
@@ -32,9 +33,9 @@ _AT_ONCE = 500
 _SYNC = 1  # what is in the page cache is written first, so that it has blocks
 _LAST = 0x1
 
-# Of an extent that lies in blocks as it is: the last one, several merged into one, shared. Any other flag says that the
-# bytes are not (yet) in these blocks, or not as they are: not known, delayed, compressed, encrypted, in the inode, in
-# part of a block, or never written.
+# Of an extent that lies in blocks as it is: the last one, several merged into one, shared. Any
+# other flag says that the bytes are not (yet) in these blocks, or not as they are: not known,
+# delayed, compressed, encrypted, in the inode, in part of a block, or never written.
 _PLAIN = _LAST | 0x1000 | 0x2000
 
 _REALTIME = 1
@@ -63,7 +64,9 @@ class Blocks:
     def not_shared(
         self, left: Path, left_start: int, right: Path, right_start: int, length: int
     ) -> Iterator[tuple[int, int]]:
-        """The parts of two ranges of `length` bytes that do not lie in the same blocks, as (offset, length)."""
+        """The parts of two ranges of `length` bytes that do not lie in the same blocks, as
+        (offset, length).
+        """
         device, extents = self._extents(left)
         other_device, others = self._extents(right)
         position = 0
@@ -85,7 +88,9 @@ class Blocks:
 def _shared(
     extents: list[Extent], left_start: int, others: list[Extent], right_start: int, length: int
 ) -> Iterator[tuple[int, int]]:
-    """The parts of both ranges that have the same addresses, as (start, end) within them, in order."""
+    """The parts of both ranges that have the same addresses, as (start, end) within them, in
+    order.
+    """
     i = max(0, bisect_right(extents, left_start, key=lambda extent: extent.start) - 1)
     j = max(0, bisect_right(others, right_start, key=lambda extent: extent.start) - 1)
     while i < len(extents) and j < len(others):
@@ -120,8 +125,8 @@ def _extents_of(path: Path) -> tuple[int, list[Extent]]:
 
 
 def _kind_of(file: int) -> int:
-    """The number of a file system's kind: the first word of struct statfs. The table of mounts has btrfs by another
-    device number than its files.
+    """The number of a file system's kind: the first word of struct statfs. The table of mounts has
+    btrfs by another device number than its files.
     """
     status = (ctypes.c_long * 512)()  # more than any system's
     fstatfs = getattr(ctypes.CDLL(None), "fstatfs", None)
@@ -144,7 +149,9 @@ def _mapped(file: int) -> Iterator[Extent]:
         if count == 0:
             return
         for number in range(count):
-            logical, physical, length, flags = _EXTENT.unpack_from(request, _REQUEST.size + number * _EXTENT.size)
+            logical, physical, length, flags = _EXTENT.unpack_from(
+                request, _REQUEST.size + number * _EXTENT.size
+            )
             if not flags & ~_PLAIN:
                 yield Extent(logical, physical, length)
             if flags & _LAST or logical + length <= start:

@@ -1,4 +1,6 @@
-"""Names of a checkpoint's files: weights, what is written anew, what a healing leaves; and paths within the folder."""
+"""Names of a checkpoint's files: weights, what is written anew, what a healing leaves; and paths
+within the folder.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,25 @@ OTHER_FORMAT_FOLDERS = (
 )
 
 # Written anew for the deeper model; README.md is the card, and shows the pictures.
-WRITTEN_ANEW = ("README.md", "layer-map-light.svg", "layer-map-dark.svg", "dus.json", "SHA256SUMS", "config.json")
+WRITTEN_ANEW = (
+    "README.md",
+    "layer-map-light.svg",
+    "layer-map-dark.svg",
+    "dus.json",
+    "SHA256SUMS",
+    "config.json",
+)
 
 # The record of a healing (`dus heal`): of that model, not of one made from it.
-OF_A_HEALING = ("run.json", "metrics.jsonl", "report.json", "healing-*.svg", "tensorboard", "tokens", "checkpoints")
+OF_A_HEALING = (
+    "run.json",
+    "metrics.jsonl",
+    "report.json",
+    "healing-*.svg",
+    "tensorboard",
+    "tokens",
+    "checkpoints",
+)
 
 # Nobody's but the base's own, at any depth.
 LEFT_BEHIND = (".git*", ".cache", "__pycache__", ".DS_Store", "lost+found")
@@ -73,7 +90,9 @@ def is_weights(relative: str) -> bool:
     >>> is_weights("model.safetensors"), is_weights("tokenizer.json")
     (True, False)
     """
-    return any(fnmatch(PurePosixPath(relative).name.lower(), pattern) for pattern in WEIGHT_PATTERNS)
+    return any(
+        fnmatch(PurePosixPath(relative).name.lower(), pattern) for pattern in WEIGHT_PATTERNS
+    )
 
 
 def is_index(relative: str) -> bool:
@@ -91,10 +110,16 @@ def inside(folder: Path, relative: str) -> Path:
         CheckpointError: absolute, with "..", or a link to somewhere else.
     """
     pure = PurePosixPath(relative)
-    if not relative.isprintable() or "\\" in relative:  # no name that a terminal or a sums file must escape
-        raise CheckpointError(f"the file name {shown(relative)!r} has control characters or a backslash; rename it")
+    if (
+        not relative.isprintable() or "\\" in relative
+    ):  # no name that a terminal or a sums file must escape
+        raise CheckpointError(
+            f"the file name {shown(relative)!r} has control characters or a backslash; rename it"
+        )
     if pure.is_absolute() or ".." in pure.parts or not relative:
-        raise CheckpointError(f"{shown(relative)!r} points outside the model's folder; refusing to follow it")
+        raise CheckpointError(
+            f"{shown(relative)!r} points outside the model's folder; refusing to follow it"
+        )
     path = folder / pure
     try:
         real, root = path.resolve(strict=True), folder.resolve(strict=True)
@@ -103,17 +128,20 @@ def inside(folder: Path, relative: str) -> Path:
     allowed = [root]
     if root.parent.name == "snapshots":
         repo = root.parent.parent
-        # The repo's own blobs, and those that huggingface_hub 2 shares between repos (files stored by Xet).
+        # The repo's own blobs, and those that huggingface_hub 2 shares between repos (files stored
+        # by Xet).
         allowed += [repo / "blobs", repo.parent / "blobs"]
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(
-            f"{shown(relative)} is a link that leaves the model's folder (to {shown(real)}); refusing to follow it"
+            f"{shown(relative)} is a link that leaves the model's folder (to {shown(real)}); "
+            "refusing to follow it"
         )
     return path
 
 
 def walk_order(relative: str) -> list[tuple[bool, str]]:
-    """Sorts paths as a person lists them: by name, a folder's own files before those in folders below it.
+    """Sorts paths as a person lists them: by name, a folder's own files before those in folders
+    below it.
 
     >>> sorted(["b/c", "a/d", "z"], key=walk_order)
     ['z', 'a/d', 'b/c']

@@ -63,9 +63,9 @@ DTYPE_BITS: Mapping[str, int] = {
 class TensorInfo(NamedTuple):
     """A tensor as its header describes it. `start` and `end` are byte positions in the file.
 
-    `strides`, in elements, are those of a tensor whose bytes do not lie in row-major order, which only
-    a pickled checkpoint has (see `strided`): its first element is at `start`, and `end` is where it
-    would end if they did.
+    `strides`, in elements, are those of a tensor whose bytes do not lie in row-major order, which
+    only a pickled checkpoint has (see `strided`): its first element is at `start`, and `end` is
+    where it would end if they did.
     """
 
     name: str
@@ -86,7 +86,9 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header: where the data starts, the file's size and, in file order, which tensors lie there."""
+    """A header: where the data starts, the file's size and, in file order, which tensors lie
+    there.
+    """
 
     data_start: int
     end: int
@@ -121,27 +123,32 @@ def header_bytes(path: Path, where: str) -> tuple[bytes, int]:
         file.seek(8)
         raw = file.read(length)
     if len(raw) != length:
-        raise CheckpointError(f"{where} became shorter while it was read; copy or download it again")
+        raise CheckpointError(
+            f"{where} became shorter while it was read; copy or download it again"
+        )
     return raw, size
 
 
 def header_length(head: bytes, file_size: int, where: str) -> int:
-    """N of a file of `file_size` bytes that starts with `head`: its first `mistaken.NUM_BYTES`, or more.
+    """N of a file of `file_size` bytes that starts with `head`: its first `mistaken.NUM_BYTES`, or
+    more.
 
     Raises:
-        CheckpointError: something else than safetensors; no room for a header; or a length beyond the file or the
-            format's limit.
+        CheckpointError: something else than safetensors; no room for a header; or a length beyond
+            the file or the format's limit.
     """
     if head[8:9] != b"{" and (what := not_weights(head[:NUM_BYTES], file_size)) is not None:
         raise CheckpointError(f"{where} {what}")
     if len(head) < 8:
         raise CheckpointError(
-            f"{where} has {file_size} bytes, too few for a safetensors file; copy or download it again"
+            f"{where} has {file_size} bytes, too few for a safetensors file; copy or download it "
+            "again"
         )
     (length,) = struct.unpack("<Q", head[:8])
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{where} claims a header of {length} bytes, over the format's limit of {MAX_HEADER_BYTES}; "
+            f"{where} claims a header of {length} bytes, over the format's limit of "
+            f"{MAX_HEADER_BYTES}; "
             "it is damaged or no safetensors file"
         )
     if length > file_size - 8:
@@ -153,21 +160,32 @@ def header_length(head: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:
-    """Check the JSON of a header against the file's size: see the module's text for what must hold."""
+    """Check the JSON of a header against the file's size: see the module's text for what must
+    hold.
+    """
     data_start = 8 + len(raw)
     if not raw.startswith(b"{"):
-        raise CheckpointError(f"{where}: its header does not start with '{{'; it is no safetensors file")
+        raise CheckpointError(
+            f"{where}: its header does not start with '{{'; it is no safetensors file"
+        )
     entries = parse_json_object(raw, f"{where}: the header", is_header=True, on_object=_Entries())
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__ must map text to text")
-    described = sorted(((*_checked(name, entry, where), name) for name, entry in entries.items()), key=itemgetter(0, 1))
+    described = sorted(
+        ((*_checked(name, entry, where), name) for name, entry in entries.items()),
+        key=itemgetter(0, 1),
+    )
     del entries
     tensors: list[TensorInfo] = []
     position = data_start
     for start, end, kind, name in described:
         if data_start + start != position:
-            where_it_is = "overlaps the one before it" if data_start + start < position else "leaves a gap before it"
+            where_it_is = (
+                "overlaps the one before it"
+                if data_start + start < position
+                else "leaves a gap before it"
+            )
             raise CheckpointError(
                 f"{where}: tensor {shown(name)} {where_it_is} (starts at {start}, "
                 f"expected {position - data_start}); the file is damaged, fetch it again"
@@ -198,10 +216,11 @@ _KEYS = ["dtype", "shape", "data_offsets"]
 
 
 class _Entries:
-    """Takes the entries of a header as the JSON parser meets them, so that what tensors share is kept once.
+    """Takes the entries of a header as the JSON parser meets them, so that what tensors share is
+    kept once.
 
-    A header of 100,000 tensors has a hundred kinds of them. An entry that is not as the library writes it stays what it
-    was, for `_checked` to judge.
+    A header of 100,000 tensors has a hundred kinds of them. An entry that is not as the library
+    writes it stays what it was, for `_checked` to judge.
     """
 
     def __init__(self) -> None:
@@ -211,7 +230,12 @@ class _Entries:
         if len(pairs) != 3 or [key for key, _ in pairs] != _KEYS:
             return None
         (_, dtype), (_, shape), (_, offsets) = pairs
-        if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        if (
+            type(dtype) is not str
+            or type(shape) is not list
+            or type(offsets) is not list
+            or len(offsets) != 2
+        ):
             return None
         start, end = offsets
         for number in (*shape, start, end):
@@ -225,7 +249,11 @@ class _Entries:
             if total_bits is None or total_bits % 8:
                 return None
             kind = self._kinds[dtype, tuple(shape)] = _Kind(dtype, tuple(shape), total_bits // 8)
-        return (start, end, kind) if start >= 0 and end - start == kind.num_bytes and end <= _MAX_COUNT else None
+        return (
+            (start, end, kind)
+            if start >= 0 and end - start == kind.num_bytes and end <= _MAX_COUNT
+            else None
+        )
 
 
 def _is_count(value: object) -> bool:
@@ -241,7 +269,8 @@ def _checked(name: str, entry: object, where: str) -> _Entry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{label} has the dtype {shown(dtype)}, which safetensors does not define (as far as this dus "
+            f"{label} has the dtype {shown(dtype)}, which safetensors does not define (as far as "
+            "this dus "
             f"knows); known are {', '.join(DTYPE_BITS)}"
         )
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
@@ -254,7 +283,8 @@ def _checked(name: str, entry: object, where: str) -> _Entry:
         raise CheckpointError(f"{label}: the shape {shown(shape)} overflows 64 bits")
     if total_bits % 8 or end - start != total_bits // 8:
         raise CheckpointError(
-            f"{label}: data_offsets hold {end - start} bytes but shape {shown(shape)} of {dtype} needs "
+            f"{label}: data_offsets hold {end - start} bytes but shape {shown(shape)} of {dtype} "
+            "needs "
             f"{total_bits / 8:g}; the file is damaged, fetch it again"
         )
     return start, end, _Kind(dtype, tuple(shape), total_bits // 8)
@@ -276,7 +306,8 @@ def encode_header(
     block: int = 8,
     phase: int = 0,
 ) -> bytes:
-    """The bytes before the data: length, JSON, and spaces up to a data start of `phase` modulo `block`.
+    """The bytes before the data: length, JSON, and spaces up to a data start of `phase` modulo
+    `block`.
 
     Tensors are (name, dtype, shape, number of bytes) in the order of their data. A data start that
     agrees with the source's modulo the file system's block is what lets the data be cloned.
@@ -293,8 +324,12 @@ def header_size(
     block: int = 8,
     phase: int = 0,
 ) -> int:
-    """How many bytes `encode_header` makes of the same, in memory that does not grow with the tensors."""
-    length = sum(len(t) if t.isascii() else len(t.encode("utf-8")) for t in _header_text(metadata, tensors))
+    """How many bytes `encode_header` makes of the same, in memory that does not grow with the
+    tensors.
+    """
+    length = sum(
+        len(t) if t.isascii() else len(t.encode("utf-8")) for t in _header_text(metadata, tensors)
+    )
     return 8 + length + _padding(length, block, phase)
 
 
@@ -314,16 +349,20 @@ def _header_text(
         kind = kinds.get((dtype, shape))
         if kind is None:
             sizes = ",".join(map(str, shape))
-            kind = kinds[dtype, shape] = f':{{"dtype":{encode_basestring(dtype)},"shape":[{sizes}],"data_offsets":['
+            kind = kinds[dtype, shape] = (
+                f':{{"dtype":{encode_basestring(dtype)},"shape":[{sizes}],"data_offsets":['
+            )
         yield f",{encode_basestring(name)}{kind}{offset},{offset + num_bytes}]}}"
         offset += num_bytes
     yield "}"
 
 
 def is_aligned(tensors: Iterable[tuple[str, int]]) -> bool:
-    """Whether each of these (dtype, number of bytes), laid end to end, starts at a multiple of its element.
+    """Whether each of these (dtype, number of bytes), laid end to end, starts at a multiple of its
+    element.
 
-    The library sorts by falling element size so that this holds; torch cannot view a tensor otherwise.
+    The library sorts by falling element size so that this holds; torch cannot view a tensor
+    otherwise.
     """
     offset = 0
     for dtype, num_bytes in tensors:

@@ -1,4 +1,6 @@
-"""INCOMPLETE: the file that says of a folder that an output is being written in it, in place, and is not whole."""
+"""INCOMPLETE: the file that says of a folder that an output is being written in it, in place,
+and is not whole.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from dus_cli.source.reading import open_regular, unreadable
 NAME = "INCOMPLETE"
 
 _ABOUT = (
-    "This folder is not whole: a run of dus writes into it. If that run has ended, the same command starts over "
+    "This folder is not whole: a run of dus writes into it. If that run has ended, the same "
+    "command starts over "
     "and removes this file at its end."
 )
 _MAX_BYTES = 100_000
@@ -24,10 +27,11 @@ _MAX_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that writes. `key` is a digest of what it writes, `token` tells this run from any other.
+    """The run that writes. `key` is a digest of what it writes, `token` tells this run from any
+    other.
 
-    `files` names all that it writes; None where an older dus did not say.
-    `started` tells its process from a later one of the same number: clock ticks after the system's start.
+    `files` names all that it writes; None where an older dus did not say. `started` tells its
+    process from a later one of the same number: clock ticks after the system's start.
     """
 
     key: str
@@ -47,7 +51,9 @@ class Owner:
 
     @property
     def is_running_here(self) -> bool:
-        """Whether that very process runs on this host. Where the system does not tell its start it counts as gone."""
+        """Whether that very process runs on this host. Where the system does not tell its start
+        it counts as gone.
+        """
         return self.is_of_this_host and bool(self.started) and _started(self.pid) == self.started
 
     def __str__(self) -> str:
@@ -60,14 +66,22 @@ def is_unfinished_healing(folder: Path) -> bool:
 
 
 def _started(pid: int) -> str:
-    """When a process began, as proc_pid_stat(5) has it in field 22; "" where there is none, or no /proc."""
+    """When a process began, as proc_pid_stat(5) has it in field 22; "" where there is none, or
+    no /proc.
+    """
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        return (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[19]
+        )
     return ""
 
 
 def owner(folder: Path) -> Owner | None:
-    """Who says that this folder is incomplete; None where nobody does. A damaged file is nobody's, of no key.
+    """Who says that this folder is incomplete; None where nobody does. A damaged file is nobody's,
+    of no key.
 
     Raises:
         CheckpointError: the file is there and cannot be read.
@@ -84,7 +98,9 @@ def owner(folder: Path) -> Owner | None:
         record = json.loads(raw)
         texts = {name: str(record[name]) for name in ("key", "host", "started", "token")}
         files = record.get("files")
-        return Owner(pid=int(record["pid"]), **texts, files=None if files is None else tuple(map(str, files)))
+        return Owner(
+            pid=int(record["pid"]), **texts, files=None if files is None else tuple(map(str, files))
+        )
     return Owner("", "an unknown host", 0, "", "")
 
 
@@ -97,6 +113,7 @@ def check_whole(folder: Path) -> None:
     found = owner(folder)
     if found is not None:
         raise CheckpointError(
-            f"{shown(folder)} is not whole: its file {NAME} names the run that writes it, or left it ({found}); run "
+            f"{shown(folder)} is not whole: its file {NAME} names the run that writes it, or left "
+            f"it ({found}); run "
             "the same dus upscale again, which starts over, or remove the folder"
         )

@@ -1,4 +1,6 @@
-"""JSON objects read strictly: what is wrong with one is said in the words of whoever has to mend it."""
+"""JSON objects read strictly: what is wrong with one is said in the words of whoever has to mend
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _MAX_NESTING = 64
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-# What a person, or another language's printer, writes and JSON does not have; where the parser stops before it.
+# What a person, or another language's printer, writes and JSON does not have; where the parser
+# stops before it.
 _FOREIGN = (
     (re.compile(r"//|/\*|#"), "a comment"),
     (re.compile(r"'"), "a text in single quotes"),
@@ -36,13 +39,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key in first:
                 raise _DuplicateKeyError(
-                    f"the name {shown(key)!r} stands twice ({_short(first[key])}, then {_short(value)})"
+                    f"the name {shown(key)!r} stands twice ({_short(first[key])}, then "
+                    f"{_short(value)})"
                 )
             first[key] = value
     return result
 
 
-def _hook(on_object: Callable[[list[tuple[str, Any]]], Any] | None) -> Callable[[list[tuple[str, Any]]], Any]:
+def _hook(
+    on_object: Callable[[list[tuple[str, Any]]], Any] | None,
+) -> Callable[[list[tuple[str, Any]]], Any]:
     if on_object is None:
         return _without_duplicates
 
@@ -66,15 +72,15 @@ def parse_json_object(
 ) -> dict[str, Any]:
     """A JSON object with distinct names and encodable text.
 
-    A name that stands twice is refused: transformers takes the last value, others the first. NaN and infinities are
-    read, as transformers reads them.
+    A name that stands twice is refused: transformers takes the last value, others the first. NaN
+    and infinities are read, as transformers reads them.
 
     Args:
         raw: the file's bytes.
         where: what to call it in messages.
         is_header: it is a safetensors header, which no person edits.
-        on_object: told the names and values of each object, the innermost first; what it returns stands for the object,
-            unless that is None.
+        on_object: told the names and values of each object, the innermost first; what it returns
+            stands for the object, unless that is None.
 
     Raises:
         CheckpointError: not UTF-8, not JSON, not an object, a name twice, nested too deep, or text
@@ -85,39 +91,59 @@ def parse_json_object(
     try:
         value = json.loads(_decoded(raw, where), object_pairs_hook=_hook(on_object))
     except RecursionError:
-        raise CheckpointError(f"{where} is nested too deeply to be what it claims; refusing it") from None
+        raise CheckpointError(
+            f"{where} is nested too deeply to be what it claims; refusing it"
+        ) from None
     except _DuplicateKeyError as error:
-        advice = "the file is damaged, download it again" if is_header else "readers differ in which counts; keep one"
+        advice = (
+            "the file is damaged, download it again"
+            if is_header
+            else "readers differ in which counts; keep one"
+        )
         raise CheckpointError(f"{where}: {error}; {advice}") from None
     except json.JSONDecodeError as error:
         why = shown(error) if is_header else _explained(error)
-        advice = "the file is damaged, download it again" if is_header or _is_cut(error) else "mend the file"
+        advice = (
+            "the file is damaged, download it again"
+            if is_header or _is_cut(error)
+            else "mend the file"
+        )
         raise CheckpointError(f"{where} is not valid JSON: {why}; {advice}") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise CheckpointError(f"{where} is not valid JSON: {shown(error)}; the file is damaged") from None
+        raise CheckpointError(
+            f"{where} is not valid JSON: {shown(error)}; the file is damaged"
+        ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, not an object; download the file again")
+        raise CheckpointError(
+            f"{where} holds a JSON {type(value).__name__}, not an object; download the file again"
+        )
     if b"\\u" in raw:  # the only way for half a surrogate pair to get in
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise CheckpointError(f"{where} has text that is not Unicode (half a surrogate pair)") from None
+            raise CheckpointError(
+                f"{where} has text that is not Unicode (half a surrogate pair)"
+            ) from None
     return value
 
 
 def _decoded(raw: bytes, where: str) -> str:
     if raw.startswith(codecs.BOM_UTF8):
         raise CheckpointError(
-            f"{where} begins with a byte-order mark, which JSON does not have and transformers does not read; save it "
+            f"{where} begins with a byte-order mark, which JSON does not have and transformers "
+            "does not read; save it "
             "as UTF-8 without one"
         )
     if raw.startswith(_UTF_16):
-        raise CheckpointError(f"{where} is not UTF-8 but UTF-16, by its byte-order mark; save it as UTF-8")
+        raise CheckpointError(
+            f"{where} is not UTF-8 but UTF-16, by its byte-order mark; save it as UTF-8"
+        )
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"{where} is not UTF-8 (byte {error.start}); the file is damaged, or was saved in another encoding"
+            f"{where} is not UTF-8 (byte {error.start}); the file is damaged, or was saved in "
+            "another encoding"
         ) from None
 
 
@@ -135,7 +161,10 @@ def _explained(error: json.JSONDecodeError) -> str:
     # Python 3.13 points at the comma itself, older ones behind it.
     comma = before.endswith(",") or after.startswith(",")
     if comma and after.lstrip(", \t\r\n").startswith(("}", "]")):
-        return f"a comma before the closing {after.lstrip(', ' + chr(9) + chr(13) + chr(10))[0]} in line {error.lineno}"
+        return (
+            f"a comma before the closing {after.lstrip(', ' + chr(9) + chr(13) + chr(10))[0]} in "
+            f"line {error.lineno}"
+        )
     line = text.count("\n", 0, len(text) - len(after)) + 1
     for pattern, name in _FOREIGN:
         if (found := pattern.match(after)) is not None:
@@ -145,14 +174,19 @@ def _explained(error: json.JSONDecodeError) -> str:
 
 
 def limit_nesting(value: object, where: str) -> None:
-    """Hold that JSON is nested no deeper than a real config, so that what walks or writes it may recurse.
+    """Hold that JSON is nested no deeper than a real config, so that what walks or writes it may
+    recurse.
 
     Raises:
         CheckpointError: deeper than that.
     """
     level: list[object] = [value]
     for _ in range(_MAX_NESTING):
-        level = [c for v in level for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+        level = [
+            c
+            for v in level
+            for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
+        ]
         if not level:
             return
     raise CheckpointError(f"{where} is nested too deeply to be what it claims; refusing it")

@@ -1,4 +1,6 @@
-"""What stands in the place of a file that was never fetched, or is of another format: told by its first bytes."""
+"""What stands in the place of a file that was never fetched, or is of another format: told by
+its first bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,19 @@ NUM_BYTES = 512
 
 _AGAIN = "download the file again"
 
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second is what it was before its first release.
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second is what it was before its
+# first release.
 _LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 
 _PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|\?xml|error)", re.IGNORECASE)
 _ANSWER = re.compile(rb'\s*\{\s*"(?:error|message|detail|status|code)s?"\s*:', re.IGNORECASE)
 
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+}
 
 _OTHER_FORMATS = {
     b"GGUF": "a GGUF file",
@@ -30,7 +38,8 @@ _OTHER_FORMATS = {
 
 
 def not_fetched(head: bytes, num_bytes: int) -> str | None:
-    """What a file's first bytes show that a download or a clone left in its place, and what to do; None if nothing.
+    """What a file's first bytes show that a download or a clone left in its place, and what to do;
+    None if nothing.
 
     Args:
         head: the first `NUM_BYTES`, or all there are.
@@ -39,9 +48,15 @@ def not_fetched(head: bytes, num_bytes: int) -> str | None:
     if num_bytes == 0:
         return f"is empty; {_AGAIN}"
     if head.startswith(_LFS):
-        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repo, or " + _AGAIN
+        return (
+            "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repo, or "
+            + _AGAIN
+        )
     if _PAGE.match(head):
-        return f"is a web page or a server's error in XML ({_beginning(head)}), not the file itself; {_AGAIN}"
+        return (
+            f"is a web page or a server's error in XML ({_beginning(head)}), not the file itself; "
+            f"{_AGAIN}"
+        )
     if not head.strip(b"\0"):
         return "begins with nothing but zeros, as an unfinished download does; " + _AGAIN
     for magic, name in _COMPRESSED.items():
@@ -51,14 +66,18 @@ def not_fetched(head: bytes, num_bytes: int) -> str | None:
 
 
 def not_weights(head: bytes, num_bytes: int) -> str | None:
-    """The same of a file that should hold weights: also what a server answered, and other formats."""
+    """The same of a file that should hold weights: also what a server answered, and other
+    formats.
+    """
     if (found := not_fetched(head, num_bytes)) is not None:
         return found
     if _ANSWER.match(head):
         return f"is a server's answer ({_beginning(head)}), not the file itself; {_AGAIN}"
     for magic, name in _OTHER_FORMATS.items():
         if head.startswith(magic):
-            return f"is {name}; dus reads safetensors and pytorch_model*.bin, each under its own name"
+            return (
+                f"is {name}; dus reads safetensors and pytorch_model*.bin, each under its own name"
+            )
     if num_bytes >= 8 and _is_text(head):
         return f"is text ({_beginning(head)}), not weights; {_AGAIN}"
     return None

@@ -1,15 +1,15 @@
 """The files that torch.save writes: a pickle that describes tensors, and where their storages lie.
 
-Since torch 1.6 (torch/serialization.py, `_save`) a zip archive whose members lie in one folder, stored
-and not compressed:
+Since torch 1.6 (torch/serialization.py, `_save`) a zip archive whose members lie in one folder,
+stored and not compressed:
 
 - `data.pkl`: the pickle; it names a tensor's storage by a key
 - `data/KEY`: the bytes of that storage
 - `byteorder`: little or big (since torch 2.1)
 
-Before that, and with `_use_new_zipfile_serialization=False` (`_legacy_save`), five pickles in a row: a
-magic number, a version, the machine's byte order, the pickle, the storages' keys; then for each key, in
-that order, its number of elements in 8 bytes, and its bytes.
+Before that, and with `_use_new_zipfile_serialization=False` (`_legacy_save`), five pickles in a
+row: a magic number, a version, the machine's byte order, the pickle, the storages' keys; then for
+each key, in that order, its number of elements in 8 bytes, and its bytes.
 
 Nothing is unpickled here: pickles are looked through with `pickletools`.
 """
@@ -28,7 +28,8 @@ from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.headers import MAX_HEADER_BYTES
 from dus_cli.source.mistaken import NUM_BYTES, not_weights
 
-# Of the zip's directory and of a pickle: each holds some 150 bytes a tensor. Reading takes about 30 times that.
+# Of the zip's directory and of a pickle: each holds some 150 bytes a tensor. Reading takes about 30
+# times that.
 _MAX_BYTES = 16_000_000
 
 # torch/serialization.py, MAGIC_NUMBER, pickled.
@@ -42,10 +43,12 @@ Places = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class PickledFile:
-    """What a file holds: the pickle as torch writes it today, the storages' keys, and the file's size.
+    """What a file holds: the pickle as torch writes it today, the storages' keys, and the file's
+    size.
 
-    `places` tells where the storages lie. The older format says so only to those who know the storages'
-    sizes, which stand in the pickle: there it is None and `data_start` is where the first record starts.
+    `places` tells where the storages lie. The older format says so only to those who know the
+    storages' sizes, which stand in the pickle: there it is None and `data_start` is where the first
+    record starts.
     """
 
     pickle: bytes
@@ -70,12 +73,16 @@ def read_pickled_file(file: IO[bytes], where: str, *, at_hand: bool) -> PickledF
     if not head.startswith((b"PK", b"\x80")) and (what := not_weights(head, num_bytes)) is not None:
         raise CheckpointError(f"{where} {what}")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
-        raise CheckpointError(f"{where} is a safetensors file under the name of a pickled one; name it *.safetensors")
+        raise CheckpointError(
+            f"{where} is a safetensors file under the name of a pickled one; name it *.safetensors"
+        )
     return _read_archive(file, where, num_bytes, at_hand=at_hand)
 
 
 class _Bounded:
-    """A file that gives no more than `_MAX_BYTES` at once: zipfile and pickletools believe any size they read."""
+    """A file that gives no more than `_MAX_BYTES` at once: zipfile and pickletools believe any
+    size they read.
+    """
 
     def __init__(self, file: IO[bytes], where: str) -> None:
         self._file, self._where = file, where
@@ -84,12 +91,15 @@ class _Bounded:
     def read(self, size: int = -1) -> bytes:
         if size > _MAX_BYTES:
             raise CheckpointError(
-                f"{self._where} claims {size} bytes around its data; it is damaged, copy or download it again"
+                f"{self._where} claims {size} bytes around its data; it is damaged, copy or "
+                "download it again"
             )
         return self._file.read(size if size >= 0 else _MAX_BYTES)
 
     def readline(self) -> bytes:
-        """At most 4096 bytes of a line: pickletools asks for names so, and files of fsspec take no limit."""
+        """At most 4096 bytes of a line: pickletools asks for names so, and files of fsspec take
+        no limit.
+        """
         start = self.tell()
         raw = self._file.read(4096)
         length = raw.find(b"\n") + 1 or len(raw)
@@ -104,25 +114,41 @@ def _read_archive(file: IO[bytes], where: str, num_bytes: int, *, at_hand: bool)
     members, directory_start = _members(file, where)
     folders = {member.filename.partition("/")[0] for member in members}
     if len(folders) != 1:
-        raise CheckpointError(f"{where} is a zip archive, but not one that torch.save wrote; {REMEDY}")
+        raise CheckpointError(
+            f"{where} is a zip archive, but not one that torch.save wrote; {REMEDY}"
+        )
     found: dict[str, tuple[int, int]] = {}
     for member in members:
         name = member.filename.partition("/")[2]
         if name == "constants.pkl":
-            raise CheckpointError(f"{where} is a TorchScript archive, a program; dus reads state dicts; {REMEDY}")
+            raise CheckpointError(
+                f"{where} is a TorchScript archive, a program; dus reads state dicts; {REMEDY}"
+            )
         if name not in ("data.pkl", "byteorder") and not name.startswith("data/"):
             continue
         if name in found:
-            raise CheckpointError(f"{where} holds {shown(name)} twice; which one counts is not defined, refusing it")
+            raise CheckpointError(
+                f"{where} holds {shown(name)} twice; which one counts is not defined, refusing it"
+            )
         found[name] = _extent(file, member, directory_start, where, at_hand=at_hand)
     _check_apart(found, where)
     if "data.pkl" not in found:
-        raise CheckpointError(f"{where} is a zip archive without data.pkl, not what torch.save writes; {REMEDY}")
+        raise CheckpointError(
+            f"{where} is a zip archive without data.pkl, not what torch.save writes; {REMEDY}"
+        )
     order = _content(file, found, "byteorder", where) if "byteorder" in found else b"little"
     if order != b"little":
-        raise CheckpointError(f"{where} was saved on a machine of other byte order ({shown(order)}); {REMEDY}")
-    storages = {name.removeprefix("data/"): place for name, place in found.items() if name.startswith("data/")}
-    return PickledFile(_content(file, found, "data.pkl", where), tuple(storages), num_bytes, storages, 0)
+        raise CheckpointError(
+            f"{where} was saved on a machine of other byte order ({shown(order)}); {REMEDY}"
+        )
+    storages = {
+        name.removeprefix("data/"): place
+        for name, place in found.items()
+        if name.startswith("data/")
+    }
+    return PickledFile(
+        _content(file, found, "data.pkl", where), tuple(storages), num_bytes, storages, 0
+    )
 
 
 def _members(file: IO[bytes], where: str) -> tuple[list[zipfile.ZipInfo], int]:
@@ -130,9 +156,17 @@ def _members(file: IO[bytes], where: str) -> tuple[list[zipfile.ZipInfo], int]:
     try:
         with zipfile.ZipFile(cast("IO[bytes]", _Bounded(file, where))) as archive:
             return archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, IndexError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        OverflowError,
+        struct.error,
+        IndexError,
+    ) as error:
         raise CheckpointError(
-            f"{where} is no zip archive as torch.save writes it ({shown(error)}); it is truncated or damaged, copy "
+            f"{where} is no zip archive as torch.save writes it ({shown(error)}); it is truncated "
+            "or damaged, copy "
             "or download it again"
         ) from None
 
@@ -143,24 +177,38 @@ def _extent(
     """(position, bytes) of a member's content."""
     label = f"{where}: {shown(member.filename)}"
     is_encrypted = member.flag_bits & 1
-    if member.compress_type != zipfile.ZIP_STORED or is_encrypted or member.compress_size != member.file_size:
-        raise CheckpointError(f"{label} is compressed or encrypted, which torch.save never does; refusing it")
+    if (
+        member.compress_type != zipfile.ZIP_STORED
+        or is_encrypted
+        or member.compress_size != member.file_size
+    ):
+        raise CheckpointError(
+            f"{label} is compressed or encrypted, which torch.save never does; refusing it"
+        )
     position = member.header_offset
     size = member.file_size
     start = _usual_start(member)
     if 0 <= position < directory_start and at_hand:
         file.seek(position)
-        local = file.read(30)  # a local file header; it ends with the lengths of the name and the extra field
+        local = file.read(
+            30
+        )  # a local file header; it ends with the lengths of the name and the extra field
         if len(local) < 30 or not local.startswith(b"PK\3\4"):
-            raise CheckpointError(f"{label} is not where the directory says; the file is damaged, fetch it again")
+            raise CheckpointError(
+                f"{label} is not where the directory says; the file is damaged, fetch it again"
+            )
         start = position + 30 + sum(struct.unpack("<HH", local[26:30]))
     if not 0 <= position <= start <= start + size <= directory_start:
-        raise CheckpointError(f"{label} reaches beyond the data; the file is truncated or damaged, fetch it again")
+        raise CheckpointError(
+            f"{label} reaches beyond the data; the file is truncated or damaged, fetch it again"
+        )
     return start, size
 
 
 def _usual_start(member: zipfile.ZipInfo) -> int:
-    """Where torch.save lets a member's content start: at a multiple of 64 (`getPadding` in caffe2/serialize)."""
+    """Where torch.save lets a member's content start: at a multiple of 64 (`getPadding` in
+    caffe2/serialize).
+    """
     start = member.header_offset + 30 + len(member.filename.encode()) + 4
     limit = 0xFFFFFFFF  # from here on zip needs 64-bit fields, which stand before the padding
     if member.file_size >= limit or member.header_offset >= limit:
@@ -172,18 +220,24 @@ def _check_apart(found: Places, where: str) -> None:
     end = 0
     for name, (start, size) in sorted(found.items(), key=lambda item: (item[1], item[0])):
         if start < end:
-            raise CheckpointError(f"{where}: {shown(name)} overlaps the member before it; refusing it")
+            raise CheckpointError(
+                f"{where}: {shown(name)} overlaps the member before it; refusing it"
+            )
         end = start + size
 
 
 def _content(file: IO[bytes], found: Places, name: str, where: str) -> bytes:
     start, size = found[name]
     if size > _MAX_BYTES:
-        raise CheckpointError(f"{where}: {name} has {size} bytes, more than any state dict needs; refusing it")
+        raise CheckpointError(
+            f"{where}: {name} has {size} bytes, more than any state dict needs; refusing it"
+        )
     file.seek(start)
     raw = file.read(size)
     if len(raw) != size:
-        raise CheckpointError(f"{where} became shorter while it was read; copy or download it again")
+        raise CheckpointError(
+            f"{where} became shorter while it was read; copy or download it again"
+        )
     return raw
 
 
@@ -191,7 +245,9 @@ def _content(file: IO[bytes], found: Places, name: str, where: str) -> bytes:
 
 
 class _Skipped(NamedTuple):
-    """A pickle that was looked through: where it stands, its opcodes' names, and the texts in it."""
+    """A pickle that was looked through: where it stands, its opcodes' names, and the texts in
+    it.
+    """
 
     start: int
     end: int
@@ -201,7 +257,9 @@ class _Skipped(NamedTuple):
 
 def _read_legacy(file: IO[bytes], where: str, num_bytes: int) -> PickledFile:
     file.seek(0)
-    _magic, _version, machine, described, keys = [_skip_pickle(_Bounded(file, where), where) for _ in range(5)]
+    _magic, _version, machine, described, keys = [
+        _skip_pickle(_Bounded(file, where), where) for _ in range(5)
+    ]
     if "NEWFALSE" in machine.opcodes:  # {"little_endian": False, …}
         raise CheckpointError(f"{where} was saved on a machine of other byte order; {REMEDY}")
     file.seek(described.start)
@@ -219,9 +277,13 @@ def _skip_pickle(file: _Bounded, where: str) -> _Skipped:
             if isinstance(argument, str):
                 texts.append(argument)
             if position is not None and position - start > _MAX_BYTES:
-                raise CheckpointError(f"{where} holds a pickle of more than {_MAX_BYTES} bytes; refusing it")
+                raise CheckpointError(
+                    f"{where} holds a pickle of more than {_MAX_BYTES} bytes; refusing it"
+                )
     except (ValueError, IndexError, struct.error, OverflowError) as error:
-        raise CheckpointError(f"{where} is damaged ({shown(error)}); copy or download it again") from None
+        raise CheckpointError(
+            f"{where} is damaged ({shown(error)}); copy or download it again"
+        ) from None
     return _Skipped(start, file.tell(), frozenset(opcodes), tuple(texts))
 
 
@@ -231,12 +293,16 @@ def _as_today(raw: bytes, where: str) -> bytes:
     That part was for views of storages and has been None since torch 0.4.
     """
     kept, position = [], 0
-    last: list[tuple[str, int]] = []  # the last opcodes and their positions, those that only remember left out
+    last: list[
+        tuple[str, int]
+    ] = []  # the last opcodes and their positions, those that only remember left out
     for opcode, _, at in pickletools.genops(raw):
         assert at is not None
         if opcode.name == "BINPERSID":
             if [name for name, _ in last] != ["NONE", "TUPLE"]:
-                raise CheckpointError(f"{where} names its storages in a way that torch does not; {REMEDY}")
+                raise CheckpointError(
+                    f"{where} names its storages in a way that torch does not; {REMEDY}"
+                )
             kept.append(raw[position : last[0][1]])
             position = last[0][1] + 1
         if opcode.name not in ("BINPUT", "LONG_BINPUT"):
@@ -244,7 +310,9 @@ def _as_today(raw: bytes, where: str) -> bytes:
     return b"".join([*kept, raw[position:]])
 
 
-def legacy_places(file: IO[bytes] | None, saved: PickledFile, sizes: Mapping[str, int], where: str) -> Places:
+def legacy_places(
+    file: IO[bytes] | None, saved: PickledFile, sizes: Mapping[str, int], where: str
+) -> Places:
     """Where the storages of a file of the older format lie.
 
     Args:
@@ -261,7 +329,9 @@ def legacy_places(file: IO[bytes] | None, saved: PickledFile, sizes: Mapping[str
     position = saved.data_start
     for key in saved.keys:
         if key in places or key not in sizes:
-            raise CheckpointError(f"{where} holds data that belongs to no tensor of its own; {REMEDY}")
+            raise CheckpointError(
+                f"{where} holds data that belongs to no tensor of its own; {REMEDY}"
+            )
         size = sizes[key]
         if file is not None:
             file.seek(position)
@@ -274,7 +344,8 @@ def legacy_places(file: IO[bytes] | None, saved: PickledFile, sizes: Mapping[str
     if position != saved.num_bytes:
         state = "truncated" if position > saved.num_bytes else "followed by other data"
         raise CheckpointError(
-            f"{where} has {saved.num_bytes} bytes and its pickle describes {position}: it is {state}; "
+            f"{where} has {saved.num_bytes} bytes and its pickle describes {position}: it is "
+            f"{state}; "
             "copy or download it again"
         )
     return places

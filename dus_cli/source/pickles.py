@@ -1,13 +1,14 @@
-"""`pytorch_model*.bin`, the pickled checkpoints of torch.save: where each tensor's bytes lie. No weights are read.
+"""`pytorch_model*.bin`, the pickled checkpoints of torch.save: where each tensor's bytes lie. No
+weights are read.
 
-A storage's bytes stand in the file as they are (see `pickled_files`), so a contiguous tensor is a range
-of the file, like in safetensors, and is moved by the same code.
+A storage's bytes stand in the file as they are (see `pickled_files`), so a contiguous tensor is a
+range of the file, like in safetensors, and is moved by the same code.
 
-A pickle is a program. This one is never run: its imports are read first and held against the few that
-plain weights need, then torch unpickles it `weights_only`, onto the meta device, which holds no data.
-What torch gets is an archive made here, with an empty member for each storage; the offset that torch
-notes for a storage (`_checkpoint_offset`, see `torch.load` under FakeTensorMode in its notes on
-serialization) then tells its key, and nothing else of a hostile file reaches torch.
+A pickle is a program. This one is never run: its imports are read first and held against the few
+that plain weights need, then torch unpickles it `weights_only`, onto the meta device, which holds
+no data. What torch gets is an archive made here, with an empty member for each storage; the offset
+that torch notes for a storage (`_checkpoint_offset`, see `torch.load` under FakeTensorMode in its
+notes on serialization) then tells its key, and nothing else of a hostile file reaches torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 from dus_cli.common.libraries import require
 from dus_cli.errors import CheckpointError, reason_of, shown, shown_list
 from dus_cli.source.headers import Header, TensorInfo
-from dus_cli.source.pickled_files import REMEDY, PickledFile, Places, legacy_places, read_pickled_file
+from dus_cli.source.pickled_files import (
+    REMEDY,
+    PickledFile,
+    Places,
+    legacy_places,
+    read_pickled_file,
+)
 from dus_cli.source.reading import open_regular, reading
 from dus_cli.source.strided import is_row_major, span
 
@@ -36,7 +43,8 @@ if TYPE_CHECKING:
 # safetensors counts with 64-bit machine words, torch with signed ones.
 _MAX_COUNT = 2**63 - 1
 
-# https://docs.pytorch.org/docs/stable/tensor_attributes.html to safetensors' names (its torch.py, _TYPES).
+# https://docs.pytorch.org/docs/stable/tensor_attributes.html to safetensors' names (its torch.py,
+# _TYPES).
 _DTYPES = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -73,8 +81,8 @@ _NAMES = frozenset(
     }
 )
 
-# What torch's weights_only objects to. Around it torch says how to run the file all the same, and where to read on
-# (`_get_wo_message` in torch/serialization.py).
+# What torch's weights_only objects to. Around it torch says how to run the file all the same, and
+# where to read on (`_get_wo_message` in torch/serialization.py).
 _OBJECTION = re.compile(r"WeightsUnpickler error:\s*(.+?)(?:\. |\n|$)")
 
 
@@ -90,7 +98,8 @@ def read_pickled(path: Path, where: str) -> Header:
     """Where each tensor of a torch.save file lies, without touching the data.
 
     Raises:
-        CheckpointError: the file is not sound, not a plain state dict or hostile, or torch is not installed.
+        CheckpointError: the file is not sound, not a plain state dict or hostile, or torch is not
+            installed.
     """
     with reading(where), open_regular(path) as file:
         return parse_pickled(file, where)
@@ -102,14 +111,16 @@ def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Heade
     Args:
         file: opened for reading; it must seek.
         where: what to call it in messages.
-        at_hand: look where each storage starts. Without, its start is taken to be where torch.save puts
-            it, which saves a request for each storage of a file on the Hub.
+        at_hand: look where each storage starts. Without, its start is taken to be where torch.save
+            puts it, which saves a request for each storage of a file on the Hub.
 
     Raises:
         CheckpointError: as `read_pickled`.
         OSError: the file cannot be read.
     """
-    with warnings.catch_warnings():  # of torch, of odd text in a hostile pickle: what matters is an error
+    with (
+        warnings.catch_warnings()
+    ):  # of torch, of odd text in a hostile pickle: what matters is an error
         warnings.simplefilter("ignore")
         saved = read_pickled_file(file, where, at_hand=at_hand)
         _check_imports(saved.pickle, where)
@@ -119,7 +130,9 @@ def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Heade
         sizes = {key: tensor.untyped_storage().nbytes() for _, tensor, key in described}
         places = legacy_places(file if at_hand else None, saved, sizes, where)
     tensors = [_tensor_info(one, places, where) for one in described]
-    return Header(0, saved.num_bytes, {}, tuple(sorted(tensors, key=lambda t: (t.start, t.end, t.name))))
+    return Header(
+        0, saved.num_bytes, {}, tuple(sorted(tensors, key=lambda t: (t.start, t.end, t.name)))
+    )
 
 
 def _check_imports(raw: bytes, where: str) -> None:
@@ -136,7 +149,8 @@ def _check_imports(raw: bytes, where: str) -> None:
                     raise _foreign(module, name, where)
             elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
                 raise CheckpointError(
-                    f"{where} is a pickle of a protocol that torch's weights_only does not read ({opcode.name}); "
+                    f"{where} is a pickle of a protocol that torch's weights_only does not read "
+                    f"({opcode.name}); "
                     f"{REMEDY}"
                 )
     except (ValueError, IndexError, struct.error, OverflowError, RecursionError) as error:
@@ -148,18 +162,23 @@ def _check_imports(raw: bytes, where: str) -> None:
 def _is_plain(module: str, name: str) -> bool:
     if (module, name) in _NAMES:
         return True
-    # A storage class such as FloatStorage, which torch replaces with its dtype; or a dtype, refused later by tensor.
-    return module == "torch" and (name in _DTYPES or name.endswith("Storage") or name.startswith(("float", "complex")))
+    # A storage class such as FloatStorage, which torch replaces with its dtype; or a dtype, refused
+    # later by tensor.
+    return module == "torch" and (
+        name in _DTYPES or name.endswith("Storage") or name.startswith(("float", "complex"))
+    )
 
 
 def _foreign(module: str, name: str, where: str) -> CheckpointError:
     what = shown(f"{module}.{name}")
     if module.split(".", maxsplit=1)[0] == "torch":
         return CheckpointError(
-            f"{where} holds more than plain tensors ({what}), which safetensors has no place for; {REMEDY}"
+            f"{where} holds more than plain tensors ({what}), which safetensors has no place for; "
+            f"{REMEDY}"
         )
     return CheckpointError(
-        f"{where} is a pickle that imports {what}, which weights have no need of: refused, and none of it was run; "
+        f"{where} is a pickle that imports {what}, which weights have no need of: refused, and "
+        "none of it was run; "
         "do not load this file elsewhere unless you trust whoever made it"
     )
 
@@ -176,7 +195,9 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
         archive.writestr("archive/byteorder", "little")
         for key in dict.fromkeys(saved.keys):
             if not (key.isascii() and key.isdigit()):
-                raise CheckpointError(f"{where} names a storage {shown(key)}, which torch numbers; refusing it")
+                raise CheckpointError(
+                    f"{where} names a storage {shown(key)}, which torch numbers; refusing it"
+                )
             archive.writestr(f"archive/data/{key}", b"")
             keys[copy.tell()] = key
     copy.seek(0)
@@ -184,7 +205,8 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
         state = torch.load(copy, map_location="meta", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{where} cannot be unpickled by torch's weights_only ({_objection(error)}); it is damaged, or no plain "
+            f"{where} cannot be unpickled by torch's weights_only ({_objection(error)}); it is "
+            "damaged, or no plain "
             f"state dict: fetch it again, or {REMEDY}"
         ) from error
     return [
@@ -194,7 +216,9 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
 
 
 def _objection(error: Exception) -> str:
-    """The first sentence of what torch objects to, or all of it where that is no objection of weights_only."""
+    """The first sentence of what torch objects to, or all of it where that is no objection of
+    weights_only.
+    """
     match = _OBJECTION.search(str(error))
     return reason_of(error) if match is None else shown(match[1])
 
@@ -206,7 +230,9 @@ def _storage_key(name: str, tensor: Tensor, keys: Mapping[int, str], where: str)
     if tensor.layout is torch.strided:
         offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if offset is None or offset not in keys:
-        raise CheckpointError(f"{where}: tensor {shown(name)} has no data of its own in the file; {REMEDY}")
+        raise CheckpointError(
+            f"{where}: tensor {shown(name)} has no data of its own in the file; {REMEDY}"
+        )
     return keys[offset]
 
 
@@ -215,28 +241,40 @@ def _state_dict(state: object, where: str) -> dict[str, Tensor]:
     import torch
 
     if not isinstance(state, dict):
-        raise CheckpointError(f"{where} holds a {type(state).__name__}, not a dict of tensors; {REMEDY}")
+        raise CheckpointError(
+            f"{where} holds a {type(state).__name__}, not a dict of tensors; {REMEDY}"
+        )
     if not state:
         raise CheckpointError(f"{where} holds no tensors; {REMEDY}")
-    nested = [name for name, value in state.items() if isinstance(name, str) and isinstance(value, dict)]
+    nested = [
+        name for name, value in state.items() if isinstance(name, str) and isinstance(value, dict)
+    ]
     if nested:
         raise CheckpointError(
-            f"{where} holds dicts ({shown_list(nested)}), not the tensors themselves: it is a training checkpoint; "
+            f"{where} holds dicts ({shown_list(nested)}), not the tensors themselves: it is a "
+            "training checkpoint; "
             f"{REMEDY}"
         )
     for name, value in state.items():
         if not isinstance(name, str):  # a hostile one may be too long, or too deep, to be shown
-            raise CheckpointError(f"{where} names a tensor with a {type(name).__name__}, not with text; {REMEDY}")
+            raise CheckpointError(
+                f"{where} names a tensor with a {type(name).__name__}, not with text; {REMEDY}"
+            )
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{where}: {shown(name)} is a {type(value).__name__}; dus reads a dict of names and tensors; {REMEDY}"
+                f"{where}: {shown(name)} is a {type(value).__name__}; dus reads a dict of names "
+                f"and tensors; {REMEDY}"
             )
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise CheckpointError(f"{where} has a tensor's name that is not Unicode: {shown(name)}") from None
+            raise CheckpointError(
+                f"{where} has a tensor's name that is not Unicode: {shown(name)}"
+            ) from None
         if name == "__metadata__":
-            raise CheckpointError(f"{where} has a tensor named __metadata__, a name that safetensors keeps to itself")
+            raise CheckpointError(
+                f"{where} has a tensor named __metadata__, a name that safetensors keeps to itself"
+            )
     return state
 
 
@@ -245,7 +283,9 @@ def _tensor_info(described: _Described, places: Places, where: str) -> TensorInf
     label = f"{where}: tensor {shown(name)}"
     dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
     if tensor.is_quantized or dtype is None:
-        raise CheckpointError(f"{label} is {tensor.dtype}, which safetensors has no name for; {REMEDY}")
+        raise CheckpointError(
+            f"{label} is {tensor.dtype}, which safetensors has no name for; {REMEDY}"
+        )
     if tensor.is_conj() or tensor.is_neg():
         raise CheckpointError(f"{label} is stored conjugated or negated; {REMEDY}")
     storage_start, storage_bytes = places[key]
@@ -256,8 +296,11 @@ def _tensor_info(described: _Described, places: Places, where: str) -> TensorInf
     first = int(tensor.storage_offset()) if num_bytes else 0
     if not 0 <= first * size <= (first + span(shape, strides)) * size <= storage_bytes:
         raise CheckpointError(
-            f"{label} reaches beyond its storage of {storage_bytes} bytes; the file is damaged, fetch it again"
+            f"{label} reaches beyond its storage of {storage_bytes} bytes; the file is damaged, "
+            "fetch it again"
         )
     start = storage_start + first * size
     dense = is_row_major(shape, strides)
-    return TensorInfo(name, dtype, shape, start, start + num_bytes, None if dense else tuple(strides))
+    return TensorInfo(
+        name, dtype, shape, start, start + num_bytes, None if dense else tuple(strides)
+    )

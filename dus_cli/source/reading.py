@@ -1,7 +1,7 @@
 """Files opened and read: regular ones alone, and an error that names the file.
 
-Whoever opens a named pipe waits until somebody writes to it, perhaps for ever; a device has no end. So each file of a
-checkpoint, and each that a person names, is opened here.
+Whoever opens a named pipe waits until somebody writes to it, perhaps for ever; a device has no end.
+So each file of a checkpoint, and each that a person names, is opened here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _KINDS = {
     stat.S_IFDIR: "a directory",
 }
 
-_OF_THE_DISK = frozenset([errno.EIO, errno.ESTALE, errno.ENXIO, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODATA])
+_OF_THE_DISK = frozenset(
+    [errno.EIO, errno.ESTALE, errno.ENXIO, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODATA]
+)
 
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
@@ -43,7 +45,9 @@ def open_descriptor(path: str | Path, flags: int) -> int:
     Raises:
         OSError: as `open_regular`.
     """
-    _check_regular(Path(path).stat(), path)  # before it is opened: opening some devices does something
+    _check_regular(
+        Path(path).stat(), path
+    )  # before it is opened: opening some devices does something
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check_regular(os.fstat(file), path)

@@ -1,8 +1,8 @@
 """The bytes of a tensor in row-major order, also where they do not lie so in the file.
 
 safetensors holds tensors row by row. A pickled checkpoint may hold a view of a storage instead:
-transposed, strided, expanded (stride 0). Such a tensor is gathered in pieces, so memory does not grow
-with it; what lies far apart is read in windows, some of it several times.
+transposed, strided, expanded (stride 0). Such a tensor is gathered in pieces, so memory does not
+grow with it; what lies far apart is read in windows, some of it several times.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]:
-    """The tensor's bytes in row-major order, at most 4 MiB at a time. A piece is valid until the next is asked for.
+    """The tensor's bytes in row-major order, at most 4 MiB at a time. A piece is valid until the
+    next is asked for.
 
     Pieces of a dense tensor end early where the file does.
 
@@ -65,7 +66,9 @@ def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]
         start, length = tensor.start + position, min(PIECE, tensor.num_bytes - position)
         piece = os.pread(file, length, start)
         # A mount may give less than was asked for, and whoever casts needs whole numbers.
-        while len(piece) < length and (more := os.pread(file, length - len(piece), start + len(piece))):
+        while len(piece) < length and (
+            more := os.pread(file, length - len(piece), start + len(piece))
+        ):
             piece += more
         if not piece:
             return
@@ -73,7 +76,9 @@ def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]
         position += len(piece)
 
 
-def _gathered_pieces(file: int, tensor: TensorInfo, strides: tuple[int, ...]) -> Iterator[memoryview]:
+def _gathered_pieces(
+    file: int, tensor: TensorInfo, strides: tuple[int, ...]
+) -> Iterator[memoryview]:
     import torch
 
     size = DTYPE_BITS[tensor.dtype] // 8
@@ -110,7 +115,8 @@ def _boxes(box: Box, limit: int) -> Iterator[Box]:
 def _fill(piece: Tensor, strides: tuple[int, ...], file: int, start: int, name: str) -> None:
     """Fill a tensor with elements that lie `strides` apart, from byte `start` on.
 
-    The window that holds them all is read at once; where it is wider than a piece, each half by itself.
+    The window that holds them all is read at once; where it is wider than a piece, each half by
+    itself.
     """
     import torch
 
@@ -123,7 +129,13 @@ def _fill(piece: Tensor, strides: tuple[int, ...], file: int, start: int, name: 
     axis = max(range(len(shape)), key=lambda a: (shape[a] - 1) * strides[a])
     half = shape[axis] // 2
     for first, length in ((0, half), (half, shape[axis] - half)):
-        _fill(piece.narrow(axis, first, length), strides, file, start + first * strides[axis] * size, name)
+        _fill(
+            piece.narrow(axis, first, length),
+            strides,
+            file,
+            start + first * strides[axis] * size,
+            name,
+        )
 
 
 def _read(file: int, start: int, length: int, name: str) -> bytearray:
@@ -134,7 +146,8 @@ def _read(file: int, start: int, length: int, name: str) -> bytearray:
         count = os.preadv(file, [view[filled:]], start + filled)
         if count == 0:
             raise CheckpointError(
-                f"the file of tensor {shown(name)} became shorter while it was read; copy or download it again"
+                f"the file of tensor {shown(name)} became shorter while it was read; copy or "
+                "download it again"
             )
         filled += count
     return raw

@@ -1,7 +1,9 @@
-"""Which files of a folder hold its weights: the choice that transformers makes, and what it leaves unread.
+"""Which files of a folder hold its weights: the choice that transformers makes, and what it leaves
+unread.
 
-`_get_resolved_checkpoint_files` in transformers' modeling_utils.py: the file that config.json's `transformers_weights`
-names; else the first that is there of one file, then an index, in safetensors, then in torch.save's format.
+`_get_resolved_checkpoint_files` in transformers' modeling_utils.py: the file that config.json's
+`transformers_weights` names; else the first that is there of one file, then an index, in
+safetensors, then in torch.save's format.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 # As transformers looks for them.
 IN_ORDER = (SINGLE_NAME, INDEX_NAME, PICKLED_NAME, PICKLED_INDEX_NAME)
 
-# The field of config.json that names the file of weights, or their index. It is not written: save_pretrained drops it.
+# The field of config.json that names the file of weights, or their index. It is not written:
+# save_pretrained drops it.
 EXPLICIT_KEY = "transformers_weights"
 
 _MAX_INDEX_BYTES = 256_000_000
 
-# What workers of transformers write each for itself (is_sharded_checkpoint in its distributed/checkpoint.py).
+# What workers of transformers write each for itself (is_sharded_checkpoint in its
+# distributed/checkpoint.py).
 _OF_WORKERS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 
 
@@ -48,40 +52,53 @@ def is_index(name: str) -> bool:
 
 
 def choose_weights(names: Collection[str], config: dict[str, Any]) -> str | None:
-    """The file among `names` that transformers takes: of weights, or an index of them. None where there is none.
+    """The file among `names` that transformers takes: of weights, or an index of them. None where
+    there is none.
 
     Raises:
-        CheckpointError: config.json names a file that is not there or none of safetensors, or the weights are of
-            workers, each its own part.
+        CheckpointError: config.json names a file that is not there or none of safetensors, or the
+            weights are of workers, each its own part.
     """
     if of_workers := sorted(name for name in names if _OF_WORKERS.fullmatch(name)):
         raise CheckpointError(
-            f"{shown_list(of_workers)}: each worker of a distributed run wrote its own part; join them first, with "
+            f"{shown_list(of_workers)}: each worker of a distributed run wrote its own part; join "
+            "them first, with "
             "transformers' consolidate_distributed_checkpoint, in a folder of their own"
         )
     explicit = config.get(EXPLICIT_KEY)
     if explicit is None:
         return next((name for name in IN_ORDER if name in names), None)
-    if not isinstance(explicit, str) or not explicit.endswith((".safetensors", ".safetensors.index.json")):
+    if not isinstance(explicit, str) or not explicit.endswith(
+        (".safetensors", ".safetensors.index.json")
+    ):
         raise CheckpointError(
-            f"config.json: {EXPLICIT_KEY} is {shown(explicit)}; transformers takes a *.safetensors or "
+            f"config.json: {EXPLICIT_KEY} is {shown(explicit)}; transformers takes a "
+            "*.safetensors or "
             "*.safetensors.index.json file there"
         )
     if explicit not in names:
         raise CheckpointError(
-            f"config.json: {EXPLICIT_KEY} names {shown(explicit)}, which is not there; download it, or take the field "
+            f"config.json: {EXPLICIT_KEY} names {shown(explicit)}, which is not there; download "
+            "it, or take the field "
             "out"
         )
     return explicit
 
 
 def rivals(names: Collection[str], chosen: str) -> list[str]:
-    """Other files of the same format from which the model could be loaded, and from which transformers does not."""
-    return [name for name in IN_ORDER if name in names and name != chosen and is_pickled(name) == is_pickled(chosen)]
+    """Other files of the same format from which the model could be loaded, and from which
+    transformers does not.
+    """
+    return [
+        name
+        for name in IN_ORDER
+        if name in names and name != chosen and is_pickled(name) == is_pickled(chosen)
+    ]
 
 
 def regular_files(folder: Path) -> set[str]:
-    """The files at the top of a folder, by name; links to files count, what is no regular file does not.
+    """The files at the top of a folder, by name; links to files count, what is no regular file does
+    not.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -107,7 +124,9 @@ def find_weights(folder: Path, config: dict[str, Any]) -> str | None:
     if chosen is None:
         for name in IN_ORDER:
             if os.path.lexists(folder / name):
-                raise CheckpointError(f"{name} is no file that can be read{_why(inside(folder, name))}")
+                raise CheckpointError(
+                    f"{name} is no file that can be read{_why(inside(folder, name))}"
+                )
     return chosen
 
 
@@ -133,14 +152,18 @@ def files_below(folder: Path) -> set[str]:
     """Paths, with "/", of all that is below a folder and no folder itself."""
     found = set()
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in LEFT_BEHIND)]
+        folders[:] = [
+            name for name in folders if not any(fnmatch(name, pattern) for pattern in LEFT_BEHIND)
+        ]
         found |= {(Path(root) / name).relative_to(folder).as_posix() for name in names}
     return found
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index file, by `name`: tensor name to shard name; what it says of the size; its own sha256."""
+    """An index file, by `name`: tensor name to shard name; what it says of the size; its own
+    sha256.
+    """
 
     name: str
     weight_map: dict[str, str]
@@ -169,9 +192,13 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
         raise CheckpointError(f"{name}: weight_map must map text to text; download it again")
     shards = {shard: shard for shard in weight_map.values()}
     for name_of_tensor, shard in weight_map.items():
-        weight_map[name_of_tensor] = shards[shard]  # one text for all tensors of a shard, not one for each
+        weight_map[name_of_tensor] = shards[
+            shard
+        ]  # one text for all tensors of a shard, not one for each
     for shard in shards:
         if not shard.endswith(suffix):
-            raise CheckpointError(f"{name} names {shown(shard)}, which is no {kind} file; download it again")
+            raise CheckpointError(
+                f"{name} names {shown(shard)}, which is no {kind} file; download it again"
+            )
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Index(name, weight_map, total_size, hashlib.sha256(raw).hexdigest())

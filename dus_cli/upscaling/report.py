@@ -24,7 +24,11 @@ from dus_cli.writing.outputs import Tally
 if TYPE_CHECKING:
     from dus_cli.push.report import PushReport
 
-_VERIFIED = {"none": "no (--verify none)", "structure": "structure", "full": "structure and every byte"}
+_VERIFIED = {
+    "none": "no (--verify none)",
+    "structure": "structure",
+    "full": "structure and every byte",
+}
 
 _VERIFIED_STREAM = "structure, what stands twice, whole files by sha256"
 
@@ -39,11 +43,13 @@ _STATE = {
 
 @dataclass(frozen=True)
 class UpscaleReport:
-    """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the planning).
+    """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the
+    planning).
 
-    `status` is "written", "planned" (a dry run), or "unchanged": the output was already what would be written.
-    `verified` is the `--verify` that it passed. `published` is how it got its name: "rename", or "index last"; None
-    where nothing was written. As text it is the summary for a person.
+    `status` is "written", "planned" (a dry run), or "unchanged": the output was already what would
+    be written. `verified` is the `--verify` that it passed. `published` is how it got its name:
+    "rename", or "index last"; None where nothing was written. As text it is the summary for a
+    person.
     """
 
     plan: UpscalePlan = field(repr=False)  # every tensor of the output
@@ -63,12 +69,21 @@ class UpscaleReport:
     def warnings(self) -> tuple[str, ...]:
         """Those of the plan, which the card repeats, and those of this run."""
         of_the_push = self.push.warnings if self.push else ()
-        return (*self.plan.warnings, *_unread_warnings(self.plan.checkpoint), *self.notes, *of_the_push)
+        return (
+            *self.plan.warnings,
+            *_unread_warnings(self.plan.checkpoint),
+            *self.notes,
+            *of_the_push,
+        )
 
     @property
     def reproduced(self) -> bool | None:
-        """True: every file is what the sums beside --from's lineage say. None where nothing was compared."""
-        return True if self.remaking and self.remaking.sums is not None and not self.dry_run else None
+        """True: every file is what the sums beside --from's lineage say. None where nothing was
+        compared.
+        """
+        return (
+            True if self.remaking and self.remaking.sums is not None and not self.dry_run else None
+        )
 
     @property
     def dry_run(self) -> bool:
@@ -88,7 +103,10 @@ class UpscaleReport:
             "model": plan.base.ref.text,
             "commit": plan.base.commit,
             "base_format": plan.checkpoint.format,
-            "base_weights": {"read": plan.checkpoint.weight_files, "not_read": list(plan.checkpoint.unread)},
+            "base_weights": {
+                "read": plan.checkpoint.weight_files,
+                "not_read": list(plan.checkpoint.unread),
+            },
             "output": str(self.output),
             **map_record(plan),
             **starts_record(plan),
@@ -100,10 +118,16 @@ class UpscaleReport:
             "parameters": {"base": plan.checkpoint.num_parameters, "output": plan.num_parameters},
             "bytes": plan.num_data_bytes,
             "tensors": plan.num_tensors,
-            "shards": [{"name": name, "bytes": layout.num_bytes} for name, layout in plan.shards.items()],
+            "shards": [
+                {"name": name, "bytes": layout.num_bytes} for name, layout in plan.shards.items()
+            ],
             "files": plan.along,
             "left_out": list(plan.left_out),
-            "space": {"needed": self.space.needed, "free": self.space.free, "can_clone": self.space.can_clone},
+            "space": {
+                "needed": self.space.needed,
+                "free": self.space.free,
+                "can_clone": self.space.can_clone,
+            },
             "bytes_cloned": self.tally.cloned,
             "bytes_copied": self.tally.copied,
             "bytes_cast": self.tally.cast,
@@ -125,11 +149,17 @@ def plan_text(plan: UpscalePlan, width: int) -> str:
     layer_map = plan.layer_map
     trim = "" if layer_map.trim is None else f", trim {layer_map.trim}"
     recipe = "" if plan.request.recipe is None else f", recipe {plan.request.recipe}"
-    title = f"{plan.base.name}: {layer_map.num_base_layers} layers → {len(layer_map)} layers{trim}{recipe}"
+    title = (
+        f"{plan.base.name}: {layer_map.num_base_layers} layers → {len(layer_map)} "
+        f"layers{trim}{recipe}"
+    )
     if plan.treatment.zeros:
         title += f"\n{len(layer_map.new_layers)} new layers start as identities"
     if plan.treatment.scaled:
-        title += f"\nstart {plan.request.start}: {describe_scales(plan.treatment.factors, plan.treatment.scaled)}"
+        title += (
+            f"\nstart {plan.request.start}: "
+            f"{describe_scales(plan.treatment.factors, plan.treatment.scaled)}"
+        )
     kinds = draw_kinds(plan.output_kinds, layer_map, width)
     return "\n".join([title, "", draw_map(layer_map, width), *kinds])
 
@@ -141,7 +171,10 @@ def upscale_text(report: UpscaleReport) -> str:
     rows = [
         *([("trim", plan.why_trim)] if plan.why_trim else []),
         ("parameters", f"{output:,} (base {base:,}, ×{output / base:.2f})"),
-        ("tensors", f"{plan.num_tensors:,} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}"),
+        (
+            "tensors",
+            f"{plan.num_tensors:,} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}",
+        ),
         ("tensor data", f"{plan.num_data_bytes:,} bytes ({human_bytes(plan.num_data_bytes)})"),
     ]
     if plan.checkpoint.unread:
@@ -152,11 +185,20 @@ def upscale_text(report: UpscaleReport) -> str:
     if plan.checkpoint.is_pickled:
         rows.append(("format", "safetensors (the base's weights are pickled)"))
     if report.dry_run:
-        how = "reflinks share the rest with the base" if space.can_clone else "this file system has no reflinks"
+        how = (
+            "reflinks share the rest with the base"
+            if space.can_clone
+            else "this file system has no reflinks"
+        )
         rows += [
             ("disk needed", f"{human_bytes(space.needed)} ({how})"),
             ("disk free", "not known" if space.free is None else human_bytes(space.free)),
-            ("shards", "\n".join(f"{n}  {human_bytes(s.num_bytes)}" for n, s in list(plan.shards.items())[:20])),
+            (
+                "shards",
+                "\n".join(
+                    f"{n}  {human_bytes(s.num_bytes)}" for n, s in list(plan.shards.items())[:20]
+                ),
+            ),
         ]
         if len(plan.shards) > 20:
             rows.append(("", f"… {len(plan.shards) - 20} more"))
@@ -198,14 +240,28 @@ def _unread_warnings(checkpoint: Checkpoint) -> list[str]:
     if not checkpoint.rivals:
         return []
     read = checkpoint.weight_files[0]
-    return [f"the base's weights were read from {read}, as transformers does; {shown_list(checkpoint.rivals)} was not"]
+    return [
+        (
+            f"the base's weights were read from {read}, as transformers does; "
+            f"{shown_list(checkpoint.rivals)} was not"
+        )
+    ]
 
 
 def _streamed_rows(streamed: Streamed | None) -> list[tuple[str, str]]:
     if streamed is None:
         return []
-    earlier = f"; {human_bytes(streamed.resumed)} were here from an earlier run" if streamed.resumed else ""
+    earlier = (
+        f"; {human_bytes(streamed.resumed)} were here from an earlier run"
+        if streamed.resumed
+        else ""
+    )
     num_files = len(streamed.checked) + len(streamed.unchecked)
-    sums = f"of {len(streamed.checked)} of {num_files} file{'s' * (num_files != 1)}, as the Hub has it"
+    sums = (
+        f"of {len(streamed.checked)} of {num_files} file{'s' * (num_files != 1)}, as the Hub has it"
+    )
     notes = [f"not of {name}: {why}" for name, why in list(streamed.unchecked.items())[:3]]
-    return [("fetched", human_bytes(streamed.fetched) + earlier), ("sha256", "\n".join([sums, *notes]))]
+    return [
+        ("fetched", human_bytes(streamed.fetched) + earlier),
+        ("sha256", "\n".join([sums, *notes])),
+    ]

@@ -16,7 +16,9 @@ from dus_cli.writing.transfer import CopyMode, can_clone
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes of disk that the output needs, reflinks counted, and that are free: None where that is not known."""
+    """Bytes of disk that the output needs, reflinks counted, and that are free: None where that
+    is not known.
+    """
 
     needed: int
     free: int | None
@@ -24,13 +26,17 @@ class Space:
 
 
 def space_for(made: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: bool) -> Space:
-    clones = copy_mode is not CopyMode.copy and can_clone(_sample(made), folder, may_create=may_create)
+    clones = copy_mode is not CopyMode.copy and can_clone(
+        _sample(made), folder, may_create=may_create
+    )
     # Config, index, card and lineage are counted with one flat mebibyte.
     needed = sum(layout.num_bytes for layout in made.shards.values()) + made.num_file_bytes
     if clones:
         needed -= made.num_clonable_bytes
     if journal.is_in(folder):  # what a streamed run has left here has its room already
-        needed -= sum(path.stat().st_blocks * 512 for name in made.shards if (path := folder / name).exists())
+        needed -= sum(
+            path.stat().st_blocks * 512 for name in made.shards if (path := folder / name).exists()
+        )
     return Space(needed + (1 << 20), free_bytes(folder), clones)
 
 
@@ -44,11 +50,13 @@ def _sample(made: UpscalePlan) -> Path:
 def check_space(space: Space, copy_mode: CopyMode, output: Path) -> None:
     if copy_mode is CopyMode.clone and not space.can_clone:
         raise OutputError(
-            f"--copy-mode clone: the file system of {shown(output)} cannot share blocks with the model's (reflinks "
+            f"--copy-mode clone: the file system of {shown(output)} cannot share blocks with the "
+            "model's (reflinks "
             "need XFS or btrfs, and both on the same one); use --copy-mode auto"
         )
     if space.free is not None and space.needed > space.free:
         raise OutputError(
-            f"{shown(output)} needs {human_bytes(space.needed)} and its file system has {human_bytes(space.free)} "
+            f"{shown(output)} needs {human_bytes(space.needed)} and its file system has "
+            f"{human_bytes(space.free)} "
             "free; free some space or choose another place for -o"
         )

@@ -39,7 +39,8 @@ def preview(
     stream: bool = False,
     quiet: bool = True,
 ) -> UpscaleReport:
-    """The report of a dry run: the whole plan, and in its warnings what would stop the run. Writes nothing.
+    """The report of a dry run: the whole plan, and in its warnings what would stop the run. Writes
+    nothing.
 
     Raises:
         DusError: as `plan`.
@@ -64,7 +65,9 @@ def preview(
     ]
     if not overwrite and _is_made(made, ref, output, 1, VerifyMode.none, with_checksums=False):
         checks.clear()
-        obstacles.append(f"{shown(output)} is already what this would write; the run would leave it as it is")
+        obstacles.append(
+            f"{shown(output)} is already what this would write; the run would leave it as it is"
+        )
     for check in checks:
         try:
             check()
@@ -101,15 +104,17 @@ def upscale(
 ) -> UpscaleReport:
     """Write the deeper model beside `output`, verify it, and give it its name in one step.
 
-    Where no folder can be renamed it is written in place, marked as incomplete until it is whole (`writing.in_place`).
-    Whatever happens before that step leaves nothing under `output`, and an output that `overwrite`
-    is to replace untouched. An output that is already what would be written, by its lineage, is left as it is.
-    Where a lineage is followed again, it is also held against the recorded sums.
+    Where no folder can be renamed it is written in place, marked as incomplete until it is whole
+    (`writing.in_place`). Whatever happens before that step leaves nothing under `output`, and an
+    output that `overwrite` is to replace untouched. An output that is already what would be
+    written, by its lineage, is left as it is. Where a lineage is followed again, it is also held
+    against the recorded sums.
 
     Raises:
-        DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the base
-            is unreadable or changed meanwhile, or a number is beyond the dtype), MissingExtraError (a cast needs
-            torch), VerificationError (what was written is not what was planned).
+        DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the
+            base is unreadable or changed meanwhile, or a number is beyond the dtype),
+            MissingExtraError (a cast needs torch), VerificationError (what was written is not what
+            was planned).
     """
     started = time.monotonic()
     progress = progress or NoProgress()
@@ -138,11 +143,16 @@ def upscale(
                 remaking=remaking,
             )
     real = check_output(output, overwrite=overwrite)
-    made = plan(wanted, fetch=Fetch.files if stream else Fetch.weights, quiet=quiet, progress=progress)
+    made = plan(
+        wanted, fetch=Fetch.files if stream else Fetch.weights, quiet=quiet, progress=progress
+    )
     streams = _streams(made, stream=stream)
     check_apart(output, made.checkpoint.folder)
     progress.planned(made)
-    key, files = lineage.digest(lineage.lineage(made)), [*lineage.output_files(made), lineage.NAME, checksums.NAME]
+    key, files = (
+        lineage.digest(lineage.lineage(made)),
+        [*lineage.output_files(made), lineage.NAME, checksums.NAME],
+    )
     with Staging(real, overwrite=overwrite, key=key, resumes=streams, files=files) as staging:
         for warning in staging.warnings:
             progress.note(f"warning: {warning}")
@@ -156,7 +166,15 @@ def upscale(
             tally, streamed = _stream_weights(made, ref, staging, output, jobs, progress)
         else:
             tally, streamed = (
-                _write_weights(made, staging, space, copy_mode=copy_mode, jobs=jobs, progress=progress, sums=sums),
+                _write_weights(
+                    made,
+                    staging,
+                    space,
+                    copy_mode=copy_mode,
+                    jobs=jobs,
+                    progress=progress,
+                    sums=sums,
+                ),
                 None,
             )
         for name, text in written_texts(made).items():
@@ -191,9 +209,13 @@ def upscale(
 
 def _check_stream(ref: ModelRef, copy_mode: CopyMode, *, stream: bool) -> None:
     if stream and ref.path is not None:
-        raise UsageError(f"--stream is for a model on the Hub, and {shown(ref)} is a directory; leave it out")
+        raise UsageError(
+            f"--stream is for a model on the Hub, and {shown(ref)} is a directory; leave it out"
+        )
     if stream and copy_mode is CopyMode.clone:
-        raise UsageError("--stream has no copy of the model to share blocks with; leave out --copy-mode clone")
+        raise UsageError(
+            "--stream has no copy of the model to share blocks with; leave out --copy-mode clone"
+        )
 
 
 def _streams(made: UpscalePlan, *, stream: bool) -> bool:
@@ -206,16 +228,25 @@ def _streams(made: UpscalePlan, *, stream: bool) -> bool:
         return False
     if made.checkpoint.is_pickled:
         raise CheckpointError(
-            "--stream: the weights are pickled, and where their tensors lie is known for sure only once they are here; "
+            "--stream: the weights are pickled, and where their tensors lie is known for sure "
+            "only once they are here; "
             "leave out --stream, or name a revision with safetensors (refs/pr/N often is one)"
         )
     return True
 
 
 def _is_made(
-    made: UpscalePlan, ref: ModelRef, output: Path, jobs: int, verify: VerifyMode, *, with_checksums: bool
+    made: UpscalePlan,
+    ref: ModelRef,
+    output: Path,
+    jobs: int,
+    verify: VerifyMode,
+    *,
+    with_checksums: bool,
 ) -> bool:
-    """Whether `output` is what this plan would write: by its lineage, its headers and, on request, its bytes."""
+    """Whether `output` is what this plan would write: by its lineage, its headers and, on
+    request, its bytes.
+    """
     try:
         incomplete.check_whole(output)
         record = lineage.read_lineage(output)
@@ -231,8 +262,12 @@ def _is_made(
     return True
 
 
-def _check_bytes(made: UpscalePlan, ref: ModelRef, folder: Path, jobs: int, on_bytes: Callable[[int], object]) -> None:
-    """Every byte against its source; of a source that is on the Hub alone, against its twins and the Hub's sha256."""
+def _check_bytes(
+    made: UpscalePlan, ref: ModelRef, folder: Path, jobs: int, on_bytes: Callable[[int], object]
+) -> None:
+    """Every byte against its source; of a source that is on the Hub alone, against its twins and
+    the Hub's sha256.
+    """
     check_bytes_against_plan(made, folder, jobs, on_bytes)
     check_against_hub(made, ref, folder, jobs=jobs)
 
@@ -246,9 +281,11 @@ def _write_weights(
     progress: Progress,
     sums: dict[str, str] | None,
 ) -> Tally:
-    """Move the weights. `sums` is given those of files that are summed while they are written, where it is not None.
+    """Move the weights. `sums` is given those of files that are summed while they are written,
+    where it is not None.
 
-    They are where all bytes pass through us: not blocks that are shared, and not zeros, which are holes.
+    They are where all bytes pass through us: not blocks that are shared, and not zeros, which are
+    holes.
     """
     progress.start("writing", made.num_data_bytes)
     anywhere = staging.storage.writes_anywhere
@@ -277,10 +314,13 @@ def _stream_weights(
 ) -> tuple[Tally, Streamed]:
     if not staging.storage.writes_anywhere:
         raise OutputError(
-            f"--stream writes what comes as it comes, and the file system of {shown(output)} takes files from their "
+            f"--stream writes what comes as it comes, and the file system of {shown(output)} "
+            "takes files from their "
             "first byte to their last alone; leave out --stream"
         )
     progress.start("streaming", made.num_data_bytes)
     with Journal(staging.folder, staging.key) as notes:
         staging.keeps = True
-        return stream_weights(made, ref, staging.folder, notes, jobs=jobs, on_bytes=progress.advance)
+        return stream_weights(
+            made, ref, staging.folder, notes, jobs=jobs, on_bytes=progress.advance
+        )

@@ -17,10 +17,11 @@ from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
 
 @dataclass(frozen=True)
 class Wanted:
-    """What decides the bytes that are written: the base, the layer map, the largest shard, the cast.
+    """What decides the bytes that are written: the base, the layer map, the largest shard, the
+    cast.
 
-    `remaking` is the lineage that these come from, where one is followed again: what it records of the base is recorded
-    again.
+    `remaking` is the lineage that these come from, where one is followed again: what it records of
+    the base is recorded again.
     """
 
     ref: ModelRef
@@ -32,8 +33,11 @@ class Wanted:
     def base(self, commit: str | None = None) -> Base:
         return Base(self.ref, commit) if self.remaking is None else self.remaking.base()
 
-    def plan(self, base: Base, checkpoint: Checkpoint, absent: Mapping[str, int] | None = None) -> UpscalePlan:
-        """The plan for a base that is open, held against the lineage where there is one. Arguments as of `make_plan`.
+    def plan(
+        self, base: Base, checkpoint: Checkpoint, absent: Mapping[str, int] | None = None
+    ) -> UpscalePlan:
+        """The plan for a base that is open, held against the lineage where there is one. Arguments
+        as of `make_plan`.
 
         Raises:
             LayerMapError, ConfigError, CheckpointError: as `make_plan`.
@@ -46,13 +50,19 @@ class Wanted:
 
 
 def plan(
-    wanted: Wanted, *, fetch: Fetch = Fetch.weights, quiet: bool = True, progress: Progress | None = None
+    wanted: Wanted,
+    *,
+    fetch: Fetch = Fetch.weights,
+    quiet: bool = True,
+    progress: Progress | None = None,
 ) -> UpscalePlan:
-    """Find the model and decide everything that will be written. Nothing is written but the Hub's cache.
+    """Find the model and decide everything that will be written. Nothing is written but the Hub's
+    cache.
 
     Args:
         wanted: base, map, and what else decides the bytes.
-        fetch: what of a Hub model comes into the cache; of weights that do not, the headers are read.
+        fetch: what of a Hub model comes into the cache; of weights that do not, the headers are
+            read.
         quiet: no progress bars from huggingface_hub.
         progress: told of weights that are fetched, where huggingface_hub draws nothing.
 
@@ -64,11 +74,14 @@ def plan(
         return wanted.plan(wanted.base(), open_checkpoint(ref.path))
     folder, commit = fetching.fetch_small_files(ref, fetch=fetch, quiet=quiet)
     base = wanted.base(commit)
-    # The plan from the headers alone says whether the map and the model fit, before gigabytes are fetched.
+    # The plan from the headers alone says whether the map and the model fit, before gigabytes are
+    # fetched.
     remote = fetching.RemoteHeaders(ref, commit, folder)
     absent = fetching.absent_files(ref, commit, folder)
     made = wanted.plan(base, open_checkpoint(folder, remote), absent)
     if fetch is not Fetch.weights:
         return made
     fetching.fetch_weights(ref, folder, commit, progress)
-    return wanted.plan(base, open_checkpoint(folder, remote), fetching.absent_files(ref, commit, folder))
+    return wanted.plan(
+        base, open_checkpoint(folder, remote), fetching.absent_files(ref, commit, folder)
+    )

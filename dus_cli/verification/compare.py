@@ -1,4 +1,6 @@
-"""Tensors of two files compared byte by byte: by their blocks on the disk where they share them, else by reading."""
+"""Tensors of two files compared byte by byte: by their blocks on the disk where they share them,
+else by reading.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ class Place(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A place, and one from which its bytes come: they must be the same, or what `making` makes of them.
+    """A place, and one from which its bytes come: they must be the same, or what `making` makes of
+    them.
 
-    `dtype` is the left one's where it is not the right one's, `scale` what the left one was multiplied by since.
+    `dtype` is the left one's where it is not the right one's, `scale` what the left one was
+    multiplied by since.
     """
 
     left: Place
@@ -44,19 +48,28 @@ class Comparison(NamedTuple):
     @property
     def other_kind(self) -> str | None:
         """What is wrong where the two are of different dtypes or shapes."""
-        left, right, dtype = self.left.tensor, self.right.tensor, self.dtype or self.right.tensor.dtype
+        left, right, dtype = (
+            self.left.tensor,
+            self.right.tensor,
+            self.dtype or self.right.tensor.dtype,
+        )
         if (left.dtype, left.shape) == (dtype, right.shape):
             return None
         theirs = f"{self.right_name} {dtype} {list(right.shape)}"
         return f"tensor {shown(left.name)} is {left.dtype} {list(left.shape)}, {theirs}"
 
     def differs(self, position: int, what: str = "") -> str:
-        return f"tensor {shown(self.left.tensor.name)} differs from {self.right_name} at byte {position}{what}"
+        return (
+            f"tensor {shown(self.left.tensor.name)} differs from {self.right_name} at byte "
+            f"{position}{what}"
+        )
 
 
 @dataclass
 class Compared:
-    """How many bytes were found equal by reading both, and how many because they are the same blocks of the disk."""
+    """How many bytes were found equal by reading both, and how many because they are the same
+    blocks of the disk.
+    """
 
     read: int = 0
     shared: int = 0
@@ -78,8 +91,8 @@ def compare(
 ) -> Iterator[str]:
     """Compare places byte by byte; yields one line for each pair that differs.
 
-    Bytes of a right place are read once for all that are compared with them. Memory grows with the number of pairs
-    alone.
+    Bytes of a right place are read once for all that are compared with them. Memory grows with the
+    number of pairs alone.
 
     Args:
         pairs: what to compare.
@@ -103,7 +116,11 @@ class _Comparer:
     """Compares groups of pairs that have the right place in common."""
 
     def __init__(
-        self, on_bytes: Callable[[int], object], tally: Compared, blocks: Blocks | None, team: Workers
+        self,
+        on_bytes: Callable[[int], object],
+        tally: Compared,
+        blocks: Blocks | None,
+        team: Workers,
     ) -> None:
         self.on_bytes, self.tally, self.blocks, self.stop = on_bytes, tally, blocks, team.stop
         self._rooms = threading.local()
@@ -118,7 +135,10 @@ class _Comparer:
             try:
                 step(alike, found)
             except OSError as error:
-                found[id(first)] = f"tensor {shown(first.left.tensor.name)} cannot be read: {error.strerror or error}"
+                found[id(first)] = (
+                    f"tensor {shown(first.left.tensor.name)} cannot be read: "
+                    f"{error.strerror or error}"
+                )
             except CheckpointError as error:
                 found[id(first)] = str(error)
         return [problem for problem in found.values() if problem is not None]
@@ -131,7 +151,9 @@ class _Comparer:
         ours, theirs = self._buffers()
         with contextlib.ExitStack() as closing:
             right_file = _opened(right.path, theirs, closing)
-            left_files = {path: _opened(path, ours, closing) for path in {pair.left.path for pair in pairs}}
+            left_files = {
+                path: _opened(path, ours, closing) for path in {pair.left.path for pair in pairs}
+            }
             for start, length in _pieces(wanted.values()):
                 if self.stop.is_set():
                     return
@@ -139,7 +161,9 @@ class _Comparer:
                 for pair in pairs:
                     parts = wanted[id(pair)]
                     if found[id(pair)] is None and _overlap(parts, start, length):
-                        piece = left_files[pair.left.path].read(pair.left.tensor.start + start, length)
+                        piece = left_files[pair.left.path].read(
+                            pair.left.tensor.start + start, length
+                        )
                         found[id(pair)] = _difference(pair, start, length, piece, expected)
                         self.tally.add(read=length)
                         self.on_bytes(length)
@@ -150,7 +174,11 @@ class _Comparer:
         num_bytes = right.tensor.num_bytes
         if self.blocks is None:
             return [(0, num_bytes)] if num_bytes else []
-        parts = list(self.blocks.not_shared(left.path, left.tensor.start, right.path, right.tensor.start, num_bytes))
+        parts = list(
+            self.blocks.not_shared(
+                left.path, left.tensor.start, right.path, right.tensor.start, num_bytes
+            )
+        )
         shared = num_bytes - sum(length for _, length in parts)
         self.tally.add(shared=shared)
         self.on_bytes(shared)
@@ -163,16 +191,21 @@ class _Comparer:
         with contextlib.ExitStack() as closing:
             right_file = closing.enter_context(open_regular(first.right.path, 0))
             left_files = {
-                path: closing.enter_context(open_regular(path, 0)) for path in {pair.left.path for pair in pairs}
+                path: closing.enter_context(open_regular(path, 0))
+                for path in {pair.left.path for pair in pairs}
             }
-            for expected in made_pieces(right_file.fileno(), first.right.tensor, first.making, dtype, first.scale):
+            for expected in made_pieces(
+                right_file.fileno(), first.right.tensor, first.making, dtype, first.scale
+            ):
                 if self.stop.is_set():
                     return
                 for pair in pairs:
                     if found[id(pair)] is None:
                         file = left_files[pair.left.path].fileno()
                         piece = os.pread(file, len(expected), pair.left.tensor.start + position)
-                        found[id(pair)] = _difference(pair, position, len(expected), piece, expected)
+                        found[id(pair)] = _difference(
+                            pair, position, len(expected), piece, expected
+                        )
                         self.tally.add(read=len(expected))
                         self.on_bytes(len(expected))
                 position += len(expected)
@@ -213,9 +246,15 @@ def _overlap(parts: Sequence[tuple[int, int]], start: int, length: int) -> bool:
 
 
 def _difference(
-    pair: Comparison, start: int, length: int, piece: bytes | memoryview, expected: bytes | memoryview
+    pair: Comparison,
+    start: int,
+    length: int,
+    piece: bytes | memoryview,
+    expected: bytes | memoryview,
 ) -> str | None:
-    """What is wrong with a piece that begins at `start` in the tensor and should have `length` bytes."""
+    """What is wrong with a piece that begins at `start` in the tensor and should have `length`
+    bytes.
+    """
     if len(piece) == len(expected) == length and _are_same(piece, expected):
         return None
     at = next((i for i, (a, b) in enumerate(zip(piece, expected, strict=False)) if a != b), None)
@@ -229,7 +268,9 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 def _are_same(left: bytes | memoryview, right: bytes | memoryview) -> bool:
-    """Whether two buffers of one length hold the same: a memoryview compares its items one by one."""
+    """Whether two buffers of one length hold the same: a memoryview compares its items one by
+    one.
+    """
     if isinstance(left, bytes) and isinstance(right, bytes):
         return left == right
     if isinstance(left, bytes) or isinstance(right, bytes):

@@ -30,7 +30,8 @@ class VerifyMode(str, Enum):
 
 
 def check_against_plan(plan: UpscalePlan, folder: Path, held: Container[str] = ()) -> None:
-    """Headers, sizes, index and config of what was written, against what was planned. Reads no data.
+    """Headers, sizes, index and config of what was written, against what was planned. Reads no
+    data.
 
     `held` are files that will be written, and read back, later.
 
@@ -41,12 +42,16 @@ def check_against_plan(plan: UpscalePlan, folder: Path, held: Container[str] = (
         _check_shard(folder / name, name, layout)
     for name, text in plan.text_files().items():
         if name not in held and (folder / name).read_text(encoding="utf-8") != text:
-            raise VerificationError(f"{name} is not what was planned; the disk or the file system failed")
+            raise VerificationError(
+                f"{name} is not what was planned; the disk or the file system failed"
+            )
     records = (card.NAME, *PICTURES, lineage.NAME)  # their text may be edited later
     expected = {*plan.shards, *plan.text_files(), *records, *(name for name, _ in plan.files)}
     missing = sorted(name for name in expected - set(staged_files(folder)) if name not in held)
     if missing:
-        raise VerificationError(f"{shown_list(missing)} was written and is gone; does something clean this folder?")
+        raise VerificationError(
+            f"{shown_list(missing)} was written and is gone; does something clean this folder?"
+        )
 
 
 def _check_shard(path: Path, name: str, layout: ShardLayout) -> None:
@@ -55,13 +60,24 @@ def _check_shard(path: Path, name: str, layout: ShardLayout) -> None:
     except DusError as error:
         raise VerificationError(f"written shard is unsound: {error}") from error
     written = [(t.name, t.dtype, t.shape, t.start) for t in header.tensors if t.num_bytes]
-    planned = [(p.name, p.dtype, p.tensor.shape, start) for p, start in layout.positions() if p.num_bytes]
-    if written != planned or header.end != layout.num_bytes or len(header.tensors) != len(layout.placements):
-        raise VerificationError(f"{name} is not what was planned; the disk or the file system failed")
+    planned = [
+        (p.name, p.dtype, p.tensor.shape, start) for p, start in layout.positions() if p.num_bytes
+    ]
+    if (
+        written != planned
+        or header.end != layout.num_bytes
+        or len(header.tensors) != len(layout.placements)
+    ):
+        raise VerificationError(
+            f"{name} is not what was planned; the disk or the file system failed"
+        )
 
 
-def check_bytes_against_plan(plan: UpscalePlan, folder: Path, jobs: int, on_bytes: Callable[[int], object]) -> None:
-    """Every byte that was written, against its source; where that is no file here, against the first of its twins.
+def check_bytes_against_plan(
+    plan: UpscalePlan, folder: Path, jobs: int, on_bytes: Callable[[int], object]
+) -> None:
+    """Every byte that was written, against its source; where that is no file here, against the
+    first of its twins.
 
     Raises:
         VerificationError: the first difference.
@@ -72,13 +88,19 @@ def check_bytes_against_plan(plan: UpscalePlan, folder: Path, jobs: int, on_byte
         for name, layout in plan.shards.items():
             for placement, start in layout.positions():
                 shape, end = placement.tensor.shape, start + placement.num_bytes
-                written = Place(folder / name, TensorInfo(placement.name, placement.dtype, shape, start, end))
+                written = Place(
+                    folder / name, TensorInfo(placement.name, placement.dtype, shape, start, end)
+                )
                 is_here = placement.shard.fingerprint is not None
                 if is_here or placement.making is Making.zeros:  # zeros have no need of a file
-                    source = Place(placement.shard.path if is_here else written.path, placement.tensor)
+                    source = Place(
+                        placement.shard.path if is_here else written.path, placement.tensor
+                    )
                     making, scale = placement.making, placement.scale
                     yield Comparison(written, source, "its source", making, placement.dtype, scale)
-                elif (twin := first.setdefault((placement.tensor.name, placement.scale), written)) is not written:
+                elif (
+                    twin := first.setdefault((placement.tensor.name, placement.scale), written)
+                ) is not written:
                     yield Comparison(written, twin, f"its twin {shown(twin.tensor.name)}")
 
     for problem in compare(comparisons(), jobs, on_bytes):

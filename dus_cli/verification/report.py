@@ -12,7 +12,9 @@ from dus_cli.common.units import human_bytes
 
 @dataclass
 class Verification:
-    """What `dus verify` found, a line for each of `problems` and `warnings`. As text it is the summary for a person."""
+    """What `dus verify` found, a line for each of `problems` and `warnings`. As text it is the
+    summary for a person.
+    """
 
     model: str
     problems: list[str] = field(default_factory=list)
@@ -53,9 +55,13 @@ class Verification:
         layers = "" if self.num_layers is None else f"{self.num_layers} layers, "
         compared = f"{human_bytes(self.bytes_compared)} compared byte by byte"
         if self.bytes_shared:
-            compared += f", of which {human_bytes(self.bytes_shared)} are the same blocks on the disk"
+            compared += (
+                f", of which {human_bytes(self.bytes_shared)} are the same blocks on the disk"
+            )
         sums = f", {self.files_summed} checksums" if self.files_summed else ""
         count = len(self.problems)
         verdict = "sound" if self.is_sound else f"{count} problem{'s' * (count != 1)}"
-        lines.append(f"{self.model}: {verdict} ({layers}{self.num_tensors:,} tensors, {compared}{sums})")
+        lines.append(
+            f"{self.model}: {verdict} ({layers}{self.num_tensors:,} tensors, {compared}{sums})"
+        )
         return "\n".join(lines)

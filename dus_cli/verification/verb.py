@@ -64,9 +64,9 @@ def verify(
 
     Every header, the index against the headers, the config against the tensors; with dus.json the
     layers that stand twice against each other, byte by byte; with `base` every tensor against its
-    source and the config against the base's; with SHA256SUMS every file's sum. Without `deep` no data is read:
-    neither layers that stand twice nor sums. What lies in the same blocks
-    of the disk is equal, and read only where `reads_all`. Of `engines` what they make of the config, by name.
+    source and the config against the base's; with SHA256SUMS every file's sum. Without `deep` no
+    data is read: neither layers that stand twice nor sums. What lies in the same blocks of the disk
+    is equal, and read only where `reads_all`. Of `engines` what they make of the config, by name.
 
     Raises:
         CheckpointError: a run is writing it in place, or left it half-written.
@@ -84,19 +84,28 @@ def verify(
     record = _gather(found, lambda: lineage.read_lineage(folder))
     if decoder is not None and all_readable:
         prefix = None if record is None else record.get("layer_prefix")
-        _gather(found, lambda: find_stack(tensors, decoder, recorded=prefix if isinstance(prefix, str) else None))
+        _gather(
+            found,
+            lambda: find_stack(
+                tensors, decoder, recorded=prefix if isinstance(prefix, str) else None
+            ),
+        )
     is_healed = record is not None and bool(record.get("healing"))
     has_map = record is not None and not (is_healed and "layer_map" not in record)
     recorded = _gather(found, lambda: _recorded(record)) if has_map else None
     layer_map, treatment = recorded or (None, Treatment())
     if record is None and not found.problems:
-        found.warnings.append(f"there is no {lineage.NAME}: which layers stand twice is not known, none were compared")
+        found.warnings.append(
+            f"there is no {lineage.NAME}: which layers stand twice is not known, none were compared"
+        )
     if has_map and all_readable:
         _check_counts(found, record)
     if decoder is not None and layer_map is not None:
         found.problems += _check_depth(decoder, layer_map)
     if is_healed and base is not None:
-        found.problems.append(f"{lineage.NAME} says the model was healed: its tensors are no base's; leave out --base")
+        found.problems.append(
+            f"{lineage.NAME} says the model was healed: its tensors are no base's; leave out --base"
+        )
         base = None
     if layer_map is not None and not is_healed:
         pairs, problems, num_unlike = _duplicates(tensors, layer_map, treatment)
@@ -124,7 +133,10 @@ def verify(
 
 
 def _check_engines(
-    config: dict[str, Any] | None, record: dict[str, Any], engines: Sequence[str], found: Verification
+    config: dict[str, Any] | None,
+    record: dict[str, Any],
+    engines: Sequence[str],
+    found: Verification,
 ) -> None:
     """What inference engines would not compute as the config says it."""
     if config is None or not engines:
@@ -138,23 +150,39 @@ def _check_engines(
 
 
 def _only_by_a_base(num_unlike: int, base: Checkpoint | None) -> list[str]:
-    """A warning of tensors that nothing in the output can be held against, where no base is given."""
+    """A warning of tensors that nothing in the output can be held against, where no base is
+    given.
+    """
     if not num_unlike or base is not None:
         return []
-    return [f"{num_unlike} tensors were scaled otherwise than their twins: only --base can tell whether they are right"]
+    return [
+        (
+            f"{num_unlike} tensors were scaled otherwise than their twins: only --base can tell "
+            "whether they are right"
+        )
+    ]
 
 
 def _check_pictures(folder: Path, found: Verification) -> None:
-    """Warn of pictures that the card shows and that are not there; without a card nothing is amiss."""
+    """Warn of pictures that the card shows and that are not there; without a card nothing is
+    amiss.
+    """
     try:
         path = inside(folder, card.NAME)
-        text = read_small_file(path, card.NAME, _MAX_CARD_BYTES).decode("utf-8", "replace") if path.is_file() else ""
-        lacking = [name for name in PICTURES if f'"{name}"' in text and not inside(folder, name).is_file()]
+        text = (
+            read_small_file(path, card.NAME, _MAX_CARD_BYTES).decode("utf-8", "replace")
+            if path.is_file()
+            else ""
+        )
+        lacking = [
+            name for name in PICTURES if f'"{name}"' in text and not inside(folder, name).is_file()
+        ]
     except (DusError, OSError):
         return  # other checks read every file that counts
     if lacking:
         found.warnings.append(
-            f"{card.NAME} shows {shown_list(lacking)}, which is not there; the command makes it again"
+            f"{card.NAME} shows {shown_list(lacking)}, which is not there; the command makes it "
+            "again"
         )
 
 
@@ -167,8 +195,12 @@ def _gather(found: Verification, step: Callable[[], Any]) -> Any:
         return None
 
 
-def _find_shards(folder: Path, config: dict[str, Any], found: Verification) -> tuple[Index | None, list[str]]:
-    """The index, where there is one, and the shards from which transformers would load; [] where there are none."""
+def _find_shards(
+    folder: Path, config: dict[str, Any], found: Verification
+) -> tuple[Index | None, list[str]]:
+    """The index, where there is one, and the shards from which transformers would load; [] where
+    there are none.
+    """
     chosen = _gather(found, lambda: find_weights(folder, config) or PICKLED_NAME)
     if chosen is None:
         return None, []
@@ -176,14 +208,18 @@ def _find_shards(folder: Path, config: dict[str, Any], found: Verification) -> t
         found.problems.append(f"{shown(folder)} has neither {SINGLE_NAME} nor {INDEX_NAME}")
         return None, []
     if others := rivals(regular_files(folder), chosen):
-        found.warnings.append(f"{chosen} was read, as transformers does, and {shown_list(others)} was not")
+        found.warnings.append(
+            f"{chosen} was read, as transformers does, and {shown_list(others)} was not"
+        )
     if not is_index(chosen):
         return None, [chosen]
     index = _gather(found, lambda: read_index(folder, chosen))
     return index, [] if index is None else index.shard_names
 
 
-def _open_tensors(folder: Path, config: dict[str, Any], found: Verification) -> tuple[dict[str, Place], bool]:
+def _open_tensors(
+    folder: Path, config: dict[str, Any], found: Verification
+) -> tuple[dict[str, Place], bool]:
     """All tensors by name, and whether every shard could be read.
 
     Unlike `open_checkpoint` it goes on past a bad shard, to find every problem.
@@ -205,12 +241,17 @@ def _open_tensors(folder: Path, config: dict[str, Any], found: Verification) -> 
             if tensor.name in tensors:
                 found.problems.append(f"tensor {shown(tensor.name)} stands in two shards")
             if index is not None and index.weight_map.get(tensor.name) != name:
-                found.problems.append(f"{shown(name)} holds {shown(tensor.name)}, which the index does not place there")
+                found.problems.append(
+                    f"{shown(name)} holds {shown(tensor.name)}, which the index does not place "
+                    "there"
+                )
             tensors[tensor.name] = Place(path, tensor)
     if index is not None:
         for tensor_name, name in index.weight_map.items():
             if tensor_name not in tensors and name not in unreadable:
-                found.problems.append(f"the index places {shown(tensor_name)} in {shown(name)}, which lacks it")
+                found.problems.append(
+                    f"the index places {shown(tensor_name)} in {shown(name)}, which lacks it"
+                )
         if not unreadable:
             found.problems += _check_total(index, tensors)
     return tensors, not unreadable
@@ -220,7 +261,12 @@ def _check_total(index: Index, tensors: dict[str, Place]) -> list[str]:
     total = sum(place.tensor.num_bytes for place in tensors.values())
     if index.total_size in (None, total):
         return []
-    return [f"the index says total_size {shown(index.total_size)}, the shards hold {total} bytes of tensor data"]
+    return [
+        (
+            f"the index says total_size {shown(index.total_size)}, the shards hold {total} bytes "
+            "of tensor data"
+        )
+    ]
 
 
 def _recorded(record: dict[str, Any]) -> tuple[LayerMap, Treatment]:
@@ -234,34 +280,47 @@ def _recorded(record: dict[str, Any]) -> tuple[LayerMap, Treatment]:
         or not sources
         or not all(type(layer) is int and 0 <= layer < num_base for layer in sources)
     ):
-        raise VerificationError(f"{lineage.NAME} holds no valid layer map; it was damaged or edited")
+        raise VerificationError(
+            f"{lineage.NAME} holds no valid layer map; it was damaged or edited"
+        )
     layer_map = LayerMap(tuple(sources), num_base, record.get("trim"))
     return layer_map, lineage.recorded_treatment(record, layer_map)
 
 
 def _check_counts(found: Verification, record: dict[str, Any]) -> None:
-    for key, counted in (("num_tensors", found.num_tensors), ("num_parameters", found.num_parameters)):
+    for key, counted in (
+        ("num_tensors", found.num_tensors),
+        ("num_parameters", found.num_parameters),
+    ):
         if record.get(key) != counted:
-            found.problems.append(f"{lineage.NAME} says {key} {shown(record.get(key))}, the shards hold {counted}")
+            found.problems.append(
+                f"{lineage.NAME} says {key} {shown(record.get(key))}, the shards hold {counted}"
+            )
 
 
 def _check_depth(decoder: DecoderConfig, layer_map: LayerMap) -> list[str]:
     problems = []
     if decoder.num_layers != len(layer_map):
-        problems.append(f"{CONFIG_NAME} counts {decoder.num_layers} layers, {lineage.NAME} {len(layer_map)}")
+        problems.append(
+            f"{CONFIG_NAME} counts {decoder.num_layers} layers, {lineage.NAME} {len(layer_map)}"
+        )
     kinds = decoder.fields.get("layer_types")
     if isinstance(kinds, list) and len(kinds) != decoder.num_layers:
-        problems.append(f"{CONFIG_NAME}: layer_types has {len(kinds)} entries for {decoder.num_layers} layers")
+        problems.append(
+            f"{CONFIG_NAME}: layer_types has {len(kinds)} entries for {decoder.num_layers} layers"
+        )
     return problems
 
 
 def _duplicates(
     tensors: dict[str, Place], layer_map: LayerMap, treatment: Treatment
 ) -> tuple[list[Comparison], list[str], int]:
-    """Output layers with the same source: pairs to compare, tensors that only one of them has, and how many differ.
+    """Output layers with the same source: pairs to compare, tensors that only one of them has, and
+    how many differ.
 
-    Each new layer is held against the base's own; in an identity, output projections against zeros. Of two that were
-    scaled by unlike factors neither tells what the other is, unless one was left as it was in the base.
+    Each new layer is held against the base's own; in an identity, output projections against zeros.
+    Of two that were scaled by unlike factors neither tells what the other is, unless one was left
+    as it was in the base.
     """
     layer_prefix = treatment.layer_prefix
     layers: dict[int, dict[str, Place]] = {output: {} for output in range(len(layer_map))}
@@ -279,19 +338,25 @@ def _duplicates(
         first, other = layers[own], layers[output]
         for suffix in sorted(first.keys() ^ other.keys()):
             lacking = output if suffix in first else own
-            problems.append(f"{shown(layer_prefix)}.{lacking} lacks {shown(suffix)}, which its twin layer has")
+            problems.append(
+                f"{shown(layer_prefix)}.{lacking} lacks {shown(suffix)}, which its twin layer has"
+            )
         for suffix in sorted(first.keys() & other.keys()):
             twin, copy = first[suffix], other[suffix]
             if treatment.is_zero(copy.tensor.name):
                 pairs.append(Comparison(copy, twin, _ZEROS, Making.zeros))
                 continue
-            theirs, ours = (treatment.scale_of(place.tensor.name, place.tensor) for place in (twin, copy))
+            theirs, ours = (
+                treatment.scale_of(place.tensor.name, place.tensor) for place in (twin, copy)
+            )
             if theirs is not None and theirs != ours:
                 num_unlike += 1
                 continue
             scale = None if ours == theirs else ours
             making = Making.copied if scale is None else Making.scaled
-            pairs.append(Comparison(copy, twin, f"its twin {shown(twin.tensor.name)}", making, scale=scale))
+            pairs.append(
+                Comparison(copy, twin, f"its twin {shown(twin.tensor.name)}", making, scale=scale)
+            )
     return pairs, problems, num_unlike
 
 
@@ -309,7 +374,10 @@ def _against_base(
     decoder = decoder_config(base.config)
     if decoder.num_layers != layer_map.num_base_layers:
         return [], [
-            f"the base has {decoder.num_layers} layers, {lineage.NAME} was made from {layer_map.num_base_layers}"
+            (
+                f"the base has {decoder.num_layers} layers, {lineage.NAME} was made from "
+                f"{layer_map.num_base_layers}"
+            )
         ]
     stack, _ = find_stack((tensor.name for _, tensor in base.tensors()), decoder, assume)
     pairs: list[Comparison] = []
@@ -322,15 +390,28 @@ def _against_base(
                 making, dtype = treatment.making(name, tensor), treatment.dtype_of(tensor)
                 source = _ZEROS if making is Making.zeros else f"the base's {shown(tensor.name)}"
                 scale = treatment.scale_of(name, tensor)
-                pairs.append(Comparison(tensors[name], Place(shard.path, tensor), source, making, dtype, scale))
+                pairs.append(
+                    Comparison(
+                        tensors[name], Place(shard.path, tensor), source, making, dtype, scale
+                    )
+                )
             else:
-                problems.append(f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})")
-    problems += [f"tensor {shown(n)} comes from no tensor of the base" for n in sorted(tensors.keys() - expected)]
+                problems.append(
+                    f"tensor {shown(name)} is missing (the base's {shown(tensor.name)})"
+                )
+    problems += [
+        f"tensor {shown(n)} comes from no tensor of the base"
+        for n in sorted(tensors.keys() - expected)
+    ]
     deeper = deepen_config(base.config, layer_map, assume, stack.names)
     planned = output_config(deeper.config, treatment.dtype)
     if config is not None and _text(config) != _text(planned):
-        keys = sorted(k for k in {*config, *planned} if _text(config.get(k)) != _text(planned.get(k)))
-        problems.append(f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}")
+        keys = sorted(
+            k for k in {*config, *planned} if _text(config.get(k)) != _text(planned.get(k))
+        )
+        problems.append(
+            f"{CONFIG_NAME} differs from the base's carried to the new depth in {shown_list(keys)}"
+        )
     return pairs, problems
 
 

@@ -1,8 +1,9 @@
-"""An output where no folder can be renamed: under its own name, in an order in which nothing takes it for whole.
+"""An output where no folder can be renamed: under its own name, in an order in which nothing takes
+it for whole.
 
-The exception to "the final name means finished". INCOMPLETE is written first and removed last; the index and
-config.json come after all else, so that before them no loader finds a model: transformers asks for config.json first,
-and a model of one file has no index.
+The exception to "the final name means finished". INCOMPLETE is written first and removed last; the
+index and config.json come after all else, so that before them no loader finds a model: transformers
+asks for config.json first, and a model of one file has no index.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dus_cli.writing.replacing import Claim, claim_by_names, claim_model, others
 # Written after all else, in this order.
 LAST = (INDEX_NAME, CONFIG_NAME)
 
-# The folder in which a run works where OUT is a mount point: within OUT, for OUT's own name cannot be given anew.
+# The folder in which a run works where OUT is a mount point: within OUT, for OUT's own name cannot
+# be given anew.
 WITHIN = ".dus.partial"
 
 # What an output may hold from the start: that, and what mke2fs makes in every new file system.
@@ -41,17 +43,21 @@ def check_left(output: Path, key: str, *, overwrite: bool) -> Owner | None:
     if left is None:
         return None
     if left.is_running_here:
-        raise OutputError(f"another run is writing {shown(output)} at this moment ({left}); wait for it")
+        raise OutputError(
+            f"another run is writing {shown(output)} at this moment ({left}); wait for it"
+        )
     if left.key != key and not overwrite:
         raise OutputError(
-            f"{shown(output)} was left half-written by another command ({left}); run that one again, remove the "
+            f"{shown(output)} was left half-written by another command ({left}); run that one "
+            "again, remove the "
             "folder, or clear it with --overwrite"
         )
     return left
 
 
 def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
-    """Clear what a run that wrote in place has left under `output`; a note where it may still run elsewhere.
+    """Clear what a run that wrote in place has left under `output`; a note where it may still run
+    elsewhere.
 
     Raises:
         OutputError: as `check_left`, or its files cannot be removed.
@@ -62,15 +68,21 @@ def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
     claim = claim_model(output) if left.files is None else claim_by_names(left.files)
     if found := others(output, claim, _ALWAYS):
         raise OutputError(
-            f"{shown(output)} was left half-written ({left}) and holds {shown_list(found)}, which dus did not write; "
+            f"{shown(output)} was left half-written ({left}) and holds {shown_list(found)}, which "
+            "dus did not write; "
             "move that away, or choose another -o"
         )
     remaining = _clear(output, claim)
     if remaining:
-        raise OutputError(f"{shown(output)} was left half-written and {shown(remaining)} in it cannot be removed")
+        raise OutputError(
+            f"{shown(output)} was left half-written and {shown(remaining)} in it cannot be removed"
+        )
     if left.is_of_this_host:
         return None
-    return f"{shown(output)} was begun by {left}: if that run still works, it will find this one and fail"
+    return (
+        f"{shown(output)} was begun by {left}: if that run still works, it will find this one and "
+        "fail"
+    )
 
 
 def check_empty(output: Path, why: str) -> None:
@@ -81,26 +93,32 @@ def check_empty(output: Path, why: str) -> None:
     """
     if holds_something(output):
         raise OutputError(
-            f"{shown(output)} cannot be replaced in one step, because {why}: the old model could not stay until the "
+            f"{shown(output)} cannot be replaced in one step, because {why}: the old model could "
+            "not stay until the "
             "new one is whole; remove it first, or choose another -o"
         )
 
 
 def holds_something(output: Path) -> bool:
-    """Whether a folder holds more than what a disk has from its making, and a run within it from its beginning."""
+    """Whether a folder holds more than what a disk has from its making, and a run within it from
+    its beginning.
+    """
     return output.is_dir() and any(path.name not in _ALWAYS for path in output.iterdir())
 
 
 def in_place_warning(output: Path, why: str) -> str:
     """What a person should know of an output that is written in place."""
     return (
-        f"{shown(output)}: written in place, because {why}; whole once {CONFIG_NAME} is there and {incomplete.NAME} "
+        f"{shown(output)}: written in place, because {why}; whole once {CONFIG_NAME} is there and "
+        f"{incomplete.NAME} "
         "is gone"
     )
 
 
 class InPlace:
-    """OUT while it is written in place. A run that finds its mark replaced by another's leaves everything to it."""
+    """OUT while it is written in place. A run that finds its mark replaced by another's leaves
+    everything to it.
+    """
 
     def __init__(self, output: Path, key: str, files: Collection[str] | None = None) -> None:
         self.output = output
@@ -108,7 +126,8 @@ class InPlace:
         self._owner = Owner(key, files=None if files is None else tuple(sorted(files)))
 
     def claim(self, why: str) -> None:
-        """Mark the folder as ours and incomplete. Two hosts may both get so far; `check_ours` then tells one of them.
+        """Mark the folder as ours and incomplete. Two hosts may both get so far; `check_ours` then
+        tells one of them.
 
         Raises:
             OutputError: it holds something, or another run is as quick.
@@ -140,7 +159,10 @@ class InPlace:
         with contextlib.suppress(CheckpointError):
             found = incomplete.owner(self.output)
         who = f"another run ({found})" if found is not None else "someone who removed its mark"
-        return OutputError(f"{shown(self.output)} was taken meanwhile by {who}; what is in it now was left to that run")
+        return OutputError(
+            f"{shown(self.output)} was taken meanwhile by {who}; what is in it now was left to "
+            "that run"
+        )
 
     def finish(self, texts: Mapping[str, str]) -> None:
         """Write the files of LAST, and remove the mark. From there on the output is whole.
@@ -154,7 +176,9 @@ class InPlace:
                 with writing(name):
                     _write(self.output / name, texts[name])
                     if (self.output / name).read_text(encoding="utf-8") != texts[name]:
-                        raise OutputError(f"{name} is not what was written; the store or its mount failed")
+                        raise OutputError(
+                            f"{name} is not what was written; the store or its mount failed"
+                        )
         with writing(incomplete.NAME):
             self._mark.unlink()
 
@@ -164,7 +188,9 @@ class InPlace:
             if self._is_ours():
                 files = self._owner.files
                 _clear(self.output, (lambda _: True) if files is None else claim_by_names(files))
-            elif incomplete.owner(self.output) is None:  # not even marked, or finished: then it is not empty
+            elif (
+                incomplete.owner(self.output) is None
+            ):  # not even marked, or finished: then it is not empty
                 self.output.rmdir()
 
 
@@ -176,7 +202,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _clear(folder: Path, claim: Claim) -> str | None:
-    """Remove the claimed files of a folder, its mark last: what cannot be removed stays marked, and is named."""
+    """Remove the claimed files of a folder, its mark last: what cannot be removed stays marked,
+    and is named.
+    """
     for name in LAST:
         if claim(name):
             with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
-"""What a streamed run has on the disk, written beside it: after a kill the same command goes on from there.
+"""What a streamed run has on the disk, written beside it: after a kill the same command goes on
+from there.
 
-A line of JSON for the plan's key, then one for each range of a base's shard whose bytes stand in the output. A line is
-written once the output's files are synced, and is believed once it is whole.
+A line of JSON for the plan's key, then one for each range of a base's shard whose bytes stand in
+the output. A line is written once the output's files are synced, and is believed once it is whole.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ class Journal:
             OutputError: it cannot be written.
         """
         self.path = folder / NAME
-        self._ranges = {shard: _joined(ranges) for shard, ranges in (_read(self.path, key) or {}).items()}
+        self._ranges = {
+            shard: _joined(ranges) for shard, ranges in (_read(self.path, key) or {}).items()
+        }
         with writing(NAME, KEPT):
-            # Written anew, for the last line of a killed run may be half a line; and put in its place when it is whole.
+            # Written anew, for the last line of a killed run may be half a line; and put in its
+            # place when it is whole.
             new = folder / _NEW
             self._file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             lines = [_line(key=key)]
@@ -55,7 +59,9 @@ class Journal:
         return sum(end - start for ranges in self._ranges.values() for start, end in ranges)
 
     def holds(self, shard: str, start: int, end: int) -> bool:
-        """Whether the bytes from `start` to `end` of a shard were on the disk when the run began."""
+        """Whether the bytes from `start` to `end` of a shard were on the disk when the run
+        began.
+        """
         ranges = self._ranges.get(shard, [])
         at = bisect_right(ranges, (start, 2**64)) - 1
         return at >= 0 and ranges[at][0] <= start and end <= ranges[at][1]
@@ -121,7 +127,9 @@ def _read(path: Path, key: str) -> dict[str, list[Range]] | None:
             if entry["ranges"] is None:
                 found.pop(entry["shard"], None)
             else:
-                found.setdefault(entry["shard"], []).extend((int(start), int(end)) for start, end in entry["ranges"])
+                found.setdefault(entry["shard"], []).extend(
+                    (int(start), int(end)) for start, end in entry["ranges"]
+                )
         except (ValueError, KeyError, TypeError):
             break  # the line during which the run was killed
     return found

@@ -15,11 +15,12 @@ from dus_cli.source.headers import TensorInfo
 
 
 class Move(NamedTuple):
-    """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name, position).
+    """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name,
+    position).
 
-    They are copied as they are, or with `cast` as other numbers, and for each target times what `scales` has at its
-    place, if anything; then they are those of the tensor `name`. `strided` is the tensor whose bytes they are where
-    these do not lie in order.
+    They are copied as they are, or with `cast` as other numbers, and for each target times what
+    `scales` has at its place, if anything; then they are those of the tensor `name`. `strided` is
+    the tensor whose bytes they are where these do not lie in order.
     """
 
     source_start: int
@@ -45,30 +46,44 @@ class Move(NamedTuple):
     def by_scale(self) -> dict[Scale | None, list[tuple[str, int]]]:
         """The targets that get the same numbers."""
         found: dict[Scale | None, list[tuple[str, int]]] = {}
-        for target, scale in zip(self.targets, self.scales or (None,) * len(self.targets), strict=True):
+        for target, scale in zip(
+            self.targets, self.scales or (None,) * len(self.targets), strict=True
+        ):
             found.setdefault(scale, []).append(target)
         return found
 
     def to(self, as_they_are: Sequence[tuple[str, int]]) -> Move:
-        """The move to these of the targets that get the bytes as they are, and to all that get them scaled."""
-        pairs = [(target, scale) for target, scale in zip(self.targets, self.scales, strict=False) if scale is not None]
+        """The move to these of the targets that get the bytes as they are, and to all that get
+        them scaled.
+        """
+        pairs = [
+            (target, scale)
+            for target, scale in zip(self.targets, self.scales, strict=False)
+            if scale is not None
+        ]
         targets = (*as_they_are, *(target for target, _ in pairs))
         scales = (*[None] * len(as_they_are), *(scale for _, scale in pairs)) if pairs else ()
         return self._replace(targets=targets, scales=scales)
 
     def written(self, length: int) -> int:
         """How many bytes the first `length` ones are in the output."""
-        return length if self.cast is None else length // self.cast.source_size * self.cast.target_size
+        return (
+            length if self.cast is None else length // self.cast.source_size * self.cast.target_size
+        )
 
     def part(self, position: int, length: int) -> Move:
         """The move of `length` of its bytes from `position` on."""
         targets = tuple((name, start + self.written(position)) for name, start in self.targets)
-        return self._replace(source_start=self.source_start + position, length=length, targets=targets)
+        return self._replace(
+            source_start=self.source_start + position, length=length, targets=targets
+        )
 
     def to_block(self, position: int) -> int:
-        """Bytes from `position` on up to the next whole block of the source, where direct I/O is possible.
+        """Bytes from `position` on up to the next whole block of the source, where direct I/O is
+        possible.
 
-        0 also where numbers do not start at multiples of their size: no block begins with a whole one then.
+        0 also where numbers do not start at multiples of their size: no block begins with a whole
+        one then.
         """
         if self.source_start % self.number_size:
             return 0
@@ -76,7 +91,8 @@ class Move(NamedTuple):
 
 
 def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
-    """What each source shard has to give, in its own order; neighbours that stay neighbours are one move.
+    """What each source shard has to give, in its own order; neighbours that stay neighbours are one
+    move.
 
     Zeros need no move: a file is as long as planned, and zeros, before anything is moved into it.
     """

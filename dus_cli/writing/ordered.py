@@ -22,7 +22,8 @@ _BUFFER = 1 << 20
 
 
 class OrderedFile:
-    """A new file, open for writing until the context ends. A second thread sums what the first has written.
+    """A new file, open for writing until the context ends. A second thread sums what the first has
+    written.
 
     Two buffers take turns: one is filled and written while the other is summed.
     """
@@ -37,7 +38,9 @@ class OrderedFile:
         self._file = os.open(path, flags, 0o666)
         self._direct: int | None = None
         if direct:
-            with contextlib.suppress(OSError, AttributeError):  # tmpfs, some network file systems, macOS
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # tmpfs, some network file systems, macOS
                 self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
         self._buffers = [memoryview(mmap.mmap(-1, _BUFFER)) for _ in range(2)]
         self._summed: Future[None] | None = None

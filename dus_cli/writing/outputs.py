@@ -1,4 +1,5 @@
-"""The output's shards, open for writing: the base's bytes, or what a cast makes of them, to every place for them.
+"""The output's shards, open for writing: the base's bytes, or what a cast makes of them, to every
+place for them.
 
 Each file is open twice: through the page cache, and past it where the file system allows.
 """
@@ -82,7 +83,9 @@ def _close(file: int, name: str) -> None:
 
 
 class Outputs:
-    """Some of the output's shards. Threads share it; `on_bytes` is told of tensor data that was written."""
+    """Some of the output's shards. Threads share it; `on_bytes` is told of tensor data that was
+    written.
+    """
 
     def __init__(
         self,
@@ -105,8 +108,17 @@ class Outputs:
             with writing(name, left):
                 self.files[name] = open_twice(folder / name, os.O_RDWR, closing)
 
-    def deliver(self, move: Move, position: int, piece: memoryview, room: memoryview, *, direct: bool = False) -> None:
-        """Write the bytes of a move from `position` on, or what its cast makes of them in `room`, to every target.
+    def deliver(
+        self,
+        move: Move,
+        position: int,
+        piece: memoryview,
+        room: memoryview,
+        *,
+        direct: bool = False,
+    ) -> None:
+        """Write the bytes of a move from `position` on, or what its cast makes of them in `room`,
+        to every target.
 
         Args:
             move: what the bytes belong to.
@@ -126,7 +138,12 @@ class Outputs:
                 made = _made(move, piece[at : at + step], room, scale)
                 for name, start in targets:
                     target = start + move.written(position + at)
-                    self.write(name, target, made, direct=direct and target % BLOCK == 0 and len(made) % BLOCK == 0)
+                    self.write(
+                        name,
+                        target,
+                        made,
+                        direct=direct and target % BLOCK == 0 and len(made) % BLOCK == 0,
+                    )
                 self.done(**{way: len(made) * len(targets)})
 
     def write(self, name: str, start: int, piece: memoryview, *, direct: bool) -> None:
@@ -138,7 +155,9 @@ class Outputs:
                 written += os.pwrite(file, piece[written:], start + written)
             except OSError as error:
                 if error.errno == errno.EINVAL and file == files.direct:
-                    self.files[name] = replace(files, direct=None)  # opened, but not for blocks of 4096
+                    self.files[name] = replace(
+                        files, direct=None
+                    )  # opened, but not for blocks of 4096
                     continue
                 with writing(name, self.left):
                     raise
@@ -174,7 +193,8 @@ class Outputs:
 
 
 def _made(move: Move, piece: memoryview, room: memoryview, scale: Scale | None) -> memoryview:
-    """What a target gets for these bytes: themselves, or what a cast and a factor make of them, in `room`.
+    """What a target gets for these bytes: themselves, or what a cast and a factor make of them, in
+    `room`.
 
     Raises:
         CheckpointError: a finite number is beyond its dtype then.

@@ -1,7 +1,8 @@
-"""What may be deleted for a new output: files that dus wrote, or that a checkpoint's files are called. Nothing else.
+"""What may be deleted for a new output: files that dus wrote, or that a checkpoint's files are
+called. Nothing else.
 
-A `Claim` tells whether a file, by its path in the folder with "/", is one of these; of a folder without files the path
-ends with "/".
+A `Claim` tells whether a file, by its path in the folder with "/", is one of these; of a folder
+without files the path ends with "/".
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ def claim_by_names(names: Collection[str]) -> Claim:
 
 
 def claim_model(folder: Path) -> Claim:
-    """The files of the model in a folder: as its dus.json names them, else as the files of a checkpoint are called."""
+    """The files of the model in a folder: as its dus.json names them, else as the files of a
+    checkpoint are called.
+    """
     return claim_by_names(model_files(folder, read_record(folder)))
 
 
 def check_replaceable(folder: Path) -> None:
-    """Hold that a folder has nothing but a model that dus wrote, or an ordinary checkpoint, and that it can be removed.
+    """Hold that a folder has nothing but a model that dus wrote, or an ordinary checkpoint, and
+    that it can be removed.
 
     Raises:
-        OutputError: it has something else, which is named, or one of its folders cannot be written to.
+        OutputError: it has something else, which is named, or one of its folders cannot be written
+            to.
     """
     if not any(folder.iterdir()):
         return
@@ -46,13 +51,15 @@ def check_replaceable(folder: Path) -> None:
     if found or not is_model:
         what = f"holds {shown_list(found)}" if found else "holds no checkpoint"
         raise OutputError(
-            f"{shown(folder)} {what}, and --overwrite replaces only what dus wrote, or the files of a checkpoint; move "
+            f"{shown(folder)} {what}, and --overwrite replaces only what dus wrote, or the files "
+            "of a checkpoint; move "
             "that away, or choose another -o"
         )
     for root, _, _ in os.walk(folder):
         if not os.access(root, os.W_OK | os.X_OK):
             raise OutputError(
-                f"{shown(root)} cannot be written to, so what it holds could not be removed; change its permissions, "
+                f"{shown(root)} cannot be written to, so what it holds could not be removed; "
+                "change its permissions, "
                 "or choose another -o"
             )
 
@@ -85,7 +92,8 @@ def _has_files(folder: Path) -> bool:
 
 
 def remove_claimed(folder: Path, claim: Claim) -> list[str]:
-    """Remove the claimed files of a folder, the folders that are empty then, and itself: what is left of it.
+    """Remove the claimed files of a folder, the folders that are empty then, and itself: what is
+    left of it.
 
     Links are removed, and not followed.
     """
@@ -98,14 +106,17 @@ def remove_claimed(folder: Path, claim: Claim) -> list[str]:
         for name in folders:
             path = Path(root) / name
             with contextlib.suppress(OSError):
-                path.unlink() if path.is_symlink() and claim(path.relative_to(folder).as_posix()) else path.rmdir()
+                path.unlink() if path.is_symlink() and claim(
+                    path.relative_to(folder).as_posix()
+                ) else path.rmdir()
     with contextlib.suppress(OSError):
         folder.rmdir()
     return others(folder, lambda _: False) or [f"{folder.name}/"] if folder.exists() else []
 
 
 def move_others(source: Path, target: Path, claim: Claim) -> None:
-    """Move what is not claimed to the same place in another folder; where that is taken, with ".before" at its name.
+    """Move what is not claimed to the same place in another folder; where that is taken, with
+    ".before" at its name.
 
     Raises:
         OSError: it cannot be moved.

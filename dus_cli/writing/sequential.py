@@ -1,7 +1,8 @@
-"""Writing shards from their first byte to their last: where nothing else is taken, and to sum them meanwhile.
+"""Writing shards from their first byte to their last: where nothing else is taken, and to sum them
+meanwhile.
 
-Each shard is one writer's. What stands twice in the output is read twice: `transfer` reads it once, but writes in the
-source's order, in which no sum of a file can be made.
+Each shard is one writer's. What stands twice in the output is read twice: `transfer` reads it once,
+but writes in the source's order, in which no sum of a file can be made.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def transfer_in_order(
 ) -> Tally:
     """Write every shard of the plan into `folder`, `jobs` at a time, each in order.
 
-    Memory is two pieces of 4 MiB, and two buffers of 1 MiB, for each job. A store's last word on a file is what
-    close(2) says: it is heard.
+    Memory is two pieces of 4 MiB, and two buffers of 1 MiB, for each job. A store's last word on a
+    file is what close(2) says: it is heard.
 
     Args:
         plan: what to write.
@@ -49,8 +50,8 @@ def transfer_in_order(
         direct: write past the page cache, where the file system allows.
 
     Raises:
-        CheckpointError: a source shard is unreadable, or changed since its header was read; a finite number is
-            beyond the dtype that it is cast to.
+        CheckpointError: a source shard is unreadable, or changed since its header was read; a
+            finite number is beyond the dtype that it is cast to.
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
@@ -60,7 +61,9 @@ def transfer_in_order(
         def write(name: str) -> None:
             if not team.stop.is_set():
                 before_shard()
-                total = _write_shard(folder / name, name, plan.shards[name], team, on_bytes, direct=direct)
+                total = _write_shard(
+                    folder / name, name, plan.shards[name], team, on_bytes, direct=direct
+                )
                 if sums is not None:
                     sums[name] = total
 
@@ -123,5 +126,6 @@ def _pieces(placement: Placement, file: int) -> Iterator[bytes | memoryview]:
         raise unreadable(placement.shard.name, error) from error
     if num_bytes != placement.num_bytes:
         raise CheckpointError(
-            f"{shown(placement.shard.name)} became shorter while it was read; copy or download it again"
+            f"{shown(placement.shard.name)} became shorter while it was read; copy or download it "
+            "again"
         )

@@ -1,9 +1,10 @@
-"""Move tensor bytes from source shards to output shards: clone blocks where possible, else copy them.
+"""Move tensor bytes from source shards to output shards: clone blocks where possible, else copy
+them.
 
 What was measured, and what lost, is in docs/benchmarks.md. In short: cloning costs no time and no
-space; where it cannot be, direct I/O takes a tenth of the CPU time of a read/write loop and at least
-its speed, and bytes that stand twice in the output are read once. Both ask that positions in source
-and output agree modulo the block, which is what `planning.layout` arranges.
+space; where it cannot be, direct I/O takes a tenth of the CPU time of a read/write loop and at
+least its speed, and bytes that stand twice in the output are read once. Both ask that positions in
+source and output agree modulo the block, which is what `planning.layout` arranges.
 """
 
 from __future__ import annotations
@@ -44,7 +45,15 @@ _FICLONERANGE = 0x4020940D
 
 # A file system answers with these where it cannot clone at all, or not these two files or blocks.
 _CANNOT_CLONE = frozenset(
-    [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY]
+    [
+        errno.EOPNOTSUPP,
+        errno.EXDEV,
+        errno.EINVAL,
+        errno.ENOTTY,
+        errno.ENOSYS,
+        errno.EPERM,
+        errno.ETXTBSY,
+    ]
 )
 
 
@@ -66,7 +75,8 @@ def clone_range(source: int, source_start: int, target: int, start: int, length:
 
 
 def can_clone(source: Path, folder: Path, *, may_create: bool) -> bool:
-    """Whether files in `folder` can share blocks of `source`: asked of the file system, not guessed.
+    """Whether files in `folder` can share blocks of `source`: asked of the file system, not
+    guessed.
 
     The file it tries with has no name. Where a file system has no nameless files and `may_create`
     is set, it has one for a moment.
@@ -106,8 +116,8 @@ def transfer(
 ) -> Tally:
     """Write every shard of the plan into `folder` and see it on the disk (fsync).
 
-    Memory is `jobs` pieces of 4 MiB, a few for each job where it casts, whatever the size of the model. One source
-    shard is open at a time.
+    Memory is `jobs` pieces of 4 MiB, a few for each job where it casts, whatever the size of the
+    model. One source shard is open at a time.
 
     Args:
         plan: what to write.
@@ -118,8 +128,8 @@ def transfer(
         on_bytes: told the number of bytes of tensor data done, from several threads.
 
     Raises:
-        CheckpointError: a source shard is unreadable, or changed since its header was read; a finite number is
-            beyond the dtype that it is cast to.
+        CheckpointError: a source shard is unreadable, or changed since its header was read; a
+            finite number is beyond the dtype that it is cast to.
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
@@ -145,7 +155,9 @@ def check_unchanged(shard: Shard) -> None:
         CheckpointError: it was written to or replaced.
     """
     if fingerprint(shard.path) != shard.fingerprint:
-        raise CheckpointError(f"{shown(shard.name)} changed while it was read; start again when nobody writes to it")
+        raise CheckpointError(
+            f"{shown(shard.name)} changed while it was read; start again when nobody writes to it"
+        )
 
 
 class ShardMover:
@@ -175,7 +187,9 @@ class ShardMover:
             self.outputs = Outputs(self.folder, names, closing, self.on_bytes, self.tally)
             # Cloning is work for the file system's metadata alone: threads only contend for it.
             casts = any(move.is_changed for move in shard_moves)
-            pieces = [p for move in shard_moves for p in ([move] if self._clones(move) else _cut(move))]
+            pieces = [
+                p for move in shard_moves for p in ([move] if self._clones(move) else _cut(move))
+            ]
             queue = iter(pieces)
             num_threads = 1 if self.clone and not casts else jobs
             with workers(num_threads) as (pool, self.stop):
@@ -185,8 +199,9 @@ class ShardMover:
         return self.clone and move.cast is None and move.strided is None
 
     def _work(self, queue: Iterator[Move]) -> None:
-        # Page-aligned, for direct I/O. Never closed by hand: the traceback of an error still holds views of it.
-        # A piece, and room for what a cast makes of it; pages that nobody touches take no memory.
+        # Page-aligned, for direct I/O. Never closed by hand: the traceback of an error still holds
+        # views of it. A piece, and room for what a cast makes of it; pages that nobody touches take
+        # no memory.
         buffer = memoryview(mmap.mmap(-1, 3 * PIECE))
         while not self.stop.is_set():
             with self.lock:
@@ -211,19 +226,24 @@ class ShardMover:
                 continue
             try:
                 target = self.outputs.files[name].buffered
-                clone_range(self.source.buffered, move.source_start + head, target, start + head, body)
+                clone_range(
+                    self.source.buffered, move.source_start + head, target, start + head, body
+                )
             except OSError as error:
                 if error.errno not in _CANNOT_CLONE:
                     raise self._not_cloned(name, error) from error
                 if self.must_clone:
                     raise OutputError(
-                        f"--copy-mode clone: cannot clone into {shown(name)} ({error.strerror}); use --copy-mode auto"
+                        f"--copy-mode clone: cannot clone into {shown(name)} ({error.strerror}); "
+                        "use --copy-mode auto"
                     ) from error
                 left.append((name, start))
                 continue
             tail = move.length - head - body
             self._copy(Move(move.source_start, head, ((name, start),)), view)
-            self._copy(Move(move.source_start + head + body, tail, ((name, start + head + body),)), view)
+            self._copy(
+                Move(move.source_start + head + body, tail, ((name, start + head + body),)), view
+            )
             self.outputs.done(cloned=body)
         return move.to(left)
 
@@ -232,7 +252,8 @@ class ShardMover:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space or choose another place" if full else "check the disk"
         return OutputError(
-            f"cannot clone {shown(self.shard.name)} into {shown(name)}: {error.strerror or error}; {advice}, {CLEARED}"
+            f"cannot clone {shown(self.shard.name)} into {shown(name)}: "
+            f"{error.strerror or error}; {advice}, {CLEARED}"
         )
 
     def _copy(self, move: Move, view: memoryview) -> None:
@@ -270,17 +291,24 @@ class ShardMover:
     def _read(self, start: int, piece: memoryview, *, direct: bool) -> None:
         filled = 0
         while filled < len(piece):
-            file = self.source.direct if direct and self.source.direct is not None else self.source.buffered
+            file = (
+                self.source.direct
+                if direct and self.source.direct is not None
+                else self.source.buffered
+            )
             try:
                 count = os.preadv(file, [piece[filled:]], start + filled)
             except OSError as error:
                 if error.errno == errno.EINVAL and file == self.source.direct:
-                    self.source = replace(self.source, direct=None)  # opened, but not for blocks of 4096
+                    self.source = replace(
+                        self.source, direct=None
+                    )  # opened, but not for blocks of 4096
                     continue
                 raise unreadable(self.shard.name, error) from error
             if count == 0:
                 raise CheckpointError(
-                    f"{shown(self.shard.name)} became shorter while it was read; copy or download it again"
+                    f"{shown(self.shard.name)} became shorter while it was read; copy or download "
+                    "it again"
                 )
             filled += count
             direct = direct and filled % BLOCK == 0

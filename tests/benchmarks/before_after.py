@@ -1,9 +1,12 @@
-"""Held-out loss before and after the same healing, a row for each model: of heal_recovery.py's results, as SVG.
+"""Held-out loss before and after the same healing, a row for each model: of heal_recovery.py's
+results, as SVG.
 
-    python tests/benchmarks/before_after.py results.jsonl --title "Six ways to 46 layers" --plot docs/ways-healed.svg
+    python tests/benchmarks/before_after.py results.jsonl --title "Six ways to 46 layers" --plot
+    docs/ways-healed.svg
 
-Prints the table that stands beside the picture, in markdown: of each model the mean loss right after scaling and after
-healing, and the loss of each seed. A hollow dot is before, a full one each seed after.
+Prints the table that stands beside the picture, in markdown: of each model the mean loss right
+after scaling and after healing, and the loss of each seed. A hollow dot is before, a full one each
+seed after.
 """
 
 from __future__ import annotations
@@ -16,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli.pictures.files import write_pictures
-from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks
+from dus_cli.pictures.svg import (
+    COLOURS,
+    DASHED,
+    SERIES,
+    document,
+    escaped,
+    nice_step,
+    text_at,
+    ticks,
+)
 
 _LEFT, _RIGHT, _TOP, _ROW = 216, 664, 92, 30
 
@@ -39,17 +51,26 @@ def rows_of(results: list[dict[str, Any]]) -> list[Row]:
     names = dict.fromkeys(result["name"] for result in results)
     rows = []
     for name in names:
-        runs = sorted((result for result in results if result["name"] == name), key=lambda run: run["seed"])
+        runs = sorted(
+            (result for result in results if result["name"] == name), key=lambda run: run["seed"]
+        )
         before = statistics.fmean(run["curve"][0][1] for run in runs)
-        rows.append(Row(name.removesuffix(": default"), before, tuple(run["curve"][-1][1] for run in runs)))
+        rows.append(
+            Row(name.removesuffix(": default"), before, tuple(run["curve"][-1][1] for run in runs))
+        )
     return rows
 
 
 def table(rows: list[Row], base: float) -> str:
-    lines = ["| | right after scaling | healed, each seed | mean | above the base |", "|---|---|---|---|---|"]
+    lines = [
+        "| | right after scaling | healed, each seed | mean | above the base |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         seeds = ", ".join(f"{loss:.3f}" for loss in row.after)
-        lines.append(f"| {row.name} | {row.before:.3f} | {seeds} | {row.mean:.3f} | {row.mean - base:+.3f} |")
+        lines.append(
+            f"| {row.name} | {row.before:.3f} | {seeds} | {row.mean:.3f} | {row.mean - base:+.3f} |"
+        )
     return "\n".join(lines)
 
 
@@ -64,25 +85,36 @@ def picture(rows: list[Row], base: float, title: str, *, dark: bool) -> str:
         return _LEFT + (_RIGHT - _LEFT) * (loss - low) / (high - low)
 
     parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(title)}</text>']
-    parts.append(f'<circle cx="26" cy="48" r="4" fill="{colour["page"]}" stroke="{early}" stroke-width="2"/>')
+    parts.append(
+        f'<circle cx="26" cy="48" r="4" fill="{colour["page"]}" stroke="{early}" stroke-width="2"/>'
+    )
     parts.append(text_at(36, 52, "right after scaling", colour["axis"]))
     parts.append(f'<circle cx="212" cy="48" r="4" fill="{late}"/>')
     parts.append(text_at(222, 52, "healed, each seed", colour["axis"]))
     for loss in ticks(low, high, nice_step(high - low, 7)):
         parts.append(f'<path d="M{x(loss):.1f} {_TOP}V{bottom}" stroke="{colour["grid"]}"/>')
         parts.append(text_at(x(loss), bottom + 20, f"{loss:g}", colour["axis"], anchor="middle"))
-    parts.append(f'<path d="M{x(base):.1f} {_TOP - 8}V{bottom}" stroke="{colour["base"]}" {DASHED}/>')
+    parts.append(
+        f'<path d="M{x(base):.1f} {_TOP - 8}V{bottom}" stroke="{colour["base"]}" {DASHED}/>'
+    )
     parts.append(text_at(x(base), _TOP - 12, f"base {base:.3f}", colour["base"], anchor="start"))
     for number, row in enumerate(rows):
         y = _TOP + _ROW * (number + 0.5)
         parts.append(text_at(_LEFT - 14, y + 4.5, row.name, colour["text"], anchor="end"))
-        parts.append(f'<path d="M{x(row.before):.1f} {y}H{x(row.mean):.1f}" stroke="{colour["training"]}"/>')
+        parts.append(
+            f'<path d="M{x(row.before):.1f} {y}H{x(row.mean):.1f}" stroke="{colour["training"]}"/>'
+        )
         parts.append(
             f'<circle cx="{x(row.before):.1f}" cy="{y}" r="4" fill="{colour["page"]}" stroke="{early}" '
             'stroke-width="2"/>'
         )
-        parts += [f'<circle cx="{x(loss):.1f}" cy="{y}" r="4" fill="{late}" opacity="0.75"/>' for loss in row.after]
-    parts.append(text_at(_RIGHT, bottom + 40, "held-out loss (nats per token)", colour["axis"], anchor="end"))
+        parts += [
+            f'<circle cx="{x(loss):.1f}" cy="{y}" r="4" fill="{late}" opacity="0.75"/>'
+            for loss in row.after
+        ]
+    parts.append(
+        text_at(_RIGHT, bottom + 40, "held-out loss (nats per token)", colour["axis"], anchor="end")
+    )
     said = "; ".join(f"{row.name}: {row.before:.3f}, then {row.mean:.3f}" for row in rows)
     return document(parts, title, f"Base {base:.3f}. {said}.", bottom + 56, colour)
 
@@ -94,7 +126,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     results = [json.loads(line) for line in options.results.read_text().splitlines()]
-    # Of the first model: what a second scaling measures as its base is the healed model that it grew from.
+    # Of the first model: what a second scaling measures as its base is the healed model that it
+    # grew from.
     base = results[0]["base"]
     rows = rows_of(results)
     print(f"base {base:.4f}\n\n{table(rows, base)}")

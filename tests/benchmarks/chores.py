@@ -1,7 +1,9 @@
-"""What the benchmark lets child processes do: make sources, copy with a plain loop, compare two outputs.
+"""What the benchmark lets child processes do: make sources, copy with a plain loop, compare two
+outputs.
 
-Run by upscale.py: `python chores.py NAME ARGUMENTS…` with the repository and its tests on PYTHONPATH.
-A child's peak RSS starts at its parent's, so whatever needs memory happens here and the parent stays small.
+Run by upscale.py: `python chores.py NAME ARGUMENTS…` with the repository and its tests on
+PYTHONPATH. A child's peak RSS starts at its parent's, so whatever needs memory happens here and the
+parent stays small.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def make_mistral(folder: str, num_layers: str, hidden: str) -> None:
 
 
 def make_many_shards(folder: str) -> None:
-    """100,003 tensors of 128 bytes in 1,000 shards: 100 layers of 333 experts, as large mixtures have them."""
+    """100,003 tensors of 128 bytes in 1,000 shards: 100 layers of 333 experts, as large mixtures
+    have them.
+    """
     tensors: list[checkpoints.Tensor] = [("model.embed_tokens.weight", "BF16", (8, 8))]
     for layer in range(100):
         prefix = f"model.layers.{layer}"
@@ -40,7 +44,9 @@ def make_many_shards(folder: str) -> None:
         ]
     tensors += [("model.norm.weight", "BF16", (64,)), ("lm_head.weight", "BF16", (8, 8))]
     config = checkpoints.llama_config(100, 8, 8, 8)
-    checkpoints.write_checkpoint(Path(folder), tensors, config, num_shards=1000, fill=checkpoints.fill_randomly)
+    checkpoints.write_checkpoint(
+        Path(folder), tensors, config, num_shards=1000, fill=checkpoints.fill_randomly
+    )
 
 
 def make_many_layers(folder: str, num_layers: str) -> None:
@@ -51,7 +57,9 @@ def make_many_layers(folder: str, num_layers: str) -> None:
 
 
 def loop(source: str, trim: str, output: str) -> None:
-    """Write the shards that dus writes: one thread, pieces of 8 MiB through the page cache, then fsync each."""
+    """Write the shards that dus writes: one thread, pieces of 8 MiB through the page cache, then
+    fsync each.
+    """
     ref = ModelRef.parse(source)
     plan = make_plan(Base(ref), open_checkpoint(Path(source)), MapRequest(trim=int(trim)))
     Path(output).mkdir()
@@ -66,7 +74,9 @@ def loop(source: str, trim: str, output: str) -> None:
             position = 0
             while position < segment.length:
                 piece = buffer[: segment.length - position]
-                count = os.preadv(readers[segment.shard.name], [piece], segment.source_start + position)
+                count = os.preadv(
+                    readers[segment.shard.name], [piece], segment.source_start + position
+                )
                 assert count
                 position += os.pwrite(writer, piece[:count], segment.start + position)
     started = time.monotonic()
@@ -82,7 +92,9 @@ class _Place(NamedTuple):
 
 def _places(folder: Path) -> dict[str, _Place]:
     paths = sorted(folder.glob("*.safetensors"))
-    return {tensor.name: _Place(path, tensor) for path in paths for tensor in read_header(path).tensors}
+    return {
+        tensor.name: _Place(path, tensor) for path in paths for tensor in read_header(path).tensors
+    }
 
 
 def _equal(left: _Place, right: _Place) -> bool:
@@ -92,24 +104,31 @@ def _equal(left: _Place, right: _Place) -> bool:
     with left.path.open("rb", buffering=0) as one, right.path.open("rb", buffering=0) as other:
         for position in range(0, a.num_bytes, _PIECE):
             size = min(_PIECE, a.num_bytes - position)
-            if os.pread(one.fileno(), size, a.start + position) != os.pread(other.fileno(), size, b.start + position):
+            if os.pread(one.fileno(), size, a.start + position) != os.pread(
+                other.fileno(), size, b.start + position
+            ):
                 return False
     return True
 
 
 def compare(left: str, right: str) -> None:
-    """Tensor by tensor, byte by byte, whatever the order and the shards; exit 1 on any difference."""
+    """Tensor by tensor, byte by byte, whatever the order and the shards; exit 1 on any
+    difference.
+    """
     a, b = _places(Path(left)), _places(Path(right))
     different = sorted(a.keys() ^ b.keys()) + [
         name for name in sorted(a.keys() & b.keys()) if not _equal(a[name], b[name])
     ]
     num_bytes = sum(place.tensor.num_bytes for place in a.values())
     if different or not a:
-        sys.exit(f"{len(different)} tensors differ or stand on one side only: {', '.join(different[:5])}")
+        sys.exit(
+            f"{len(different)} tensors differ or stand on one side only: {', '.join(different[:5])}"
+        )
     print(f"{len(a)} of {len(a)} tensors equal, byte by byte ({num_bytes:,} bytes)")
 
 
 if __name__ == "__main__":
-    {function.__name__: function for function in (make_mistral, make_many_shards, make_many_layers, loop, compare)}[
-        sys.argv[1]
-    ](*sys.argv[2:])
+    {
+        function.__name__: function
+        for function in (make_mistral, make_many_shards, make_many_layers, loop, compare)
+    }[sys.argv[1]](*sys.argv[2:])

@@ -1,10 +1,12 @@
-"""The part of the output that a file system with reflinks shares with the base, by layout of the base's shards.
+"""The part of the output that a file system with reflinks shares with the base, by layout of the
+base's shards.
 
     PYTHONPATH=.:tests python tests/benchmarks/clonable.py
 
-Plans only: the checkpoints have real headers, and holes for data. `needed` is the least number of shards of at most
---max-shard-size that could all be cloned: what comes from source shards whose data begin at different places modulo the
-block cannot share a file. `least` is that without cloning. `left` is what is copied, and the largest part of it.
+Plans only: the checkpoints have real headers, and holes for data. `needed` is the least number of
+shards of at most --max-shard-size that could all be cloned: what comes from source shards whose
+data begin at different places modulo the block cannot share a file. `least` is that without
+cloning. `left` is what is copied, and the largest part of it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
-from checkpoints import Tensor, llama_config, llama_tensors, moe_config, moe_tensors, num_bytes, write_in_shards
+from checkpoints import (
+    Tensor,
+    llama_config,
+    llama_tensors,
+    moe_config,
+    moe_tensors,
+    num_bytes,
+    write_in_shards,
+)
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.planning.layout import BLOCK
@@ -29,7 +39,8 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Layout:
-    """A base and how its tensors are shared out among shards: `sizes` in GB, the last one takes the rest.
+    """A base and how its tensors are shared out among shards: `sizes` in GB, the last one takes the
+    rest.
 
     `embeddings` stand first and last in the order, "last" both, or "alone" in shards of their own.
     """
@@ -83,7 +94,10 @@ SMOL = llama(30, 576, 1536, 192, 49_152, tied=True)
 QWEN = llama(36, 2560, 9728, 1024, 151_936, tied=True)
 LARGE = llama(80, 8192, 28_672, 1024, 128_256)
 MOE = moe_tensors(16, 128, 2048, 768, 151_936), moe_config(16, 128, 2048, 768, 151_936)
-FP8 = moe_tensors(8, 256, 7168, 2048, 129_280, is_fp8=True), moe_config(8, 256, 7168, 2048, 129_280, is_fp8=True)
+FP8 = (
+    moe_tensors(8, 256, 7168, 2048, 129_280, is_fp8=True),
+    moe_config(8, 256, 7168, 2048, 129_280, is_fp8=True),
+)
 THREE = MapRequest(copies=3)
 
 LAYOUTS = [
@@ -93,13 +107,19 @@ LAYOUTS = [
     Layout("4.0 GB in shards of 2 GB, embeddings alone", *SMALL, shard_gb=2, embeddings="alone"),
     Layout("4.0 GB in shards of 2 GB, one file", *SMALL, shard_gb=2, max_shard_gb=50),
     *(Layout(f"4.0 GB in {n}", *SMALL, num_shards=n) for n in (1, 2, 3, 5)),
-    *(Layout(f"4.0 GB in {n}, room for one file", *SMALL, num_shards=n, max_shard_gb=50) for n in (1, 2, 3, 5, 8)),
+    *(
+        Layout(f"4.0 GB in {n}, room for one file", *SMALL, num_shards=n, max_shard_gb=50)
+        for n in (1, 2, 3, 5, 8)
+    ),
     *(Layout(f"Mistral 7B in {n}", *MISTRAL, num_shards=n) for n in (1, 2, 3, 4, 8, 15, 30)),
     *(
         Layout(f"Mistral 7B in 3, embeddings {e}", *MISTRAL, num_shards=3, embeddings=e)
         for e in ("first", "last", "alone")
     ),
-    *(Layout(f"Mistral 7B in 3, shards of {gb} GB", *MISTRAL, num_shards=3, max_shard_gb=gb) for gb in (1, 2, 10, 50)),
+    *(
+        Layout(f"Mistral 7B in 3, shards of {gb} GB", *MISTRAL, num_shards=3, max_shard_gb=gb)
+        for gb in (1, 2, 10, 50)
+    ),
     Layout("Mistral 7B in 3, --copies 3", *MISTRAL, num_shards=3, request=THREE),
     Layout("Mistral 7B in 1, --copies 3, one file", *MISTRAL, max_shard_gb=100, request=THREE),
     Layout("Mistral 7B in 3, twice deepened", *MISTRAL, num_shards=3, rounds=2),
@@ -117,7 +137,10 @@ LAYOUTS = [
     *(Layout(f"MoE of 128 experts in {n}", *MOE, num_shards=n) for n in (1, 4, 16)),
     Layout("MoE of 128 experts in 4, --copies 3", *MOE, num_shards=4, request=THREE),
     Layout("MoE of 128 experts in 4, twice deepened", *MOE, num_shards=4, rounds=2),
-    *(Layout(f"MoE of 256 experts in FP8 with scales in {n}", *FP8, num_shards=n) for n in (1, 8, 30)),
+    *(
+        Layout(f"MoE of 256 experts in FP8 with scales in {n}", *FP8, num_shards=n)
+        for n in (1, 8, 30)
+    ),
     Layout("MoE of 256 experts in FP8, embeddings alone", *FP8, num_shards=8, embeddings="alone"),
     Layout("hidden 3000 in 3", *llama(32, 3000, 8000, 750, 50_257), num_shards=3),
     Layout("hidden 4097 in 4", *llama(32, 4097, 11_001, 1025, 50_257), num_shards=4),
@@ -127,7 +150,9 @@ LAYOUTS = [
 
 def plan_of(folder: Path, layout: Layout) -> UpscalePlan:
     size = int(layout.max_shard_gb * GB)
-    return make_plan(Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), layout.request, size)
+    return make_plan(
+        Base(ModelRef(str(folder), path=folder)), open_checkpoint(folder), layout.request, size
+    )
 
 
 def deepened(folder: Path, plan: UpscalePlan) -> Path:
@@ -156,13 +181,18 @@ def left(plan: UpscalePlan) -> str:
     for shard in plan.shards.values():
         for placement, start in shard.positions():
             if placement.making is Making.copied and (placement.tensor.start - start) % BLOCK:
-                name = ".".join("N" if part.isdecimal() else part for part in placement.name.split("."))
+                name = ".".join(
+                    "N" if part.isdecimal() else part for part in placement.name.split(".")
+                )
                 copied[name] += placement.num_bytes
     return ", ".join(name for name, _ in copied.most_common(1)) or "ends of runs"
 
 
 def main() -> None:
-    print("| base | output, GB | shards | needed | least | clonable | left |\n|---|---|---|---|---|---|---|")
+    print(
+        "| base | output, GB | shards | needed | least | clonable | left "
+        "|\n|---|---|---|---|---|---|---|"
+    )
     for layout in LAYOUTS:
         with tempfile.TemporaryDirectory() as name:
             folder = write_in_shards(Path(name) / "model", groups(layout), layout.config)
@@ -171,7 +201,15 @@ def main() -> None:
                 plan = plan_of(deepened(Path(name) / f"round-{number}", plan), layout)
             size, part = plan.num_data_bytes, plan.num_clonable_bytes / plan.num_data_bytes
             least = ceil(size / plan.max_shard_bytes)
-            row = (layout.name, f"{size / GB:.2f}", len(plan.shards), needed(plan), least, f"{part:.2%}", left(plan))
+            row = (
+                layout.name,
+                f"{size / GB:.2f}",
+                len(plan.shards),
+                needed(plan),
+                least,
+                f"{part:.2%}",
+                left(plan),
+            )
             print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 

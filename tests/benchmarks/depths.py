@@ -1,11 +1,12 @@
-"""Loss right after scaling against depth, for several families of maps: of what `dus probe` printed, as SVG.
+"""Loss right after scaling against depth, for several families of maps: of what `dus probe`
+printed, as SVG.
 
-    dus probe MODEL --data heldout.jsonl > two.txt
-    dus probe MODEL --data heldout.jsonl --copies 3 > three.txt
-    python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most 62 --plot docs/depths.svg
+    dus probe MODEL --data heldout.jsonl > two.txt dus probe MODEL --data heldout.jsonl --copies 3 >
+    three.txt python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most
+    62 --plot docs/depths.svg
 
-A map that an earlier file has too is left out of the later one's series. With --above-base a loss is what it is above
-the base's in the same file: for the same maps on several texts.
+A map that an earlier file has too is left out of the later one's series. With --above-base a loss
+is what it is above the base's in the same file: for the same maps on several texts.
 """
 
 from __future__ import annotations
@@ -15,18 +16,31 @@ import re
 from pathlib import Path
 
 from dus_cli.pictures.files import write_pictures
-from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, document, escaped, nice_step, text_at, ticks
+from dus_cli.pictures.svg import (
+    COLOURS,
+    DASHED,
+    SERIES,
+    document,
+    escaped,
+    nice_step,
+    text_at,
+    ticks,
+)
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 664, 64, 350
 
 # Name, layers, parameters, bytes with their unit, FLOP per token, loss.
-_LINE = re.compile(r"^(\S+(?: \d+)?(?: --copies \d)?) +(\d+) +\S+ +[\d.]+ .B +\S+ +([\d.]+) ", re.MULTILINE)
+_LINE = re.compile(
+    r"^(\S+(?: \d+)?(?: --copies \d)?) +(\d+) +\S+ +[\d.]+ .B +\S+ +([\d.]+) ", re.MULTILINE
+)
 
 Points = list[tuple[int, float]]
 
 
 def read(files: list[str], most: int, *, above_base: bool) -> tuple[float, dict[str, Points]]:
-    """The base's loss, and (layers, loss) of each series; above the base all of it, if that is asked for."""
+    """The base's loss, and (layers, loss) of each series; above the base all of it, if that is
+    asked for.
+    """
     base = 0.0
     seen: set[tuple[str, str]] = set()
     series: dict[str, Points] = {}
@@ -67,7 +81,9 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
         parts.append(text_at(_LEFT - 8, y(loss) + 4.5, f"{loss:g}", colour["axis"], anchor="end"))
     for layers in ticks(low, high, nice_step(high - low, 10)):
         parts.append(f'<path d="M{x(layers):.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
-        parts.append(text_at(x(layers), _BOTTOM + 20, f"{layers:g}", colour["axis"], anchor="middle"))
+        parts.append(
+            text_at(x(layers), _BOTTOM + 20, f"{layers:g}", colour["axis"], anchor="middle")
+        )
     parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
     parts.append(text_at(_RIGHT, _BOTTOM + 38, "layers", colour["axis"], anchor="end"))
     parts.append(f'<path d="M{_LEFT} {y(base):.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
@@ -77,12 +93,18 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
         stroke, row = SERIES[dark][number], _TOP + 14 + 20 * number
         if len({layers for layers, _ in each}) == len(each):
             line = " ".join(f"{x(layers):.1f},{y(loss):.1f}" for layers, loss in each)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-width="1.8"/>')
-        parts += [f'<circle cx="{x(layers):.1f}" cy="{y(loss):.1f}" r="3.4" fill="{stroke}"/>' for layers, loss in each]
+            parts.append(
+                f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-width="1.8"/>'
+            )
+        parts += [
+            f'<circle cx="{x(layers):.1f}" cy="{y(loss):.1f}" r="3.4" fill="{stroke}"/>'
+            for layers, loss in each
+        ]
         parts.append(f'<circle cx="{_LEFT + 18}" cy="{row - 4}" r="3.4" fill="{stroke}"/>')
         parts.append(text_at(_LEFT + 30, row, name, stroke))
     said = " ".join(
-        f"{name}: {', '.join(f'{layers} layers {loss:.3f}' for layers, loss in each)}." for name, each in series.items()
+        f"{name}: {', '.join(f'{layers} layers {loss:.3f}' for layers, loss in each)}."
+        for name, each in series.items()
     )
     return document(parts, title, f"Base {base:.3f}. {said}", _BOTTOM + 52, colour)
 

@@ -1,13 +1,14 @@
-r"""Held-out loss against tokens: `dus heal` with several recipes, and transformers' Trainer, on the same rows.
+r"""Held-out loss against tokens: `dus heal` with several recipes, and transformers' Trainer, on the
+same rows.
 
     python tests/benchmarks/heal_recovery.py MODEL --data train.jsonl --eval-data heldout.jsonl \
-        --tokens 12288 --seeds 0,1,2 --results results.jsonl [--only default,plain] [--trainer-tokens 24576] \
-        [--other docstrings.jsonl licences.jsonl] [--label control]
+        --tokens 12288 --seeds 0,1,2 --results results.jsonl [--only default,plain]
+        [--trainer-tokens 24576] \ [--other docstrings.jsonl licences.jsonl] [--label control]
 
-One line of JSON for each run goes to --results as it ends, so a sweep can be stopped and gone on with. With
---table the results are printed as a table and drawn to --plot. --other measures the healed model on texts of
-other domains too (see other_text.py), each before (as "start") and after; --label goes before the recipe's
-name, for a run on another MODEL (see zeroed.py).
+One line of JSON for each run goes to --results as it ends, so a sweep can be stopped and gone on
+with. With --table the results are printed as a table and drawn to --plot. --other measures the
+healed model on texts of other domains too (see other_text.py), each before (as "start") and after;
+--label goes before the recipe's name, for a run on another MODEL (see zeroed.py).
 """
 
 from __future__ import annotations
@@ -63,12 +64,33 @@ def heal(options: argparse.Namespace, extra: list[str], seed: int, folder: Path)
         "-o",
         str(folder / "out"),
     ]
-    command += ["--eval-data", options.eval_data, "--seq-length", str(SEQUENCE), "--tokens", str(options.tokens)]
-    command += ["--eval-tokens", str(options.eval_tokens), "--eval-every", str(every), "--seed", str(seed), "--json"]
+    command += [
+        "--eval-data",
+        options.eval_data,
+        "--seq-length",
+        str(SEQUENCE),
+        "--tokens",
+        str(options.tokens),
+    ]
+    command += [
+        "--eval-tokens",
+        str(options.eval_tokens),
+        "--eval-every",
+        str(every),
+        "--seed",
+        str(seed),
+        "--json",
+    ]
     report = json.loads(subprocess.run([*command, *extra], check=True, capture_output=True).stdout)
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
-    curve = [(row["tokens"], row["eval_loss"]) for row in map(json.loads, lines) if "eval_loss" in row]
-    found = {"base": report["base_loss"], "curve": curve, "tokens_per_second": report["tokens_per_second"]}
+    curve = [
+        (row["tokens"], row["eval_loss"]) for row in map(json.loads, lines) if "eval_loss" in row
+    ]
+    found = {
+        "base": report["base_loss"],
+        "curve": curve,
+        "tokens_per_second": report["tokens_per_second"],
+    }
     if options.other:
         found["other"] = {
             "start": other_losses(Path(options.model), options),
@@ -78,7 +100,9 @@ def heal(options: argparse.Namespace, extra: list[str], seed: int, folder: Path)
 
 
 def other_losses(model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Mean loss of a model on the first tokens of each of the other texts; documents are cut to a row."""
+    """Mean loss of a model on the first tokens of each of the other texts; documents are cut to
+    a row.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
     decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
     losses = {}
@@ -98,7 +122,14 @@ def other_losses(model: Path, options: argparse.Namespace) -> dict[str, float]:
 
 def trainer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """The peer, with a constant 1e-4 and 4,096 tokens a step."""
-    extra = ["--eval-data", options.eval_data, "--eval-tokens", str(options.eval_tokens), "--seed", str(seed)]
+    extra = [
+        "--eval-data",
+        options.eval_data,
+        "--eval-tokens",
+        str(options.eval_tokens),
+        "--seed",
+        str(seed),
+    ]
     run = run_json(options.model, options.data, folder, "--seq-length", str(SEQUENCE), *extra)
     steps = options.trainer_tokens // 4096
     command = [sys.executable, str(HERE / "trainer.py"), str(run), "--steps", str(steps)]
@@ -110,7 +141,9 @@ def trainer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, A
 
 
 def tokens_to(base: float, curve: list[tuple[int, float]]) -> float | None:
-    """Tokens at which the curve first comes down to the base, between two measurements by a straight line."""
+    """Tokens at which the curve first comes down to the base, between two measurements by a
+    straight line.
+    """
     for (before, high), (after, low) in pairwise(curve):
         if low <= base:
             return before + (after - before) * (high - base) / (high - low)
@@ -119,21 +152,33 @@ def tokens_to(base: float, curve: list[tuple[int, float]]) -> float | None:
 
 def table(results: list[dict[str, Any]], plot: Path | None) -> None:
     base = next(result["base"] for result in results if result["base"] is not None)
-    print(f"base {base:.4f}\n\n| recipe | seeds | tokens to the base | held-out at the end | tokens | tokens/s |")
+    print(
+        f"base {base:.4f}\n\n| recipe | seeds | tokens to the base | held-out at the end | tokens "
+        "| tokens/s |"
+    )
     print("|---|---|---|---|---|---|")
     series: dict[str, list[tuple[int, float]]] = {}
     for name in dict.fromkeys(result["name"] for result in results):
         runs = [result for result in results if result["name"] == name]
         reached = [tokens_to(base, run["curve"]) for run in runs]
-        said = ", ".join("not reached" if tokens is None else f"{tokens:,.0f}" for tokens in reached)
+        said = ", ".join(
+            "not reached" if tokens is None else f"{tokens:,.0f}" for tokens in reached
+        )
         ends = ", ".join(f"{run['curve'][-1][1]:.3f}" for run in runs)
         speed = statistics.median(run["tokens_per_second"] for run in runs)
-        print(f"| {name} | {len(runs)} | {said} | {ends} | {runs[0]['curve'][-1][0]:,} | {speed:.0f} |")
+        print(
+            f"| {name} | {len(runs)} | {said} | {ends} | {runs[0]['curve'][-1][0]:,} | "
+            f"{speed:.0f} |"
+        )
         points = zip(*(run["curve"] for run in runs), strict=False)
-        series[name] = [(point[0][0], statistics.fmean(loss for _, loss in point)) for point in points]
+        series[name] = [
+            (point[0][0], statistics.fmean(loss for _, loss in point)) for point in points
+        ]
     if plot is not None:
         for dark, suffix in ((False, "light"), (True, "dark")):
-            picture = compare_curves(series, base_loss=base, title="Held-out loss against tokens", dark=dark)
+            picture = compare_curves(
+                series, base_loss=base, title="Held-out loss against tokens", dark=dark
+            )
             plot.with_name(f"{plot.name}-{suffix}.svg").write_text(picture)
 
 
@@ -154,7 +199,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    done = (
+        [json.loads(line) for line in options.results.read_text().splitlines()]
+        if options.results.exists()
+        else []
+    )
     if options.table:
         table(done, options.plot)
         return

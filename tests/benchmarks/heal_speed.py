@@ -1,9 +1,11 @@
-"""Tokens a second and peak memory of `dus heal` against transformers' Trainer, on the same work, in one run.
+"""Tokens a second and peak memory of `dus heal` against transformers' Trainer, on the same work, in
+one run.
 
     python tests/benchmarks/heal_speed.py MODEL --data train.jsonl [--steps 3] [--rounds 2]
 
-Steps of 8 × 512 tokens for both, in pairs, one after the other; each is a process of its own. The first
-step of each is warm-up for ours (the median is taken) and counted for the Trainer's sum as it is for users.
+Steps of 8 × 512 tokens for both, in pairs, one after the other; each is a process of its own. The
+first step of each is warm-up for ours (the median is taken) and counted for the Trainer's sum as it
+is for users.
 """
 
 from __future__ import annotations
@@ -23,20 +25,56 @@ HERE = Path(__file__).parent
 
 def run_json(model: str, data: str, folder: Path, *extra: str) -> Path:
     """A run made ready but not started; the path of its run.json."""
-    command = [sys.executable, "-m", "dus_cli", "heal", model, "--data", data, "-o", str(folder / "run"), "-q"]
-    done = subprocess.run([*command, "--print-command", *extra], check=True, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "dus_cli",
+        "heal",
+        model,
+        "--data",
+        data,
+        "-o",
+        str(folder / "run"),
+        "-q",
+    ]
+    done = subprocess.run(
+        [*command, "--print-command", *extra], check=True, capture_output=True, text=True
+    )
     return Path(shlex.split(done.stdout)[-1])
 
 
 def ours(model: str, data: str, folder: Path, steps: int, workers: int = 1) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dus_cli", "heal", model, "--data", data, "-o", str(folder / "healed")]
+    command = [
+        sys.executable,
+        "-m",
+        "dus_cli",
+        "heal",
+        model,
+        "--data",
+        data,
+        "-o",
+        str(folder / "healed"),
+    ]
     command += ["--seq-length", "512", "--batch-tokens", "4096", "--steps", str(steps)]
-    command += ["--eval-tokens", "512", "--eval-every", str(10**6), "--nproc-per-node", str(workers), "--json"]
-    report: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    rows = [json.loads(line) for line in (folder / "healed" / "metrics.jsonl").read_text().splitlines()]
+    command += [
+        "--eval-tokens",
+        "512",
+        "--eval-every",
+        str(10**6),
+        "--nproc-per-node",
+        str(workers),
+        "--json",
+    ]
+    report: dict[str, Any] = json.loads(
+        subprocess.run(command, check=True, capture_output=True).stdout
+    )
+    rows = [
+        json.loads(line) for line in (folder / "healed" / "metrics.jsonl").read_text().splitlines()
+    ]
     seconds = [row["seconds"] for row in rows if row["step"] > 1]
     report["shares"] = {
-        kind: sum(s[kind] for s in seconds) / sum(sum(s.values()) for s in seconds) for kind in seconds[0]
+        kind: sum(s[kind] for s in seconds) / sum(sum(s.values()) for s in seconds)
+        for kind in seconds[0]
     }
     report["mfu"] = statistics.median(row["mfu"] for row in rows if row["step"] > 1)
     return report
@@ -63,18 +101,25 @@ def main() -> None:
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            peer = theirs(run_json(options.model, options.data, folder, "--seq-length", "512"), options.steps)
+            peer = theirs(
+                run_json(options.model, options.data, folder, "--seq-length", "512"), options.steps
+            )
             mine = ours(options.model, options.data, folder, options.steps)
         speed = mine["tokens_per_second"] / peer["tokens_per_second"]
         memory = mine["peak_memory_bytes"] / peer["peak_memory_bytes"]
         ratios.append((speed, memory))
         print(
-            f"| {number + 1} | {mine['tokens_per_second']:.0f} | {peer['tokens_per_second']:.0f} | {speed:.2f} | "
-            f"{mine['peak_memory_bytes'] / 1e9:.2f} GB | {peer['peak_memory_bytes'] / 1e9:.2f} GB | {memory:.2f} |",
+            f"| {number + 1} | {mine['tokens_per_second']:.0f} | {peer['tokens_per_second']:.0f} "
+            f"| {speed:.2f} | "
+            f"{mine['peak_memory_bytes'] / 1e9:.2f} GB | {peer['peak_memory_bytes'] / 1e9:.2f} GB "
+            f"| {memory:.2f} |",
             flush=True,
         )
     speeds, memories = zip(*ratios, strict=True)
-    print(f"\nmedian: {statistics.median(speeds):.2f} × the speed, {statistics.median(memories):.2f} × the memory")
+    print(
+        f"\nmedian: {statistics.median(speeds):.2f} × the speed, "
+        f"{statistics.median(memories):.2f} × the memory"
+    )
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in mine["shares"].items())
     print(f"a step of ours: {shares}; {mine['mfu']:.0%} of {mine['peak_flops'] / 1e9:.0f} GFLOP/s")
     print(f"({mine['peak_flops_source']})\n\n| workers | tokens/s |\n|---|---|")

@@ -1,10 +1,12 @@
-r"""Steps of `dus heal` in a process of its own, by CPU time: for a machine that others use meanwhile.
+r"""Steps of `dus heal` in a process of its own, by CPU time: for a machine that others use
+meanwhile.
 
     python tests/benchmarks/heal_steps.py RUN_JSON --steps 2 [--profile]
 
-RUN_JSON is of a `dus heal --print-command`. Prints tokens per second of CPU time and of wall time, and the
-peak memory, as trainer.py does; the first step is warm-up. With --profile, torch.profiler's table of a step.
-The launcher's environment is the caller's to set: OMP_NUM_THREADS, MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_.
+RUN_JSON is of a `dus heal --print-command`. Prints tokens per second of CPU time and of wall time,
+and the peak memory, as trainer.py does; the first step is warm-up. With --profile, torch.profiler's
+table of a step. The launcher's environment is the caller's to set: OMP_NUM_THREADS,
+MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ def main() -> None:
             training._step()
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         tokens = options.steps * run.tokens_per_step
-        speeds = {"tokens_per_second": round(tokens / seconds, 1), "tokens_per_cpu_second": round(tokens / cpu, 1)}
+        speeds = {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_cpu_second": round(tokens / cpu, 1),
+        }
         print(json.dumps(speeds | {"peak_memory_bytes": peak_memory_bytes(team.device)}))
 
 

@@ -1,13 +1,16 @@
-r"""The long run: which start is ahead after how many tokens of `dus heal`, on the same rows in the same order.
+r"""The long run: which start is ahead after how many tokens of `dus heal`, on the same rows in the
+same order.
 
-    python tests/benchmarks/long_run.py BASE --work DIR --data train.jsonl --eval-data heldout.jsonl \
+    python tests/benchmarks/long_run.py BASE --work DIR --data train.jsonl --eval-data heldout.jsonl
+    \
         [--tokens 524288] [--every 16384] [--arms copies,fade] [--seed 0]
     python tests/benchmarks/long_run.py BASE --work DIR --table
 
-The arms take turns: each trains to the next measurement, is stopped with SIGTERM, which saves a checkpoint, and goes on
-when its turn comes again. So all of them are about as far at any time, and the study goes on where it was after any
-stop, of a single arm too: everything is in DIR. The base itself is continued for as many FLOPs as the copies have, and
-measured at the same shares of its budget. Rates decay at the end of the whole budget alone.
+The arms take turns: each trains to the next measurement, is stopped with SIGTERM, which saves a
+checkpoint, and goes on when its turn comes again. So all of them are about as far at any time, and
+the study goes on where it was after any stop, of a single arm too: everything is in DIR. The base
+itself is continued for as many FLOPs as the copies have, and measured at the same shares of its
+budget. Rates decay at the end of the whole budget alone.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ def flops(folder: Path) -> float:
     """Of a token, forward and backward."""
     checkpoint = open_checkpoint(folder)
     decoder = decoder_config(checkpoint.config)
-    return flops_per_token(shape_of(decoder.fields, checkpoint.num_parameters, decoder.num_layers), SEQUENCE)
+    return flops_per_token(
+        shape_of(decoder.fields, checkpoint.num_parameters, decoder.num_layers), SEQUENCE
+    )
 
 
 class Study:
@@ -69,8 +74,15 @@ class Study:
         arm = ARMS[name]
         if arm.upscale is None:
             return Path(self.options.base)
-        folder = self.work / "models" / "-".join(part.strip("-").replace(":", "_") for part in arm.upscale)
-        if not folder.exists() and dus("upscale", self.options.base, *arm.upscale, "-o", folder, "-q").wait():
+        folder = (
+            self.work
+            / "models"
+            / "-".join(part.strip("-").replace(":", "_") for part in arm.upscale)
+        )
+        if (
+            not folder.exists()
+            and dus("upscale", self.options.base, *arm.upscale, "-o", folder, "-q").wait()
+        ):
             raise SystemExit(f"{name}: dus upscale failed")
         return folder
 
@@ -79,7 +91,11 @@ class Study:
 
     def longer(self, name: str) -> float:
         """By how much more tokens an arm gets, for the FLOPs of the copies: the base alone does."""
-        return 1.0 if ARMS[name].upscale is not None else flops(self.model("copies")) / flops(self.model(name))
+        return (
+            1.0
+            if ARMS[name].upscale is not None
+            else flops(self.model("copies")) / flops(self.model(name))
+        )
 
     def measured(self, name: str) -> dict[int, float]:
         """Held-out losses by the number of the measurement, 0 right after scaling."""
@@ -102,9 +118,31 @@ class Study:
         """Go on with an arm until its measurement of this number."""
         options, steps = self.options, self.steps(name)
         last = options.tokens // options.every
-        command = ["--data", options.data, "--eval-data", options.eval_data, "--seq-length", str(SEQUENCE)]
-        command += ["--steps", str(last * steps), "--eval-every", str(steps), "--eval-tokens", str(options.eval_tokens)]
-        command += ["--seed", str(options.seed), "--keep", "1", "--progress", "none", *ARMS[name].heal]
+        command = [
+            "--data",
+            options.data,
+            "--eval-data",
+            options.eval_data,
+            "--seq-length",
+            str(SEQUENCE),
+        ]
+        command += [
+            "--steps",
+            str(last * steps),
+            "--eval-every",
+            str(steps),
+            "--eval-tokens",
+            str(options.eval_tokens),
+        ]
+        command += [
+            "--seed",
+            str(options.seed),
+            "--keep",
+            "1",
+            "--progress",
+            "none",
+            *ARMS[name].heal,
+        ]
         run = dus("heal", self.model(name), *command, "-o", self.healed(name))
         try:
             while run.poll() is None and (until == last or until not in self.measured(name)):

@@ -1,8 +1,10 @@
-"""Loss right after scaling, of models that `dus upscale` wrote and transformers loaded from their files.
+"""Loss right after scaling, of models that `dus upscale` wrote and transformers loaded from their
+files.
 
     python tests/benchmarks/loss_after_scaling.py MODEL --data heldout.jsonl --trims 0,4,7,10
 
-Mean cross-entropy in nats over the first ROWS × 512 tokens of the text, documents joined by end-of-text.
+Mean cross-entropy in nats over the first ROWS × 512 tokens of the text, documents joined by
+end-of-text.
 """
 
 from __future__ import annotations
@@ -51,7 +53,17 @@ def main() -> None:
     print(f"| base | | {mean_loss(options.model, tokens):.3f} |", flush=True)
     for trim in options.trims.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "dus_cli", "upscale", options.model, "--trim", trim, "-o", f"{folder}/out"]
+            command = [
+                sys.executable,
+                "-m",
+                "dus_cli",
+                "upscale",
+                options.model,
+                "--trim",
+                trim,
+                "-o",
+                f"{folder}/out",
+            ]
             done = subprocess.run([*command, "--json"], check=True, capture_output=True)
             layers = json.loads(done.stdout)["num_layers"]["output"]
             print(f"| {trim} | {layers} | {mean_loss(f'{folder}/out', tokens):.3f} |", flush=True)

@@ -1,8 +1,10 @@
-"""CPU time and memory of planning, writing and verifying, against the depth of the output: linear is 1, 2, 4, 8.
+"""CPU time and memory of planning, writing and verifying, against the depth of the output: linear
+is 1, 2, 4, 8.
 
     python tests/benchmarks/many_layers.py FOLDER [COPIES ...]
 
-Copies of a tiny base of four layers are stacked; CPU time, because other work on the machine does not count in it.
+Copies of a tiny base of four layers are stacked; CPU time, because other work on the machine does
+not count in it.
 """
 
 from __future__ import annotations
@@ -31,12 +33,20 @@ def measured(*command: str | Path) -> str:
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
     code, seconds, kilobytes = done.stdout.split()
     assert code == "0", code
-    return f"{float(seconds):6.1f} s CPU, {time.monotonic() - started:6.1f} s, {int(kilobytes) / 1000:6.0f} MB"
+    return (
+        f"{float(seconds):6.1f} s CPU, {time.monotonic() - started:6.1f} s, "
+        f"{int(kilobytes) / 1000:6.0f} MB"
+    )
 
 
 def main() -> None:
-    folder, counts = Path(sys.argv[1]), [int(text) for text in sys.argv[2:]] or [1500, 3000, 6000, 12_000, 24_000]
-    base = write_checkpoint(folder / "base", llama_tensors(4, 16, 32, 16, 64), llama_config(4, 16, 32, 64))
+    folder, counts = (
+        Path(sys.argv[1]),
+        [int(text) for text in sys.argv[2:]] or [1500, 3000, 6000, 12_000, 24_000],
+    )
+    base = write_checkpoint(
+        folder / "base", llama_tensors(4, 16, 32, 16, 64), llama_config(4, 16, 32, 64)
+    )
     for copies in counts:
         out = folder / f"out-{copies}"
         arguments = ("upscale", base, "--trim", "0", "--copies", str(copies), "-o", out, "-q")

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/planning.py FOLDER [--write]
 
-Each row is `dus upscale --dry-run` in a process of its own: CPU seconds, which other work on the machine lengthens less
-than the others, seconds, and peak memory. `bytes` is that memory, less what the same takes for a tiny model, for each
-tensor of the output. With --write the trillion-parameter model is written too: FOLDER must be on a file system with
-reflinks and sparse files (XFS, btrfs), for its data are a terabyte of holes.
+Each row is `dus upscale --dry-run` in a process of its own: CPU seconds, which other work on the
+machine lengthens less than the others, seconds, and peak memory. `bytes` is that memory, less what
+the same takes for a tiny model, for each tensor of the output. With --write the trillion-parameter
+model is written too: FOLDER must be on a file system with reflinks and sparse files (XFS, btrfs),
+for its data are a terabyte of holes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ MORE = (61, 496, 7168, 2048, 163_840)
 def measured(*command: str | Path) -> tuple[float, float, float, int]:
     """CPU seconds, seconds, peak memory in bytes, and the tensors that the report counts."""
     started = time.monotonic()
-    line = [sys.executable, "-c", _MEASURE, Path(sys.executable).with_name("dus"), *command, "--json"]
+    line = [
+        sys.executable,
+        "-c",
+        _MEASURE,
+        Path(sys.executable).with_name("dus"),
+        *command,
+        "--json",
+    ]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
     *report, used = done.stdout.strip().splitlines()
     code, seconds, kilobytes = used.split()
@@ -46,7 +54,9 @@ def measured(*command: str | Path) -> tuple[float, float, float, int]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    tiny = write_checkpoint(folder / "tiny", llama_tensors(4, 16, 32, 16, 64), llama_config(4, 16, 32, 64))
+    tiny = write_checkpoint(
+        folder / "tiny", llama_tensors(4, 16, 32, 16, 64), llama_config(4, 16, 32, 64)
+    )
     deep = llama_tensors(11_111, 16, 32, 16, 64), llama_config(11_111, 16, 32, 64)
     thousand = write_checkpoint(folder / "thousand", *deep, num_shards=1000, fill=None)
     bases = [
@@ -55,20 +65,32 @@ def main() -> None:
         ("100,000 layers of 4", tiny, ("--trim", "0", "--copies", "25000")),
         ("100,002 tensors in 1,000 shards", thousand, ()),
     ]
-    for name, shape in (("384 experts in FP8, 163 shards", TRILLION), ("496 experts in FP8, 163 shards", MORE)):
+    for name, shape in (
+        ("384 experts in FP8, 163 shards", TRILLION),
+        ("496 experts in FP8, 163 shards", MORE),
+    ):
         tensors, config = moe_tensors(*shape, is_fp8=True), moe_config(*shape, is_fp8=True)
-        base = write_checkpoint(folder / f"moe-{shape[1]}", tensors, config, num_shards=163, fill=None)
+        base = write_checkpoint(
+            folder / f"moe-{shape[1]}", tensors, config, num_shards=163, fill=None
+        )
         bases.append((f"{len(tensors):,} tensors: {name}", base, ()))
     print("| base | output tensors | CPU s | s | peak RSS, MB | bytes |\n|---|---|---|---|---|---|")
     least = None
     for name, base, options in bases:
-        cpu, seconds, memory, count = measured("upscale", base, *options, "-o", folder / "out", "--dry-run")
+        cpu, seconds, memory, count = measured(
+            "upscale", base, *options, "-o", folder / "out", "--dry-run"
+        )
         least = memory if least is None else least
         row = f"| {name} | {count:,} | {cpu:.1f} | {seconds:.1f} | {memory / 1e6:.0f} |"
         print(f"{row} {(memory - least) / count:.0f} |", flush=True)
     if "--write" in sys.argv:
-        cpu, seconds, memory, count = measured("upscale", bases[4][1], "-o", folder / "out", "--copy-mode", "clone")
-        print(f"| {bases[4][0]}, written | {count:,} | {cpu:.1f} | {seconds:.1f} | {memory / 1e6:.0f} | |")
+        cpu, seconds, memory, count = measured(
+            "upscale", bases[4][1], "-o", folder / "out", "--copy-mode", "clone"
+        )
+        print(
+            f"| {bases[4][0]}, written | {count:,} | {cpu:.1f} | {seconds:.1f} | "
+            f"{memory / 1e6:.0f} | |"
+        )
         shutil.rmtree(folder / "out")
 
 

@@ -1,13 +1,16 @@
-"""What a sweep of all trims costs against running each stacked model in full, and the memory of streamed layers.
+"""What a sweep of all trims costs against running each stacked model in full, and the memory of
+streamed layers.
 
     python tests/benchmarks/probe.py MODEL --data heldout.jsonl [--tokens 20480] [--precision fp32]
-    python tests/benchmarks/probe.py --seven-billion FOLDER [--trims 0:16] [--tokens 2048] [--precision fp32]
+    python tests/benchmarks/probe.py --seven-billion FOLDER [--trims 0:16] [--tokens 2048]
+    [--precision fp32]
 
-The peer is transformers: the loaded model's layers are stacked for each trim, and every row goes through its own
-forward with labels, one row at a time, on the same rows in the same dtype and process. Its time is that of the forwards
-alone; ours is the whole verb, from opening the model to the recommendation. CPU time stands beside wall time, because
-other work may share the cores. --seven-billion writes a model of Mistral-7B's shape (14.5 GB) and probes trims of it,
-one where nothing else is asked, with layers streamed from the disk.
+The peer is transformers: the loaded model's layers are stacked for each trim, and every row goes
+through its own forward with labels, one row at a time, on the same rows in the same dtype and
+process. Its time is that of the forwards alone; ours is the whole verb, from opening the model to
+the recommendation. CPU time stands beside wall time, because other work may share the cores.
+--seven-billion writes a model of Mistral-7B's shape (14.5 GB) and probes trims of it, one where
+nothing else is asked, with layers streamed from the disk.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ def since(start: Times) -> Times:
     return now[0] - start[0], now[1] - start[1]
 
 
-def theirs(model: Any, layers: Any, trims: range, rows: list[torch.Tensor]) -> tuple[dict[int, float], Times]:
+def theirs(
+    model: Any, layers: Any, trims: range, rows: list[torch.Tensor]
+) -> tuple[dict[int, float], Times]:
     """Mean loss of each stacked model, by its own forward."""
     losses = {}
     start = clock()
@@ -73,7 +78,9 @@ def compare(folder: str, data: str, tokens: int, precision: Precision) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     layers = model.model.layers
     tokeniser = Tokeniser(Path(folder), model.config.vocab_size)
-    packed = Packed(read_sample([data], tokeniser, tokens).texts, tokeniser, SEQUENCE, document_mask=False)
+    packed = Packed(
+        read_sample([data], tokeniser, tokens).texts, tokeniser, SEQUENCE, document_mask=False
+    )
     rows = [torch.from_numpy(row.input_ids)[None] for row in packed]
     trims = range(largest_trim(len(layers)) + 1)
     theirs(model, layers, trims[-1:], rows[:1])  # warm
@@ -91,13 +98,18 @@ def compare(folder: str, data: str, tokens: int, precision: Precision) -> None:
     full = sum(2 * (found.num_layers - trim) for trim in trims)
     print(f"| transformers, {full} layer passes a row | {peer[0]:.1f} | {peer[1]:.1f} |")
     print(f"| ratio | {mine[0] / peer[0]:.2f} | {mine[1] / peer[1]:.2f} |")
-    print(f"\n{len(rows)} rows of {SEQUENCE} tokens, {found.precision}, {torch.get_num_threads()} thread(s)")
+    print(
+        f"\n{len(rows)} rows of {SEQUENCE} tokens, {found.precision}, {torch.get_num_threads()} "
+        "thread(s)"
+    )
 
 
 def fill(_name: str, size: int, block: bytes = b"") -> bytes:
     """Small random bf16 numbers."""
     if not block:
-        numbers = torch.from_numpy(np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02)
+        numbers = torch.from_numpy(
+            np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02
+        )
         fill.__defaults__ = (numbers.bfloat16().view(torch.uint8).numpy().tobytes(),)
         block = fill.__defaults__[0]
     return (block * -(-size // len(block)))[:size]
@@ -109,13 +121,27 @@ def seven_billion(folder: Path, tokens: int, precision: Precision, trims: str) -
         write_mistral(model, fill=fill)
         tiny.write_tokenizer(model)
     data = tiny.write_corpus(folder / "text.jsonl")
-    command = [sys.executable, "-m", "dus_cli", "probe", str(model), "--data", str(data), "--stream-layers", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "dus_cli",
+        "probe",
+        str(model),
+        "--data",
+        str(data),
+        "--stream-layers",
+        "--json",
+    ]
     command += ["--trims", trims, "--precision", precision.value]
     command += ["--tokens", str(tokens), "--seq-length", str(min(tokens, SEQUENCE))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(json.dumps({key: report[key] for key in ("base", "layer_passes", "memory", "seconds")}, indent=1))
+    print(
+        json.dumps(
+            {key: report[key] for key in ("base", "layer_passes", "memory", "seconds")}, indent=1
+        )
+    )
     print(f"peak RSS {peak / 1e9:.2f} GB")
     shutil.rmtree(model)
 

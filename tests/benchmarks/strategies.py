@@ -1,10 +1,11 @@
-"""Ways to copy bytes where the file system cannot clone: what `dus_cli.writing.transfer` chose among.
+"""Ways to copy bytes where the file system cannot clone: what `dus_cli.writing.transfer` chose
+among.
 
     PYTHONPATH=. python tests/benchmarks/strategies.py MODEL --work DIR
 
-Each writes the shards of `dus upscale MODEL` into DIR, from a cold page cache, with an fsync of each file
-at the end, and removes them. Only whole blocks that agree in source and target are moved (all but a few
-of an ordinary model), so that every strategy does the same work.
+Each writes the shards of `dus upscale MODEL` into DIR, from a cold page cache, with an fsync of
+each file at the end, and removes them. Only whole blocks that agree in source and target are moved
+(all but a few of an ordinary model), so that every strategy does the same work.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, make_plan
 from dus_cli.source.checkpoint import open_checkpoint
 
-Copy = Callable[[int, int, int, int, int], None]  # source, target, source position, position, length
+Copy = Callable[
+    [int, int, int, int, int], None
+]  # source, target, source position, position, length
 MOVE = 64 << 20
 
 
 def buffered(piece: int) -> Copy:
-    """Copy by pread and pwrite through a buffer of `piece` bytes; with O_DIRECT files this is direct I/O."""
+    """Copy by pread and pwrite through a buffer of `piece` bytes; with O_DIRECT files this is
+    direct I/O.
+    """
 
     def copy(source: int, target: int, source_start: int, start: int, length: int) -> None:
         buffer = memoryview(mmap.mmap(-1, piece))
@@ -57,7 +62,9 @@ STRATEGIES: dict[str, tuple[Copy, int, int]] = {  # flags of source, of target
 }
 
 
-def run(plan: UpscalePlan, work: Path, copy: Copy, flags: tuple[int, int], jobs: int) -> tuple[float, float]:
+def run(
+    plan: UpscalePlan, work: Path, copy: Copy, flags: tuple[int, int], jobs: int
+) -> tuple[float, float]:
     """Wall and CPU seconds of one strategy."""
     os.sync()
     with contextlib.suppress(OSError):
@@ -78,7 +85,9 @@ def run(plan: UpscalePlan, work: Path, copy: Copy, flags: tuple[int, int], jobs:
                 closing.callback(os.close, source)
                 shift, blocks = segment.source_start - segment.start, segment.clonable
                 starts = range(blocks.start, blocks.stop, MOVE)
-                moves += [(source, target, at + shift, at, min(MOVE, blocks.stop - at)) for at in starts]
+                moves += [
+                    (source, target, at + shift, at, min(MOVE, blocks.stop - at)) for at in starts
+                ]
         list(pool.map(lambda move: copy(*move), moves))
         list(pool.map(os.fsync, targets))
     result = time.perf_counter() - started, time.process_time() - cpu
@@ -93,7 +102,9 @@ def main() -> None:
     parser.add_argument("--jobs", default="1,4")
     options = parser.parse_args()
     folder = Path(options.model)
-    plan = make_plan(Base(ModelRef(options.model, path=folder)), open_checkpoint(folder), MapRequest())
+    plan = make_plan(
+        Base(ModelRef(options.model, path=folder)), open_checkpoint(folder), MapRequest()
+    )
     print("| strategy | threads | s | CPU s |\n|---|---|---|---|", flush=True)
     for name, (copy, *flags) in STRATEGIES.items():
         for jobs in map(int, options.jobs.split(",")):

@@ -1,9 +1,11 @@
-"""`dus upscale --stream` from a Hub that sends so many bytes a second, against the same by way of the cache.
+"""`dus upscale --stream` from a Hub that sends so many bytes a second, against the same by way of
+the cache.
 
     python tests/benchmarks/stream.py --work DIR --rate 40MB --layers 4,16
 
-The Hub is the tests' stand-in on loopback, its line shared by all connections. `line` is the least that the source's
-bytes take at that rate; `time / line` is what issue and docs promise to be at most 1.15 for --stream. Prints Markdown.
+The Hub is the tests' stand-in on loopback, its line shared by all connections. `line` is the least
+that the source's bytes take at that rate; `time / line` is what issue and docs promise to be at
+most 1.15 for --stream. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -33,9 +35,23 @@ def measure(hub: StandInHub, work: Path, name: str, *options: str) -> tuple[Run,
     out, home = work / "out", work / "hf"
     for folder in (out, home):
         shutil.rmtree(folder, ignore_errors=True)
-    os.environ |= {"HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     os.sync()
-    command = [sys.executable, "-m", "dus_cli", "upscale", f"org/{name}", "--json", *options, "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "dus_cli",
+        "upscale",
+        f"org/{name}",
+        "--json",
+        *options,
+        "-o",
+        str(out),
+    ]
     run = spawn(command)
     sizes = used(out), used(home)
     for folder in (out, home):
@@ -44,14 +60,19 @@ def measure(hub: StandInHub, work: Path, name: str, *options: str) -> tuple[Run,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rate", type=parse_size, default=parse_size("40MB"))
     parser.add_argument("--layers", default="4,16")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--jobs", default="4")
     options = parser.parse_args()
-    print("| | source, GB | line, s | time, s | time / line | CPU s | peak RSS, MB | output, GB | cache, GB |")
+    print(
+        "| | source, GB | line, s | time, s | time / line | CPU s | peak RSS, MB | output, GB | "
+        "cache, GB |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for num_layers in map(int, options.layers.split(",")):
         name = f"mistral-{num_layers}x{options.hidden}"
@@ -64,13 +85,18 @@ def main() -> None:
             measure(hub, options.work, name, "--dry-run")  # the stand-in hashes its files once
             hub.faults.bytes_per_second = options.rate
             line = source / options.rate
-            ways = {f"--stream --jobs {jobs}": ("--stream", "--jobs", jobs) for jobs in options.jobs.split(",")}
+            ways = {
+                f"--stream --jobs {jobs}": ("--stream", "--jobs", jobs)
+                for jobs in options.jobs.split(",")
+            }
             for way, how in {**ways, "by way of the cache": ()}.items():
                 run, output, cache = measure(hub, options.work, name, *how)
                 assert json.loads(run.stdout)["status"] == "written"
                 print(
-                    f"| {num_layers} layers, {way} | {source / 1e9:.2f} | {line:.1f} | {run.seconds:.1f} | "
-                    f"**{run.seconds / line:.2f}** | {run.cpu:.1f} | {run.peak / 1e6:.0f} | {output / 1e9:.2f} | "
+                    f"| {num_layers} layers, {way} | {source / 1e9:.2f} | {line:.1f} | "
+                    f"{run.seconds:.1f} | "
+                    f"**{run.seconds / line:.2f}** | {run.cpu:.1f} | {run.peak / 1e6:.0f} | "
+                    f"{output / 1e9:.2f} | "
                     f"{cache / 1e9:.2f} |",
                     flush=True,
                 )

@@ -1,8 +1,9 @@
-"""Speed and memory of tokenising: `python tests/benchmarks/tokenise.py DATA.jsonl MODEL [MEGABYTES…]`.
+"""Speed and memory of tokenising: `python tests/benchmarks/tokenise.py DATA.jsonl MODEL
+[MEGABYTES…]`.
 
-DATA is repeated, each time with another number before its texts, until the file is as large as asked for;
-a child process prepares it with MODEL's tokenizer, another one finds it prepared. Work happens in a
-folder that is removed, below the current one: choose a disk, not a tmpfs.
+DATA is repeated, each time with another number before its texts, until the file is as large as
+asked for; a child process prepares it with MODEL's tokenizer, another one finds it prepared. Work
+happens in a folder that is removed, below the current one: choose a disk, not a tmpfs.
 """
 
 from __future__ import annotations
@@ -53,14 +54,20 @@ def measure(data: Path, model: str, size: int) -> None:
         for name in ("first run", "second run"):
             command = [sys.executable, __file__, "--child", str(corpus), model, folder]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            print(f"{size / 1e6:6,.0f} MB  {name:10}  {line(size, **json.loads(done.stdout))}", flush=True)
+            print(
+                f"{size / 1e6:6,.0f} MB  {name:10}  {line(size, **json.loads(done.stdout))}",
+                flush=True,
+            )
 
 
 def line(size: int, seconds: float, cpu: float, tokens: int, peak: int) -> str:
     figures = f"{seconds:7.1f} s, {cpu:.1f} s of CPU, peak RSS {peak / 1e6:,.0f} MB"
     if seconds < 1:  # nothing was tokenised
         return figures
-    return f"{figures}, {tokens:,} tokens: {size / 1e6 / seconds:,.1f} MB/s, {tokens / seconds / 1e6:,.2f} M tokens/s"
+    return (
+        f"{figures}, {tokens:,} tokens: {size / 1e6 / seconds:,.1f} MB/s, "
+        f"{tokens / seconds / 1e6:,.2f} M tokens/s"
+    )
 
 
 if __name__ == "__main__":

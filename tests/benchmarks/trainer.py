@@ -1,10 +1,12 @@
 """The peer: transformers' Trainer on the rows that `dus heal` trains on, as a process of its own.
 
-    python tests/benchmarks/trainer.py RUN_JSON --steps 15 [--eval-every 1] [--batch-rows 8] [--lr 1e-4]
+    python tests/benchmarks/trainer.py RUN_JSON --steps 15 [--eval-every 1] [--batch-rows 8] [--lr
+    1e-4]
 
-RUN_JSON is of a `dus heal --print-command` with the same model and data. Its defaults otherwise: fp32
-weights under bf16 autocast, AdamW, full logits. Prints JSON lines: step, tokens, loss or eval_loss, and at
-the end tokens_per_second, tokens_per_cpu_second and peak_memory_bytes. The time of evaluations is not counted.
+RUN_JSON is of a `dus heal --print-command` with the same model and data. Its defaults otherwise:
+fp32 weights under bf16 autocast, AdamW, full logits. Prints JSON lines: step, tokens, loss or
+eval_loss, and at the end tokens_per_second, tokens_per_cpu_second and peak_memory_bytes. The time
+of evaluations is not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from dus_cli.data.streams import Prepared, Rows, RowsInOrder, heldout_rows
 from dus_cli.heal.run import Run, read_run
@@ -66,11 +74,18 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
             for row in self._heldout if self._every < 10**9 else []:
                 ids, labels, positions = (torch.from_numpy(part)[None] for part in row)
                 logits = model(input_ids=ids, position_ids=positions).logits.float()
-                total += float(torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum"))
+                total += float(
+                    torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
+                )
                 count += int((labels != -100).sum())
         model.train()
         if count:
-            print(json.dumps({"step": step, "tokens": step * self._tokens, "eval_loss": total / count}), flush=True)
+            print(
+                json.dumps(
+                    {"step": step, "tokens": step * self._tokens, "eval_loss": total / count}
+                ),
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -84,7 +99,9 @@ def main() -> None:
     run = read_run(options.run)
     data = Prepared.from_json(run.data)
     rows = Rows(data, run.tokens_folder, run.seq_length, run.recipe.seed)
-    heldout = heldout_rows(data, run.tokens_folder, run.seq_length, max_tokens=run.keeping.eval_tokens)
+    heldout = heldout_rows(
+        data, run.tokens_folder, run.seq_length, max_tokens=run.keeping.eval_tokens
+    )
     tokens = options.batch_rows * run.seq_length
     watch = _Watch(run, heldout, options.eval_every, tokens)
     with tempfile.TemporaryDirectory() as folder:

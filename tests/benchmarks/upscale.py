@@ -1,12 +1,15 @@
-"""Compare `dus upscale` with mergekit's passthrough and with a plain copy loop, in pairs, in one run.
+"""Compare `dus upscale` with mergekit's passthrough and with a plain copy loop, in pairs, in one
+run.
 
     python tests/benchmarks/upscale.py --work DIR --mergekit VENV/bin/mergekit-yaml --compare-bytes
-    python tests/benchmarks/upscale.py --work DIR --rounds 0 --jobs 1,2,4,8 --sizes --many --dry-run-time
+    python tests/benchmarks/upscale.py --work DIR --rounds 0 --jobs 1,2,4,8 --sizes --many
+    --dry-run-time
 
-DIR's file system is the one measured: ext4, or a mounted XFS or btrfs. A disk's speed varies from minute
-to minute, so peers take turns, their order changes with each round, and ratios are formed within a round.
-At full size DIR needs 36 GB (58 GB with --compare-bytes) and the machine should be quiet.
-Run it as root, so that the page cache can be dropped before each measurement. Prints Markdown.
+DIR's file system is the one measured: ext4, or a mounted XFS or btrfs. A disk's speed varies from
+minute to minute, so peers take turns, their order changes with each round, and ratios are formed
+within a round. At full size DIR needs 36 GB (58 GB with --compare-bytes) and the machine should be
+quiet. Run it as root, so that the page cache can be dropped before each measurement. Prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -30,11 +33,15 @@ from statistics import median
 from typing import NamedTuple
 
 CHORES = Path(__file__).resolve().with_name("chores.py")
-PYTHONPATH = os.pathsep.join(str(folder) for folder in CHORES.parents[1:3])  # the tests, the repository
+PYTHONPATH = os.pathsep.join(
+    str(folder) for folder in CHORES.parents[1:3]
+)  # the tests, the repository
 
 
 class Run(NamedTuple):
-    """One measured child process. `synced` counts until everything it wrote is on the disk (`sync`)."""
+    """One measured child process. `synced` counts until everything it wrote is on the disk
+    (`sync`).
+    """
 
     seconds: float
     synced: float
@@ -66,7 +73,8 @@ class Bench:
         if self.mergekit:
             config = self.work / "mergekit.yml"
             slices = "".join(
-                f"- sources:\n  - model: {json.dumps(str(self.source))}\n    layer_range: {layers}\n"
+                f"- sources:\n  - model: {json.dumps(str(self.source))}\n    layer_range: "
+                f"{layers}\n"
                 for layers in ([0, n - m], [m, n])
             )
             config.write_text(f"slices:\n{slices}merge_method: passthrough\ndtype: bfloat16\n")
@@ -93,13 +101,18 @@ def spawn(command: Sequence[str]) -> Run:
         output.seek(0)
         errors.seek(0)
         if process.returncode:
-            sys.exit(f"{shlex.join(command)}: exit {process.returncode}\n{errors.read().decode()[-3000:]}")
+            sys.exit(
+                f"{shlex.join(command)}: exit "
+                f"{process.returncode}\n{errors.read().decode()[-3000:]}"
+            )
         cpu = usage.ru_utime + usage.ru_stime
         return Run(seconds, seconds, cpu, usage.ru_maxrss * 1024, 0, output.read().decode())
 
 
 def measure(command: Sequence[str], work: Path) -> Run:
-    """Run with a cold page cache on a settled disk, the output's path added; remove the output afterwards."""
+    """Run with a cold page cache on a settled disk, the output's path added; remove the output
+    afterwards.
+    """
     before = settle(work)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         started = time.perf_counter()
@@ -114,10 +127,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def settle(folder: Path) -> int:
-    """Give every peer the same start; the free bytes, once they rest (btrfs and XFS free what is removed later).
+    """Give every peer the same start; the free bytes, once they rest (btrfs and XFS free what is
+    removed later).
 
-    The five seconds matter in virtual machines: memory that the last peer freed is warm until the host takes
-    it back, and then costs CPU time to touch. Without the pause, a peer's place in the order decides.
+    The five seconds matter in virtual machines: memory that the last peer freed is warm until the
+    host takes it back, and then costs CPU time to touch. Without the pause, a peer's place in the
+    order decides.
     """
     os.sync()
     drop_caches()
@@ -168,15 +183,32 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 
 def values(numbers: Sequence[float], digits: int) -> str:
     """The median, then every value in the order of the rounds."""
-    return f"**{median(numbers):.{digits}f}** ({', '.join(f'{number:.{digits}f}' for number in numbers)})"
+    return (
+        f"**{median(numbers):.{digits}f}** "
+        f"({', '.join(f'{number:.{digits}f}' for number in numbers)})"
+    )
 
 
 def run_table(title: str, runs: Mapping[str, Sequence[Run]]) -> None:
     heads = ["", "s", "s until on disk", "CPU s", "peak RSS, MB", "disk growth, GB"]
-    columns = [("seconds", 1, 2), ("synced", 1, 2), ("cpu", 1, 2), ("peak", 1e6, 0), ("growth", 1e9, 3)]
+    columns = [
+        ("seconds", 1, 2),
+        ("synced", 1, 2),
+        ("cpu", 1, 2),
+        ("peak", 1e6, 0),
+        ("growth", 1e9, 3),
+    ]
     rows = []
     for peer, done in runs.items():
-        rows.append([peer, *(values([getattr(run, a) / unit for run in done], digits) for a, unit, digits in columns)])
+        rows.append(
+            [
+                peer,
+                *(
+                    values([getattr(run, a) / unit for run in done], digits)
+                    for a, unit, digits in columns
+                ),
+            ]
+        )
     table(title, heads, rows)
 
 
@@ -200,13 +232,20 @@ def compare_peers(bench: Bench) -> None:
     seconds = {peer: [run.seconds for run in done] for peer, done in runs.items()}
     no_fsync = [run.seconds - json.loads(run.stdout)["fsync_seconds"] for run in runs["loop"]]
     report = json.loads(runs["dus"][0].stdout)
-    print(f"\n- output: {report['bytes'] / 1e9:.2f} GB; dus cloned {report['bytes_cloned'] / 1e9:.2f} GB of it")
+    print(
+        f"\n- output: {report['bytes'] / 1e9:.2f} GB; dus cloned "
+        f"{report['bytes_cloned'] / 1e9:.2f} GB of it"
+    )
     print(f"- loop, s without its fsync: {values(no_fsync, 2)}")
     if "mergekit" in runs:
         ratio("mergekit / dus, time", seconds["mergekit"], seconds["dus"])
         on_disk = [[run.synced for run in runs[peer]] for peer in ("mergekit", "dus")]
         ratio("mergekit / dus, time until on disk (mergekit does not fsync)", *on_disk)
-        ratio("dus / mergekit, CPU", [run.cpu for run in runs["dus"]], [run.cpu for run in runs["mergekit"]])
+        ratio(
+            "dus / mergekit, CPU",
+            [run.cpu for run in runs["dus"]],
+            [run.cpu for run in runs["mergekit"]],
+        )
     ratio("dus / loop, time", seconds["dus"], seconds["loop"])
     ratio("dus / loop without its fsync, time", seconds["dus"], no_fsync)
     print("\nCommands (OUT is the output):\n")
@@ -229,7 +268,9 @@ def sweep_jobs(bench: Bench, jobs: Sequence[int]) -> None:
     runs: dict[str, list[Run]] = {f"--jobs {number}": [] for number in jobs}
     for _ in range(max(1, bench.rounds)):
         for name, done in runs.items():
-            command = bench.upscale(bench.source, bench.num_layers // 4, "--copy-mode", "copy", *name.split())
+            command = bench.upscale(
+                bench.source, bench.num_layers // 4, "--copy-mode", "copy", *name.split()
+            )
             done.append(measure(command, bench.work))
             say(f"{name}: {done[-1].seconds:.1f} s")
     run_table("dus --copy-mode copy, by number of jobs", runs)
@@ -243,7 +284,12 @@ def sweep_sizes(bench: Bench) -> None:
         with made("make_mistral", folder, num_layers, bench.hidden) as source:
             run = measure(bench.upscale(source, num_layers // 4, "--copy-mode", "copy"), bench.work)
             written = json.loads(run.stdout)["bytes"] / 1e9
-            figures = [f"{gigabytes(source):.2f}", f"{written:.2f}", f"{run.peak / 1e6:.0f}", f"{run.seconds:.1f}"]
+            figures = [
+                f"{gigabytes(source):.2f}",
+                f"{written:.2f}",
+                f"{run.peak / 1e6:.0f}",
+                f"{run.seconds:.1f}",
+            ]
             rows.append([str(num_layers), *figures])
     heads = ["layers", "source, GB", "output, GB", "peak RSS, MB", "s"]
     table("Memory of dus --copy-mode copy, by size of model", heads, rows)
@@ -253,12 +299,27 @@ def time_many(bench: Bench) -> None:
     """What grows with the number of shards, tensors and layers instead of bytes."""
     with made("make_many_shards", bench.work / "many-shards") as source:
         command = [*bench.upscale(source, 25, "--dry-run"), str(bench.work / "output")]
-        rows = [many_row("100,003 tensors in 1,000 shards, --dry-run", [spawn(command) for _ in range(3)])]
+        rows = [
+            many_row(
+                "100,003 tensors in 1,000 shards, --dry-run", [spawn(command) for _ in range(3)]
+            )
+        ]
     for num_layers in (500, 1000, 2000):
-        with made("make_many_layers", bench.work / f"many-layers-{num_layers}", num_layers) as source:
+        with made(
+            "make_many_layers", bench.work / f"many-layers-{num_layers}", num_layers
+        ) as source:
             command = bench.upscale(source, num_layers // 4)
-            rows.append(many_row(f"{num_layers:,} layers, written", [measure(command, bench.work) for _ in range(3)]))
-    table("Many tensors", ["base", "output tensors", "s", "peak RSS, MB", "µs per output tensor"], rows)
+            rows.append(
+                many_row(
+                    f"{num_layers:,} layers, written",
+                    [measure(command, bench.work) for _ in range(3)],
+                )
+            )
+    table(
+        "Many tensors",
+        ["base", "output tensors", "s", "peak RSS, MB", "µs per output tensor"],
+        rows,
+    )
 
 
 def many_row(name: str, runs: Sequence[Run]) -> list[str]:
@@ -269,9 +330,15 @@ def many_row(name: str, runs: Sequence[Run]) -> list[str]:
 
 
 def time_dry_run(bench: Bench, repeats: int = 9) -> None:
-    dry_run = [*bench.upscale(bench.source, bench.num_layers // 4, "--dry-run"), str(bench.work / "output")]
+    dry_run = [
+        *bench.upscale(bench.source, bench.num_layers // 4, "--dry-run"),
+        str(bench.work / "output"),
+    ]
     rows = []
-    for name, command in {"dus upscale --dry-run": dry_run, "dus --help": [bench.dus, "--help"]}.items():
+    for name, command in {
+        "dus upscale --dry-run": dry_run,
+        "dus --help": [bench.dus, "--help"],
+    }.items():
         spawn(command)  # warms the cache for Python's own files
         seconds = [spawn(command).seconds for _ in range(repeats)]
         rows.append([name, f"{min(seconds):.3f}", f"{median(seconds):.3f}"])
@@ -280,17 +347,35 @@ def time_dry_run(bench: Bench, repeats: int = 9) -> None:
 
 def describe(bench: Bench) -> None:
     """What a reader needs in order to believe the numbers, or to repeat them."""
-    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpus = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     cpu = cpus[0].partition(":")[2].strip() if cpus else platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    versions = [spawn([bench.dus, "--version"]).stdout.strip(), f"Python {platform.python_version()}"]
+    versions = [
+        spawn([bench.dus, "--version"]).stdout.strip(),
+        f"Python {platform.python_version()}",
+    ]
     if bench.mergekit:
-        code = "from importlib.metadata import version as v; print('mergekit', v('mergekit'), 'torch', v('torch'))"
-        versions.append(spawn([str(Path(bench.mergekit[0]).with_name("python")), "-c", code]).stdout.strip())
+        code = (
+            "from importlib.metadata import version as v; print('mergekit', v('mergekit'), "
+            "'torch', v('torch'))"
+        )
+        versions.append(
+            spawn([str(Path(bench.mergekit[0]).with_name("python")), "-c", code]).stdout.strip()
+        )
     cache = "dropped before each run" if drop_caches() else "not dropped (only root can)"
     print(f"## dus upscale, measured on {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}\n")
-    print(f"- machine: {cpu}, {os.cpu_count()} cores, {memory:.0f} GB of memory, Linux {platform.release()}")
-    print(f"- file system: {file_system(bench.work)}; page cache {cache}; load average {os.getloadavg()[0]:.2f}")
+    print(
+        f"- machine: {cpu}, {os.cpu_count()} cores, {memory:.0f} GB of memory, Linux "
+        f"{platform.release()}"
+    )
+    print(
+        f"- file system: {file_system(bench.work)}; page cache {cache}; load average "
+        f"{os.getloadavg()[0]:.2f}"
+    )
     print(f"- versions: {'; '.join(versions)}")
     print("- numbers: **median** (each round); RSS as the kernel counts it, with mapped file pages")
     print(f"- command: `{shlex.join(['python', *sys.argv])}`")
@@ -303,18 +388,38 @@ def file_system(folder: Path) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory on the file system to measure")
-    parser.add_argument("--dus", default=str(Path(sys.executable).with_name("dus")), help="the dus executable")
-    parser.add_argument("--mergekit", type=shlex.split, default=[], help="mergekit-yaml, and options for it")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison; 0 leaves it out (3)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="directory on the file system to measure"
+    )
+    parser.add_argument(
+        "--dus", default=str(Path(sys.executable).with_name("dus")), help="the dus executable"
+    )
+    parser.add_argument(
+        "--mergekit", type=shlex.split, default=[], help="mergekit-yaml, and options for it"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of the comparison; 0 leaves it out (3)"
+    )
     parser.add_argument("--layers-of-base", type=int, default=32, help="layers of the source (32)")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the source (4096)")
-    parser.add_argument("--compare-bytes", action="store_true", help="hold dus' output against mergekit's")
-    parser.add_argument("--jobs", type=lambda text: [int(word) for word in text.split(",")], help="sweep: 1,2,4,8")
-    parser.add_argument("--sizes", action="store_true", help="memory of dus for 1, 4, 12 and 32 layers")
-    parser.add_argument("--many", action="store_true", help="1,000 shards, 100,000 tensors, 2,000 layers")
-    parser.add_argument("--dry-run-time", action="store_true", help="seconds of --dry-run and of --help")
+    parser.add_argument(
+        "--compare-bytes", action="store_true", help="hold dus' output against mergekit's"
+    )
+    parser.add_argument(
+        "--jobs", type=lambda text: [int(word) for word in text.split(",")], help="sweep: 1,2,4,8"
+    )
+    parser.add_argument(
+        "--sizes", action="store_true", help="memory of dus for 1, 4, 12 and 32 layers"
+    )
+    parser.add_argument(
+        "--many", action="store_true", help="1,000 shards, 100,000 tensors, 2,000 layers"
+    )
+    parser.add_argument(
+        "--dry-run-time", action="store_true", help="seconds of --dry-run and of --help"
+    )
     options = parser.parse_args()
     if options.compare_bytes and not options.mergekit:
         parser.error("--compare-bytes needs --mergekit")
@@ -325,12 +430,17 @@ def main() -> None:
     options = parse()
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(work, options.dus, options.mergekit, options.layers_of_base, options.hidden, options.rounds)
+    bench = Bench(
+        work, options.dus, options.mergekit, options.layers_of_base, options.hidden, options.rounds
+    )
     describe(bench)
     if options.rounds or options.compare_bytes or options.jobs or options.dry_run_time:
-        with made("make_mistral", bench.source, bench.num_layers, bench.hidden, keep=True) as source:
+        with made(
+            "make_mistral", bench.source, bench.num_layers, bench.hidden, keep=True
+        ) as source:
             print(
-                f"- source: {bench.num_layers} layers, hidden size {bench.hidden}, {gigabytes(source):.2f} GB of bf16"
+                f"- source: {bench.num_layers} layers, hidden size {bench.hidden}, "
+                f"{gigabytes(source):.2f} GB of bf16"
             )
     if options.rounds:
         compare_peers(bench)

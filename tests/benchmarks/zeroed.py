@@ -3,8 +3,8 @@ r"""A control: the same deeper model, with its inserted layers made silent.
     python tests/benchmarks/zeroed.py MODEL OUT
 
 The inserted layers are those that stand between the base's own first n - m and last m. Their output
-projections become 0, so the model computes exactly its base; what it then gains by `dus heal` is the
-corpus's domain, and none of it is repair.
+projections become 0, so the model computes exactly its base; what it then gains by `dus heal` is
+the corpus's domain, and none of it is repair.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def main() -> None:
     model, out = Path(sys.argv[1]), Path(sys.argv[2])
     shutil.copytree(model, out)
     lineage = json.loads((model / "dus.json").read_text())
-    base, deeper, trim = lineage["num_layers"]["base"], lineage["num_layers"]["output"], lineage["trim"]
+    base, deeper, trim = (
+        lineage["num_layers"]["base"],
+        lineage["num_layers"]["output"],
+        lineage["trim"],
+    )
     inserted = range(base - trim, deeper - trim)
     for path in out.glob("*.safetensors"):
         tensors = load_file(path)

@@ -1,9 +1,11 @@
-"""The zoo of tests/test_zoo.py by mergekit: the same tiny bases, the same layer map, the same oracle.
+"""The zoo of tests/test_zoo.py by mergekit: the same tiny bases, the same layer map, the same
+oracle.
 
 python tests/benchmarks/zoo_mergekit.py VENV/bin/mergekit-yaml
 
-Every type is merged with `passthrough` and two slices by the real command, in a process forked from one that has
-imported it (a start takes seconds). The table of docs/architectures.md is what this prints.
+Every type is merged with `passthrough` and two slices by the real command, in a process forked from
+one that has imported it (a start takes seconds). The table of docs/architectures.md is what this
+prints.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from zoo import EQUAL
 
 from dus_cli.maps.layers import source_layers
 
-# Runs under mergekit's own Python: a line "LIMIT CONFIG OUT" in, the exit code of mergekit-yaml out; its output goes
-# to OUT.log, and a merge that exceeds its limit (seconds) ends by SIGALRM.
+# Runs under mergekit's own Python: a line "LIMIT CONFIG OUT" in, the exit code of mergekit-yaml
+# out; its output goes to OUT.log, and a merge that exceeds its limit (seconds) ends by SIGALRM.
 _SERVER = """
 import os, signal, sys
 import torch
@@ -64,14 +66,21 @@ class Mergekit:
         python = str(executable.with_name("python"))
         self.limit = limit
         self.process = subprocess.Popen(
-            [python, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [python, "-c", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         assert self._answer() == "ready"
         code = (
             "from importlib.metadata import version as v; "
-            "print(*(f'{name} {v(name)}' for name in ('mergekit', 'transformers', 'torch')), sep=', ')"
+            "print(*(f'{name} {v(name)}' for name in ('mergekit', 'transformers', 'torch')), "
+            "sep=', ')"
         )
-        self.versions = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+        self.versions = subprocess.run(
+            [python, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
@@ -84,7 +93,9 @@ class Mergekit:
             for layers in ((0, num_layers - trim), (trim, num_layers))
         ]
         config = out.with_suffix(".yaml")
-        config.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))  # JSON is YAML
+        config.write_text(
+            json.dumps({"merge_method": "passthrough", "slices": slices})
+        )  # JSON is YAML
         assert self.process.stdin is not None
         self.process.stdin.write(f"{self.limit}\t{config}\t{out}\n")
         return int(self._answer())
@@ -111,7 +122,9 @@ def outcome(model_type: str, folder: Path, mergekit: Mergekit) -> tuple[str, str
 
 
 def _difference(written: Any, complaints: dict[str, Any]) -> str:
-    """What a person could have seen, had they looked: the depth, and keys that the loader reports."""
+    """What a person could have seen, had they looked: the depth, and keys that the loader
+    reports.
+    """
     config = written.config.get_text_config()
     depth = next((getattr(config, key) for key in zoo.DEPTH_KEYS if hasattr(config, key)), None)
     keys = ", ".join(f"{len(found)} {name}" for name, found in complaints.items())
@@ -123,7 +136,9 @@ def table(found: dict[str, tuple[str, str]]) -> str:
     counts = Counter(result for result, _ in found.values())
     rows = ["| outcome | of | which model types |", "|---|---|---|"]
     for name, meaning in OUTCOMES.items():
-        types = " ".join(sorted(model_type for model_type, (result, _) in found.items() if result == name))
+        types = " ".join(
+            sorted(model_type for model_type, (result, _) in found.items() if result == name)
+        )
         rows.append(f"| {name}: {meaning} | {counts[name]} | {types} |")
     return "\n".join(rows)
 
@@ -132,7 +147,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("mergekit", type=Path, help="path of mergekit-yaml")
     parser.add_argument("--limit", type=int, default=60, help="seconds for one merge (60)")
-    parser.add_argument("--types", nargs="*", default=EQUAL, help="model types (all that dus writes equal)")
+    parser.add_argument(
+        "--types", nargs="*", default=EQUAL, help="model types (all that dus writes equal)"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -142,7 +159,11 @@ def main() -> None:
     for model_type in options.types:
         with tempfile.TemporaryDirectory() as folder:
             found[model_type] = outcome(model_type, Path(folder), mergekit)
-        print(f"{model_type}: {': '.join(filter(None, found[model_type]))}", file=sys.stderr, flush=True)
+        print(
+            f"{model_type}: {': '.join(filter(None, found[model_type]))}",
+            file=sys.stderr,
+            flush=True,
+        )
     print(f"{mergekit.versions}; read by transformers {transformers.__version__}\n\n{table(found)}")
 
 

@@ -46,7 +46,9 @@ def generate(folder: str) -> str:
 
 
 def write_corpus(path: Path) -> None:
-    """Real English text that every Python has: the pages of its language reference that `help()` shows."""
+    """Real English text that every Python has: the pages of its language reference that `help()`
+    shows.
+    """
     lines = [json.dumps({"id": name, "text": text}) for name, text in sorted(topics.items())]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -61,12 +63,28 @@ def main(model: str, out: str) -> None:
     run("verify", out, "--base", model)
     healed, corpus = f"{out}-healed", Path(out).with_name("corpus.jsonl")
     write_corpus(corpus)
-    # Small, so that a slow machine is done in a minute or two: a real healing takes a thousand times the text.
-    size = ["--steps", "8", "--seq-length", "256", "--batch-tokens", "512", "--eval-tokens", "2K", "--eval-every", "2"]
+    # Small, so that a slow machine is done in a minute or two: a real healing takes a thousand
+    # times the text.
+    size = [
+        "--steps",
+        "8",
+        "--seq-length",
+        "256",
+        "--batch-tokens",
+        "512",
+        "--eval-tokens",
+        "2K",
+        "--eval-every",
+        "2",
+    ]
     shutil.rmtree(healed, ignore_errors=True)
     run("heal", out, "--data", str(corpus), *size, "--holdout", "5%", "-o", healed)
     run("verify", healed)
-    for name, folder in (("base", model), ("up-scaled, not healed", out), ("healed a little", healed)):
+    for name, folder in (
+        ("base", model),
+        ("up-scaled, not healed", out),
+        ("healed a little", healed),
+    ):
         say(f"{name}: {folder}")
         print("  " + " ".join(generate(folder).split()))
     say("The up-scaled model loads like any other and is worse than its base until it is healed.")

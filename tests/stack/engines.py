@@ -1,4 +1,6 @@
-"""Tiny random bases in the words of the Hub's files, and what each inference engine computes of a checkpoint."""
+"""Tiny random bases in the words of the Hub's files, and what each inference engine computes of
+a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,12 @@ _SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TinyBase:
-    """A base of a few thousand parameters a layer: what its class is given, and what its file says in other words.
+    """A base of a few thousand parameters a layer: what its class is given, and what its file says
+    in other words.
 
-    `hub` are fields that its config.json gets, and `gone` those that it loses, so that it says what the Hub's does.
-    `keeps_rope`: its `rope_parameters` stay, for its class has others where the file is silent.
+    `hub` are fields that its config.json gets, and `gone` those that it loses, so that it says what
+    the Hub's does. `keeps_rope`: its `rope_parameters` stay, for its class has others where the
+    file is silent.
     """
 
     model_type: str
@@ -54,16 +58,22 @@ class TinyBase:
                 if parameter.dim() == 1 and "sinks" not in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         model.save_pretrained(folder)
-        said = json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float32"} | self.hub
+        said = (
+            json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float32"} | self.hub
+        )
         if not self.keeps_rope:
             said |= _rope_as_on_the_hub(said.pop("rope_parameters", None) or {})
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k not in self.gone}, indent=2))
+        (folder / "config.json").write_text(
+            json.dumps({k: v for k, v in said.items() if k not in self.gone}, indent=2)
+        )
         _write_tokenizer(folder, with_sentencepiece=self.needs_sentencepiece)
         return folder
 
 
 def _rope_as_on_the_hub(rope: dict[str, Any]) -> dict[str, Any]:
-    """Transformers 5 says `rope_parameters`, by kind of layer where they differ; files on the Hub a field for each."""
+    """Transformers 5 says `rope_parameters`, by kind of layer where they differ; files on the
+    Hub a field for each.
+    """
     if "full_attention" in rope:
         full, sliding = rope["full_attention"], rope["sliding_attention"]
         return {"rope_theta": full["rope_theta"], "rope_local_base_freq": sliding["rope_theta"]}
@@ -71,8 +81,16 @@ def _rope_as_on_the_hub(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, *, with_sentencepiece: bool) -> None:
-    """SmolLM2's, which llama.cpp's converter knows by its hash; and a model of sentencepiece where it asks for one."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"):
+    """SmolLM2's, which llama.cpp's converter knows by its hash; and a model of sentencepiece
+    where it asks for one.
+    """
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+    ):
         source = Path(os.environ["SMOLLM2"]) / name
         if source.exists():
             shutil.copyfile(source, folder / name)
@@ -88,18 +106,22 @@ def _write_tokenizer(folder: Path, *, with_sentencepiece: bool) -> None:
         (folder / "tokenizer.vocab").unlink()
 
 
-# --- engines: from a folder and ids to log probabilities ---------------------------------------------
+# --- engines: from a folder and ids to log probabilities ------------------------------------------
 
 
 @dataclass(frozen=True)
 class Computed:
-    """Log probabilities, positions x tokens: of every position and token, or of some `tokens` at the last position."""
+    """Log probabilities, positions x tokens: of every position and token, or of some `tokens` at
+    the last position.
+    """
 
     values: Any
     tokens: Any = None
 
     def difference(self, reference: Computed) -> float:
-        """The largest difference from a reference that has all, over the tokens that are likely in either."""
+        """The largest difference from a reference that has all, over the tokens that are likely
+        in either.
+        """
         import numpy as np
 
         theirs = reference.values if self.tokens is None else reference.values[-1:, self.tokens]
@@ -111,7 +133,9 @@ def by_transformers(folder: Path) -> Computed:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         return Computed(model(torch.tensor([IDS])).logits[0].log_softmax(-1).numpy())
 
@@ -121,8 +145,19 @@ def by_llama_cpp(folder: Path) -> Computed:
     import numpy as np
     import xllamacpp
 
-    llama_cpp, out = Path(os.environ["STACK"]) / "llama.cpp", folder.with_name(f"{folder.name}.gguf")
-    convert = (sys.executable, llama_cpp / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", out)
+    llama_cpp, out = (
+        Path(os.environ["STACK"]) / "llama.cpp",
+        folder.with_name(f"{folder.name}.gguf"),
+    )
+    convert = (
+        sys.executable,
+        llama_cpp / "convert_hf_to_gguf.py",
+        folder,
+        "--outtype",
+        "f32",
+        "--outfile",
+        out,
+    )
     run(*convert, PYTHONPATH=str(llama_cpp / "gguf-py"))
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(out), 128, 1, False
@@ -132,7 +167,9 @@ def by_llama_cpp(folder: Path) -> Computed:
     (token,) = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
     out.unlink()
     best = token["top_logprobs"]
-    return Computed(np.array([[one["logprob"] for one in best]]), np.array([one["id"] for one in best]))
+    return Computed(
+        np.array([[one["logprob"] for one in best]]), np.array([one["id"] for one in best])
+    )
 
 
 def by_mlx(folder: Path) -> Computed:
@@ -162,7 +199,17 @@ def by_transformers_451(folder: Path) -> Computed:
 
     out = folder.with_name(f"{folder.name}.npy")
     libraries = str(Path(os.environ["STACK"]) / "transformers-4.51.3")
-    run(sys.executable, "-W", "ignore", "-c", _OLDER, folder, json.dumps(IDS), out, PYTHONPATH=libraries)
+    run(
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        _OLDER,
+        folder,
+        json.dumps(IDS),
+        out,
+        PYTHONPATH=libraries,
+    )
     values = np.load(out)
     out.unlink()
     return Computed(values)

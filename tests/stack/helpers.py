@@ -37,7 +37,11 @@ def tensors(folder: Path) -> dict[str, Any]:
     """All tensors of a checkpoint."""
     from safetensors.torch import load_file
 
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def logits(folder: Path, ids: list[int], **options: Any) -> Any:

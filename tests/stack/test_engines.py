@@ -1,4 +1,6 @@
-"""The table of inference engines, held against the engines: what it says of an output is what they compute."""
+"""The table of inference engines, held against the engines: what it says of an output is what
+they compute.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import pytest
 from stack.engines import BY_ENGINE, Computed, TinyBase, by_transformers
 from stack.helpers import ROOT, dus
 
-# Log probabilities: two that compute the same differ by less than one, two that do not by more than the other.
+# Log probabilities: two that compute the same differ by less than one, two that do not by more than
+# the other.
 SAME, ANOTHER = 0.05, 0.5
 
 KEPT_BY_5 = ("layer_types", "_sliding_window_pattern")
@@ -23,7 +26,8 @@ LATENT = {
 class Row:
     """A base, the maps that are tried, and the engines that compute the base as transformers does.
 
-    `windowless` are engines that do not, since they have no windows by layer: the table says so of them.
+    `windowless` are engines that do not, since they have no windows by layer: the table says so of
+    them.
     """
 
     base: TinyBase
@@ -135,25 +139,41 @@ def test_what_the_table_says_of_an_output_is_what_the_engines_compute(
     row: Row, base: Path, reference: Computed
 ) -> None:
     for engine in row.engines:
-        assert BY_ENGINE[engine](base).difference(reference) < SAME, f"{engine} agrees on the base first"
+        assert BY_ENGINE[engine](base).difference(reference) < SAME, (
+            f"{engine} agrees on the base first"
+        )
     for number, options in enumerate(row.maps):
         output = base.with_name(f"output-{number}")
         dus("upscale", base, *options, "-o", output, "-q")
-        verdicts = {one["engine"]: one["verdict"] for one in json.loads((output / "dus.json").read_text())["engines"]}
+        verdicts = {
+            one["engine"]: one["verdict"]
+            for one in json.loads((output / "dus.json").read_text())["engines"]
+        }
         expected = by_transformers(output)
         for engine in row.engines:
             difference = BY_ENGINE[engine](output).difference(expected)
-            assert verdicts[engine] == ("right" if difference < SAME else "differs"), (options, engine, difference)
+            assert verdicts[engine] == ("right" if difference < SAME else "differs"), (
+                options,
+                engine,
+                difference,
+            )
             assert difference < SAME or difference > ANOTHER, (options, engine, difference)
 
 
-def test_an_engine_without_windows_departs_from_the_base_already(row: Row, base: Path, reference: Computed) -> None:
+def test_an_engine_without_windows_departs_from_the_base_already(
+    row: Row, base: Path, reference: Computed
+) -> None:
     for engine in row.windowless:
         assert BY_ENGINE[engine](base).difference(reference) > ANOTHER
         output = base.with_name(f"output-for-{engine}")
         dus("upscale", base, *row.maps[0], "-o", output, "-q")
-        verdicts = {one["engine"]: one for one in json.loads((output / "dus.json").read_text())["engines"]}
-        assert (verdicts[engine]["base"], verdicts[engine]["verdict"]) == ("within_window", "within_window")
+        verdicts = {
+            one["engine"]: one for one in json.loads((output / "dus.json").read_text())["engines"]
+        }
+        assert (verdicts[engine]["base"], verdicts[engine]["verdict"]) == (
+            "within_window",
+            "within_window",
+        )
 
 
 def test_the_versions_are_those_that_the_page_names() -> None:

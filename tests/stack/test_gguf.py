@@ -1,4 +1,6 @@
-"""llama.cpp: its own converter writes the healed model as GGUF, and what runs from there writes the same text."""
+"""llama.cpp: its own converter writes the healed model as GGUF, and what runs from there writes
+the same text.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,33 @@ from stack.helpers import NUM_TOKENS, PROMPT, run, tensors
 @pytest.fixture(scope="module")
 def converted(healed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By convert_hf_to_gguf.py of the llama.cpp that llama-cpp-python's source release holds."""
-    llama_cpp, out = Path(os.environ["STACK"]) / "llama.cpp", tmp_path_factory.mktemp("gguf") / "healed.gguf"
-    command = (sys.executable, llama_cpp / "convert_hf_to_gguf.py", healed, "--outtype", "f32", "--outfile", out)
+    llama_cpp, out = (
+        Path(os.environ["STACK"]) / "llama.cpp",
+        tmp_path_factory.mktemp("gguf") / "healed.gguf",
+    )
+    command = (
+        sys.executable,
+        llama_cpp / "convert_hf_to_gguf.py",
+        healed,
+        "--outtype",
+        "f32",
+        "--outfile",
+        out,
+    )
     run(*command, PYTHONPATH=str(llama_cpp / "gguf-py"))
     return out
 
 
 def interleaved(tensor: Any, num_heads: int) -> Any:
-    """Rows of a query or key projection as llama.cpp's rotary embedding pairs them: halves of a head, in turn."""
+    """Rows of a query or key projection as llama.cpp's rotary embedding pairs them: halves of a
+    head, in turn.
+    """
     rows, width = tensor.shape
-    return tensor.reshape(num_heads, 2, rows // num_heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+    return (
+        tensor.reshape(num_heads, 2, rows // num_heads // 2, width)
+        .swapaxes(1, 2)
+        .reshape(rows, width)
+    )
 
 
 def test_every_tensor_is_there_by_name_with_its_values(healed: Path, converted: Path) -> None:
@@ -51,8 +70,17 @@ def test_llama_cpp_writes_what_transformers_writes(converted: Path, continuation
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(converted), 128, 1, False
-    params.cpuparams.n_threads = 1  # its threads spin while they wait for each other: no good on a shared machine
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = (
+        str(converted),
+        128,
+        1,
+        False,
+    )
+    params.cpuparams.n_threads = (
+        1  # its threads spin while they wait for each other: no good on a shared machine
+    )
     server = xllamacpp.Server(params)
-    answer = server.handle_completions({"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0})
+    answer = server.handle_completions(
+        {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
+    )
     assert answer["choices"][0]["text"] == continuation

@@ -25,7 +25,9 @@ def trained_adapter(folder: Path, out: Path) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
     model = get_peft_model(load(folder), config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
@@ -65,14 +67,22 @@ def of_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_lora_of_the_base_lands_on_the_first_30_layers_and_peft_warns(deep: Path, of_base: Path) -> None:
+def test_a_lora_of_the_base_lands_on_the_first_30_layers_and_peft_warns(
+    deep: Path, of_base: Path
+) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = with_adapter(deep, of_base)
     assert any("missing adapter keys" in str(warning.message) for warning in caught)
     layers = model.base_model.model.model.layers
-    active = [i for i, layer in enumerate(layers) if layer.mlp.down_proj.lora_B["default"].weight.abs().max() > 0]
-    assert active == list(range(30)), "layers 23…29 are copies of base layers 7…13, and have the LoRA of 23…29"
+    active = [
+        i
+        for i, layer in enumerate(layers)
+        if layer.mlp.down_proj.lora_B["default"].weight.abs().max() > 0
+    ]
+    assert active == list(range(30)), (
+        "layers 23…29 are copies of base layers 7…13, and have the LoRA of 23…29"
+    )
 
 
 def test_the_adapter_laid_along_the_map_is_the_adapted_base_deepened(

@@ -1,4 +1,6 @@
-"""Runtimes that make their own form of the checkpoint, where they are installed: docs/ecosystem.md has the commands."""
+"""Runtimes that make their own form of the checkpoint, where they are installed:
+docs/ecosystem.md has the commands.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,30 @@ def test_ctranslate2_writes_what_transformers_writes(
     TransformersConverter(str(healed)).convert(str(tmp_path / "model"))
     generator = ctranslate2.Generator(str(tmp_path / "model"), device="cpu", compute_type="float32")
     start = tokenizer.convert_ids_to_tokens(tokenizer(PROMPT).input_ids)
-    answer = generator.generate_batch([start], max_length=NUM_TOKENS, sampling_topk=1, include_prompt_in_result=False)
+    answer = generator.generate_batch(
+        [start], max_length=NUM_TOKENS, sampling_topk=1, include_prompt_in_result=False
+    )
     assert tokenizer.decode(answer[0].sequences_ids[0]) == continuation
 
 
-def test_onnxruntime_genai_writes_what_transformers_writes(healed: Path, continuation: str, tmp_path: Path) -> None:
+def test_onnxruntime_genai_writes_what_transformers_writes(
+    healed: Path, continuation: str, tmp_path: Path
+) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     builder = (sys.executable, "-m", "onnxruntime_genai.models.builder")
-    run(*builder, "-i", healed, "-o", tmp_path / "model", "-p", "fp32", "-e", "cpu", "-c", tmp_path / "cache")
+    run(
+        *builder,
+        "-i",
+        healed,
+        "-o",
+        tmp_path / "model",
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+        "-c",
+        tmp_path / "cache",
+    )
     model = genai.Model(str(tmp_path / "model"))
     tokenizer = genai.Tokenizer(model)
     ids, params = tokenizer.encode(PROMPT), genai.GeneratorParams(model)
@@ -51,9 +69,20 @@ def test_onnxruntime_genai_writes_what_transformers_writes(healed: Path, continu
     assert tokenizer.decode(generator.get_sequence(0)[len(ids) :]) == continuation
 
 
-@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names the Python of an environment with vLLM")
-def test_vllm_writes_what_transformers_writes(healed: Path, continuation: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    "VLLM_PYTHON" not in os.environ,
+    reason="VLLM_PYTHON names the Python of an environment with vLLM",
+)
+def test_vllm_writes_what_transformers_writes(
+    healed: Path, continuation: str, tmp_path: Path
+) -> None:
     (tmp_path / "generate.py").write_text(VLLM)
-    arguments = (os.environ["VLLM_PYTHON"], tmp_path / "generate.py", healed, PROMPT, str(NUM_TOKENS))
+    arguments = (
+        os.environ["VLLM_PYTHON"],
+        tmp_path / "generate.py",
+        healed,
+        PROMPT,
+        str(NUM_TOKENS),
+    )
     run(*arguments, tmp_path / "answer.json", VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="")
     assert json.loads((tmp_path / "answer.json").read_text()) == continuation

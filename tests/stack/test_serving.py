@@ -38,7 +38,17 @@ def server(healed: Path, tmp_path: Path) -> Iterator[int]:
     command = shutil.which("transformers", path=str(Path(sys.executable).parent)) or "transformers"
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
-        [command, "serve", str(healed), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+        [
+            command,
+            "serve",
+            str(healed),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+        ],
         stdout=log,
         stderr=log,
         env=dict(os.environ),
@@ -57,15 +67,26 @@ def server(healed: Path, tmp_path: Path) -> Iterator[int]:
         log.close()
 
 
-def test_transformers_serve_answers_with_what_the_model_writes(server: int, healed: Path, tokenizer: Any) -> None:
+def test_transformers_serve_answers_with_what_the_model_writes(
+    server: int, healed: Path, tokenizer: Any
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     messages = [{"role": "user", "content": QUESTION}]
     config = {"max_new_tokens": 8, "do_sample": False}
-    body = {"model": str(healed), "messages": messages, "max_tokens": 8, "generation_config": json.dumps(config)}
+    body = {
+        "model": str(healed),
+        "messages": messages,
+        "max_tokens": 8,
+        "generation_config": json.dumps(config),
+    }
     answer = post(server, "/v1/chat/completions", body)["choices"][0]["message"]["content"]
     model = AutoModelForCausalLM.from_pretrained(healed, dtype=torch.bfloat16)
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    written = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert answer.strip() == tokenizer.decode(written, skip_special_tokens=True).strip()

@@ -1,4 +1,6 @@
-"""What a run will do and what it needs, before it does it: for the dry run and for the start of a run."""
+"""What a run will do and what it needs, before it does it: for the dry run and for the start of
+a run.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ from dus_cli.maps.shape import Shape, flops_per_token
 if TYPE_CHECKING:
     from dus_cli.data.streams import Prepared
 
-# What a well-tuned run in bf16 reaches of a device's peak. Published for the H100: 34% and, compiled, 39% (torchtitan,
-# Llama 3.1 8B, December 2024), 39% to 41% (NeMo AutoModel, Llama 3 70B). Times are told for it.
+# What a well-tuned run in bf16 reaches of a device's peak. Published for the H100: 34% and,
+# compiled, 39% (torchtitan, Llama 3.1 8B, December 2024), 39% to 41% (NeMo AutoModel, Llama 3 70B).
+# Times are told for it.
 TYPICAL_MFU = 0.40
 REFERENCE_GPU = "H100"
 
@@ -42,7 +45,9 @@ def num_processes(launch: Launch) -> int:
 
 
 def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
-    """What a run trains and measures on, as the plan and the proof record it. Paths are left out of names."""
+    """What a run trains and measures on, as the plan and the proof record it. Paths are left out
+    of names.
+    """
     return {
         "data": [Path(source.name).name or source.name for source in data.sources],
         "epochs": epochs,
@@ -67,16 +72,21 @@ def plan_of(run: Run, shape: Shape, launch: Launch) -> dict[str, Any]:
     memory = _memory(run, shape, workers, workers // launch.nnodes)
     tokens = run.num_steps * run.tokens_per_step
     flops = flops_per_token(shape, run.seq_length)
-    measured = run.heldout_tokens * (-(-run.num_steps // run.keeping.eval_every) + (2 if run.base else 1))
+    measured = run.heldout_tokens * (
+        -(-run.num_steps // run.keeping.eval_every) + (2 if run.base else 1)
+    )
     plan: dict[str, Any] = {
         **data_record(run, data, run.epochs),
         "before": list(data.before),
         "steps": run.num_steps,
         "tokens": tokens,
         "eval_every": run.keeping.eval_every,
-        "evaluation_share": measured / (measured + 3 * tokens),  # a forward pass is a third of a step
+        "evaluation_share": measured
+        / (measured + 3 * tokens),  # a forward pass is a third of a step
         "num_workers": workers,
-        "memory_per_device": {key: int(value) for key, value in (asdict(memory) | {"total": memory.total}).items()},
+        "memory_per_device": {
+            key: int(value) for key, value in (asdict(memory) | {"total": memory.total}).items()
+        },
     }
     plan |= _place(run, memory, local, on_cpu=on_cpu)
     plan |= _time(run, tokens * flops + measured * flops / 3, workers, launch.nnodes, on_cpu=on_cpu)
@@ -104,7 +114,9 @@ def _place(run: Run, memory: MemoryEstimate, num_local: int, *, on_cpu: bool) ->
 
 
 def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool) -> dict[str, Any]:
-    """Seconds by the clock: on these workers, for a CPU by a measured product, else for H100s at the usual MFU."""
+    """Seconds by the clock: on these workers, for a CPU by a measured product, else for H100s at
+    the usual MFU.
+    """
     peak, units = estimate.PEAK_FLOPS[REFERENCE_GPU], workers
     if on_cpu:  # workers of a node share its cores
         import torch
@@ -113,7 +125,10 @@ def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool)
 
         dtype = torch.bfloat16 if run.fit.precision == "bf16" else torch.float32
         peak, units = peak_flops(torch.device("cpu"), dtype)[0], num_nodes
-    return {"seconds": round(flops / (TYPICAL_MFU * peak * units), 1), "seconds_on": "cpu" if on_cpu else REFERENCE_GPU}
+    return {
+        "seconds": round(flops / (TYPICAL_MFU * peak * units), 1),
+        "seconds_on": "cpu" if on_cpu else REFERENCE_GPU,
+    }
 
 
 def _memory(run: Run, shape: Shape, workers: int, num_local: int) -> MemoryEstimate:
@@ -140,7 +155,8 @@ def _warnings(plan: dict[str, Any]) -> list[str]:
     if plan["epochs"] > _MANY_EPOCHS:
         found.append(
             f"the budget goes over the data {plan['epochs']:,.1f} times, so the model learns "
-            f"{plan['train_documents']:,} documents by heart rather than heals; give more text, or a smaller budget"
+            f"{plan['train_documents']:,} documents by heart rather than heals; give more text, "
+            "or a smaller budget"
         )
     if not plan["fits"]:
         found.append(_not_fitting(plan))
@@ -153,7 +169,8 @@ def _not_fitting(plan: dict[str, Any]) -> str:
     if there is None or needs <= there:
         needs, there, where = plan["host_memory"], plan["host_memory_available"], "node"
     return (
-        f"a {where} needs {human_bytes(needs)} of memory and has {human_bytes(there)} here ({plan['device']}): it will "
+        f"a {where} needs {human_bytes(needs)} of memory and has {human_bytes(there)} here "
+        f"({plan['device']}): it will "
         "not fit; more workers, --activation-checkpointing full or a smaller --seq-length take less"
     )
 
@@ -169,10 +186,22 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     available = plan["memory_available_per_device"]
     memory = human_bytes(plan["memory_per_device"]["total"])
     workers = f"{plan['num_workers']} worker{'s' * (plan['num_workers'] != 1)}"
-    time = f"about {human_time(plan['seconds'])} for {workers} ({plan['seconds_on']} at {TYPICAL_MFU:.0%} MFU)"
+    time = (
+        f"about {human_time(plan['seconds'])} for {workers} ({plan['seconds_on']} at "
+        f"{TYPICAL_MFU:.0%} MFU)"
+    )
     rows = [
-        ("data", f"{_counted(plan['train_tokens'], plan['train_documents'])}, gone over {_times(plan['epochs'])}"),
-        ("held out", f"{_counted(plan['heldout_tokens'], plan['heldout_documents'])} are measured{of}"),
+        (
+            "data",
+            (
+                f"{_counted(plan['train_tokens'], plan['train_documents'])}, gone over "
+                f"{_times(plan['epochs'])}"
+            ),
+        ),
+        (
+            "held out",
+            f"{_counted(plan['heldout_tokens'], plan['heldout_documents'])} are measured{of}",
+        ),
         (
             "measured",
             f"every {plan['eval_every']:,} steps, about {plan['evaluation_share']:.0%} of the run",
@@ -180,12 +209,19 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         (
             "needed",
             f"{memory} a worker, "
-            + ("not known what there is" if available is None else f"{human_bytes(available)} there")
+            + (
+                "not known what there is"
+                if available is None
+                else f"{human_bytes(available)} there"
+            )
             + f" ({plan['device']})",
         ),
         ("time", time),
     ]
-    return [*(f"{label:<13}{value}" for label, value in rows), *(f"warning: {text}" for text in plan["warnings"])]
+    return [
+        *(f"{label:<13}{value}" for label, value in rows),
+        *(f"warning: {text}" for text in plan["warnings"]),
+    ]
 
 
 def _times(epochs: float) -> str:

@@ -26,18 +26,28 @@ def heal_text(report: dict[str, Any]) -> str:
     """The closing summary."""
     base, scaled, loss = report["base_loss"], report["scaled_loss"], report["loss"]
     rows = [
-        ("held-out", f"{loss:.4f}" + ("" if base is None else f" (base {base:.4f}, right after scaling {scaled:.4f})")),
+        (
+            "held-out",
+            f"{loss:.4f}"
+            + ("" if base is None else f" (base {base:.4f}, right after scaling {scaled:.4f})"),
+        ),
         *_measured_row(report),
         ("tokens", f"{report['tokens']:,} in {report['steps']:,} steps"),
         ("cost", f"{report['flops']:.3g} FLOPs, {human_time(report['seconds'])}"),
     ]
     if report["tokens_per_second"] is not None:
         memory = human_bytes(report["peak_memory_bytes"])
-        rows.append(("speed", f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {memory} a worker"))
+        rows.append(
+            ("speed", f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {memory} a worker")
+        )
     if report["skipped_steps"]:
-        rows.append(("skipped", f"{report['skipped_steps']} steps with a loss or gradient out of bounds"))
+        rows.append(
+            ("skipped", f"{report['skipped_steps']} steps with a loss or gradient out of bounds")
+        )
     if report["skipped_lines"]:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["skipped_lines"].items())
+        reasons = ", ".join(
+            f"{count:,} {reason}" for reason, count in report["skipped_lines"].items()
+        )
         rows.append(("left out", reasons))
     rows += _unread_row(report)
     lines = [f"{label:<13}{value}" for label, value in rows]
@@ -54,18 +64,32 @@ def heal_text(report: dict[str, Any]) -> str:
             f"{report['fraction_of_pretraining']:.2g} of pretraining."
         )
     else:
-        lines.append(f"Wrote {output}. It has not reached its base yet: give it more tokens (--tokens, --until base).")
+        lines.append(
+            f"Wrote {output}. It has not reached its base yet: give it more tokens (--tokens, "
+            "--until base)."
+        )
     return "\n".join(lines)
 
 
 def _measured_row(report: dict[str, Any]) -> list[tuple[str, str]]:
     if "heldout_documents" not in report:  # of an older dus
         return []
-    return [("", f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents")]
+    return [
+        (
+            "",
+            (
+                f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} "
+                "documents"
+            ),
+        )
+    ]
 
 
 def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:
-    unread = report.get("unread_files") or {"count": 0, "names": []}  # no report of an older dus has them
+    unread = report.get("unread_files") or {
+        "count": 0,
+        "names": [],
+    }  # no report of an older dus has them
     found = Unread(unread["count"], tuple(unread["names"]))
     return [("not read", str(found))] if found.count else []
 
@@ -85,7 +109,9 @@ def dry_run_json(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, Any]:
     """The report of a dry run; docs/layout.md describes each field."""
     plan = plan_of(run, shape, wishes.launch)
     flops = plan["tokens"] * flops_per_token(shape, run.seq_length)
-    per_device = TYPICAL_MFU * estimate.PEAK_FLOPS[REFERENCE_GPU] / flops_per_token(shape, run.seq_length)
+    per_device = (
+        TYPICAL_MFU * estimate.PEAK_FLOPS[REFERENCE_GPU] / flops_per_token(shape, run.seq_length)
+    )
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -94,7 +120,9 @@ def dry_run_json(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, Any]:
         "output": run.output,
         "num_parameters": run.num_parameters,
         "num_layers": run.num_layers,
-        "base_layers": None if run.base is None or run.base.folder is not None else list(run.base.layers),
+        "base_layers": None
+        if run.base is None or run.base.folder is not None
+        else list(run.base.layers),
         "base_folder": None if run.base is None else run.base.folder,
         "skipped_lines": run.data["skipped"],
         "unread_files": run.data["unread"],
@@ -113,22 +141,39 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
     """The same for a person."""
     report = dry_run_json(run, shape, wishes)
     memory = report["memory_per_device"]
-    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "total" and size)
+    parts = ", ".join(
+        f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "total" and size
+    )
     recipe, disk = run.recipe, report["disk"]
     free = "" if disk["free"] is None else f", {human_bytes(disk['free'])} free"
     checkpoint, written = human_bytes(disk["checkpoint"]), human_bytes(disk["model"])
-    speed = f"{report['h100_tokens_per_second']:,.0f} tokens/s a {REFERENCE_GPU} at {TYPICAL_MFU:.0%} MFU"
+    speed = (
+        f"{report['h100_tokens_per_second']:,.0f} tokens/s a {REFERENCE_GPU} at {TYPICAL_MFU:.0%} "
+        "MFU"
+    )
     gpus = f"{speed}, {report['h100_hours']:,.3g} GPU hours"
     rows = [
         ("model", f"{run.num_parameters:,} parameters, {run.num_layers} layers"),
         ("base", _where_base(run)),
         *_unread_row(report),
-        ("budget", f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens: {report['tokens']:,} tokens"),
+        (
+            "budget",
+            (
+                f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens: "
+                f"{report['tokens']:,} tokens"
+            ),
+        ),
         (
             "recipe",
-            f"lr {recipe.lr:g} {recipe.schedule}, warm-up {recipe.warmup_steps}, decay {recipe.decay_steps} steps",
+            (
+                f"lr {recipe.lr:g} {recipe.schedule}, warm-up {recipe.warmup_steps}, decay "
+                f"{recipe.decay_steps} steps"
+            ),
         ),
-        ("cost", f"{report['flops']:.3g} FLOPs, {report['fraction_of_pretraining']:.2g} of pretraining"),
+        (
+            "cost",
+            f"{report['flops']:.3g} FLOPs, {report['fraction_of_pretraining']:.2g} of pretraining",
+        ),
         ("", gpus),
         ("memory", parts),
         ("disk", f"{human_bytes(disk['total'])} at most{free}"),
@@ -142,11 +187,17 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
 def _where_base(run: Run) -> str:
     if run.base is None:
         return "none in this model: its loss is not known"
-    return "its layers stand in the model" if run.base.folder is None else f"itself, in {run.base.folder}"
+    return (
+        "its layers stand in the model"
+        if run.base.folder is None
+        else f"itself, in {run.base.folder}"
+    )
 
 
 def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:
-    """Bytes that the run takes at most at a time, token files aside: those kept, the one being written, the model."""
+    """Bytes that the run takes at most at a time, token files aside: those kept, the one being
+    written, the model.
+    """
     learning = run.recipe.train_layers
     checkpoint = estimate.checkpoint_bytes(
         shape,

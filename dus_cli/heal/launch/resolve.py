@@ -24,23 +24,26 @@ _LONGEST_SEQUENCE = 4096
 
 _SMALL_BATCH, _LARGE_BATCH, _LARGE_MODEL = 512, 262_144, 1_000_000_000
 
-# Held-out measurements in a run where no interval was given, and the fewest, where each would else be too thin.
+# Held-out measurements in a run where no interval was given, and the fewest, where each would else
+# be too thin.
 _EVALS, _FEWEST_EVALS = 20, 5
 
-# Held-out tokens of a measurement where none were asked for: the most, and with less it is better to measure seldom.
+# Held-out tokens of a measurement where none were asked for: the most, and with less it is better
+# to measure seldom.
 _EVAL_TOKENS, _THIN_EVAL_TOKENS = 250_000, 16_384
 
 # Of a run's time, what measurements may take where nothing was asked for.
 _EVAL_SHARE = 0.1
 
-# The time of a forward pass, in steps of as many tokens: forward and twice as much backward, or where few layers
-# learn little more than a backward pass through them.
+# The time of a forward pass, in steps of as many tokens: forward and twice as much backward, or
+# where few layers learn little more than a backward pass through them.
 _FORWARD_SHARE, _FORWARD_SHARE_OF_FEW = 1 / 3, 2 / 3
 
 # At the start two are measured, the base and the scaled model.
 _AT_START = 2
 
-# Of a shard, how many bytes after its header go into the model's digest: the header has names and sizes.
+# Of a shard, how many bytes after its header go into the model's digest: the header has names and
+# sizes.
 _SAMPLE = 1 << 20
 
 
@@ -48,9 +51,9 @@ _SAMPLE = 1 << 20
 class Model:
     """The model to heal: its checkpoint, and where its base stands in it.
 
-    `max_length` and `vocab_size` are None where config.json does not say. `new_layers` are the output layers that are
-    none of the base's own: () where dus.json tells of none. `is_base_scaled`: the base's own were scaled, so that it
-    does not stand in the model.
+    `max_length` and `vocab_size` are None where config.json does not say. `new_layers` are the
+    output layers that are none of the base's own: () where dus.json tells of none.
+    `is_base_scaled`: the base's own were scaled, so that it does not stand in the model.
     """
 
     checkpoint: Checkpoint
@@ -73,8 +76,10 @@ def open_model(folder: Path) -> Model:
     checkpoint = open_checkpoint(folder)
     if checkpoint.is_pickled:
         raise HealError(
-            f"{shown(folder)} holds pickled weights, and dus heal writes back the safetensors that it was given; "
-            "deepen it with dus upscale, which writes them, or load it in transformers and save_pretrained it"
+            f"{shown(folder)} holds pickled weights, and dus heal writes back the safetensors "
+            "that it was given; "
+            "deepen it with dus upscale, which writes them, or load it in transformers and "
+            "save_pretrained it"
         )
     decoder = decoder_config(checkpoint.config)
     record = lineage.read_lineage(folder)
@@ -85,13 +90,19 @@ def open_model(folder: Path) -> Model:
         context_length(decoder.fields),
         vocab_size=vocab_size(checkpoint.config, decoder.fields),
         base=recorded_base(record, layer_map) or scaled_base(record, layer_map),
-        new_layers=() if record is None or layer_map is None else lineage.recorded_layers(record, layer_map),
-        is_base_scaled=record is not None and layer_map is not None and scales_base(record, layer_map),
+        new_layers=()
+        if record is None or layer_map is None
+        else lineage.recorded_layers(record, layer_map),
+        is_base_scaled=record is not None
+        and layer_map is not None
+        and scales_base(record, layer_map),
     )
 
 
 def model_key(checkpoint: Checkpoint) -> str:
-    """A digest by which a resumed run knows its model: config, headers, and a sample of each shard's data."""
+    """A digest by which a resumed run knows its model: config, headers, and a sample of each
+    shard's data.
+    """
     digest = hashlib.sha256(checkpoint.config_sha256.encode())
     for shard in checkpoint.shards:
         digest.update(f"{shard.name} {shard.header.end}".encode())
@@ -102,7 +113,10 @@ def model_key(checkpoint: Checkpoint) -> str:
 
 def ties_embeddings(checkpoint: Checkpoint) -> bool:
     """Whether the output embedding is the input's: then the file has no tensor for it."""
-    return not any(tensor.name.endswith(("lm_head.weight", "embed_out.weight")) for _, tensor in checkpoint.tensors())
+    return not any(
+        tensor.name.endswith(("lm_head.weight", "embed_out.weight"))
+        for _, tensor in checkpoint.tensors()
+    )
 
 
 def check_wishes(wishes: HealOptions, model: Model) -> None:
@@ -112,11 +126,20 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
         UsageError: a number outside of its bounds, or rates at which nothing learns.
         HealError: options that do not go together, or do not go with this model.
     """
-    for options in (wishes.data, wishes.budget, wishes.recipe, wishes.fit, wishes.launch, wishes.keeping):
+    for options in (
+        wishes.data,
+        wishes.budget,
+        wishes.recipe,
+        wishes.fit,
+        wishes.launch,
+        wishes.keeping,
+    ):
         check_fields(options)
     if wishes.recipe.lr == 0 and wishes.recipe.gain_lr == 0:
         raise UsageError("--lr 0 and --gain-lr 0: nothing would learn; raise one of them")
-    given = [name for name in ("tokens", "steps", "epochs") if getattr(wishes.budget, name) is not None]
+    given = [
+        name for name in ("tokens", "steps", "epochs") if getattr(wishes.budget, name) is not None
+    ]
     if len(given) > 1:
         raise HealError(f"--{given[0]} and --{given[1]} both give the budget; leave one out")
     needs = {
@@ -126,20 +149,29 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
     for option, is_asked in needs.items():
         if is_asked and model.base is None and model.is_base_scaled:
             raise HealError(
-                f"{option} needs the base: the start of {shown(wishes.model)} scaled the base's own layers, so it does "
-                f"not stand in the model, and it is not where {lineage.NAME} says; put it there, or leave the option "
+                f"{option} needs the base: the start of {shown(wishes.model)} scaled the base's "
+                "own layers, so it does "
+                f"not stand in the model, and it is not where {lineage.NAME} says; put it there, "
+                "or leave the option "
                 "out"
             )
         if is_asked and model.base is None:
             raise HealError(
-                f"{option} needs the base inside the model, and {shown(wishes.model)} has no {lineage.NAME} that tells "
-                "its layers (or it was healed before); give one that dus upscale wrote, or leave the option out"
+                f"{option} needs the base inside the model, and {shown(wishes.model)} has no "
+                f"{lineage.NAME} that tells "
+                "its layers (or it was healed before); give one that dus upscale wrote, or leave "
+                "the option out"
             )
     if wishes.recipe.train is Train.new and not model.new_layers:
-        raise HealError(f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of; use --train all")
+        raise HealError(
+            f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of; use --train all"
+        )
     length = wishes.data.seq_length
     if length is not None and model.max_length is not None and length > model.max_length:
-        raise HealError(f"--seq-length {length} is more than the model's {model.max_length} positions; choose less")
+        raise HealError(
+            f"--seq-length {length} is more than the model's {model.max_length} positions; choose "
+            "less"
+        )
 
 
 def seq_length(wishes: HealOptions, model: Model) -> int:
@@ -158,20 +190,25 @@ def rows_per_step(wishes: HealOptions, model: Model) -> int:
     if tokens is None:
         return max(1, default_batch_tokens(model) // length)
     if tokens < length:
-        raise HealError(f"--batch-tokens {tokens} is less than one row of {length} tokens; see --seq-length")
+        raise HealError(
+            f"--batch-tokens {tokens} is less than one row of {length} tokens; see --seq-length"
+        )
     return tokens // length
 
 
 def default_batch_tokens(model: Model) -> int:
-    """Tokens of a step where none were asked for: few for a small model, which heals in the fewest tokens so.
+    """Tokens of a step where none were asked for: few for a small model, which heals in the fewest
+    tokens so.
 
-    docs/healing.md measures that. From a billion parameters on it is what keeps many devices busy, unmeasured.
+    docs/healing.md measures that. From a billion parameters on it is what keeps many devices busy,
+    unmeasured.
     """
     return _SMALL_BATCH if model.checkpoint.num_parameters < _LARGE_MODEL else _LARGE_BATCH
 
 
 def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_epoch: int) -> Run:
-    """Everything resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its rows at this sequence length.
+    """Everything resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its rows at this sequence
+    length.
 
     Raises:
         HealError: less data than one step.
@@ -184,7 +221,9 @@ def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_e
         )
     steps = _num_steps(wishes.budget, length * rows, rows_per_epoch / rows)
     recipe = _recipe(wishes.recipe, model, steps, length * rows)
-    every, most = _measuring(wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data))
+    every, most = _measuring(
+        wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data)
+    )
     return Run(
         schema=run_file.SCHEMA,
         version=__version__,
@@ -216,11 +255,15 @@ def _notes(wishes: HealOptions, model: Model) -> tuple[str, ...]:
     found = []
     if model.base is None:
         found.append(
-            "the start scaled the base's own layers, so the base does not stand in the model, and it is not where "
+            "the start scaled the base's own layers, so the base does not stand in the model, and "
+            "it is not where "
             f"{lineage.NAME} says: its loss is not known"
         )
     if wishes.recipe.train is Train.new:
-        found.append("--train new leaves the base's own layers as the start scaled them; --train all lets them learn")
+        found.append(
+            "--train new leaves the base's own layers as the start scaled them; --train all lets "
+            "them learn"
+        )
     return tuple(found)
 
 
@@ -275,8 +318,9 @@ def _measuring(
 ) -> tuple[int, int]:
     """Steps between two measurements, and held-out tokens of each.
 
-    Where no tokens were asked for, all measurements together take at most a tenth of the run's time: by counting
-    what a forward pass costs beside a step, so that a run that goes on, and any number of workers, measures the same.
+    Where no tokens were asked for, all measurements together take at most a tenth of the run's
+    time: by counting what a forward pass costs beside a step, so that a run that goes on, and any
+    number of workers, measures the same.
     """
     if keeping.eval_tokens is not None:
         return keeping.eval_every or max(1, steps // _EVALS), keeping.eval_tokens

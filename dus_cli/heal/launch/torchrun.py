@@ -42,7 +42,9 @@ _LOOPBACK_PATIENCE = 5.0
 _POLL = 0.2
 
 # Exit codes of workers that somebody else told to stop; torchrun's is 0.
-_STOPPED = {0: signal.SIGTERM} | {128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT)}
+_STOPPED = {0: signal.SIGTERM} | {
+    128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT)
+}
 
 # With less free than this a disk is full: a failure or a log line may find no place.
 _NO_ROOM = 1 << 16
@@ -71,7 +73,12 @@ def workers_command(launch: Launch, run_path: Path) -> list[str]:
     worker = ["-m", "dus_cli.heal.worker", str(run_path)]
     if _is_alone(launch):
         return [sys.executable, *worker]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes(launch)}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={num_processes(launch)}",
+    ]
     if launch.nnodes == 1:
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     else:
@@ -105,8 +112,10 @@ def check_loopback() -> None:
             socket.create_connection(server.getsockname(), _LOOPBACK_PATIENCE).close()
     except OSError as error:
         raise HealError(
-            f"several workers talk over this machine's loopback interface, and 127.0.0.1 cannot be used "
-            f"({error.strerror or error}); bring it up (ip link set lo up), or give --nproc-per-node 1"
+            "several workers talk over this machine's loopback interface, and 127.0.0.1 cannot "
+            "be used "
+            f"({error.strerror or error}); bring it up (ip link set lo up), or give "
+            "--nproc-per-node 1"
         ) from None
 
 
@@ -129,7 +138,11 @@ def run_torchrun(run: Run, launch: Launch, view: View) -> tuple[int, int | None]
             is_stopped = code in (128 + signal.SIGTERM, 128 + signal.SIGINT) or relay.count > 0
             if code == 0 or is_stopped or (run.folder / FAILURE).is_file():
                 break
-            died = (_last_words(own), _size(run.metrics_path), folders.newest(run.checkpoints_folder))
+            died = (
+                _last_words(own),
+                _size(run.metrics_path),
+                folders.newest(run.checkpoints_folder),
+            )
             if died == before:  # nothing was gained by another start
                 break
             before = died
@@ -140,10 +153,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _start(run: Run, launch: Launch, logs: Path, view: View, follower: MetricsFollower, relay: _Relay) -> int:
+def _start(
+    run: Run, launch: Launch, logs: Path, view: View, follower: MetricsFollower, relay: _Relay
+) -> int:
     """Start torchrun, or the one worker, and follow it to its end; its exit code."""
     view.status("loading the model")
-    name = "stderr.log" if _is_alone(launch) else "torchrun.log"  # the workers of which have logs of their own
+    name = (
+        "stderr.log" if _is_alone(launch) else "torchrun.log"
+    )  # the workers of which have logs of their own
     with (logs / name).open("wb") as log:
         process = subprocess.Popen(
             workers_command(launch, run.folder / RUN_NAME),
@@ -169,22 +186,30 @@ def _start(run: Run, launch: Launch, logs: Path, view: View, follower: MetricsFo
 def _environment(launch: Launch) -> dict[str, str]:
     import torch
 
-    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE),
+        "PYTHONUNBUFFERED": "1",
+    }
     if _is_alone(launch):  # whatever a job's own launcher has set
         environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         environment.pop("TORCHELASTIC_RUN_ID", None)
     if torch.accelerator.is_available():
         return environment
     # torchrun gives each of several workers one thread; on a CPU they share the cores instead.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes(launch))))
-    # glibc gives each activation back to the kernel and faults it in anew: half the speed (docs/healing.md).
+    environment.setdefault(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes(launch)))
+    )
+    # glibc gives each activation back to the kernel and faults it in anew: half the speed
+    # (docs/healing.md).
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
     return environment
 
 
 def _die_with_parent() -> None:
-    """In the child before exec: a launcher that is killed takes its workers along, and they save."""
+    """In the child before exec: a launcher that is killed takes its workers along, and they
+    save.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -192,10 +217,16 @@ def _die_with_parent() -> None:
 @contextlib.contextmanager
 def _relayed() -> Iterator[_Relay]:
     relay = _Relay()
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python gives signals to that one alone
         yield relay
         return
-    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    signals = [
+        s
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(s) != signal.SIG_IGN
+    ]
     before = [(signum, signal.signal(signum, relay)) for signum in signals]
     try:
         yield relay
@@ -227,16 +258,22 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
     if free is not None and free < _NO_ROOM:  # then nobody could leave a word
         raise OutputError(folders.disk_failure(run.checkpoints_folder, os.strerror(errno.ENOSPC)))
     words = _last_words(run.folder / LOGS)
+    how = f" ({shown(words)})" if words else ", killed from outside or out of memory"
     raise HealError(
-        f"a worker died{f' ({shown(words)})' if words else ', killed from outside or out of memory'}; "
-        f"{shown(run.folder / LOGS)} has what it said; the same command goes on from the last checkpoint"
+        f"a worker died{how}; "
+        f"{shown(run.folder / LOGS)} has what it said; the same command goes on from the last "
+        "checkpoint"
     )
 
 
 def _last_words(logs: Path) -> str:
     """The last line of the newest worker's log that says something."""
-    for path in sorted(logs.rglob("stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    for path in sorted(
+        logs.rglob("stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True
+    ):
+        lines = [
+            line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
         said = [line for line in lines if line]
         if said:
             return said[-1]

@@ -24,7 +24,15 @@ from dus_cli.heal.launch.resolve import Model, ties_embeddings
 from dus_cli.heal.launch.torchrun import check_loopback, outcome_of, run_torchrun, workers_command
 from dus_cli.heal.options import HealOptions
 from dus_cli.heal.run import NAME as RUN_NAME
-from dus_cli.heal.run import REPORT, Run, changed_options, check_same, is_of_a_run, other_options, read_run
+from dus_cli.heal.run import (
+    REPORT,
+    Run,
+    changed_options,
+    check_same,
+    is_of_a_run,
+    other_options,
+    read_run,
+)
 from dus_cli.heal.watch.views import View
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import Shape, shape_of
@@ -43,7 +51,8 @@ class _Prepared:
 
 
 def heal(wishes: HealOptions, view: View) -> dict[str, Any]:
-    """Heal a model, or go on healing it; the report when it is finished. The output is the model's place.
+    """Heal a model, or go on healing it; the report when it is finished. The output is the model's
+    place.
 
     Raises:
         DusError: any known failure, of a worker too.
@@ -81,14 +90,16 @@ def check(wishes: HealOptions) -> Model:
 
 
 def check_renames(output: Path, found: Storage | None) -> None:
-    """Hold that folders can be renamed where the output will be: a checkpoint is complete by its name.
+    """Hold that folders can be renamed where the output will be: a checkpoint is complete by its
+    name.
 
     Raises:
         OutputError: they cannot.
     """
     if found is not None and found.no_rename is not None:
         raise OutputError(
-            f"{shown(output)} cannot be healed into, because {found.no_rename}: each checkpoint, and the model at the "
+            f"{shown(output)} cannot be healed into, because {found.no_rename}: each checkpoint, "
+            "and the model at the "
             "end, gets its name by one rename; heal on a disk (-o), and copy the result"
         )
 
@@ -101,14 +112,18 @@ def _check_devices(wishes: HealOptions) -> None:
         require("dus heal on several workers", "accelerate")
     if wishes.fit.offload and not (torch.accelerator.is_available() and workers > 1):
         raise HealError(
-            "--offload moves what FSDP splits from GPUs to memory, and needs two workers on GPUs; leave it out"
+            "--offload moves what FSDP splits from GPUs to memory, and needs two workers on GPUs; "
+            "leave it out"
         )
     if wishes.launch.nnodes > 1 and wishes.launch.rdzv_endpoint is None:
         raise HealError("--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every node")
     if wishes.launch.nnodes == 1 and workers > 1:
         check_loopback()
     if wishes.launch.node_rank >= wishes.launch.nnodes:
-        raise HealError(f"--node-rank {wishes.launch.node_rank} of {wishes.launch.nnodes} nodes: they count from 0")
+        raise HealError(
+            f"--node-rank {wishes.launch.node_rank} of {wishes.launch.nnodes} nodes: they count "
+            "from 0"
+        )
 
 
 def check_run_folder(output: Path) -> None:
@@ -122,20 +137,27 @@ def check_run_folder(output: Path) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise OutputError(f"{shown(output)} exists and is not a directory; choose another name for -o")
+        raise OutputError(
+            f"{shown(output)} exists and is not a directory; choose another name for -o"
+        )
     if (why := why_within(output.resolve())) is not None:
         raise OutputError(
-            f"{shown(output)} cannot be healed into, because {why}: the healed model takes the place of the run's "
+            f"{shown(output)} cannot be healed into, because {why}: the healed model takes the "
+            "place of the run's "
             f"folder at the end; name a folder in it, such as -o {shown(output / 'healed')}"
         )
     is_run = (output / RUN_NAME).is_file()
     strangers = sorted(path.name for path in output.iterdir() if not _is_ours(path))
     if strangers and not is_run:
-        raise OutputError(f"{shown(output)} holds {shown(strangers[0])} and no run of dus heal; choose another -o")
+        raise OutputError(
+            f"{shown(output)} holds {shown(strangers[0])} and no run of dus heal; choose another -o"
+        )
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder in OUT is what a run leaves that ended before it wrote run.json: tokens alone."""
+    """Whether a folder in OUT is what a run leaves that ended before it wrote run.json: tokens
+    alone.
+    """
     return (
         path.name == "tokens"
         and path.is_dir()
@@ -174,7 +196,8 @@ def prepare_run(wishes: HealOptions, model: Model, view: View) -> Run:
         check_renames(wishes.output, ask(probe))
         if (refusal := sync_refusal(probe)) is not None:  # torch's checkpoints insist on it
             raise OutputError(
-                f"{shown(wishes.output)} cannot be healed into, because files cannot be synced there ({refusal}), and "
+                f"{shown(wishes.output)} cannot be healed into, because files cannot be synced "
+                f"there ({refusal}), and "
                 "a checkpoint must be; heal on a disk (-o), and copy the result"
             )
     finally:
@@ -186,8 +209,12 @@ def prepare_run(wishes: HealOptions, model: Model, view: View) -> Run:
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
         check_same(begun, run)
-        run = replace(run, fit=replace(run.fit, precision=begun.fit.precision))  # auto, on whatever it goes on
-        kept = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)  # whatever --eval-every now is
+        run = replace(
+            run, fit=replace(run.fit, precision=begun.fit.precision)
+        )  # auto, on whatever it goes on
+        kept = replace(
+            run.keeping, eval_tokens=begun.keeping.eval_tokens
+        )  # whatever --eval-every now is
         run = _measured(replace(run, keeping=kept), output / "tokens")
     if wishes.launch.node_rank == 0 or not (output / RUN_NAME).exists():
         run.write()
@@ -206,7 +233,9 @@ def _measured(run: Run, folder: Path) -> Run:
 
     data = Prepared.from_json(run.data)
     most = run.keeping.eval_tokens
-    rows = heldout_rows(data, folder, run.seq_length, document_mask=run.document_mask, max_tokens=most)
+    rows = heldout_rows(
+        data, folder, run.seq_length, document_mask=run.document_mask, max_tokens=most
+    )
     return replace(run, heldout_documents=rows.num_documents, heldout_tokens=rows.num_labels)
 
 
@@ -239,7 +268,10 @@ def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) ->
     )
     rows = Rows(prepared, folder, resolve.seq_length(wishes, model), wishes.recipe.seed)
     if not prepared.num_heldout_tokens:
-        raise HealError("the held-out set is empty, and without one nothing is proven; give --eval-data or --holdout")
+        raise HealError(
+            "the held-out set is empty, and without one nothing is proven; give --eval-data or "
+            "--holdout"
+        )
     return _Prepared(prepared.to_json(), rows.rows_per_epoch)
 
 
@@ -252,7 +284,8 @@ def _sources(wishes: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tup
 
 
 def prepared_command(wishes: HealOptions, view: View) -> list[str]:
-    """What `--print-command` prints, for a batch job or a container. Data and run.json are made first.
+    """What `--print-command` prints, for a batch job or a container. Data and run.json are made
+    first.
 
     Raises:
         DusError: as `heal`.
@@ -265,7 +298,8 @@ def prepared_command(wishes: HealOptions, view: View) -> list[str]:
 
 
 def preview(wishes: HealOptions, view: View) -> tuple[Run, Shape]:
-    """The run as it would be, and the model's shape. Token files that OUT lacks are made elsewhere, and removed.
+    """The run as it would be, and the model's shape. Token files that OUT lacks are made elsewhere,
+    and removed.
 
     Raises:
         DusError: as `heal`.

@@ -1,4 +1,6 @@
-"""The model card of a healed model: the source's card, with its state told anew and the proof added."""
+"""The model card of a healed model: the source's card, with its state told anew and the proof
+added.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,21 @@ _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
 
 
 def healed_card(card: str, report: dict[str, Any], name: str) -> str:
-    """The card with a section on the healing: in the warning's place, or at the end of a card without one.
+    """The card with a section on the healing: in the warning's place, or at the end of a card
+    without one.
 
-    To the Hub a model that was trained is a finetune of its base; one that has reached it need not be told how to heal.
+    To the Hub a model that was trained is a finetune of its base; one that has reached it need not
+    be told how to heal.
     """
     card = re.sub(f"^{SCALED}$", HEALED, card, count=1, flags=re.MULTILINE)
     if report["reached_base"] is not False:
-        card = re.sub(f"{re.escape(HEAL_START)}.*?{re.escape(HEAL_END)}\n*", "", card, count=1, flags=re.DOTALL)
+        card = re.sub(
+            f"{re.escape(HEAL_START)}.*?{re.escape(HEAL_END)}\n*",
+            "",
+            card,
+            count=1,
+            flags=re.DOTALL,
+        )
     section = f"{_START}\n{_section(report)}\n{_END}"
     for state in STATES.values():
         if state in card:
@@ -31,13 +41,21 @@ def healed_card(card: str, report: dict[str, Any], name: str) -> str:
 def _section(report: dict[str, Any]) -> str:
     base = report["base_loss"]
     if base is None:
-        verdict = "**Continued pretraining** by `dus heal`. No base stands in this model to compare it with."
+        verdict = (
+            "**Continued pretraining** by `dus heal`. No base stands in this model to compare it "
+            "with."
+        )
     elif report["tokens_to_base"] == 0:
-        verdict = "**Continued pretraining** by `dus heal`. It was no worse than its base right after scaling."
+        verdict = (
+            "**Continued pretraining** by `dus heal`. It was no worse than its base right after "
+            "scaling."
+        )
     elif report["reached_base"]:
         verdict = (
-            f"**This model is healed**: its held-out loss came down to its base's after {report['tokens_to_base']:,} "
-            f"tokens, {report['fraction_of_pretraining']:.2g} of what pretraining a model of this size takes "
+            "**This model is healed**: its held-out loss came down to its base's after "
+            f"{report['tokens_to_base']:,} "
+            f"tokens, {report['fraction_of_pretraining']:.2g} of what pretraining a model of this "
+            "size takes "
             "(20 tokens a parameter)."
         )
     else:
@@ -67,10 +85,16 @@ def _measured_on(report: dict[str, Any]) -> str:
     """The data, how often it was gone over, and what the losses are of."""
     names = ", ".join(f"`{_plain(name)}`" for name in report["data"])
     there = report["available_heldout_tokens"]
-    of = f" of the {there:,} tokens held out" if there > 1.05 * report["heldout_tokens"] else " held out"
+    of = (
+        f" of the {there:,} tokens held out"
+        if there > 1.05 * report["heldout_tokens"]
+        else " held out"
+    )
     return (
-        f"Trained on {names}: {report['train_tokens']:,} tokens of {report['train_documents']:,} documents, "
-        f"{report['epochs']:,.2f} epochs. The losses are over {report['heldout_tokens']:,} tokens of "
+        f"Trained on {names}: {report['train_tokens']:,} tokens of {report['train_documents']:,} "
+        "documents, "
+        f"{report['epochs']:,.2f} epochs. The losses are over {report['heldout_tokens']:,} tokens "
+        "of "
         f"{report['heldout_documents']:,} documents{of}."
     )
 

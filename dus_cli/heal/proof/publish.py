@@ -1,7 +1,8 @@
 """The end of a run: the healed model in the run's place, whole, with its proof.
 
-Each tensor is gathered from the workers by itself and written where the source has it: same shards, same
-order, same dtype. Memory does not grow with the model. What did not learn is copied byte for byte.
+Each tensor is gathered from the workers by itself and written where the source has it: same shards,
+same order, same dtype. Memory does not grow with the model. What did not learn is copied byte for
+byte.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ CURVES = {"healing-light.svg": False, "healing-dark.svg": True}
 
 
 class Publication:
-    """Made before training starts, so that a model that could not be written back is refused then."""
+    """Made before training starts, so that a model that could not be written back is refused
+    then.
+    """
 
     def __init__(self, run: Run, student: Decoder, team: Team) -> None:
         self._run, self._team = run, team
@@ -63,7 +66,11 @@ class Publication:
         self._names = parameter_names(self._source, student)
         self._check_values(student)
         self._student = student
-        self._places = {self._names[t.name]: (shard, t) for shard, t in self._source.tensors() if t.name in self._names}
+        self._places = {
+            self._names[t.name]: (shard, t)
+            for shard, t in self._source.tensors()
+            if t.name in self._names
+        }
         config = dict(student.inner.config.to_dict())
         self.shape = shape_of(config, self._source.num_parameters, run.num_layers)
         self.flops_per_token = flops_per_token(self.shape, run.seq_length)
@@ -74,7 +81,8 @@ class Publication:
         return sum(tensor.num_bytes for _, tensor in self._source.tensors())
 
     def _check_values(self, student: Decoder) -> None:
-        """Hold that what transformers loaded is what the file holds, so that it can be written back as it is.
+        """Hold that what transformers loaded is what the file holds, so that it can be written back
+        as it is.
 
         Raises:
             HealError: a tensor was converted while it was loaded.
@@ -87,7 +95,9 @@ class Publication:
             if tuple(parameter.shape) != tensor.shape:
                 raise not_written_back(student, tensor.name)
             part = local(parameter.detach())
-            if self._team.is_first and part.numel():  # the first worker's part starts where the tensor does
+            if (
+                self._team.is_first and part.numel()
+            ):  # the first worker's part starts where the tensor does
                 count = min(part.numel(), 256)
                 stored = read_elements(shard, tensor, count).to(part.dtype)
                 if not torch.equal(stored, part.flatten()[:count].cpu()):
@@ -112,7 +122,14 @@ class Publication:
         count = torch.Size(shape).numel()
         return read_elements(shard, tensor, count, offset * row).float().reshape(shape)
 
-    def publish(self, optimizer: Optimizer, progress: TrainState, peak: float, peak_source: str, brake: Brake) -> None:
+    def publish(
+        self,
+        optimizer: Optimizer,
+        progress: TrainState,
+        peak: float,
+        peak_source: str,
+        brake: Brake,
+    ) -> None:
         """Write everything beside the run's folder, verify it, and let the two change places.
 
         Raises:
@@ -139,7 +156,9 @@ class Publication:
             self._write_proof(staging, report, rows)
             found = verify(staging.folder)
             if not found.is_sound:
-                raise VerificationError(f"the healed model does not verify: {found.problems[0]}; nothing was published")
+                raise VerificationError(
+                    f"the healed model does not verify: {found.problems[0]}; nothing was published"
+                )
             staging.publish()
         self._team.wait()
 
@@ -161,7 +180,9 @@ class Publication:
         sync_file(path)
 
     def _gather(self, tensor: TensorInfo, optimizer: Optimizer) -> Tensor | None:
-        """A tensor as it was trained, in the source's dtype, on the first worker's CPU; None where it was not."""
+        """A tensor as it was trained, in the source's dtype, on the first worker's CPU; None
+        where it was not.
+        """
         name = self._names.get(tensor.name)
         value = optimizer.trained(name) if name is not None else None
         if value is None:
@@ -202,7 +223,9 @@ class Publication:
             "num_workers": self._team.size,
             "flops": flops,
             "flops_to_base": flops_to_base,
-            "fraction_of_pretraining": None if flops_to_base is None else flops_to_base / pretraining,
+            "fraction_of_pretraining": None
+            if flops_to_base is None
+            else flops_to_base / pretraining,
             "seconds": round(progress.seconds, 1),
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
@@ -213,7 +236,9 @@ class Publication:
             "unread_files": data.unread,
         }
 
-    def _write_proof(self, staging: Staging, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    def _write_proof(
+        self, staging: Staging, report: dict[str, Any], rows: list[dict[str, Any]]
+    ) -> None:
         run = self._run
         staging.copy_file(run.metrics_path.name, run.metrics_path)
         staging.write_text(run_file.NAME, dump_json(public(asdict(run))))
@@ -221,7 +246,9 @@ class Publication:
             shutil.copytree(run.folder / "tensorboard", staging.folder / "tensorboard")
         title = f"Healing {Path(run.output).name}"
         for name, dark in CURVES.items():
-            staging.write_text(name, loss_curve(rows, base_loss=report["base_loss"], title=title, dark=dark))
+            staging.write_text(
+                name, loss_curve(rows, base_loss=report["base_loss"], title=title, dark=dark)
+            )
         staging.write_text(run_file.REPORT, dump_json(public(report)))
         card = self._source.folder / "README.md"
         with reading(card.name):
@@ -233,7 +260,10 @@ class Publication:
     def _lineage(self, report: dict[str, Any]) -> dict[str, Any]:
         """dus.json of the source with this healing appended. It has no times and no output path."""
         run = self._run
-        record = lineage.read_lineage(self._source.folder) or {"schema": lineage.SCHEMA, "dus_version": __version__}
+        record = lineage.read_lineage(self._source.folder) or {
+            "schema": lineage.SCHEMA,
+            "dus_version": __version__,
+        }
         healing = {
             "dus_version": __version__,
             "model_key": run.model_key,

@@ -1,4 +1,6 @@
-"""The rows of a step, shared out: which rows is the run's affair, who takes which changes nothing."""
+"""The rows of a step, shared out: which rows is the run's affair, who takes which changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from dus_cli.models.team import Team
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model at once: int64 (rows, length), labels -100 where none counts."""
+    """Rows that go through the model at once: int64 (rows, length), labels -100 where none
+    counts.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -26,10 +30,14 @@ class MicroBatch:
         return int((self.labels != IGNORED).sum())
 
 
-def micro_batches(rows: Rows, step: int, rows_per_step: int, at_once: int, team: Team) -> list[MicroBatch]:
-    """The worker's micro-batches of a step, counting from 0. Every worker has the same number of them.
+def micro_batches(
+    rows: Rows, step: int, rows_per_step: int, at_once: int, team: Team
+) -> list[MicroBatch]:
+    """The worker's micro-batches of a step, counting from 0. Every worker has the same number of
+    them.
 
-    Row i of the step goes to worker i mod size; a worker that has fewer repeats a row without labels.
+    Row i of the step goes to worker i mod size; a worker that has fewer repeats a row without
+    labels.
     """
     first = step * rows_per_step
     most = -(-rows_per_step // team.size)
@@ -37,7 +45,9 @@ def micro_batches(rows: Rows, step: int, rows_per_step: int, at_once: int, team:
     return list(_stacked(mine, most, at_once, rows, first, team))
 
 
-def _stacked(mine: list[Row], most: int, at_once: int, rows: Rows, first: int, team: Team) -> Iterator[MicroBatch]:
+def _stacked(
+    mine: list[Row], most: int, at_once: int, rows: Rows, first: int, team: Team
+) -> Iterator[MicroBatch]:
     spare = rows.row(first) if len(mine) < most else None
     padded = [*mine, *([spare] * (most - len(mine)))]
     for start in range(0, most, at_once):
@@ -46,7 +56,9 @@ def _stacked(mine: list[Row], most: int, at_once: int, rows: Rows, first: int, t
 
 
 def stacked(rows: Sequence[Row], num_labelled: int, device: torch.device) -> MicroBatch:
-    """Rows as a micro-batch on a device; the labels of those after the first `num_labelled` count nothing."""
+    """Rows as a micro-batch on a device; the labels of those after the first `num_labelled`
+    count nothing.
+    """
     labels = np.stack([row.labels for row in rows])
     labels[num_labelled:] = IGNORED
     return MicroBatch(

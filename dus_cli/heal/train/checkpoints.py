@@ -1,8 +1,9 @@
-"""Checkpoints of a run: saved by torch.distributed.checkpoint in the background, complete or invisible.
+"""Checkpoints of a run: saved by torch.distributed.checkpoint in the background, complete or
+invisible.
 
-`checkpoints/step-00000120/` holds the optimizer's tensors, split over the workers that wrote them, and
-`state.json`. It is written under another name, synced, and renamed by the first worker when every worker is
-done. A run with another number of workers can read it.
+`checkpoints/step-00000120/` holds the optimizer's tensors, split over the workers that wrote them,
+and `state.json`. It is written under another name, synced, and renamed by the first worker when
+every worker is done. A run with another number of workers can read it.
 """
 
 from __future__ import annotations
@@ -92,11 +93,12 @@ class Checkpoints:
             raise _cannot_read(path, error) from error
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Begin to save, unless this step is saved. From an accelerator tensors are copied before it returns, and
-        written while training goes on.
+        """Begin to save, unless this step is saved. From an accelerator tensors are copied before
+        it returns, and written while training goes on.
 
         Raises:
-            OutputError: the checkpoint before this one could not be written, or there is no room for this one.
+            OutputError: the checkpoint before this one could not be written, or there is no room
+                for this one.
         """
         self.finish()
         if step == self._saved:
@@ -111,7 +113,9 @@ class Checkpoints:
             future = self._begin(tensors, partial)
         except OSError as error:
             raise self._cannot_save(error, partial, num_bytes(tensors)) from error
-        self._pending = _Pending(future, partial, self._folder / folders.name(step), num_bytes(tensors))
+        self._pending = _Pending(
+            future, partial, self._folder / folders.name(step), num_bytes(tensors)
+        )
         self._saved = step
 
     def check_room(self, tensors: Mapping[str, Tensor], more: int = 0) -> None:
@@ -138,15 +142,24 @@ class Checkpoints:
         if self._team.is_first:
             shutil.rmtree(partial, ignore_errors=True)
         code = _code(error)
-        if code is None and free is not None and free < needed:  # another worker's failure comes as text, without it
+        if (
+            code is None and free is not None and free < needed
+        ):  # another worker's failure comes as text, without it
             code = errno.ENOSPC
         if code == errno.ENOSPC:
             return OutputError(self._no_room(needed, 0, None))
-        reason = f"a checkpoint cannot be saved ({shown(_reason(error) if code is None else os.strerror(code))})"
-        return OutputError(folders.disk_failure(self._folder, reason, f", where one takes {human_bytes(needed)}"))
+        reason = (
+            "a checkpoint cannot be saved "
+            f"({shown(_reason(error) if code is None else os.strerror(code))})"
+        )
+        return OutputError(
+            folders.disk_failure(self._folder, reason, f", where one takes {human_bytes(needed)}")
+        )
 
     def _begin(self, tensors: Mapping[str, Tensor], partial: Path) -> Future[Any]:
-        """Save from a copy in the background; on a CPU, whose memory the copy would take, at once."""
+        """Save from a copy in the background; on a CPU, whose memory the copy would take, at
+        once.
+        """
         where: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._team.saving}
         where["no_dist"] = self._team.size == 1
         if self._in_background:
@@ -166,7 +179,8 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being saved is complete, name it, and remove those beyond `keep`.
+        """Wait until the checkpoint that is being saved is complete, name it, and remove those
+        beyond `keep`.
 
         Raises:
             OutputError: it could not be written; those before it are whole.
@@ -202,7 +216,10 @@ def _sync(folder: Path) -> None:
 
 
 def _cannot_read(path: Path, error: BaseException) -> HealError:
-    return HealError(f"{shown(path)} cannot be read ({shown(_reason(error))}); remove it to go on from the one before")
+    return HealError(
+        f"{shown(path)} cannot be read ({shown(_reason(error))}); remove it to go on from the one "
+        "before"
+    )
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:

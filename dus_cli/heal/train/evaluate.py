@@ -14,7 +14,9 @@ from dus_cli.models.stopping import Brake
 from dus_cli.models.team import Team
 
 
-def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: int, brake: Brake) -> float:
+def mean_loss(
+    decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: int, brake: Brake
+) -> float:
     """Mean cross-entropy in nats over the labelled tokens of the rows, which the workers share out.
 
     Raises:
@@ -29,7 +31,9 @@ def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: i
         batch = stacked(mine or rows[:1], len(mine), team.device)
         with torch.no_grad():
             hidden = decoder.hidden(batch.input_ids, batch.position_ids)
-            _, loss, _ = loss_sums(hidden, decoder.output, batch.labels, decoder.head, between=brake.alone)
+            _, loss, _ = loss_sums(
+                hidden, decoder.output, batch.labels, decoder.head, between=brake.alone
+            )
         total += float(loss)
         count += batch.num_labels
     brake.check()
@@ -38,8 +42,15 @@ def mean_loss(decoder: Decoder, rows: Sequence[Row], team: Team, rows_at_once: i
 
 
 def base_loss(
-    decoder: Decoder, layers: Sequence[int], rows: Sequence[Row], team: Team, rows_at_once: int, brake: Brake
+    decoder: Decoder,
+    layers: Sequence[int],
+    rows: Sequence[Row],
+    team: Team,
+    rows_at_once: int,
+    brake: Brake,
 ) -> float:
-    """The base's held-out loss, from the layers of an untrained up-scaled model that are the base."""
+    """The base's held-out loss, from the layers of an untrained up-scaled model that are the
+    base.
+    """
     with decoder.only(layers):
         return mean_loss(decoder, rows, team, rows_at_once, brake)

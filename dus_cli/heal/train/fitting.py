@@ -11,7 +11,8 @@ from torch.nn import functional
 from dus_cli.heal.estimate import PEAK_FLOPS
 from dus_cli.models.team import Team
 
-# Tokens at once where there is no accelerator: enough for the matrix products, little for the memory.
+# Tokens at once where there is no accelerator: enough for the matrix products, little for the
+# memory.
 _CPU_MICRO_BATCH_TOKENS = 512
 
 # Seconds: a product that takes longer is large enough to measure with.
@@ -22,19 +23,24 @@ _USABLE = 0.85
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s of one device at its best, and where the number comes from: a data sheet, or a measurement here."""
+    """FLOP/s of one device at its best, and where the number comes from: a data sheet, or a
+    measurement here.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if part in name:
                 return flops, f"data sheet of {part}"
-    return _measured(device, dtype), f"matrix product in {str(dtype).removeprefix('torch.')}, measured"
+    return _measured(
+        device, dtype
+    ), f"matrix product in {str(dtype).removeprefix('torch.')}, measured"
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
     """The best of a few products of growing size, as a layer makes them.
 
-    It stops growing where a product takes long: a CPU without instructions for bf16 is a hundred times slower in it.
+    It stops growing where a product takes long: a CPU without instructions for bf16 is a hundred
+    times slower in it.
     """
     best = 0.0
     for size in (256, 512, 1024, 2048) if device.type == "cpu" else (8192,):
@@ -52,7 +58,8 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def rows_at_once(team: Team, seq_length: int, most: int, trial: Callable[[int], None]) -> int:
-    """Rows of a micro-batch. On a GPU by a trial: memory at one row and at two gives what a row costs.
+    """Rows of a micro-batch. On a GPU by a trial: memory at one row and at two gives what a row
+    costs.
 
     Args:
         team: the workers; all take the smallest answer.

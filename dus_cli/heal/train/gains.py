@@ -1,10 +1,10 @@
 """Residual gains: how loudly each block speaks, learned apart from what it says.
 
-Scaling doubles what some layers add to the residual stream, and the quickest repair is to change by how
-much each block adds. Every matrix W that writes to the stream (the output projections of attention and
-MLP) is seen as exp(g) · W with g = 0; the gradient for g is ⟨∂L/∂W, W⟩, Adam steps on g at a rate of its
-own, and the factor is folded into W at once. So the checkpoint stays an ordinary one, and nothing is
-added to forward or backward. docs/healing.md has what it brings.
+Scaling doubles what some layers add to the residual stream, and the quickest repair is to change by
+how much each block adds. Every matrix W that writes to the stream (the output projections of
+attention and MLP) is seen as exp(g) · W with g = 0; the gradient for g is ⟨∂L/∂W, W⟩, Adam steps on
+g at a rate of its own, and the factor is folded into W at once. So the checkpoint stays an ordinary
+one, and nothing is added to forward or backward. docs/healing.md has what it brings.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ def matrices_of_the_stream(parameters: Mapping[str, Tensor]) -> list[str]:
     places: dict[str, tuple[str, str]] = {}
     for name, parameter in parameters.items():
         split = split_name(name)
-        layer, suffix = ("", name) if split is None else (f"{split.prefix}.{split.index}", split.suffix)
+        layer, suffix = (
+            ("", name) if split is None else (f"{split.prefix}.{split.index}", split.suffix)
+        )
         layers[layer][suffix] = tuple(parameter.shape)
         places[name] = (layer, suffix)
     found = {layer: stream_writers(shapes).found for layer, shapes in layers.items()}
     return [
-        name for name, (layer, suffix) in places.items() if name.endswith(".weight") and pattern(suffix) in found[layer]
+        name
+        for name, (layer, suffix) in places.items()
+        if name.endswith(".weight") and pattern(suffix) in found[layer]
     ]
 
 
@@ -55,10 +59,16 @@ class Gains:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold. They are read back in place."""
-        return {"gains.exp_avg": self.exp_avg, "gains.exp_avg_sq": self.exp_avg_sq, "gains.steps": self.steps}
+        return {
+            "gains.exp_avg": self.exp_avg,
+            "gains.exp_avg_sq": self.exp_avg_sq,
+            "gains.steps": self.steps,
+        }
 
     def factors(self, products: Sequence[float | None], lr: float) -> list[float]:
-        """The factor for each matrix, of ⟨gradient, W⟩ over all workers; None where the matrix does not learn."""
+        """The factor for each matrix, of ⟨gradient, W⟩ over all workers; None where the matrix
+        does not learn.
+        """
         first, second = _BETAS
         factors = []
         for index, product in enumerate(products):

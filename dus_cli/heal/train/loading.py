@@ -18,10 +18,12 @@ from dus_cli.models.team import Team
 
 
 def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
-    """The model of a run on this worker's device, split over the team by FSDP2 as its own plan says.
+    """The model of a run on this worker's device, split over the team by FSDP2 as its own plan
+    says.
 
-    Each worker reads its shards only (transformers' `DistributedConfig`); weights never exist whole. `is_base`: its
-    base instead, which does not learn: the base's layers inside the model, or the base itself where that is elsewhere.
+    Each worker reads its shards only (transformers' `DistributedConfig`); weights never exist
+    whole. `is_base`: its base instead, which does not learn: the base's layers inside the model, or
+    the base itself where that is elsewhere.
 
     Raises:
         LoadError: transformers cannot load it, or would make up weights that the files lack.
@@ -29,13 +31,17 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
     """
     elsewhere = run.base.folder if is_base and run.base is not None else None
     folder = elsewhere or run.model
-    num_layers = len(run.base.layers) if elsewhere is not None and run.base is not None else run.num_layers
+    num_layers = (
+        len(run.base.layers) if elsewhere is not None and run.base is not None else run.num_layers
+    )
     with refusals_told(folder):
         config = _without_dropout(load_config(folder))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     attention = _attention(run, team, skeleton)
-    if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:  # what it reads no compiler can
+    if (
+        attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile
+    ):  # what it reads no compiler can
         attend_by_document()
     model = load_model(
         folder,
@@ -63,7 +69,9 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
 
 
 def _without_dropout(config: Any) -> Any:
-    """The config with every rate of dropout at 0: continued pretraining uses none, and must be repeatable."""
+    """The config with every rate of dropout at 0: continued pretraining uses none, and must be
+    repeatable.
+    """
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
@@ -87,16 +95,22 @@ def _distribution(run: Run, team: Team, skeleton: Any, num_layers: int) -> Distr
 def _plan(skeleton: Any, num_layers: int) -> dict[str, str] | None:
     """Each layer by itself, for an architecture without a plan of its own (GPT-2).
 
-    With the root alone FSDP would never reduce a gradient: its hooks hang on the outputs, and we leave by the side.
+    With the root alone FSDP would never reduce a gradient: its hooks hang on the outputs, and we
+    leave by the side.
     """
     inner = skeleton.get_decoder()
     path = next(name for name, module in skeleton.named_modules() if module is inner)
     layers = f"{path}.{stack_name(inner, num_layers)}."
-    return None if any(key.startswith(layers) for key in skeleton.fsdp_plan) else {f"{layers}*": "free_full_weight"}
+    return (
+        None
+        if any(key.startswith(layers) for key in skeleton.fsdp_plan)
+        else {f"{layers}*": "free_full_weight"}
+    )
 
 
 def _attention(run: Run, team: Team, skeleton: Any) -> str:
-    """Varlen flash attention where it is installed, else flex attention for documents on a GPU, else SDPA.
+    """Varlen flash attention where it is installed, else flex attention for documents on a GPU,
+    else SDPA.
 
     Architectures that lack it (Gemma 2 caps its scores) compute attention step by step.
     """
@@ -115,7 +129,11 @@ def _checkpoint_activations(model: Any, how: str) -> None:
     if how == "selective":
         from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-        products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+        products = {
+            torch.ops.aten.mm.default,
+            torch.ops.aten.addmm.default,
+            torch.ops.aten.bmm.default,
+        }
 
         def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
             keep = op in products

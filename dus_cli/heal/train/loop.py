@@ -1,4 +1,6 @@
-"""The training of a run on one worker, from the model's loading to the healed model: the loop to read first."""
+"""The training of a run on one worker, from the model's loading to the healed model: the loop to
+read first.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +68,19 @@ class Training:
         self.student = load(run, team)
         self.publication = Publication(run, self.student, team)
         data = Prepared.from_json(run.data)
-        self.rows = Rows(data, run.tokens_folder, run.seq_length, seed=run.recipe.seed, document_mask=run.document_mask)
+        self.rows = Rows(
+            data,
+            run.tokens_folder,
+            run.seq_length,
+            seed=run.recipe.seed,
+            document_mask=run.document_mask,
+        )
         self.heldout = heldout_rows(
-            data, run.tokens_folder, run.seq_length, document_mask=run.document_mask, max_tokens=run.keeping.eval_tokens
+            data,
+            run.tokens_folder,
+            run.seq_length,
+            document_mask=run.document_mask,
+            max_tokens=run.keeping.eval_tokens,
         )
         row = self.heldout[0]
         ids = torch.from_numpy(row.input_ids)[None, :64].to(team.device)
@@ -89,10 +101,16 @@ class Training:
         )
         self.progress = self._resume()
         self.student.train_only(run.recipe.train_layers)
-        self.optimizer.prepare(name for name, p in self.student.parameters.items() if p.requires_grad)
-        last = -1 if self.progress.scaled_loss is None else self.progress.step  # step 0 has a row too
+        self.optimizer.prepare(
+            name for name, p in self.student.parameters.items() if p.requires_grad
+        )
+        last = (
+            -1 if self.progress.scaled_loss is None else self.progress.step
+        )  # step 0 has a row too
         self.metrics = MetricsFile(run.metrics_path, last) if team.is_first else None
-        self.tracker = open_tracker(run.keeping.track if team.is_first else "none", run.folder, asdict(run))
+        self.tracker = open_tracker(
+            run.keeping.track if team.is_first else "none", run.folder, asdict(run)
+        )
         self.at_once = self._rows_at_once()
         self._saved_at = time.monotonic()
         self._peak = self._peak_flops()
@@ -141,7 +159,9 @@ class Training:
         self._signals.cooperate()
 
     def keep(self) -> None:
-        """Save the last finished step, after `StopRequested`. Of step 0 there is only what was measured."""
+        """Save the last finished step, after `StopRequested`. Of step 0 there is only what was
+        measured.
+        """
         if self.progress.scaled_loss is None:
             return
         with self._signals.held():
@@ -181,7 +201,12 @@ class Training:
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
         per_second = run.tokens_per_step / (time.perf_counter() - started)
         row: dict[str, Any] = {"step": step + 1, "tokens": (step + 1) * run.tokens_per_step}
-        row |= {"loss": loss, "lr": share * run.recipe.lr, "grad_norm": norm, "tokens_per_second": round(per_second, 1)}
+        row |= {
+            "loss": loss,
+            "lr": share * run.recipe.lr,
+            "grad_norm": norm,
+            "tokens_per_second": round(per_second, 1),
+        }
         if kl_weight:
             row["kl"] = divergence
         return row | {
@@ -191,7 +216,9 @@ class Training:
         }
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the peak of all devices; None over 1, which says that the peak was measured beside other work."""
+        """Share of the peak of all devices; None over 1, which says that the peak was measured
+        beside other work.
+        """
         share = round(tokens_per_second * self.publication.flops_per_token / self._peak, 4)
         return share if share <= 1 else None
 
@@ -240,7 +267,9 @@ class Training:
             self._backward(batch, 1.0, run.recipe.distill_weight)
             self.optimizer.clear()
 
-        return rows_at_once(self.team, run.seq_length, -(-run.rows_per_step // self.team.size), trial)
+        return rows_at_once(
+            self.team, run.seq_length, -(-run.rows_per_step // self.team.size), trial
+        )
 
     def _measure_start(self) -> None:
         """The base's loss and the scaled model's: rows of step 0."""
@@ -255,14 +284,21 @@ class Training:
         self._log(row | {"seconds": self.clock.lap()})
 
     def _base_loss(self, base: BasePlan) -> float:
-        """From the base's layers inside the model; where a start scaled them, from the base itself."""
+        """From the base's layers inside the model; where a start scaled them, from the base
+        itself.
+        """
         if base.folder is None:
-            return base_loss(self.student, base.layers, self.heldout, self.team, self.at_once, self.brake)
+            return base_loss(
+                self.student, base.layers, self.heldout, self.team, self.at_once, self.brake
+            )
         whole = self.teacher or load(self.run, self.team, is_base=True)
         return mean_loss(whole, self.heldout, self.team, self.at_once, self.brake)
 
     def _evaluates(self) -> bool:
-        return self.progress.step % self.run.keeping.eval_every == 0 or self.progress.step == self.run.num_steps
+        return (
+            self.progress.step % self.run.keeping.eval_every == 0
+            or self.progress.step == self.run.num_steps
+        )
 
     def _evaluate(self) -> float:
         with self.clock("eval"):
@@ -284,10 +320,13 @@ class Training:
         last = row["step"] * self.run.rows_per_step
         source, place = self.rows.place(last - self.run.rows_per_step)
         raise HealError(
-            f"{self.progress.skipped_in_a_row} steps in a row had a loss or gradient out of bounds, the last of them "
-            f"step {row['step']} (rows {last - self.run.rows_per_step} to {last - 1}, the first at token "
+            f"{self.progress.skipped_in_a_row} steps in a row had a loss or gradient out of "
+            "bounds, the last of them "
+            f"step {row['step']} (rows {last - self.run.rows_per_step} to {last - 1}, the first "
+            "at token "
             f"{place:,} of source {source + 1}; loss "
-            f"{row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}); the last good checkpoint is kept: look at that "
+            f"{row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}); the last good checkpoint "
+            "is kept: look at that "
             "data, or lower --lr"
         )
 
@@ -301,14 +340,18 @@ class Training:
             is_due = self.progress.step % keeping.save_every_steps == 0
         else:
             assert keeping.save_every_seconds is not None
-            is_due = self.team.first_says(time.monotonic() - self._saved_at >= keeping.save_every_seconds)
+            is_due = self.team.first_says(
+                time.monotonic() - self._saved_at >= keeping.save_every_seconds
+            )
         if is_due:
             self._save()
 
     def _save(self) -> None:
         self.progress.adam_steps = self.optimizer.steps()
         with self._signals.held():
-            self.checkpoints.save(self.progress.step, self.optimizer.tensors(), asdict(self.progress))
+            self.checkpoints.save(
+                self.progress.step, self.optimizer.tensors(), asdict(self.progress)
+            )
         self._saved_at = time.monotonic()
 
     def _peak_flops(self) -> float:
@@ -322,4 +365,6 @@ class Training:
         if self.metrics is not None:
             self.metrics.close()
             self.tracker.close()
-        self.publication.publish(self.optimizer, self.progress, self.peak, self.peak_source, self.brake)
+        self.publication.publish(
+            self.optimizer, self.progress, self.peak, self.peak_source, self.brake
+        )

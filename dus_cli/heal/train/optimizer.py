@@ -1,8 +1,10 @@
-"""AdamW over the weights that this worker holds: fp32 masters and moments, gradients summed in fp32.
+"""AdamW over the weights that this worker holds: fp32 masters and moments, gradients summed in
+fp32.
 
-The weights that compute stay in bf16; each is followed by an fp32 master, its gradient and two moments
-(16 bytes a parameter with the weight itself, split over the workers). Without masters the bf16 weights are
-rounded stochastically, so that small updates are not lost on average (arXiv:2010.06192).
+The weights that compute stay in bf16; each is followed by an fp32 master, its gradient and two
+moments (16 bytes a parameter with the weight itself, split over the workers). Without masters the
+bf16 weights are rounded stochastically, so that small updates are not lost on average
+(arXiv:2010.06192).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _EPSILON = 1e-8
 class _Slot:
     """One parameter's part on this worker. `master` is the weight itself where it is fp32 already.
 
-    `is_stale` says that `gradient` is of a step that is over: the next one takes its place instead of being added.
+    `is_stale` says that `gradient` is of a step that is over: the next one takes its place instead
+    of being added.
     """
 
     parameter: nn.Parameter
@@ -41,8 +44,14 @@ class _Slot:
     is_stale: bool = False
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint must hold, as tensors of the whole parameter's shape where it is split."""
-        named = {f"model.{name}": self.weight, f"exp_avg.{name}": self.exp_avg, f"exp_avg_sq.{name}": self.exp_avg_sq}
+        """What a checkpoint must hold, as tensors of the whole parameter's shape where it is
+        split.
+        """
+        named = {
+            f"model.{name}": self.weight,
+            f"exp_avg.{name}": self.exp_avg,
+            f"exp_avg_sq.{name}": self.exp_avg_sq,
+        }
         if self.master is not None and self.master is not self.weight:
             named[f"master.{name}"] = self.master
         return {key: whole(self.parameter, tensor) for key, tensor in named.items()}
@@ -123,19 +132,34 @@ class Optimizer:
             elif self._masters:
                 more = self._stored(name)
                 master = weight.float() if more is None else more.to(weight.device)
-            gradient, exp_avg, exp_avg_sq = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(3))
+            gradient, exp_avg, exp_avg_sq = (
+                torch.zeros_like(weight, dtype=torch.float32) for _ in range(3)
+            )
             step = torch.zeros((), device=weight.device)
             self._slots[name] = _Slot(
-                parameter, weight, master, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step
+                parameter,
+                weight,
+                master,
+                gradient=gradient,
+                exp_avg=exp_avg,
+                exp_avg_sq=exp_avg_sq,
+                step=step,
             )
 
     def gradient_norm(self) -> float:
         """The norm of the summed gradient over all parameters and workers."""
-        squares = sum(float(torch.linalg.vector_norm(s.gradient, dtype=torch.float32)) ** 2 for s in self._learning())
+        squares = sum(
+            float(torch.linalg.vector_norm(s.gradient, dtype=torch.float32)) ** 2
+            for s in self._learning()
+        )
         return float((self._team.sum([squares])[0] / self._num_replicas) ** 0.5)
 
     def _learning(self) -> list[_Slot]:
-        learning = [slot for slot in self._slots.values() if slot.parameter.requires_grad and slot.gradient.numel()]
+        learning = [
+            slot
+            for slot in self._slots.values()
+            if slot.parameter.requires_grad and slot.gradient.numel()
+        ]
         for slot in learning:
             if slot.is_stale:  # nothing of this step came here: an expert that no token went to
                 slot.gradient.zero_()
@@ -153,7 +177,9 @@ class Optimizer:
         clip = self._recipe.grad_clip
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         learning = self._learning()
-        device = learning[0].weight.device if learning else torch.device("cpu")  # not the team's, where it is offloaded
+        device = (
+            learning[0].weight.device if learning else torch.device("cpu")
+        )  # not the team's, where it is offloaded
         rounding = torch.Generator(device).manual_seed(self._recipe.seed * 1_000_003 + step)
         gains = self._gain_factors(factor, share * gain_rate(self._recipe, step))
         divisor = None if factor == 1.0 else torch.tensor(1 / factor, device=device)
@@ -169,13 +195,16 @@ class Optimizer:
         self.clear()
 
     def _gain_factors(self, clip: float, rate: float) -> dict[int, float]:
-        """What each matrix that writes to the residual stream is multiplied by, by its slot's id."""
+        """What each matrix that writes to the residual stream is multiplied by, by its slot's
+        id.
+        """
         if self._gains is None:
             return {}
         slots = [self._slots.get(name) for name in self._gains.names]
         learn = [slot is not None and slot.parameter.requires_grad for slot in slots]
         products = [
-            self._product(slot) if slot is not None and is_on else 0.0 for slot, is_on in zip(slots, learn, strict=True)
+            self._product(slot) if slot is not None and is_on else 0.0
+            for slot, is_on in zip(slots, learn, strict=True)
         ]
         totals = [clip * total / self._num_replicas for total in self._team.sum(products)]
         known = [total if is_on else None for total, is_on in zip(totals, learn, strict=True)]
@@ -212,7 +241,9 @@ class Optimizer:
             slot.is_stale = True
 
     def trained(self, name: str) -> Tensor | None:
-        """A parameter as it has been trained, in the best precision there is; None where it never learned."""
+        """A parameter as it has been trained, in the best precision there is; None where it
+        never learned.
+        """
         slot = self._slots.get(name)
         if slot is None:
             return None
@@ -220,7 +251,11 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint must hold, by name."""
-        slots = {key: tensor for name, slot in self._slots.items() for key, tensor in slot.tensors(name).items()}
+        slots = {
+            key: tensor
+            for name, slot in self._slots.items()
+            for key, tensor in slot.tensors(name).items()
+        }
         return slots | (self._gains.tensors() if self._gains is not None else {})
 
     def steps(self) -> dict[str, int]:
@@ -237,6 +272,8 @@ class Optimizer:
 def stochastically_rounded(value: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 to bf16, up or down with the probability that makes the result right on average."""
     bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    noise = torch.randint(
+        0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
+    )
     # bf16 is the upper half of fp32: adding noise to the lower half carries into it in proportion.
     return (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)

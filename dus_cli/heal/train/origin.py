@@ -23,15 +23,25 @@ def parameter_names(source: Checkpoint, student: Decoder) -> dict[str, str]:
     Tied weights are one parameter under two names. Older files leave out the base model's prefix.
 
     Raises:
-        HealError: a parameter that learns stands under no name in the source: it was merged or split.
+        HealError: a parameter that learns stands under no name in the source: it was merged or
+            split.
     """
     by_id = {id(parameter): name for name, parameter in student.parameters.items()}
-    every = {name: by_id[id(p)] for name, p in student.model.named_parameters(remove_duplicate=False)}
+    every = {
+        name: by_id[id(p)] for name, p in student.model.named_parameters(remove_duplicate=False)
+    }
     prefix = f"{student.model.base_model_prefix}."
     names: dict[str, str] = {}
     for _, tensor in source.tensors():
-        head = tensor.name.replace("embed_out.", "lm_head.")  # GPT-NeoX, whose files keep the older name
-        for candidate in (tensor.name, prefix + tensor.name, tensor.name.removeprefix(prefix), head):
+        head = tensor.name.replace(
+            "embed_out.", "lm_head."
+        )  # GPT-NeoX, whose files keep the older name
+        for candidate in (
+            tensor.name,
+            prefix + tensor.name,
+            tensor.name.removeprefix(prefix),
+            head,
+        ):
             if candidate in every and tensor.dtype in STORED_DTYPES:
                 names[tensor.name] = every[candidate]
                 break
@@ -43,8 +53,10 @@ def parameter_names(source: Checkpoint, student: Decoder) -> dict[str, str]:
 
 def not_written_back(student: Decoder, what: str) -> HealError:
     return HealError(
-        f"transformers converts {shown(what)} while it loads model_type {student.model.config.model_type!r} (or its "
-        "dtype is not a float): dus heal could not write it back as it stood, so it does not heal this architecture yet"
+        f"transformers converts {shown(what)} while it loads model_type "
+        f"{student.model.config.model_type!r} (or its "
+        "dtype is not a float): dus heal could not write it back as it stood, so it does not heal "
+        "this architecture yet"
     )
 
 

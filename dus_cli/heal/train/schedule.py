@@ -1,4 +1,6 @@
-"""What changes with the step: learning rates and the weight of the KL term. Pure functions of run.json."""
+"""What changes with the step: learning rates and the weight of the KL term. Pure functions of
+run.json.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ _GAIN_STEPS = 32
 def rate_share(recipe: RecipePlan, step: int, num_steps: int) -> float:
     """The share of the recipe's learning rates at step `step`, counting from 0, of `num_steps`.
 
-    Warm-up is linear from 1 / warmup_steps. WSD (arXiv:2404.06395) then stays at 1 and falls linearly to 0
-    over the last decay_steps; constant stays.
+    Warm-up is linear from 1 / warmup_steps. WSD (arXiv:2404.06395) then stays at 1 and falls
+    linearly to 0 over the last decay_steps; constant stays.
     """
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps

@@ -17,7 +17,9 @@ _SPIKE_NATS = 1.0
 
 @dataclass
 class TrainState:
-    """How far a run is; saved with each checkpoint. `step` counts finished steps, `seconds` all sessions' time."""
+    """How far a run is; saved with each checkpoint. `step` counts finished steps, `seconds` all
+    sessions' time.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -36,7 +38,9 @@ class TrainState:
     unmeasured: dict[str, Any] | None = None
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss is far above what the run has seen: its step would do more harm than good."""
+        """Whether a loss is far above what the run has seen: its step would do more harm than
+        good.
+        """
         if not math.isfinite(loss):
             return True
         if self.seen < _TRUSTED_AFTER:

@@ -1,4 +1,6 @@
-"""The view of `dus heal --progress json`: JSON Lines on stderr. docs/layout.md describes every field."""
+"""The view of `dus heal --progress json`: JSON Lines on stderr. docs/layout.md describes every
+field.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class EventView:
-    """A `View` of events: each held-out measurement, and of the rows between them a few a second."""
+    """A `View` of events: each held-out measurement, and of the rows between them a few a
+    second.
+    """
 
     def __init__(self) -> None:
         self._tokenising: Stage | None = None
@@ -87,9 +91,16 @@ class EventView:
 
     def _tell(self, event: str) -> None:
         now, pace = self._standing, self._standing.seconds_per_step
-        fields: dict[str, Any] = {"stage": "training", "done": now.step, "total": now.num_steps, "unit": "steps"}
+        fields: dict[str, Any] = {
+            "stage": "training",
+            "done": now.step,
+            "total": now.num_steps,
+            "unit": "steps",
+        }
         fields["seconds"] = round(time.monotonic() - (self._began or 0), 3)
         fields["steps_per_second"] = None if not pace else round(1 / pace, 3)
-        fields["eta_seconds"] = None if pace is None else round(pace * (now.num_steps - now.step), 1)
+        fields["eta_seconds"] = (
+            None if pace is None else round(pace * (now.num_steps - now.step), 1)
+        )
         emit(event, **fields, metrics=now.row)
         self._known, self._told_at = now.step, time.monotonic()

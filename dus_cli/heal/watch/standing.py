@@ -74,11 +74,19 @@ class Standing:
         if not self.step:
             return self.start_text()
         heldout = f"held-out {self.heldout_text()}" if self.is_measured else ""
-        parts = [f"step {self.step_text(', ')}", f"loss {loss_text(self.loss)}", heldout, self.speed_texts()[0]]
+        parts = [
+            f"step {self.step_text(', ')}",
+            f"loss {loss_text(self.loss)}",
+            heldout,
+            self.speed_texts()[0],
+        ]
         return ", ".join(part for part in (*parts, self.time_left_text()) if part)
 
     def step_text(self, separator: str) -> str:
-        done, budget = human_count(self.step * self.tokens_per_step), human_count(self.num_steps * self.tokens_per_step)
+        done, budget = (
+            human_count(self.step * self.tokens_per_step),
+            human_count(self.num_steps * self.tokens_per_step),
+        )
         parts = [f"{self.step:,} of {self.num_steps:,}", f"{done} of {budget} tokens"]
         return separator.join(parts + [f"{self.num_skipped:,} skipped"] * bool(self.num_skipped))
 
@@ -88,7 +96,10 @@ class Standing:
     def start_text(self) -> str:
         if self.base_loss is None:
             return f"held-out loss at the start: {loss_text(self.eval_loss)}"
-        return f"held-out loss after scaling: {loss_text(self.eval_loss)}, of the base: {loss_text(self.base_loss)}"
+        return (
+            f"held-out loss after scaling: {loss_text(self.eval_loss)}, of the base: "
+            f"{loss_text(self.base_loss)}"
+        )
 
     def heldout_text(self) -> str:
         """The held-out loss on its way from right after scaling to the base."""
@@ -98,7 +109,10 @@ class Standing:
         if base is None:
             return f"{loss_text(now)} (at the start {loss_text(scaled)})"
         where = _way(scaled, now, base)
-        return f"{loss_text(now)} (scaled {loss_text(scaled)} → base {loss_text(base)}{', ' if where else ''}{where})"
+        return (
+            f"{loss_text(now)} (scaled {loss_text(scaled)} → base "
+            f"{loss_text(base)}{', ' if where else ''}{where})"
+        )
 
     def speed_texts(self) -> list[str]:
         texts = [f"{self._number('tokens_per_second'):,.0f} tokens/s"]
@@ -132,15 +146,20 @@ class Standing:
 def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
     """The values as at most `width` blocks from lowest to highest, each the mean of its neighbours.
 
-    >>> sparkline([8, 7, 6, 5, 4, 3, 2, 1], width=8), sparkline([3, 1, 2, 2], width=2), sparkline([5, 5], width=9)
-    ('█▇▆▅▄▃▂▁', '▁▁', '▁▁')
+    >>> sparkline([8, 7, 6, 5, 4, 3, 2, 1], width=8)
+    '█▇▆▅▄▃▂▁'
+    >>> sparkline([3, 1, 2, 2], width=2), sparkline([5, 5], width=9)
+    ('▁▁', '▁▁')
     """
     known = [value for value in values if math.isfinite(value)]
     count = min(len(known), max(0, width))
     edges = [len(known) * k // count for k in range(count + 1)] if count else []
     means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, spread = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
-    return "".join(_BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
+    return "".join(
+        _BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1)) if spread else 0]
+        for mean in means
+    )
 
 
 def loss_text(loss: float | None) -> str:
@@ -148,10 +167,13 @@ def loss_text(loss: float | None) -> str:
 
 
 def _way(scaled: float, now: float, base: float) -> str:
-    """How much of the way from scaled to base is done. It is all of it only where the base is reached.
+    """How much of the way from scaled to base is done. It is all of it only where the base is
+    reached.
 
-    >>> _way(3.417, 2.91, 2.85), _way(3.417, 2.8501, 2.85), _way(3.417, 2.85, 2.85), _way(2.8, 2.9, 2.85)
-    ('89% of the way', '99% of the way', 'reached', '')
+    >>> _way(3.417, 2.91, 2.85), _way(3.417, 2.8501, 2.85)
+    ('89% of the way', '99% of the way')
+    >>> _way(3.417, 2.85, 2.85), _way(2.8, 2.9, 2.85)
+    ('reached', '')
     """
     if now <= base:
         return "reached"

@@ -1,4 +1,6 @@
-"""What a person sees of a run: the rows of metrics.jsonl as they come, and how a terminal or a log shows them."""
+"""What a person sees of a run: the rows of metrics.jsonl as they come, and how a terminal or a
+log shows them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-# Seconds between two pictures on a terminal, and between two lines of a log that no measurement asks for.
+# Seconds between two pictures on a terminal, and between two lines of a log that no measurement
+# asks for.
 _REDRAW, _PLAIN_INTERVAL = 0.1, 60.0
 
 # Seconds after which a status says how long it has been true.
@@ -27,7 +30,8 @@ _PATIENCE = 10.0
 # Columns of the labels on a terminal.
 _LABEL = 11
 
-# Columns that stay free at the right: a terminal writes ^C behind the last line, and must not begin another with it.
+# Columns that stay free at the right: a terminal writes ^C behind the last line, and must not begin
+# another with it.
 _ECHO = 4
 
 # For terminals whose encoding has no such characters.
@@ -35,7 +39,9 @@ _ASCII = str.maketrans({"…": "...", "→": "->", "·": "|", "–": "-"})
 
 
 class View(Protocol):
-    """Told what a run does while it does it. A context manager, so that a terminal is left as it was."""
+    """Told what a run does while it does it. A context manager, so that a terminal is left as it
+    was.
+    """
 
     def __enter__(self) -> Self: ...
 
@@ -100,11 +106,15 @@ class NoView:
 
 
 class PlainView(NoView):
-    """For logs: a line for each held-out measurement and each new status, and otherwise one a minute."""
+    """For logs: a line for each held-out measurement and each new status, and otherwise one a
+    minute.
+    """
 
     def __init__(self) -> None:
         self._standing = Standing(0, 0)
-        self._known = math.inf  # rows up to this step were told, also those that are there at the first look
+        self._known = (
+            math.inf
+        )  # rows up to this step were told, also those that are there at the first look
         self._said_at = time.monotonic()
 
     def note(self, text: str) -> None:
@@ -173,8 +183,8 @@ class LiveView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # The last picture of a run stays above its report; a status that is over does not, and of a run that ended
-        # otherwise nothing does: its time left and its bar are no longer true.
+        # The last picture of a run stays above its report; a status that is over does not, and of a
+        # run that ended otherwise nothing does: its time left and its bar are no longer true.
         self._status, self._tokenised = "", None
         self._settle()
         self._live.update(self._picture())
@@ -187,7 +197,8 @@ class LiveView:
 
     def status(self, text: str) -> None:
         self._tokenised = None
-        # Until there are new rows a status says what to wait for. Later it is the end that has begun.
+        # Until there are new rows a status says what to wait for. Later it is the end that has
+        # begun.
         self._set_status(text, passes=not self._is_training)
         self._draw(at_once=True)
 
@@ -234,8 +245,9 @@ class LiveView:
     def _settle(self) -> None:
         """Clear the screen where its width changed.
 
-        Some terminals break the lines that are there, others cut them, and tmux tells of it a quarter of a second
-        later: nobody knows how many rows the last picture has now. Most terminals keep what is cleared to scroll to.
+        Some terminals break the lines that are there, others cut them, and tmux tells of it a
+        quarter of a second later: nobody knows how many rows the last picture has now. Most
+        terminals keep what is cleared to scroll to.
         """
         from rich.control import Control
 
@@ -282,7 +294,9 @@ class LiveView:
     def _row(self, label: str, value: str) -> RenderableType:
         from rich.text import Text
 
-        return Text.assemble((f"{label:<{_LABEL}}", "dim"), self._plain(value), no_wrap=True, overflow="crop")
+        return Text.assemble(
+            (f"{label:<{_LABEL}}", "dim"), self._plain(value), no_wrap=True, overflow="crop"
+        )
 
     def _bar(self, share: float, left: str) -> RenderableType:
         from rich.progress_bar import ProgressBar
@@ -292,7 +306,11 @@ class LiveView:
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True)
         grid.add_column(no_wrap=True)
-        grid.add_row(ProgressBar(total=1.0, completed=share), f"{math.floor(share * 100):>3}%", self._plain(left))
+        grid.add_row(
+            ProgressBar(total=1.0, completed=share),
+            f"{math.floor(share * 100):>3}%",
+            self._plain(left),
+        )
         return grid
 
     def _plain(self, text: str) -> str:
