@@ -343,21 +343,21 @@ WRONG: list[tuple[Any, str]] = [
         "steps: 0 is not a whole",
     ),
     (
-        lambda: heal_options("out", data=DataOptions(files=("a",), holdout="9x")),
+        lambda: heal_options("out", data=DataOptions(files=("a",), holdout="9x")),  # type: ignore[arg-type]
         "holdout: 9x is no share",
-    ),  # type: ignore[arg-type]
+    ),
     (
-        lambda: heal_options("out", data=DataOptions(files=("a",), special_tokens=1)),
+        lambda: heal_options("out", data=DataOptions(files=("a",), special_tokens=1)),  # type: ignore[arg-type]
         "special_tokens: 1 is no bool",
-    ),  # type: ignore[arg-type]
+    ),
     (
-        lambda: heal_options("out", data=DataOptions(files=("a",)), keeping=Keeping(track="x")),
+        lambda: heal_options("out", data=DataOptions(files=("a",)), keeping=Keeping(track="x")),  # type: ignore[arg-type]
         "track: 'x' is not",
-    ),  # type: ignore[arg-type]
+    ),
     (
-        lambda: heal_options("out", data=DataOptions(files=("a",)), recipe=Recipe(lr=None)),
+        lambda: heal_options("out", data=DataOptions(files=("a",)), recipe=Recipe(lr=None)),  # type: ignore[arg-type]
         "lr: None is no value",
-    ),  # type: ignore[arg-type]
+    ),
     (lambda: probe("out", ProbeOptions(data=("a",), layers=("a:b",))), "layers: "),
     (
         lambda: push("out", "org/name", PushOptions(jobs=65)),

@@ -84,10 +84,10 @@ def main(arguments: list[str]) -> int:
             raise
         is_full = isinstance(error, OSError) and not isinstance(error, DusError)
         text = (
-            disk_failure(path.parent / "checkpoints", error.strerror or "")
+            disk_failure(path.parent / "checkpoints", error.strerror or "")  # type: ignore[attr-defined]
             if is_full
             else explained(error)
-        )  # type: ignore[attr-defined]
+        )
         _leave(failure, launch, text)
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()

@@ -170,8 +170,10 @@ class Teaching:
     def products(self, rows: slice) -> Tensor:
         """The teacher's h Wᵀ + b, (rows, vocabulary)."""
         return functional.linear(
-            self.hidden[rows], self.output.weight, getattr(self.output, "bias", None)
-        )  # type: ignore[arg-type]
+            self.hidden[rows],
+            self.output.weight,  # type: ignore[arg-type]
+            getattr(self.output, "bias", None),
+        )
 
 
 def loss_sums(
