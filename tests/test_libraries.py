@@ -24,14 +24,22 @@ def dus_without(modules: str, folder: Path, *arguments: str | Path) -> Run:
 
 
 @pytest.mark.parametrize("verb", ["heal", "probe", "eval"])
-@pytest.mark.parametrize("missing", ["numpy", "torch", "transformers", "numpy torch transformers"])
-def test_a_verb_names_what_it_lacks_and_the_extra_that_has_it(
-    verb: str, missing: str, base: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("missing", "names", "packages"),
+    [
+        ("torch", "torch", "'dus-cli[heal]'"),
+        ("transformers", "transformers", "'dus-cli[heal]'"),
+        ("torch transformers", "torch and transformers", "'dus-cli[heal]'"),
+        ("numpy", "numpy", "numpy"),  # dus itself brings it
+        ("numpy torch", "numpy and torch", "numpy 'dus-cli[heal]'"),
+    ],
+)
+def test_a_verb_names_what_it_lacks_and_what_brings_it(
+    verb: str, missing: str, names: str, packages: str, base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("Some words to read.")
     run = dus_without(missing, tmp_path / "site", verb, base, "--data", tmp_path / "text.txt")
-    names = "numpy, torch and transformers" if " " in missing else missing
-    run.assert_one_line_error(f"dus {verb} needs {names}; {HEAL}\n")
+    run.assert_one_line_error(f"dus {verb} needs {names}; pip install {packages}\n")
 
 
 def test_an_option_or_a_file_that_takes_torch_names_the_extra(base: Path, tmp_path: Path) -> None:
@@ -56,7 +64,7 @@ def test_a_library_that_cannot_be_imported_is_named_with_its_reason(
     (tmp_path / "text.txt").write_text("Some words to read.")
     run = dus_without("", tmp_path / "site", "eval", base, "--data", tmp_path / "text.txt")
     run.assert_one_line_error(
-        "numpy", "cannot be imported: libblas.so.3: no such file", "--force-reinstall", "[heal]"
+        "numpy", "cannot be imported: libblas.so.3: no such file", "--force-reinstall numpy"
     )
 
 
