@@ -142,9 +142,8 @@ def main() -> NoReturn:
         if signals.signum is None or os.environ.get("DUS_DEBUG"):
             raise
         code, message = 1, None
-    if (
-        code == 1 and signals.signum is not None
-    ):  # a library made another error of it, in the middle of an import
+    # a library made another error of it, in the middle of an import
+    if code == 1 and signals.signum is not None:
         code, message = ended_by(signals.signum)
     if events.are_wanted(sys.argv[1:]):
         events.emit("exit", exit_code=code, error=message)
@@ -154,9 +153,8 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except OSError:  # was told already; Python would tell it again
         silence(sys.stdout.fileno())
-    if (
-        code > 128 and threading.active_count() > 1
-    ):  # a signal came, and a library still has threads at work
+    # a signal came, and a library still has threads at work
+    if code > 128 and threading.active_count() > 1:
         os._exit(code)
     sys.exit(code)
 
@@ -170,10 +168,11 @@ def _open_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             setattr(sys, name, open(os.devnull, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
+    # a terminal without Unicode gets question marks, no traceback
     for stream in (
         sys.stdout,
         sys.stderr,
-    ):  # a terminal without Unicode gets question marks, no traceback
+    ):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
@@ -188,10 +187,11 @@ def _run() -> tuple[int, str | None]:
     except _UsageError as error:
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         command = getattr(getattr(error, "ctx", None), "command_path", "dus")
+        # `dus` alone printed the help
         return (
             2,
             f"{message.rstrip('.')}; see {command} --help" if message else None,
-        )  # `dus` alone printed the help
+        )
     except Terminated as error:
         return ended_by(error.signum)
     except BrokenPipeError:

@@ -200,9 +200,8 @@ def write_shard(
             return
         for tensor in ordered:
             remaining = num_bytes(tensor)
-            while (
-                remaining
-            ):  # in pieces, so that a benchmark's source does not need its size in memory
+            # in pieces, so that a benchmark's source does not need its size in memory
+            while remaining:
                 piece = fill(tensor[0], min(remaining, 1 << 24))
                 file.write(piece)
                 remaining -= len(piece)

@@ -41,9 +41,8 @@ def check_equality(
     expected = zoo.expected_logits(base, source_layers(zoo.NUM_LAYERS, trim), tokens)
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(zoo.logits(written, tokens), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(
-        expected, zoo.logits(base, tokens), atol=1e-4
-    )  # the comparison can fail
+    # the comparison can fail
+    assert not torch.allclose(expected, zoo.logits(base, tokens), atol=1e-4)
     return report
 
 

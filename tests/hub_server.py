@@ -116,9 +116,8 @@ class Faults:
             return
         with self.lock:
             late = time.monotonic() - self.started - self.sent / self.bytes_per_second
-            if (
-                late > _BURST
-            ):  # what was not used is lost, as on a line, but for what its buffers hold
+            # what was not used is lost, as on a line, but for what its buffers hold
+            if late > _BURST:
                 self.started += late - _BURST
             self.sent += num_bytes
             due = self.started + self.sent / self.bytes_per_second

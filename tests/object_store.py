@@ -177,11 +177,12 @@ class Server:
             except OSError as error:
                 if error.errno == errno.ENODEV:  # unmounted
                     return
+                # the request was interrupted
                 if error.errno in (
                     errno.ENOENT,
                     errno.EINTR,
                     errno.EAGAIN,
-                ):  # the request was interrupted
+                ):
                     continue
                 raise
             length, opcode, unique, node, _, _, _, _, _ = _IN_HEADER.unpack_from(request)
@@ -447,9 +448,8 @@ def _mounted(point: str, kind: str) -> int:
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40755,user_id={os.getuid()},group_id={os.getgid()},allow_other"
     name = b"mountpoint-s3" if kind == "fuse" else b"bucket"
-    if _libc().mount(
-        name, os.fsencode(point), kind.encode(), 6, options.encode()
-    ):  # 6: nosuid, nodev
+    # 6: nosuid, nodev
+    if _libc().mount(name, os.fsencode(point), kind.encode(), 6, options.encode()):
         code = ctypes.get_errno()
         raise OSError(code, f"mount(2): {os.strerror(code)}")
     return device

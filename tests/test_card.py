@@ -229,9 +229,8 @@ def test_the_pictures_belong_to_the_output_and_not_to_its_base(base: Path, tmp_p
         assert "12 layers" in (once / name).read_text()
         assert "22 layers" in (twice / name).read_text()
     (once / "layer-map-dark.svg").unlink()
-    dus("upscale", base, "-o", once, "-q").assert_one_line_error(
-        "not empty"
-    )  # no longer what the command writes
+    # no longer what the command writes
+    dus("upscale", base, "-o", once, "-q").assert_one_line_error("not empty")
     verified = dus("verify", once).stdout
     assert "problem: layer-map-dark.svg is in SHA256SUMS" in verified
     assert "warning: README.md shows layer-map-dark.svg, which is not there" in verified

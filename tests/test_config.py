@@ -174,9 +174,8 @@ def test_jamba_takes_another_period_where_one_fits() -> None:
         "expert_layer_period": 2,
         "expert_layer_offset": 1,
     }
-    after = deepen(
-        stack(8, trim=1), model_type="jamba", **fields
-    )  # attention in layer 4, output layers 4 and 10
+    # attention in layer 4, output layers 4 and 10
+    after = deepen(stack(8, trim=1), model_type="jamba", **fields)
     assert (after["attn_layer_period"], after["attn_layer_offset"]) == (6, 4)
     with pytest.raises(
         ConfigError, match=r"attn_layer_period is 8, .* --trim 0 or 1 would keep it"
@@ -223,9 +222,8 @@ def test_max_window_layers_counts_only_when_windows_are_used() -> None:
     off = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=False)
     assert off["max_window_layers"] == 7
     on = deepen(model_type="qwen2", max_window_layers=7, use_sliding_window=True)
-    assert on["layer_types"] == kinds(
-        "ffffff" + "fffffs"
-    )  # base layer 7 alone has a window, and stands once, last
+    # base layer 7 alone has a window, and stands once, last
+    assert on["layer_types"] == kinds("ffffff" + "fffffs")
     assert on["max_window_layers"] == 7  # not read where the list is
 
 
@@ -329,9 +327,8 @@ def test_minicpm_of_every_age_keeps_its_residual_scale(named: dict[str, Any]) ->
     assert deeper.config["scale_depth"] / 12**0.5 == pytest.approx(1.4 / 8**0.5)
     assert deeper.warnings == ()
     assert "scale_depth" not in deepen(model_type="minicpmv")  # on a Llama or a Qwen
-    assert deepen(model_type="minicpm")["scale_depth"] == pytest.approx(
-        (12 / 8) ** 0.5
-    )  # the class takes 1
+    # the class takes 1
+    assert deepen(model_type="minicpm")["scale_depth"] == pytest.approx((12 / 8) ** 0.5)
 
 
 def test_step3_keeps_its_experts_in_their_text_of_numbers() -> None:

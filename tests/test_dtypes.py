@@ -134,9 +134,8 @@ def test_numbers_at_odd_places_of_the_file_are_cast_too(tmp_path: Path, shift: i
 
 
 def test_a_tensor_of_many_pieces_is_cast_by_many_jobs_to_the_same_bytes(tmp_path: Path) -> None:
-    tensors = llama_tensors(
-        3, vocab=300_001, dtype="F32", tied=True
-    )  # embeddings of 77 MB: two moves, 19 pieces
+    # embeddings of 77 MB: two moves, 19 pieces
+    tensors = llama_tensors(3, vocab=300_001, dtype="F32", tied=True)
 
     def fill(_name: str, size: int) -> bytes:
         return numbers("F32", size, fits="BF16")

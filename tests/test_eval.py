@@ -409,9 +409,8 @@ def test_json_is_one_object_with_figures_that_agree(home: Path, run: Callable[..
         "cpu",
     )
     base, scaled = report["models"]
-    assert (
-        base["tokens"] == report["bytes"] - 20
-    )  # a token for each byte, and nothing predicts a document's first
+    # a token for each byte, and nothing predicts a document's first
+    assert base["tokens"] == report["bytes"] - 20
     assert base["perplexity"] == pytest.approx(math.exp(base["loss"]))
     assert scaled["difference"] == pytest.approx(scaled["loss"] - base["loss"])
     low, high = scaled["difference_interval"]
@@ -427,9 +426,8 @@ def test_a_budget_of_tokens_is_the_baselines_and_every_model_reads_the_same(home
     report = found(
         [home / "base", home / "scaled"], home / "corpus.jsonl", text=text, seq_length=64
     )
-    lengths = [
-        len(text.encode()) - 1 for text in texts_in(home / "corpus.jsonl")
-    ]  # nothing predicts the first token
+    # nothing predicts the first token
+    lengths = [len(text.encode()) - 1 for text in texts_in(home / "corpus.jsonl")]
     assert (
         report.models[0].tokens
         >= 1000

@@ -106,9 +106,8 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     tiny.write_base(alone.folder / "base")
     tiny.write_corpus(alone.folder / "corpus.jsonl")
     yield alone
-    shutil.rmtree(
-        alone.folder / "venv"
-    )  # pytest keeps the folders of three runs, and torch takes gigabytes
+    # pytest keeps the folders of three runs, and torch takes gigabytes
+    shutil.rmtree(alone.folder / "venv")
 
 
 def test_the_wheel_alone_scales_verifies_and_pushes(core: Alone) -> None:

@@ -20,9 +20,8 @@ from dus_cli.heal import checkpoints_folder as folders  # noqa: E402
 from dus_cli.heal.train.checkpoints import Checkpoints  # noqa: E402
 from dus_cli.models import team as teams  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # torch.distributed.checkpoint warns of its own ways
+# torch.distributed.checkpoint warns of its own ways
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture

@@ -342,9 +342,8 @@ def test_a_bad_line_of_text_is_named_by_number_or_left_out_alone(tmp_path: Path)
 def test_memory_of_reading_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     rng = random.Random(0)
-    write_jsonl(
-        path, [rng.randbytes(5500).hex() for _ in range(1500)]
-    )  # 16 MB; as .txt it is lines
+    # 16 MB; as .txt it is lines
+    write_jsonl(path, [rng.randbytes(5500).hex() for _ in range(1500)])
     compress(path)
     read(write_jsonl(tmp_path / "small.jsonl", TEXTS))  # what is imported is not counted
     if suffix.endswith("zst"):
@@ -517,9 +516,8 @@ def test_a_mixture_has_the_proportions_of_its_weights_and_no_row_twice_in_an_epo
         assert len(set(rows)) == 300
         for source, row in rows:
             seen[source][row] += 1
-    assert set(seen[0].values()) == {
-        3
-    }  # 20 epochs of 150 of 1000 rows: round and round, none is passed over
+    # 20 epochs of 150 of 1000 rows: round and round, none is passed over
+    assert set(seen[0].values()) == {3}
     assert set(seen[1].values()) == {1, 2}
     assert set(seen[2].values()) == {20}
 
@@ -1028,9 +1026,8 @@ def test_who_finds_the_lock_held_waits_says_so_once_or_fails_when_told_to(
     assert len(said) == 1
     assert "waiting for another run" in said[0]
     assert "node7, process 42" in said[0]
-    assert (
-        run(model, tmp_path, path, wait=False) == prepared
-    )  # nothing to build: no lock is asked for
+    # nothing to build: no lock is asked for
+    assert run(model, tmp_path, path, wait=False) == prepared
 
 
 def test_kill_9_leaves_nothing_half_written_and_a_rerun_goes_on(

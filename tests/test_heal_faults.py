@@ -173,9 +173,8 @@ def tell_signals(home: Path) -> Story:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         healing = Healing(command(home), story.out)
         healing.reach(step + 8)
-        with frozen(
-            story.out
-        ):  # a run that waits while the test does something, however busy the machine
+        # a run that waits while the test does something, however busy the machine
+        with frozen(story.out):
             if signum == signal.SIGTERM:
                 second = tiny.forked_dus("heal", *command(home), "-o", story.out, "-q")
                 story.seen["second"] = (second, healing.process.poll())

@@ -52,12 +52,10 @@ def _reference(hidden: Any, output: Any, labels: Any, head: Head, teaching: Teac
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        losses, "chunk_rows", lambda *_: 64
-    )  # 300 rows: four whole chunks and a part
-    monkeypatch.setattr(
-        losses, "block_rows", lambda *_: 24
-    )  # of each chunk: two whole blocks and a part
+    # 300 rows: four whole chunks and a part
+    monkeypatch.setattr(losses, "chunk_rows", lambda *_: 64)
+    # of each chunk: two whole blocks and a part
+    monkeypatch.setattr(losses, "block_rows", lambda *_: 24)
 
 
 @pytest.mark.parametrize(

@@ -234,9 +234,8 @@ def test_cache_whose_blobs_are_shared_between_repos_is_read(tmp_path: Path, desk
     """
     assert dus("upscale", "org/llama", "--trim", "1", "-o", "one").returncode == 0
     cache = tmp_path / "hf" / "hub"
-    blobs = [
-        path for path in cache.glob("models--*/blobs/*") if len(path.name) == 64
-    ]  # sha256: under LFS
+    # sha256: under LFS
+    blobs = [path for path in cache.glob("models--*/blobs/*") if len(path.name) == 64]
     assert len(blobs) == len(SHARDS)
     for blob in blobs:
         stored = cache / "blobs" / blob.name[:2] / blob.name
@@ -362,11 +361,12 @@ def test_token_opens_private_and_gated_models(model: str, desk: Path) -> None:
             {"HF_ENDPOINT": "localhost"},
             ("HF_ENDPOINT is 'localhost'", "must begin with https://"),
         ),
+        # hf_xet's own errors
         (
             "org/xet",
             {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"},
             ("org/xet", "the Hub"),
-        ),  # hf_xet's own errors
+        ),
     ],
 )
 def test_what_the_hub_cannot_serve_is_a_one_line_error(

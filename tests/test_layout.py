@@ -102,9 +102,8 @@ def test_moves_cover_the_same_bytes_and_read_each_source_byte_once(tmp_path: Pat
         assert position == layout.num_bytes
 
 
-WIDE = llama_tensors(
-    8, 1024, 4096, 256, 8192
-)  # 298 MB, matrices and norms of whole blocks but for the norms
+# 298 MB, matrices and norms of whole blocks but for the norms
+WIDE = llama_tensors(8, 1024, 4096, 256, 8192)
 OUTER = [tensor for tensor in WIDE if ".layers." not in tensor[0]]
 INNER = [tensor for tensor in WIDE if ".layers." in tensor[0]]
 

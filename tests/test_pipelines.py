@@ -189,9 +189,8 @@ def workflow(tmp_path: Path, model: str = "org/tiny", trim: str = "1") -> Any:
     contexts = {"inputs.model": model, "inputs.trim": trim, "github.workspace": str(tmp_path)}
     contexts |= {"secrets.HF_TOKEN": "", "!cancelled()": "always"}
     (job,) = actions("github-actions.yml", contexts)["jobs"].values()
-    job["env"] = {
-        name: str(value or "") for name, value in job["env"].items()
-    }  # as a runner has them
+    # as a runner has them
+    job["env"] = {name: str(value or "") for name, value in job["env"].items()}
     return job
 
 
@@ -341,9 +340,8 @@ def test_the_kubernetes_job_says_what_a_job_may_say() -> None:
     names = {volume["name"] for volume in spec["volumes"]}
     for container in (*spec["initContainers"], *spec["containers"]):
         assert {mount["name"] for mount in container["volumeMounts"]} <= names
-        assert all(
-            isinstance(word, str) for word in container["command"]
-        )  # 8 without quotes would be a number
+        # 8 without quotes would be a number
+        assert all(isinstance(word, str) for word in container["command"])
 
 
 def test_the_kubernetes_jobs_pod_scales_up_heals_and_a_second_one_has_nothing_to_do(

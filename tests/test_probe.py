@@ -262,9 +262,8 @@ def test_the_largest_within_a_bound_and_the_knee_are_recommended() -> None:
     assert recommend.within(points, 2.9) is None
     assert recommend.knee(points) == 6
     assert recommend.knee(points[:2]) is None
-    assert (
-        recommend.knee([(1.0, 6), (2.0, 5), (3.0, 4)]) is None
-    )  # more trimming is worse: there is no knee
+    # more trimming is worse: there is no knee
+    assert recommend.knee([(1.0, 6), (2.0, 5), (3.0, 4)]) is None
 
 
 def test_only_what_is_right_for_an_engine_is_recommended_for_it(

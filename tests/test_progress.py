@@ -143,9 +143,8 @@ def test_a_stage_has_a_first_event_a_last_one_and_two_a_second_between(
     assert {event["event"] for event in some} == {"progress"}
     assert 15 <= len(some) <= 21
     assert some[0]["bytes_per_second"] == pytest.approx(1000)
-    assert some[0]["done"] + some[0]["eta_seconds"] * 1000 == pytest.approx(
-        10_000, abs=100
-    )  # to a tenth of a second
+    # to a tenth of a second
+    assert some[0]["done"] + some[0]["eta_seconds"] * 1000 == pytest.approx(10_000, abs=100)
     assert (last["done"], last["seconds"]) == (10_000, pytest.approx(10))
     assert [event["event"] for event in others] == ["start", "note", "end"]
     assert others[0]["files_per_second"] is others[0]["total"] is None

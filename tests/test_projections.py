@@ -314,10 +314,11 @@ def test_layers_that_disagree_about_a_name_are_refused(tmp_path: Path) -> None:
     tensors["model.layers.2.mlp.c_proj.weight"] = torch.randn(H, WIDE)
     del tensors["model.layers.2.mlp.w3.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    # without it layers that are built unlike are refused before
     assumed = [
         "--assume",
         "model.layers=keep",
-    ]  # without it layers that are built unlike are refused before
+    ]
     done = forked_dus(
         "upscale", base, "-t", "1", "--identity", *assumed, "-o", tmp_path / "out", "-q"
     )

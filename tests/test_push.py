@@ -324,11 +324,12 @@ def test_a_healed_model_goes_with_its_proof(
         del record["files"]
     spoil(out, dus=json.dumps(record))
     expected = content(out)
+    # of the run, and before it
     for name in (
         "checkpoints/step-00000001/state.json",
         "logs/0.log",
         "README.md.before",
-    ):  # of the run, and before it
+    ):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
     assert dus("push", out, "org/healed", "-q").returncode == 0

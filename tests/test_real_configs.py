@@ -32,9 +32,8 @@ from dus_cli.source.checkpoint import open_checkpoint
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # transformers' own, about what older files call things
+# transformers' own, about what older files call things
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 Config = dict[str, Any]
 BF16: Config = {"torch_dtype": "bfloat16"}
@@ -561,22 +560,25 @@ def test_fields_of_published_files_that_are_named_like_layers_are_no_obstacle(
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [
+        # Qwen/Qwen3-Next-80B-A3B-Instruct
         (
             "qwen3_next",
             "mtp.layers.0.mlp.experts.3.up_proj.weight",
-        ),  # Qwen/Qwen3-Next-80B-A3B-Instruct
+        ),
         ("qwen3_5_text", "mtp.layers.0.self_attn.q_proj.weight"),  # Qwen/Qwen3.5-27B
+        # meituan-longcat/LongCat-Flash-Chat
         (
             "longcat_flash",
             "model.mtp.layers.0.eh_proj.weight",
-        ),  # meituan-longcat/LongCat-Flash-Chat
+        ),
         ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),  # baidu/ERNIE-4.5-21B-A3B-PT
         ("ernie4_5_moe", "model.mtp_linear_proj.0.weight"),
         ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
+        # Of transformers: _keys_to_ignore_on_load_unexpected
         (
             "hy_v4",
             "model.mtp_layers.0.eh_proj.weight",
-        ),  # transformers: _keys_to_ignore_on_load_unexpected
+        ),
     ],
 )
 def test_modules_for_multi_token_prediction_beside_the_layers_stay_as_they_are(

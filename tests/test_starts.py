@@ -77,13 +77,14 @@ def test_k_copies_in_half_are_a_kth_each_wherever_they_stand() -> None:
 
 def test_a_scale_is_of_the_new_layers_alone() -> None:
     assert of("scale:0.25", stack(4, 1)) == (1.0, 1.0, 1.0, 0.25, 0.25, 1.0)
+    # the base stands behind the first
     assert of("scale:0.25", typed_map("3,0:4", 4)) == (
         0.25,
         1.0,
         1.0,
         1.0,
         1.0,
-    )  # the base stands behind the first
+    )
 
 
 @pytest.mark.parametrize(
@@ -429,9 +430,8 @@ def test_a_faded_model_is_its_bases_layers_called_with_the_factors(
     tokens, sources = zoo.tokens(base), run.report["layer_map"]
     expected = zoo.expected_logits(base, sources, tokens, run.report["scaled"]["factors"])
     torch.testing.assert_close(zoo.logits(written, tokens), expected, rtol=1e-4, atol=2e-4)
-    assert not torch.allclose(
-        expected, zoo.expected_logits(base, sources, tokens), atol=1e-2
-    )  # it can fail
+    # it can fail
+    assert not torch.allclose(expected, zoo.expected_logits(base, sources, tokens), atol=1e-2)
 
 
 def test_every_type_with_norms_behind_its_blocks_is_tried() -> None:

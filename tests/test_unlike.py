@@ -64,9 +64,8 @@ def test_a_map_that_moves_unlike_layers_is_refused_with_what_they_hold(
         ConfigError, match=r"not all built alike \(.*weight.*--assume model.layers=keep"
     ):
         checked(kinds, layer_map)
-    assert (
-        checked(kinds, layer_map, {"a_list": list(kinds)}) == ()
-    )  # something that followed says which is which
+    # something that followed says which is which
+    assert checked(kinds, layer_map, {"a_list": list(kinds)}) == ()
     with pytest.raises(ConfigError, match="not all built alike"):
         checked(kinds, layer_map, {"a_list": ["same"] * len(kinds)})
 

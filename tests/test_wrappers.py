@@ -125,9 +125,8 @@ def test_layers_that_take_visual_features_stay_first_and_single(wrapper: str) ->
         ConfigError, match=r"deepstack_visual_indexes has 2 entries.*--trim 2 or 3 would keep it"
     ):
         deepened(wrapper, 1, DEEPSTACK[wrapper], vision_config=vision)
-    with pytest.raises(
-        ConfigError, match=r"has 3 entries.*--trim 3 would"
-    ):  # what the class takes: three
+    # what the class takes: three
+    with pytest.raises(ConfigError, match=r"has 3 entries.*--trim 3 would"):
         deepened(wrapper, 2, DEEPSTACK[wrapper], vision_config={"depth": 27})
     moved = typed_map("1,0,2:8", 8)
     with pytest.raises(ConfigError, match="deepstack_visual_indexes"):

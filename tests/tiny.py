@@ -155,9 +155,8 @@ def _child(
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a shell's background jobs ignore
+    # which a shell's background jobs ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     exec(first, {})  # noqa: S102  (a test's own)
     if target == "dus":
         from dus_cli.cli import main

@@ -44,7 +44,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Directories or Hub ids; the first is what the others are held against.",
+            help="Directories or Hub ids; the others are compared with the first.",
         ),
     ],
     *,
@@ -55,14 +55,15 @@ def evaluate(
         typer.Option(
             "--baseline",
             metavar="MODEL",
-            help="Hold the others against this one instead of the first.",
+            help="Compare the others with this one instead of the first.",
         ),
     ] = None,
     with_base: Annotated[
         bool,
         typer.Option(
             "--with-base",
-            help="Also the base inside the first MODEL, an up-scaled one, as the baseline.",
+            help="Also evaluate the base inside the first MODEL, an up-scaled one, and take it as "
+            "the baseline.",
         ),
     ] = False,
     plot: Annotated[

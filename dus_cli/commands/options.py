@@ -34,8 +34,8 @@ ShowProgress = Annotated[
     ProgressMode,
     typer.Option(
         "--progress",
-        help="On stderr: a bar on a terminal and lines elsewhere (auto, none with --json or -q), "
-        "or JSON Lines.",
+        help="What to show on stderr: a bar on a terminal and lines elsewhere (auto; none with "
+        "--json or -q), or JSON Lines.",
     ),
 ]
 

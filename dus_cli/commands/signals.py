@@ -35,9 +35,8 @@ class Signals:
         if self.signum is None:
             self.signum, self._came = signum, time.monotonic()
             raise Terminated(signum)
-        if (
-            time.monotonic() - self._came > _CLEAN_UP
-        ):  # an impatient Ctrl-C does not interrupt the clean-up
+        # an impatient Ctrl-C does not interrupt the clean-up
+        if time.monotonic() - self._came > _CLEAN_UP:
             os._exit(128 + signum)
 
 

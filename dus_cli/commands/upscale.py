@@ -74,7 +74,7 @@ def upscale(
             "-o",
             metavar="OUT",
             parser=path_parser,
-            help="Where to write; must not exist, or be empty.",
+            help="Directory to write; must not exist, or be empty.",
         ),
     ],
     model: Annotated[
@@ -215,7 +215,7 @@ def upscale(
         CopyMode,
         typer.Option(
             "--copy-mode",
-            help="How bytes move: auto clones (reflinks) where the file system can.",
+            help="How to move bytes: auto clones them (reflinks) if the file system can.",
             rich_help_panel=_WRITING,
         ),
     ] = CopyMode.auto,
@@ -223,8 +223,8 @@ def upscale(
         bool,
         typer.Option(
             "--stream",
-            help="Weights come from the Hub straight into OUT, without a copy in the cache. "
-            "Killed, it goes on.",
+            help="Stream the weights from the Hub straight into OUT, without a copy in the cache. "
+            "After a kill the same command goes on.",
             rich_help_panel=HUB,
         ),
     ] = False,
@@ -234,7 +234,7 @@ def upscale(
             "--jobs",
             parser=number("jobs"),
             metavar="J",
-            help="Parallel copies, or requests of --stream.",
+            help="Number of parallel copies, or of parallel requests with --stream.",
             rich_help_panel=_WRITING,
         ),
     ] = DEFAULT_JOBS,

@@ -35,7 +35,7 @@ def verify(
         typer.Option(
             "--base",
             metavar="MODEL",
-            help="Also hold every tensor against this base (directory or Hub id).",
+            help="Also compare every tensor with this base (directory or Hub id).",
         ),
     ] = None,
     engines: Annotated[
@@ -46,7 +46,10 @@ def verify(
     ] = (),
     token: Token = None,
     jobs: Annotated[
-        int, typer.Option("--jobs", parser=number("jobs"), metavar="J", help="Parallel reads.")
+        int,
+        typer.Option(
+            "--jobs", parser=number("jobs"), metavar="J", help="Number of parallel reads."
+        ),
     ] = DEFAULT_JOBS,
     read: Annotated[
         bool,

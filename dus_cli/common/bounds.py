@@ -116,7 +116,7 @@ def parse_number(name: str, text: str, parse: Callable[[str], Any] | None = None
 
 
 def check_numbers(**numbers: Any) -> None:
-    """Hold that numbers are within their bounds, each by its option's name with underscores; None
+    """Check that numbers are within their bounds, each by its option's name with underscores; None
     is none given.
 
     >>> check_numbers(jobs=8, trim=None)

@@ -26,7 +26,7 @@ _BROUGHT_BY = {
 
 
 def require(what: str, *modules: str) -> None:
-    """Hold that libraries are installed, without importing them.
+    """Check that libraries are installed, without importing them.
 
     >>> require("dus upscale", "json", "pathlib")
 

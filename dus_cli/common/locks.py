@@ -29,9 +29,8 @@ def holder(descriptor: int) -> str:
     found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
-            fields = (
-                line.split()
-            )  # proc_locks(5): number, FLOCK, ADVISORY, WRITE, pid, major:minor:inode, …
+            # proc_locks(5): number, FLOCK, ADVISORY, WRITE, pid, major:minor:inode, …
+            fields = line.split()
             place, _, inode = fields[5].rpartition(":")
             if fields[1] == "FLOCK" and inode == str(status.st_ino):
                 found[place] = int(fields[4])

@@ -25,9 +25,8 @@ def available_bytes() -> int:
             int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
         )
     with contextlib.suppress(OSError, ValueError):
-        limit = int(
-            Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")
-        )  # "max" is no number
+        # "max" is no number
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
         free = min(free, max(0, limit - used))
     return int(free * _USABLE)

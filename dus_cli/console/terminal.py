@@ -26,9 +26,7 @@ _INTERVAL = 60.0
 
 
 def say(text: str) -> None:
-    """A line on stderr, at once. Where nobody reads it any more the work goes on, and nothing
-    more is said.
-    """
+    """Write a line to stderr at once. If stderr is closed, carry on silently."""
     try:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -80,7 +80,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def check_is_text(head: bytes) -> None:
-    """Hold that a file does not begin as something else does.
+    """Check that a file does not begin as something else does.
 
     Raises:
         UnreadableError: it does.

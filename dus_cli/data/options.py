@@ -15,7 +15,9 @@ DATA = "Data"
 
 TextField = Annotated[str, Option("The field or column with the text.", metavar="NAME", panel=DATA)]
 
-OnBadLine = Annotated[BadLine, Option("Stop at a line without text, or count it.", panel=DATA)]
+OnBadLine = Annotated[
+    BadLine, Option("Stop at a line without text, or skip and count it.", panel=DATA)
+]
 
 # How a document begins.
 SpecialTokens = Annotated[

@@ -507,7 +507,7 @@ def _batches(reader: Any) -> Iterator[Any]:
 
 
 def _check_is_no_pointer(path: Path) -> bytes:
-    """Hold that a file is not what Git LFS leaves in its place; what it begins with."""
+    """Check that a file is not what Git LFS leaves in its place; what it begins with."""
     with open(path, "rb") as file:
         head = file.read(64)
     if head.startswith(b"version "):

@@ -48,7 +48,7 @@ def tokenizer_identity(folder: Path) -> str:
 
 
 def _check_fetched(folder: Path) -> None:
-    """Hold that a tokenizer's files are not what a clone or a download left in their place.
+    """Check that a tokenizer's files are not what a clone or a download left in their place.
 
     Raises:
         DataError: one is.
@@ -139,7 +139,7 @@ class Tokeniser:
             ) from error
 
     def check_ids(self, highest: int) -> None:
-        """Hold that the model has an embedding for each id.
+        """Check that the model has an embedding for each id.
 
         Raises:
             DataError: it does not.

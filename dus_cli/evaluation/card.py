@@ -194,7 +194,7 @@ def _block(index: list[dict[str, Any]], newline: str) -> str:
 
 
 def check_card(ref: ModelRef) -> None:
-    """Hold that results can go into a model's card, before anything is measured.
+    """Check that results can go into a model's card, before anything is measured.
 
     Raises:
         EvaluationError: it is on the Hub, or has no card that can be read.

@@ -34,13 +34,12 @@ class TextOptions:
     text_field: TextField = "text"
     on_bad_line: OnBadLine = BadLine.error
     max_documents: Annotated[
-        int | None, Option("The first N documents.", metavar="N", panel=DATA)
+        int | None, Option("Read only the first N documents.", metavar="N", panel=DATA)
     ] = None
     max_tokens: Annotated[
         int | None,
         Option(
-            "Documents up to the one with which N tokens of the baseline's tokenizer are reached "
-            "(100K, 1M).",
+            "Read documents until they have N tokens, by the baseline's tokenizer (100K, 1M).",
             name="tokens",
             metavar="N",
             panel=DATA,
@@ -56,7 +55,8 @@ class ScoringOptions:
     seq_length: Annotated[
         int | None,
         Option(
-            "Tokens of a window. Default: 2048, or what every MODEL can see.",
+            "Tokens in a window. Default: 2048, or the smallest context length of the models if "
+            "that is less.",
             metavar="T",
             panel=DATA,
         ),
@@ -64,8 +64,8 @@ class ScoringOptions:
     stride: Annotated[
         int | None,
         Option(
-            "Tokens between two windows of a long document; T − S tokens of context at least. "
-            "Default: T / 2.",
+            "Tokens from one window of a long document to the next, so that a token has at least "
+            "T − S tokens of context. Default: T / 2.",
             metavar="S",
             panel=DATA,
         ),
@@ -73,7 +73,7 @@ class ScoringOptions:
     batch_tokens: Annotated[
         int | None,
         Option(
-            "Tokens run at once. Default: 2,048 on a CPU, else 16,384; at least a window.",
+            "Tokens to run at once; at least one window. Default: 2,048 on a CPU, else 16,384.",
             metavar="N",
             panel=_RUN,
             parse=parse_count,
@@ -82,14 +82,20 @@ class ScoringOptions:
     precision: Annotated[
         Precision,
         Option(
-            "Of weights and activations: auto is bf16, or fp32 on a CPU that is slow at bf16.",
+            "Precision of weights and activations; auto is bf16, or fp32 on a CPU that is slow at "
+            "bf16.",
             metavar="[auto|bf16|fp32]",
             panel=_RUN,
             parse=Precision.parse,
         ),
     ] = Precision.auto
     device: Annotated[
-        str, Option("cpu, cuda:0, …; auto is a GPU's.", metavar="NAME", panel=_RUN)
+        str,
+        Option(
+            "Device to run on: cpu, cuda:0, …; auto is the GPU if there is one.",
+            metavar="NAME",
+            panel=_RUN,
+        ),
     ] = "auto"
     special_tokens: SpecialTokens = True
 
@@ -104,7 +110,7 @@ class TaskOptions:
     tasks: Annotated[
         tuple[str, ...],
         Option(
-            "Tasks of lm-evaluation-harness (eval extra), by commas; h6 is SOLAR's six.",
+            "Tasks of lm-evaluation-harness (eval extra), separated by commas; h6 is SOLAR's six.",
             metavar="NAMES",
             panel=_TASKS,
         ),
@@ -112,16 +118,21 @@ class TaskOptions:
     include_path: Annotated[
         Path | None,
         Option(
-            "Tasks of your own: YAML files of the harness. A !function in them is run.",
+            "Folder of your own tasks, as YAML files of the harness. A !function in them is run.",
             metavar="DIR",
             panel=_TASKS,
         ),
     ] = None
     num_fewshot: Annotated[
-        int | None, Option("Shots. Default: the task's; h6 has its own.", metavar="N", panel=_TASKS)
+        int | None,
+        Option(
+            "Number of examples in the prompt. Default: the task's own; h6 has fixed ones.",
+            metavar="N",
+            panel=_TASKS,
+        ),
     ] = None
     limit: Annotated[
-        int | None, Option("The first N examples of a task.", metavar="N", panel=_TASKS)
+        int | None, Option("Run only the first N examples of a task.", metavar="N", panel=_TASKS)
     ] = None
 
     @property

@@ -167,7 +167,7 @@ class Gates:
     max_loss: Annotated[
         float | None,
         Option(
-            "Exit 1 where a loss is above Y nats per token (the baseline's aside).",
+            "Exit 1 if a loss other than the baseline's is above Y nats per token.",
             metavar="Y",
             panel=_GATES,
         ),
@@ -175,7 +175,7 @@ class Gates:
     max_drop: Annotated[
         float | None,
         Option(
-            "Exit 1 where a task's score is more than P points of 100 below the baseline's.",
+            "Exit 1 if a task's score is more than P points of 100 below the baseline's.",
             metavar="P",
             panel=_GATES,
         ),
@@ -183,7 +183,7 @@ class Gates:
     is_confident: Annotated[
         bool,
         Option(
-            "Ask it of the whole 95% interval, not of the measured value.",
+            "Apply these limits to the whole 95% interval, not to the measured value.",
             name="confident",
             panel=_GATES,
         ),

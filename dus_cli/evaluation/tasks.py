@@ -125,9 +125,8 @@ class Harness:
             path = None if options.include_path is None else str(options.include_path)
             self._manager = TaskManager(include_path=path, include_defaults=path is None)
             if path is not None and not all(self._is_whole(plan.task) for plan in options.plans):
-                self._manager = TaskManager(
-                    include_path=path
-                )  # takes ten seconds: it reads 14,000 files
+                # takes ten seconds: it reads 14,000 files
+                self._manager = TaskManager(include_path=path)
         self._loaded = [self._load(plan) for plan in options.plans]
 
     def _is_whole(self, name: str) -> bool:

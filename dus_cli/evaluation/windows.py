@@ -66,9 +66,8 @@ def batches(source: Iterable[Window], max_tokens: int) -> Iterator[list[Window]]
 
 def _batched(held: list[Window], max_tokens: int) -> Iterator[list[Window]]:
     batch: list[Window] = []
-    for window in sorted(
-        held, key=lambda window: -len(window.ids)
-    ):  # the first is the longest of its batch
+    # the first is the longest of its batch
+    for window in sorted(held, key=lambda window: -len(window.ids)):
         if batch and (len(batch) + 1) * len(batch[0].ids) > max_tokens:
             yield batch
             batch = []

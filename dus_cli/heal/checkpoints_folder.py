@@ -67,7 +67,7 @@ def lock(folder: Path) -> int:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Hold that no run is using these checkpoints at this moment.
+    """Check that no run is using these checkpoints at this moment.
 
     Raises:
         HealError: one is.

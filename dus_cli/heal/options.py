@@ -292,7 +292,7 @@ class DataOptions:
     holdout: Annotated[
         float,
         Option(
-            "Share of documents held out, by a hash of their text.",
+            "Share of the documents to hold out of training, chosen by a hash of their text.",
             metavar="SHARE",
             panel=DATA,
             parse=parse_holdout,
@@ -301,11 +301,20 @@ class DataOptions:
     ] = 0.005
     eval_files: Annotated[
         tuple[str, ...],
-        Option("Held-out text of its own.", name="eval-data", metavar="FILE", panel=DATA),
+        Option(
+            "Separate held-out text, instead of a share of --data.",
+            name="eval-data",
+            metavar="FILE",
+            panel=DATA,
+        ),
     ] = ()
     seq_length: Annotated[
         int | None,
-        Option("Tokens of a row. Default: min(4096, the model's).", metavar="T", panel=DATA),
+        Option(
+            "Tokens in a row. Default: 4096, or the model's context length if that is less.",
+            metavar="T",
+            panel=DATA,
+        ),
     ] = None
     document_mask: Annotated[
         bool,
@@ -332,7 +341,7 @@ class Budget:
     until: Annotated[
         Until | None,
         Option(
-            "base: end once the held-out loss is at or under the base's, twice in a row.",
+            "base: stop once the held-out loss is at most the base's, twice in a row.",
             metavar="base",
             panel=_BUDGET,
         ),
@@ -346,18 +355,19 @@ class Recipe:
     batch_tokens: Annotated[
         int | None,
         Option(
-            "Tokens of a step over all workers. Default: 512 below 1B parameters, else 262,144; "
-            "at least a row.",
+            "Tokens in a step, over all workers; at least one row. Default: 512 below 1B "
+            "parameters, else 262,144.",
             metavar="N",
             panel=_RECIPE,
             parse=parse_count,
         ),
     ] = None
-    lr: Annotated[float, Option("Highest learning rate.", metavar="LR", panel=_RECIPE)] = 1e-4
+    lr: Annotated[float, Option("Peak learning rate.", metavar="LR", panel=_RECIPE)] = 1e-4
     gain_lr: Annotated[
         float,
         Option(
-            "Rate of the residual gains, one factor for each output projection; 0 is none.",
+            "Learning rate of the residual gains, one factor for each output projection; 0 leaves "
+            "them out.",
             metavar="LR",
             panel=_RECIPE,
         ),
@@ -368,23 +378,35 @@ class Recipe:
     ] = Schedule.wsd
     warmup: Annotated[
         Span,
-        Option("Steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span),
+        Option(
+            "Length of the warm-up: steps, or a share of the run.",
+            metavar="N",
+            panel=_RECIPE,
+            parse=parse_span,
+        ),
     ] = Span(share=0.02)
     decay: Annotated[
         Span,
-        Option("Of wsd: steps, or share of the run.", metavar="N", panel=_RECIPE, parse=parse_span),
+        Option(
+            "Length of wsd's decay to 0: steps, or a share of the run.",
+            metavar="N",
+            panel=_RECIPE,
+            parse=parse_span,
+        ),
     ] = Span(share=0.2)
     weight_decay: Annotated[
-        float, Option("Of AdamW, for matrices.", metavar="W", panel=_RECIPE)
+        float, Option("AdamW's weight decay; only matrices decay.", metavar="W", panel=_RECIPE)
     ] = 0.0
     betas: Annotated[
         tuple[float, float],
-        Option("Of AdamW.", metavar="B1,B2", panel=_RECIPE, parse=parse_betas, show=betas_text),
+        Option(
+            "AdamW's betas.", metavar="B1,B2", panel=_RECIPE, parse=parse_betas, show=betas_text
+        ),
     ] = (0.9, 0.95)
     grad_clip: Annotated[
-        float, Option("Largest gradient norm; 0 is none.", metavar="G", panel=_RECIPE)
+        float, Option("Clip gradients to this norm; 0 does not clip.", metavar="G", panel=_RECIPE)
     ] = 1.0
-    seed: Annotated[int, Option("Of the data's order.", metavar="S", panel=_RECIPE)] = 0
+    seed: Annotated[int, Option("Seed of the data order.", metavar="S", panel=_RECIPE)] = 0
     train: Annotated[
         Train,
         Option(
@@ -412,7 +434,7 @@ class Fit:
     micro_batch: Annotated[
         int | None,
         Option(
-            "Rows at once on a worker; auto tries a GPU's memory.",
+            "Rows that a worker runs at once; auto fits them to the GPU's memory.",
             metavar="ROWS",
             panel=_FIT,
             auto=True,
@@ -421,8 +443,8 @@ class Fit:
     precision: Annotated[
         Precision,
         Option(
-            "Of weights and activations; auto is bf16, and fp32 on a CPU that has no instructions "
-            "for bf16.",
+            "Precision of weights and activations; auto is bf16, or fp32 on a CPU without bf16 "
+            "instructions.",
             metavar="[auto|bf16|fp32]",
             panel=_FIT,
             parse=Precision.parse,
@@ -431,23 +453,28 @@ class Fit:
     master_weights: Annotated[
         MasterWeights,
         Option(
-            "fp32 copies, or bf16 alone with stochastic rounding.",
+            "Keep fp32 master weights, or bf16 weights alone with stochastic rounding.",
             metavar="[fp32|bf16]",
             panel=_FIT,
             parse=MasterWeights.parse,
         ),
     ] = MasterWeights.fp32
     activation_checkpointing: Annotated[
-        Checkpointing, Option("What is computed again to save memory.", panel=_FIT)
+        Checkpointing,
+        Option("Which activations to recompute in the backward pass, to save memory.", panel=_FIT),
     ] = Checkpointing.none
-    compile: Annotated[bool, Option("torch.compile each layer.", panel=_FIT)] = False
+    compile: Annotated[bool, Option("Compile each layer with torch.compile.", panel=_FIT)] = False
     sharding: Annotated[
         Sharding,
-        Option("Weights over all workers (fsdp), those of a node (hsdp), none.", panel=_FIT),
+        Option(
+            "Split the weights over all workers (fsdp), over the workers of a node (hsdp), or not "
+            "at all.",
+            panel=_FIT,
+        ),
     ] = Sharding.auto
-    offload: Annotated[bool, Option("Weights and optimizer in the CPU's memory.", panel=_FIT)] = (
-        False
-    )
+    offload: Annotated[
+        bool, Option("Keep weights and optimizer state in CPU memory.", panel=_FIT)
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,17 +484,22 @@ class Launch:
     nproc_per_node: Annotated[
         int | None,
         Option(
-            "Workers of this node; auto is one for each GPU.", metavar="N", panel=_LAUNCH, auto=True
+            "Workers on this node; auto is one for each GPU.", metavar="N", panel=_LAUNCH, auto=True
         ),
     ] = None
-    nnodes: Annotated[int, Option("Nodes.", metavar="N", panel=_LAUNCH)] = 1
-    node_rank: Annotated[int, Option("This node's number.", metavar="R", panel=_LAUNCH)] = 0
+    nnodes: Annotated[int, Option("Number of nodes.", metavar="N", panel=_LAUNCH)] = 1
+    node_rank: Annotated[int, Option("Rank of this node.", metavar="R", panel=_LAUNCH)] = 0
     rdzv_endpoint: Annotated[
         str | None,
-        Option("Where nodes meet.", metavar="HOST:PORT", panel=_LAUNCH, parse=parse_endpoint),
+        Option(
+            "Address of the rendezvous at which the nodes find each other.",
+            metavar="HOST:PORT",
+            panel=_LAUNCH,
+            parse=parse_endpoint,
+        ),
     ] = None
     max_restarts: Annotated[
-        int, Option("Restarts after a worker's death.", metavar="N", panel=_LAUNCH)
+        int, Option("How often to restart after a worker dies.", metavar="N", panel=_LAUNCH)
     ] = 3
 
 
@@ -480,7 +512,7 @@ class Keeping:
     eval_every: Annotated[
         int | None,
         Option(
-            "Steps between held-out measurements. Default: a 20th of the run, or more: see "
+            "Steps between two held-out measurements. Default: a 20th of the run, or more: see "
             "--eval-tokens.",
             metavar="STEPS",
             panel=_KEEP,
@@ -489,8 +521,8 @@ class Keeping:
     eval_tokens: Annotated[
         int | None,
         Option(
-            "Held-out tokens of a measurement, at most. Default: 250K, or what takes a tenth of "
-            "the run's time.",
+            "Most held-out tokens in a measurement. Default: 250K, or what takes a tenth of the "
+            "run's time.",
             metavar="N",
             panel=_KEEP,
             parse=parse_count,
@@ -505,8 +537,12 @@ class Keeping:
             parse=parse_every,
         ),
     ] = Every(seconds=900.0)
-    keep: Annotated[int, Option("Checkpoints kept while it runs.", metavar="N", panel=_KEEP)] = 2
-    track: Annotated[Track, Option("A tracker besides metrics.jsonl.", panel=_KEEP)] = Track.none
+    keep: Annotated[
+        int, Option("How many checkpoints to keep during the run.", metavar="N", panel=_KEEP)
+    ] = 2
+    track: Annotated[Track, Option("Also log the metrics to this tracker.", panel=_KEEP)] = (
+        Track.none
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,7 +234,8 @@ def _build(kind: type[_T], record: dict[str, Any]) -> _T:
 
 
 def check_same(old: Run, new: Run) -> None:
-    """Hold that a run that goes on is the same run: what was learned and what will be fit together.
+    """Check that a run that goes on is the same run: what was learned and what will be fit
+    together.
 
     Raises:
         HealError: an option that matters, the model or the data changed; names each.

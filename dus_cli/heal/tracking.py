@@ -55,7 +55,7 @@ class _Run:
 
 
 def check_tracker(name: str) -> None:
-    """Hold that a tracker's package is there, before anything is done.
+    """Check that a tracker's package is there, before anything is done.
 
     Raises:
         MissingExtraError: it is not installed.

@@ -91,9 +91,8 @@ def main(arguments: list[str]) -> int:
         _leave(failure, launch, text)
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
-        os._exit(
-            1
-        )  # others may wait for this worker in a collective: no clean-up that waits for them
+        # others may wait for this worker in a collective: no clean-up that waits for them
+        os._exit(1)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -111,10 +110,11 @@ def _may_pass(error: Exception) -> bool:
 
 def _leave(path: Path, launch: str, error: str) -> None:
     """Leave a failure for the launcher; the first one counts."""
+    # stderr has it in any case
     with (
         contextlib.suppress(OSError),
         path.open("x", encoding="utf-8") as file,
-    ):  # stderr has it in any case
+    ):
         try:
             file.write(json.dumps({"launch": launch, "error": error}))
             file.flush()

@@ -26,8 +26,8 @@ def not_cached(ref: ModelRef, folder: Path, names: Sequence[str]) -> ModelNotFou
 
 
 def check_snapshot(ref: ModelRef, folder: Path) -> None:
-    """Hold that a snapshot's folder is a commit's: of an empty ref huggingface_hub makes the folder
-    of them all.
+    """Check that a snapshot's folder is a commit's: of an empty ref huggingface_hub makes the
+    folder of them all.
 
     Raises:
         ModelNotFoundError: it is not.

@@ -74,9 +74,8 @@ def fetch_small_files(
     ]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
     only = [CONFIG_NAME, CARD_NAME, INDEX_NAME, *DECIDING] if fetch is Fetch.headers else None
-    bar = (
-        _told_of(NoProgress()) if quiet else None
-    )  # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
+    # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
+    bar = _told_of(NoProgress()) if quiet else None
     folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
     check_snapshot(ref, folder)
     config, _ = read_config(folder)
@@ -213,9 +212,8 @@ def fetch_weights(
         ModelNotFoundError: the Hub cannot serve them.
         CheckpointError: the repo has neither safetensors nor pickled weights.
     """
-    config, _ = read_config(
-        folder
-    )  # says what it is where it is no decoder, before gigabytes are moved
+    # says what it is where it is no decoder, before gigabytes are moved
+    config, _ = read_config(folder)
     chosen = choose_weights(_names(ref, commit, folder), config)
     if chosen is None:
         raise _no_weights(ref, commit, folder)
@@ -336,9 +334,8 @@ def silence(*, quiet: bool) -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if quiet or not sys.stderr.isatty():
-        with (
-            warnings.catch_warnings()
-        ):  # where the environment has asked for bars they stay, and need no warning
+        # where the environment has asked for bars they stay, and need no warning
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             disable_progress_bars()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -16,16 +16,18 @@ Revision = Annotated[
 
 Token = Annotated[
     str | None,
-    Option("Of the Hub. Default: HF_TOKEN, or the stored login.", metavar="TOKEN", panel=HUB),
+    Option(
+        "Hub access token (default: HF_TOKEN, or the stored login).", metavar="TOKEN", panel=HUB
+    ),
 ]
 
 Private = Annotated[
-    bool, Option("The repo is private; refused where it is a public one.", panel=HUB)
+    bool, Option("Create the repo as a private one; refused if a public one is there.", panel=HUB)
 ]
 
 Branch = Annotated[
     str | None,
     Option(
-        "Branch to push to, made where it is not there. Default: main.", metavar="NAME", panel=HUB
+        "Branch to push to; created if it does not exist. Default: main.", metavar="NAME", panel=HUB
     ),
 ]

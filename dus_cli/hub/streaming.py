@@ -243,9 +243,8 @@ class _ShardStreamer:
     ) -> None:
         self.shard, self.folder, self.journal = shard, folder, journal
         self.on_bytes, self.tally, self.streamed = on_bytes, tally, streamed
-        remote = RemoteFile.open(
-            ref, plan.checkpoint.folder.name, shard.name
-        )  # a snapshot's folder is its commit
+        # a snapshot's folder is its commit
+        remote = RemoteFile.open(ref, plan.checkpoint.folder.name, shard.name)
         if remote is None or remote.size != shard.header.end:
             raise CheckpointError(
                 f"{shown(shard.name)} is not on the Hub as it was a moment ago; start again"
@@ -344,9 +343,8 @@ class _ShardStreamer:
         self._sync()
 
     def _deliver(self, part: Move, view: memoryview, room: memoryview) -> None:
-        if (
-            part.cast is not None
-        ):  # a copy, because numbers in memory start at multiples of their size
+        # a copy, because numbers in memory start at multiples of their size
+        if part.cast is not None:
             numbers = room[: len(view)]
             numbers[:] = view
             self.outputs.deliver(part, 0, numbers, room[REQUEST:])
@@ -408,9 +406,8 @@ class _Digest:
             self._turn.wait_for(lambda: self._position == start or self._abandoned)
             if self._abandoned:
                 return
-        self._hash.update(
-            view
-        )  # outside: nobody else's turn is before this one ends, and it takes no lock of Python's
+        # outside: nobody else's turn is before this one ends, and it takes no lock of Python's
+        self._hash.update(view)
         with self._turn:
             self._position += len(view)
             self._turn.notify_all()

@@ -490,9 +490,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rules=(_full_and_linear("layer_group_size", 6), _dense_first(2, "first_k_dense_replace"))
     ),
     "bart": _BART,
-    "beam": _refused(
-        "its residual additions are scaled by the layer's number"
-    ),  # modeling: depth_scaled_residual_add
+    # In the modeling code: depth_scaled_residual_add.
+    "beam": _refused("its residual additions are scaled by the layer's number"),
     "bigbird_pegasus": _BART,
     "blenderbot": _BART,
     "blenderbot-small": _BART,
@@ -506,9 +505,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "cohere2": Architecture(
         rules=(
             _full_and_sliding("sliding_window_pattern"),
-            Kept(
-                ("order_of_interleaved_layers",)
-            ),  # "local_attn_first" in published files; not read
+            # "local_attn_first" in published files; not read
+            Kept(("order_of_interleaved_layers",)),
         )
     ),
     "cohere2_moe": Architecture(
@@ -610,9 +608,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         )
     ),
     "gpt_neo": Architecture(rules=(Groups("attention_types"), PerLayer("attention_layers"))),
-    "gpt_neox_japanese": Architecture(
-        rules=(Unlike(-1, "only its attention has a bias"),)
-    ),  # modeling: use_bias
+    # In the modeling code: use_bias.
+    "gpt_neox_japanese": Architecture(rules=(Unlike(-1, "only its attention has a bias"),)),
     "gpt_oss": Architecture(rules=(_full_and_sliding(period=2),)),
     "granite4_vision": Architecture(
         wrapper=(
@@ -762,9 +759,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": Architecture(rules=(_windows_from("max_window_layers", 28),)),
     "qwen3_5_moe_text": _QWEN35,
     "qwen3_5_text": _QWEN35,
-    "qwen3_moe": Architecture(
-        rules=(_EXPERT_STEP, Kept(("max_window_layers",)))
-    ),  # read by no layer
+    # read by no layer
+    "qwen3_moe": Architecture(rules=(_EXPERT_STEP, Kept(("max_window_layers",)))),
     "qwen3_next": Architecture(rules=(_full_and_linear("full_attention_interval"), _EXPERT_STEP)),
     "qwen3_omni_moe_text": Architecture(rules=(_EXPERT_STEP,)),
     "qwen3_omni_moe_thinker": _DEEP_VISION,
@@ -792,9 +788,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rules=(PerLayer("attn_layers"),),
         apart=("reformer.embeddings.position_embeddings.weights",),
     ),
-    "rwkv": Architecture(
-        rules=(Unlike(0, "only it has a norm before its block"),)
-    ),  # modeling: pre_ln
+    # In the modeling code: pre_ln.
+    "rwkv": Architecture(rules=(Unlike(0, "only it has a norm before its block"),)),
     "smollm3": Architecture(
         rules=(
             Derived("no_rope_layers", _NO_ROPE, ("no_rope_layer_interval",)),
@@ -829,9 +824,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "xlstm": Architecture(depth=("num_blocks", "num_hidden_layers")),
     "zamba": _refused("its layers share one attention block"),
     "zamba2": _refused("its layers share attention blocks"),
-    "zaya": Architecture(
-        rules=(Unlike(0, "only its router takes nothing from the layer below"),)
-    ),  # modeling: use_eda
+    # In the modeling code: use_eda.
+    "zaya": Architecture(rules=(Unlike(0, "only its router takes nothing from the layer below"),)),
 }
 
 # Types that transformers does not have, or has under another name: their code is published with the
@@ -845,9 +839,8 @@ CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
     "deepseek": Architecture(rules=(Threshold("first_k_dense_replace"), Period("moe_layer_freq"))),
     "kimi_k2": _DEEPSEEK_V3,
     "minicpm": Architecture(rules=(DepthScaled("scale_depth", 1.0),)),
-    "minicpmv": Architecture(
-        rules=(DepthScaled("scale_depth", None),)
-    ),  # on MiniCPM, Llama or Qwen
+    # on MiniCPM, Llama or Qwen
+    "minicpmv": Architecture(rules=(DepthScaled("scale_depth", None),)),
     "minimax_m1": _LIGHTNING,
     "minimax_text_01": _LIGHTNING,
     "openelm": Architecture(

@@ -327,9 +327,8 @@ class Carrier:
             return True
         if _is_of_something_else(path):
             return False
-        shortest = (
-            4 if self._is_of_quantiser(path) else 1
-        )  # a quantiser's tiles are given by two or three numbers
+        # a quantiser's tiles are given by two or three numbers
+        shortest = 4 if self._is_of_quantiser(path) else 1
         return _is_of_layers(path[-1:]) or (self.by_length and len(value) > shortest)
 
     def may_number_layers(self, path: Path, value: list[Any]) -> bool:
@@ -419,9 +418,8 @@ class Carrier:
                 return [split.at(split.index - self._depth + len(self.layer_map))]
             if self._own is not None and split.index == self._own[0]:
                 return [split.at(self._own[1])]
-            end = (
-                "." if name.endswith(".") and not split.suffix else ""
-            )  # "layers.1." does not begin "layers.10."
+            # "layers.1." does not begin "layers.10."
+            end = "." if name.endswith(".") and not split.suffix else ""
             return [split.at(output) + end for output in self.layer_map.outputs[split.index]]
         if self._is_layer_expression(path, name):
             raise self.refuse(

@@ -76,9 +76,8 @@ def parse_assumption(text: str) -> tuple[str, Assumption]:
 Assume = Annotated[
     tuple[tuple[str, Assumption], ...],
     Option(
-        "What dus cannot tell of a field of config.json (a.b for b in a), or of a numbered stack "
-        "of tensors "
-        "(by its prefix): keep it, or let it follow the layers.",
+        "Decide what dus cannot tell about a field of config.json (a.b for b in a) or a numbered "
+        "stack of tensors (by its prefix): keep it, or map it as the layers are.",
         metavar="FIELD=keep|map",
         panel="Layer map",
         parse=parse_assumption,

@@ -252,7 +252,7 @@ def _may_be_decoder(prefix: str, names: Iterable[str], decoder: DecoderConfig) -
 
 
 def _refuse_encoder_decoder(prefix: str, indices: Mapping[str, set[int]]) -> None:
-    """Hold that what was taken for the decoder has no counterpart: model.decoder.layers, and
+    """Check that what was taken for the decoder has no counterpart: model.decoder.layers, and
     model.encoder.layers.
     """
     for mine, other in (("decoder", "encoder"), ("encoder", "decoder")):

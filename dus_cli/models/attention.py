@@ -73,9 +73,8 @@ def _documents(mask: Tensor, query: Tensor, key: Tensor) -> list[list[int]] | No
 
 def _read(mask: Tensor) -> list[list[int]] | None:
     goes_on = mask.diagonal(-1, 2, 3)[:, 0]  # (rows, length - 1): each token sees the one before it
-    number = torch.nn.functional.pad(
-        (~goes_on).cumsum(1), (1, 0)
-    )  # of its document, (rows, length)
+    # of its document, (rows, length)
+    number = torch.nn.functional.pad((~goes_on).cumsum(1), (1, 0))
     if not torch.equal(mask[:, 0], (number[:, :, None] == number[:, None, :]).tril()):
         return None
     return [torch.bincount(row).tolist() for row in number]

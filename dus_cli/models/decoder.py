@@ -120,7 +120,7 @@ class Decoder:
         check_head(float(total) / labels.numel(), float(theirs), self.model.config.model_type)
 
     def check_documents(self, input_ids: Tensor) -> None:
-        """Hold that a document in a packed row is as it is alone.
+        """Check that a document in a packed row is as it is alone.
 
         Raises:
             HealError: the architecture sees other documents, or other positions.

@@ -159,7 +159,7 @@ def _to_gradient(
 @dataclass(frozen=True)
 class Teaching:
     """The teacher's hidden states (tokens, width) for the same rows, its head, and the weight of
-    its word.
+    the KL term.
     """
 
     hidden: Tensor
@@ -227,9 +227,8 @@ def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) 
     at_once = chunk_rows(hidden.device.type, weight.shape[0])
     for start in range(0, len(hidden), at_once):
         rows = slice(start, start + at_once)
-        products = functional.linear(
-            hidden[rows], weight, getattr(output, "bias", None)
-        )  # (chunk, vocabulary)
+        # Shape: (chunk, vocabulary).
+        products = functional.linear(hidden[rows], weight, getattr(output, "bias", None))
         losses[rows] = cross_entropies(products, labels[rows], head)
     return losses
 
@@ -272,7 +271,7 @@ def cross_entropy(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head)
 
 
 def check_head(ours: float, theirs: float, model_type: str) -> None:
-    """Hold that our loss is the model's own.
+    """Check that our loss is the model's own.
 
     Raises:
         HealError: the architecture does something between hidden states and logits that we do not

@@ -60,9 +60,8 @@ class Signals:
         self._ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         for signum in _HEARD:
-            signal.signal(
-                signum, lambda *_: None
-            )  # Python's handlers wait for the library, the thread does not
+            # Python's handlers wait for the library, the thread does not
+            signal.signal(signum, lambda *_: None)
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_be_deaf)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -107,9 +106,8 @@ class Signals:
                     break
             if self._is_held:
                 deadline = time.monotonic() + _GRACE
-        os._exit(
-            self.exit_code
-        )  # whoever waits for a lost worker in a collective would wait for long
+        # whoever waits for a lost worker in a collective would wait for long
+        os._exit(self.exit_code)
 
 
 def _be_deaf() -> None:

@@ -14,7 +14,7 @@ from dus_cli.pictures.svg import is_drawn
 
 
 def check_picture(path: Path) -> None:
-    """Hold that a picture can be written, before anything is measured.
+    """Check that a picture can be written, before anything is measured.
 
     Raises:
         OutputError: no .svg, no place for it, or a file there that dus did not draw.

@@ -156,8 +156,7 @@ def overflow(name: str, cast: Cast) -> CheckpointError:
 
 
 def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
-    """Hold that the numbers of a checkpoint mean what they say, and tell of what a person should
-    know.
+    """Check that the checkpoint can be cast; return warnings.
 
     Raises:
         CheckpointError: it is quantised.

@@ -207,9 +207,8 @@ def choose_trim(maps: Maps, engines: Sequence[str] = ()) -> Chosen:
     """
     quarter = default_trim(maps.decoder.num_layers)
     stack(maps.decoder.num_layers, quarter, maps.copies)
-    if not maps.may_depart or not maps.can_be(
-        quarter
-    ):  # nothing to judge; or no such map, and the plan says why
+    # nothing to judge; or no such map, and the plan says why
+    if not maps.may_depart or not maps.can_be(quarter):
         return Chosen(quarter)
     counted = set(engines) or {engine.name for engine in ENGINES}
     trim = _fewest_wrong(maps, quarter, counted)
@@ -262,7 +261,7 @@ def judge_config(
 def check_right(
     maps: Maps, judged: Sequence[Judged], engines: Sequence[str], trim: int | None
 ) -> None:
-    """Hold that `engines` compute what config.json says.
+    """Check that `engines` compute what config.json says.
 
     Raises:
         EngineError: one does not; it names the trims with which they all would.

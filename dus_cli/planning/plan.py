@@ -249,7 +249,7 @@ class UpscalePlan:
         return chain.from_iterable(layout.placements for layout in self.shards.values())
 
     def check_libraries(self) -> None:
-        """Hold that what writing these tensors takes is installed.
+        """Check that what writing these tensors takes is installed.
 
         Raises:
             MissingExtraError: a cast needs torch, or a factor numpy, and it is not.

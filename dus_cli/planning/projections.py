@@ -44,10 +44,11 @@ IN_BLOCK = frozenset(
 
 # What else a model type adds to the stream, as patterns.
 BY_TYPE: Mapping[str, tuple[str, ...]] = {
+    # of two matrices, known by their places in a Sequential
     "ctrl": (
         "ffn.2.weight",
         "ffn.2.bias",
-    ),  # of two matrices, known by their places in a Sequential
+    ),
     "jetmoe": ("mlp.bias", "self_attention.experts.bias"),
 }
 
@@ -70,14 +71,16 @@ NOT_IDENTITIES: Mapping[str, str] = {
 
 # Fields of the config under which a layer is not h + f(h), with the value that makes it so.
 NOT_WITH: Mapping[str, tuple[Any, str]] = {
+    # opt
     "do_layer_norm_before": (
         False,
         "norms then stand on the residual stream, behind each block",
-    ),  # opt
+    ),
+    # bloom
     "apply_residual_connection_post_layernorm": (
         True,
         "the residual is then the normed input",
-    ),  # bloom
+    ),
 }
 
 # Where a block's tensors stand under something that is no block (dbrx).
@@ -400,10 +403,11 @@ def _writers_of(
         blocks[block].append(tensor.name)
         if pattern(suffix) in writers.found:
             _check_float(tensor, option)
+            # experts end the block whose router chooses them
             ended |= {
                 block,
                 block.partition(".")[0],
-            }  # experts end the block whose router chooses them
+            }
         elif is_output_projection(suffix, model_type):
             if tensor.dtype not in FLOATS:
                 raise _quantised(tensor, option)

@@ -89,9 +89,8 @@ class Scale:
             part = words[start : start + _AT_ONCE]
             if overflows is not None:
                 num_infinite += int(overflows[part].sum())
-            np.take(
-                table, part, out=part, mode="clip"
-            )  # the mode that needs no buffer: every word is in the table
+            # the mode that needs no buffer: every word is in the table
+            np.take(table, part, out=part, mode="clip")
         return num_infinite
 
     def _multiply(self, numbers: NDArray[Any]) -> None:

@@ -55,9 +55,8 @@ def go_along(carried: Carried, layer_map: LayerMap, names: NumberedNames) -> Alo
             followed = follow_settings(record, layer_map, names, name)
         except (CheckpointError, ConfigError) as error:
             left_out.append(name)
-            why = str(error).partition("; say --assume")[
-                0
-            ]  # nobody can decide about it: it is not config.json
+            # nobody can decide about it: it is not config.json
+            why = str(error).partition("; say --assume")[0]
             warnings.append(
                 f"{shown(name)} stays behind, because what it says of layers cannot follow: {why}"
             )

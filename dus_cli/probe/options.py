@@ -65,7 +65,7 @@ class ProbeOptions:
     tokens: Annotated[
         int,
         Option(
-            "How many tokens of the data are read, at most.",
+            "Read at most this many tokens of the data.",
             metavar="N",
             panel=DATA,
             parse=parse_count,
@@ -73,7 +73,11 @@ class ProbeOptions:
     ] = 20_480
     seq_length: Annotated[
         int | None,
-        Option("Tokens of a row. Default: min(512, the model's).", metavar="T", panel=DATA),
+        Option(
+            "Tokens in a row. Default: 512, or the model's context length if that is less.",
+            metavar="T",
+            panel=DATA,
+        ),
     ] = None
     text_field: TextField = "text"
     on_bad_line: OnBadLine = BadLine.error
@@ -107,7 +111,7 @@ class ProbeOptions:
             parse=check_map,
         ),
     ] = ()
-    copies: Annotated[int, Option("Copies to stack, of each trim.", metavar="K", panel=_MAPS)] = 2
+    copies: Annotated[int, Option("Copies to stack for each trim.", metavar="K", panel=_MAPS)] = 2
     search: Annotated[
         bool,
         Option(
@@ -117,7 +121,7 @@ class ProbeOptions:
         ),
     ] = False
     best: Annotated[
-        int, Option("Maps of a search that are measured.", metavar="K", panel=_MAPS)
+        int, Option("How many maps of a search to measure.", metavar="K", panel=_MAPS)
     ] = 10
     engines: Annotated[
         tuple[str, ...],
@@ -136,7 +140,8 @@ class ProbeOptions:
     precision: Annotated[
         Precision,
         Option(
-            "Of weights and activations; auto is bf16, or fp32 on a CPU that is slow at bf16.",
+            "Precision of weights and activations; auto is bf16, or fp32 on a CPU that is slow at "
+            "bf16.",
             metavar="[auto|bf16|fp32]",
             panel=_FIT,
             parse=Precision.parse,
@@ -153,7 +158,7 @@ class ProbeOptions:
     max_memory: Annotated[
         int | None,
         Option(
-            "Memory to use (8GB). Rows that do not fit go through the layers later. Default: 85% "
+            "Memory to use (8GB); rows that do not fit go through the layers later. Default: 85% "
             "of what is free.",
             metavar="SIZE",
             panel=_FIT,

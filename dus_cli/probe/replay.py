@@ -249,7 +249,7 @@ class Replay:
         return start[0], calls
 
     def _hold_apart(self, real: Sequence[Call | None], without: Sequence[Call | None]) -> None:
-        """Hold that what layers are handed comes from no other layer."""
+        """Check that what layers are handed comes from no other layer."""
         for number, (mine, other) in enumerate(zip(real, without, strict=True)):
             if (mine is None) != (other is None):
                 raise self._refusal(f"whether layer {number} is called depends on other layers")
@@ -263,7 +263,7 @@ class Replay:
                 )
 
     def _hold_finite(self, number: int, before: Tensor, behind: Any) -> None:
-        """Hold that numbers of the base stay numbers: what is NaN equals nothing, not even itself.
+        """Check that numbers of the base stay numbers: what is NaN equals nothing, not even itself.
 
         Raises:
             ProbeError: they do not, before this layer or in it.

@@ -76,7 +76,7 @@ class Tail:
         return float(cross_entropy(kept[0], self._output, labels, self._head))
 
     def check(self, hidden: Tensor) -> None:
-        """Hold that the example's hidden states, from layers called one by one, give the model's
+        """Check that the example's hidden states, from layers called one by one, give the model's
         own loss.
 
         Raises:

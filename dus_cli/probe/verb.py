@@ -130,9 +130,8 @@ def _plan(
         states = max(states, len(candidates) + options.best + 1)
     others = min(KEPT_BYTES, 4 * options.tokens * (num_layers + 1) * width)  # for the distances
     others += 32 * rows * seq_length * width * dtype.itemsize  # within a layer
-    others += (
-        0 if options.stream_layers else checkpoint.num_bytes
-    )  # the files, mapped while they are loaded
+    # the files, mapped while they are loaded
+    others += 0 if options.stream_layers else checkpoint.num_bytes
     memory = plan_memory(
         weight_bytes(checkpoint, of_base.stack, dtype.itemsize, streams=options.stream_layers),
         states,

@@ -17,4 +17,4 @@ class PushOptions:
     private: Private = False
     branch: Branch = None
     token: Token = None
-    jobs: Annotated[int, Option("Parallel reads.", metavar="J")] = DEFAULT_JOBS
+    jobs: Annotated[int, Option("Number of parallel reads.", metavar="J")] = DEFAULT_JOBS

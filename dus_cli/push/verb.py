@@ -387,8 +387,8 @@ def _git_sum(path: Path) -> str:
 
 
 def _stale(sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
-    """Files of an earlier model on the branch: its weights, records and pictures. Others are
-    nobody's business.
+    """Files of an earlier model on the branch: its weights, records and pictures. Files that dus
+    did not write are left alone.
     """
     ours = (*_OF_A_MODEL, *WRITTEN_ANEW, *OF_A_HEALING)
 
@@ -417,9 +417,8 @@ def _until_signalled(work: Callable[[], _Result]) -> _Result:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while (
-            thread.is_alive()
-        ):  # not one long wait: a signal that another thread is given would not end it
+        # not one long wait: a signal that another thread is given would not end it
+        while thread.is_alive():
             thread.join(0.1)
     except BaseException as error:
         signum = getattr(error, "signum", None)

@@ -122,7 +122,7 @@ def output_files(plan: UpscalePlan) -> list[str]:
 
 
 def digest(record: dict[str, Any]) -> str:
-    """By which two runs know that they write the same."""
+    """Digest of a dus.json; equal for two runs with the same output."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,9 +29,8 @@ class DirectFile:
         self._room = room
         self._buffered = open_descriptor(path, os.O_RDONLY)
         self._direct: int | None = None
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # tmpfs, some network file systems, macOS
+        # tmpfs, some network file systems, macOS
+        with contextlib.suppress(OSError, AttributeError):
             self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
     def read(self, start: int, length: int) -> memoryview:

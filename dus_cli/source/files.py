@@ -110,9 +110,8 @@ def inside(folder: Path, relative: str) -> Path:
         CheckpointError: absolute, with "..", or a link to somewhere else.
     """
     pure = PurePosixPath(relative)
-    if (
-        not relative.isprintable() or "\\" in relative
-    ):  # no name that a terminal or a sums file must escape
+    # no name that a terminal or a sums file must escape
+    if not relative.isprintable() or "\\" in relative:
         raise CheckpointError(
             f"the file name {shown(relative)!r} has control characters or a backslash; rename it"
         )
@@ -151,7 +150,7 @@ def walk_order(relative: str) -> list[tuple[bool, str]]:
 
 
 def check_fetched(relative: str, path: Path) -> None:
-    """Hold that a file can be read, and is not what a clone or a download left in its place.
+    """Check that a file can be read, and is not what a clone or a download left in its place.
 
     An empty file is fine: some tokenizers have an empty merges.txt.
 

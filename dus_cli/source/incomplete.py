@@ -105,7 +105,7 @@ def owner(folder: Path) -> Owner | None:
 
 
 def check_whole(folder: Path) -> None:
-    """Hold that a folder is not one that a run writes into, or left half-written.
+    """Check that a folder is not one that a run writes into, or left half-written.
 
     Raises:
         CheckpointError: it is.

@@ -174,7 +174,7 @@ def _explained(error: json.JSONDecodeError) -> str:
 
 
 def limit_nesting(value: object, where: str) -> None:
-    """Hold that JSON is nested no deeper than a real config, so that what walks or writes it may
+    """Check that JSON is nested no deeper than a real config, so that what walks or writes it may
     recurse.
 
     Raises:

@@ -190,9 +190,8 @@ def _extent(
     start = _usual_start(member)
     if 0 <= position < directory_start and at_hand:
         file.seek(position)
-        local = file.read(
-            30
-        )  # a local file header; it ends with the lengths of the name and the extra field
+        # a local file header; it ends with the lengths of the name and the extra field
+        local = file.read(30)
         if len(local) < 30 or not local.startswith(b"PK\3\4"):
             raise CheckpointError(
                 f"{label} is not where the directory says; the file is damaged, fetch it again"

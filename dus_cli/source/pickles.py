@@ -118,9 +118,8 @@ def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Heade
         CheckpointError: as `read_pickled`.
         OSError: the file cannot be read.
     """
-    with (
-        warnings.catch_warnings()
-    ):  # of torch, of odd text in a hostile pickle: what matters is an error
+    # of torch, of odd text in a hostile pickle: what matters is an error
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = read_pickled_file(file, where, at_hand=at_hand)
         _check_imports(saved.pickle, where)
@@ -136,7 +135,7 @@ def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Heade
 
 
 def _check_imports(raw: bytes, where: str) -> None:
-    """Hold that the pickle imports nothing but what plain tensors need. It is read, not run.
+    """Check that the pickle imports nothing but what plain tensors need. It is read, not run.
 
     Raises:
         CheckpointError: it does, or it is no pickle, or of a protocol that hides what it imports.

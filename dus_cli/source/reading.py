@@ -45,9 +45,8 @@ def open_descriptor(path: str | Path, flags: int) -> int:
     Raises:
         OSError: as `open_regular`.
     """
-    _check_regular(
-        Path(path).stat(), path
-    )  # before it is opened: opening some devices does something
+    # before it is opened: opening some devices does something
+    _check_regular(Path(path).stat(), path)
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check_regular(os.fstat(file), path)

@@ -192,9 +192,8 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
         raise CheckpointError(f"{name}: weight_map must map text to text; download it again")
     shards = {shard: shard for shard in weight_map.values()}
     for name_of_tensor, shard in weight_map.items():
-        weight_map[name_of_tensor] = shards[
-            shard
-        ]  # one text for all tensors of a shard, not one for each
+        # one text for all tensors of a shard, not one for each
+        weight_map[name_of_tensor] = shards[shard]
     for shard in shards:
         if not shard.endswith(suffix):
             raise CheckpointError(

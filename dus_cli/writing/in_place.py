@@ -86,7 +86,7 @@ def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
 
 
 def check_empty(output: Path, why: str) -> None:
-    """Hold that nothing would be replaced.
+    """Check that nothing would be replaced.
 
     Raises:
         OutputError: `output` holds something.
@@ -142,7 +142,7 @@ class InPlace:
         self.check_ours()
 
     def check_ours(self) -> None:
-        """Hold that no other run has taken the folder.
+        """Check that no other run has taken the folder.
 
         Raises:
             OutputError: one has.

@@ -38,9 +38,8 @@ class OrderedFile:
         self._file = os.open(path, flags, 0o666)
         self._direct: int | None = None
         if direct:
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # tmpfs, some network file systems, macOS
+            # tmpfs, some network file systems, macOS
+            with contextlib.suppress(OSError, AttributeError):
                 self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
         self._buffers = [memoryview(mmap.mmap(-1, _BUFFER)) for _ in range(2)]
         self._summed: Future[None] | None = None

@@ -155,9 +155,8 @@ class Outputs:
                 written += os.pwrite(file, piece[written:], start + written)
             except OSError as error:
                 if error.errno == errno.EINVAL and file == files.direct:
-                    self.files[name] = replace(
-                        files, direct=None
-                    )  # opened, but not for blocks of 4096
+                    # opened, but not for blocks of 4096
+                    self.files[name] = replace(files, direct=None)
                     continue
                 with writing(name, self.left):
                     raise

@@ -33,7 +33,7 @@ def claim_model(folder: Path) -> Claim:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Hold that a folder has nothing but a model that dus wrote, or an ordinary checkpoint, and
+    """Check that a folder has nothing but a model that dus wrote, or an ordinary checkpoint, and
     that it can be removed.
 
     Raises:

@@ -107,7 +107,8 @@ def check_output(output: Path, *, overwrite: bool) -> Path:
 
 
 def check_apart(output: Path, source: Path) -> None:
-    """Hold that neither of the two directories lies in the other, nor is the other by another name.
+    """Check that neither of the two directories lies in the other, nor is the other by another
+    name.
 
     Raises:
         OutputError: one does.
@@ -267,9 +268,8 @@ class Staging:
                 self.folder.mkdir(exist_ok=True)
                 self._lock(self.folder)
         self._is_ours = True
-        if (
-            self._aside.exists()
-        ):  # a killed run was replacing OUT on a file system that cannot exchange names
+        # a killed run was replacing OUT on a file system that cannot exchange names
+        if self._aside.exists():
             if self.output.exists():
                 self._clear_aside()
             else:
@@ -283,9 +283,8 @@ class Staging:
         note = clear_left(self.output, self.key, overwrite=self.overwrite)
         self.warnings += [] if note is None else [note]
         if self.claim is None:
-            _check_free_name(
-                self.output, overwrite=self.overwrite
-            )  # the run that had the lock may have published
+            # the run that had the lock may have published
+            _check_free_name(self.output, overwrite=self.overwrite)
         self.storage = ask(self.folder)
         if self.storage.no_rename is not None:
             self._go_in_place(self.storage.no_rename)
@@ -330,9 +329,8 @@ class Staging:
         return claim_model(folder) if self.claim is None else self.claim
 
     def _go_in_place(self, why: str) -> None:
-        if (
-            self._why_within is not None
-        ):  # OUT is a store's own mount: no folder within it is of use
+        # OUT is a store's own mount: no folder within it is of use
+        if self._why_within is not None:
             remove(self._partial)
             self._is_ours = False
         self._in_place = InPlace(self.output, self.key, self.files)
@@ -377,7 +375,7 @@ class Staging:
             os.close(self._locks.pop())
 
     def check_ours(self) -> None:
-        """Hold that no run on another host has taken OUT, which only a run in place need ask.
+        """Check that no run on another host has taken OUT, which only a run in place need ask.
 
         Raises:
             OutputError: one has.
@@ -470,9 +468,8 @@ class Staging:
         """
         if self.claim is None and holds_something(self.output):
             check_replaceable(self.output)
-        self._lock(
-            self.output
-        )  # it is about to bear our name: nobody may take it before it is gone
+        # it is about to bear our name: nobody may take it before it is gone
+        self._lock(self.output)
         (self._partial / MARK).unlink(missing_ok=True)
         old = self._partial
         if not _exchange(self.folder, self.output):

@@ -149,7 +149,7 @@ def transfer(
 
 
 def check_unchanged(shard: Shard) -> None:
-    """Hold that a source shard is still the one whose header was read.
+    """Check that a source shard is still the one whose header was read.
 
     Raises:
         CheckpointError: it was written to or replaced.
@@ -300,9 +300,8 @@ class ShardMover:
                 count = os.preadv(file, [piece[filled:]], start + filled)
             except OSError as error:
                 if error.errno == errno.EINVAL and file == self.source.direct:
-                    self.source = replace(
-                        self.source, direct=None
-                    )  # opened, but not for blocks of 4096
+                    # opened, but not for blocks of 4096
+                    self.source = replace(self.source, direct=None)
                     continue
                 raise unreadable(self.shard.name, error) from error
             if count == 0:

@@ -24,9 +24,8 @@ from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import Base, MapRequest, UpscalePlan, make_plan
 from dus_cli.source.checkpoint import open_checkpoint
 
-Copy = Callable[
-    [int, int, int, int, int], None
-]  # source, target, source position, position, length
+# source, target, source position, position, length
+Copy = Callable[[int, int, int, int, int], None]
 MOVE = 64 << 20
 
 

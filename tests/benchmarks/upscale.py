@@ -33,9 +33,8 @@ from statistics import median
 from typing import NamedTuple
 
 CHORES = Path(__file__).resolve().with_name("chores.py")
-PYTHONPATH = os.pathsep.join(
-    str(folder) for folder in CHORES.parents[1:3]
-)  # the tests, the repository
+# the tests, the repository
+PYTHONPATH = os.pathsep.join(str(folder) for folder in CHORES.parents[1:3])
 
 
 class Run(NamedTuple):

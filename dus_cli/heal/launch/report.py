@@ -86,10 +86,11 @@ def _measured_row(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:
+    # no report of an older dus has them
     unread = report.get("unread_files") or {
         "count": 0,
         "names": [],
-    }  # no report of an older dus has them
+    }
     found = Unread(unread["count"], tuple(unread["names"]))
     return [("not read", str(found))] if found.count else []
 

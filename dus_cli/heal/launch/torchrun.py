@@ -102,7 +102,8 @@ def _is_alone(launch: Launch) -> bool:
 
 
 def check_loopback() -> None:
-    """Hold that the workers of this machine can talk to each other; torchrun would try for minutes.
+    """Check that the workers of this machine can talk to each other; torchrun would try for
+    minutes.
 
     Raises:
         HealError: they cannot.
@@ -158,9 +159,8 @@ def _start(
 ) -> int:
     """Start torchrun, or the one worker, and follow it to its end; its exit code."""
     view.status("loading the model")
-    name = (
-        "stderr.log" if _is_alone(launch) else "torchrun.log"
-    )  # the workers of which have logs of their own
+    # the workers of which have logs of their own
+    name = "stderr.log" if _is_alone(launch) else "torchrun.log"
     with (logs / name).open("wb") as log:
         process = subprocess.Popen(
             workers_command(launch, run.folder / RUN_NAME),
@@ -217,9 +217,8 @@ def _die_with_parent() -> None:
 @contextlib.contextmanager
 def _relayed() -> Iterator[_Relay]:
     relay = _Relay()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python gives signals to that one alone
+    # Python gives signals to that one alone
+    if threading.current_thread() is not threading.main_thread():
         yield relay
         return
     signals = [

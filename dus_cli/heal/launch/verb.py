@@ -90,7 +90,7 @@ def check(wishes: HealOptions) -> Model:
 
 
 def check_renames(output: Path, found: Storage | None) -> None:
-    """Hold that folders can be renamed where the output will be: a checkpoint is complete by its
+    """Check that folders can be renamed where the output will be: a checkpoint is complete by its
     name.
 
     Raises:
@@ -127,7 +127,7 @@ def _check_devices(wishes: HealOptions) -> None:
 
 
 def check_run_folder(output: Path) -> None:
-    """Hold that OUT is free, or holds a run of dus heal.
+    """Check that OUT is free, or holds a run of dus heal.
 
     Raises:
         OutputError: it holds something else, or its name could not be given to the healed model.
@@ -209,12 +209,10 @@ def prepare_run(wishes: HealOptions, model: Model, view: View) -> Run:
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
         check_same(begun, run)
-        run = replace(
-            run, fit=replace(run.fit, precision=begun.fit.precision)
-        )  # auto, on whatever it goes on
-        kept = replace(
-            run.keeping, eval_tokens=begun.keeping.eval_tokens
-        )  # whatever --eval-every now is
+        # auto, on whatever it goes on
+        run = replace(run, fit=replace(run.fit, precision=begun.fit.precision))
+        # whatever --eval-every now is
+        kept = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)
         run = _measured(replace(run, keeping=kept), output / "tokens")
     if wishes.launch.node_rank == 0 or not (output / RUN_NAME).exists():
         run.write()

@@ -81,8 +81,8 @@ class Publication:
         return sum(tensor.num_bytes for _, tensor in self._source.tensors())
 
     def _check_values(self, student: Decoder) -> None:
-        """Hold that what transformers loaded is what the file holds, so that it can be written back
-        as it is.
+        """Check that what transformers loaded is what the file holds, so that it can be written
+        back as it is.
 
         Raises:
             HealError: a tensor was converted while it was loaded.
@@ -95,9 +95,8 @@ class Publication:
             if tuple(parameter.shape) != tensor.shape:
                 raise not_written_back(student, tensor.name)
             part = local(parameter.detach())
-            if (
-                self._team.is_first and part.numel()
-            ):  # the first worker's part starts where the tensor does
+            # the first worker's part starts where the tensor does
+            if self._team.is_first and part.numel():
                 count = min(part.numel(), 256)
                 stored = read_elements(shard, tensor, count).to(part.dtype)
                 if not torch.equal(stored, part.flatten()[:count].cpu()):

@@ -1,6 +1,4 @@
-"""The rows of a step, shared out: which rows is the run's affair, who takes which changes
-nothing.
-"""
+"""Split a step's rows over the workers; the result does not depend on the split."""
 
 from __future__ import annotations
 

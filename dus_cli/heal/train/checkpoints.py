@@ -119,7 +119,7 @@ class Checkpoints:
         self._saved = step
 
     def check_room(self, tensors: Mapping[str, Tensor], more: int = 0) -> None:
-        """Hold that the disk has room for a checkpoint of these tensors, and for some bytes more.
+        """Check that the disk has room for a checkpoint of these tensors, and for some bytes more.
 
         Raises:
             OutputError: it has not.
@@ -142,9 +142,8 @@ class Checkpoints:
         if self._team.is_first:
             shutil.rmtree(partial, ignore_errors=True)
         code = _code(error)
-        if (
-            code is None and free is not None and free < needed
-        ):  # another worker's failure comes as text, without it
+        # another worker's failure comes as text, without it
+        if code is None and free is not None and free < needed:
             code = errno.ENOSPC
         if code == errno.ENOSPC:
             return OutputError(self._no_room(needed, 0, None))

@@ -39,9 +39,8 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     attention = _attention(run, team, skeleton)
-    if (
-        attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile
-    ):  # what it reads no compiler can
+    # what it reads no compiler can
+    if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:
         attend_by_document()
     model = load_model(
         folder,

@@ -104,9 +104,8 @@ class Training:
         self.optimizer.prepare(
             name for name, p in self.student.parameters.items() if p.requires_grad
         )
-        last = (
-            -1 if self.progress.scaled_loss is None else self.progress.step
-        )  # step 0 has a row too
+        # step 0 has a row too
+        last = -1 if self.progress.scaled_loss is None else self.progress.step
         self.metrics = MetricsFile(run.metrics_path, last) if team.is_first else None
         self.tracker = open_tracker(
             run.keeping.track if team.is_first else "none", run.folder, asdict(run)

@@ -177,9 +177,8 @@ class Optimizer:
         clip = self._recipe.grad_clip
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         learning = self._learning()
-        device = (
-            learning[0].weight.device if learning else torch.device("cpu")
-        )  # not the team's, where it is offloaded
+        # not the team's, where it is offloaded
+        device = learning[0].weight.device if learning else torch.device("cpu")
         rounding = torch.Generator(device).manual_seed(self._recipe.seed * 1_000_003 + step)
         gains = self._gain_factors(factor, share * gain_rate(self._recipe, step))
         divisor = None if factor == 1.0 else torch.tensor(1 / factor, device=device)

@@ -33,9 +33,8 @@ def parameter_names(source: Checkpoint, student: Decoder) -> dict[str, str]:
     prefix = f"{student.model.base_model_prefix}."
     names: dict[str, str] = {}
     for _, tensor in source.tensors():
-        head = tensor.name.replace(
-            "embed_out.", "lm_head."
-        )  # GPT-NeoX, whose files keep the older name
+        # GPT-NeoX, whose files keep the older name
+        head = tensor.name.replace("embed_out.", "lm_head.")
         for candidate in (
             tensor.name,
             prefix + tensor.name,

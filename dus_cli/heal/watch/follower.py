@@ -38,9 +38,8 @@ class MetricsFollower:
                     self.starts_over, self._offset = True, 0
                 self._file_id = file_id
                 file.seek(self._offset)
-                whole, newline, _ = file.read().rpartition(
-                    b"\n"
-                )  # what follows is half a row, so far
+                # what follows is half a row, so far
+                whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:
             return []  # not there yet, or a file system that hiccups: nothing to end a run for
         self._offset += len(whole) + len(newline)

@@ -112,9 +112,8 @@ class PlainView(NoView):
 
     def __init__(self) -> None:
         self._standing = Standing(0, 0)
-        self._known = (
-            math.inf
-        )  # rows up to this step were told, also those that are there at the first look
+        # rows up to this step were told, also those that are there at the first look
+        self._known = math.inf
         self._said_at = time.monotonic()
 
     def note(self, text: str) -> None:
