@@ -8,16 +8,16 @@ import json
 import random
 import resource
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import header_bytes, llama_config, llama_tensors, write_checkpoint
+from damage import mutate, one_line_problem
 from safetensors import SafetensorError, safe_open
 
 from dus_cli.common.reference import ModelRef
-from dus_cli.errors import CheckpointError, DusError
+from dus_cli.errors import CheckpointError
 from dus_cli.planning.plan import Base, MapRequest, make_plan
 from dus_cli.source.checkpoint import open_checkpoint
 from dus_cli.source.headers import DTYPE_BITS, encode_header, header_size, is_aligned, read_header
@@ -189,52 +189,9 @@ def test_alignment_counts_from_the_start_of_the_data() -> None:
     assert not is_aligned([("U8", 3), ("BF16", 6)])
 
 
-def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """A few small damages: bytes flipped, cut out, doubled, numbers replaced, the length
-    changed.
-    """
-    data = bytearray(raw)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(data))
-        match rng.randrange(6):
-            case 0:
-                data[at] ^= 1 << rng.randrange(8)
-            case 1:
-                del data[at : at + rng.randint(1, 20)]
-            case 2:
-                data[at:at] = data[at : at + rng.randint(1, 30)]
-            case 3:
-                digits = [i for i, byte in enumerate(data) if 48 <= byte <= 57]
-                if digits:
-                    data[rng.choice(digits)] = rng.choice(b"0123456789-")
-            case 4:
-                data[:8] = struct.pack(
-                    "<Q", rng.choice([0, 1, len(data), 2**32, 2**60, rng.randrange(400)])
-                )
-            case _:
-                data[at:at] = rng.choice(
-                    [b"null", b"1e999", b"NaN", b"\xff\xfe", b'"\\ud800"', b"{}", b"[[", b"2" * 30]
-                )
-        data = data or bytearray(b"\0")
-    return bytes(data)
-
-
 def peak_rss() -> int:
     """Bytes of memory that this process has held at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def one_line_problem(step: Callable[[], object]) -> str | None:
-    """What the step refuses, held to be one line of bearable length; None where it succeeds."""
-    try:
-        step()
-    except DusError as error:
-        problem = str(error)
-    else:
-        return None
-    assert "\n" not in problem
-    assert len(problem) < 1000
-    return problem
 
 
 def test_of_5000_damaged_headers_none_is_accepted_that_the_library_refuses(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dus_cli.common.units import parse_count
 from dus_cli.data.documents import BadLine
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
 from dus_cli.evaluation.h6 import Plan, plans_of
-from dus_cli.models.precision import Precision
+from dus_cli.models.precision import Precision, precision_option
 
 _TASKS, _RUN = "Tasks", "Running"
 
@@ -79,16 +79,7 @@ class ScoringOptions:
             parse=parse_count,
         ),
     ] = None
-    precision: Annotated[
-        Precision,
-        Option(
-            "Precision of weights and activations; auto is bf16, or fp32 on a CPU that is slow at "
-            "bf16.",
-            metavar="[auto|bf16|fp32]",
-            panel=_RUN,
-            parse=Precision.parse,
-        ),
-    ] = Precision.auto
+    precision: Annotated[Precision, precision_option(_RUN)] = Precision.auto
     device: Annotated[
         str,
         Option(

@@ -18,7 +18,7 @@ from dus_cli.common.units import parse_count, parse_share, share_text
 from dus_cli.data.documents import BadLine
 from dus_cli.data.holdout import parse_holdout
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
-from dus_cli.models.precision import Precision
+from dus_cli.models.precision import Precision, precision_option
 from dus_cli.planning.dtypes import DtypeChoice
 
 
@@ -440,16 +440,7 @@ class Fit:
             auto=True,
         ),
     ] = None
-    precision: Annotated[
-        Precision,
-        Option(
-            "Precision of weights and activations; auto is bf16, or fp32 on a CPU without bf16 "
-            "instructions.",
-            metavar="[auto|bf16|fp32]",
-            panel=_FIT,
-            parse=Precision.parse,
-        ),
-    ] = Precision.auto
+    precision: Annotated[Precision, precision_option(_FIT)] = Precision.auto
     master_weights: Annotated[
         MasterWeights,
         Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dus_cli.common.options import Option
 from dus_cli.planning.dtypes import DtypeChoice
 
 
@@ -23,3 +24,14 @@ class Precision(DtypeChoice):
         from dus_cli.models.devices import computes_in_bf16
 
         return Precision.bf16 if computes_in_bf16(device_type) else Precision.fp32
+
+
+def precision_option(panel: str) -> Option:
+    """`--precision`, in this panel of a command's help."""
+    return Option(
+        "Precision of weights and activations; auto is bf16, or fp32 on a CPU that is slow "
+        "at bf16.",
+        metavar="[auto|bf16|fp32]",
+        panel=panel,
+        parse=Precision.parse,
+    )

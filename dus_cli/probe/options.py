@@ -14,7 +14,7 @@ from dus_cli.data.documents import BadLine
 from dus_cli.data.holdout import parse_holdout
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
 from dus_cli.maps.options import Assume, check_map, engines_option
-from dus_cli.models.precision import Precision
+from dus_cli.models.precision import Precision, precision_option
 
 _MAPS, _FIT = "Maps", "Memory and speed"
 
@@ -137,16 +137,7 @@ class ProbeOptions:
             show=share_text,
         ),
     ] = 0.2
-    precision: Annotated[
-        Precision,
-        Option(
-            "Precision of weights and activations; auto is bf16, or fp32 on a CPU that is slow at "
-            "bf16.",
-            metavar="[auto|bf16|fp32]",
-            panel=_FIT,
-            parse=Precision.parse,
-        ),
-    ] = Precision.auto
+    precision: Annotated[Precision, precision_option(_FIT)] = Precision.auto
     stream_layers: Annotated[
         bool,
         Option(
