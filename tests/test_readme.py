@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import dus
 from hub_server import StandInHub, StandInRepo, commit_of, only_hub
 
 pytest.importorskip("torch")
@@ -70,7 +71,18 @@ def test_every_block_says_what_it_is(page: str) -> None:
     """A block without a language would be one that nothing runs."""
     fences = re.findall(r"^```(\w*)$", (ROOT / page).read_text(), re.MULTILINE)
     opening = fences[::2]
-    assert set(opening) <= {"sh", "json", "text"}, opening
+    assert set(opening) <= {"sh", "json", "text", "toml"}, opening
+
+
+def test_the_options_in_a_file_are_ones_that_heal_takes(tmp_path: Path) -> None:
+    pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    (block,) = re.findall(
+        r"^```toml\n(.*?)^```$", (ROOT / "docs/healing.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "heal.toml").write_text(block)
+    printed = dus("heal", "--config", tmp_path / "heal.toml", "--print-config").stdout
+    assert 'until = "base"' in printed
+    assert "seq-length = 1024" in printed
 
 
 def test_the_readme_shows_a_line_of_the_corpus() -> None:
