@@ -5,6 +5,8 @@ The core raises these; only `cli` turns them into exit codes. A traceback means 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _LONGEST_SHOWN = 120
 
 # A library's own words end where they end, but an essay or a log is no reason.
@@ -157,3 +159,12 @@ def shown_list(items: list[str] | tuple[str, ...], limit: int = 3) -> str:
 
 class DataError(DusError):
     """Training data that cannot be found, read or used."""
+
+
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """Words as a sentence lists them.
+
+    >>> listed(["4", "7", "10"], "or")
+    '4, 7 or 10'
+    """
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

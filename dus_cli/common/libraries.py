@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from dus_cli.errors import MissingExtraError, reason_of
+from dus_cli.errors import MissingExtraError, listed, reason_of
 
 _HEAL, _EVAL = "'dus-cli[heal]'", "'dus-cli[eval]'"
 
@@ -39,9 +39,7 @@ def require(what: str, *modules: str) -> None:
     """
     missing = [module for module in modules if not _is_installed(module)]
     if missing:
-        raise MissingExtraError(
-            f"{what} needs {_listed(missing)}; pip install {_packages(missing)}"
-        )
+        raise MissingExtraError(f"{what} needs {listed(missing)}; pip install {_packages(missing)}")
 
 
 def broken_import(error: ImportError) -> MissingExtraError:
@@ -75,11 +73,6 @@ def _version(module: str) -> str:
         return importlib.metadata.version(module)
     except importlib.metadata.PackageNotFoundError:
         return "(of an unknown version)"
-
-
-def _listed(names: list[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _packages(modules: list[str]) -> str:

@@ -21,8 +21,7 @@ from dus_cli.evaluation.windows import Window
 from dus_cli.models.decoder import Decoder
 from dus_cli.models.loading import load_model
 from dus_cli.models.losses import Head, cross_entropies, token_losses
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from dus_cli.models.precision import torch_dtype
 
 # Nats by which the losses by way of hidden states may differ from the model's own: both are of the
 # same products.
@@ -66,7 +65,7 @@ def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
     Raises:
         LoadError: transformers cannot load it, or would make up weights that the files lack.
     """
-    model = load_model(folder, name, _DTYPES[precision])
+    model = load_model(folder, name, torch_dtype(precision))
     model.requires_grad_(False)
     return model.to(device).eval()
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dus_cli.common.options import Option
 from dus_cli.planning.dtypes import DtypeChoice
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Precision(DtypeChoice):
@@ -35,3 +40,10 @@ def precision_option(panel: str) -> Option:
         panel=panel,
         parse=Precision.parse,
     )
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """What weights are computed in, of "bf16" or "fp32"."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
-from dus_cli.errors import ConfigError, EngineError
+from dus_cli.errors import ConfigError, EngineError, listed
 from dus_cli.maps.architectures import rules_for
 from dus_cli.maps.engines import ENGINES, Engine, Fault, Judgement, Told, Verdict, judge, may_depart
 from dus_cli.maps.layers import LayerMap, default_trim, largest_trim, stack
@@ -301,7 +301,7 @@ def asides(judged: Sequence[Judged]) -> list[str]:
     unknown = [one.engine.title for one in judged if one.verdict is Verdict.unknown]
     if unknown:
         said.append(
-            f"dus does not know what {_listed(unknown)} make{'s' * (len(unknown) == 1)} of what "
+            f"dus does not know what {listed(unknown)} make{'s' * (len(unknown) == 1)} of what "
             "this config says by "
             "layer; compare logits with transformers' before you rely on it"
         )
@@ -316,7 +316,7 @@ def _with_advice(maps: Maps, judged: Sequence[Judged], trim: int | None) -> list
         advice = f"no trim keeps {keeps}"
         if trims:
             advice = (
-                f"--trim {_listed([str(trim) for trim in trims], 'or')} "
+                f"--trim {listed([str(trim) for trim in trims], 'or')} "
                 f"keep{'s' * (len(trims) == 1)} {keeps}"
             )
         lines.append(f"{text}; {advice}")
@@ -350,7 +350,7 @@ def _merged(faults: Sequence[Fault]) -> Fault:
 
 def _sentence(fault: Fault, judged: Sequence[Judged]) -> str:
     """What engines do to a model, as a phrase without advice."""
-    engines = _listed([one.engine.title for one in judged])
+    engines = listed([one.engine.title for one in judged])
     if fault.verdict in (Verdict.within_window, Verdict.absent):
         return f"{engines} {fault.why}"
     does = (
@@ -365,15 +365,6 @@ def _sentence(fault: Fault, judged: Sequence[Judged]) -> str:
     repeats = f"no longer repeat{'s' * is_one}" if is_new else old
     count = "counts" if len(judged) == 1 else "count"
     return (
-        f"{_listed(fault.fields)} {repeats} every {fault.period} layers: {engines} {count} layers "
+        f"{listed(fault.fields)} {repeats} every {fault.period} layers: {engines} {count} layers "
         f"and {does}"
     )
-
-
-def _listed(words: Sequence[str], last: str = "and") -> str:
-    """Words as a sentence lists them.
-
-    >>> _listed(["4", "7", "10"], "or")
-    '4, 7 or 10'
-    """
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

@@ -15,7 +15,7 @@ from dus_cli.errors import DataError, ProbeError, shown_list
 from dus_cli.hub.fetching import Fetch
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
-from dus_cli.models.precision import Precision
+from dus_cli.models.precision import torch_dtype
 from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
@@ -121,7 +121,7 @@ def _plan(
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator() or device
         available = int(0.85 * torch.accelerator.get_memory_info()[0])
-    dtype = torch.bfloat16 if options.precision.on() is Precision.bf16 else torch.float32
+    dtype = torch_dtype(options.precision.on())
     checkpoint, num_layers = of_base.checkpoint, len(of_base.layer_map)
     width = wanted.width_of(checkpoint)
     rows = max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSEWHERE) // seq_length)

@@ -15,6 +15,7 @@ from dus_cli.heal.estimate import MemoryEstimate, num_shards
 from dus_cli.heal.options import Launch
 from dus_cli.heal.run import Run
 from dus_cli.maps.shape import Shape, flops_per_token
+from dus_cli.models.precision import torch_dtype
 
 if TYPE_CHECKING:
     from dus_cli.data.streams import Prepared
@@ -123,7 +124,7 @@ def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool)
 
         from dus_cli.heal.train.fitting import peak_flops
 
-        dtype = torch.bfloat16 if run.fit.precision == "bf16" else torch.float32
+        dtype = torch_dtype(run.fit.precision)
         peak, units = peak_flops(torch.device("cpu"), dtype)[0], num_nodes
     return {
         "seconds": round(flops / (TYPICAL_MFU * peak * units), 1),

@@ -14,6 +14,7 @@ from dus_cli.heal.run import Run
 from dus_cli.models.attention import attend_by_document
 from dus_cli.models.decoder import Decoder, stack_name
 from dus_cli.models.loading import load_config, load_model, refusals_told
+from dus_cli.models.precision import torch_dtype
 from dus_cli.models.team import Team
 
 
@@ -45,7 +46,7 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
     model = load_model(
         folder,
         folder,
-        torch.bfloat16 if run.fit.precision == "bf16" else torch.float32,
+        torch_dtype(run.fit.precision),
         config=config,
         attn_implementation=attention,
         distributed_config=_distribution(run, team, skeleton, num_layers),
