@@ -22,24 +22,18 @@ DOCS = Path(__file__).parent
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143 "
-    "SIGTERM, "
-    "129 SIGHUP, 141 when nobody reads the results (`dus … | head`; quiet). stdout carries "
-    "results only. Nothing ever "
-    "asks. `DUS_DEBUG=1` shows the traceback of a failure."
+    "SIGTERM, 129 SIGHUP, 141 when nobody reads the results (`dus … | head`; quiet). stdout "
+    "carries results only. Nothing ever asks. `DUS_DEBUG=1` shows the traceback of a failure."
 )
 
 _CONFIG = (
     "Every command takes `--config FILE`: a file of options whose keys are their names without "
-    "dashes (`seq-length` or "
-    "`seq_length`), and for an argument its name (`model`). What also stands on the command line "
-    "wins over the file; "
-    "paths are relative to the folder that dus is started in, as they are on a command line. An "
-    "option that may be "
-    "repeated takes a list, a flag true or false, all others what would be typed, a number or a "
-    "text. A key that is no "
+    "dashes (`seq-length` or `seq_length`), and for an argument its name (`model`). What also "
+    "stands on the command line wins over the file; paths are relative to the folder that dus is "
+    "started in, as they are on a command line. An option that may be repeated takes a list, a "
+    "flag true or false, all others what would be typed, a number or a text. A key that is no "
     "option is an error. TOML takes Python 3.11, or tomli. `dus heal --print-config` writes such "
-    "a file, and the "
-    "`run.json` of a healed model is one."
+    "a file, and the `run.json` of a healed model is one."
 )
 
 

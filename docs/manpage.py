@@ -76,8 +76,7 @@ def man_page(root: Command, commands: Iterable[Command]) -> str:
     lines += [".SH DESCRIPTION"]
     lines += _paragraphs(
         "Results are printed on stdout, all else on stderr. An output directory is whole and "
-        "verified, or it is not "
-        "there. Nothing ever asks."
+        "verified, or it is not there. Nothing ever asks."
     )
     lines += [".SH OPTIONS", *_options(root.options), ".SH COMMANDS"]
     for command in commands:

@@ -169,10 +169,7 @@ def _open_streams() -> None:
         except OSError:
             setattr(sys, name, open(os.devnull, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
     # a terminal without Unicode gets question marks, no traceback
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
@@ -188,10 +185,7 @@ def _run() -> tuple[int, str | None]:
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         command = getattr(getattr(error, "ctx", None), "command_path", "dus")
         # `dus` alone printed the help
-        return (
-            2,
-            f"{message.rstrip('.')}; see {command} --help" if message else None,
-        )
+        return (2, f"{message.rstrip('.')}; see {command} --help" if message else None)
     except Terminated as error:
         return ended_by(error.signum)
     except BrokenPipeError:

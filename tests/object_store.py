@@ -178,11 +178,7 @@ class Server:
                 if error.errno == errno.ENODEV:  # unmounted
                     return
                 # the request was interrupted
-                if error.errno in (
-                    errno.ENOENT,
-                    errno.EINTR,
-                    errno.EAGAIN,
-                ):
+                if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
                     continue
                 raise
             length, opcode, unique, node, _, _, _, _, _ = _IN_HEADER.unpack_from(request)

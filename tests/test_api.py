@@ -45,16 +45,12 @@ ROOT = Path(__file__).parent.parent
 
 MAP = (
     "lineage: 'str | Path | None' = None, revision: 'str | None' = None, token: 'str | None' = "
-    "None, "
-    "trim: 'int | None' = None, layers: 'str | None' = None, copies: 'int' = 2, recipe: 'str | "
-    "None' = None, "
-    "identity: 'bool' = False, double: 'str | None' = None, start: 'str | None' = None, "
-    "engines: 'Sequence[str]' = (), assume: 'Mapping[str, Assumption] | None' = None, "
-    "dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32', 'bf16', 'fp16', 'fp32'] | None\" "
-    "= None, "
-    "max_shard_size: 'int | str' = '5GB', "
-    "copy_mode: \"CopyMode | Literal['auto', 'clone', 'copy']\" = <CopyMode.auto: 'auto'>, "
-    "stream: 'bool' = False, "
+    "None, trim: 'int | None' = None, layers: 'str | None' = None, copies: 'int' = 2, recipe: "
+    "'str | None' = None, identity: 'bool' = False, double: 'str | None' = None, start: 'str | "
+    "None' = None, engines: 'Sequence[str]' = (), assume: 'Mapping[str, Assumption] | None' = "
+    "None, dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32', 'bf16', 'fp16', 'fp32'] | "
+    "None\" = None, max_shard_size: 'int | str' = '5GB', copy_mode: \"CopyMode | Literal['auto', "
+    "'clone', 'copy']\" = <CopyMode.auto: 'auto'>, stream: 'bool' = False, "
 )
 
 PUSH = (

@@ -179,9 +179,8 @@ def test_where_python_reads_no_toml_it_says_what_to_do(
 
 OF_HEAL = (
     "--until base --holdout 0.7% --betas 0.8,0.99 --warmup 7 --decay 12.5% --distill 0.3:80% "
-    "--save-every 90s "
-    "--micro-batch 4 --nproc-per-node auto --no-document-mask --train new --lr 1e-05 --eval-data "
-    "ä.txt --tokens 1.5M"
+    "--save-every 90s --micro-batch 4 --nproc-per-node auto --no-document-mask --train new --lr "
+    "1e-05 --eval-data ä.txt --tokens 1.5M"
 )
 
 

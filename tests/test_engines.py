@@ -141,8 +141,7 @@ def test_windows_that_an_engine_does_not_have_are_the_bases_matter_and_no_fault_
     (said,) = engine_warnings(of, of.judge(stack(12, 3)), ("llama.cpp",), 3)
     assert said == (
         "llama.cpp gives every layer full attention: texts longer than the window of 4096 tokens "
-        "are computed "
-        "otherwise, the base's too"
+        "are computed otherwise, the base's too"
     )
     assert (
         engine_warnings(
@@ -238,8 +237,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 WARNING = (
     "layer_types no longer repeats every 6 layers: llama.cpp, mlx-lm and transformers before 4.53 "
-    "count layers and "
-    "would compute another model in silence; --trim 4, 7 or 10 keep the step"
+    "count layers and would compute another model in silence; --trim 4, 7 or 10 keep the step"
 )
 
 

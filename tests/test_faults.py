@@ -149,10 +149,7 @@ def test_of_two_runs_at_once_one_wins_and_the_other_says_so(large: Path, tmp_pat
     processes = [start("upscale", large, "-o", out, "--copy-mode", "copy", "-q") for _ in range(4)]
     ends = [(process.communicate()[1], process.returncode) for process in processes]
     # 0 also for one that came when all was done, and found it so
-    assert {code for _, code in ends} <= {
-        0,
-        1,
-    }
+    assert {code for _, code in ends} <= {0, 1}
     assert any(code == 0 for _, code in ends)
     for stderr, code in ends:
         if code:

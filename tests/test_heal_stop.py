@@ -23,8 +23,7 @@ import tiny  # noqa: E402
 
 SHORT = (
     "--steps 6 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-every 2 "
-    "--save-every 100 "
-    "--micro-batch 2 --precision fp32 -q"
+    "--save-every 100 --micro-batch 2 --precision fp32 -q"
 ).split()
 
 # Longer than any step of a busy machine, shorter than any stage that is made longer.

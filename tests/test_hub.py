@@ -362,11 +362,7 @@ def test_token_opens_private_and_gated_models(model: str, desk: Path) -> None:
             ("HF_ENDPOINT is 'localhost'", "must begin with https://"),
         ),
         # hf_xet's own errors
-        (
-            "org/xet",
-            {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"},
-            ("org/xet", "the Hub"),
-        ),
+        ("org/xet", {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}, ("org/xet", "the Hub")),
     ],
 )
 def test_what_the_hub_cannot_serve_is_a_one_line_error(

@@ -266,10 +266,7 @@ def test_a_killed_run_leaves_a_folder_that_says_what_it_is(
     assert "not whole" in json.loads((out / "INCOMPLETE").read_text())["about"]
     dus("verify", out).assert_one_line_error("is not whole", "INCOMPLETE")
     # the latter is what heal does first
-    for use in (
-        lambda: run(out, tmp_path / "deeper"),
-        lambda: open_model(out),
-    ):
+    for use in (lambda: run(out, tmp_path / "deeper"), lambda: open_model(out)):
         with pytest.raises(CheckpointError, match="is not whole"):
             use()
     with pytest.raises(OutputError, match=r"left half-written by another command.*--overwrite"):

@@ -315,10 +315,7 @@ def test_layers_that_disagree_about_a_name_are_refused(tmp_path: Path) -> None:
     del tensors["model.layers.2.mlp.w3.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     # without it layers that are built unlike are refused before
-    assumed = [
-        "--assume",
-        "model.layers=keep",
-    ]
+    assumed = ["--assume", "model.layers=keep"]
     done = forked_dus(
         "upscale", base, "-t", "1", "--identity", *assumed, "-o", tmp_path / "out", "-q"
     )

@@ -325,11 +325,7 @@ def test_a_healed_model_goes_with_its_proof(
     spoil(out, dus=json.dumps(record))
     expected = content(out)
     # of the run, and before it
-    for name in (
-        "checkpoints/step-00000001/state.json",
-        "logs/0.log",
-        "README.md.before",
-    ):
+    for name in ("checkpoints/step-00000001/state.json", "logs/0.log", "README.md.before"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
     assert dus("push", out, "org/healed", "-q").returncode == 0

@@ -561,24 +561,15 @@ def test_fields_of_published_files_that_are_named_like_layers_are_no_obstacle(
     ("model_type", "name"),
     [
         # Qwen/Qwen3-Next-80B-A3B-Instruct
-        (
-            "qwen3_next",
-            "mtp.layers.0.mlp.experts.3.up_proj.weight",
-        ),
+        ("qwen3_next", "mtp.layers.0.mlp.experts.3.up_proj.weight"),
         ("qwen3_5_text", "mtp.layers.0.self_attn.q_proj.weight"),  # Qwen/Qwen3.5-27B
         # meituan-longcat/LongCat-Flash-Chat
-        (
-            "longcat_flash",
-            "model.mtp.layers.0.eh_proj.weight",
-        ),
+        ("longcat_flash", "model.mtp.layers.0.eh_proj.weight"),
         ("ernie4_5_moe", "model.mtp_block.0.mlp.up_proj.weight"),  # baidu/ERNIE-4.5-21B-A3B-PT
         ("ernie4_5_moe", "model.mtp_linear_proj.0.weight"),
         ("ernie4_5_moe", "model.mtp_emb_norm.0.weight"),
         # Of transformers: _keys_to_ignore_on_load_unexpected
-        (
-            "hy_v4",
-            "model.mtp_layers.0.eh_proj.weight",
-        ),
+        ("hy_v4", "model.mtp_layers.0.eh_proj.weight"),
     ],
 )
 def test_modules_for_multi_token_prediction_beside_the_layers_stay_as_they_are(

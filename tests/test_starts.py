@@ -78,13 +78,7 @@ def test_k_copies_in_half_are_a_kth_each_wherever_they_stand() -> None:
 def test_a_scale_is_of_the_new_layers_alone() -> None:
     assert of("scale:0.25", stack(4, 1)) == (1.0, 1.0, 1.0, 0.25, 0.25, 1.0)
     # the base stands behind the first
-    assert of("scale:0.25", typed_map("3,0:4", 4)) == (
-        0.25,
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-    )
+    assert of("scale:0.25", typed_map("3,0:4", 4)) == (0.25, 1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

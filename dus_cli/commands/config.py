@@ -135,10 +135,7 @@ def _text(value: Any, kind: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{_said(value)} is no value of this option; write a text or a number")
     # 1e3 or 007 would be read as another text than the one that was written
-    if kind in (
-        str,
-        Path,
-    ):
+    if kind in (str, Path):
         raise TypeError(
             f"{_said(value)} is a number, and this option takes a text; write it in quotes"
         )

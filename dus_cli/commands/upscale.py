@@ -185,8 +185,7 @@ def upscale(
         tuple[str, ...],
         engines_option(
             "Refuse what an inference engine would not compute as config.json says; without "
-            "--trim, take the nearest "
-            "to a quarter that is right for it.",
+            "--trim, take the nearest to a quarter that is right for it.",
             _MAP,
         ),
     ] = (),

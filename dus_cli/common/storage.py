@@ -145,9 +145,8 @@ def not_removed(path: Path, code: int) -> OutputError:
     """The error where what dus wrote cannot be removed again. `code` is the system's errno."""
     return OutputError(
         f"{shown(path)} cannot be removed ({os.strerror(code)}), and a run that fails must take "
-        "away what it wrote; "
-        "mount the store with deletion allowed (mount-s3 --allow-delete), or write to a disk and "
-        "copy"
+        "away what it wrote; mount the store with deletion allowed (mount-s3 --allow-delete), or "
+        "write to a disk and copy"
     )
 
 

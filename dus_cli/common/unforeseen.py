@@ -75,8 +75,7 @@ def blamed_variable(error: BaseException | None) -> str | None:
         if names:
             return (
                 f"the environment variable {' or '.join(names)} is {shown(match[1])}, and a "
-                "library reads it as a "
-                "number; set it to one, or unset it"
+                "library reads it as a number; set it to one, or unset it"
             )
     return None
 
@@ -107,8 +106,7 @@ def _unusable_address() -> str | None:
         if environment.get(name) and not _PROXY.fullmatch(environment[name]):
             return (  # without its value, which may hold a password
                 f"the environment variable {name} is no address of a proxy, such as "
-                "http://host:3128 or "
-                "socks5://host:1080; correct it, or unset it"
+                "http://host:3128 or socks5://host:1080; correct it, or unset it"
             )
     for name in _FILES:
         if environment.get(name) and not os.path.exists(environment[name]):  # noqa: PTH110  (as ssl asks it)

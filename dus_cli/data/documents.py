@@ -56,9 +56,8 @@ def documents(path: Path, text_field: str, on_bad_line: BadLine, tally: Tally) -
     def on_bad(unit: str, number: int, problem: BadRecordError) -> None:
         if on_bad_line is BadLine.error:
             raise DataError(
-                f"{shown(path)}, {unit} {number}: {problem.detail}; mend it, or leave such "
-                f"{unit}s out with"
-                " --on-bad-line skip"
+                f"{shown(path)}, {unit} {number}: {problem.detail}; mend it, or leave such {unit}s "
+                "out with --on-bad-line skip"
             )
         tally.skip(problem.reason)
 

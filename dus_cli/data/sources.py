@@ -142,20 +142,17 @@ def _nothing_there(text: str) -> str:
     if is_url and scheme in {"http", "https"}:
         return (
             f"{shown(text)} is a URL, and --data reads local files; download it first (curl -LO "
-            "URL), or pipe lines of"
-            " JSON in: curl -L URL | dus … --data -"
+            "URL), or pipe lines of JSON in: curl -L URL | dus … --data -"
         )
     if is_url:
         return (
             f"{shown(text)} is in another store, and --data reads local files: FILE, FOLDER, "
-            "'PATTERN' or -; copy it"
-            f" first with {shown(scheme)}'s own tool, or mount it"
+            f"'PATTERN' or -; copy it first with {shown(scheme)}'s own tool, or mount it"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text, re.ASCII) and kind_of(text) is None:
         return (
             f"{shown(text)} is no file or folder here; --data reads local files, so a data set of "
-            "the Hub is fetched"
-            f" first: {_FETCH}"
+            f"the Hub is fetched first: {_FETCH}"
         )
     return f"{shown(text)} is no file or folder, and no pattern that fits one; check the path"
 

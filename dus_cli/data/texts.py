@@ -439,8 +439,7 @@ def _delimiter(line: str, text_field: str) -> str:
 def _no_column(names: list[str], text_field: str) -> UnreadableError:
     return UnreadableError(
         f"it has no column {shown(text_field)} but {shown_list(names) or 'none'}; choose with "
-        "--text-field, or leave"
-        " the file out"
+        "--text-field, or leave the file out"
     )
 
 

@@ -119,8 +119,7 @@ class Tokeniser:
         if eos is None:
             raise DataError(
                 f"the tokenizer in {shown(folder)} has no end-of-text token to put between "
-                "documents; name its"
-                " eos_token in tokenizer_config.json"
+                "documents; name its eos_token in tokenizer_config.json"
             )
         self.eos = int(eos)
         self.before = around.before
@@ -134,8 +133,7 @@ class Tokeniser:
         except ValueError as error:
             raise DataError(
                 f"the tokenizer in {shown(self.folder)} cannot be asked how a text begins: "
-                f"{error}; "
-                "--no-special-tokens leaves out what it puts there"
+                f"{error}; --no-special-tokens leaves out what it puts there"
             ) from error
 
     def check_ids(self, highest: int) -> None:
@@ -147,8 +145,7 @@ class Tokeniser:
         if highest >= self.vocab_size:
             raise DataError(
                 f"the tokenizer in {shown(self.folder)} gives id {highest}, but the model has "
-                f"{self.vocab_size} words;"
-                " use the tokenizer that belongs to the model"
+                f"{self.vocab_size} words; use the tokenizer that belongs to the model"
             )
 
     def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:

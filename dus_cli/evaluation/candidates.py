@@ -117,7 +117,6 @@ def base_layers(candidate: Candidate) -> tuple[int, ...]:
     if base is None:
         raise EvaluationError(
             f"--with-base: no base stands in {shown(candidate.name)} (only a model as dus upscale "
-            "wrote it, not healed "
-            "since, holds its base); give the base as the first MODEL"
+            "wrote it, not healed since, holds its base); give the base as the first MODEL"
         )
     return base.layers

@@ -219,8 +219,7 @@ class Gates:
                     option,
                     (
                         "one model has nothing to be held against; give its base as the first "
-                        "MODEL, "
-                        "or --with-base"
+                        "MODEL, or --with-base"
                     ),
                 )
         if self.is_confident and self.min_improvement is None and self.max_loss is None:
@@ -330,8 +329,7 @@ def losses_text(report: LossReport, width: int = 80) -> str:
         )
     lines += [
         f"warning: {model.unknown_tokens:,} tokens of {shown(model.name)} stand for text that its "
-        "tokenizer does not "
-        "know; its figures flatter it"
+        "tokenizer does not know; its figures flatter it"
         for model in report.models
         if model.unknown_tokens
     ]

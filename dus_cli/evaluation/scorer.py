@@ -119,9 +119,8 @@ class Scorer:
         """Score with these layers alone: the base inside an up-scaled model."""
         if self._decoder is None:
             raise EvaluationError(
-                f"model_type {self._model.config.model_type!r} is not known well enough to run "
-                "its base alone; "
-                "give the base itself as a MODEL"
+                f"model_type {self._model.config.model_type!r} is not known well enough to run its "
+                "base alone; give the base itself as a MODEL"
             )
         with self._decoder.only(layers):
             yield

@@ -141,9 +141,8 @@ class Harness:
         """The task, the group or the tasks of a tag by this name."""
         if plan.task not in self._manager.task_index:
             raise EvaluationError(
-                f"lm-evaluation-harness has no task {shown(plan.task)!r}; `lm-eval ls tasks` "
-                "lists them, "
-                "--include-path adds your own"
+                f"lm-evaluation-harness has no task {shown(plan.task)!r}; `lm-eval ls tasks` lists "
+                "them, --include-path adds your own"
             )
         with _harness_errors(f"task {shown(plan.task)}"), _silent():
             found = self._manager.load([plan.task])
@@ -318,8 +317,7 @@ def _harness_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise EvaluationError(
-            f"{what}: lm-evaluation-harness fails with {type(error).__name__}: "
-            f"{reason_of(error)}; DUS_DEBUG=1 shows "
-            "where (a data set that is not on this machine comes from the Hub, unless "
-            "HF_DATASETS_OFFLINE=1)"
+            f"{what}: lm-evaluation-harness fails with {type(error).__name__}: {reason_of(error)}; "
+            "DUS_DEBUG=1 shows where (a data set that is not on this machine comes from the Hub, "
+            "unless HF_DATASETS_OFFLINE=1)"
         ) from error

@@ -122,8 +122,7 @@ def resolved(
         if len(candidate.tokeniser.before) > length:
             raise EvaluationError(
                 f"--seq-length {length} has no place behind the {len(candidate.tokeniser.before)} "
-                "tokens with which "
-                f"{shown(candidate.name)} begins a text; choose a larger one, or "
+                f"tokens with which {shown(candidate.name)} begins a text; choose a larger one, or "
                 "--no-special-tokens"
             )
     stride = options.stride or max(1, length // 2)
@@ -207,9 +206,8 @@ def _pass(
             if not math.isfinite(nats):
                 raise EvaluationError(
                     f"{shown(name)}: its loss on document {window.document + 1} is {nats}; the "
-                    "weights are damaged, or "
-                    "overflow in bf16 (--precision fp32); dus verify --base finds tensors that "
-                    "differ from a base's"
+                    "weights are damaged, or overflow in bf16 (--precision fp32); dus verify "
+                    "--base finds tensors that differ from a base's"
                 )
             scores.nats.add(window.document, nats)
     if not scores.tokens.total:

@@ -280,8 +280,7 @@ class DataOptions:
         tuple[str, ...],
         Option(
             f"Text: {DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a "
-            "mixture. "
-            "Repeat for more.",
+            "mixture. Repeat for more.",
             name="data",
             metavar="FILE",
             panel=DATA,

@@ -99,14 +99,12 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise ModelNotFoundError(
             f"{ref.repo_id} is gated: ask for access at {constants.ENDPOINT}/{ref.repo_id}, then "
-            "give --token, set "
-            "HF_TOKEN or run `hf auth login`"
+            "give --token, set HF_TOKEN or run `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelNotFoundError(
             f"{ref.repo_id} is not on the Hub, or is private and the token, if there is one, may "
-            "not read it: give "
-            f"--token, set HF_TOKEN or run `hf auth login`{here}"
+            f"not read it: give --token, set HF_TOKEN or run `hf auth login`{here}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelNotFoundError(
@@ -145,8 +143,7 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
         if error.filename is not None:  # of the cache: the disk's, not the Hub's
             raise ModelNotFoundError(
                 f"cannot fetch {ref} into the Hub's cache: {shown(error.filename)}: "
-                f"{error.strerror}; check its owner "
-                "and its mode, or set HF_HOME elsewhere"
+                f"{error.strerror}; check its owner and its mode, or set HF_HOME elsewhere"
             ) from error
         raise ModelNotFoundError(
             f"cannot fetch {ref} from the Hub: {shown(error)}{here}"
@@ -154,8 +151,7 @@ def hub_errors(ref: ModelRef) -> Iterator[None]:
     except (errors.HTTPError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's; hf_xet's
         raise ModelNotFoundError(
             f"the connection to the Hub failed for {ref}{tried(started)}: "
-            f"{shown(error).rstrip('.')}; try again, or "
-            f"check HF_ENDPOINT{here}"
+            f"{shown(error).rstrip('.')}; try again, or check HF_ENDPOINT{here}"
         ) from error
     except (struct.error, ValueError) as error:
         raise ModelNotFoundError(

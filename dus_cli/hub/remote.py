@@ -164,9 +164,8 @@ class RemoteFile:
             ):
                 raise ModelNotFoundError(
                     f"the server of {shown(self.name)} does not send the part of a file that is "
-                    "asked for (no range "
-                    "requests); use another HF_ENDPOINT, or fetch the model with `hf download` "
-                    "and give its directory"
+                    "asked for (no range requests); use another HF_ENDPOINT, or fetch the model "
+                    "with `hf download` and give its directory"
                 )
             if int(said[1]) != start or int(said[2]) >= end:
                 raise ValueError(f"bytes {start}-{end - 1} were asked for and {said[0]} came")

@@ -158,9 +158,8 @@ def stream_weights(
         if not is_the_hubs:
             journal.forget(shard.name)
             raise ModelNotFoundError(
-                f"{shown(shard.name)} came with another sha256 than the Hub says it has: a bit "
-                "was lost on the way or "
-                f"on this disk; {KEPT}, fetching that file again"
+                f"{shown(shard.name)} came with another sha256 than the Hub says it has: a bit was "
+                f"lost on the way or on this disk; {KEPT}, fetching that file again"
             )
     tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
     on_bytes(tally.zeros)
@@ -194,8 +193,7 @@ def check_against_hub(plan: UpscalePlan, ref: ModelRef, folder: Path, *, jobs: i
             if not one.run(shard_moves, jobs):
                 raise VerificationError(
                     f"the output holds {shown(shard.name)} with another sha256 than the Hub says "
-                    "it has; the disk or "
-                    "its driver failed, nothing was published"
+                    "it has; the disk or its driver failed, nothing was published"
                 )
 
 

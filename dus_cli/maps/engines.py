@@ -580,8 +580,7 @@ _OLD_TRANSFORMERS: Mapping[str, tuple[Way, ...]] = {
     **_absent(
         "models/auto/configuration_auto.py",
         "afmoe dots1 exaone4 exaone_moe gemma4_text glm4_moe gpt_oss lfm2 lfm2_moe mellum "
-        "minicpm3 olmo3 qwen3_5_text "
-        "qwen3_next smollm3",
+        "minicpm3 olmo3 qwen3_5_text qwen3_next smollm3",
     ),
 }
 
@@ -596,8 +595,7 @@ _ONNX: Mapping[str, tuple[Way, ...]] = {
     **_absent(
         "models/builder.py:676",
         "afmoe cohere2 deepseek_v2 deepseek_v3 dots1 exaone4 exaone_moe glm4_moe llama4 "
-        "llama4_text minicpm3 olmo3 "
-        "qwen3_moe qwen3_next",
+        "llama4_text minicpm3 olmo3 qwen3_moe qwen3_next",
     ),
 }
 

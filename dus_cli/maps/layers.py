@@ -210,8 +210,7 @@ def parse_layers(text: str) -> tuple[tuple[int, int | None], ...]:
         if match is None:
             raise LayerMapError(
                 f"--layers {shown(text)!r}: {shown(part)!r} is neither START:END nor a layer "
-                "number; "
-                "ranges are half-open like Python slices, for example 0:24,8:32"
+                "number; ranges are half-open like Python slices, for example 0:24,8:32"
             )
         start, end, single = match.groups()
         if single is not None:
@@ -286,9 +285,8 @@ def doubled_map(text: str, num_layers: int) -> LayerMap:
     for start, end in parse_double(text):
         if end > num_layers:
             raise LayerMapError(
-                f"--double {start}:{end} reaches beyond the base, which has {num_layers} layers "
-                "(0 to "
-                f"{num_layers - 1}); ranges are half-open, so {num_layers} is the largest end"
+                f"--double {start}:{end} reaches beyond the base, which has {num_layers} layers (0 "
+                f"to {num_layers - 1}); ranges are half-open, so {num_layers} is the largest end"
             )
         twice.update(range(start, end))
     return LayerMap(

@@ -65,9 +65,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         if not any(config.get(key) is not None for key in arch.DEPTH_KEYS):
             raise ConfigError(
                 f"config.json: {nested_in} does not say how many layers the decoder has (older "
-                "files leave that to "
-                "the model's class); load and save the base once with a current transformers, "
-                "which writes it"
+                "files leave that to the model's class); load and save the base once with a "
+                "current transformers, which writes it"
             )
         nested_in, fields = None, config
         model_type = _model_type(config, None)
@@ -91,8 +90,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         raise ConfigError(
             "config.json does not say how many layers the model has (looked for "
             f"{', '.join((*names, *arch.OTHER_DEPTH_KEYS))}, also in text_config); is this a "
-            "decoder-only language "
-            "model?"
+            "decoder-only language model?"
         )
     depths = {key: fields[key] for key in keys}
     if nested_in:  # some wrappers repeat the decoder's depth
@@ -441,10 +439,8 @@ def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
     ):
         raise ConfigError(
             f"config.json: {shown(key)} looks like it describes single layers, and dus does not "
-            "know how it "
-            f"follows the layer map (value {shown(value)}); say --assume {shown(key)}=keep, or "
-            "=map if it has an "
-            "entry per layer or lists layers' numbers"
+            f"know how it follows the layer map (value {shown(value)}); say --assume "
+            f"{shown(key)}=keep, or =map if it has an entry per layer or lists layers' numbers"
         )
     return {} if carried == value else {key: carried}
 
@@ -465,6 +461,5 @@ def _decided_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
         follow_list(key, value, carrier.layer_map)  # says how many entries there are, and should be
     raise ConfigError(
         f"--assume {shown(key)}=map: its value {shown(value)} is neither a list nor a text with "
-        "one entry per layer, "
-        "and names no layers"
+        "one entry per layer, and names no layers"
     )

@@ -425,8 +425,7 @@ class Carrier:
             raise self.refuse(
                 path,
                 f"has the expression {shown(name)!r}, which names single layers, and dus cannot "
-                "rewrite expressions: "
-                "list the modules by their full names",
+                "rewrite expressions: list the modules by their full names",
                 can_follow=False,
             )
         if split is not None and is_layer is None and split.index < self._depth:

@@ -126,6 +126,5 @@ def _not_for(name: str, recipe: Recipe, num_layers: int) -> str:
     )
     return (
         f"--recipe {name} is for {recipe.num_layers} layers and this model has {num_layers}: its "
-        f"trim of {trim} "
-        f"was published as a number of layers, not as a ratio; {advice}"
+        f"trim of {trim} was published as a number of layers, not as a ratio; {advice}"
     )

@@ -127,10 +127,9 @@ class Stretched(_OneField):
             return value
         if self.instead:
             raise ConfigError(
-                f"config.json: {self.key} is {shown(value)}, from the first layer to the last, "
-                "and the list "
-                f"{self.instead} that is made of it is not there; load and save the base once "
-                "with its own code"
+                f"config.json: {self.key} is {shown(value)}, from the first layer to the last, and "
+                f"the list {self.instead} that is made of it is not there; load and save the base "
+                "once with its own code"
             )
         return follow_list(self.key, spread, layer_map)
 
@@ -335,10 +334,9 @@ class Threshold(_OneField):
         moved = sum(below)
         if not all(below[:moved]):
             raise ConfigError(
-                f"config.json: {self.key} is {count}: the first {count} layers are of another "
-                "kind than the rest, "
-                "and this map repeats some of them further up, which the field cannot say; "
-                f"use a trim of {count} or more"
+                f"config.json: {self.key} is {count}: the first {count} layers are of another kind "
+                "than the rest, and this map repeats some of them further up, which the field "
+                f"cannot say; use a trim of {count} or more"
             )
         if all(below):
             moved = max(count, moved)
@@ -518,8 +516,7 @@ class PeriodAndOffset:
             )
             raise ConfigError(
                 f"config.json: {self.period} is {period}, a pattern along the depth that this "
-                "layer map puts out of "
-                f"step{would}"
+                f"layer map puts out of step{would}"
             )
         return {} if found == self._pair(fields) else dict(zip(self.reads, found, strict=True))
 
@@ -580,8 +577,7 @@ class Stretch:
             )
             raise ConfigError(
                 f"config.json: {', '.join(self.reads)} say which layers hold experts, and cannot "
-                "say it for this "
-                f"layer map{would}"
+                f"say it for this layer map{would}"
             )
         before = self._values(fields)
         return {
@@ -643,8 +639,7 @@ class Counts(_OneField):
             return value
         raise ConfigError(
             f"config.json: {self.key} is {shown(value)}, not {self.times} × "
-            f"{layer_map.num_base_layers} layers; "
-            "the config disagrees with itself"
+            f"{layer_map.num_base_layers} layers; the config disagrees with itself"
         )
 
 
@@ -662,8 +657,7 @@ class LastLayerIs(_Quiet):
         if last != n - 1 and kinds[last] != self.kind:
             raise ConfigError(
                 f"this map ends in layer {last}, a {kinds[last]} layer, and the model's class "
-                "makes the last layer "
-                f"{self.kind}; end the map with layer {n - 1}"
+                f"makes the last layer {self.kind}; end the map with layer {n - 1}"
             )
         return {}
 
@@ -709,9 +703,8 @@ class FirstStay(_Quiet):
         if not self._stay(count, layer_map):
             raise ConfigError(
                 f"config.json: {outer}.{key} has {count} entries: layers 0 to {count - 1} are "
-                "known by their numbers "
-                f"({self.why}), so they can only stand there, and once"
-                f"{trims_that_would(layer_map, lambda other: self._stay(count, other))}"
+                f"known by their numbers ({self.why}), so they can only stand there, and "
+                f"once{trims_that_would(layer_map, lambda other: self._stay(count, other))}"
             )
         return {}
 
@@ -738,9 +731,8 @@ class Places(_OneField):
         if not self._are_single(layers, layer_map):
             raise ConfigError(
                 f"config.json: {self.key} is {shown(value)}, layers at which something happens "
-                "once, and this map "
-                "repeats or drops one of them"
-                f"{trims_that_would(layer_map, lambda other: self._are_single(layers, other))}"
+                "once, and this map repeats or drops one of "
+                f"them{trims_that_would(layer_map, lambda other: self._are_single(layers, other))}"
             )
         moved = [layer_map.outputs[layer][0] for layer in layers]
         if moved == layers:
@@ -777,9 +769,8 @@ class OwnSource(_OneField):
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         if value != list(range(layer_map.num_base_layers)):
             raise ConfigError(
-                f"config.json: {self.key} cannot follow the layer map: layers take keys and "
-                "values from one that "
-                "the map may repeat or drop"
+                f"config.json: {self.key} cannot follow the layer map: layers take keys and values "
+                "from one that the map may repeat or drop"
             )
         return list(range(len(layer_map)))
 
@@ -825,8 +816,7 @@ def follow_list(key: str, values: Sequence[Any], layer_map: LayerMap) -> list[An
     if len(values) != layer_map.num_base_layers:
         raise ConfigError(
             f"config.json: {shown(key)} has {len(values)} entries for {layer_map.num_base_layers} "
-            "layers; "
-            "the config disagrees with itself"
+            "layers; the config disagrees with itself"
         )
     return [values[base] for base in layer_map.sources]
 

@@ -109,9 +109,8 @@ def find_stack(
     if missing:
         raise CheckpointError(
             f"{prefix} lacks {'layer' if len(missing) == 1 else 'layers'} "
-            f"{shown_list([str(i) for i in missing])} "
-            f"of the {depth} that config.json counts; shards are missing, download the checkpoint "
-            "again"
+            f"{shown_list([str(i) for i in missing])} of the {depth} that config.json counts; "
+            "shards are missing, download the checkpoint again"
         )
     num_extra = _count_extra(prefix, found, decoder)
     beside = (*_beside(indices, decoder), *_assumed_beside(indices, prefix, depth, assume))
@@ -123,9 +122,8 @@ def find_stack(
     if lacking:
         raise CheckpointError(
             f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then makes them up "
-            "from the layers' "
-            "numbers, which change; load and save the base once with a current transformers, "
-            "which writes them"
+            "from the layers' numbers, which change; load and save the base once with a current "
+            "transformers, which writes them"
         )
     return LayerStack(
         prefix, depth, num_extra, beside, frozenset(indices.keys() - {prefix})
@@ -198,10 +196,8 @@ def _choose(
     if len(right) > 1 or (len(known) > 1 and not right and not likely):
         raise CheckpointError(
             f"there are several layer stacks ({shown_list(sorted(right or known))}) where one "
-            "decoder is meant; "
-            "dus deepens decoder-only language models; for another that has nothing to do with "
-            "the layers, "
-            "say --assume PREFIX=keep"
+            "decoder is meant; dus deepens decoder-only language models; for another that has "
+            "nothing to do with the layers, say --assume PREFIX=keep"
         )
     if right or (known and len(likely) != 1):
         chosen = (right or known)[0]
@@ -260,8 +256,7 @@ def _refuse_encoder_decoder(prefix: str, indices: Mapping[str, set[int]]) -> Non
         if counterpart != prefix and counterpart in indices:
             raise CheckpointError(
                 f"{shown(prefix)} stands beside {shown(counterpart)}: this is an encoder-decoder "
-                "model; "
-                "dus deepens decoder-only language models"
+                "model; dus deepens decoder-only language models"
             )
 
 
@@ -308,8 +303,7 @@ def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
         return announced
     raise CheckpointError(
         f"tensors named {prefix}.{beyond[0]} lie beyond the {decoder.num_layers} layers that "
-        "config.json counts; "
-        "the config is of another model"
+        "config.json counts; the config is of another model"
     )
 
 
@@ -341,16 +335,13 @@ def _check_others(
         else:
             raise CheckpointError(
                 f"{shown(other)} is a numbered stack ({len(others[other])} entries) beside "
-                f"{prefix}; "
-                "dus does not know whether it follows the layer map; say --assume "
-                f"{shown(other)}=keep, or =map if it "
-                "has an entry per layer"
+                f"{prefix}; dus does not know whether it follows the layer map; say --assume "
+                f"{shown(other)}=keep, or =map if it has an entry per layer"
             )
     warnings = [f"{shown(other)} was kept, as --assume says" for other in assumed]
     if kept:
         warnings.append(
             f"{shown_list(kept)}: numbered, but not from 0 to {decoder.num_layers - 1} like the "
-            "layers; "
-            "dus kept them as they are"
+            "layers; dus kept them as they are"
         )
     return warnings

@@ -100,8 +100,7 @@ def _factor(text: str) -> float:
     if not 0 < factor <= LARGEST_FACTOR:  # NaN is not
         raise ValueError(
             f"scale:{shown(text)} is no start; give a factor above 0, at most {LARGEST_FACTOR:g}, "
-            "such as scale:0.25 "
-            "(for 0 there is identity)"
+            "such as scale:0.25 (for 0 there is identity)"
         )
     return factor
 
@@ -170,6 +169,5 @@ def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float,
 def _no_fade(why: str) -> LayerMapError:
     return LayerMapError(
         "--start fade is for copies of which each begins with the layers that end the one before "
-        f"it, and {why}; "
-        "use --start half"
+        f"it, and {why}; use --start half"
     )

@@ -99,11 +99,9 @@ def check_alike(
         return (f"{warning} is which; the map keeps the pattern along the depth",)
     raise ConfigError(
         f"the layers of {shown(tensors.prefix)} are not all built alike ({groups}), and nothing "
-        "that dus knows in "
-        "config.json says which is which, so the model's code may go by the layers' numbers, "
-        "which this map changes; "
-        f"use a map that keeps the pattern, or say --assume {shown(tensors.prefix)}=keep if the "
-        "deeper model loads"
+        "that dus knows in config.json says which is which, so the model's code may go by the "
+        "layers' numbers, which this map changes; use a map that keeps the pattern, or say "
+        f"--assume {shown(tensors.prefix)}=keep if the deeper model loads"
     )
 
 

@@ -143,9 +143,8 @@ class Decoder:
             and (first - alone).norm() <= 10 * _ROUNDING * size
         ):
             raise HealError(
-                f"model_type {self.model.config.model_type!r} does not keep the documents of a "
-                "row apart in "
-                "transformers; give --no-document-mask"
+                f"model_type {self.model.config.model_type!r} does not keep the documents of a row "
+                "apart in transformers; give --no-document-mask"
             )
 
     def reshard(self) -> None:

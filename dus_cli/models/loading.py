@@ -92,6 +92,5 @@ def no_weights(name: object, parameters: Iterable[str]) -> LoadError:
     """What to say of parameters that the files have no tensors for."""
     return LoadError(
         f"{shown(name)}: transformers finds no weights for {shown_list(sorted(parameters))} and "
-        "would make them up; "
-        "dus verify tells what the files hold"
+        "would make them up; dus verify tells what the files hold"
     )

@@ -280,8 +280,7 @@ def check_head(ours: float, theirs: float, model_type: str) -> None:
     if not math.isfinite(theirs):
         raise HealError(
             f"the model's loss before training is {theirs}: its weights are damaged; dus verify "
-            "--base finds the "
-            "tensors that differ from the base's"
+            "--base finds the tensors that differ from the base's"
         )
     if not abs(ours - theirs) <= 0.02 * max(1.0, abs(theirs)):
         raise HealError(

@@ -134,10 +134,7 @@ class _Plot:
         losses = [loss for _, loss in points] + ([] if base_loss is None else [base_loss])
         low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
         # a constant has a spread, too
-        middle, spread = (
-            (low + high) / 2,
-            max(high - low, 0.02 * abs(high), 1e-3),
-        )
+        middle, spread = ((low + high) / 2, max(high - low, 0.02 * abs(high), 1e-3))
         most = max((tokens for tokens, _ in points), default=0.0)
         return cls(most, middle - 0.62 * spread, middle + 0.62 * spread, COLOURS[dark])
 

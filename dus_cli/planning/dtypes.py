@@ -148,10 +148,9 @@ def overflow(name: str, cast: Cast) -> CheckpointError:
     """The error for a tensor with finite numbers that the dtype cannot hold."""
     return CheckpointError(
         f"tensor {shown(name)} holds finite {cast.source} numbers beyond {FLOATS[cast.target]}'s "
-        "range "
-        f"(±{_LARGEST[cast.target]}), which would become infinite; choose "
-        f"{'--dtype bfloat16 or float32' if cast.target == 'F16' else 'another --dtype'}, or "
-        "leave it out"
+        f"range (±{_LARGEST[cast.target]}), which would become infinite; choose "
+        f"{'--dtype bfloat16 or float32' if cast.target == 'F16' else 'another --dtype'}, or leave "
+        "it out"
     )
 
 
@@ -166,8 +165,7 @@ def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
             if fields.get(key):
                 raise CheckpointError(
                     f"--dtype: the model is quantised (config.json has {key}), and its tensors "
-                    "cannot be cast one by "
-                    "one; use the unquantised model, or leave out --dtype"
+                    "cannot be cast one by one; use the unquantised model, or leave out --dtype"
                 )
     found: Counter[str] = Counter()
     for _, tensor in checkpoint.tensors():
@@ -176,8 +174,7 @@ def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
         ):
             raise CheckpointError(
                 f"--dtype: {shown(tensor.name)} is quantised ({tensor.dtype}), and casting would "
-                "part it from its "
-                "scale; use the unquantised model, or leave out --dtype"
+                "part it from its scale; use the unquantised model, or leave out --dtype"
             )
         if tensor.dtype in FLOATS:
             found[tensor.dtype] += 1

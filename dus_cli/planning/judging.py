@@ -302,8 +302,7 @@ def asides(judged: Sequence[Judged]) -> list[str]:
     if unknown:
         said.append(
             f"dus does not know what {listed(unknown)} make{'s' * (len(unknown) == 1)} of what "
-            "this config says by "
-            "layer; compare logits with transformers' before you rely on it"
+            "this config says by layer; compare logits with transformers' before you rely on it"
         )
     return said
 

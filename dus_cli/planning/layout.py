@@ -528,8 +528,7 @@ def _finish(group: _Group) -> ShardLayout:
     if data_start - 8 > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"an output shard would need a header of {data_start} bytes, over the format's limit "
-            "of "
-            f"{MAX_HEADER_BYTES}; use a smaller --max-shard-size"
+            f"of {MAX_HEADER_BYTES}; use a smaller --max-shard-size"
         )
     num_bytes = data_start + sum(origin.kind.num_bytes for origin, _ in placements)
     return ShardLayout(metadata, tuple(placements), phase, data_start, num_bytes)

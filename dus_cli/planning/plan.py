@@ -388,8 +388,7 @@ def make_plan(
     if layers.num_extra:
         warnings.append(
             f"{layers.num_extra} multi-token-prediction layer(s) keep their place after the last "
-            "layer, as "
-            f"{layers.prefix}.{len(layer_map)} and on"
+            f"layer, as {layers.prefix}.{len(layer_map)} and on"
         )
     along = go_along(_carried(checkpoint, absent or {}), layer_map, layers.names)
     warnings += along.warnings

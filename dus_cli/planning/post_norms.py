@@ -104,8 +104,7 @@ def scaled_tensors(
         if both := sorted((found.keys() & kind) - _scaled_in(kind, writers & kind, norms).keys()):
             raise CheckpointError(
                 f"{option}: {shown_list(both)} would have to be scaled in some layers and not in "
-                "others; leave out "
-                f"{option}"
+                f"others; leave out {option}"
             )
     return dict(sorted(found.items()))
 

@@ -45,10 +45,7 @@ IN_BLOCK = frozenset(
 # What else a model type adds to the stream, as patterns.
 BY_TYPE: Mapping[str, tuple[str, ...]] = {
     # of two matrices, known by their places in a Sequential
-    "ctrl": (
-        "ffn.2.weight",
-        "ffn.2.bias",
-    ),
+    "ctrl": ("ffn.2.weight", "ffn.2.bias"),
     "jetmoe": ("mlp.bias", "self_attention.experts.bias"),
 }
 
@@ -72,15 +69,9 @@ NOT_IDENTITIES: Mapping[str, str] = {
 # Fields of the config under which a layer is not h + f(h), with the value that makes it so.
 NOT_WITH: Mapping[str, tuple[Any, str]] = {
     # opt
-    "do_layer_norm_before": (
-        False,
-        "norms then stand on the residual stream, behind each block",
-    ),
+    "do_layer_norm_before": (False, "norms then stand on the residual stream, behind each block"),
     # bloom
-    "apply_residual_connection_post_layernorm": (
-        True,
-        "the residual is then the normed input",
-    ),
+    "apply_residual_connection_post_layernorm": (True, "the residual is then the normed input"),
 }
 
 # Where a block's tensors stand under something that is no block (dbrx).
@@ -336,8 +327,7 @@ def stream_patterns(
         if both:
             raise CheckpointError(
                 f"{option}: {shown_list(both)} writes to the residual stream in some layers and "
-                "not in others, by its "
-                f"shapes; leave out {option}"
+                f"not in others, by its shapes; leave out {option}"
             )
     return found
 
@@ -368,8 +358,7 @@ def _check_map(layer_map: LayerMap) -> None:
         )
         raise LayerMapError(
             "--identity needs the base's layers in the output, all and in order, and this map "
-            f"{why}: "
-            "the model could not start as its base; leave out --identity"
+            f"{why}: the model could not start as its base; leave out --identity"
         )
 
 
@@ -404,10 +393,7 @@ def _writers_of(
         if pattern(suffix) in writers.found:
             _check_float(tensor, option)
             # experts end the block whose router chooses them
-            ended |= {
-                block,
-                block.partition(".")[0],
-            }
+            ended |= {block, block.partition(".")[0]}
         elif is_output_projection(suffix, model_type):
             if tensor.dtype not in FLOATS:
                 raise _quantised(tensor, option)
@@ -421,17 +407,15 @@ def _writers_of(
             tensor.name for suffix, tensor in layer.items() if _stem(suffix) in writers.unclear[0]
         ]
         raise CheckpointError(
-            f"{option}: by name and shape {shown_list(names)} may or may not be what writes to "
-            "the residual stream, "
-            f"and a change to the wrong matrix would do harm; leave out {option}"
+            f"{option}: by name and shape {shown_list(names)} may or may not be what writes to the "
+            f"residual stream, and a change to the wrong matrix would do harm; leave out {option}"
         )
     can = "silence" if option == "--identity" else "scale"
     for block, names in blocks.items():
         if block not in ended:
             raise CheckpointError(
-                f"{option}: no output projection is known in {shown_list(names)}: dus cannot "
-                f"{can} this layer; leave "
-                f"out {option}"
+                f"{option}: no output projection is known in {shown_list(names)}: dus cannot {can} "
+                f"this layer; leave out {option}"
             )
     return frozenset(
         writers.found & {pattern(suffix) for suffix in layer if _block_of(suffix) is not None}
@@ -481,6 +465,5 @@ def _check_float(tensor: TensorInfo, option: str) -> None:
 def _quantised(tensor: TensorInfo, option: str) -> CheckpointError:
     return CheckpointError(
         f"{option}: {shown(tensor.name)} ({tensor.dtype}) is a quantised output projection, and "
-        "dus does not know "
-        f"what its values mean; use the unquantised model, or leave out {option}"
+        f"dus does not know what its values mean; use the unquantised model, or leave out {option}"
     )

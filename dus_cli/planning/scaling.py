@@ -59,9 +59,8 @@ class Scale:
         if self(numbers):
             raise CheckpointError(
                 f"tensor {shown(name)} holds finite {self.dtype} numbers that {self.factor:g} "
-                "times are beyond "
-                f"{FLOATS[self.dtype]}'s range; choose a smaller factor for --start, or --dtype "
-                "float32"
+                f"times are beyond {FLOATS[self.dtype]}'s range; choose a smaller factor for "
+                "--start, or --dtype float32"
             )
 
     def __call__(self, numbers: memoryview) -> int:

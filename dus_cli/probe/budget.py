@@ -85,9 +85,8 @@ def plan_memory(
         )
         raise ProbeError(
             f"this takes {human_bytes(weights + others + each)} of memory ({human_bytes(weights)} "
-            "of weights) and "
-            f"{human_bytes(max(0, available))} may be used; try {way_out}, or --max-memory if you "
-            "know better"
+            f"of weights) and {human_bytes(max(0, available))} may be used; try {way_out}, or "
+            "--max-memory if you know better"
         )
     at_once = min(num_batches, room // each)
     return Memory(weights, at_once * each, others, at_once, -(-num_batches // at_once))

@@ -55,9 +55,8 @@ class ProbeOptions:
     data: Annotated[
         tuple[str, ...],
         Option(
-            "Text that the model was not trained on, as dus heal takes it: "
-            f"{DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a "
-            "mixture. Repeat for more.",
+            f"Text that the model was not trained on, as dus heal takes it: {DATA_KINDS}; files, "
+            "globs, folders, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
             metavar="FILE",
             panel=DATA,
         ),

@@ -276,8 +276,7 @@ class Replay:
     def _refusal(self, what: str) -> ProbeError:
         return ProbeError(
             f"dus probe cannot measure maps of model_type {self.model_type}: {what}; write the "
-            "models with dus upscale "
-            "and measure those"
+            "models with dus upscale and measure those"
         )
 
 

@@ -88,10 +88,8 @@ class Tail:
             count = max(1, int((self._some != IGNORED).sum()))
             raise ProbeError(
                 f"the base's layers, called one by one, give a loss of {ours / count:.4f} and the "
-                "model itself "
-                f"{self._theirs / count:.4f}: dus probe does not know how model_type "
-                f"{self._replay.model_type} calls "
-                "its layers; please report it"
+                f"model itself {self._theirs / count:.4f}: dus probe does not know how model_type "
+                f"{self._replay.model_type} calls its layers; please report it"
             )
 
     def _agrees(self, ours: float) -> bool:

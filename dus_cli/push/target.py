@@ -126,8 +126,7 @@ def look(target: Target) -> Remote:
     if target.private and remote.private is False:
         raise PushError(
             f"{target.repo_id} exists and is public, and --private makes no repo private; change "
-            "it in its settings, "
-            "or choose another name"
+            "it in its settings, or choose another name"
         )
     if remote.can_write is False:
         raise PushError(
@@ -342,8 +341,7 @@ def _answered(target: Target, status: int, said: str | None, tried: str) -> str:
     if status == 403:
         return (
             f"the token may not write to {target.repo_id}{reason}; give one with write permission "
-            "for "
-            f"{target.repo_id.partition('/')[0]}"
+            f"for {target.repo_id.partition('/')[0]}"
         )
     if status == 404:
         return (

@@ -273,8 +273,7 @@ def _verify(output: Path) -> None:
     if is_unfinished_healing(output):
         raise PushError(
             f"{shown(output)} is a run of dus heal that has not ended, and no model yet; the same "
-            "dus heal command "
-            "goes on with it"
+            "dus heal command goes on with it"
         )
     found = verify(output, deep=False)
     if not found.is_sound:

@@ -285,8 +285,7 @@ def _dtype(plan: UpscalePlan) -> str:
 def _seams(layer_map: LayerMap) -> str:
     lines = [
         f"- output layers {seam.output_layers[0]} and {seam.output_layers[1]}: base layer "
-        f"{seam.base_layers[0]} "
-        f"feeds base layer {seam.base_layers[1]}, distance {seam.distance}"
+        f"{seam.base_layers[0]} feeds base layer {seam.base_layers[1]}, distance {seam.distance}"
         for seam in layer_map.seams
     ]
     if len(lines) > 40:  # nobody reads more, and dus.json has them all

@@ -96,15 +96,13 @@ class Remaking:
         ):
             read = made.checkpoint.weight_files[0]
             raise VerificationError(
-                f"{shown(self.path)} was made from {shown_list(sorted(recorded))}, and beside "
-                f"them {read} counts, as "
-                f"for transformers; move {read} away to make the same again"
+                f"{shown(self.path)} was made from {shown_list(sorted(recorded))}, and beside them "
+                f"{read} counts, as for transformers; move {read} away to make the same again"
             )
         if other:
             raise VerificationError(
                 f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has "
-                f"{' and '.join(other)}; "
-                "give the right one as MODEL"
+                f"{' and '.join(other)}; give the right one as MODEL"
             )
         # An older dus recorded fewer fields; those of both must agree. Of files that differ their
         # sums tell more, and what engines make of the model is another dus's to judge.
@@ -168,8 +166,7 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
     if record.get("dus_version") != __version__:
         warnings.append(
             f"{shown(path)} is of dus {shown(record.get('dus_version'))} and this is dus "
-            f"{__version__}: the card, its "
-            "pictures and dus.json may differ"
+            f"{__version__}: the card, its pictures and dus.json may differ"
         )
     found, problems = expected_sums(path.parent)
     if problems:
@@ -248,8 +245,7 @@ def _recorded_ref(path: Path, base: dict[str, Any], token: str | None) -> ModelR
     if not user_path(base["path"]).is_dir():
         raise CheckpointError(
             f"{shown(path)} records its base at {shown(ref)}, where no directory is; say where it "
-            "is now: dus upscale "
-            "MODEL --from …"
+            "is now: dus upscale MODEL --from …"
         )
     return ref
 

@@ -256,8 +256,7 @@ def _checked(folder: Path, relative: str) -> Path:
     if status.st_size > LARGEST_CARRIED_BYTES:
         raise CheckpointError(
             f"{shown(relative)} has {status.st_size} bytes, too many for what its name says; move "
-            "it out of the "
-            "model's folder"
+            "it out of the model's folder"
         )
     check_fetched(relative, path)
     return path

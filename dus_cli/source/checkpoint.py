@@ -338,8 +338,7 @@ def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]
     if absent and (needed := _needed(absent, index, held, config)):
         raise CheckpointError(
             f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs "
-            "(transformers would "
-            "fill it with random numbers); download the checkpoint again"
+            "(transformers would fill it with random numbers); download the checkpoint again"
         )
     said = {
         "which no shard holds: transformers loads the model without": absent,
@@ -456,21 +455,18 @@ def _no_weights(folder: Path) -> str:
         if variants := {match[1] for match in map(_VARIANT.match, names) if match}:
             return (
                 f"{shown(folder)} holds weights of a variant alone "
-                f"({shown_list(sorted(variants))}), which "
-                "transformers loads only when asked for it; give them the names without it "
-                f"({SINGLE_NAME})"
+                f"({shown_list(sorted(variants))}), which transformers loads only when asked for "
+                f"it; give them the names without it ({SINGLE_NAME})"
             )
         return (
             f"{shown(folder)} holds {shown_list(names)} but neither {SINGLE_NAME} nor "
-            f"{INDEX_NAME}; "
-            "the index is missing, download the checkpoint again"
+            f"{INDEX_NAME}; the index is missing, download the checkpoint again"
         )
     if any(folder.glob("pytorch_model*.bin")):
         names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         return (
             f"{shown(folder)} holds {shown_list(names)} but neither {PICKLED_NAME} nor "
-            f"{PICKLED_INDEX_NAME}; "
-            "the index is missing, download the checkpoint again"
+            f"{PICKLED_INDEX_NAME}; the index is missing, download the checkpoint again"
         )
     found = _other_weights(folder)
     advice = (

@@ -148,8 +148,7 @@ def header_length(head: bytes, file_size: int, where: str) -> int:
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{where} claims a header of {length} bytes, over the format's limit of "
-            f"{MAX_HEADER_BYTES}; "
-            "it is damaged or no safetensors file"
+            f"{MAX_HEADER_BYTES}; it is damaged or no safetensors file"
         )
     if length > file_size - 8:
         raise CheckpointError(
@@ -270,8 +269,7 @@ def _checked(name: str, entry: object, where: str) -> _Entry:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
             f"{label} has the dtype {shown(dtype)}, which safetensors does not define (as far as "
-            "this dus "
-            f"knows); known are {', '.join(DTYPE_BITS)}"
+            f"this dus knows); known are {', '.join(DTYPE_BITS)}"
         )
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise CheckpointError(f"{label} has the shape {shown(shape)}, not a list of sizes")
@@ -284,8 +282,7 @@ def _checked(name: str, entry: object, where: str) -> _Entry:
     if total_bits % 8 or end - start != total_bits // 8:
         raise CheckpointError(
             f"{label}: data_offsets hold {end - start} bytes but shape {shown(shape)} of {dtype} "
-            "needs "
-            f"{total_bits / 8:g}; the file is damaged, fetch it again"
+            f"needs {total_bits / 8:g}; the file is damaged, fetch it again"
         )
     return start, end, _Kind(dtype, tuple(shape), total_bits // 8)
 

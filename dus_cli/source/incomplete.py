@@ -19,8 +19,7 @@ NAME = "INCOMPLETE"
 
 _ABOUT = (
     "This folder is not whole: a run of dus writes into it. If that run has ended, the same "
-    "command starts over "
-    "and removes this file at its end."
+    "command starts over and removes this file at its end."
 )
 _MAX_BYTES = 100_000
 
@@ -114,6 +113,5 @@ def check_whole(folder: Path) -> None:
     if found is not None:
         raise CheckpointError(
             f"{shown(folder)} is not whole: its file {NAME} names the run that writes it, or left "
-            f"it ({found}); run "
-            "the same dus upscale again, which starts over, or remove the folder"
+            f"it ({found}); run the same dus upscale again, which starts over, or remove the folder"
         )

@@ -131,8 +131,7 @@ def _decoded(raw: bytes, where: str) -> str:
     if raw.startswith(codecs.BOM_UTF8):
         raise CheckpointError(
             f"{where} begins with a byte-order mark, which JSON does not have and transformers "
-            "does not read; save it "
-            "as UTF-8 without one"
+            "does not read; save it as UTF-8 without one"
         )
     if raw.startswith(_UTF_16):
         raise CheckpointError(

@@ -166,8 +166,7 @@ def _members(file: IO[bytes], where: str) -> tuple[list[zipfile.ZipInfo], int]:
     ) as error:
         raise CheckpointError(
             f"{where} is no zip archive as torch.save writes it ({shown(error)}); it is truncated "
-            "or damaged, copy "
-            "or download it again"
+            "or damaged, copy or download it again"
         ) from None
 
 
@@ -344,7 +343,6 @@ def legacy_places(
         state = "truncated" if position > saved.num_bytes else "followed by other data"
         raise CheckpointError(
             f"{where} has {saved.num_bytes} bytes and its pickle describes {position}: it is "
-            f"{state}; "
-            "copy or download it again"
+            f"{state}; copy or download it again"
         )
     return places

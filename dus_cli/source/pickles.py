@@ -149,8 +149,7 @@ def _check_imports(raw: bytes, where: str) -> None:
             elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
                 raise CheckpointError(
                     f"{where} is a pickle of a protocol that torch's weights_only does not read "
-                    f"({opcode.name}); "
-                    f"{REMEDY}"
+                    f"({opcode.name}); {REMEDY}"
                 )
     except (ValueError, IndexError, struct.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
@@ -177,8 +176,7 @@ def _foreign(module: str, name: str, where: str) -> CheckpointError:
         )
     return CheckpointError(
         f"{where} is a pickle that imports {what}, which weights have no need of: refused, and "
-        "none of it was run; "
-        "do not load this file elsewhere unless you trust whoever made it"
+        "none of it was run; do not load this file elsewhere unless you trust whoever made it"
     )
 
 
@@ -205,8 +203,7 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
     except Exception as error:
         raise CheckpointError(
             f"{where} cannot be unpickled by torch's weights_only ({_objection(error)}); it is "
-            "damaged, or no plain "
-            f"state dict: fetch it again, or {REMEDY}"
+            f"damaged, or no plain state dict: fetch it again, or {REMEDY}"
         ) from error
     return [
         _Described(name, tensor, _storage_key(name, tensor, keys, where))
@@ -251,8 +248,7 @@ def _state_dict(state: object, where: str) -> dict[str, Tensor]:
     if nested:
         raise CheckpointError(
             f"{where} holds dicts ({shown_list(nested)}), not the tensors themselves: it is a "
-            "training checkpoint; "
-            f"{REMEDY}"
+            f"training checkpoint; {REMEDY}"
         )
     for name, value in state.items():
         if not isinstance(name, str):  # a hostile one may be too long, or too deep, to be shown

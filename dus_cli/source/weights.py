@@ -72,15 +72,13 @@ def choose_weights(names: Collection[str], config: dict[str, Any]) -> str | None
         (".safetensors", ".safetensors.index.json")
     ):
         raise CheckpointError(
-            f"config.json: {EXPLICIT_KEY} is {shown(explicit)}; transformers takes a "
-            "*.safetensors or "
-            "*.safetensors.index.json file there"
+            f"config.json: {EXPLICIT_KEY} is {shown(explicit)}; transformers takes a *.safetensors "
+            "or *.safetensors.index.json file there"
         )
     if explicit not in names:
         raise CheckpointError(
             f"config.json: {EXPLICIT_KEY} names {shown(explicit)}, which is not there; download "
-            "it, or take the field "
-            "out"
+            "it, or take the field out"
         )
     return explicit
 

@@ -51,12 +51,10 @@ def check_space(space: Space, copy_mode: CopyMode, output: Path) -> None:
     if copy_mode is CopyMode.clone and not space.can_clone:
         raise OutputError(
             f"--copy-mode clone: the file system of {shown(output)} cannot share blocks with the "
-            "model's (reflinks "
-            "need XFS or btrfs, and both on the same one); use --copy-mode auto"
+            "model's (reflinks need XFS or btrfs, and both on the same one); use --copy-mode auto"
         )
     if space.free is not None and space.needed > space.free:
         raise OutputError(
             f"{shown(output)} needs {human_bytes(space.needed)} and its file system has "
-            f"{human_bytes(space.free)} "
-            "free; free some space or choose another place for -o"
+            f"{human_bytes(space.free)} free; free some space or choose another place for -o"
         )

@@ -314,9 +314,8 @@ def _stream_weights(
 ) -> tuple[Tally, Streamed]:
     if not staging.storage.writes_anywhere:
         raise OutputError(
-            f"--stream writes what comes as it comes, and the file system of {shown(output)} "
-            "takes files from their "
-            "first byte to their last alone; leave out --stream"
+            f"--stream writes what comes as it comes, and the file system of {shown(output)} takes "
+            "files from their first byte to their last alone; leave out --stream"
         )
     progress.start("streaming", made.num_data_bytes)
     with Journal(staging.folder, staging.key) as notes:

@@ -49,8 +49,7 @@ def check_left(output: Path, key: str, *, overwrite: bool) -> Owner | None:
     if left.key != key and not overwrite:
         raise OutputError(
             f"{shown(output)} was left half-written by another command ({left}); run that one "
-            "again, remove the "
-            "folder, or clear it with --overwrite"
+            "again, remove the folder, or clear it with --overwrite"
         )
     return left
 
@@ -69,8 +68,7 @@ def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
     if found := others(output, claim, _ALWAYS):
         raise OutputError(
             f"{shown(output)} was left half-written ({left}) and holds {shown_list(found)}, which "
-            "dus did not write; "
-            "move that away, or choose another -o"
+            "dus did not write; move that away, or choose another -o"
         )
     remaining = _clear(output, claim)
     if remaining:
@@ -94,8 +92,7 @@ def check_empty(output: Path, why: str) -> None:
     if holds_something(output):
         raise OutputError(
             f"{shown(output)} cannot be replaced in one step, because {why}: the old model could "
-            "not stay until the "
-            "new one is whole; remove it first, or choose another -o"
+            "not stay until the new one is whole; remove it first, or choose another -o"
         )
 
 
@@ -110,8 +107,7 @@ def in_place_warning(output: Path, why: str) -> str:
     """What a person should know of an output that is written in place."""
     return (
         f"{shown(output)}: written in place, because {why}; whole once {CONFIG_NAME} is there and "
-        f"{incomplete.NAME} "
-        "is gone"
+        f"{incomplete.NAME} is gone"
     )
 
 

@@ -52,15 +52,13 @@ def check_replaceable(folder: Path) -> None:
         what = f"holds {shown_list(found)}" if found else "holds no checkpoint"
         raise OutputError(
             f"{shown(folder)} {what}, and --overwrite replaces only what dus wrote, or the files "
-            "of a checkpoint; move "
-            "that away, or choose another -o"
+            "of a checkpoint; move that away, or choose another -o"
         )
     for root, _, _ in os.walk(folder):
         if not os.access(root, os.W_OK | os.X_OK):
             raise OutputError(
                 f"{shown(root)} cannot be written to, so what it holds could not be removed; "
-                "change its permissions, "
-                "or choose another -o"
+                "change its permissions, or choose another -o"
             )
 
 

@@ -296,8 +296,7 @@ class Staging:
         if left := remove_claimed(self._aside, self._claim_of(self._aside)):
             raise OutputError(
                 f"{shown(self._aside)} holds {shown_list(left)}, which dus did not write, or "
-                "cannot remove; move it "
-                "away, or choose another -o"
+                "cannot remove; move it away, or choose another -o"
             )
 
     def _clear_partial(self) -> None:
@@ -492,8 +491,7 @@ class Staging:
         if left := remove_claimed(old, lambda name: name == MARK or claim(name)):
             raise OutputError(
                 f"{shown(self.output)} is the new model, but {shown_list(left)} of the old one "
-                "cannot be removed; it "
-                f"is in {shown(old)}, remove that folder"
+                f"cannot be removed; it is in {shown(old)}, remove that folder"
             )
 
     def _rename_twice(self) -> None:

@@ -109,10 +109,9 @@ def main() -> None:
         memory = mine["peak_memory_bytes"] / peer["peak_memory_bytes"]
         ratios.append((speed, memory))
         print(
-            f"| {number + 1} | {mine['tokens_per_second']:.0f} | {peer['tokens_per_second']:.0f} "
-            f"| {speed:.2f} | "
-            f"{mine['peak_memory_bytes'] / 1e9:.2f} GB | {peer['peak_memory_bytes'] / 1e9:.2f} GB "
-            f"| {memory:.2f} |",
+            f"| {number + 1} | {mine['tokens_per_second']:.0f} | {peer['tokens_per_second']:.0f} | "
+            f"{speed:.2f} | {mine['peak_memory_bytes'] / 1e9:.2f} GB | "
+            f"{peer['peak_memory_bytes'] / 1e9:.2f} GB | {memory:.2f} |",
             flush=True,
         )
     speeds, memories = zip(*ratios, strict=True)

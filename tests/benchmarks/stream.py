@@ -94,10 +94,8 @@ def main() -> None:
                 assert json.loads(run.stdout)["status"] == "written"
                 print(
                     f"| {num_layers} layers, {way} | {source / 1e9:.2f} | {line:.1f} | "
-                    f"{run.seconds:.1f} | "
-                    f"**{run.seconds / line:.2f}** | {run.cpu:.1f} | {run.peak / 1e6:.0f} | "
-                    f"{output / 1e9:.2f} | "
-                    f"{cache / 1e9:.2f} |",
+                    f"{run.seconds:.1f} | **{run.seconds / line:.2f}** | {run.cpu:.1f} | "
+                    f"{run.peak / 1e6:.0f} | {output / 1e9:.2f} | {cache / 1e9:.2f} |",
                     flush=True,
                 )
 

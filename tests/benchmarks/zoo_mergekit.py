@@ -74,9 +74,8 @@ class Mergekit:
         )
         assert self._answer() == "ready"
         code = (
-            "from importlib.metadata import version as v; "
-            "print(*(f'{name} {v(name)}' for name in ('mergekit', 'transformers', 'torch')), "
-            "sep=', ')"
+            "from importlib.metadata import version as v; print(*(f'{name} {v(name)}' for name in "
+            "('mergekit', 'transformers', 'torch')), sep=', ')"
         )
         self.versions = subprocess.run(
             [python, "-c", code], check=True, capture_output=True, text=True

@@ -87,10 +87,7 @@ def _measured_row(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:
     # no report of an older dus has them
-    unread = report.get("unread_files") or {
-        "count": 0,
-        "names": [],
-    }
+    unread = report.get("unread_files") or {"count": 0, "names": []}
     found = Unread(unread["count"], tuple(unread["names"]))
     return [("not read", str(found))] if found.count else []
 

@@ -76,10 +76,9 @@ def open_model(folder: Path) -> Model:
     checkpoint = open_checkpoint(folder)
     if checkpoint.is_pickled:
         raise HealError(
-            f"{shown(folder)} holds pickled weights, and dus heal writes back the safetensors "
-            "that it was given; "
-            "deepen it with dus upscale, which writes them, or load it in transformers and "
-            "save_pretrained it"
+            f"{shown(folder)} holds pickled weights, and dus heal writes back the safetensors that "
+            "it was given; deepen it with dus upscale, which writes them, or load it in "
+            "transformers and save_pretrained it"
         )
     decoder = decoder_config(checkpoint.config)
     record = lineage.read_lineage(folder)
@@ -150,17 +149,14 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
         if is_asked and model.base is None and model.is_base_scaled:
             raise HealError(
                 f"{option} needs the base: the start of {shown(wishes.model)} scaled the base's "
-                "own layers, so it does "
-                f"not stand in the model, and it is not where {lineage.NAME} says; put it there, "
-                "or leave the option "
-                "out"
+                "own layers, so it does not stand in the model, and it is not where "
+                f"{lineage.NAME} says; put it there, or leave the option out"
             )
         if is_asked and model.base is None:
             raise HealError(
                 f"{option} needs the base inside the model, and {shown(wishes.model)} has no "
-                f"{lineage.NAME} that tells "
-                "its layers (or it was healed before); give one that dus upscale wrote, or leave "
-                "the option out"
+                f"{lineage.NAME} that tells its layers (or it was healed before); give one that "
+                "dus upscale wrote, or leave the option out"
             )
     if wishes.recipe.train is Train.new and not model.new_layers:
         raise HealError(
@@ -256,8 +252,7 @@ def _notes(wishes: HealOptions, model: Model) -> tuple[str, ...]:
     if model.base is None:
         found.append(
             "the start scaled the base's own layers, so the base does not stand in the model, and "
-            "it is not where "
-            f"{lineage.NAME} says: its loss is not known"
+            f"it is not where {lineage.NAME} says: its loss is not known"
         )
     if wishes.recipe.train is Train.new:
         found.append(

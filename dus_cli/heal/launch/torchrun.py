@@ -113,9 +113,8 @@ def check_loopback() -> None:
             socket.create_connection(server.getsockname(), _LOOPBACK_PATIENCE).close()
     except OSError as error:
         raise HealError(
-            "several workers talk over this machine's loopback interface, and 127.0.0.1 cannot "
-            "be used "
-            f"({error.strerror or error}); bring it up (ip link set lo up), or give "
+            "several workers talk over this machine's loopback interface, and 127.0.0.1 cannot be "
+            f"used ({error.strerror or error}); bring it up (ip link set lo up), or give "
             "--nproc-per-node 1"
         ) from None
 
@@ -259,9 +258,8 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
     words = _last_words(run.folder / LOGS)
     how = f" ({shown(words)})" if words else ", killed from outside or out of memory"
     raise HealError(
-        f"a worker died{how}; "
-        f"{shown(run.folder / LOGS)} has what it said; the same command goes on from the last "
-        "checkpoint"
+        f"a worker died{how}; {shown(run.folder / LOGS)} has what it said; the same command goes "
+        "on from the last checkpoint"
     )
 
 

@@ -53,10 +53,8 @@ def _section(report: dict[str, Any]) -> str:
     elif report["reached_base"]:
         verdict = (
             "**This model is healed**: its held-out loss came down to its base's after "
-            f"{report['tokens_to_base']:,} "
-            f"tokens, {report['fraction_of_pretraining']:.2g} of what pretraining a model of this "
-            "size takes "
-            "(20 tokens a parameter)."
+            f"{report['tokens_to_base']:,} tokens, {report['fraction_of_pretraining']:.2g} of what "
+            "pretraining a model of this size takes (20 tokens a parameter)."
         )
     else:
         verdict = "**This model is not healed yet**: its held-out loss is still above its base's."
@@ -92,10 +90,8 @@ def _measured_on(report: dict[str, Any]) -> str:
     )
     return (
         f"Trained on {names}: {report['train_tokens']:,} tokens of {report['train_documents']:,} "
-        "documents, "
-        f"{report['epochs']:,.2f} epochs. The losses are over {report['heldout_tokens']:,} tokens "
-        "of "
-        f"{report['heldout_documents']:,} documents{of}."
+        f"documents, {report['epochs']:,.2f} epochs. The losses are over "
+        f"{report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents{of}."
     )
 
 

@@ -320,13 +320,10 @@ class Training:
         source, place = self.rows.place(last - self.run.rows_per_step)
         raise HealError(
             f"{self.progress.skipped_in_a_row} steps in a row had a loss or gradient out of "
-            "bounds, the last of them "
-            f"step {row['step']} (rows {last - self.run.rows_per_step} to {last - 1}, the first "
-            "at token "
-            f"{place:,} of source {source + 1}; loss "
+            f"bounds, the last of them step {row['step']} (rows {last - self.run.rows_per_step} to "
+            f"{last - 1}, the first at token {place:,} of source {source + 1}; loss "
             f"{row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}); the last good checkpoint "
-            "is kept: look at that "
-            "data, or lower --lr"
+            "is kept: look at that data, or lower --lr"
         )
 
     def _save_when_due(self) -> None:

@@ -53,9 +53,8 @@ def parameter_names(source: Checkpoint, student: Decoder) -> dict[str, str]:
 def not_written_back(student: Decoder, what: str) -> HealError:
     return HealError(
         f"transformers converts {shown(what)} while it loads model_type "
-        f"{student.model.config.model_type!r} (or its "
-        "dtype is not a float): dus heal could not write it back as it stood, so it does not heal "
-        "this architecture yet"
+        f"{student.model.config.model_type!r} (or its dtype is not a float): dus heal could not "
+        "write it back as it stood, so it does not heal this architecture yet"
     )
 
 
