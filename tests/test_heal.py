@@ -904,6 +904,87 @@ def test_a_dry_run_counts_tokens_and_steps_and_writes_nothing(home: Path, tmp_pa
     assert own["train_documents"] == 200
 
 
+# --- several held-out sets ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sets(home: Path) -> tuple[str, ...]:
+    """Two held-out sets by name, as options."""
+    docs = tiny.write_corpus(home / "docs.jsonl", 30, seed=8)
+    code = tiny.write_corpus(home / "code.jsonl", 20, seed=9)
+    return ("--eval-data", f"docs={docs}", "--eval-data", f"code={code}")
+
+
+@pytest.fixture(scope="module")
+def with_sets(home: Path, sets: tuple[str, ...]) -> Path:
+    return heal_in(home, "with-sets", *sets, "--steps", "4")
+
+
+def test_each_held_out_set_has_the_losses_that_it_has_alone(home: Path, with_sets: Path) -> None:
+    rows = [row for row in tiny.metrics(with_sets) if "eval_loss" in row]
+    alone = {
+        name: heal_in(home, f"only-{name}", "--eval-data", str(home / f"{name}.jsonl"), "--steps=4")
+        for name in ("docs", "code")
+    }
+    assert tiny.curve(with_sets) == tiny.curve(alone["docs"]), "the first set is the run's"
+    for name, folder in alone.items():
+        of_one = [row for row in tiny.metrics(folder) if "eval_loss" in row]
+        assert [row["eval_losses"][name] for row in rows] == [row["eval_loss"] for row in of_one]
+        assert rows[0]["base_losses"][name] == of_one[0]["base_loss"]
+    assert rows[0]["eval_losses"]["docs"] != rows[0]["eval_losses"]["code"]
+
+
+def test_report_card_and_summary_name_each_held_out_set(with_sets: Path) -> None:
+    from dus_cli.heal.launch.report import heal_text
+
+    report = json.loads((with_sets / "report.json").read_text())
+    docs, code = report["heldout_sets"]
+    assert [(each["name"], each["documents"]) for each in (docs, code)] == [
+        ("docs", 30),
+        ("code", 20),
+    ]
+    assert docs["tokens"] + code["tokens"] == report["heldout_tokens"]
+    assert (docs["base_loss"], docs["loss"]) == (report["base_loss"], report["loss"])
+    card, summary = (with_sets / "README.md").read_text(), heal_text(report)
+    for each in (docs, code):
+        assert f"{each['tokens']:,} tokens of {each['documents']} documents" in summary
+        for field in ("base_loss", "scaled_loss", "loss"):
+            assert f"{each[field]:.4f}" in card
+            assert f"{each[field]:.4f}" in summary
+    assert "held-out loss on `code`" in card
+    assert str(with_sets.parent) not in (with_sets / "run.json").read_text()
+
+
+def test_the_plan_counts_each_held_out_set_and_warns_of_a_thin_one(
+    home: Path, sets: tuple[str, ...]
+) -> None:
+    plan = dry(home, "--seq-length", "64", "--steps", "9", *sets, "--eval-tokens", "400")
+    counts = {each["name"]: each["tokens"] for each in plan["heldout_sets"]}
+    assert all(300 < 2 * count <= 400 for count in counts.values()), "they share --eval-tokens"
+    assert [text.partition(":")[0] for text in plan["warnings"][:2]] == ["docs", "code"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("docs={docs}", "{docs}"), "has no name but others have; give all of them a name"),
+        (("docs={docs}", "none={empty}"), "has no documents to evaluate on"),
+        (("docs=missing.jsonl",), "missing.jsonl is no file or folder"),
+    ],
+)
+def test_a_held_out_set_that_is_none_is_refused_in_one_line(
+    home: Path, sets: tuple[str, ...], given: tuple[str, ...], said: str
+) -> None:
+    (home / "empty.jsonl").write_text("")
+    places = {"docs": home / "docs.jsonl", "empty": home / "empty.jsonl"}
+    options = [word for text in given for word in ("--eval-data", text.format(**places))]
+    data = ("--data", home / "corpus.jsonl")
+    done = tiny.forked_dus("heal", home / "scaled", *data, *options, "--dry-run", "-q")
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_tensorboard_gets_every_figure(home: Path) -> None:
     pytest.importorskip("tensorboard")
     out = heal_in(home, "boarded", "--track", "tensorboard", "--steps", "3")

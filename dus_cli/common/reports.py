@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+# An absolute path, alone or as a held-out set's behind its name.
+_PATH = re.compile(r"((?:\w[\w.-]*=)?)[/~]", re.ASCII)
 
 
 def public(value: Any) -> Any:
@@ -13,13 +17,15 @@ def public(value: Any) -> Any:
     >>> files = ["/data/*.jsonl:0.7", "more.txt"]
     >>> public({"model": "/home/me/models/out", "files": files, "steps": 3})
     {'model': 'out', 'files': ['*.jsonl:0.7', 'more.txt'], 'steps': 3}
+    >>> public("code=/data/b.jsonl")
+    'code=b.jsonl'
     """
     if isinstance(value, dict):
         return {key: public(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [public(inner) for inner in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
-        return Path(value).name
+    if isinstance(value, str) and (match := _PATH.match(value)):
+        return match[1] + Path(value).name
     return value
 
 

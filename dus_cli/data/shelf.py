@@ -23,6 +23,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,17 @@ def prepare(
 def _assemble(
     shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[Source], holdout: float
 ) -> Prepared:
-    eval_parts = shelf.parts(eval_sources, Split(EVERYTHING), "")
+    eval_groups = [shelf.parts([source], Split(EVERYTHING), "") for source in eval_sources]
+    eval_parts = list(chain.from_iterable(eval_groups))
+    eval_names = [
+        source.name
+        for source, group in zip(eval_sources, eval_groups, strict=True)
+        for _ in group
+        if source.name
+    ]
     if eval_sources:
         holdout = 0.0
-        if not any(meta["num_documents"]["heldout"] for _, meta in eval_parts):
-            raise DataError(
-                f"{_names(eval_sources)} has no documents to evaluate on; choose other data"
-            )
+        _check_there_is_evaluation(eval_sources, eval_groups)
     split_by = [part.key for part, _ in eval_parts]
 
     def split_at(share: float) -> list[list[tuple[Part, dict[str, Any]]]]:
@@ -143,12 +148,13 @@ def _assemble(
     return Prepared(
         sources=tuple(named),
         eval_parts=tuple(part for part, _ in eval_parts),
+        eval_names=tuple(eval_names),
         holdout=holdout,
         dtype=metas[0]["dtype"],
         eos=metas[0]["eos"],
         before=tuple(metas[0]["before"]),
         skipped=dict(sorted(skipped.items())),
-        content_key=_digest([keys, split_by]),
+        content_key=_digest([keys, split_by, *([eval_names] if eval_names else [])]),
         unread=sum((source.unread for source in (*sources, *eval_sources)), Unread()).to_json(),
     )
 
@@ -164,6 +170,24 @@ def _share_that_holds_some(metas: Sequence[dict[str, Any]], share: float) -> flo
         if Split(share).holds_out(lowest):
             return 0.0 if Split(share).holds_out(highest) else share
     return 0.0
+
+
+def _check_there_is_evaluation(
+    sources: Sequence[Source], groups: Sequence[list[tuple[Part, dict[str, Any]]]]
+) -> None:
+    """Check that each held-out set has a document."""
+    for name in dict.fromkeys(source.name for source in sources):
+        of_set = [
+            (source, group)
+            for source, group in zip(sources, groups, strict=True)
+            if source.name == name
+        ]
+        metas = [meta for _, group in of_set for _, meta in group]
+        if not any(meta["num_documents"]["heldout"] for meta in metas):
+            raise DataError(
+                f"{_names([source for source, _ in of_set])} has no documents to evaluate on; "
+                "choose other data"
+            )
 
 
 def _check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[Source]) -> None:

@@ -9,7 +9,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,15 @@ class Source:
     """One `--data` argument as typed, its files in reading order, and its weight in the mixture if
     it has one.
 
-    `unread` are those that it finds and that are not read.
+    `unread` are those that it finds and that are not read. `name` is of the held-out set that it is
+    of, "" where that has none.
     """
 
     text: str
     paths: tuple[Path, ...]
     weight: float | None = None
     unread: Unread = field(default_factory=Unread)
+    name: str = ""
 
 
 @dataclass
@@ -130,6 +132,41 @@ def parse_sources(
             f"{shown(without[0])} has no weight but others have; give all of them a weight, or none"
         )
     return tuple(sources)
+
+
+def parse_heldout(
+    arguments: Sequence[str], spool: Path, text_field: str = "text"
+) -> tuple[Source, ...]:
+    """The files behind FILE or NAME=FILE; of the same name they are one set, and without a name all
+    are.
+
+    Raises:
+        UsageError: some have names and others none.
+        DataError, OutputError: as `parse_sources`.
+    """
+    pairs = [_named(text) for text in arguments]
+    without = [file for name, file in pairs if not name]
+    if without and len(without) < len(pairs):
+        raise UsageError(
+            f"--eval-data {shown(without[0])} has no name but others have; give all of them a name "
+            "(NAME=FILE), or none"
+        )
+    sources = parse_sources([file for _, file in pairs], spool, text_field)
+    return tuple(
+        replace(source, name=name) for (name, _), source in zip(pairs, sources, strict=True)
+    )
+
+
+def _named(text: str) -> tuple[str, str]:
+    """A held-out set's name, and what is behind it; "" where a file is called so.
+
+    >>> _named("code=b.jsonl"), _named("b.jsonl"), _named("https://host/b.jsonl?raw=1")
+    (('code', 'b.jsonl'), ('', 'b.jsonl'), ('', 'https://host/b.jsonl?raw=1'))
+    """
+    match = re.fullmatch(r"(\w[\w.-]{0,63})=(.+)", text, re.ASCII | re.DOTALL)
+    if match is None or os.path.lexists(text):
+        return "", text
+    return match[1], match[2]
 
 
 def _nothing_there(text: str) -> str:

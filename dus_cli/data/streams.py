@@ -78,6 +78,8 @@ class Prepared:
         skipped: lines, and documents left out, by reason.
         unread: files of folders and patterns that look like data and were not read: `count`, and
             some `names`.
+        eval_names: the held-out set that each of `eval_parts` is of; empty where they are one set
+            without a name.
         content_key: a digest of all tokens and of the way they were split; with it a resumed run
             knows its data.
     """
@@ -91,6 +93,18 @@ class Prepared:
     content_key: str
     before: tuple[int, ...] = ()
     unread: dict[str, Any] = field(default_factory=lambda: Unread().to_json())
+    eval_names: tuple[str, ...] = ()
+
+    @property
+    def heldout_sets(self) -> dict[str, tuple[Part, ...]]:
+        """The parts that have the held-out documents of each set, by its name; "" without one."""
+        if not self.eval_names:
+            return {"": (*self.parts, *self.eval_parts)}
+        pairs = list(zip(self.eval_names, self.eval_parts, strict=True))
+        return {
+            name: tuple(part for its, part in pairs if its == name)
+            for name in dict.fromkeys(self.eval_names)
+        }
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -124,8 +138,9 @@ class Prepared:
             for source in data["sources"]
         )
         eval_parts = tuple(Part(**part) for part in data["eval_parts"])
-        before = tuple(data.get("before", ()))
-        return cls(**{**data, "sources": sources, "eval_parts": eval_parts, "before": before})
+        made = {"sources": sources, "eval_parts": eval_parts}
+        ids_and_names = {name: tuple(data.get(name, ())) for name in ("before", "eval_names")}
+        return cls(**{**data, **made, **ids_and_names})
 
 
 class Tokens(Protocol):
@@ -426,16 +441,47 @@ class RowsInOrder(Sequence[Row]):
         return self.packing.row(self.tokens, start, end + 1, is_full=True)
 
 
-def heldout_rows(
+def heldout_sets(
     prepared: Prepared,
     folder: Path,
     seq_length: int,
     *,
     document_mask: bool = True,
     max_tokens: int | None = None,
+) -> dict[str, RowsInOrder]:
+    """The rows of each held-out set, by its name. The sets share `max_tokens`: each has as many as
+    the others, and what a smaller one leaves is theirs.
+    """
+    sizes = {
+        name: sum(part.num_heldout_tokens for part in parts)
+        for name, parts in prepared.heldout_sets.items()
+    }
+    shares, left = dict(sizes), max_tokens
+    if left is not None:
+        for number, name in enumerate(sorted(sizes, key=lambda name: sizes[name])):
+            shares[name] = min(sizes[name], max(1, left // (len(sizes) - number)))
+            left -= shares[name]
+
+    def rows(name: str) -> RowsInOrder:
+        most = shares[name]
+        return heldout_rows(
+            prepared, folder, seq_length, name=name, document_mask=document_mask, max_tokens=most
+        )
+
+    return {name: rows(name) for name in sizes}
+
+
+def heldout_rows(
+    prepared: Prepared,
+    folder: Path,
+    seq_length: int,
+    *,
+    name: str = "",
+    document_mask: bool = True,
+    max_tokens: int | None = None,
 ) -> RowsInOrder:
-    """The first `max_tokens` held-out tokens (all of them if None) as rows."""
-    stream = Stream(folder, (*prepared.parts, *prepared.eval_parts), "heldout", prepared.dtype)
+    """The first `max_tokens` tokens (all of them if None) of a held-out set as rows."""
+    stream = Stream(folder, prepared.heldout_sets[name], "heldout", prepared.dtype)
     stop = stream.num_tokens if max_tokens is None else min(stream.num_tokens, max_tokens + 1)
     return RowsInOrder(
         stream, stop, Packing(seq_length, prepared.eos, prepared.before, document_mask)

@@ -22,14 +22,17 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row, for others to read at once. JSON has no NaN: what is not finite is null."""
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_finite(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -301,9 +301,10 @@ class DataOptions:
     eval_files: Annotated[
         tuple[str, ...],
         Option(
-            "Separate held-out text, instead of a share of --data.",
+            "Separate held-out text, instead of a share of --data. NAME=FILE makes a set of that "
+            "name; --until base goes by the first set.",
             name="eval-data",
-            metavar="FILE",
+            metavar="[NAME=]FILE",
             panel=DATA,
         ),
     ] = ()

@@ -99,7 +99,8 @@ class Run:
     them. A step is `rows_per_step` sequences of `seq_length` tokens, over all workers. `model_key`
     is a digest of the model's config and weights' headers: a resumed run must start from the same
     model. `epochs` is how often the data is trained on; `heldout_documents` and `heldout_tokens`
-    are what each measurement predicts. `notes` are what a person should know of the model and its
+    are what each measurement predicts, and `heldout_sets` the `documents` and `tokens` of each set
+    that has a name. `notes` are what a person should know of the model and its
     base.
     """
 
@@ -125,6 +126,7 @@ class Run:
     heldout_documents: int = 0
     heldout_tokens: int = 0
     notes: tuple[str, ...] = ()
+    heldout_sets: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> int:
@@ -222,7 +224,8 @@ def _build(kind: type[_T], record: dict[str, Any]) -> _T:
     }
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name not in record and field.default is not dataclasses.MISSING:
+        missing = field.default is field.default_factory is dataclasses.MISSING
+        if field.name not in record and not missing:
             continue  # of an older dus
         value = record[field.name]
         if field.name in nested and value is not None:

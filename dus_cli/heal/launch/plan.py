@@ -49,7 +49,7 @@ def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
     """What a run trains and measures on, as the plan and the proof record it. Paths are left out
     of names.
     """
-    return {
+    record = {
         "data": [Path(source.name).name or source.name for source in data.sources],
         "epochs": epochs,
         "train_tokens": data.num_train_tokens,
@@ -59,6 +59,8 @@ def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
         "available_heldout_tokens": data.num_heldout_tokens,
         "available_heldout_documents": data.num_heldout_documents,
     }
+    sets = [{"name": name, **counts} for name, counts in run.heldout_sets.items()]
+    return record | ({"heldout_sets": sets} if sets else {})
 
 
 def plan_of(run: Run, shape: Shape, launch: Launch) -> dict[str, Any]:
@@ -147,12 +149,17 @@ def _memory(run: Run, shape: Shape, workers: int, num_local: int) -> MemoryEstim
 def _warnings(plan: dict[str, Any]) -> list[str]:
     """Where the proof would be thin, or the run would not get through."""
     found = []
-    documents, tokens = plan["heldout_documents"], plan["heldout_tokens"]
-    if documents < _FEW_DOCUMENTS or tokens < _FEW_TOKENS:
+    whole = {"name": "", "documents": plan["heldout_documents"], "tokens": plan["heldout_tokens"]}
+    for each in plan.get("heldout_sets", [whole]):
+        documents, tokens = each["documents"], each["tokens"]
+        if documents >= _FEW_DOCUMENTS and tokens >= _FEW_TOKENS:
+            continue
         more = "--holdout or --eval-data gives more"
-        if plan["available_heldout_tokens"] >= 2 * max(1, tokens):
+        if plan["available_heldout_tokens"] >= 2 * max(1, plan["heldout_tokens"]):
             more = "--eval-tokens 250K measures more, and takes longer"
-        found.append(f"{_counted(tokens, documents)} held out are too few to prove much; {more}")
+        where = f"{each['name']}: " * bool(each["name"])
+        few = f"{_counted(tokens, documents)} held out are too few to prove much"
+        found.append(f"{where}{few}; {more}")
     if plan["epochs"] > _MANY_EPOCHS:
         found.append(
             f"the budget goes over the data {plan['epochs']:,.1f} times, so the model learns "
@@ -202,6 +209,10 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         (
             "held out",
             f"{_counted(plan['heldout_tokens'], plan['heldout_documents'])} are measured{of}",
+        ),
+        *(
+            ("", f"{each['name']}: {_counted(each['tokens'], each['documents'])}")
+            for each in plan.get("heldout_sets", [])
         ),
         (
             "measured",

@@ -24,14 +24,9 @@ from dus_cli.maps.shape import Shape, flops_per_token, pretraining_flops
 
 def heal_text(report: dict[str, Any]) -> str:
     """The closing summary."""
-    base, scaled, loss = report["base_loss"], report["scaled_loss"], report["loss"]
+    base = report["base_loss"]
     rows = [
-        (
-            "held-out",
-            f"{loss:.4f}"
-            + ("" if base is None else f" (base {base:.4f}, right after scaling {scaled:.4f})"),
-        ),
-        *_measured_row(report),
+        *_heldout_rows(report),
         ("tokens", f"{report['tokens']:,} in {report['steps']:,} steps"),
         ("cost", f"{report['flops']:.3g} FLOPs, {human_time(report['seconds'])}"),
     ]
@@ -71,18 +66,28 @@ def heal_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured_row(report: dict[str, Any]) -> list[tuple[str, str]]:
-    if "heldout_documents" not in report:  # of an older dus
-        return []
-    return [
-        (
-            "",
-            (
-                f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} "
-                "documents"
-            ),
-        )
-    ]
+def _heldout_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The losses, and what they are of: a row for each held-out set that has a name, or two."""
+    sets = report.get("heldout_sets", [])
+    if sets:
+        texts = [f"{each['name']} {_losses_text(each)} over {_measured(each)}" for each in sets]
+        return [("held-out", texts[0]), *(("", text) for text in texts[1:])]
+    rows = [("held-out", _losses_text(report))]
+    if "heldout_documents" in report:  # not of an older dus
+        counts = {name: report[f"heldout_{name}"] for name in ("tokens", "documents")}
+        rows.append(("", f"over {_measured(counts)}"))
+    return rows
+
+
+def _losses_text(losses: dict[str, Any]) -> str:
+    base, scaled, now = losses["base_loss"], losses["scaled_loss"], losses["loss"]
+    if base is None:
+        return f"{now:.4f}"
+    return f"{now:.4f} (base {base:.4f}, right after scaling {scaled:.4f})"
+
+
+def _measured(counts: dict[str, int]) -> str:
+    return f"{counts['tokens']:,} tokens of {counts['documents']:,} documents"
 
 
 def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:

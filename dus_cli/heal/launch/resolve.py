@@ -217,8 +217,9 @@ def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_e
         )
     steps = _num_steps(wishes.budget, length * rows, rows_per_epoch / rows)
     recipe = _recipe(wishes.recipe, model, steps, length * rows)
+    sets = len(set(data["eval_names"])) or 1
     every, most = _measuring(
-        wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data)
+        wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data), num_sets=sets
     )
     return Run(
         schema=run_file.SCHEMA,
@@ -238,7 +239,7 @@ def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_e
         until=wishes.budget.until.value if wishes.budget.until else None,
         recipe=recipe,
         fit=_fit(wishes.fit, wishes.launch),
-        keeping=_keeping(wishes.keeping, every, max(most, length)),
+        keeping=_keeping(wishes.keeping, every, max(most, length * sets)),
         epochs=steps * rows / rows_per_epoch,
         notes=_notes(wishes, model),
     )
@@ -309,7 +310,13 @@ def _fit(fit: Fit, launch: Launch) -> FitPlan:
 
 
 def _measuring(
-    keeping: Keeping, recipe: RecipePlan, steps: int, tokens_per_step: int, num_heldout: int
+    keeping: Keeping,
+    recipe: RecipePlan,
+    steps: int,
+    tokens_per_step: int,
+    num_heldout: int,
+    *,
+    num_sets: int = 1,
 ) -> tuple[int, int]:
     """Steps between two measurements, and held-out tokens of each.
 
@@ -321,7 +328,7 @@ def _measuring(
         return keeping.eval_every or max(1, steps // _EVALS), keeping.eval_tokens
     cost = _FORWARD_SHARE if recipe.train_layers is None else _FORWARD_SHARE_OF_FEW
     total = int(_EVAL_SHARE / (1 - _EVAL_SHARE) * steps * tokens_per_step / cost)
-    worth = max(1, min(_THIN_EVAL_TOKENS, num_heldout))
+    worth = max(1, min(_THIN_EVAL_TOKENS * num_sets, num_heldout))
     wanted = min(_EVALS, max(_FEWEST_EVALS, total // worth - _AT_START))
     every = keeping.eval_every or -(-steps // wanted)
     return every, min(_EVAL_TOKENS, total // (-(-steps // every) + _AT_START))

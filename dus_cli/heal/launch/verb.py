@@ -14,7 +14,7 @@ from typing import Any
 from dus_cli.common.libraries import require
 from dus_cli.common.reports import public
 from dus_cli.common.storage import Storage, ask, known, remove, sync_refusal
-from dus_cli.data.sources import Source, parse_sources
+from dus_cli.data.sources import Source, parse_heldout, parse_sources
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import resolve
@@ -227,14 +227,23 @@ def _planned(wishes: HealOptions, model: Model, folder: Path, view: View) -> Run
 
 def _measured(run: Run, folder: Path) -> Run:
     """The run, told what its measurements predict."""
-    from dus_cli.data.streams import Prepared, heldout_rows
+    from dus_cli.data.streams import Prepared, heldout_sets
 
     data = Prepared.from_json(run.data)
     most = run.keeping.eval_tokens
-    rows = heldout_rows(
+    rows = heldout_sets(
         data, folder, run.seq_length, document_mask=run.document_mask, max_tokens=most
     )
-    return replace(run, heldout_documents=rows.num_documents, heldout_tokens=rows.num_labels)
+    counts = {
+        name: {"documents": each.num_documents, "tokens": each.num_labels}
+        for name, each in rows.items()
+    }
+    return replace(
+        run,
+        heldout_documents=sum(count["documents"] for count in counts.values()),
+        heldout_tokens=sum(count["tokens"] for count in counts.values()),
+        heldout_sets={name: count for name, count in counts.items() if name},
+    )
 
 
 def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) -> _Prepared:
@@ -277,7 +286,7 @@ def _sources(wishes: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tup
     data = wishes.data
     return (
         parse_sources(data.files, folder, data.text_field),
-        parse_sources(data.eval_files, folder, data.text_field),
+        parse_heldout(data.eval_files, folder, data.text_field),
     )
 
 

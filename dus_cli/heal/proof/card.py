@@ -40,6 +40,8 @@ def healed_card(card: str, report: dict[str, Any], name: str) -> str:
 
 def _section(report: dict[str, Any]) -> str:
     base = report["base_loss"]
+    sets = report.get("heldout_sets", [])
+    on = f" on `{sets[0]['name']}`" if sets else ""
     if base is None:
         verdict = (
             "**Continued pretraining** by `dus heal`. No base stands in this model to compare it "
@@ -52,21 +54,17 @@ def _section(report: dict[str, Any]) -> str:
         )
     elif report["reached_base"]:
         verdict = (
-            "**This model is healed**: its held-out loss came down to its base's after "
+            f"**This model is healed**: its held-out loss{on} came down to its base's after "
             f"{report['tokens_to_base']:,} tokens, {report['fraction_of_pretraining']:.2g} of what "
             "pretraining a model of this size takes (20 tokens a parameter)."
         )
     else:
-        verdict = "**This model is not healed yet**: its held-out loss is still above its base's."
-    rows = [("base", base), ("right after scaling", report["scaled_loss"]), ("now", report["loss"])]
-    if base is None:
-        rows = [("before", report["scaled_loss"]), ("now", report["loss"])]
-    table = "\n".join(f"| {label} | {loss:.4f} |" for label, loss in rows)
+        verdict = (
+            f"**This model is not healed yet**: its held-out loss{on} is still above its base's."
+        )
     return f"""> {verdict}
 
-| | held-out loss (nats per token) |
-|---|---|
-{table}
+{_table(report)}
 
 <picture>
   <source media="(prefers-color-scheme: dark)" srcset="healing-dark.svg">
@@ -77,6 +75,21 @@ def _section(report: dict[str, Any]) -> str:
 
 {report["tokens"]:,} tokens in {report["steps"]:,} steps, {report["flops"]:.3g} FLOPs. `metrics.jsonl` has every
 step, `report.json` the figures, `run.json` every option."""
+
+
+def _table(report: dict[str, Any]) -> str:
+    """The losses, a column for each held-out set."""
+    sets = report.get("heldout_sets", [])
+    rows = {"base": "base_loss", "right after scaling": "scaled_loss", "now": "loss"}
+    if report["base_loss"] is None:
+        rows = {"before": "scaled_loss", "now": "loss"}
+    names = [f" on `{each['name']}`" for each in sets] or [""]
+    head = " | ".join(f"held-out loss{name} (nats per token)" for name in names)
+    lines = [f"| | {head} |", f"|---|{'---|' * len(names)}"]
+    for label, field in rows.items():
+        losses = " | ".join(f"{each[field]:.4f}" for each in sets or [report])
+        lines.append(f"| {label} | {losses} |")
+    return "\n".join(lines)
 
 
 def _measured_on(report: dict[str, Any]) -> str:
@@ -91,8 +104,17 @@ def _measured_on(report: dict[str, Any]) -> str:
     return (
         f"Trained on {names}: {report['train_tokens']:,} tokens of {report['train_documents']:,} "
         f"documents, {report['epochs']:,.2f} epochs. The losses are over "
-        f"{report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents{of}."
+        f"{report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents{of}"
+        f"{_of_sets(report)}."
     )
+
+
+def _of_sets(report: dict[str, Any]) -> str:
+    sets = [
+        f"{each['tokens']:,} tokens of {each['documents']:,} documents are `{each['name']}`"
+        for each in report.get("heldout_sets", [])
+    ]
+    return f": {', '.join(sets)}" if sets else ""
 
 
 def _plain(name: str) -> str:

@@ -231,8 +231,22 @@ class Publication:
             "peak_flops": peak,
             "peak_flops_source": peak_source,
             **data_record(run, data, run.epochs * progress.step / run.num_steps),
+            **self._by_set(progress),
             "skipped_lines": data.skipped,
             "unread_files": data.unread,
+        }
+
+    def _by_set(self, progress: TrainState) -> dict[str, Any]:
+        """The losses of each held-out set that has a name, beside what they are of."""
+        if not self._run.heldout_sets:
+            return {}
+        fields = {"base": "base_loss", "scaled": "scaled_loss", "now": "loss"}
+        return {
+            "heldout_sets": [
+                {"name": name, **counts}
+                | {field: progress.losses_by_set[name].get(what) for what, field in fields.items()}
+                for name, counts in self._run.heldout_sets.items()
+            ]
         }
 
     def _write_proof(

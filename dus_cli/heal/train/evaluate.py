@@ -1,8 +1,8 @@
-"""Held-out loss: of the model, and at step 0 of the base inside it, from the same weights."""
+"""Held-out loss of a decoder, which at step 0 is also run as the base inside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -41,16 +41,18 @@ def mean_loss(
     return total / count
 
 
-def base_loss(
+def mean_losses(
     decoder: Decoder,
-    layers: Sequence[int],
-    rows: Sequence[Row],
+    sets: Mapping[str, Sequence[Row]],
     team: Team,
     rows_at_once: int,
     brake: Brake,
-) -> float:
-    """The base's held-out loss, from the layers of an untrained up-scaled model that are the
-    base.
+) -> dict[str, float]:
+    """The same of each held-out set, by its name.
+
+    Raises:
+        StopRequested: by a signal.
     """
-    with decoder.only(layers):
-        return mean_loss(decoder, rows, team, rows_at_once, brake)
+    return {
+        name: mean_loss(decoder, rows, team, rows_at_once, brake) for name, rows in sets.items()
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dus_cli.data.streams import Prepared, Rows, heldout_rows
+from dus_cli.data.streams import Prepared, Rows, heldout_sets
 from dus_cli.errors import HealError
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.metrics import MetricsFile
@@ -23,11 +23,12 @@ from dus_cli.heal.tracking import open_tracker
 from dus_cli.heal.train import schedule
 from dus_cli.heal.train.batches import MicroBatch, micro_batches
 from dus_cli.heal.train.checkpoints import Checkpoints
-from dus_cli.heal.train.evaluate import base_loss, mean_loss
+from dus_cli.heal.train.evaluate import mean_losses
 from dus_cli.heal.train.fitting import peak_flops, rows_at_once
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.optimizer import Optimizer
 from dus_cli.heal.train.state import TrainState
+from dus_cli.models.decoder import Decoder
 from dus_cli.models.devices import peak_memory_bytes
 from dus_cli.models.losses import Teaching, loss_sums
 from dus_cli.models.stopping import Brake, Signals
@@ -75,14 +76,14 @@ class Training:
             seed=run.recipe.seed,
             document_mask=run.document_mask,
         )
-        self.heldout = heldout_rows(
+        self.heldout = heldout_sets(
             data,
             run.tokens_folder,
             run.seq_length,
             document_mask=run.document_mask,
             max_tokens=run.keeping.eval_tokens,
         )
-        row = self.heldout[0]
+        row = next(iter(self.heldout.values()))[0]
         ids = torch.from_numpy(row.input_ids)[None, :64].to(team.device)
         self.student.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
         if run.document_mask:
@@ -138,7 +139,7 @@ class Training:
             row = progress.unmeasured
             if self._evaluates():
                 started = time.perf_counter()
-                row["eval_loss"] = self._evaluate()
+                row |= self._evaluate()
                 progress.seconds += time.perf_counter() - started
             progress.unmeasured = None
             row["seconds"] = self.clock.lap()
@@ -273,25 +274,31 @@ class Training:
     def _measure_start(self) -> None:
         """The base's loss and the scaled model's: rows of step 0."""
         with self.clock("eval"):
+            progress = self.progress
             if self.run.base is not None:
-                self.progress.base_loss = self._base_loss(self.run.base)
-            self.progress.measured(self._mean_loss())
-        self.progress.scaled_loss = self.progress.eval_loss
-        row: dict[str, Any] = {"step": 0, "tokens": 0, "eval_loss": self.progress.eval_loss}
-        if self.progress.base_loss is not None:
-            row["base_loss"] = self.progress.base_loss
+                progress.base_loss = progress.take("base", self._base_losses(self.run.base))
+            losses = self._mean_losses(self.student)
+            progress.measured(losses)
+            progress.scaled_loss = progress.take("scaled", losses)
+        row: dict[str, Any] = {"step": 0, "tokens": 0, **self._measured()}
+        if progress.base_loss is not None:
+            row["base_loss"] = progress.base_loss
+            row |= {"base_losses": named} if (named := progress.losses("base")) else {}
         self._log(row | {"seconds": self.clock.lap()})
 
-    def _base_loss(self, base: BasePlan) -> float:
+    def _measured(self) -> dict[str, Any]:
+        """What a row of metrics.jsonl says of a measurement."""
+        row: dict[str, Any] = {"eval_loss": self.progress.eval_loss}
+        return row | ({"eval_losses": named} if (named := self.progress.losses("now")) else {})
+
+    def _base_losses(self, base: BasePlan) -> dict[str, float]:
         """From the base's layers inside the model; where a start scaled them, from the base
         itself.
         """
         if base.folder is None:
-            return base_loss(
-                self.student, base.layers, self.heldout, self.team, self.at_once, self.brake
-            )
-        whole = self.teacher or load(self.run, self.team, is_base=True)
-        return mean_loss(whole, self.heldout, self.team, self.at_once, self.brake)
+            with self.student.only(base.layers):
+                return self._mean_losses(self.student)
+        return self._mean_losses(self.teacher or load(self.run, self.team, is_base=True))
 
     def _evaluates(self) -> bool:
         return (
@@ -299,14 +306,14 @@ class Training:
             or self.progress.step == self.run.num_steps
         )
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> dict[str, Any]:
         with self.clock("eval"):
-            loss = self._mean_loss()
-        self.progress.measured(loss)
-        return loss
+            losses = self._mean_losses(self.student)
+        self.progress.measured(losses)
+        return self._measured()
 
-    def _mean_loss(self) -> float:
-        return mean_loss(self.student, self.heldout, self.team, self.at_once, self.brake)
+    def _mean_losses(self, decoder: Decoder) -> dict[str, float]:
+        return mean_losses(decoder, self.heldout, self.team, self.at_once, self.brake)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.metrics is not None:

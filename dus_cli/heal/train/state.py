@@ -18,7 +18,8 @@ _SPIKE_NATS = 1.0
 @dataclass
 class TrainState:
     """How far a run is; saved with each checkpoint. `step` counts finished steps, `seconds` all
-    sessions' time.
+    sessions' time. Losses are the first held-out set's; `losses_by_set` has `base`, `scaled` and
+    `now` of each that has a name.
     """
 
     step: int = 0
@@ -34,6 +35,7 @@ class TrainState:
     variance: float = 0.0
     seen: int = 0
     adam_steps: dict[str, int] = field(default_factory=dict)
+    losses_by_set: dict[str, dict[str, float]] = field(default_factory=dict)
     # The row of the last step, while its held-out measurement is to come.
     unmeasured: dict[str, Any] | None = None
 
@@ -55,9 +57,20 @@ class TrainState:
         self.variance = (1 - weight) * (self.variance + weight * difference**2)
         self.seen += 1
 
-    def measured(self, loss: float) -> None:
-        """Take in a held-out loss."""
-        self.eval_loss = loss
+    def take(self, what: str, losses: dict[str, float]) -> float:
+        """Keep what was measured of each set that has a name; the first set's loss."""
+        for name, loss in losses.items():
+            if name:
+                self.losses_by_set.setdefault(name, {})[what] = loss
+        return next(iter(losses.values()))
+
+    def losses(self, what: str) -> dict[str, float]:
+        """What was measured of each set that has a name."""
+        return {name: kept[what] for name, kept in self.losses_by_set.items() if what in kept}
+
+    def measured(self, losses: dict[str, float]) -> None:
+        """Take in the held-out losses, by the set's name."""
+        self.eval_loss = loss = self.take("now", losses)
         if self.base_loss is None:
             return
         self.evals_at_base = self.evals_at_base + 1 if loss <= self.base_loss else 0

@@ -28,6 +28,9 @@ class Standing:
     base_loss: float | None = None
     scaled_loss: float | None = None
     eval_loss: float | None = None
+    base_losses: dict[str, float | None] = field(default_factory=dict)
+    scaled_losses: dict[str, float | None] = field(default_factory=dict)
+    eval_losses: dict[str, float | None] = field(default_factory=dict)
     is_measured: bool = False
     num_skipped: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
@@ -41,9 +44,10 @@ class Standing:
         self.has_begun, self.row = True, row
         self.is_measured = row.get("eval_loss") is not None
         if self.is_measured:
-            self.eval_loss = row["eval_loss"]
+            self.eval_loss, self.eval_losses = row["eval_loss"], row.get("eval_losses", {})
         if not row["step"]:
             self.base_loss, self.scaled_loss = row.get("base_loss"), row.get("eval_loss")
+            self.base_losses, self.scaled_losses = row.get("base_losses", {}), self.eval_losses
             return
         self.num_skipped += bool(row.get("skipped"))
         if not row.get("skipped") and math.isfinite(self.loss):
@@ -73,7 +77,7 @@ class Standing:
         """Everything that matters, in one line."""
         if not self.step:
             return self.start_text()
-        heldout = f"held-out {self.heldout_text()}" if self.is_measured else ""
+        heldout = f"held-out {', '.join(self.heldout_texts())}" if self.is_measured else ""
         parts = [
             f"step {self.step_text(', ')}",
             f"loss {loss_text(self.loss)}",
@@ -94,25 +98,25 @@ class Standing:
         return f"going on from step {self.step:,}"
 
     def start_text(self) -> str:
+        now = self._by_set(self.eval_loss, self.eval_losses)
         if self.base_loss is None:
-            return f"held-out loss at the start: {loss_text(self.eval_loss)}"
-        return (
-            f"held-out loss after scaling: {loss_text(self.eval_loss)}, of the base: "
-            f"{loss_text(self.base_loss)}"
-        )
+            return f"held-out loss at the start: {now}"
+        base = self._by_set(self.base_loss, self.base_losses)
+        return f"held-out loss after scaling: {now}, of the base: {base}"
 
-    def heldout_text(self) -> str:
-        """The held-out loss on its way from right after scaling to the base."""
-        now, scaled, base = self.eval_loss, self.scaled_loss, self.base_loss
-        if scaled is None or now is None:
-            return loss_text(now)
-        if base is None:
-            return f"{loss_text(now)} (at the start {loss_text(scaled)})"
-        where = _way(scaled, now, base)
-        return (
-            f"{loss_text(now)} (scaled {loss_text(scaled)} → base "
-            f"{loss_text(base)}{', ' if where else ''}{where})"
-        )
+    def _by_set(self, loss: float | None, losses: dict[str, float | None]) -> str:
+        if not losses:
+            return loss_text(loss)
+        return " ".join(f"{name} {loss_text(each)}" for name, each in losses.items())
+
+    def heldout_texts(self) -> list[str]:
+        """The held-out loss of each set on its way from right after scaling to the base."""
+        if not self.eval_losses:
+            return [_heldout_text(self.eval_loss, self.scaled_loss, self.base_loss)]
+        return [
+            f"{name} {_heldout_text(now, self.scaled_losses.get(name), self.base_losses.get(name))}"
+            for name, now in self.eval_losses.items()
+        ]
 
     def speed_texts(self) -> list[str]:
         texts = [f"{self._number('tokens_per_second'):,.0f} tokens/s"]
@@ -164,6 +168,18 @@ def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
 
 def loss_text(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.3f}"
+
+
+def _heldout_text(now: float | None, scaled: float | None, base: float | None) -> str:
+    if scaled is None or now is None:
+        return loss_text(now)
+    if base is None:
+        return f"{loss_text(now)} (at the start {loss_text(scaled)})"
+    where = _way(scaled, now, base)
+    return (
+        f"{loss_text(now)} (scaled {loss_text(scaled)} → base "
+        f"{loss_text(base)}{', ' if where else ''}{where})"
+    )
 
 
 def _way(scaled: float, now: float, base: float) -> str:

@@ -284,7 +284,8 @@ class LiveView:
             width = self._console.width - _ECHO - _LABEL - 8
             line = "" if self._console.options.ascii_only else sparkline(now.losses, min(width, 60))
             rows.append(("loss", f"{loss_text(now.loss):<7} {line}"))
-        rows.append(("held-out", now.heldout_text()))
+        first, *others = now.heldout_texts()
+        rows += [("held-out", first), *(("", text) for text in others)]
         if now.step:
             rows.append(("speed", " · ".join(now.speed_texts())))
             rows.append(("optimizer", " · ".join(now.optimizer_texts())))
