@@ -418,6 +418,61 @@ def test_only_the_new_layers_change(home: Path) -> None:
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
 
 
+def test_a_rate_of_0_freezes_and_what_is_left_learns_as_it_does_alone(home: Path) -> None:
+    steps = ("--steps", "4", "--precision", "fp32")
+    by_rate = heal_in(home, "by-rate", "--lr-scale", "base=0,embeddings=0", *steps)
+    by_name = heal_in(home, "by-name", "--train", "new", *steps)
+    assert tiny.curve(by_rate) == tiny.curve(by_name)
+    assert changed_layers(home, by_rate) == {"3", "4"}
+    options = json.loads((by_rate / "run.json").read_text())["options"]
+    assert options["recipe.lr_scale"]["base"] == 0
+
+
+def test_norms_have_a_rate_of_their_own_wherever_they_stand(home: Path) -> None:
+    """Two workers: FSDP has what learns and what does not in one layer."""
+    scales = ("--lr-scale", "new=0,base=0,embeddings=0,norms=1", "--lr", "3e-2")
+    out = heal_in(home, "norms", *scales, "--steps", "2", workers=2)
+    before, after = tiny.weights(home / "scaled"), tiny.weights(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "norm" in name}
+
+
+@pytest.mark.parametrize(
+    ("scales", "more", "said"),
+    [
+        ("old=1", (), "'old=1' is no factor of a group; write new=1,base=0.1"),
+        ("new=-1", (), "'new=-1' is no factor from 0 to 1,000"),
+        ("new=nan", (), "'new=nan' is no factor"),
+        ("new=1,new=2", (), "names new twice"),
+        ("new=0,base=0,embeddings=0", (), "--lr-scale freezes all that would learn"),
+        ("base=0.5", ("--train", "new"), "leave base and embeddings out of --lr-scale"),
+    ],
+)
+def test_rates_that_make_no_sense_are_refused_in_one_line(
+    home: Path, scales: str, more: tuple[str, ...], said: str
+) -> None:
+    data = ("--data", home / "corpus.jsonl", "--dry-run", "-q")
+    refused = tiny.forked_dus("heal", home / "scaled", *data, "--lr-scale", scales, *more)
+    refused.assert_one_line_error(said, code=1 if more else 2)
+
+
+def test_new_and_base_need_a_dus_json(home: Path) -> None:
+    data = ("--data", home / "corpus.jsonl", "--dry-run", "-q", "--seq-length", "64")
+    refused = tiny.forked_dus("heal", home / "base", *data, "--lr-scale", "base=0.5")
+    refused.assert_one_line_error("cannot tell new from base")
+    taken = tiny.forked_dus("heal", home / "base", *data, "--lr-scale", "embeddings=0")
+    assert taken.returncode == 0, taken.stderr
+
+
+def test_what_is_frozen_takes_no_room_in_plan_and_checkpoint(home: Path) -> None:
+    length = ("--seq-length", "64", "--steps", "9")
+    whole, part = dry(home, *length), dry(home, *length, "--lr-scale", "base=0,embeddings=0")
+    for name in ("gradients", "optimizer"):
+        assert part["memory_per_device"][name] < whole["memory_per_device"][name] / 2
+    assert part["memory_per_device"]["weights"] == whole["memory_per_device"]["weights"]
+    assert part["disk"]["checkpoint"] < whole["disk"]["checkpoint"] / 2
+
+
 def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_trained(
     home: Path,
 ) -> None:

@@ -500,7 +500,10 @@ def half(stopped: Path, tmp_path: Path) -> Path:
 
 
 IN_BF16 = {
-    "with masters": ("--precision", "bf16", "--schedule", "constant", "--weight-decay", "0.1"),
+    "with masters": (
+        *("--precision", "bf16", "--schedule", "constant", "--weight-decay", "0.1"),
+        *("--lr-scale", "base=0.5,norms=0"),
+    ),
     "without masters": ("--precision", "bf16", "--master-weights", "bf16", "--train", "new"),
 }
 
@@ -587,6 +590,7 @@ CHANGES = {
     "seed": ("--seed", "1"),
     "precision": ("--precision", "bf16"),
     "train": ("--train", "new"),
+    "lr-scale": ("--lr-scale", "base=0.5"),
     "distill": ("--distill", "0.5"),
     "warmup": ("--warmup", "3"),
     "holdout": ("--holdout", "20%"),

@@ -184,12 +184,15 @@ def test_a_log_names_each_held_out_set(metrics: Path, capsys: pytest.CaptureFixt
     now = step_row(10, eval_loss=3.0, eval_losses={"docs": 3.0, "code": 1.4})
     append(metrics, start, now)
     view.update(follower)
-    assert capsys.readouterr().err.splitlines()[-2:] == [
-        "held-out loss after scaling: docs 3.400 code 2.000, of the base: docs 2.900 code 1.500",
+    first, measured = capsys.readouterr().err.splitlines()[-2:]
+    assert first == (
+        "held-out loss after scaling: docs 3.400 code 2.000, of the base: docs 2.900 code 1.500"
+    )
+    assert measured == (
         "step 10 of 100, 41K of 410K tokens, loss 2.990, "
         "held-out docs 3.000 (scaled 3.400 → base 2.900, 80% of the way), "
-        "code 1.400 (scaled 2.000 → base 1.500, reached), 1,500 tokens/s, 90 s left",
-    ]
+        "code 1.400 (scaled 2.000 → base 1.500, reached), 1,500 tokens/s, 90 s left"
+    )
 
 
 def test_a_log_without_measurements_has_a_line_a_minute(

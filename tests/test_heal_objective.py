@@ -15,10 +15,11 @@ from dus_cli.errors import HealError  # noqa: E402
 from dus_cli.heal.run import RecipePlan  # noqa: E402
 from dus_cli.heal.train import schedule  # noqa: E402
 from dus_cli.heal.train.gains import Gains  # noqa: E402
-from dus_cli.heal.train.optimizer import stochastically_rounded  # noqa: E402
+from dus_cli.heal.train.optimizer import Optimizer, stochastically_rounded  # noqa: E402
 from dus_cli.models import losses  # noqa: E402
 from dus_cli.models.devices import computes_in_bf16  # noqa: E402
 from dus_cli.models.losses import Head, Teaching, check_head, loss_sums  # noqa: E402
+from dus_cli.models.team import Team  # noqa: E402
 
 VOCAB, WIDTH = 97, 16
 
@@ -154,6 +155,23 @@ def _recipe(**fields: Any) -> RecipePlan:
     return RecipePlan(**(values | fields))
 
 
+def test_each_group_learns_at_its_share_of_the_rate() -> None:
+    team = Team(0, 1, 1, torch.device("cpu"), None, None)
+    scales = {"whole": 1.0, "tenth": 0.1, "default": None}
+    parameters = {name: torch.nn.Parameter(torch.zeros(3, 3)) for name in scales}
+    given = {name: scale for name, scale in scales.items() if scale is not None}
+    optimizer = Optimizer(
+        parameters, _recipe(lr=0.5), team, masters=True, num_replicas=1, scales=given
+    )
+    optimizer.prepare(parameters)
+    for parameter in parameters.values():
+        (3 * parameter).sum().backward()
+    optimizer.step(1.0, norm=0.0, step=0)
+    moved = {name: float(parameter.detach().mean()) for name, parameter in parameters.items()}
+    # Adam's first step is as long as its rate, whatever the gradient
+    assert moved == pytest.approx({"whole": -0.5, "tenth": -0.05, "default": -0.5})
+
+
 def test_wsd_warms_up_stays_and_falls_to_nothing_after_the_last_step() -> None:
     rates = [schedule.rate_share(_recipe(), step, 100) for step in range(100)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -188,8 +206,8 @@ def test_gains_follow_adam_and_leave_what_does_not_learn() -> None:
     )
     assert gains.names == ["a.o_proj.weight", "b.down_proj.weight"]
     # Adam's first step has the size of its rate whatever the gradient's, and goes against its sign.
-    assert gains.factors([5.0, None], lr=0.1) == pytest.approx([math.exp(-0.1), 1.0])
-    assert gains.factors([5.0, -3.0], lr=0.1) == pytest.approx([math.exp(-0.1), math.exp(0.1)])
+    assert gains.factors([5.0, None], [0.1, 0.1]) == pytest.approx([math.exp(-0.1), 1.0])
+    assert gains.factors([5.0, -3.0], [0.1, 0.1]) == pytest.approx([math.exp(-0.1), math.exp(0.1)])
 
 
 def test_a_cpu_beside_an_accelerator_is_asked_for_its_own_bf16(

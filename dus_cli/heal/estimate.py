@@ -66,29 +66,33 @@ class MemoryEstimate:
 _ACTIVATION_BYTES = {"none": 34.0, "selective": 18.0, "full": 2.0}
 
 
+def num_learning(shape: Shape, num_layers: int, *, with_embeddings: bool) -> int:
+    """Parameters that learn: of so many layers, and of what stands outside of them or not."""
+    layers = shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size
+    outside = shape.num_parameters - layers if with_embeddings else 0
+    return layers * num_layers // max(1, shape.num_layers) + outside
+
+
 def checkpoint_bytes(
-    shape: Shape, *, num_learning_layers: int, weight_bytes: int, has_fp32_masters: bool
+    shape: Shape, *, num_learning: int, weight_bytes: int, has_fp32_masters: bool
 ) -> int:
     """Bytes of a checkpoint: of what learns the weight, two fp32 moments, and the fp32 master where
     it is another one.
 
     Args:
         shape: the model's.
-        num_learning_layers: layers that learn at some time; all of them is the whole model,
-            embeddings included.
+        num_learning: parameters that learn.
         weight_bytes: of a parameter as it computes.
         has_fp32_masters: whether bf16 weights are followed by fp32 ones.
     """
     each = weight_bytes + 8 + (4 if has_fp32_masters and weight_bytes != 4 else 0)
-    if num_learning_layers == shape.num_layers:
-        return shape.num_parameters * each
-    layers = shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size
-    return layers * num_learning_layers // max(1, shape.num_layers) * each
+    return min(num_learning, shape.num_parameters) * each
 
 
 def memory_per_device(
     shape: Shape,
     *,
+    num_learning: int | None = None,
     num_shards: int,
     micro_batch_tokens: int,
     weight_bytes: int,
@@ -96,13 +100,14 @@ def memory_per_device(
     activation_checkpointing: str,
     teacher_layers: int,
 ) -> MemoryEstimate:
-    """Bytes that one device needs. Weights, gradients, masters and moments are split `num_shards`
-    ways.
+    """Bytes that one device needs. Weights, and gradients, masters and moments of what learns (None
+    is all) are split `num_shards` ways.
 
     Gradients are summed in fp32; Adam keeps two fp32 moments; one layer and the head are gathered
     at a time.
     """
     each = shape.num_parameters / num_shards
+    learning = each if num_learning is None else num_learning / num_shards
     masters = 4.0 if has_fp32_masters and weight_bytes != 4 else 0.0
     layer = (shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size) / max(
         1, shape.num_layers
@@ -118,8 +123,8 @@ def memory_per_device(
         activations += micro_batch_tokens * shape.hidden_size * _ACTIVATION_BYTES["none"]
     return MemoryEstimate(
         weights=each * weight_bytes,
-        gradients=each * 4.0,
-        optimizer=each * (8.0 + masters),
+        gradients=learning * 4.0,
+        optimizer=learning * (8.0 + masters),
         teacher=each * weight_bytes * teacher_layers / max(1, shape.num_layers),
         gathered=(2 * layer + shape.vocab_size * shape.hidden_size) * weight_bytes
         if is_sharded

@@ -267,6 +267,60 @@ def betas_text(betas: tuple[float, float]) -> str:
     return ",".join(map(str, betas))
 
 
+@dataclass(frozen=True)
+class RateScales:
+    """What learning rates are multiplied by: of new layers, of the base's own, of what stands
+    outside of the layers (embeddings, head, final norm), and of all norms. Norms of None go with
+    what they stand in. 0 freezes.
+    """
+
+    new: float = 1.0
+    base: float = 1.0
+    embeddings: float = 1.0
+    norms: float | None = None
+
+    def __str__(self) -> str:
+        """As it is typed.
+
+        >>> str(RateScales(base=0.1, norms=1.0))
+        'new=1,base=0.1,embeddings=1,norms=1'
+        """
+        values = dataclasses.asdict(self).items()
+        return ",".join(f"{name}={value:g}" for name, value in values if value is not None)
+
+
+_RATE_GROUPS = tuple(group.name for group in dataclasses.fields(RateScales))
+_HIGHEST_SCALE = 1000.0
+
+
+def parse_rate_scales(text: str) -> RateScales:
+    """Factors of the learning rates, by group.
+
+    >>> parse_rate_scales("base=0.1,embeddings=0")
+    RateScales(new=1.0, base=0.1, embeddings=0.0, norms=None)
+
+    Raises:
+        ValueError: no such group, a group twice, or no number from 0 to 1,000.
+    """
+    scales: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = (word.strip() for word in part.partition("="))
+        if name not in _RATE_GROUPS or not equals:
+            raise ValueError(
+                f"{part!r} is no factor of a group; write new=1,base=0.1,embeddings=0,norms=1 or "
+                "some of these"
+            )
+        if name in scales:
+            raise ValueError(f"{text!r} names {name} twice; leave one out")
+        try:
+            scales[name] = float(number)
+        except ValueError:
+            scales[name] = -1.0
+        if not 0 <= scales[name] <= _HIGHEST_SCALE:
+            raise ValueError(f"{part!r} is no factor from 0 to {_HIGHEST_SCALE:,.0f}")
+    return RateScales(**scales)
+
+
 # The groups in which --help lists the options.
 _BUDGET, _RECIPE, _FIT = "Budget", "Recipe", "Memory and speed"
 _LAUNCH, _KEEP = "Workers", "Measuring and saving"
@@ -413,6 +467,16 @@ class Recipe:
             "Which layers learn: all, or new (those that are not the base's own).", panel=_RECIPE
         ),
     ] = Train.all
+    lr_scale: Annotated[
+        RateScales | None,
+        Option(
+            "Factors of --lr and --gain-lr by group: new layers, the base's own, embeddings (all "
+            "outside of the layers), norms; 0 freezes. Default: 1 each.",
+            metavar="GROUP=X,…",
+            panel=_RECIPE,
+            parse=parse_rate_scales,
+        ),
+    ] = None
     distill: Annotated[
         Distill | None,
         Option(

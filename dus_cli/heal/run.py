@@ -43,11 +43,23 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
+class RatesPlan:
+    """What learning rates are multiplied by: each output layer's, that of all outside of the
+    layers, and the norms' wherever they stand (None: as what they stand in). 0 freezes.
+    """
+
+    layers: tuple[float, ...]
+    outside: float
+    norms: float | None
+
+
+@dataclass(frozen=True)
 class RecipePlan:
     """How it learns, in steps. `warmup_steps` and `decay_steps` are at the two ends of the run.
 
     `train_layers` are the output layers that learn; None is the whole model. `distill_steps` is the
-    step at which the KL term's weight has fallen to 0.
+    step at which the KL term's weight has fallen to 0. `rates` are factors of `lr` and `gain_lr`;
+    None is 1 throughout.
     """
 
     lr: float
@@ -63,6 +75,16 @@ class RecipePlan:
     distill_weight: float
     distill_steps: int
     max_skipped: int
+    rates: RatesPlan | None = None
+
+    def learning_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The output layers of which more than norms learns."""
+        layers = range(num_layers) if self.train_layers is None else self.train_layers
+        return tuple(i for i in layers if self.rates is None or self.rates.layers[i])
+
+    @property
+    def embeddings_learn(self) -> bool:
+        return self.train_layers is None and (self.rates is None or self.rates.outside > 0)
 
 
 @dataclass(frozen=True)
@@ -218,6 +240,7 @@ def _build(kind: type[_T], record: dict[str, Any]) -> _T:
     """A dataclass from JSON: nested ones from objects, tuples from lists."""
     nested: dict[str, Any] = {
         "recipe": RecipePlan,
+        "rates": RatesPlan,
         "fit": FitPlan,
         "keeping": KeepingPlan,
         "base": BasePlan,

@@ -4,7 +4,7 @@ part as its base.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -183,14 +183,17 @@ class Decoder:
         self._cut(layers)
         self.parameters = dict(self.model.named_parameters())
 
-    def train_only(self, layers: Sequence[int] | None) -> None:
-        """Let these layers learn, and nothing else; None is everything."""
+    def train_only(self, layers: Sequence[int] | None, frozen: Collection[str] = ()) -> None:
+        """Let these layers learn, and nothing else; None is everything. Parameters whose names are
+        `frozen` do not.
+        """
         self.reshard()  # FSDP asks what learns when it gathers
         learning = (
             None if layers is None else {id(p) for i in layers for p in self.layers[i].parameters()}
         )
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(learning is None or id(parameter) in learning)
+        for name, parameter in self.parameters.items():
+            learns = learning is None or id(parameter) in learning
+            parameter.requires_grad_(learns and name not in frozen)
 
 
 def _by_layer(config: Any, num_layers: int) -> dict[str, Sequence[Any]]:

@@ -134,9 +134,16 @@ def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool)
     }
 
 
+def num_learning(run: Run, shape: Shape) -> int:
+    """Parameters that learn, norms of frozen layers aside."""
+    layers = len(run.recipe.learning_layers(run.num_layers))
+    return estimate.num_learning(shape, layers, with_embeddings=run.recipe.embeddings_learn)
+
+
 def _memory(run: Run, shape: Shape, workers: int, num_local: int) -> MemoryEstimate:
     return estimate.memory_per_device(
         shape,
+        num_learning=num_learning(run, shape),
         num_shards=num_shards(run.fit.sharding, workers, num_local),
         micro_batch_tokens=(run.fit.micro_batch_rows or 1) * run.seq_length,
         weight_bytes=2 if run.fit.precision == "bf16" else 4,

@@ -12,7 +12,7 @@ from dus_cli.common.storage import free_bytes
 from dus_cli.common.units import human_bytes, human_time
 from dus_cli.data.sources import Unread
 from dus_cli.heal import estimate
-from dus_cli.heal.launch.plan import REFERENCE_GPU, TYPICAL_MFU, plan_lines, plan_of
+from dus_cli.heal.launch.plan import REFERENCE_GPU, TYPICAL_MFU, num_learning, plan_lines, plan_of
 from dus_cli.heal.options import HealOptions
 from dus_cli.heal.run import (
     REPORT,
@@ -173,6 +173,7 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
                 f"{recipe.decay_steps} steps"
             ),
         ),
+        *([("", f"times {scales}")] if (scales := wishes.recipe.lr_scale) else []),
         (
             "cost",
             f"{report['flops']:.3g} FLOPs, {report['fraction_of_pretraining']:.2g} of pretraining",
@@ -201,10 +202,9 @@ def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:
     """Bytes that the run takes at most at a time, token files aside: those kept, the one being
     written, the model.
     """
-    learning = run.recipe.train_layers
     checkpoint = estimate.checkpoint_bytes(
         shape,
-        num_learning_layers=run.num_layers if learning is None else len(learning),
+        num_learning=num_learning(run, shape),
         weight_bytes=2 if run.fit.precision == "bf16" else 4,
         has_fp32_masters=run.fit.master_weights == "fp32",
     )

@@ -11,8 +11,17 @@ from dus_cli import __version__
 from dus_cli.common.bounds import check_fields
 from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
-from dus_cli.heal.options import Budget, Fit, HealOptions, Keeping, Launch, Recipe, Train
-from dus_cli.heal.run import FitPlan, KeepingPlan, RecipePlan, Run
+from dus_cli.heal.options import (
+    Budget,
+    Fit,
+    HealOptions,
+    Keeping,
+    Launch,
+    RateScales,
+    Recipe,
+    Train,
+)
+from dus_cli.heal.run import FitPlan, KeepingPlan, RatesPlan, RecipePlan, Run
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
 from dus_cli.release import lineage
@@ -162,12 +171,33 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
         raise HealError(
             f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of; use --train all"
         )
+    if wishes.recipe.lr_scale is not None:
+        _check_scales(wishes.recipe.lr_scale, wishes, model)
     length = wishes.data.seq_length
     if length is not None and model.max_length is not None and length > model.max_length:
         raise HealError(
             f"--seq-length {length} is more than the model's {model.max_length} positions; choose "
             "less"
         )
+
+
+def _check_scales(scales: RateScales, wishes: HealOptions, model: Model) -> None:
+    """Check that the groups of --lr-scale can be told apart, and that some of them learn."""
+    learning = [scales.new, scales.norms or 0.0]
+    if wishes.recipe.train is Train.all:
+        learning += [scales.base, scales.embeddings]
+    elif (scales.base, scales.embeddings) != (1, 1):
+        raise HealError(
+            "--train new leaves the base's layers and the embeddings as they are; leave base and "
+            "embeddings out of --lr-scale, or use --train all"
+        )
+    if scales.new != scales.base and not model.new_layers:
+        raise HealError(
+            f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of, so that "
+            "--lr-scale cannot tell new from base; give both the same factor"
+        )
+    if not any(learning):
+        raise UsageError("--lr-scale freezes all that would learn; give a group more than 0")
 
 
 def seq_length(wishes: HealOptions, model: Model) -> int:
@@ -291,7 +321,14 @@ def _recipe(recipe: Recipe, model: Model, steps: int, tokens_per_step: int) -> R
         distill_weight=distill.weight if distill is not None else 0.0,
         distill_steps=until,
         max_skipped=recipe.max_skipped,
+        rates=None if recipe.lr_scale is None else _rates(recipe.lr_scale, model),
     )
+
+
+def _rates(scales: RateScales, model: Model) -> RatesPlan:
+    new = set(model.new_layers)
+    layers = tuple(scales.new if i in new else scales.base for i in range(model.num_layers))
+    return RatesPlan(layers, outside=scales.embeddings, norms=scales.norms)
 
 
 def _fit(fit: Fit, launch: Launch) -> FitPlan:
@@ -326,7 +363,8 @@ def _measuring(
     """
     if keeping.eval_tokens is not None:
         return keeping.eval_every or max(1, steps // _EVALS), keeping.eval_tokens
-    cost = _FORWARD_SHARE if recipe.train_layers is None else _FORWARD_SHARE_OF_FEW
+    all_learn = recipe.train_layers is None and (recipe.rates is None or all(recipe.rates.layers))
+    cost = _FORWARD_SHARE if all_learn else _FORWARD_SHARE_OF_FEW
     total = int(_EVAL_SHARE / (1 - _EVAL_SHARE) * steps * tokens_per_step / cost)
     worth = max(1, min(_THIN_EVAL_TOKENS * num_sets, num_heldout))
     wanted = min(_EVALS, max(_FEWEST_EVALS, total // worth - _AT_START))

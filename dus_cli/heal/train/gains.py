@@ -65,9 +65,9 @@ class Gains:
             "gains.steps": self.steps,
         }
 
-    def factors(self, products: Sequence[float | None], lr: float) -> list[float]:
-        """The factor for each matrix, of ⟨gradient, W⟩ over all workers; None where the matrix
-        does not learn.
+    def factors(self, products: Sequence[float | None], rates: Sequence[float]) -> list[float]:
+        """The factor for each matrix, of ⟨gradient, W⟩ over all workers and its gain's learning
+        rate; None where the matrix does not learn.
         """
         first, second = _BETAS
         factors = []
@@ -81,5 +81,5 @@ class Gains:
             steps = float(self.steps[index])
             mean = float(self.exp_avg[index]) / (1 - first**steps)
             square = float(self.exp_avg_sq[index]) / (1 - second**steps)
-            factors.append(math.exp(-lr * mean / (math.sqrt(square) + _EPSILON)))
+            factors.append(math.exp(-rates[index] * mean / (math.sqrt(square) + _EPSILON)))
         return factors

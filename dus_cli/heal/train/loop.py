@@ -27,6 +27,7 @@ from dus_cli.heal.train.evaluate import mean_losses
 from dus_cli.heal.train.fitting import peak_flops, rows_at_once
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.optimizer import Optimizer
+from dus_cli.heal.train.rates import rate_scales
 from dus_cli.heal.train.state import TrainState
 from dus_cli.models.decoder import Decoder
 from dus_cli.models.devices import peak_memory_bytes
@@ -91,6 +92,7 @@ class Training:
         self.teacher = load(run, team, is_base=True) if run.recipe.distill_weight > 0 else None
         if self.teacher is not None:
             self.teacher.check_loss(ids, torch.arange(ids.shape[1], device=team.device)[None])
+        scales = rate_scales(self.student, run.recipe.rates)
         shards = num_shards(run.fit.sharding, team.size, team.num_local)
         self.optimizer = Optimizer(
             self.student.parameters,
@@ -99,9 +101,11 @@ class Training:
             masters=run.fit.master_weights == "fp32",
             num_replicas=team.size // shards,
             stored=self.publication.stored,
+            scales=scales,
         )
         self.progress = self._resume()
-        self.student.train_only(run.recipe.train_layers)
+        frozen = {name for name, scale in scales.items() if not scale}
+        self.student.train_only(run.recipe.train_layers, frozen)
         self.optimizer.prepare(
             name for name, p in self.student.parameters.items() if p.requires_grad
         )

@@ -9,7 +9,7 @@ bf16 weights are rounded stochastically, so that small updates are not lost on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,8 @@ _EPSILON = 1e-8
 class _Slot:
     """One parameter's part on this worker. `master` is the weight itself where it is fp32 already.
 
-    `is_stale` says that `gradient` is of a step that is over: the next one takes its place instead
-    of being added.
+    `scale` is a factor of its learning rates. `is_stale` says that `gradient` is of a step that is
+    over: the next one takes its place instead of being added.
     """
 
     parameter: nn.Parameter
@@ -41,6 +41,7 @@ class _Slot:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+    scale: float
     is_stale: bool = False
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -88,6 +89,7 @@ class Optimizer:
         masters: bool,
         num_replicas: int,
         stored: Callable[[str], Tensor | None] = lambda _: None,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         """Args:
         parameters: all of the model, by name.
@@ -96,12 +98,14 @@ class Optimizer:
         masters: keep fp32 copies of bf16 weights.
         num_replicas: how many workers hold the same part.
         stored: a worker's part of a parameter in fp32, where the file has it in more than bf16.
+        scales: what each parameter's learning rates are multiplied by; None is 1.
         """
         self._parameters = parameters
         self._recipe = recipe
         self._team = team
         self._masters = masters
         self._stored = stored
+        self._scales = scales or {}
         self._num_replicas = num_replicas
         self._slots: dict[str, _Slot] = {}
         self._gains = Gains(parameters) if recipe.gain_lr > 0 else None
@@ -144,6 +148,7 @@ class Optimizer:
                 exp_avg=exp_avg,
                 exp_avg_sq=exp_avg_sq,
                 step=step,
+                scale=self._scales.get(name, 1.0),
             )
 
     def gradient_norm(self) -> float:
@@ -184,7 +189,7 @@ class Optimizer:
         divisor = None if factor == 1.0 else torch.tensor(1 / factor, device=device)
         for slot in learning:
             master = slot.master if slot.master is not None else slot.weight.float()
-            self._update(slot, master, share * self._recipe.lr, divisor)
+            self._update(slot, master, share * self._recipe.lr * slot.scale, divisor)
             if (gain := gains.get(id(slot), 1.0)) != 1.0:
                 master.mul_(gain)
             if slot.master is None:
@@ -207,7 +212,8 @@ class Optimizer:
         ]
         totals = [clip * total / self._num_replicas for total in self._team.sum(products)]
         known = [total if is_on else None for total, is_on in zip(totals, learn, strict=True)]
-        factors = self._gains.factors(known, rate)
+        rates = [0.0 if slot is None else rate * slot.scale for slot in slots]
+        factors = self._gains.factors(known, rates)
         return {id(slot): factor for slot, factor in zip(slots, factors, strict=True)}
 
     def _product(self, slot: _Slot) -> float:
