@@ -37,6 +37,7 @@ _MODULES = {
     "Progress": "progress",
     "UpscaleReport": "upscaling.report",
     "Verification": "verification.report",
+    "VerifyOptions": "verification.options",
 }
 
 
@@ -79,6 +80,7 @@ __all__ = [
     "UpscaleReport",
     "UsageError",
     "Verification",
+    "VerifyOptions",
     "__version__",
     "evaluate",
     "heal",

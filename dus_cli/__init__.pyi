@@ -11,6 +11,7 @@ from dus_cli.push.options import PushOptions
 from dus_cli.push.report import PushReport
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.verbs import evaluate, heal, probe, push
+from dus_cli.verification.options import VerifyOptions
 from dus_cli.verification.report import Verification
 
 __version__: str
@@ -36,6 +37,7 @@ __all__ = [
     "UpscaleReport",
     "UsageError",
     "Verification",
+    "VerifyOptions",
     "__version__",
     "evaluate",
     "heal",

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dus_cli.common.bounds import check_numbers
-from dus_cli.common.reference import ModelRef, user_path
+from dus_cli.common.options import options_of, takes_fields
+from dus_cli.common.reference import ModelRef, model_text, user_path
 from dus_cli.common.units import parse_size
 from dus_cli.errors import DusError, UsageError, shown
 from dus_cli.hub.opening import open_base
@@ -32,6 +33,7 @@ from dus_cli.upscaling import verb as upscaling
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.upscaling.wanted import Wanted
 from dus_cli.verification import verb as verification
+from dus_cli.verification.options import VerifyOptions
 from dus_cli.verification.planned import VerifyMode
 from dus_cli.verification.report import Verification
 from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
@@ -231,44 +233,35 @@ def plan(
     )
 
 
+@takes_fields(VerifyOptions)
 def verify(
     folder: str | Path,
+    options: VerifyOptions | None = None,
     *,
-    base: str | Path | None = None,
-    engines: Sequence[str] = (),
-    token: str | None = None,
-    jobs: int = DEFAULT_JOBS,
-    read: bool = False,
     progress: Progress | None = None,
+    **fields: Any,
 ) -> Verification:
     """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
 
-    Problems are no exceptions: the result lists every one, and `is_sound` where there is none.
+    Problems are no exceptions: the result lists every one, and `is_sound` is true if there is none.
 
     Args:
         folder: the directory to check.
-        base: also hold every tensor against this base, a Hub id or a directory.
-        engines: names of inference engines: what one of them would not compute as config.json says
-            is a problem.
-        token: of the Hub, for the base; HF_TOKEN or the stored login by default.
-        jobs: parallel reads, 1 to 64.
-        read: read also what lies in the same blocks of the disk and cannot differ: for a disk that
-            is not trusted.
+        options: what it is held against, and how bytes are read.
         progress: told what happens while it happens, from several threads.
+        fields: fields of `options` by keyword.
 
     Raises:
         UsageError: an argument that no model could make right.
         DusError: the folder is not there, or the base cannot be read.
     """
     told, folder = progress or NoProgress(), user_path(folder)
-    names = parse_engines(engines)
+    given = options_of(VerifyOptions, options, fields)
     if not folder.is_dir():
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
-    ref = None if base is None else ModelRef.parse(_text(base), token=token)
-    checkpoint = None if ref is None else open_base(ref, quiet=not told.is_live, progress=told)
-    return verification.verify(
-        folder, checkpoint, engines=names, jobs=_jobs(jobs), reads_all=read, progress=told
-    )
+    ref = None if given.base is None else ModelRef.parse(given.base, token=given.token)
+    base = None if ref is None else open_base(ref, quiet=not told.is_live, progress=told)
+    return verification.verify(folder, base, given, progress=told)
 
 
 def _wanted(
@@ -310,14 +303,14 @@ def _wanted(
         if names:
             raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
         remaking = read_remaking(
-            user_path(lineage), None if model is None else _text(model), token=token
+            user_path(lineage), None if model is None else model_text(model), token=token
         )
         remaking = replace(remaking, request=replace(remaking.request, engines=engines))
         return Wanted(*remaking.parts, remaking)
     if model is None:
         raise UsageError("which model? give a directory or a Hub id, or lineage")
     return Wanted(
-        ModelRef.parse(_text(model), revision=revision, token=token),
+        ModelRef.parse(model_text(model), revision=revision, token=token),
         _request(
             trim,
             layers,
@@ -380,11 +373,6 @@ def _target(
             raise UsageError("--private and --branch are of --push-to; say where to push")
         return None
     return Target.parse(push_to, branch=branch, private=private, token=token)
-
-
-def _text(model: str | Path) -> str:
-    """A path's text is one that means a directory too, where lineage and card repeat it."""
-    return str(model) if isinstance(model, str) or model.is_absolute() else f"./{model}"
 
 
 def _size(size: int | str) -> int:

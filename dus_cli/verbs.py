@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.libraries import require
 from dus_cli.common.options import settled
-from dus_cli.common.reference import ModelRef, user_path
+from dus_cli.common.reference import ModelRef, model_text, user_path
 from dus_cli.errors import UsageError
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.heal.options import Budget, DataOptions, Fit, HealOptions, Keeping, Launch, Recipe
@@ -56,7 +56,7 @@ def probe(
     from dus_cli.probe.verb import probe as verb
 
     told = progress or NoProgress()
-    ref = ModelRef.parse(_text(model), revision=revision, token=token)
+    ref = ModelRef.parse(model_text(model), revision=revision, token=token)
     return verb(ref, settled(options), told, dry_run=dry_run, quiet=not told.is_live)
 
 
@@ -94,7 +94,7 @@ def evaluate(
 
     told, kept = progress or NoProgress(), settled(gates or Gates())
     read, run = settled(text or TextOptions()), settled(tasks or TaskOptions())
-    refs = [ModelRef.parse(_text(model), token=token) for model in models]
+    refs = [ModelRef.parse(model_text(model), token=token) for model in models]
     if not refs:
         raise UsageError("models: there is none; give a directory or a Hub id")
     found = kept.misfit(len(refs) + with_base, has_data=bool(read.data), has_tasks=bool(run.tasks))
@@ -237,8 +237,3 @@ def heal_options(
         launch=settled(launch or Launch()),
         keeping=settled(keeping or Keeping()),
     )
-
-
-def _text(model: str | Path) -> str:
-    """A path's text is one that means a directory too."""
-    return str(model) if isinstance(model, str) or model.is_absolute() else f"./{model}"

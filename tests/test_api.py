@@ -58,6 +58,11 @@ PUSH = (
     "'str | None' = None"
 )
 
+VERIFY = (
+    "base: str | None = None, engines: tuple[str, ...] = (), token: str | None = None, jobs: int = "
+    "4, read: bool = False"
+)
+
 SIGNATURES: dict[Any, str] = {
     upscale: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}jobs: 'int' = 4, "
     "verify: \"VerifyMode | Literal['none', 'structure', 'full']\" = <VerifyMode.structure: "
@@ -78,9 +83,9 @@ SIGNATURES: dict[Any, str] = {
     "budget: 'Budget | None' = None, recipe: 'Recipe | None' = None, fit: 'Fit | None' = None, "
     "launch: 'Launch | None' = None, keeping: 'Keeping | None' = None, dry_run: 'bool' = False, "
     "view: 'View | None' = None) -> 'dict[str, Any]'",
-    verify: "(folder: 'str | Path', *, base: 'str | Path | None' = None, engines: 'Sequence[str]' = (), "
-    "token: 'str | None' = None, jobs: 'int' = 4, read: 'bool' = False, "
-    "progress: 'Progress | None' = None) -> 'Verification'",
+    verify: "(folder: 'str | Path', options: 'VerifyOptions | None' = None, *, "
+    "progress: 'Progress | None' = None, "
+    f"{VERIFY}) -> 'Verification'",
 }
 
 FIELDS: dict[Any, dict[str, str]] = {
@@ -115,7 +120,7 @@ FIELDS: dict[Any, dict[str, str]] = {
 
 def test_the_package_exports_these_names() -> None:
     options = (
-        "ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget "
+        "VerifyOptions ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget "
         "Recipe Fit Launch"
     )
     reports = "UpscaleReport Verification Probe EvalReport PushReport"

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from enum import Enum
+from enum import EnumMeta
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
@@ -108,9 +108,7 @@ def _parameter(option: OptionField) -> inspect.Parameter:
 
 
 def _kind(option: OptionField, *, is_required: bool) -> Any:
-    is_plain = option.kind in _PLAIN or (
-        isinstance(option.kind, type) and issubclass(option.kind, Enum)
-    )
+    is_plain = option.kind in _PLAIN or isinstance(option.kind, EnumMeta)
     kind = option.kind if is_plain else Any
     if option.repeats:
         kind = list[kind]  # type: ignore[valid-type]

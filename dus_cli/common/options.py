@@ -13,9 +13,10 @@ needed for it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, EnumMeta
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,6 +26,7 @@ from dus_cli.common.reference import user_path
 from dus_cli.errors import DusError, UsageError, shown
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Option:
         metavar: what stands for the value in --help.
         panel: the group in which --help lists it.
         parse: makes the value of its text; raises ValueError or DusError if the text is not
-            understood. Plain numbers, paths, enums and text need none.
+            understood. From Python a field of text may be given a path, which goes through it too.
+            Plain numbers, paths, enums and text need none.
         show: makes of the value what a person types for it, if that is not the value itself.
         auto: "auto" may be typed for None, and is the default.
         splits: of an option that repeats: `parse` makes a tuple of values of one text.
@@ -51,7 +54,7 @@ class Option:
     short: str = ""
     metavar: str | None = None
     panel: str | None = None
-    parse: Callable[[str], Any] | None = None
+    parse: Callable[[Any], Any] | None = None
     show: Callable[[Any], Any] | None = None
     auto: bool = False
     splits: bool = False
@@ -80,7 +83,7 @@ class OptionField:
     option: Option
 
     @property
-    def parse(self) -> Callable[[str], Any] | None:
+    def parse(self) -> Callable[[Any], Any] | None:
         """What makes the value of its text; None if nothing but the type does. It raises
         ValueError or DusError.
         """
@@ -107,6 +110,8 @@ class OptionField:
             return None
         if not self.repeats:
             return self._taken(value)
+        if isinstance(value, Mapping):
+            value = value.items()
         items = [
             self._taken(item) for item in ([value] if isinstance(value, (str, Path)) else value)
         ]
@@ -121,14 +126,14 @@ class OptionField:
         if value is None:
             raise UsageError(f"{self.field}: None is no value of it; leave it out for the default")
         try:
+            if isinstance(value, Path) and kind is str:
+                return str(value) if parse is None else parse(value)
             if isinstance(value, str) and parse is not None:
                 return parse(value)
-            if isinstance(kind, type) and issubclass(kind, Enum):
-                return kind(value)
+            if isinstance(kind, EnumMeta):
+                return _choice(kind, value)
         except (ValueError, DusError) as error:
             raise UsageError(f"{self.field}: {error}") from None
-        if kind is str and isinstance(value, Path):
-            return str(value)
         check_numbers(**{self.name.replace("-", "_"): value})
         if kind in (bool, str, Path) and not isinstance(value, kind):
             raise UsageError(f"{self.field}: {shown(repr(value))} is no {kind.__name__.lower()}")
@@ -159,6 +164,19 @@ class OptionField:
         if self.default is dataclasses.MISSING or self.default == ():
             return None
         return self.default if isinstance(self.default, Enum) else self.typed(self.default)
+
+
+def _choice(kind: EnumMeta, value: Any) -> Any:
+    """The member of an enum that has a value.
+
+    Raises:
+        ValueError: there is none.
+    """
+    choices: list[Any] = list(kind)
+    if value not in {choice.value for choice in choices}:
+        names = ", ".join(str(choice.value) for choice in choices)
+        raise ValueError(f"{shown(str(value))!r} is not one of {names}")
+    return kind(value)
 
 
 def option_field(field: str, annotation: Any, default: Any) -> OptionField | None:
@@ -206,3 +224,39 @@ def settled(options: _T) -> _T:
         for option in option_fields(type(given))
     }
     return dataclasses.replace(given, **taken)  # type: ignore[no-any-return]
+
+
+def options_of(kind: type[_T], options: _T | None, fields: Mapping[str, Any]) -> _T:
+    """The options that a caller from Python gave: as an object, as its fields by keyword, or as an
+    object with some fields replaced.
+
+    Raises:
+        TypeError: a keyword is no field.
+        UsageError: a value that the option does not take.
+    """
+    given: Any = kind() if options is None else options
+    return settled(dataclasses.replace(given, **fields))  # type: ignore[no-any-return]
+
+
+def takes_fields(kind: type) -> Callable[[_F], _F]:
+    """Show of a function that ends in `**fields` which keywords these are: the fields of a
+    dataclass.
+    """
+
+    def decorate(function: _F) -> _F:
+        signature = inspect.signature(function)
+        own = [
+            parameter
+            for parameter in signature.parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        hints = get_type_hints(kind)
+        fields = [
+            parameter.replace(annotation=hints[name])
+            for name, parameter in inspect.signature(kind).parameters.items()
+        ]
+        whole = signature.replace(parameters=[*own, *fields])
+        function.__signature__ = whole  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -38,6 +38,13 @@ def user_path(text: str | Path) -> Path:
         ) from None
 
 
+def model_text(model: str | Path) -> str:
+    """What a person types for a model; of a path, text that means a directory too wherever it is
+    repeated.
+    """
+    return str(model) if isinstance(model, str) or model.is_absolute() else f"./{model}"
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """Where a model is: exactly one of `path` and `repo_id` is set.

@@ -11,6 +11,18 @@ from dus_cli.common.units import human_bytes
 
 
 @dataclass
+class Finding:
+    """What one check found."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    bytes_compared: int = 0
+    bytes_shared: int = 0
+    files_summed: int = 0
+    engines: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
 class Verification:
     """What `dus verify` found, a line for each of `problems` and `warnings`. As text it is the
     summary for a person.
