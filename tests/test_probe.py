@@ -4,11 +4,9 @@ nothing is guessed.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -23,6 +21,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import zoo  # noqa: E402  (it imports both)
+from probed import measured, own_loss, write_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dus_cli.common.reference import ModelRef  # noqa: E402
@@ -30,51 +29,25 @@ from dus_cli.data.sample import Packed, read_sample  # noqa: E402
 from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
 from dus_cli.errors import LoadError, ProbeError  # noqa: E402
 from dus_cli.maps.layers import source_layers  # noqa: E402
-from dus_cli.models.precision import Precision  # noqa: E402
 from dus_cli.planning.plan import MapRequest  # noqa: E402
 from dus_cli.probe import recommend  # noqa: E402
 from dus_cli.probe.budget import plan_memory  # noqa: E402
-from dus_cli.probe.found import Probe  # noqa: E402
 from dus_cli.probe.measure import Batch, Meter  # noqa: E402
-from dus_cli.probe.options import ProbeOptions  # noqa: E402
 from dus_cli.probe.replay import Replay  # noqa: E402
 from dus_cli.probe.report import probe_json, probe_text  # noqa: E402
-from dus_cli.probe.verb import probe  # noqa: E402
+from dus_cli.probe.tree import as_they_are  # noqa: E402
 from dus_cli.probe.weights import stream  # noqa: E402
-from dus_cli.progress import NoProgress  # noqa: E402
 from dus_cli.source.checkpoint import open_checkpoint  # noqa: E402
 from dus_cli.upscaling.verb import upscale  # noqa: E402
 from dus_cli.upscaling.wanted import Wanted, plan  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz ."
-
 # Of each way in which layers differ, or are called, or what is behind them: dense; names of GPT-2;
 # caps and sliding windows; scaled logits; experts, merged while they are loaded; dense layers
 # before experts; mamba, and convolutions, beside attention; parallel attention; a head that is left
 # to the model.
 TYPES = "llama gpt2 gemma2 gemma3_text cohere2 qwen3_moe deepseek_v3 granitemoehybrid lfm2 gpt_neox falcon minicpm3".split()
-
-
-def write_model(folder: Path, model_type: str, *, whole: bool = False) -> Path:
-    """A tiny random model of seven layers with a tokenizer of letters, all ids below its
-    vocabulary of 96.
-    """
-    from tokenizers import Tokenizer, models
-
-    zoo.tiny_model(model_type, whole=whole).save_pretrained(folder)
-    vocab = {"<unk>": 0, "<eos>": 2} | {letter: 3 + index for index, letter in enumerate(LETTERS)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<eos>",
-        "unk_token": "<unk>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -85,34 +58,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("llama"), "llama")
-
-
-def measured(model: Path, corpus: Path, **options: Any) -> Probe:
-    """100 tokens in rows of 24, which is longer than the sliding windows; in fp32 also where
-    bf16 would be faster.
-    """
-    usual = ProbeOptions(data=(str(corpus),), tokens=100, seq_length=24, precision=Precision.fp32)
-    maps = {} if options.keys() & {"trims", "layers", "search"} else {"trims": (2, 3)}
-    settings = replace(usual, **(maps | options))
-    ref = ModelRef.parse(str(model))
-    return probe(ref, settings, NoProgress(), dry_run=False, quiet=True)
-
-
-def own_loss(folder: Path, corpus: Path) -> float:
-    """Of the model in a folder, as transformers computes it on the same rows."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokeniser = Tokeniser(folder, 96)
-    rows = Packed(
-        read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False
-    )
-    total, count = 0.0, 0
-    for row in rows:
-        labels = torch.from_numpy(row.labels)
-        with torch.no_grad():
-            logits = model(input_ids=torch.from_numpy(row.input_ids)[None]).logits[0].float()
-        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        count += int((labels != -100).sum())
-    return total / count
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -220,7 +165,7 @@ def test_rows_that_do_not_fit_at_once_give_the_same_figures() -> None:
     model = zoo.tiny_model("llama")
     rows = zoo.tokens(model)
     batches = [Batch(row[None], row.roll(-1)[None]) for row in rows]
-    maps = [tuple(range(7)), source_layers(7, 1), source_layers(7, 2)]
+    maps = [as_they_are(each) for each in (range(7), source_layers(7, 1), source_layers(7, 2))]
     found = [
         Meter(model, 7, batches, lambda _: nullcontext(), at_once).losses(maps)
         for at_once in (1, 2, 3)

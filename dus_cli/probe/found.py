@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dus_cli.data.sources import Unread
+from dus_cli.maps.starts import StartRule
 from dus_cli.probe.budget import Memory
 from dus_cli.probe.maps import Candidate, Cost
+from dus_cli.probe.search import borne
 
 if TYPE_CHECKING:
     from dus_cli.probe.distances import Distances
@@ -49,10 +51,39 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Doublings:
+    """The loss with each layer of the base doubled alone, in nats per token; None where it was
+    refused.
+
+    `most` is what a layer may add to the base's loss so that a search doubles it.
+    """
+
+    start: StartRule
+    losses: tuple[float | None, ...]
+    base_loss: float
+    most: float
+
+    @property
+    def costs(self) -> tuple[float | None, ...]:
+        """What doubling each layer adds to the base's loss; None where that is no number."""
+        return tuple(
+            loss - self.base_loss if loss is not None and math.isfinite(loss) else None
+            for loss in self.losses
+        )
+
+    @property
+    def not_borne(self) -> tuple[int, ...]:
+        """The layers that do not bear to be doubled."""
+        bears = borne(self.costs, self.most)
+        return tuple(layer for layer in range(len(self.losses)) if layer not in bears)
+
+
+@dataclass(frozen=True)
 class Probe:
     """What was found. `within` and `knee` are numbers of `maps`. `distances` are None in a dry run.
 
-    `engines` are those that what is recommended must be right for.
+    `engines` are those that what is recommended must be right for, `starts` those that were asked
+    for, and `doublings` are there for each of them where a search was.
     """
 
     model: str
@@ -77,6 +108,8 @@ class Probe:
     peak_bytes: int | None
     warnings: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
+    starts: tuple[StartRule, ...] = ()
+    doublings: tuple[Doublings, ...] = ()
 
     @property
     def is_dry_run(self) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from dus_cli.errors import ConfigError, LayerMapError
+from dus_cli.errors import CheckpointError, ConfigError, LayerMapError
 from dus_cli.maps.engines import Engine
 from dus_cli.maps.layers import LayerMap, largest_trim, stack
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import flops_per_token, shape_of
+from dus_cli.maps.starts import COPY, IDENTITY, StartRule
 from dus_cli.planning.judging import Judged
 from dus_cli.planning.plan import MapRequest, UpscalePlan, make_plan
 from dus_cli.probe.options import ProbeOptions
+from dus_cli.probe.tree import Step
 from dus_cli.source.checkpoint import Checkpoint
 
 
@@ -31,7 +33,8 @@ class Candidate:
     """A map, the options that make it, and what it costs; or the reason for which `dus upscale`
     refuses it.
 
-    `engines` are what each inference engine makes of its output.
+    `engines` are what each inference engine makes of its output. `factors` are one for each output
+    layer, on what it adds to the stream, and `scaled` what they stand on (`planning.post_norms`).
     """
 
     layer_map: LayerMap
@@ -39,6 +42,29 @@ class Candidate:
     cost: Cost | None
     refused: str | None = None
     engines: tuple[Judged, ...] = ()
+    start: StartRule = COPY
+    factors: tuple[float, ...] = ()
+    scaled: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The map as a table has it, without its start."""
+        if self.layer_map.trim is not None:
+            return f"trim {self.layer_map.trim}"
+        words = self.options.split()
+        return f"double {words[1]}" if words[0] == "--double" else str(self.layer_map)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The base's layers in the order of the output, with their factors; those that add nothing
+        are left out.
+        """
+        factors = self.factors or (1.0,) * len(self.layer_map)
+        return tuple(
+            (base, factor)
+            for base, factor in zip(self.layer_map.sources, factors, strict=True)
+            if factor
+        )
 
     @property
     def wrong(self) -> tuple[Engine, ...]:
@@ -57,8 +83,24 @@ def wanted_requests(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
         LayerMapError: no trim of the range makes this model deeper.
     """
     requests = [MapRequest(layers=text, assume=options.assume) for text in options.layers]
-    if requests and options.trims is None:
-        return requests
+    requests += [MapRequest(double=text, assume=options.assume) for text in options.double]
+    if options.trims is not None or not (requests or (options.search and options.starts)):
+        requests = [*_trims(options, num_layers), *requests]
+    return [
+        started(request, start)
+        for start in dict.fromkeys(options.starts or (COPY,))
+        for request in requests
+    ]
+
+
+def started(request: MapRequest, start: StartRule) -> MapRequest:
+    """The same map with this start."""
+    if start.name == IDENTITY:
+        return replace(request, identity=True)
+    return replace(request, start=start)
+
+
+def _trims(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
     most = largest_trim(num_layers)
     first, end = options.trims or (0, None)
     span = range(first, min(most + 1, most + 1 if end is None else end))
@@ -66,10 +108,7 @@ def wanted_requests(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
         raise LayerMapError(
             f"--trims {first}: would leave {num_layers} layers no deeper; use 0:{most + 1}"
         )
-    return [
-        *(MapRequest(trim, copies=options.copies, assume=options.assume) for trim in span),
-        *requests,
-    ]
+    return [MapRequest(trim, copies=options.copies, assume=options.assume) for trim in span]
 
 
 def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candidate:
@@ -80,11 +119,25 @@ def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candida
     """
     layer_map = request.resolve(of_base.layer_map.num_base_layers)
     options = options_of(layer_map, request)
+    start = _start_of(request)
+    refusals = () if start == COPY else (CheckpointError, LayerMapError)
     try:
         plan = make_plan(of_base.base, of_base.checkpoint, request)
-    except ConfigError as error:
-        return Candidate(layer_map, options, None, str(error))
-    return Candidate(layer_map, options, cost_of(plan, seq_length), engines=plan.engines)
+    except (ConfigError, *refusals) as error:
+        return Candidate(layer_map, options, None, str(error), start=start)
+    treatment = plan.treatment
+    silent = treatment.new_layers if treatment.zeros else frozenset()
+    return Candidate(
+        layer_map,
+        options,
+        cost_of(plan, seq_length),
+        engines=plan.engines,
+        start=start,
+        factors=tuple(float(layer not in silent) for layer in range(len(layer_map)))
+        if silent
+        else treatment.factors,
+        scaled=treatment.scaled,
+    )
 
 
 def options_of(layer_map: LayerMap, request: MapRequest) -> str:
@@ -92,7 +145,15 @@ def options_of(layer_map: LayerMap, request: MapRequest) -> str:
     copies = f" --copies {request.copies}" if request.copies != 2 else ""
     assume = "".join(f" --assume {field}={value}" for field, value in request.assume)
     said = f"--layers {layer_map}" if layer_map.trim is None else f"--trim {layer_map.trim}"
-    return f"{said}{copies}{assume}"
+    if request.double is not None:
+        said = f"--double {request.double}"
+    start = _start_of(request)
+    begins = "" if start == COPY else f" --start {start}"
+    return f"{said}{copies}{begins}{assume}"
+
+
+def _start_of(request: MapRequest) -> StartRule:
+    return StartRule(IDENTITY) if request.identity else request.start
 
 
 def cost_of(plan: UpscalePlan, seq_length: int) -> Cost:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -11,7 +13,10 @@ from torch import Tensor
 from dus_cli.probe.distances import Depths
 from dus_cli.probe.replay import Ready, Replay
 from dus_cli.probe.tail import Tail
-from dus_cli.probe.tree import Node, grow, sweeps
+from dus_cli.probe.tree import Node, Step, grow, sweeps
+
+# A context in which the numbered layer, which has its weights, adds so much times what it adds.
+Scaled = Callable[[int, float], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Meter:
         batches: all of one shape.
         ready: a context in which the numbered layer has its weights.
         batches_at_once: how many are taken through the layers together; memory grows with it.
+        scaled: a context in which what the numbered layer adds to the stream is multiplied; of
+            maps in which nothing is, none is entered.
 
     Raises:
         ProbeError: the model cannot be measured in parts.
@@ -46,8 +53,10 @@ class Meter:
         batches: Sequence[Batch],
         ready: Ready,
         batches_at_once: int,
+        scaled: Scaled = lambda _layer, _factor: nullcontext(),
     ) -> None:
         self._num_layers, self._batches, self._ready = num_layers, batches, ready
+        self._scaled = scaled
         self._at_once = batches_at_once
         with torch.no_grad():
             self._replay = Replay(model, num_layers, batches[0].ids, ready)
@@ -61,14 +70,15 @@ class Meter:
 
     def losses(
         self,
-        maps: Sequence[Sequence[int]],
+        maps: Sequence[Sequence[Step]],
         depths: Depths | None = None,
         on_layer: Callable[[], object] = lambda: None,
     ) -> list[float]:
         """Sums of cross-entropy over all labelled tokens, one for each map, in nats.
 
         Args:
-            maps: base layers in the order of each map. The first is the base itself.
+            maps: base layers in the order of each map, with their factors. The first is the base
+                itself.
             depths: told the base's hidden states.
             on_layer: told after each layer of each map, or of several that share it.
 
@@ -85,7 +95,7 @@ class Meter:
 
     def _sweep(
         self,
-        maps: Sequence[Sequence[int]],
+        maps: Sequence[Sequence[Step]],
         batches: Sequence[Batch],
         totals: list[float],
         depths: Depths | None,
@@ -100,29 +110,36 @@ class Meter:
                 assert start is not None
                 depths.add(0, start)
         waiting = {root: len(root.children)}
+
+        def call(node: Node) -> None:
+            """One layer of one map, or of several that share it, for all rows."""
+            assert node.parent is not None
+            waiting[node.parent] -= 1
+            is_last = not waiting[node.parent]
+            source = states.pop(node.parent) if is_last else states[node.parent]
+            behind: list[Tensor | None] = []
+            for index, batch in enumerate(batches):
+                before = source[index]
+                assert before is not None
+                if is_last:
+                    source[index] = None  # its place is taken by what comes behind
+                hidden = self._replay.layer(node.layer, index, before)
+                del before
+                if depths is not None and node in of_base:
+                    depths.add(of_base[node], hidden)
+                if node.ends:
+                    self._end(node, batch, hidden, totals)
+                behind.append(hidden if node.children else None)
+            if node.children:
+                states[node], waiting[node] = behind, len(node.children)
+            on_layer()
+
         for layer, nodes in sweeps(root, self._num_layers):
             with self._ready(layer):
-                for node in nodes:
-                    assert node.parent is not None
-                    waiting[node.parent] -= 1
-                    is_last = not waiting[node.parent]
-                    source = states.pop(node.parent) if is_last else states[node.parent]
-                    behind: list[Tensor | None] = []
-                    for index, batch in enumerate(batches):
-                        before = source[index]
-                        assert before is not None
-                        if is_last:
-                            source[index] = None  # its place is taken by what comes behind
-                        hidden = self._replay.layer(layer, index, before)
-                        del before
-                        if depths is not None and node in of_base:
-                            depths.add(of_base[node], hidden)
-                        if node.ends:
-                            self._end(node, batch, hidden, totals)
-                        behind.append(hidden if node.children else None)
-                    if node.children:
-                        states[node], waiting[node] = behind, len(node.children)
-                    on_layer()
+                for factor, alike in groupby(nodes, key=lambda node: node.factor):
+                    with nullcontext() if factor == 1 else self._scaled(layer, factor):
+                        for node in alike:
+                            call(node)
 
     def _end(self, node: Node, batch: Batch, hidden: Tensor, totals: list[float]) -> None:
         if 0 in node.ends and not self._is_checked:
@@ -138,6 +155,6 @@ def _chain(root: Node, num_layers: int) -> dict[Node, int]:
     found: dict[Node, int] = {}
     node = root
     for layer in range(num_layers):
-        node = node.children[layer]
+        node = node.children[layer, 1.0]
         found[node] = layer + 1
     return found

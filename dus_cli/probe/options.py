@@ -13,7 +13,8 @@ from dus_cli.common.units import parse_count, parse_share, parse_size, share_tex
 from dus_cli.data.documents import BadLine
 from dus_cli.data.holdout import parse_holdout
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
-from dus_cli.maps.options import Assume, check_map, engines_option
+from dus_cli.maps.options import Assume, check_double, check_map, engines_option
+from dus_cli.maps.starts import STARTS, StartRule
 from dus_cli.models.precision import Precision, precision_option
 
 _MAPS, _FIT = "Maps", "Memory and speed"
@@ -39,6 +40,18 @@ def parse_trims(text: str) -> tuple[int, int | None]:
     )
 
 
+def parse_starts(text: str) -> tuple[StartRule, ...]:
+    """Starts by name, with commas between them.
+
+    >>> [str(start) for start in parse_starts("half,fade:cosine")]
+    ['half', 'fade:cosine']
+
+    Raises:
+        ValueError: there is none of one of these names.
+    """
+    return tuple(StartRule.parse(name) for name in text.split(","))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
     """Which text is read, which maps are measured, and how.
@@ -46,7 +59,8 @@ class ProbeOptions:
     Attributes:
         holdout: read only the documents that a healing with this share would hold out; None is all.
         trims: the first, and the end or None; None is all trims, unless there are `layers`.
-        best: how many maps a search measures.
+        starts: each map is measured with each of them; () is as copies, and nothing said of it.
+        best: how many maps a search measures; with starts, for each start and in each round.
         engines: those that what is recommended must be right for.
         within: a share above the base's loss.
         max_memory: in bytes.
@@ -110,17 +124,45 @@ class ProbeOptions:
             parse=check_map,
         ),
     ] = ()
+    double: Annotated[
+        tuple[str, ...],
+        Option(
+            "Layers that stand twice in a row, as dus upscale takes them: 2:29, or 2:9,11:29. "
+            "Repeat for more.",
+            metavar="A:B",
+            panel=_MAPS,
+            parse=check_double,
+        ),
+    ] = ()
     copies: Annotated[int, Option("Copies to stack for each trim.", metavar="K", panel=_MAPS)] = 2
+    starts: Annotated[
+        tuple[StartRule, ...],
+        Option(
+            f"How new layers begin, as dus upscale takes it: {', '.join(STARTS)}. Each map is "
+            "measured with each of them.",
+            name="start",
+            metavar="START",
+            panel=_MAPS,
+            parse=parse_starts,
+            splits=True,
+        ),
+    ] = ()
     search: Annotated[
         bool,
         Option(
             "Look beyond symmetric trims, [0,a)+[b,n) for all a, b: by distance first, the best "
-            "by loss.",
+            "by loss. With --start also over stretches to double and several seams, once each "
+            "layer was doubled alone.",
             panel=_MAPS,
         ),
     ] = False
     best: Annotated[
-        int, Option("How many maps of a search to measure.", metavar="K", panel=_MAPS)
+        int,
+        Option(
+            "How many maps of a search to measure; with --start, for each start in each round.",
+            metavar="K",
+            panel=_MAPS,
+        ),
     ] = 10
     engines: Annotated[
         tuple[str, ...],

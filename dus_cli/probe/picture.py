@@ -1,4 +1,6 @@
-"""A probe as SVG: losses against the trim, and below them how far apart the base's depths are."""
+"""A probe as SVG: losses against the trim, below them how far apart the base's depths are, and
+behind a search over starts what doubling each layer costs.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from dus_cli.pictures.svg import (
     ticks,
     wrapped,
 )
+from dus_cli.probe.bars import BARS_HEIGHT, bars, names_of_starts, of_start
 from dus_cli.probe.found import Measured, Probe
 
 # The edges of the upper plot, and of the heat map below it, in pixels. What is recommended is named
@@ -87,8 +90,13 @@ def probe_svg(found: Probe, *, dark: bool = False) -> str:
     below = 20 * (len(lines) - 1)
     parts.append(f'<g transform="translate(0 {below})">')
     parts += _losses(found, measured, colour, series)
-    parts += [*_heat_map(found, colour, dark=dark), "</g>"]
-    return document(parts, title, _description(found, measured), _HEIGHT + below, colour)
+    parts += _heat_map(found, colour, dark=dark)
+    height = _HEIGHT + below
+    if found.doublings:
+        parts += bars(found.doublings, _HEIGHT, colour, series)
+        height += BARS_HEIGHT
+    parts.append("</g>")
+    return document(parts, title, _description(found, measured), height, colour)
 
 
 def _trim_of(measured: Measured, num_layers: int) -> float:
@@ -109,6 +117,7 @@ def _losses(
             m.loss or 0.0,
             m.candidate.cost.num_parameters,
             m.candidate.layer_map.trim is None,
+            found.starts.index(m.candidate.start) if found.starts else 0,
         )
         for m in measured
         if m.candidate.cost is not None
@@ -149,10 +158,11 @@ def _losses(
             anchor="end",
         )
     )
-    scaled = [point for point in points if not point[3]]
-    others = [point for point in points if point[3]]
-    sizes = " ".join(f"{axes.x(trim):.1f},{axes.size_y(size):.1f}" for trim, _, size, _ in scaled)
-    line = " ".join(f"{axes.x(trim):.1f},{axes.loss_y(loss):.1f}" for trim, loss, _, _ in scaled)
+    sizes = " ".join(
+        f"{axes.x(trim):.1f},{axes.size_y(size):.1f}"
+        for trim, _, size, is_other, start in points
+        if not is_other and not start
+    )
     parts.append(
         f'<polyline points="{sizes}" fill="none" stroke="{size_colour}" stroke-width="1.8" stroke-dasharray="2 3"/>'
     )
@@ -160,26 +170,49 @@ def _losses(
     parts.append(f'<path d="M{_LEFT} {base_y:.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(f'<path d="M240 46h26" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(text_at(274, 50, f"base {found.base_loss:.3f}", colour["base"]))
-    parts.append(
-        f'<polyline points="{line}" fill="none" stroke="{loss_colour}" stroke-width="2.5"/>'
-    )
-    parts += [
-        f'<circle cx="{axes.x(trim):.1f}" cy="{axes.loss_y(loss):.1f}" r="3.2" fill="{loss_colour}"/>'
-        for trim, loss, *_ in scaled
-    ]
-    parts += [
-        f'<circle cx="{axes.x(trim):.1f}" cy="{axes.loss_y(loss):.1f}" r="4" fill="{colour["page"]}" '
-        f'stroke="{series[3]}" stroke-width="2"/>'
-        for trim, loss, *_ in others
-    ]
-    if others:
-        parts.append(text_at(_LEFT, _BOTTOM + 38, "○ other maps of that depth", series[3]))
+    for start in range(max(1, len(found.starts))):
+        mine = [point for point in points if point[4] == start]
+        other_colour = of_start(start, series) if found.starts else series[3]
+        parts += _of_one_start(mine, axes, of_start(start, series), other_colour, colour["page"])
+    if any(is_other for _, _, _, is_other, _ in points):
+        text_colour = colour["axis"] if found.starts else series[3]
+        parts.append(text_at(_LEFT, _BOTTOM + 38, "○ other maps of that depth", text_colour))
+    parts += names_of_starts(found.starts, _BOTTOM + 58, series)
     return parts + _marks(found, axes, colour)
 
 
-def _axes(points: Sequence[tuple[float, float, int, bool]], found: Probe) -> _Axes:
-    losses = [loss for _, loss, _, _ in points] + [found.base_loss or 0.0]
-    sizes = [size for _, _, size, _ in points] or [found.base_cost.num_parameters]
+def _of_one_start(
+    points: Sequence[tuple[float, float, int, bool, int]],
+    axes: _Axes,
+    line_colour: str,
+    other_colour: str,
+    page: str,
+) -> list[str]:
+    """The line of the depthwise scalings, and a hollow dot for each other map."""
+    at = [
+        (f"{axes.x(trim):.1f}", f"{axes.loss_y(loss):.1f}", is_other)
+        for trim, loss, _, is_other, _ in points
+    ]
+    line = " ".join(f"{x},{y}" for x, y, is_other in at if not is_other)
+    return [
+        f'<polyline points="{line}" fill="none" stroke="{line_colour}" stroke-width="2.5"/>',
+        *(
+            f'<circle cx="{x}" cy="{y}" r="3.2" fill="{line_colour}"/>'
+            for x, y, is_other in at
+            if not is_other
+        ),
+        *(
+            f'<circle cx="{x}" cy="{y}" r="4" fill="{page}" '
+            f'stroke="{other_colour}" stroke-width="2"/>'
+            for x, y, is_other in at
+            if is_other
+        ),
+    ]
+
+
+def _axes(points: Sequence[tuple[float, float, int, bool, int]], found: Probe) -> _Axes:
+    losses = [loss for _, loss, *_ in points] + [found.base_loss or 0.0]
+    sizes = [size for _, _, size, *_ in points] or [found.base_cost.num_parameters]
     trims = [trim for trim, *_ in points] or [0.0]
     low, high = min(losses), max(losses)
     spread = max(high - low, 0.02 * abs(high), 1e-3)
@@ -328,7 +361,12 @@ def _description(found: Probe, measured: Sequence[Measured]) -> str:
     """What the picture shows, for those who do not see it."""
     scaled = [m for m in measured if m.candidate.layer_map.trim is not None]
     said = [f"Base: {found.base_loss:.3f}."]
-    said += [f"Trim {m.candidate.layer_map.trim}: {m.loss:.3f}." for m in scaled]
+    for m in scaled:
+        start = f", {m.candidate.start}" if found.starts else ""
+        said.append(f"Trim {m.candidate.layer_map.trim}{start}: {m.loss:.3f}.")
+    for one in found.doublings:
+        layers = ", ".join(map(str, one.not_borne)) or "none"
+        said.append(f"Not doubled with {one.start}: {layers}.")
     if found.within is not None:
         said.append(
             f"Largest within {found.bound:.0%}: {found.maps[found.within].candidate.options}."

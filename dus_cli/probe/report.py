@@ -9,7 +9,7 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA
 from dus_cli.common.units import human_bytes, human_count
-from dus_cli.probe.found import Measured, Probe
+from dus_cli.probe.found import Doublings, Measured, Probe
 from dus_cli.probe.maps import Cost
 from dus_cli.release.lineage import seam_record
 
@@ -25,7 +25,7 @@ def perplexity(loss: float) -> float:
 def probe_json(found: Probe) -> dict[str, Any]:
     """The report of `--json`; docs/layout.md describes each field."""
     text = found.text
-    return {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "version": __version__,
         "dry_run": found.is_dry_run,
@@ -72,6 +72,27 @@ def probe_json(found: Probe) -> dict[str, Any]:
         },
         "seconds": round(found.seconds, 3),
         "warnings": list(found.warnings),
+    }
+    if found.starts:
+        report["starts"] = [str(start) for start in found.starts]
+        report["base_passes"] = round(found.layer_passes / found.num_layers, 2)
+        report["doublings"] = [_doublings_json(doublings) for doublings in found.doublings]
+        for record, measured in zip(report["maps"], found.maps, strict=True):
+            record["start"] = str(measured.candidate.start)
+            record["factors"] = list(measured.candidate.factors) or None
+    return report
+
+
+def _doublings_json(doublings: Doublings) -> dict[str, Any]:
+    costs = doublings.costs
+    return {
+        "start": str(doublings.start),
+        "layers": [
+            {"layer": layer, "loss": None if cost is None else loss, "above_base": cost}
+            for layer, (loss, cost) in enumerate(zip(doublings.losses, costs, strict=True))
+        ],
+        "most": doublings.most,
+        "not_borne": list(doublings.not_borne),
     }
 
 
@@ -139,8 +160,7 @@ def probe_text(found: Probe) -> str:
     head = ["map", "layers", "params", "bytes", "FLOP/token", "loss", "perplexity", "seam"]
     rows = [head, _row("base", found.base_cost, found.base_cost.num_layers, found.base_loss, "")]
     for measured in found.maps:
-        layer_map = measured.candidate.layer_map
-        name = str(layer_map) if layer_map.trim is None else f"trim {layer_map.trim}"
+        layer_map, name = measured.candidate.layer_map, measured.candidate.name
         seam = f"{max(angular for angular, _ in measured.seams):.3f}" if measured.seams else ""
         rows.append(_row(name, measured.candidate.cost, len(layer_map), measured.loss, seam))
     if wrong:  # a column of its own, of initials
@@ -149,6 +169,10 @@ def probe_text(found: Probe) -> str:
             for measured in found.maps
         ]
         rows = [[*row, cell] for row, cell in zip(rows, ["not in", "", *not_in], strict=True)]
+        head = rows[0]
+    if found.starts:
+        begins = ["start", "", *(str(measured.candidate.start) for measured in found.maps)]
+        rows = [[row[0], cell, *row[1:]] for row, cell in zip(rows, begins, strict=True)]
         head = rows[0]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = [
@@ -159,7 +183,7 @@ def probe_text(found: Probe) -> str:
         measured.candidate for measured in found.maps if measured.candidate.refused is not None
     ]
     lines += [f"refused: {candidate.options}: {candidate.refused}" for candidate in refused]
-    typed = [str(m.candidate.layer_map) for m in found.maps if m.candidate.layer_map.trim is None]
+    typed = [m.candidate.name for m in found.maps if m.candidate.layer_map.trim is None]
     lines += [f"{_short(name)} is {name}" for name in typed if len(name) > _WIDTH]
     if wrong:
         names = ", ".join(f"{engine.name[0]} {engine.title}" for engine in wrong)
@@ -217,6 +241,7 @@ def _closing(found: Probe) -> list[str]:
         f"loss: nats per token, over {found.text.tokens:,} tokens of {documents};",
         "seam: angular distance of the layers that meet, 0 (alike) to 1 (opposite)",
         *([f"not read: {found.text.unread}"] if found.text.unread.count else []),
+        *map(_borne, found.doublings),
         f"{found.layer_passes} passes of a layer, {found.seconds:.0f} s{peak}",
         "",
     ]
@@ -239,6 +264,14 @@ def _closing(found: Probe) -> list[str]:
     elif found.knee is not None:
         lines.append("It is the knee as well: more trimming pays less.")
     return lines
+
+
+def _borne(doublings: Doublings) -> str:
+    """Which layers were not doubled in a search, and why."""
+    if not doublings.not_borne:
+        return f"{doublings.start}: every layer bears to be doubled"
+    layers = ", ".join(map(str, doublings.not_borne))
+    return f"{doublings.start}: do not bear to be doubled (alone above the bound): {layers}"
 
 
 def _named(found: Probe, number: int) -> str:

@@ -4,31 +4,45 @@ once. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+# A layer of the base, and the factor on what it adds to the residual stream.
+Step = tuple[int, float]
 
 
 @dataclass(eq=False)
 class Node:
-    """A beginning of one or more maps, known by its last layer. `ends` are the numbers of the
+    """A beginning of one or more maps, known by its last step. `ends` are the numbers of the
     maps that end here.
     """
 
     layer: int
     parent: Node | None
-    children: dict[int, Node] = field(default_factory=dict)
+    factor: float = 1.0
+    children: dict[Step, Node] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
 
 
-def grow(maps: Sequence[Sequence[int]]) -> Node:
+def as_they_are(layers: Iterable[int]) -> tuple[Step, ...]:
+    """Layers of the base, nothing of them scaled.
+
+    >>> as_they_are([0, 1])
+    ((0, 1.0), (1, 1.0))
+    """
+    return tuple((layer, 1.0) for layer in layers)
+
+
+def grow(maps: Sequence[Sequence[Step]]) -> Node:
     """The root of the tree of these maps; it stands for the embeddings."""
     root = Node(-1, None)
-    for number, layers in enumerate(maps):
+    for number, steps in enumerate(maps):
         node = root
-        for layer in layers:
-            if layer not in node.children:
-                node.children[layer] = Node(layer, node)
-            node = node.children[layer]
+        for step in steps:
+            if step not in node.children:
+                layer, factor = step
+                node.children[step] = Node(layer, node, factor)
+            node = node.children[step]
         node.ends.append(number)
     return root
 
@@ -36,7 +50,7 @@ def grow(maps: Sequence[Sequence[int]]) -> Node:
 def count_nodes(root: Node) -> int:
     """Layer passes that the tree takes.
 
-    >>> count_nodes(grow([(0, 1, 2, 3), (0, 1, 2, 1, 2, 3)]))
+    >>> count_nodes(grow([as_they_are(layers) for layers in ([0, 1, 2, 3], [0, 1, 2, 1, 2, 3])]))
     7
     """
     count, waiting = 0, list(root.children.values())
@@ -48,13 +62,15 @@ def count_nodes(root: Node) -> int:
 
 
 def sweeps(root: Node, num_layers: int) -> Iterator[tuple[int, list[Node]]]:
-    """Layers in the order in which they are called, each with the nodes that it is called for.
+    """Layers in the order in which they are called, each with the nodes that it is called for:
+    those with one factor together, so that a layer is scaled once for all of them.
 
     A sweep goes once over the base's layers and takes every node along whose beginning is known by
     then; a map of two copies is done in two sweeps. So a layer that is read from disk is read once
     for all maps.
 
-    >>> [(layer, len(nodes)) for layer, nodes in sweeps(grow([(0, 1, 2), (0, 1, 1, 2)]), 3)]
+    >>> root = grow([as_they_are([0, 1, 2]), as_they_are([0, 1, 1, 2])])
+    >>> [(layer, len(nodes)) for layer, nodes in sweeps(root, 3)]
     [(0, 1), (1, 1), (2, 1), (1, 1), (2, 1)]
     """
     ready: list[list[Node]] = [[] for _ in range(num_layers)]
@@ -62,7 +78,7 @@ def sweeps(root: Node, num_layers: int) -> Iterator[tuple[int, list[Node]]]:
         ready[child.layer].append(child)
     while any(ready):
         for layer in range(num_layers):
-            nodes, ready[layer] = ready[layer], []
+            nodes, ready[layer] = sorted(ready[layer], key=lambda node: -node.factor), []
             if nodes:
                 yield layer, nodes
                 for node in nodes:
@@ -73,7 +89,8 @@ def sweeps(root: Node, num_layers: int) -> Iterator[tuple[int, list[Node]]]:
 def most_states(root: Node, num_layers: int) -> int:
     """How many hidden states of every token exist at a time, at most.
 
-    >>> most_states(grow([(0, 1, 2, 3, 4), (0, 1, 2, 1, 2, 3, 4)]), 5)
+    >>> maps = [0, 1, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]
+    >>> most_states(grow([as_they_are(layers) for layers in maps]), 5)
     2
     """
     waiting = {root: len(root.children)}

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dus_cli.common.libraries import require
 from dus_cli.common.memory import available_bytes
 from dus_cli.common.reference import ModelRef
-from dus_cli.errors import DataError, ProbeError, shown_list
+from dus_cli.errors import DataError, ProbeError, UsageError, shown_list
 from dus_cli.hub.fetching import Fetch
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
+from dus_cli.maps.starts import IDENTITY
 from dus_cli.models.precision import torch_dtype
 from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
 from dus_cli.probe.budget import Memory, plan_memory, weight_bytes
-from dus_cli.probe.found import Measured, Probe, Text
+from dus_cli.probe.found import Doublings, Measured, Probe, Text
 from dus_cli.probe.maps import Candidate
 from dus_cli.probe.options import ProbeOptions
-from dus_cli.probe.tree import count_nodes, grow, most_states
+from dus_cli.probe.rounds import Rounds
+from dus_cli.probe.tree import Step, as_they_are, count_nodes, grow, most_states
 from dus_cli.progress import Progress
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.upscaling.wanted import Wanted
@@ -31,9 +33,10 @@ from dus_cli.upscaling.wanted import plan as run_plan
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from dus_cli.probe.distances import Depths
-    from dus_cli.probe.measure import Batch
+    from dus_cli.probe.measure import Batch, Meter
 
 # Tokens that go through a layer at once: enough for the matrix products, and few enough for a CPU's
 # cache.
@@ -57,6 +60,11 @@ def probe(
     """
     started = time.monotonic()
     require("dus probe", "numpy", "torch", "transformers")
+    if options.search and any(start.name == IDENTITY for start in options.starts):
+        raise UsageError(
+            "--search has nothing to find with --start identity: whatever the map, the model "
+            "computes what its base does; leave one of them out"
+        )
     whole = Wanted(ref, _WHOLE)
     # From the headers alone: that the maps and the model fit is known before gigabytes are fetched.
     of_base = run_plan(whole, fetch=Fetch.files, quiet=quiet)
@@ -91,6 +99,7 @@ def probe(
         seconds=time.monotonic() - started,
         peak_bytes=None,
         engines=options.engines,
+        starts=tuple(dict.fromkeys(options.starts)),
     )
     if dry_run:
         return found
@@ -127,7 +136,8 @@ def _plan(
     rows = max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSEWHERE) // seq_length)
     states = most_states(grow(_layers(of_base, candidates)), num_layers)
     if options.search:
-        states = max(states, len(candidates) + options.best + 1)
+        more = num_layers * len(options.starts)  # each layer doubled alone
+        states = max(states, len(candidates) + options.best + 1 + more)
     others = min(KEPT_BYTES, 4 * options.tokens * (num_layers + 1) * width)  # for the distances
     others += 32 * rows * seq_length * width * dtype.itemsize  # within a layer
     # the files, mapped while they are loaded
@@ -144,12 +154,68 @@ def _plan(
     return _Plan(device, dtype, rows, memory)
 
 
-def _layers(of_base: UpscalePlan, candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
+def _layers(of_base: UpscalePlan, candidates: Sequence[Candidate]) -> list[tuple[Step, ...]]:
     """The base and the maps that are measured."""
     return [
-        of_base.layer_map.sources,
-        *(c.layer_map.sources for c in candidates if c.refused is None),
+        as_they_are(of_base.layer_map.sources),
+        *(c.steps for c in candidates if c.refused is None),
     ]
+
+
+@dataclass
+class _Measuring:
+    """Maps of one model measured on one text. `passes` counts calls of a layer, for all rows.
+
+    `scaled` is told what is scaled in each layer by the maps that are measured.
+    """
+
+    of_base: UpscalePlan
+    meter: Meter
+    num_labels: int
+    seq_length: int
+    scaled: list[dict[str, int]]
+    progress: Progress
+    passes: int = 0
+
+    def losses(self, about: Sequence[Candidate], depths: Depths | None = None) -> list[float]:
+        """The base's loss, and one for each map that was not refused; nats per token."""
+        for candidate in about:
+            for layer, factor in candidate.steps:
+                if factor != 1:
+                    self.scaled[layer].update(candidate.scaled)
+        maps = _layers(self.of_base, about)
+        count = count_nodes(grow(maps))
+        self.passes += count
+        self.progress.start("measuring", count * self.meter.num_groups, "layers")
+        totals = self.meter.losses(maps, depths, lambda: self.progress.advance(1))
+        return [total / self.num_labels for total in totals]
+
+    def check(self, request: MapRequest) -> Candidate:
+        return wanted.check(self.of_base, request, self.seq_length)
+
+
+def _load(
+    of_base: UpscalePlan,
+    options: ProbeOptions,
+    plan: _Plan,
+    batches: Sequence[Batch],
+    scaled: Sequence[Mapping[str, int]],
+) -> tuple[nn.Module, Meter]:
+    """The model, and what measures its maps on these rows."""
+    from dus_cli.probe import weights
+    from dus_cli.probe.measure import Meter
+
+    checkpoint, stack = of_base.checkpoint, of_base.stack
+    if options.stream_layers:
+        model, ready = weights.stream(checkpoint, stack, plan.dtype, plan.device)
+    else:
+        model, ready = weights.load(checkpoint, plan.dtype, plan.device)
+    scaling = weights.scaling(checkpoint, stack, model, scaled, plan.dtype, plan.device)
+    at_once = plan.memory.batches_at_once
+    meter = Meter(
+        model, stack.num_layers, batches, ready=ready, batches_at_once=at_once, scaled=scaling
+    )
+    return model, meter
 
 
 def _measure(
@@ -161,9 +227,7 @@ def _measure(
     started: float,
 ) -> Probe:
     from dus_cli.models.devices import peak_memory_bytes
-    from dus_cli.probe import weights
     from dus_cli.probe.distances import Depths
-    from dus_cli.probe.measure import Meter
     from dus_cli.probe.replay import damaged
 
     checkpoint, num_layers = of_base.checkpoint, found.num_layers
@@ -171,46 +235,33 @@ def _measure(
         checkpoint, options, found.seq_length, plan.rows_at_once
     )
     progress.start("loading the model", None)
-    if options.stream_layers:
-        model, ready = weights.stream(checkpoint, of_base.stack, plan.dtype, plan.device)
-    else:
-        model, ready = weights.load(checkpoint, plan.dtype, plan.device)
     batches = [batch.to(plan.device) for batch in batches]
-    meter = Meter(model, num_layers, batches, ready, plan.memory.batches_at_once)
+    scaled: list[dict[str, int]] = [{} for _ in range(num_layers)]
+    model, meter = _load(of_base, options, plan, batches, scaled)
+    measuring = _Measuring(of_base, meter, num_labels, found.seq_length, scaled, progress)
     depths = Depths(num_layers, wanted.width_of(checkpoint), [batch.labels for batch in batches])
     candidates = [measured.candidate for measured in found.maps]
-    passes = 0
-
-    def losses(about: Sequence[Candidate], depths: Depths | None) -> list[float]:
-        nonlocal passes
-        maps = _layers(of_base, about)
-        count = count_nodes(grow(maps))
-        passes += count
-        progress.start("measuring", count * meter.num_groups, "layers")
-        return [
-            total / num_labels for total in meter.losses(maps, depths, lambda: progress.advance(1))
-        ]
-
-    if options.search:  # the distances say which maps are worth a loss
-        losses([], depths)
+    if options.search and not options.starts:  # the distances say which maps are worth a loss
+        measuring.losses([], depths)
         distances = depths.distances()
         near = wanted.nearest(distances.angular, options.best)
         requests = [MapRequest(layers=str(layer_map), assume=options.assume) for layer_map in near]
-        candidates += [wanted.check(of_base, request, found.seq_length) for request in requests]
-        base_loss, *mine = losses(candidates, None)
+        candidates += map(measuring.check, requests)
+        base_loss, *mine = measuring.losses(candidates)
     else:
-        base_loss, *mine = losses(candidates, depths)
+        base_loss, *mine = measuring.losses(candidates, depths)
         distances = depths.distances()
     if not math.isfinite(base_loss):
         raise damaged("on this text", model)
     values = iter(mine)
+    maps = tuple(Measured(c, None if c.refused else next(values)) for c in candidates)
+    doublings: tuple[Doublings, ...] = ()
+    if options.search and options.starts:
+        rounds = Rounds(options, num_layers, measuring.check, measuring.losses)
+        doublings = tuple(rounds.doublings(found.starts))
+        maps += tuple(each for one in doublings for each in rounds.maps(one, distances))
     maps = tuple(
-        Measured(
-            c,
-            None if c.refused else next(values),
-            tuple(distances.of(seam) for seam in c.layer_map.seams),
-        )
-        for c in candidates
+        replace(m, seams=tuple(map(distances.of, m.candidate.layer_map.seams))) for m in maps
     )
     lost = [m.candidate.options for m in maps if m.loss is not None and not m.is_finite]
     if lost:
@@ -228,17 +279,19 @@ def _measure(
         distances=distances,
         within=within,
         knee=knee,
-        layer_passes=passes,
+        layer_passes=measuring.passes,
         seconds=time.monotonic() - started,
         peak_bytes=peak_memory_bytes(plan.device),
         warnings=warnings,
+        doublings=doublings,
     )
 
 
 def _recommended(
     maps: Sequence[Measured], base_loss: float, bound: float, engines: Sequence[str]
 ) -> tuple[int | None, int | None]:
-    """Numbers of the largest map within the bound and of the knee among the depthwise scalings.
+    """Numbers of the largest map within the bound and of the knee among the depthwise scalings,
+    those of the first start.
 
     Only of those whose output `engines` compute as config.json says.
     """
@@ -251,7 +304,9 @@ def _recommended(
         and m.candidate.is_right_for(engines)
     ]
     largest = recommend.within([(loss, size) for _, loss, size in deeper], (1 + bound) * base_loss)
-    scaled = [entry for entry in deeper if maps[entry[0]].candidate.layer_map.trim is not None]
+    trimmed = [entry for entry in deeper if maps[entry[0]].candidate.layer_map.trim is not None]
+    starts = [maps[number].candidate.start for number, *_ in trimmed]
+    scaled = [entry for entry, start in zip(trimmed, starts, strict=True) if start == starts[0]]
     bend = recommend.knee([(loss, size) for _, loss, size in scaled])
     return None if largest is None else deeper[largest][0], None if bend is None else scaled[bend][
         0

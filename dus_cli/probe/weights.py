@@ -1,10 +1,10 @@
 """A model in memory, or one whose layers' weights are read from disk when their turn comes and
-let go after it.
+let go after it; and a layer whose output is scaled for a while, as `dus upscale --start` writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,10 @@ from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.models.decoder import layers_of
 from dus_cli.models.loading import STORED_DTYPES, load_config, load_model, no_weights, refusals_told
+from dus_cli.planning.projections import pattern
+from dus_cli.planning.scaling import Scale
+from dus_cli.planning.treatment import Making, made_pieces
+from dus_cli.probe.measure import Scaled
 from dus_cli.probe.replay import Ready
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import TensorInfo
@@ -62,12 +66,65 @@ def stream(
     return model, streamed.layer
 
 
+def scaling(
+    checkpoint: Checkpoint,
+    stack: LayerStack,
+    model: Any,
+    tensors: Sequence[Mapping[str, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Scaled:
+    """A way to have a layer add so many times what it adds, for a while.
+
+    Its tensors are read from the files again, each number multiplied and rounded in the dtype that
+    it is stored in, and put into the model by transformers' own loading: what `dus upscale` writes,
+    loaded as that will be.
+
+    Args:
+        checkpoint: of the base.
+        stack: its layers.
+        model: of transformers, all of it in memory or layer by layer.
+        tensors: what is scaled in each layer, as `planning.post_norms.scaled_tensors` has it;
+            looked up when the layer's turn comes.
+        dtype: of the model's weights.
+        device: where they are.
+    """
+    stored: list[list[tuple[str, Shard, TensorInfo]]] = [[] for _ in range(stack.num_layers)]
+    for shard, tensor in checkpoint.tensors():
+        split = split_name(tensor.name)
+        if split is not None and split.prefix == stack.prefix and split.index < stack.num_layers:
+            stored[split.index].append((pattern(split.suffix), shard, tensor))
+    layers = layers_of(model, stack.num_layers)
+    places = _Places(checkpoint, model, dtype, device)
+
+    @contextmanager
+    def scaled(number: int, factor: float) -> Iterator[None]:
+        offsets = tensors[number]
+        made = {
+            tensor.name: _Stored(shard, tensor, Scale(tensor.dtype, factor, offsets[kind]))
+            for kind, shard, tensor in stored[number]
+            if kind in offsets
+        }
+        with _own_again(layers[number]) as changed:
+            places.put(made)
+            if made and not changed():
+                raise ProbeError(
+                    f"transformers keeps {shown_list(sorted(made))} somewhere else than in layer "
+                    f"{number}: dus probe cannot scale it; write the models with dus upscale "
+                    "--start and measure those"
+                )
+            yield
+
+    return scaled
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor in a file, read when it is asked for its content."""
 
     shard: Shard
     tensor: TensorInfo
+    scale: Scale | None = None
 
     def __getitem__(self, _whole: object) -> Tensor:
         dtype = STORED_DTYPES.get(self.tensor.dtype)
@@ -76,6 +133,8 @@ class _Stored:
                 f"{shown(self.tensor.name)} is {self.tensor.dtype}, which --stream-layers does "
                 "not read"
             )
+        if self.scale is not None:
+            return self._scaled(self.scale, dtype)
         content = bytearray(self.tensor.num_bytes)
         with reading(self.shard.name), open_regular(self.shard.path, 0) as file:
             file.seek(self.tensor.start)
@@ -93,11 +152,70 @@ class _Stored:
             else torch.empty(0)
         )
 
+    def _scaled(self, scale: Scale, dtype: torch.dtype) -> Tensor:
+        content = bytearray()
+        with reading(self.shard.name), open_regular(self.shard.path) as file:
+            for piece in made_pieces(
+                file.fileno(), self.tensor, Making.scaled, self.tensor.dtype, scale
+            ):
+                content += piece
+        return torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape)
+
+
+class _Places:
+    """Stored tensors put into a model by transformers' own loading, which renames and merges them
+    as the architecture wants it.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._checkpoint, self._model, self._dtype, self._device = checkpoint, model, dtype, device
+        self._mapping = get_model_conversion_mapping(model)
+
+    def put(self, stored: Mapping[str, _Stored]) -> set[str]:
+        """Put tensors in their places; the names that have none yet."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        plan = self._model._get_dtype_plan(self._dtype)  # noqa: SLF001  (what stays in fp32; it has no public name)
+        settings = LoadStateDictConfig(
+            dtype=self._dtype,
+            dtype_plan=plan,
+            device_map={"": self._device},
+            weight_mapping=self._mapping,
+        )
+        with refusals_told(self._checkpoint.folder):
+            found, _ = convert_and_load_state_dict_in_model(self._model, dict(stored), settings)
+        wrong = [*(name for name, *_ in found.mismatched_keys), *found.conversion_errors]
+        if wrong:
+            raise ProbeError(
+                f"transformers cannot place {shown_list(sorted(wrong))} by itself; leave out "
+                "--stream-layers"
+            )
+        missing: set[str] = found.missing_keys
+        return missing
+
+
+@contextmanager
+def _own_again(layer: nn.Module) -> Iterator[Callable[[], int]]:
+    """Behind this the layer has the parameters that it has now; within it, how many are others."""
+    own = [
+        (module, name, p)
+        for module in layer.modules()
+        for name, p in module.named_parameters(recurse=False)
+    ]
+    try:
+        yield lambda: sum(getattr(module, name) is not p for module, name, p in own)
+    finally:
+        for module, name, parameter in own:
+            module.register_parameter(name, parameter)
+
 
 class _Streamed:
-    """Tensors by layer. transformers' own loading renames and merges them as the architecture
-    wants it.
-    """
+    """Tensors by layer."""
 
     def __init__(
         self,
@@ -107,11 +225,9 @@ class _Streamed:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        self._checkpoint, self._model, self._dtype, self._device = checkpoint, model, dtype, device
+        self._checkpoint, self._model, self._device = checkpoint, model, device
+        self._places = _Places(checkpoint, model, dtype, device)
         self._layers: Sequence[nn.Module] = layers_of(model, stack.num_layers)
-        self._mapping = get_model_conversion_mapping(model)
         self._stored: list[dict[str, _Stored]] = [{} for _ in self._layers]
         rest: dict[str, _Stored] = {}
         for shard, tensor in checkpoint.tensors():
@@ -124,7 +240,7 @@ class _Streamed:
         self._load_rest(rest)
 
     def _load_rest(self, rest: dict[str, _Stored]) -> None:
-        missing = self._load(rest)
+        missing = self._places.put(rest)
         self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
         of_layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
         lacking = [
@@ -140,45 +256,14 @@ class _Streamed:
     def layer(self, number: int) -> Iterator[None]:
         """Layer `number` has its weights."""
         layer = self._layers[number]
-        empty = [
-            (module, name, p)
-            for module in layer.modules()
-            for name, p in module.named_parameters(recurse=False)
-        ]
-        try:
-            self._load(self._stored[number])
+        with _own_again(layer):
+            self._places.put(self._stored[number])
             lacking = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
             if lacking:
                 raise no_weights(
                     self._checkpoint.folder, [f"layer {number}: {name}" for name in lacking]
                 )
             yield
-        finally:
-            for module, name, parameter in empty:
-                module.register_parameter(name, parameter)
-
-    def _load(self, stored: dict[str, _Stored]) -> set[str]:
-        """Put tensors in their places; the names that have none yet."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        plan = self._model._get_dtype_plan(self._dtype)  # noqa: SLF001  (what stays in fp32; it has no public name)
-        settings = LoadStateDictConfig(
-            dtype=self._dtype,
-            dtype_plan=plan,
-            device_map={"": self._device},
-            weight_mapping=self._mapping,
-        )
-        with refusals_told(self._checkpoint.folder):
-            found, _ = convert_and_load_state_dict_in_model(self._model, stored, settings)
-        wrong = [*(name for name, *_ in found.mismatched_keys), *found.conversion_errors]
-        if wrong:
-            raise ProbeError(
-                f"transformers cannot place {shown_list(sorted(wrong))} by itself; leave out "
-                "--stream-layers"
-            )
-        missing: set[str] = found.missing_keys
-        return missing
 
 
 @contextmanager
