@@ -38,6 +38,7 @@ _MODULES = {
     "UpscaleReport": "upscaling.report",
     "Verification": "verification.report",
     "VerifyOptions": "verification.options",
+    "UpscaleOptions": "upscaling.options",
 }
 
 
@@ -77,6 +78,7 @@ __all__ = [
     "ScoringOptions",
     "TaskOptions",
     "TextOptions",
+    "UpscaleOptions",
     "UpscaleReport",
     "UsageError",
     "Verification",

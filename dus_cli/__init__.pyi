@@ -9,6 +9,7 @@ from dus_cli.probe.options import ProbeOptions
 from dus_cli.progress import Progress
 from dus_cli.push.options import PushOptions
 from dus_cli.push.report import PushReport
+from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.verbs import evaluate, heal, probe, push
 from dus_cli.verification.options import VerifyOptions
@@ -34,6 +35,7 @@ __all__ = [
     "ScoringOptions",
     "TaskOptions",
     "TextOptions",
+    "UpscaleOptions",
     "UpscaleReport",
     "UsageError",
     "Verification",

@@ -30,9 +30,11 @@ from dus_cli import (
     Recipe,
     ScoringOptions,
     TextOptions,
+    UpscaleOptions,
     UpscaleReport,
     UsageError,
     Verification,
+    VerifyOptions,
     plan,
     upscale,
     verify,
@@ -43,19 +45,16 @@ from dus_cli.verbs import evaluate, heal, heal_options, probe, push
 
 ROOT = Path(__file__).parent.parent
 
-MAP = (
-    "lineage: 'str | Path | None' = None, revision: 'str | None' = None, token: 'str | None' = "
-    "None, trim: 'int | None' = None, layers: 'str | None' = None, copies: 'int' = 2, recipe: "
-    "'str | None' = None, identity: 'bool' = False, double: 'str | None' = None, start: 'str | "
-    "None' = None, engines: 'Sequence[str]' = (), assume: 'Mapping[str, Assumption] | None' = "
-    "None, dtype: \"Dtype | Literal['bfloat16', 'float16', 'float32', 'bf16', 'fp16', 'fp32'] | "
-    "None\" = None, max_shard_size: 'int | str' = '5GB', copy_mode: \"CopyMode | Literal['auto', "
-    "'clone', 'copy']\" = <CopyMode.auto: 'auto'>, stream: 'bool' = False, "
-)
-
-PUSH = (
-    "overwrite: 'bool' = False, push_to: 'str | None' = None, private: 'bool' = False, branch: "
-    "'str | None' = None"
+UPSCALE = (
+    "lineage: pathlib.Path | None = None, revision: str | None = None, token: str | None = None, "
+    "trim: int | None = None, layers: str | None = None, double: str | None = None, copies: int = "
+    "2, assume: tuple[tuple[str, typing.Literal['keep', 'map']], ...] = (), recipe: str | None = "
+    "None, identity: bool = False, start: str | None = None, engines: tuple[str, ...] = (), dtype: "
+    "dus_cli.planning.dtypes.Dtype | None = None, max_shard_size: int = 5000000000, copy_mode: "
+    "dus_cli.writing.transfer.CopyMode = <CopyMode.auto: 'auto'>, stream: bool = False, jobs: int "
+    "= 4, push_to: str | None = None, private: bool = False, branch: str | None = None, verify: "
+    "dus_cli.verification.planned.VerifyMode = <VerifyMode.structure: 'structure'>, checksums: "
+    "bool = False, overwrite: bool = False"
 )
 
 VERIFY = (
@@ -64,12 +63,10 @@ VERIFY = (
 )
 
 SIGNATURES: dict[Any, str] = {
-    upscale: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}jobs: 'int' = 4, "
-    "verify: \"VerifyMode | Literal['none', 'structure', 'full']\" = <VerifyMode.structure: "
-    "'structure'>, "
-    f"checksums: 'bool' = False, {PUSH}, progress: 'Progress | None' = None) -> 'UpscaleReport'",
-    plan: f"(model: 'str | Path | None', output: 'str | Path', *, {MAP}checksums: 'bool' = False, {PUSH}) "
-    "-> 'UpscaleReport'",
+    upscale: "(model: 'str | Path | None', output: 'str | Path', options: 'UpscaleOptions | None' = "
+    f"None, *, progress: 'Progress | None' = None, {UPSCALE}) -> 'UpscaleReport'",
+    plan: "(model: 'str | Path | None', output: 'str | Path', options: 'UpscaleOptions | None' = "
+    f"None, *, {UPSCALE}) -> 'UpscaleReport'",
     probe: "(model: 'str | Path', options: 'ProbeOptions', *, revision: 'str | None' = None, "
     "token: 'str | None' = None, dry_run: 'bool' = False, "
     "progress: 'Progress | None' = None) -> 'Probe'",
@@ -120,7 +117,7 @@ FIELDS: dict[Any, dict[str, str]] = {
 
 def test_the_package_exports_these_names() -> None:
     options = (
-        "VerifyOptions ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget "
+        "UpscaleOptions VerifyOptions ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget "
         "Recipe Fit Launch"
     )
     reports = "UpscaleReport Verification Probe EvalReport PushReport"
@@ -184,6 +181,18 @@ def test_the_functions_return_what_the_commands_print(
     found = dus("verify", tmp_path / "out", "--base", base, "--json").report
     assert found["bytes_compared"] == sound.bytes_compared
     assert set(planned.to_json()) == set(written.to_json()) == set(typed)
+
+
+def test_options_may_be_an_object_its_fields_or_both(base: Path, tmp_path: Path) -> None:
+    options = UpscaleOptions(trim=1, start="half", assume=(("rms_norm_eps", "keep"),))
+    planned = plan(base, tmp_path / "out", options)
+    of_fields = plan(base, tmp_path / "out", trim=1, start="half", assume={"rms_norm_eps": "keep"})
+    assert planned.plan.layer_map == of_fields.plan.layer_map
+    assert len(plan(base, tmp_path / "out", options, trim=2).plan.layer_map) == 12
+    with pytest.raises(TypeError, match="trims"):
+        plan(base, tmp_path / "out", trims=1)
+    upscale(base, tmp_path / "out", options)
+    assert verify(tmp_path / "out", VerifyOptions(base=str(base)), jobs=1).bytes_compared
 
 
 def test_problems_are_listed_and_no_exception(base: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dus_cli.pictures.layer_map import PICTURES, layer_map_svg
 from dus_cli.planning.plan import MapRequest
 from dus_cli.source.base_card import BaseCard, parse_base_card, read_base_card
 from dus_cli.source.belonging import carried_files
+from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.verb import upscale
 from dus_cli.upscaling.wanted import Wanted
 
@@ -59,7 +60,7 @@ def card_of(base: Path, output: Path, *, trim: int = 2, with_checksums: bool = F
     upscale(
         Wanted(ModelRef(str(base), path=base), MapRequest(trim)),
         output,
-        with_checksums=with_checksums,
+        UpscaleOptions(checksums=with_checksums),
     )
     assert metadata_load(output / "README.md")
     return ModelCard((output / "README.md").read_text(encoding="utf-8"))

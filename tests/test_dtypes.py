@@ -269,7 +269,7 @@ def test_a_dtype_goes_by_any_of_its_names(
         ]
         == dtype
     )
-    assert plan(base, tmp_path / "out", dtype=name).to_json()["dtype"] == dtype  # type: ignore[arg-type]
+    assert plan(base, tmp_path / "out", dtype=name).to_json()["dtype"] == dtype
 
 
 def test_a_precision_goes_by_the_same_names() -> None:

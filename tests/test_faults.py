@@ -30,8 +30,9 @@ from conftest import DUS, dus
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, DusError, OutputError
 from dus_cli.planning.plan import MapRequest
-from dus_cli.progress import NoProgress, Plan
+from dus_cli.progress import NoProgress, Plan, Progress
 from dus_cli.upscaling import space, verb
+from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.wanted import Wanted
 from dus_cli.verification.planned import VerifyMode
 from dus_cli.writing import staging, transfer
@@ -194,13 +195,18 @@ def test_where_names_cannot_be_exchanged_two_renames_do(
 
 
 def run_verb(
-    base: Path, out: Path, *, trim: int | None = None, overwrite: bool = False, **options: Any
+    base: Path,
+    out: Path,
+    *,
+    trim: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> None:
     verb.upscale(
         Wanted(ModelRef(str(base), path=base), MapRequest(trim)),
         out,
-        overwrite=overwrite,
-        **options,
+        UpscaleOptions(**options),
+        progress=progress,
     )
 
 

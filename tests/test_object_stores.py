@@ -32,10 +32,11 @@ from dus_cli.heal.options import DataOptions, HealOptions
 from dus_cli.heal.watch.views import NoView
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import MapRequest
-from dus_cli.progress import NoProgress
+from dus_cli.progress import NoProgress, Progress
 from dus_cli.source import incomplete
 from dus_cli.source.checkpoint import fingerprint, open_checkpoint
 from dus_cli.upscaling import verb
+from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.upscaling.wanted import Wanted
 from dus_cli.verification.planned import VerifyMode
@@ -90,9 +91,16 @@ def mounted(tmp_path: Path) -> Iterator[Mounting]:
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
 
 
-def run(base: Path, out: Path, *, trim: int | None = None, **options: Any) -> UpscaleReport:
+def run(
+    base: Path,
+    out: Path,
+    *,
+    trim: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> UpscaleReport:
     wanted = Wanted(ModelRef(str(base), path=base), MapRequest(trim), max_shard_bytes=200_000)
-    return verb.upscale(wanted, out, **options)
+    return verb.upscale(wanted, out, UpscaleOptions(**options), progress=progress)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -118,14 +126,14 @@ def test_the_output_on_a_store_has_the_bytes_of_one_on_a_disk(
     base: Path, tmp_path: Path, mounted: Mounting, store: str
 ) -> None:
     with_small_files(base)
-    run(base, tmp_path / "local", with_checksums=True)
+    run(base, tmp_path / "local", checksums=True)
     mount = mounted(STORES[store])
-    report = run(base, mount / "out", with_checksums=True, verify=VerifyMode.full)
+    report = run(base, mount / "out", checksums=True, verify=VerifyMode.full)
     assert report.published == "index last"
     assert any("written in place" in warning for warning in report.to_json()["warnings"])
     assert contents(mount / "out") == contents(tmp_path / "local")
     assert [path.name for path in mount.iterdir()] == ["out"]
-    assert run(base, mount / "out", with_checksums=True).status == "unchanged"
+    assert run(base, mount / "out", checksums=True).status == "unchanged"
     assert verify(mount / "out").is_sound
 
 

@@ -20,6 +20,7 @@ from tiny import digests
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import MapRequest
+from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.verb import upscale
 from dus_cli.upscaling.wanted import Wanted
 
@@ -39,7 +40,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (base / "tokenizer.json").write_text("{}")
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: [no]\n---\n")
     ref = ModelRef(str(base), path=base)
-    upscale(Wanted(ref, MapRequest(2), max_shard_bytes=250_000), root / "out", with_checksums=True)
+    upscale(
+        Wanted(ref, MapRequest(2), max_shard_bytes=250_000),
+        root / "out",
+        UpscaleOptions(checksums=True),
+    )
     upscale(Wanted(ref, MapRequest(1)), root / "single")
     return {"base": base, "out": root / "out", "single": root / "single"}
 
@@ -293,7 +298,9 @@ def test_what_does_not_verify_is_not_pushed(
 ) -> None:
     out = tmp_path / "out"
     ref = ModelRef("b", path=folders["base"])
-    upscale(Wanted(ref, MapRequest(2), max_shard_bytes=250_000), out, with_checksums=True)
+    upscale(
+        Wanted(ref, MapRequest(2), max_shard_bytes=250_000), out, UpscaleOptions(checksums=True)
+    )
     change, message = UNSOUND[what]
     change(out)
     dus("push", out, "org/model", "-q").assert_one_line_error(message)

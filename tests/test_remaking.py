@@ -22,6 +22,7 @@ from dus_cli.maps.starts import StartRule
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.release.remaking import read_remaking
+from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.upscaling.verb import upscale
 from dus_cli.upscaling.wanted import Wanted
@@ -36,7 +37,7 @@ def release(
     dtype: Dtype | None = None,
 ) -> Path:
     wanted = Wanted(ModelRef(str(base), path=base), request, size, dtype)
-    upscale(wanted, output, with_checksums=True)
+    upscale(wanted, output, UpscaleOptions(checksums=True))
     return output
 
 

@@ -70,6 +70,16 @@ def parse_size(text: str) -> int:
     return size
 
 
+def size_text(num_bytes: int) -> str:
+    """A size as people type it; `parse_size` reads it.
+
+    >>> size_text(5_000_000_000), size_text(1_500_000), size_text(300)
+    ('5GB', '1500KB', '300')
+    """
+    unit = max((unit for unit in _UNITS if num_bytes % _UNITS[unit] == 0), key=_UNITS.__getitem__)
+    return f"{num_bytes // _UNITS[unit]}{unit}"
+
+
 def human_count(count: float) -> str:
     """A count with a decimal unit, as --tokens takes it, to three digits.
 

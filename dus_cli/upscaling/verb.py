@@ -17,6 +17,7 @@ from dus_cli.progress import NoProgress, Progress
 from dus_cli.release import checksums, lineage
 from dus_cli.release.texts import written_texts
 from dus_cli.source import incomplete
+from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.upscaling.space import Space, check_space, space_for
 from dus_cli.upscaling.wanted import Wanted, plan
@@ -27,16 +28,14 @@ from dus_cli.writing.journal import Journal
 from dus_cli.writing.outputs import Tally
 from dus_cli.writing.sequential import transfer_in_order
 from dus_cli.writing.staging import Staging, check_apart, check_output, why_within
-from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode, transfer
+from dus_cli.writing.transfer import CopyMode, transfer
 
 
 def preview(
     wanted: Wanted,
     output: Path,
+    options: UpscaleOptions | None = None,
     *,
-    copy_mode: CopyMode = CopyMode.auto,
-    overwrite: bool = False,
-    stream: bool = False,
     quiet: bool = True,
 ) -> UpscaleReport:
     """The report of a dry run: the whole plan, and in its warnings what would stop the run. Writes
@@ -46,6 +45,8 @@ def preview(
         DusError: as `plan`.
     """
     started = time.monotonic()
+    options = options or UpscaleOptions()
+    copy_mode, overwrite, stream = options.copy_mode, options.overwrite, options.stream
     ref, remaking = wanted.ref, wanted.remaking
     _check_stream(ref, copy_mode, stream=stream)
     made = plan(wanted, fetch=Fetch.headers, quiet=quiet)
@@ -92,13 +93,8 @@ def preview(
 def upscale(
     wanted: Wanted,
     output: Path,
+    options: UpscaleOptions | None = None,
     *,
-    copy_mode: CopyMode = CopyMode.auto,
-    jobs: int = DEFAULT_JOBS,
-    verify: VerifyMode = VerifyMode.structure,
-    with_checksums: bool = False,
-    overwrite: bool = False,
-    stream: bool = False,
     quiet: bool = True,
     progress: Progress | None = None,
 ) -> UpscaleReport:
@@ -110,6 +106,13 @@ def upscale(
     written, by its lineage, is left as it is. Where a lineage is followed again, it is also held
     against the recorded sums.
 
+    Args:
+        wanted: the base, the map, and what else decides the bytes.
+        output: the directory to write.
+        options: how it is written and verified; nothing that `wanted` has is read of them.
+        quiet: no progress bars from huggingface_hub.
+        progress: told what happens while it happens, from several threads.
+
     Raises:
         DusError: as `plan`, and OutputError (taken, no room, the disk failed), CheckpointError (the
             base is unreadable or changed meanwhile, or a number is beyond the dtype),
@@ -117,11 +120,13 @@ def upscale(
             was planned).
     """
     started = time.monotonic()
-    progress = progress or NoProgress()
+    progress, options = progress or NoProgress(), options or UpscaleOptions()
+    copy_mode, jobs, verify = options.copy_mode, options.jobs, options.verify
+    overwrite, stream = options.overwrite, options.stream
     ref, remaking = wanted.ref, wanted.remaking
     _check_stream(ref, copy_mode, stream=stream)
     sums_wanted = remaking is not None and remaking.sums is not None
-    with_checksums = with_checksums or sums_wanted
+    with_checksums = options.checksums or sums_wanted
     warnings = tuple(remaking.warnings) if remaking is not None else ()
     if not overwrite and (output / lineage.NAME).is_file():
         fetch = Fetch.weights if verify is VerifyMode.full and not stream else Fetch.headers

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from dus_cli.common.reference import ModelRef
+from dus_cli.common.reference import ModelRef, model_text
+from dus_cli.errors import UsageError
 from dus_cli.hub import fetching
 from dus_cli.hub.fetching import Fetch
+from dus_cli.maps.recipes import RECIPES
+from dus_cli.maps.starts import IDENTITY, StartRule
 from dus_cli.planning.dtypes import Dtype
 from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, Base, MapRequest, UpscalePlan, make_plan
 from dus_cli.progress import Progress
-from dus_cli.release.remaking import Remaking
+from dus_cli.release.remaking import Remaking, read_remaking
 from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
+from dus_cli.upscaling.options import RECORDED, UpscaleOptions
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,36 @@ class Wanted:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     dtype: Dtype | None = None
     remaking: Remaking | None = None
+
+    @classmethod
+    def of(cls, model: str | Path | None, options: UpscaleOptions) -> Wanted:
+        """What these options ask of a model; None stands for the base of `options.lineage`.
+
+        Raises:
+            UsageError: options that exclude each other, or no model.
+            DusError: the lineage cannot be followed.
+        """
+        if options.lineage is not None:
+            return cls._again(options.lineage, model, options)
+        if model is None:
+            raise UsageError("which model? give a directory or a Hub id, or lineage")
+        ref = ModelRef.parse(model_text(model), revision=options.revision, token=options.token)
+        return cls(ref, _request(options), options.max_shard_size, options.dtype)
+
+    @classmethod
+    def _again(cls, path: Path, model: str | Path | None, options: UpscaleOptions) -> Wanted:
+        """What a lineage records."""
+        differing = [
+            field.name
+            for field in dataclasses.fields(options)
+            if field.name in RECORDED and getattr(options, field.name) != field.default
+        ]
+        refuse_recorded(differing)
+        base = None if model is None else model_text(model)
+        remaking = read_remaking(path, base, token=options.token)
+        request = replace(remaking.request, engines=options.engines)
+        remaking = replace(remaking, request=request)
+        return cls(*remaking.parts, remaking)
 
     def base(self, commit: str | None = None) -> Base:
         return Base(self.ref, commit) if self.remaking is None else self.remaking.base()
@@ -47,6 +83,45 @@ class Wanted:
         if self.remaking is not None:
             self.remaking.check(made)
         return made
+
+
+def refuse_recorded(fields: Collection[str]) -> None:
+    """Check that nothing is given that a lineage records.
+
+    Args:
+        fields: those of `RECORDED` that were given.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if fields:
+        names = [f"--{name.replace('_', '-')}" for name in RECORDED if name in fields]
+        raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
+
+
+def _request(options: UpscaleOptions) -> MapRequest:
+    """The layer map and its start; `identity` and a start of that name are one."""
+    identity, start, recipe = options.identity, StartRule(), options.recipe
+    if options.start is not None:
+        start = StartRule.parse(options.start)
+    if start.name == IDENTITY:
+        identity, start = True, StartRule()
+    elif options.start is not None and (
+        identity or (recipe is not None and RECIPES[recipe].identity)
+    ):
+        what = "--identity" if identity else f"--recipe {recipe}"
+        raise UsageError(f"{what} says how new layers start; leave out --start")
+    return MapRequest(
+        trim=options.trim,
+        layers=options.layers,
+        copies=options.copies,
+        recipe=recipe,
+        identity=identity,
+        assume=options.assume,
+        engines=options.engines,
+        double=options.double,
+        start=start,
+    )
 
 
 def plan(
