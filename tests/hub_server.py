@@ -1,7 +1,8 @@
 """A stand-in for the Hub on the loopback interface, with a log of what was asked of it and what it
 sent.
 
-It answers what huggingface_hub asks for a model: its commit, its list of files, its files. As on
+It answers what huggingface_hub asks for a model: its commit, its list of files, its files; and for
+a data set, whose repo is called "datasets/org/name" here. As on
 the real Hub, a file under LFS redirects to a signed address on another origin, where the token must
 not follow; a gated repo shows its list of files to everyone; a private one does not exist for
 strangers.
@@ -31,8 +32,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".onnx")
+LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".onnx", ".parquet", ".gz")
 READER, STRANGER = "hf_reader", "hf_stranger"  # the tokens that the Hub knows
+_REPO = r"((?:datasets/)?[^/]+/[^/]+)"
 _PIECE = 64 << 10
 _BURST, _SILENCE = 0.1, 3.0  # seconds
 HANG_UP = 0  # a failure that is no HTTP status: the connection ends without an answer
@@ -229,21 +231,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(path, _Answer(status))
                 return
         try:
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            path = path.replace("/api/datasets/", "/api/models/datasets/")
+            if match := re.fullmatch(rf"/api/models/{_REPO}(?:/revision/(.+))?", path):
                 answer = self._model(match[1], match[2] or "main")
-            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
-                answer = self._tree(
-                    match[1], match[2], recursive="recursive=true" in url.query.lower()
-                )
-            elif re.fullmatch(r"/api/models/([^/]+/[^/]+)/xet-read-token/([^/]+)", path):
+            elif match := re.fullmatch(rf"/api/models/{_REPO}/tree/([^/]+)/?(.*)", path):
+                recursive = "recursive=true" in url.query.lower()
+                answer = self._tree(match[1], match[2], match[3], recursive=recursive)
+            elif re.fullmatch(rf"/api/models/{_REPO}/xet-read-token/([^/]+)", path):
                 service = {
                     "X-Xet-Cas-Url": f"{self.hub.endpoint}/cas",
                     "X-Xet-Access-Token": "of the service",
                 }
                 answer = _Answer(HTTPStatus.OK, service | {"X-Xet-Token-Expiration": "4000000000"})
-            elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            elif match := re.fullmatch(rf"/{_REPO}/resolve/([^/]+)/(.+)", path):
                 answer = self._resolve(match[1], match[2], match[3])
-            elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+            elif match := re.fullmatch(rf"/cdn/{_REPO}/([^/]+)/(.+)", path):
                 answer = self._cdn(
                     match[1], match[2], match[3], url.query.removeprefix("signature=")
                 )
@@ -264,9 +266,12 @@ class _Handler(BaseHTTPRequestHandler):
         answer.headers["X-HF-Warning"] = "unauthenticated; Set a HF_TOKEN for higher rate limits."
         return answer
 
-    def _tree(self, repo_id: str, revision: str, *, recursive: bool) -> _Answer:
+    def _tree(self, repo_id: str, revision: str, below: str, *, recursive: bool) -> _Answer:
         _, folder = self._commit(repo_id, revision)
-        paths = _files(folder) if recursive else [path.name for path in sorted(folder.iterdir())]
+        if not (folder / below).is_dir():
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "EntryNotFound", f"{below} does not exist")
+        found = (folder / below).rglob("*") if recursive else (folder / below).iterdir()
+        paths = sorted(path.relative_to(folder).as_posix() for path in found)
         return _json([_entry(folder, path) for path in paths])
 
     def _resolve(self, repo_id: str, revision: str, path: str) -> _Answer:

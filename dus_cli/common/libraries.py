@@ -11,14 +11,16 @@ from importlib.util import find_spec
 
 from dus_cli.errors import MissingExtraError, listed, reason_of
 
-_HEAL, _EVAL = "'dus-cli[heal]'", "'dus-cli[eval]'"
+_HEAL, _EVAL, _STORES = "'dus-cli[heal]'", "'dus-cli[eval]'", "'dus-cli[stores]'"
 
 # What to install for a module; one that is not listed comes in a package of its own name.
 _BROUGHT_BY = {
     "accelerate": _HEAL,
+    "gcsfs": _STORES,
     "lm_eval": _EVAL,
     "numpy": "numpy",
     "pyarrow": _HEAL,
+    "s3fs": _STORES,
     "torch": _HEAL,
     "transformers": _HEAL,
     "zstandard": _HEAL,

@@ -6,19 +6,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-# An absolute path, alone or as a held-out set's behind its name.
+# An absolute path, alone or as a held-out set's behind its name; and a web address, with what is
+# perhaps secret: a password, a query with a signature.
 _PATH = re.compile(r"((?:\w[\w.-]*=)?)[/~]", re.ASCII)
+_WEB = re.compile(
+    r"((?:\w[\w.-]*=)?https?://)(?:[^/@\s]*@)?([^?\s]*)(?:\?\S*?)?(:[\d.]+)?", re.ASCII
+)
 
 
 def public(value: Any) -> Any:
     """JSON as it goes into a release: of absolute paths the last name, for the rest is about the
-    maker's machine.
+    maker's machine; of web addresses no query and no password.
 
     >>> files = ["/data/*.jsonl:0.7", "more.txt"]
     >>> public({"model": "/home/me/models/out", "files": files, "steps": 3})
     {'model': 'out', 'files': ['*.jsonl:0.7', 'more.txt'], 'steps': 3}
     >>> public("code=/data/b.jsonl")
     'code=b.jsonl'
+    >>> public("https://me:word@host/a.jsonl?key=1:0.5")
+    'https://host/a.jsonl:0.5'
     """
     if isinstance(value, dict):
         return {key: public(inner) for key, inner in value.items()}
@@ -26,6 +32,8 @@ def public(value: Any) -> Any:
         return [public(inner) for inner in value]
     if isinstance(value, str) and (match := _PATH.match(value)):
         return match[1] + Path(value).name
+    if isinstance(value, str) and (match := _WEB.fullmatch(value)):
+        return match[1] + match[2] + (match[3] or "")
     return value
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dus_cli.common.libraries import require
+from dus_cli.data.remote import RemoteFile
 
 BUFFER = 1 << 20
 
@@ -61,7 +62,7 @@ def import_library(module: str, suffix: str) -> Any:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def opened(path: Path | RemoteFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The file as it lies on the disk, and what is in it.
 
     Raises:
@@ -69,7 +70,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         OSError: the disk fails.
     """
     try:
-        with open(path, "rb", buffering=BUFFER) as raw, _unpacked(path, raw) as stream:
+        with path.open("rb", buffering=BUFFER) as raw, _unpacked(path, raw) as stream:
             yield raw, stream
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UnreadableError(f"{error}; copy or download it again") from error
@@ -99,7 +100,7 @@ def check_is_text(head: bytes) -> None:
 
 
 @contextmanager
-def _unpacked(path: Path, raw: BinaryIO) -> Iterator[BinaryIO]:
+def _unpacked(path: Path | RemoteFile, raw: BinaryIO) -> Iterator[BinaryIO]:
     suffix = path.suffix.lower()
     if suffix not in COMPRESSIONS:
         yield raw

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from dus_cli.data.containers import UnreadableError
+from dus_cli.data.remote import RemoteFile
 from dus_cli.data.sources import kind_of
 from dus_cli.data.texts import BadRecordError, texts_in
 from dus_cli.errors import DataError, shown
@@ -41,7 +42,9 @@ class Tally:
 # --- the documents in a file ----------------------------------------------------------------------
 
 
-def documents(path: Path, text_field: str, on_bad_line: BadLine, tally: Tally) -> Iterator[str]:
+def documents(
+    path: Path | RemoteFile, text_field: str, on_bad_line: BadLine, tally: Tally
+) -> Iterator[str]:
     """The texts in a file, in order. Texts of nothing but white space are counted as `empty` and
     left out.
 
@@ -75,6 +78,8 @@ def documents(path: Path, text_field: str, on_bad_line: BadLine, tally: Tally) -
             else:
                 tally.documents += 1
                 yield text
+        if isinstance(path, RemoteFile):
+            path.check_unchanged()
     except UnreadableError as error:
         raise DataError(f"cannot read {shown(path)}: {error}") from error
     except OSError as error:

@@ -34,6 +34,7 @@ from dus_cli.common.locks import holder, this_process
 from dus_cli.common.workers import PIECE
 from dus_cli.data.documents import BadLine, Reading
 from dus_cli.data.holdout import EVERYTHING, Split
+from dus_cli.data.remote import RemoteFile
 from dus_cli.data.sources import Source, Unread, kind_of
 from dus_cli.data.streams import Part, Prepared, PreparedSource
 from dus_cli.data.token_files import FORMAT, is_whole, token_dtype, write_part
@@ -243,7 +244,7 @@ class _Shelf:
         self.may_build = False
         self._on_progress, self._done, self._total = on_progress, 0, 0
 
-    def start_building(self, paths: Sequence[Path]) -> None:
+    def start_building(self, paths: Sequence[Path | RemoteFile]) -> None:
         """Clear what killed runs left. Only under the lock."""
         self.may_build = True
         for left in self.folder.glob(".*.partial"):
@@ -273,7 +274,7 @@ class _Shelf:
         ]
 
     def _part(
-        self, files: Sequence[Path], split: Split, split_by: object
+        self, files: Sequence[Path | RemoteFile], split: Split, split_by: object
     ) -> tuple[Part, dict[str, Any]]:
         stamps = [_stamp(path) for path in files]
         digests = [self.digests.get(path) for path in files]
@@ -309,7 +310,7 @@ class _Shelf:
         except (OSError, ValueError):
             return None
 
-    def _build(self, key: str, files: Sequence[Path], split: Split) -> dict[str, Any]:
+    def _build(self, key: str, files: Sequence[Path | RemoteFile], split: Split) -> dict[str, Any]:
         if not self.may_build:
             raise _MissingError
         tokeniser = self._load()
@@ -342,9 +343,9 @@ def _is_of_a_part(relative: str) -> bool:
     return relative == "meta.json" or relative.partition(".")[0] in ("train", "heldout", "hashes")
 
 
-def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:
+def _groups(paths: Sequence[Path | RemoteFile]) -> Iterator[list[Path | RemoteFile]]:
     """Neighbours that together stay below the size of a shared part; a larger file is alone."""
-    group: list[Path] = []
+    group: list[Path | RemoteFile] = []
     size = 0
     for path in paths:
         more = _stamp(path)[0]
@@ -357,7 +358,7 @@ def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:
         yield group
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path | RemoteFile) -> tuple[int, int, int]:
     """What changes when a file is written to or replaced."""
     try:
         status = path.stat()
@@ -395,10 +396,14 @@ class _Digests:
         if self._file is not None:
             os.close(self._file)
 
-    def knows(self, path: Path) -> bool:
+    def knows(self, path: Path | RemoteFile) -> bool:
+        if isinstance(path, RemoteFile):
+            return True  # its store says what it is
         return self._known.get(str(path), (None,))[0] == _stamp(path)
 
-    def get(self, path: Path) -> str:
+    def get(self, path: Path | RemoteFile) -> str:
+        if isinstance(path, RemoteFile):
+            return path.digest
         stamp = _stamp(path)
         known, digest = self._known.get(str(path), (None, ""))
         if known == stamp:

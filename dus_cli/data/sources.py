@@ -18,6 +18,7 @@ from dus_cli.common.files import writing
 from dus_cli.common.reference import user_path
 from dus_cli.common.storage import sync
 from dus_cli.data.containers import BUFFER, COMPRESSIONS
+from dus_cli.data.remote import RemoteFile, remote_files
 from dus_cli.data.texts import is_one_object_without
 from dus_cli.errors import DataError, UsageError, shown, shown_list
 
@@ -71,7 +72,7 @@ class Source:
     """
 
     text: str
-    paths: tuple[Path, ...]
+    paths: tuple[Path | RemoteFile, ...]
     weight: float | None = None
     unread: Unread = field(default_factory=Unread)
     name: str = ""
@@ -81,8 +82,8 @@ class Source:
 class _Found:
     """What a file, folder or pattern stands for."""
 
-    paths: list[Path] = field(default_factory=list)
-    unread: dict[Path, str] = field(default_factory=dict)
+    paths: list[Path | RemoteFile] = field(default_factory=list)
+    unread: dict[Path | RemoteFile | str, str] = field(default_factory=dict)
 
     @property
     def said_unread(self) -> Unread:
@@ -105,7 +106,7 @@ def kind_of(name: str) -> str | None:
 def parse_sources(
     arguments: Sequence[str], spool: Path, text_field: str = "text"
 ) -> tuple[Source, ...]:
-    """The files behind FILE, FOLDER, 'PATTERN' or `-`, each with `:WEIGHT` behind it or not.
+    """The files behind FILE, FOLDER, 'PATTERN', URL or `-`, each with `:WEIGHT` behind it or not.
 
     `-` is standard input, JSONL; it is copied to stdin.jsonl in the folder `spool`, because data is
     read more than once. A colon that is part of a file's name is no weight. Of folders and
@@ -113,15 +114,18 @@ def parse_sources(
 
     Raises:
         DataError: nothing there, nothing that is data, no permission, standard input empty; weights
-            on some arguments only, or not positive.
+            on some arguments only, or not positive; a store that does not answer.
+        MissingExtraError: a store's client is not installed.
         OutputError: standard input could not be stored.
     """
     sources = []
     for text in arguments:
-        found, weight = _find(text, spool, text_field), None
-        if not found.paths:
+        found, weight = _find(_unweighed(text), spool, text_field), None
+        if _unweighed(text) != text:
+            weight = _weight(text, text.rpartition(":")[2])
+        elif not found.paths:
             head, colon, tail = text.rpartition(":")
-            found = _find(head, spool, text_field) if colon and "://" not in text else _Found()
+            found = _find(head, spool, text_field) if colon else _Found()
             if not found.paths:
                 raise DataError(_nothing_there(text))
             weight = _weight(text, tail)
@@ -170,31 +174,23 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _nothing_there(text: str) -> str:
-    """What to say of an argument that is no file: it may be a data set elsewhere."""
-    scheme, is_url, _ = text.partition("://")
-    if is_url and scheme == "hf":
-        return (
-            f"{shown(text)} is on the Hub, and --data reads local files; fetch it first: {_FETCH}"
-        )
-    if is_url and scheme in {"http", "https"}:
-        return (
-            f"{shown(text)} is a URL, and --data reads local files; download it first (curl -LO "
-            "URL), or pipe lines of JSON in: curl -L URL | dus … --data -"
-        )
-    if is_url:
-        return (
-            f"{shown(text)} is in another store, and --data reads local files: FILE, FOLDER, "
-            f"'PATTERN' or -; copy it first with {shown(scheme)}'s own tool, or mount it"
-        )
+    """What to say of an argument that is no file: it may be a data set of the Hub."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text, re.ASCII) and kind_of(text) is None:
         return (
-            f"{shown(text)} is no file or folder here; --data reads local files, so a data set of "
-            f"the Hub is fetched first: {_FETCH}"
+            f"{shown(text)} is no file or folder here; a data set of the Hub is "
+            f"hf://datasets/{shown(text)}"
         )
     return f"{shown(text)} is no file or folder, and no pattern that fits one; check the path"
 
 
-_FETCH = "hf download --repo-type dataset ORG/NAME --local-dir DIR, then --data DIR"
+def _unweighed(text: str) -> str:
+    """A URL without the weight behind it; any other text as it is, for a colon may be a name's.
+
+    >>> [_unweighed(text) for text in ("s3://bucket/a.jsonl:0.7", "https://host:80/a.txt", "a:1")]
+    ['s3://bucket/a.jsonl', 'https://host:80/a.txt', 'a:1']
+    """
+    match = re.fullmatch(r"(\w[\w+.-]*://.+/.+):[\d.e+-]+", text, re.ASCII)
+    return text if match is None else match[1]
 
 
 def _weight(argument: str, text: str) -> float:
@@ -211,6 +207,8 @@ def _find(text: str, spool: Path, text_field: str) -> _Found:
     """
     if text == "-":
         return _Found([_spooled(spool)])
+    if re.match(r"\w[\w+.-]*://", text, re.ASCII):
+        return _find_remote(text, text_field)
     text = str(user_path(text)) if text.startswith("~") and not os.path.lexists(text) else text
     if os.path.lexists(text) and not Path(text).is_dir():
         path = Path(text).absolute()
@@ -224,17 +222,38 @@ def _find(text: str, spool: Path, text_field: str) -> _Found:
         path = Path(name).absolute()
         for file in _files_below(path) if path.is_dir() else [path]:
             _add(found, file, text_field)
-    if names and not found.paths:
-        there = f" but {found.said_unread}" if found.unread else ""
-        kinds = " ".join(KINDS)
-        raise DataError(
-            f"{shown(text)} holds no data{there}; --data reads {kinds} and most of them compressed"
-        )
+    if names:
+        _check_there_is_data(text, found)
     return found
 
 
-def _add(found: _Found, path: Path, text_field: str) -> None:
-    """A file of a folder or pattern: to what is read, or to what is not."""
+def _find_remote(text: str, text_field: str) -> _Found:
+    """Files of known kinds in another store."""
+    files, beside = remote_files(text)
+    found = _Found()
+    if len(files) == 1 and text.endswith(files[0].name):
+        _check_kind(files[0])
+    for file in files:
+        _add(found, file, text_field)
+    for name in beside:
+        if kind_of(name) is not None and not _BESIDE_DATA.fullmatch(Path(name).name):
+            found.unread[name] = name
+    _check_there_is_data(text, found)
+    return found
+
+
+def _check_there_is_data(text: str, found: _Found) -> None:
+    if found.paths:
+        return
+    there = f" but {found.said_unread}" if found.unread else ""
+    kinds = " ".join(KINDS)
+    raise DataError(
+        f"{shown(text)} holds no data{there}; --data reads {kinds} and most of them compressed"
+    )
+
+
+def _add(found: _Found, path: Path | RemoteFile, text_field: str) -> None:
+    """A file of a folder, pattern or store: to what is read, or to what is not."""
     kind = kind_of(path.name)
     if kind is None:
         if not _BESIDE_DATA.fullmatch(path.name):
@@ -242,9 +261,11 @@ def _add(found: _Found, path: Path, text_field: str) -> None:
         return
     if _BESIDE_DATA.fullmatch(path.name):
         return
-    _check_file(path)
+    if isinstance(path, Path):
+        _check_file(path)
     try:
-        if kind in _JSON and is_one_object_without(path, text_field):
+        asks = kind in _JSON if isinstance(path, Path) else kind == ".json"  # each is a request
+        if asks and is_one_object_without(path, text_field):
             found.unread[path] = f"{path.name} (one object without {shown(text_field)})"
             return
         if not path.stat().st_size:
@@ -272,7 +293,7 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _check_file(path: Path) -> None:
+def _check_kind(path: Path | RemoteFile) -> None:
     if path.name.lower().endswith(_ARCHIVES):
         raise DataError(f"{shown(path)} is an archive; unpack it, and give its folder")
     if kind_of(path.name) is None:
@@ -281,6 +302,10 @@ def _check_file(path: Path) -> None:
             f"{shown(path)} is of no known kind; rename it to what it is: {' '.join(KINDS)} "
             f"({compressed})"
         )
+
+
+def _check_file(path: Path) -> None:
+    _check_kind(path)
     try:
         mode = path.stat().st_mode
     except OSError as error:

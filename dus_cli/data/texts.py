@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dus_cli.data.containers import BUFFER, UnreadableError, check_is_text, import_library, opened
+from dus_cli.data.remote import RemoteFile
 from dus_cli.errors import shown, shown_list
 
 # A longer line or item is garbage: what a disk full of zeros or a binary file by a wrong name looks
@@ -72,7 +73,7 @@ OnPosition = Callable[[int], None]
 
 
 def texts_in(
-    path: Path, kind: str, text_field: str, on_bad: OnBad, on_position: OnPosition
+    path: Path | RemoteFile, kind: str, text_field: str, on_bad: OnBad, on_position: OnPosition
 ) -> Iterator[str]:
     """The texts in a file of a kind, its suffix without a compression's: ".jsonl". White space
     alone is a text, too.
@@ -101,13 +102,13 @@ def texts_in(
             yield text
 
 
-def head_of(path: Path) -> bytes:
+def head_of(path: Path | RemoteFile) -> bytes:
     """What a file begins with, unpacked."""
     with opened(path) as (_, stream):
         return stream.read(_HEAD)
 
 
-def is_one_object_without(path: Path, text_field: str) -> bool:
+def is_one_object_without(path: Path | RemoteFile, text_field: str) -> bool:
     """Whether a file of JSON is one object without this field: a description of data beside them,
     and no data.
 
@@ -444,7 +445,7 @@ def _no_column(names: list[str], text_field: str) -> UnreadableError:
 
 
 def _parquet_texts(
-    path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition
+    path: Path | RemoteFile, text_field: str, on_bad: OnBad, on_position: OnPosition
 ) -> Iterator[str]:
     arrow, parquet = (
         import_library("pyarrow", ".parquet"),
@@ -454,7 +455,8 @@ def _parquet_texts(
     size, number = path.stat().st_size, 0
     try:
         # Pages as they come: otherwise a row group, which may be gigabytes, is read at once.
-        with parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+        source = path if isinstance(path, Path) else path.open()
+        with parquet.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if text_field not in names:
                 raise _no_column(names, text_field)
@@ -470,7 +472,7 @@ def _parquet_texts(
 
 
 def _arrow_texts(
-    path: Path, text_field: str, on_bad: OnBad, on_position: OnPosition
+    path: Path | RemoteFile, text_field: str, on_bad: OnBad, on_position: OnPosition
 ) -> Iterator[str]:
     """Of the file format (Feather 2 is one) or the stream format; the content tells which."""
     arrow, ipc = import_library("pyarrow", path.suffix), import_library("pyarrow.ipc", path.suffix)
@@ -481,7 +483,8 @@ def _arrow_texts(
         )
     number = 0
     try:
-        with arrow.memory_map(str(path)) as source:
+        local = isinstance(path, Path)
+        with arrow.memory_map(str(path)) if local else arrow.PythonFile(path.open()) as source:
             is_file = head.startswith(b"ARROW1")
             with ipc.open_file(source) if is_file else ipc.open_stream(source) as reader:
                 names = reader.schema.names
@@ -505,9 +508,9 @@ def _batches(reader: Any) -> Iterator[Any]:
         yield reader.get_batch(index)
 
 
-def _check_is_no_pointer(path: Path) -> bytes:
+def _check_is_no_pointer(path: Path | RemoteFile) -> bytes:
     """Check that a file is not what Git LFS leaves in its place; what it begins with."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version "):
         check_is_text(head)

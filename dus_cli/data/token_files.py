@@ -32,6 +32,7 @@ import numpy as np
 from dus_cli.common.files import sync_file, writing
 from dus_cli.data.documents import Reading, Tally, documents
 from dus_cli.data.holdout import EVERYTHING, HASH_BITS, Split, text_hash
+from dus_cli.data.remote import RemoteFile
 from dus_cli.data.tokeniser import Tokeniser, pieces_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class _Batch(NamedTuple):
 
 def write_part(
     folder: Path,
-    files: Sequence[Path],
+    files: Sequence[Path | RemoteFile],
     reading: Reading,
     split: Split,
     tokeniser: Tokeniser,
@@ -162,7 +163,11 @@ def _read_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
 
 
 def _batches(
-    files: Sequence[Path], reading: Reading, split: Split, summary: Summary, hashes: array[int]
+    files: Sequence[Path | RemoteFile],
+    reading: Reading,
+    split: Split,
+    summary: Summary,
+    hashes: array[int],
 ) -> Iterator[_Batch]:
     pieces: list[_Piece] = []
     num_bytes = position = 0

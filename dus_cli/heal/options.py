@@ -333,8 +333,8 @@ class DataOptions:
     files: Annotated[
         tuple[str, ...],
         Option(
-            f"Text: {DATA_KINDS}; files, globs, folders, - for standard input; FILE:0.7 weighs a "
-            "mixture. Repeat for more.",
+            f"Text: {DATA_KINDS}; files, globs, folders, hf://datasets/ORG/NAME, https://, s3://, "
+            "gs://, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
             name="data",
             metavar="FILE",
             panel=DATA,

@@ -44,9 +44,14 @@ def prepare(ref: ModelRef) -> None:
     Raises:
         ModelNotFoundError: as `check_token`.
     """
+    check_token(ref.token)
+    limit_requests()
+
+
+def limit_requests() -> None:
+    """Let no request of huggingface_hub's session wait for ever."""
     from huggingface_hub import get_session
 
-    check_token(ref.token)
     hooks = get_session().event_hooks["request"]
     if limit_time not in hooks:
         hooks.append(limit_time)

@@ -145,7 +145,7 @@ class RemoteFile:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
         headers = build_hf_headers(
-            token=self.ref.token if _is_the_hubs(url) else False,
+            token=self.ref.token if is_the_hubs(url) else False,
             library_name=LIBRARY,
             library_version=__version__,
         )
@@ -179,7 +179,7 @@ class RemoteFile:
         status = None if response is None else response.status_code
         if (
             url is not None
-            and not _is_the_hubs(url)
+            and not is_the_hubs(url)
             and status in _EXPIRED
             and failures < _SIGNED_ANEW
         ):
@@ -190,7 +190,7 @@ class RemoteFile:
         pause(wait_before(error, failures, ATTEMPTS), stop)
 
 
-def wait_before(error: HTTPError, failures: int, attempts: int) -> float:
+def wait_before(error: Exception, failures: int, attempts: int) -> float:
     """Seconds to wait before the next try, after so many failures; raises the error where none
     makes sense.
     """
@@ -219,7 +219,7 @@ def _http_error() -> type[HTTPError]:
     return errors.HTTPError  # type: ignore[attr-defined]
 
 
-def _is_the_hubs(url: str) -> bool:
+def is_the_hubs(url: str) -> bool:
     """Whether the token may go there: to HF_ENDPOINT and to the Hub, by scheme, host and port."""
     from huggingface_hub import constants
 
