@@ -36,6 +36,7 @@ PUBLISHED = {
         140,
         tuple(k for start in range(0, 70, 10) for k in range(start, start + 20)),
     ),
+    "kl3m-007": (30, 120, tuple(range(30)) * 4),
 }
 
 
@@ -53,7 +54,7 @@ def test_solar_is_the_default_at_every_depth() -> None:
         assert recipe_map("solar", num_layers) == stack(num_layers)
 
 
-@pytest.mark.parametrize("name", ["solar", "yi", "llama-pro", "llama-3-120b"])
+@pytest.mark.parametrize("name", ["solar", "yi", "llama-pro", "llama-3-120b", "kl3m-007"])
 @pytest.mark.parametrize("num_layers", range(8, 100))
 def test_at_other_depths_no_layer_is_lost_and_the_model_is_deeper(
     name: str, num_layers: int
@@ -399,3 +400,7 @@ def test_where_norms_stand_on_the_stream_identities_are_refused(tmp_path: Path) 
         path.write_text(json.dumps(config | {field: not config[field]}))
         done = dus("upscale", folder, "--identity", "-o", tmp_path / "out", "-q")
         done.assert_one_line_error("--identity", field, "cannot be identities")
+
+
+def test_four_copies_are_what_copies_and_trim_spell() -> None:
+    assert recipe_map("kl3m-007", 30).sources == stack(30, 0, copies=4).sources

@@ -11,6 +11,8 @@ each.
   of 32 layers right behind it, its output projections zeros: 40.
 - `llama-3-120b`: mlabonne/Meta-Llama-3-120B-Instruct (its model card's mergekit configuration):
   seven slices of 20 of 80 layers, each begun 10 after the last: 140.
+- `kl3m-007`: KL3M-007 500M from KL3M-006 170M (model card of alea-institute/kl3m-007-500m-step0;
+  G_stack of arXiv:2405.15319, a growth of 4): all 30 layers four times: 120.
 
 Where a map is one of ratios it is carried to other depths: its bounds are scaled by n / the
 published depth, the start of a slice rounded down and its end up, so that rounding never drops a
@@ -64,6 +66,7 @@ RECIPES: Mapping[str, Recipe] = {
         ((0, 20), (10, 30), (20, 40), (30, 50), (40, 60), (50, 70), (60, 80)),
         scales=True,
     ),
+    "kl3m-007": Recipe("alea-institute/kl3m-007-500m-step0", 30, ((0, 30),) * 4, scales=True),
 }
 
 
