@@ -1040,6 +1040,42 @@ def test_a_held_out_set_that_is_none_is_refused_in_one_line(
     assert done.stderr.count("\n") == 1
 
 
+# --- exports --------------------------------------------------------------------------------------
+
+
+def test_an_export_is_the_model_after_its_step_and_changes_nothing(home: Path, alone: Path) -> None:
+    """Two workers, and a run of as many steps to hold it against."""
+    options = ("--precision", "fp32", "--schedule", "constant")
+    heal_in(home, "exporting", *options, "--export-every", "4", "--steps", "10", workers=2)
+    short = heal_in(home, "of-four", *options, "--steps", "4", "--warmup", "0", workers=2)
+    assert len(list(home.glob("exporting-step-*"))) == 2
+    export = home / "exporting-step-4"
+    assert_same_weights(export, short, within=1e-6)
+    assert tiny.forked_dus("verify", export, "--json").report["problems"] == []
+    report = json.loads((export / "report.json").read_text())
+    assert (report["steps"], report["output"]) == (4, "exporting-step-4")
+    assert [row["step"] for row in tiny.metrics(export)] == [0, 1, 2, 3, 4]
+    assert not (export / "checkpoints").exists()
+    assert not (home / "exporting-step-12").exists()
+
+
+def test_what_stands_where_an_export_goes_is_kept(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "out-step-4").mkdir()
+    (tmp_path / "out-step-4/mine.txt").write_text("mine")
+    arguments = (
+        "-o",
+        tmp_path / "out",
+        "--data",
+        home / "corpus.jsonl",
+        "--export-every",
+        "4",
+        "-q",
+    )
+    refused = tiny.forked_dus("heal", home / "scaled", *arguments)
+    refused.assert_one_line_error("out-step-4 exists and is no model that dus wrote")
+    assert (tmp_path / "out-step-4/mine.txt").read_text() == "mine"
+
+
 def test_tensorboard_gets_every_figure(home: Path) -> None:
     pytest.importorskip("tensorboard")
     out = heal_in(home, "boarded", "--track", "tensorboard", "--steps", "3")

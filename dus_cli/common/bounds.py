@@ -54,6 +54,7 @@ BOUNDS = {
     "epochs": Bounds(0, 1_000_000, is_whole=False, is_above=True),
     "eval-every": Bounds(1, _BILLION),
     "eval-tokens": Bounds(1, _TRILLION),
+    "export-every": Bounds(1, _BILLION),
     "gain-lr": Bounds(0, 1, is_whole=False),
     "grad-clip": Bounds(0, 1_000_000, is_whole=False),
     "holdout": Bounds(0, 0.5, is_whole=False),

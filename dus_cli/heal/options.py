@@ -595,6 +595,14 @@ class Keeping:
     keep: Annotated[
         int, Option("How many checkpoints to keep during the run.", metavar="N", panel=_KEEP)
     ] = 2
+    export_every: Annotated[
+        int | None,
+        Option(
+            "Write the model as it is every N steps, whole and beside the output: OUT-step-N.",
+            metavar="N",
+            panel=_KEEP,
+        ),
+    ] = None
     track: Annotated[Track, Option("Also log the metrics to this tracker.", panel=_KEEP)] = (
         Track.none
     )

@@ -35,8 +35,8 @@ SCHEMA = 1
 # aside. Files are compared by their content.
 _FREE = frozenset(
     "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload "
-    "keeping.eval_every "
-    "keeping.save_every keeping.keep keeping.track data.files data.eval_files".split()
+    "keeping.eval_every keeping.save_every keeping.keep keeping.export_every keeping.track "
+    "data.files data.eval_files".split()
 )
 
 _T = TypeVar("_T")
@@ -110,6 +110,7 @@ class KeepingPlan:
     save_every_seconds: float | None
     keep: int
     track: str
+    export_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ class Run:
     @property
     def checkpoints_folder(self) -> Path:
         return self.folder / "checkpoints"
+
+    def export_folder(self, step: int) -> Path:
+        """Where the model as it is after a step goes, beside the run."""
+        return self.folder.with_name(f"{self.folder.name}-step-{step}")
 
     @property
     def metrics_path(self) -> Path:

@@ -150,6 +150,7 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
     recipe, disk = run.recipe, report["disk"]
     free = "" if disk["free"] is None else f", {human_bytes(disk['free'])} free"
     checkpoint, written = human_bytes(disk["checkpoint"]), human_bytes(disk["model"])
+    exports = f", exported {disk['num_exports']} times" if disk["num_exports"] else ""
     speed = (
         f"{report['h100_tokens_per_second']:,.0f} tokens/s a {REFERENCE_GPU} at {TYPICAL_MFU:.0%} "
         "MFU"
@@ -181,7 +182,10 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
         ("", gpus),
         ("memory", parts),
         ("disk", f"{human_bytes(disk['total'])} at most{free}"),
-        ("", f"{disk['num_checkpoints']} checkpoints of {checkpoint}, the model {written}"),
+        (
+            "",
+            f"{disk['num_checkpoints']} checkpoints of {checkpoint}, the model {written}{exports}",
+        ),
     ]
     lines = [f"{label:<13}{value}" for label, value in rows]
     done = f"Dry run: nothing was written to {shlex.quote(run.output)}."
@@ -210,11 +214,13 @@ def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:
     )
     model = sum(path.stat().st_size for path in Path(run.model).glob("*.safetensors"))
     number = run.keeping.keep + 1
+    exports = (run.num_steps - 1) // (run.keeping.export_every or run.num_steps)
     return {
-        "total": number * checkpoint + model,
+        "total": number * checkpoint + (exports + 1) * model,
         "num_checkpoints": number,
         "checkpoint": checkpoint,
         "model": model,
+        "num_exports": exports,
         "free": free_bytes(wishes.output.resolve().parent),
     }
 

@@ -385,4 +385,5 @@ def _keeping(keeping: Keeping, eval_every: int, eval_tokens: int) -> KeepingPlan
         save_every_seconds=keeping.save_every.seconds,
         keep=keeping.keep,
         track=keeping.track.value,
+        export_every=keeping.export_every,
     )

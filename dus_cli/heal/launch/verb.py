@@ -6,6 +6,7 @@ The command line is built apart from running it, so that it can be printed and t
 from __future__ import annotations
 
 import contextlib
+import glob
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from dus_cli.heal.run import (
 from dus_cli.heal.watch.views import View
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import Shape, shape_of
+from dus_cli.release import lineage
 from dus_cli.writing.staging import Staging, check_apart, why_within
 
 # By one of these files a folder `tokens` is known as a run's.
@@ -84,6 +86,8 @@ def check(wishes: HealOptions) -> Model:
     check_tracker(wishes.keeping.track.value)
     check_apart(wishes.output, wishes.model)
     check_run_folder(wishes.output)
+    if wishes.keeping.export_every is not None:
+        _check_exports(wishes.output.resolve())
     check_renames(wishes.output, known(wishes.output.resolve().parent))
     _check_devices(wishes)
     return model
@@ -152,6 +156,16 @@ def check_run_folder(output: Path) -> None:
         raise OutputError(
             f"{shown(output)} holds {shown(strangers[0])} and no run of dus heal; choose another -o"
         )
+
+
+def _check_exports(output: Path) -> None:
+    """Check that what stands where exports may go is what dus wrote, which they replace."""
+    for path in output.parent.glob(f"{glob.escape(output.name)}-step-*"):
+        if not (path / lineage.NAME).is_file():
+            raise OutputError(
+                f"{shown(path)} exists and is no model that dus wrote, and --export-every gives "
+                "such names; move it, or choose another -o"
+            )
 
 
 def _is_ours(path: Path) -> bool:

@@ -128,11 +128,14 @@ class Publication:
         peak: float,
         peak_source: str,
         brake: Brake,
+        exported: Path | None = None,
     ) -> None:
-        """Write everything beside the run's folder, verify it, and let the two change places.
+        """Write everything beside the run's folder, verify it, and let the two change places; or
+        give it the name `exported`, and leave the run as it is.
 
         Raises:
             StopRequested: by a signal, before they have.
+            OutputError: it cannot be written, or what `exported` names is nothing that dus wrote.
         """
         run = self._run
         if not self._team.is_first:
@@ -141,7 +144,8 @@ class Publication:
                 self._gather(tensor, optimizer)
             self._team.wait()
             return
-        with Staging(run.folder, overwrite=True, claim=run_file.is_of_a_run) as staging:
+        claim = run_file.is_of_a_run if exported is None else None
+        with Staging(exported or run.folder, overwrite=True, claim=claim) as staging:
             for name, path in carried_files(self._source.folder).files:
                 staging.copy_file(name, path)
             for name in _unchanged(self._source):
@@ -152,6 +156,7 @@ class Publication:
                 self._write_shard(staging.folder / shard.name, shard, optimizer, brake)
             rows = read_metrics(run.metrics_path)
             report = self._report(progress, rows, peak, peak_source)
+            report |= {"output": str(staging.output)}
             self._write_proof(staging, report, rows)
             found = verify(staging.folder)
             if not found.is_sound:
@@ -257,7 +262,7 @@ class Publication:
         staging.write_text(run_file.NAME, dump_json(public(asdict(run))))
         if (run.folder / "tensorboard").is_dir():
             shutil.copytree(run.folder / "tensorboard", staging.folder / "tensorboard")
-        title = f"Healing {Path(run.output).name}"
+        title = f"Healing {staging.output.name}"
         for name, dark in CURVES.items():
             staging.write_text(
                 name, loss_curve(rows, base_loss=report["base_loss"], title=title, dark=dark)
@@ -266,7 +271,7 @@ class Publication:
         card = self._source.folder / "README.md"
         with reading(card.name):
             text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        staging.write_text("README.md", healed_card(text, report, Path(run.output).name))
+        staging.write_text("README.md", healed_card(text, report, staging.output.name))
         record = self._lineage(report) | {"files": list(staged_files(staging.folder))}
         staging.write_text(lineage.NAME, dump_json(record))
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +135,7 @@ class Training:
         self._set_brakes()
         if progress.step == 0 and progress.scaled_loss is None:
             self._measure_start()
+        self._export_when_due(again=False)
         while progress.unmeasured is not None or not self._is_over():
             if progress.unmeasured is None:  # else a signal came in the middle of its measurement
                 started = time.perf_counter()
@@ -150,6 +152,7 @@ class Training:
             self._log(row)
             self._check_streak(row)
             self._save_when_due()
+            self._export_when_due(again=True)
         self._save()
         with self._signals.held():
             self.checkpoints.finish()
@@ -353,6 +356,15 @@ class Training:
         if is_due:
             self._save()
 
+    def _export_when_due(self, *, again: bool) -> None:
+        """Write the model as it is beside the run; not `again` only where a kill came before."""
+        every, step = self.run.keeping.export_every, self.progress.step
+        if every is None or not step or step % every or self._is_over():
+            return
+        folder = self.run.export_folder(step)
+        if again or self.team.first_says(not folder.exists()):
+            self._publish(folder)
+
     def _save(self) -> None:
         self.progress.adam_steps = self.optimizer.steps()
         with self._signals.held():
@@ -372,6 +384,14 @@ class Training:
         if self.metrics is not None:
             self.metrics.close()
             self.tracker.close()
+        self._publish(None)
+
+    def _publish(self, exported: Path | None) -> None:
         self.publication.publish(
-            self.optimizer, self.progress, self.peak, self.peak_source, self.brake
+            self.optimizer,
+            self.progress,
+            self.peak,
+            self.peak_source,
+            brake=self.brake,
+            exported=exported,
         )
