@@ -58,6 +58,21 @@ the window, in the base too. *no*: it does not know the type. In brackets what w
 """
 
 _HELD = """\
+## A proof for any architecture
+
+The tables know the types that they name. `dus verify OUT --base BASE --forward` (it takes the `heal` extra) asks no table:
+transformers, whichever is installed, loads OUT and runs it on a short text, or on that of `--data`. Then it loads the base,
+and each of its layers, called as the base calls it, is given what its copies in OUT were given, times the factor of the
+start where there is one. It must return what they did, and so must what stands before and behind the layers. One step
+after the other, the logits of OUT are then those of the base's layers called in the map's order; mostly to the bit,
+since the numbers are the same, and in fp32. Where a layer differs, the first one is named, with how far its hidden
+states and the logits are off. `dus upscale --verify forward` does this before it publishes.
+
+The weights of one layer at a time are in memory, beside embeddings and head. The text is longer than the narrow windows
+(up to 1024 tokens); a wider one is told of, for a shorter text cannot show which layers have it. Layers that hand more
+than hidden states to the next (`zaya`, `glm_moe_dsa`, `hy_v4`, `inkling2_text`, `reformer`) cannot be called apart, and
+are refused with the reason.
+
 ## How it was held
 
 For each row a tiny random base, an output in step with the period and one out of step, in fp32: logits of the engine

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dus_cli.common.libraries import require
 from dus_cli.common.options import options_of, takes_fields
 from dus_cli.common.reference import ModelRef, user_path
 from dus_cli.errors import DusError, UsageError, shown
@@ -122,10 +123,16 @@ def verify(
 
     Raises:
         UsageError: an argument that no model could make right.
-        DusError: the folder is not there, or the base cannot be read.
+        DusError: the folder is not there, or the base cannot be read; a library is missing.
     """
     told, folder = progress or NoProgress(), user_path(folder)
     given = options_of(VerifyOptions, options, fields)
+    if given.forward and given.base is None:
+        raise UsageError("--forward compares with the base; give --base")
+    if given.data and not given.forward:
+        raise UsageError("--data is the text of --forward; give it too")
+    if given.forward:
+        require("--forward", "numpy", "torch", "transformers")
     if not folder.is_dir():
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     ref = None if given.base is None else ModelRef.parse(given.base, token=given.token)

@@ -77,6 +77,12 @@ class GateError(EvaluationError):
     """A model was evaluated and misses what was asked of it."""
 
 
+class ReplayError(DusError):
+    """A model's layers cannot be called one by one, or not read from disk one at a time. Its text
+    is the reason alone: who asked says what to do instead.
+    """
+
+
 class ProbeError(DusError):
     """A model cannot be measured in parts, or not on this machine."""
 

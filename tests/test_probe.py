@@ -27,16 +27,16 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from dus_cli.common.reference import ModelRef  # noqa: E402
 from dus_cli.data.sample import Packed, read_sample  # noqa: E402
 from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
-from dus_cli.errors import LoadError, ProbeError  # noqa: E402
+from dus_cli.errors import LoadError, ProbeError, ReplayError  # noqa: E402
 from dus_cli.maps.layers import source_layers  # noqa: E402
+from dus_cli.models.replay import Replay  # noqa: E402
+from dus_cli.models.weights import stream  # noqa: E402
 from dus_cli.planning.plan import MapRequest  # noqa: E402
 from dus_cli.probe import recommend  # noqa: E402
 from dus_cli.probe.budget import plan_memory  # noqa: E402
 from dus_cli.probe.measure import Batch, Meter  # noqa: E402
-from dus_cli.probe.replay import Replay  # noqa: E402
 from dus_cli.probe.report import probe_json, probe_text  # noqa: E402
 from dus_cli.probe.tree import as_they_are  # noqa: E402
-from dus_cli.probe.weights import stream  # noqa: E402
 from dus_cli.source.checkpoint import open_checkpoint  # noqa: E402
 from dus_cli.upscaling.verb import upscale  # noqa: E402
 from dus_cli.upscaling.wanted import Wanted, plan  # noqa: E402
@@ -155,7 +155,7 @@ def test_what_happens_between_layers_is_noticed() -> None:
 
     with (
         layers[3].register_forward_pre_hook(scaled),
-        pytest.raises(ProbeError, match="before layer 3"),
+        pytest.raises(ReplayError, match="before layer 3"),
         torch.no_grad(),
     ):
         Replay(model, 7, ids, lambda _: nullcontext())

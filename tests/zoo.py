@@ -11,16 +11,19 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from dus_cli.models.replay import Replay
+from dus_cli.models.residual import scaled_residual
 
 CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 # Models of images and text, whole. Some of their types stand for the decoder alone in the causal
@@ -439,48 +442,6 @@ def expected_logits(
     return replayed(model, sources, tokens, factors)
 
 
-class _Stream(TorchFunctionMode):
-    """Within a layer: what is added to the residual stream is added `factor` times, whatever module
-    it comes from.
-
-    The stream is the layer's input, and every sum of it with something that is not it.
-    """
-
-    def __init__(self, hidden: torch.Tensor, factor: float) -> None:
-        super().__init__()
-        self.stream = [hidden]  # held, so that no other tensor gets an id of theirs
-        self.factor = factor
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        is_sum = getattr(func, "__name__", "") in {"add", "__add__", "__radd__", "__iadd__", "add_"}
-        if is_sum and len(args) == 2 and all(isinstance(part, torch.Tensor) for part in args):
-            held = [any(part is known for known in self.stream) for part in args]
-            if held[0] != held[1] and args[0].shape == args[1].shape:
-                stream, added = args if held[0] else args[::-1]
-                self.stream.append(torch.add(stream, added, alpha=self.factor))
-                return self.stream[-1]
-        found = func(*args, **kwargs)
-        names = {
-            "to",
-            "float",
-            "clone",
-            "dropout",
-            "contiguous",
-            "view",
-            "reshape",
-            "squeeze",
-            "type_as",
-        }
-        if (
-            isinstance(found, torch.Tensor)
-            and getattr(func, "__name__", "") in names
-            and any(args[0] is known for known in self.stream)
-        ):
-            self.stream.append(found)  # the stream by another name
-        return found
-
-
 def _scaled(forward: Any, factors: Sequence[float], number: int) -> Any:
     """A layer's forward in which what it adds to the stream is scaled."""
     factor = factors[number] if factors else 1.0
@@ -488,7 +449,7 @@ def _scaled(forward: Any, factors: Sequence[float], number: int) -> Any:
         return forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _Stream(_hidden(args, kwargs), factor):
+        with scaled_residual(_hidden(args, kwargs), factor):
             return forward(*args, **kwargs)
 
     return call
@@ -496,17 +457,6 @@ def _scaled(forward: Any, factors: Sequence[float], number: int) -> Any:
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
-
-
-def _with_hidden(
-    hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
-
-
-def _first(output: Any) -> torch.Tensor:
-    found: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return found
 
 
@@ -522,6 +472,7 @@ def _forwards(layers: Sequence[Any], wrap: Any) -> Iterator[list[Any]]:
             del layer.forward
 
 
+@torch.no_grad()
 def replayed(
     model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: Sequence[float] = ()
 ) -> torch.Tensor:
@@ -530,43 +481,17 @@ def replayed(
 
     With `factors`, one for each of `sources`, what a layer adds to the residual stream is scaled.
     """
-    holder, name = decoder_layers(model)
-    layers = list(getattr(holder, name))
-    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
-
-    def record(number: int, forward: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            assert number not in calls, "a layer ran twice"
-            output = forward(*args, **kwargs)
-            calls[number] = (args, dict(kwargs), output)
-            return output
-
-        return call
-
-    with _forwards(layers, record):
-        logits(model, tokens)
-    assert 0 in calls
-
-    def replay(number: int, _forward: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            hidden = _hidden(args, kwargs)
-            if number == 0:
-                for output, base in enumerate(sources):
-                    if base not in calls:  # mllama's cross-attention, where there is no image
-                        continue
-                    their_args, their_kwargs, _ = calls[base]
-                    with_args, with_kwargs = _with_hidden(hidden, their_args, their_kwargs)
-                    layer = _scaled(originals[base], factors, output)
-                    hidden = _first(layer(*with_args, **with_kwargs))
-            output = calls[number][2]
-            if isinstance(output, (tuple, list)):
-                return (hidden, *output[1:])
-            return hidden
-
-        return call
-
-    with _forwards(layers, replay) as originals:
-        return logits(model, tokens)
+    model.forward = partial(model.forward, **_image(model, tokens))
+    try:
+        replay = Replay(model, NUM_LAYERS, tokens, lambda _: nullcontext())
+        replay.take([tokens])
+        hidden = replay.start
+        for output, base in enumerate(sources):
+            hidden = replay.layer(base, 0, hidden, factors[output] if factors else 1.0)
+        found: torch.Tensor = replay.finish(tokens, hidden).logits.float()
+    finally:
+        del model.forward
+    return found
 
 
 def zeros_without_gradient(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
-from dus_cli.errors import HealError, ProbeError, shown
+from dus_cli.errors import HealError, ReplayError, shown
 from dus_cli.models.losses import Head, check_head, head_of
 from dus_cli.models.stopping import Brake
 
@@ -258,7 +258,4 @@ def layers_of(model: Any, num_layers: int) -> list[Any]:
                     and list(child.parameters())
                 ):
                     return list(child)
-    raise ProbeError(
-        f"{shown(type(model).__name__)} has no list of {num_layers} layers; dus probe does not "
-        "know this model_type"
-    )
+    raise ReplayError(f"{shown(type(model).__name__)} has no list of {num_layers} layers")

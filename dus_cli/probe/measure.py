@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from dus_cli.errors import ProbeError, ReplayError
+from dus_cli.models.replay import Ready, Replay, Scaled
 from dus_cli.probe.distances import Depths
-from dus_cli.probe.replay import Ready, Replay
 from dus_cli.probe.tail import Tail
 from dus_cli.probe.tree import Node, Step, grow, sweeps
-
-# A context in which the numbered layer, which has its weights, adds so much times what it adds.
-Scaled = Callable[[int, float], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,13 @@ class Meter:
         self._scaled = scaled
         self._at_once = batches_at_once
         with torch.no_grad():
-            self._replay = Replay(model, num_layers, batches[0].ids, ready)
+            try:
+                self._replay = Replay(model, num_layers, batches[0].ids, ready)
+            except ReplayError as error:
+                raise ProbeError(
+                    f"dus probe cannot measure maps of {error}; write the models with dus upscale "
+                    "and measure those"
+                ) from error
             self._tail = Tail(self._replay, batches[0].ids, batches[0].labels)
         self._is_checked = False
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from dus_cli.data.streams import IGNORED
 from dus_cli.errors import ProbeError
 from dus_cli.models.losses import cross_entropy, head_of
-from dus_cli.probe.replay import Replay, damaged
+from dus_cli.models.replay import Replay, damaged
 
 # Of a loss: what two orders of the same sums may differ by, in fp32 and in 16 bits.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}

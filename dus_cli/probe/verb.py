@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dus_cli.common.libraries import require
 from dus_cli.common.memory import available_bytes
 from dus_cli.common.reference import ModelRef
-from dus_cli.errors import DataError, ProbeError, UsageError, shown_list
+from dus_cli.errors import DataError, ProbeError, ReplayError, UsageError, shown_list
 from dus_cli.hub.fetching import Fetch
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
@@ -202,12 +202,15 @@ def _load(
     scaled: Sequence[Mapping[str, int]],
 ) -> tuple[nn.Module, Meter]:
     """The model, and what measures its maps on these rows."""
-    from dus_cli.probe import weights
+    from dus_cli.models import weights
     from dus_cli.probe.measure import Meter
 
     checkpoint, stack = of_base.checkpoint, of_base.stack
     if options.stream_layers:
-        model, ready = weights.stream(checkpoint, stack, plan.dtype, plan.device)
+        try:
+            model, ready = weights.stream(checkpoint, stack, plan.dtype, plan.device)
+        except ReplayError as error:
+            raise ProbeError(f"--stream-layers: {error}; leave it out") from error
     else:
         model, ready = weights.load(checkpoint, plan.dtype, plan.device)
     scaling = weights.scaling(checkpoint, stack, model, scaled, plan.dtype, plan.device)
@@ -227,8 +230,8 @@ def _measure(
     started: float,
 ) -> Probe:
     from dus_cli.models.devices import peak_memory_bytes
+    from dus_cli.models.replay import damaged
     from dus_cli.probe.distances import Depths
-    from dus_cli.probe.replay import damaged
 
     checkpoint, num_layers = of_base.checkpoint, found.num_layers
     text, batches, num_labels, warnings = _read(

@@ -213,8 +213,9 @@ class UpscaleOptions:
     verify: Annotated[
         VerifyMode,
         Option(
-            "What to check before publishing: structure, or full (every byte; with --stream "
-            "copies against each other, and whole files against the Hub's sha256).",
+            "What to check before publishing: structure, full (every byte; with --stream copies "
+            "against each other, and whole files against the Hub's sha256), or forward (structure, "
+            "and each layer run beside the base's).",
             panel=_WRITING,
         ),
     ] = VerifyMode.structure

@@ -28,6 +28,7 @@ _VERIFIED = {
     "none": "no (--verify none)",
     "structure": "structure",
     "full": "structure and every byte",
+    "forward": "structure, and each layer beside the base's",
 }
 
 _VERIFIED_STREAM = "structure, what stands twice, whole files by sha256"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dus_cli.common.libraries import require
 from dus_cli.common.reference import ModelRef
 from dus_cli.common.storage import known
 from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, shown
@@ -21,7 +22,12 @@ from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.upscaling.space import Space, check_space, space_for
 from dus_cli.upscaling.wanted import Wanted, plan
-from dus_cli.verification.planned import VerifyMode, check_against_plan, check_bytes_against_plan
+from dus_cli.verification.planned import (
+    VerifyMode,
+    check_against_plan,
+    check_bytes_against_plan,
+    check_forward,
+)
 from dus_cli.writing import journal
 from dus_cli.writing.in_place import check_left, in_place_warning
 from dus_cli.writing.journal import Journal
@@ -29,6 +35,9 @@ from dus_cli.writing.outputs import Tally
 from dus_cli.writing.sequential import transfer_in_order
 from dus_cli.writing.staging import Staging, check_apart, check_output, why_within
 from dus_cli.writing.transfer import CopyMode, transfer
+
+# What is checked by reading weights, of the base too.
+_READ = frozenset([VerifyMode.full, VerifyMode.forward])
 
 
 def preview(
@@ -124,12 +133,12 @@ def upscale(
     copy_mode, jobs, verify = options.copy_mode, options.jobs, options.verify
     overwrite, stream = options.overwrite, options.stream
     ref, remaking = wanted.ref, wanted.remaking
-    _check_stream(ref, copy_mode, stream=stream)
+    _check_stream(ref, copy_mode, stream=stream, runs=verify is VerifyMode.forward)
     sums_wanted = remaking is not None and remaking.sums is not None
     with_checksums = options.checksums or sums_wanted
     warnings = tuple(remaking.warnings) if remaking is not None else ()
     if not overwrite and (output / lineage.NAME).is_file():
-        fetch = Fetch.weights if verify is VerifyMode.full and not stream else Fetch.headers
+        fetch = Fetch.weights if verify in _READ and not stream else Fetch.headers
         made = plan(wanted, fetch=fetch, quiet=quiet, progress=progress)
         if _is_made(made, ref, output, jobs, verify, with_checksums=with_checksums):
             if sums_wanted and remaking is not None:
@@ -159,6 +168,8 @@ def upscale(
         [*lineage.output_files(made), lineage.NAME, checksums.NAME],
     )
     with Staging(real, overwrite=overwrite, key=key, resumes=streams, files=files) as staging:
+        if verify is VerifyMode.forward:
+            _check_runs(staging)
         for warning in staging.warnings:
             progress.note(f"warning: {warning}")
         way = copy_mode if staging.storage.writes_anywhere and not streams else CopyMode.copy
@@ -184,11 +195,7 @@ def upscale(
             )
         for name, text in written_texts(made).items():
             staging.write_text(name, text)
-        if verify is not VerifyMode.none:
-            check_against_plan(made, staging.folder, staging.held)
-        if verify is VerifyMode.full:
-            progress.start("verifying", made.num_data_bytes)
-            _check_bytes(made, ref, staging.folder, jobs, progress.advance)
+        _verify(made, ref, staging, verify, jobs, progress)
         if sums is not None:
             sums = checksums.folder_sums(staging.folder, jobs, staging.held, sums)
             if remaking is not None:
@@ -212,10 +219,48 @@ def upscale(
     )
 
 
-def _check_stream(ref: ModelRef, copy_mode: CopyMode, *, stream: bool) -> None:
+def _check_runs(staging: Staging) -> None:
+    """Check that the model can be run before it has its name.
+
+    Raises:
+        OutputError: it has it from the start.
+        MissingExtraError: a library is not there.
+    """
+    require("--verify forward", "torch", "transformers")
+    if staging.published != "rename":
+        raise OutputError(
+            f"{shown(staging.output)} is written in place, and --verify forward runs a model "
+            "before it has its name; leave it out, and run dus verify OUT --base MODEL --forward "
+            "afterwards"
+        )
+
+
+def _verify(
+    made: UpscalePlan,
+    ref: ModelRef,
+    staging: Staging,
+    verify: VerifyMode,
+    jobs: int,
+    progress: Progress,
+) -> None:
+    """Check what was written, before it is published."""
+    if verify is not VerifyMode.none:
+        check_against_plan(made, staging.folder, staging.held)
+    if verify is VerifyMode.full:
+        progress.start("verifying", made.num_data_bytes)
+        _check_bytes(made, ref, staging.folder, jobs, progress.advance)
+    if verify is VerifyMode.forward:
+        check_forward(made, staging.folder, progress)
+
+
+def _check_stream(ref: ModelRef, copy_mode: CopyMode, *, stream: bool, runs: bool = False) -> None:
     if stream and ref.path is not None:
         raise UsageError(
             f"--stream is for a model on the Hub, and {shown(ref)} is a directory; leave it out"
+        )
+    if stream and runs:
+        raise UsageError(
+            "--verify forward runs the base too, and --stream keeps no copy of it; leave out one"
         )
     if stream and copy_mode is CopyMode.clone:
         raise UsageError(
@@ -262,6 +307,8 @@ def _is_made(
         check_against_plan(made, output)
         if verify is VerifyMode.full:
             _check_bytes(made, ref, output, jobs, lambda _: None)
+        if verify is VerifyMode.forward:
+            check_forward(made, output, NoProgress())
     except (DusError, OSError):
         return False  # then it is in the way, and said to be
     return True

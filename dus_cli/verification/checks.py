@@ -11,7 +11,6 @@ from dus_cli.errors import DusError, shown, shown_list
 from dus_cli.maps.layers import LayerMap, split_name
 from dus_cli.maps.model_config import decoder_config, deepen_config
 from dus_cli.maps.naming import Assumption
-from dus_cli.maps.stacks import find_stack
 from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning import judging
 from dus_cli.planning.dtypes import output_config
@@ -24,6 +23,7 @@ from dus_cli.source.files import inside
 from dus_cli.source.reading import read_small_file
 from dus_cli.verification.compare import Compared, Comparison, Place, compare
 from dus_cli.verification.options import VerifyOptions
+from dus_cli.verification.origin import Origin
 from dus_cli.verification.output import Output, gathered
 from dus_cli.verification.report import Finding
 
@@ -117,14 +117,38 @@ def check_base(output: Output, request: Request) -> Finding:
             f"{lineage.NAME} says the model was healed: its tensors are no base's; leave out --base"
         )
         return finding
-    assume = _assumptions(output, finding)
-    pairs, problems = _against_base(output, request.base, assume)
+    layer_map, assume = output.layer_map, _assumptions(output, finding)
+    origin = None
+    if layer_map is not None:
+        origin = Origin(request.base, layer_map, output.treatment, assume)
+    pairs, problems = _against_base(output, origin)
     if output.all_readable:
         finding.problems += problems
     if any(pair.dtype not in {None, pair.right.tensor.dtype} for pair in pairs):
         require("--base of a model that was cast", "torch")
     request.progress.start("comparing with the base", _num_bytes(pairs))
     _compare_all(finding, pairs, request)
+    return finding
+
+
+def check_forward(output: Output, request: Request) -> Finding:
+    """Run on tokens, every layer computes what the base's does."""
+    finding, base, layer_map = Finding(), request.base, output.layer_map
+    options = request.options
+    if not options.forward or base is None or output.is_healed:
+        return finding
+    if layer_map is None or not output.all_readable:
+        return finding  # said by other checks
+    from dus_cli.verification.forward import run_forward
+
+    origin = Origin(base, layer_map, output.treatment, _assumptions(output, finding))
+    found = gathered(
+        finding, lambda: run_forward(output.folder, origin, options.data, request.progress)
+    )
+    if found is not None:
+        finding.forward = found
+        finding.problems += found.problems
+        finding.warnings += found.warnings
     return finding
 
 
@@ -180,6 +204,7 @@ CHECKS: tuple[Check, ...] = (
     check_depth,
     check_twins,
     check_base,
+    check_forward,
     check_engines,
     check_pictures,
     check_files,
@@ -239,14 +264,12 @@ def _twins(
     return pairs, problems, num_unlike
 
 
-def _against_base(
-    output: Output, base: Checkpoint, assume: dict[str, Assumption]
-) -> tuple[list[Comparison], list[str]]:
+def _against_base(output: Output, origin: Origin | None) -> tuple[list[Comparison], list[str]]:
     """Names and config held against the base's: pairs that remain to be compared, and problems."""
-    config, layer_map, treatment = output.config, output.layer_map, output.treatment
-    tensors = output.tensors
-    if layer_map is None:
+    config, tensors = output.config, output.tensors
+    if origin is None:
         return [], [f"without a valid {lineage.NAME} the output cannot be held against a base"]
+    base, layer_map, treatment, assume = origin
     decoder = decoder_config(base.config)
     if decoder.num_layers != layer_map.num_base_layers:
         problem = (
@@ -254,7 +277,7 @@ def _against_base(
             f"{layer_map.num_base_layers}"
         )
         return [], [problem]
-    stack, _ = find_stack((tensor.name for _, tensor in base.tensors()), decoder, assume)
+    stack = origin.stack()
     pairs: list[Comparison] = []
     problems: list[str] = []
     expected: set[str] = set()

@@ -24,6 +24,8 @@ class VerifyOptions:
         jobs: parallel reads, 1 to 64.
         read: read also what lies in the same blocks of the disk and cannot differ: for a disk that
             is not trusted.
+        forward: also run the model beside the base's layers, with transformers; it needs `base`.
+        data: files of text for `forward`, as heal takes them; a short text of dus's own by default.
     """
 
     base: Annotated[
@@ -49,3 +51,17 @@ class VerifyOptions:
             "cannot differ."
         ),
     ] = False
+    forward: Annotated[
+        bool,
+        Option(
+            "Also run OUT and the layers of --base side by side, on tokens, in transformers: "
+            "whether each computes the same, of any architecture. One layer at a time is in memory."
+        ),
+    ] = False
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            "Text for --forward, as dus heal takes it. Default: a short text. Repeat for more.",
+            metavar="FILE",
+        ),
+    ] = ()

@@ -12,9 +12,11 @@ from dus_cli.planning.layout import ShardLayout
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.scaling import Scale
 from dus_cli.planning.treatment import Making
+from dus_cli.progress import Progress
 from dus_cli.release import card, lineage
 from dus_cli.source.headers import TensorInfo, read_header
 from dus_cli.verification.compare import Comparison, Place, compare
+from dus_cli.verification.origin import Origin
 from dus_cli.writing.staging import staged_files
 
 
@@ -24,6 +26,7 @@ class VerifyMode(str, Enum):
     none = "none"
     structure = "structure"
     full = "full"
+    forward = "forward"
 
 
 # --- before publishing: against the plan -------------------------------------------------------
@@ -105,3 +108,18 @@ def check_bytes_against_plan(
 
     for problem in compare(comparisons(), jobs, on_bytes):
         raise VerificationError(f"{problem}; the disk or its driver failed, nothing was published")
+
+
+def check_forward(plan: UpscalePlan, folder: Path, progress: Progress) -> None:
+    """What was written, run beside the base's layers on a short text.
+
+    Raises:
+        VerificationError: a layer of it computes something else, or it cannot be compared.
+        LoadError, ProbeError: transformers does not load or run one of the two.
+    """
+    from dus_cli.verification.forward import run_forward
+
+    origin = Origin(plan.checkpoint, plan.layer_map, plan.treatment, dict(plan.request.assume))
+    found = run_forward(folder, origin, (), progress)
+    if found.problems:
+        raise VerificationError(f"{found.problems[0]}; nothing was published")

@@ -10,6 +10,77 @@ from dus_cli.common.reports import SCHEMA
 from dus_cli.common.units import human_bytes
 
 
+@dataclass(frozen=True)
+class Forward:
+    """An output run beside its base's layers (`verification.forward`).
+
+    Attributes:
+        tokens: that were run.
+        layers: of the output that ran.
+        is_exact: every layer, and the logits, are the base's to the bit.
+        num_apart: layers that differ by more than rounding.
+        first: the first of them: the output's layer, and the base's.
+        difference: the largest difference of the hidden states behind that one.
+        added: the largest number that it should add to them.
+        ends: what beside the layers differs, in words.
+        logits: the largest difference of a logit, of the last positions.
+        wider: an attention window of the config that these tokens do not outrun, where layers
+            differ in kind.
+    """
+
+    tokens: int
+    layers: int
+    is_exact: bool
+    num_apart: int
+    first: tuple[int, int] | None
+    difference: float
+    added: float
+    ends: tuple[str, ...]
+    logits: float
+    wider: int | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        if self.wider is None:
+            return []
+        said = f"--forward ran {self.tokens} tokens, which no window of {self.wider} cuts short"
+        return [f"{said}: which layers have it only a longer text tells"]
+
+    @property
+    def problems(self) -> list[str]:
+        found = [
+            f"--forward: {what} computes something else than in the base; the logits differ by "
+            f"up to {self.logits:.2g}"
+            for what in self.ends
+        ]
+        if self.first is not None:
+            output, source = self.first
+            others = "" if self.num_apart == 1 else f", and {self.num_apart - 1} more layers differ"
+            found.append(
+                f"--forward: layer {output} does not compute what the base's layer {source} does: "
+                f"the hidden states differ by up to {self.difference:.2g}, where it should add up "
+                f"to {self.added:.2g}{others}; the logits differ by up to {self.logits:.2g}"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        first = self.first
+        return {
+            "tokens": self.tokens,
+            "layers": self.layers,
+            "exact": self.is_exact,
+            "layers_apart": self.num_apart,
+            "first_apart": None if first is None else {"output": first[0], "base": first[1]},
+            "difference": self.difference,
+            "added": self.added,
+            "logits": self.logits,
+        }
+
+    def __str__(self) -> str:
+        how = "to the bit" if self.is_exact else f"to rounding, logits to {self.logits:.1g}"
+        return f"{self.layers} layers compute what the base's do, {how}, on {self.tokens} tokens"
+
+
 @dataclass
 class Finding:
     """What one check found."""
@@ -20,6 +91,7 @@ class Finding:
     bytes_shared: int = 0
     files_summed: int = 0
     engines: list[dict[str, Any]] = field(default_factory=list)
+    forward: Forward | None = None
 
 
 @dataclass
@@ -38,6 +110,7 @@ class Verification:
     bytes_shared: int = 0
     files_summed: int = 0
     engines: list[dict[str, Any]] = field(default_factory=list)
+    forward: Forward | None = None
 
     @property
     def is_sound(self) -> bool:
@@ -57,6 +130,7 @@ class Verification:
             "bytes_shared": self.bytes_shared,
             "files_summed": self.files_summed,
             "engines": self.engines,
+            "forward": None if self.forward is None else self.forward.to_json(),
             "problems": self.problems,
             "warnings": self.warnings,
         }
@@ -64,6 +138,8 @@ class Verification:
     def __str__(self) -> str:
         lines = [f"problem: {problem}" for problem in self.problems]
         lines += [f"warning: {warning}" for warning in self.warnings]
+        if self.forward is not None and not self.forward.problems:
+            lines.append(f"forward: {self.forward}")
         layers = "" if self.num_layers is None else f"{self.num_layers} layers, "
         compared = f"{human_bytes(self.bytes_compared)} compared byte by byte"
         if self.bytes_shared:

@@ -58,4 +58,5 @@ def verify(
         bytes_shared=sum(one.bytes_shared for one in findings),
         files_summed=sum(one.files_summed for one in findings),
         engines=[engine for one in findings for engine in one.engines],
+        forward=next((one.forward for one in findings if one.forward is not None), None),
     )

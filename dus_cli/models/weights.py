@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from dus_cli.errors import ProbeError, shown, shown_list
+from dus_cli.errors import CheckpointError, ProbeError, ReplayError, shown, shown_list
 from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.models.decoder import layers_of
 from dus_cli.models.loading import STORED_DTYPES, load_config, load_model, no_weights, refusals_told
+from dus_cli.models.replay import Ready, Scaled
 from dus_cli.planning.projections import pattern
 from dus_cli.planning.scaling import Scale
 from dus_cli.planning.treatment import Making, made_pieces
-from dus_cli.probe.measure import Scaled
-from dus_cli.probe.replay import Ready
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import open_regular, reading
@@ -30,39 +29,55 @@ if TYPE_CHECKING:
     from io import FileIO
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> tuple[Any, Ready]:
-    """The whole model as transformers loads it, in evaluation mode.
+def load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    stored: torch.dtype | None = None,
+) -> tuple[Any, Ready]:
+    """The whole model as transformers loads it, in evaluation mode. Arguments as of `stream`.
 
     Raises:
         LoadError: transformers cannot load it, or would make up weights that the files lack.
     """
-    return load_model(checkpoint.folder, checkpoint.folder, dtype).to(
-        device
-    ).eval(), lambda _: nullcontext()
+    model = load_model(checkpoint.folder, checkpoint.folder, dtype).to(device).eval()
+    if stored is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(stored).to(parameter.dtype)
+    return model, lambda _: nullcontext()
 
 
 def stream(
-    checkpoint: Checkpoint, stack: LayerStack, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    stack: LayerStack,
+    dtype: torch.dtype,
+    device: torch.device,
+    stored: torch.dtype | None = None,
 ) -> tuple[Any, Ready]:
     """The model with all but its layers' weights, and a way to give a layer its own for a while.
 
+    Args:
+        checkpoint: where its weights lie.
+        stack: its layers.
+        dtype: of the weights in memory.
+        device: where they are.
+        stored: a dtype that they are cast to first, as if the files had them so.
+
     Raises:
         LoadError: as `load`.
-        ProbeError: the weights are pickled or quantised.
+        ReplayError: the weights are pickled or quantised.
     """
     from transformers import AutoModelForCausalLM
 
     if checkpoint.is_pickled:
-        raise ProbeError(
-            "--stream-layers reads safetensors, and these weights are pickled; leave it out"
-        )
+        raise ReplayError("layers are read from safetensors alone, and these weights are pickled")
     if "quantization_config" in checkpoint.config:
-        raise ProbeError("--stream-layers does not read quantised weights; leave it out")
+        raise ReplayError("layers with quantised weights are not read")
     with refusals_told(checkpoint.folder):
         config = load_config(checkpoint.folder)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    streamed = _Streamed(checkpoint, stack, model.eval(), dtype, device)
+    streamed = _Streamed(checkpoint, stack, model.eval(), (dtype, stored), device)
     return model, streamed.layer
 
 
@@ -125,14 +140,12 @@ class _Stored:
     shard: Shard
     tensor: TensorInfo
     scale: Scale | None = None
+    cast: torch.dtype | None = None
 
     def __getitem__(self, _whole: object) -> Tensor:
         dtype = STORED_DTYPES.get(self.tensor.dtype)
         if dtype is None:
-            raise ProbeError(
-                f"{shown(self.tensor.name)} is {self.tensor.dtype}, which --stream-layers does "
-                "not read"
-            )
+            raise ReplayError(f"{shown(self.tensor.name)} is {self.tensor.dtype}: not a float")
         if self.scale is not None:
             return self._scaled(self.scale, dtype)
         content = bytearray(self.tensor.num_bytes)
@@ -142,15 +155,14 @@ class _Stored:
             while view:
                 count = cast("FileIO", file).readinto(view)
                 if not count:
-                    raise ProbeError(
+                    raise CheckpointError(
                         f"{shown(self.shard.name)} was cut short while it was read; fetch it again"
                     )
                 view = view[count:]
-        return (
-            torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape)
-            if content
-            else torch.empty(0)
-        )
+        if not content:
+            return torch.empty(0)
+        found = torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape)
+        return found if self.cast is None else found.to(self.cast)
 
     def _scaled(self, scale: Scale, dtype: torch.dtype) -> Tensor:
         content = bytearray()
@@ -191,10 +203,7 @@ class _Places:
             found, _ = convert_and_load_state_dict_in_model(self._model, dict(stored), settings)
         wrong = [*(name for name, *_ in found.mismatched_keys), *found.conversion_errors]
         if wrong:
-            raise ProbeError(
-                f"transformers cannot place {shown_list(sorted(wrong))} by itself; leave out "
-                "--stream-layers"
-            )
+            raise ReplayError(f"transformers cannot place {shown_list(sorted(wrong))} by itself")
         missing: set[str] = found.missing_keys
         return missing
 
@@ -222,9 +231,10 @@ class _Streamed:
         checkpoint: Checkpoint,
         stack: LayerStack,
         model: Any,
-        dtype: torch.dtype,
+        dtypes: tuple[torch.dtype, torch.dtype | None],
         device: torch.device,
     ) -> None:
+        dtype, stored = dtypes
         self._checkpoint, self._model, self._device = checkpoint, model, device
         self._places = _Places(checkpoint, model, dtype, device)
         self._layers: Sequence[nn.Module] = layers_of(model, stack.num_layers)
@@ -234,9 +244,9 @@ class _Streamed:
             split = split_name(tensor.name)
             is_layer = split is not None and split.prefix == stack.prefix
             if split is None or not is_layer:
-                rest[tensor.name] = _Stored(shard, tensor)
+                rest[tensor.name] = _Stored(shard, tensor, cast=stored)
             elif split.index < stack.num_layers:
-                self._stored[split.index][tensor.name] = _Stored(shard, tensor)
+                self._stored[split.index][tensor.name] = _Stored(shard, tensor, cast=stored)
         self._load_rest(rest)
 
     def _load_rest(self, rest: dict[str, _Stored]) -> None:

@@ -15,19 +15,27 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dus_cli.errors import ProbeError, reason_of, shown, shown_list
+from dus_cli.errors import ProbeError, ReplayError, reason_of, shown, shown_list
 from dus_cli.models.decoder import layers_of
+from dus_cli.models.residual import scaled_residual
 
 # Positions of a row on which ways to the same loss are compared.
 COMPARED = 64
 
 # A context in which the numbered layer has its weights.
 Ready = Callable[[int], AbstractContextManager[object]]
+
+# A context in which the numbered layer, which has its weights, adds so much times what it adds.
+Scaled = Callable[[int, float], AbstractContextManager[object]]
+
+# The model that everything is measured against, in an error about it.
+_BASE = "the base itself, with no map,"
 
 # What may stand in a call and says nothing of tensors.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -45,16 +53,33 @@ class Call:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        return cls(
-            args[1:],
-            {key: value for key, value in kwargs.items() if args or key != "hidden_states"},
-            bool(args),
-        )
+        named = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+        return cls(_snapshot(args[1:]), _snapshot(named), bool(args))
 
     def on(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
+        """What the layer returns. It gets copies of dicts, for it may put something into them."""
+        kwargs = _snapshot(self.kwargs)
         if self.is_positional:
-            return forward(hidden, *self.args, **self.kwargs)
-        return forward(hidden_states=hidden, **self.kwargs)
+            return forward(hidden, *_snapshot(self.args), **kwargs)
+        return forward(hidden_states=hidden, **kwargs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of the model as it ran on the example, told while it has its weights.
+
+    Attributes:
+        number: of the layer.
+        before: the hidden states that it was given, (rows, length, width).
+        behind: those that it returned.
+        run: what it returns for others, called in the same way and adding a factor times what it
+            would add.
+    """
+
+    number: int
+    before: Tensor
+    behind: Tensor
+    run: Callable[[Tensor, float], Tensor]
 
 
 @dataclass
@@ -87,19 +112,32 @@ class Replay:
         num_layers: of the decoder.
         example: token ids (rows, length); every batch has this shape.
         ready: a context in which the numbered layer has its weights.
+        on_layer: told of each layer of the model as it is, on the example.
+        called: what the model is called in an error about itself.
 
     Attributes:
+        start: of the example, the hidden states before the first layer.
         behind: of the example, the hidden states behind the last layer.
         logits: of the example, as the model gives them for the last positions.
-        starts: of each batch, the hidden states before the first layer.
+        starts: of each batch that was taken, the hidden states before the first layer.
 
     Raises:
-        ProbeError: the model cannot be taken apart like this. A wrong loss is never measured
+        ReplayError: the model cannot be taken apart like this. Nothing wrong is ever computed
             instead.
+        ProbeError: transformers cannot run it, or it computes NaN.
     """
 
-    def __init__(self, model: Any, num_layers: int, example: Tensor, ready: Ready) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: Any,
+        num_layers: int,
+        example: Tensor,
+        ready: Ready,
+        *,
+        on_layer: Callable[[Step], object] = lambda _: None,
+        called: str = _BASE,
+    ) -> None:
+        self.model, self._called = model, called
         self.layers = layers_of(model, num_layers)
         self._forwards = [layer.forward for layer in self.layers]
         parameters = inspect.signature(model.forward).parameters
@@ -112,8 +150,9 @@ class Replay:
         self._batches: list[Tensor] = []
         self._calls: list[list[Call | None]] = []
         self.starts: list[Tensor | None] = []
-        calls, self.behind, self.logits = self._watch(example, ready)
-        self._hold_apart(calls, self._stand_in(example)[1])
+        calls, self.behind, self.logits = self._watch(example, ready, on_layer)
+        self.start, without = self._stand_in(example)
+        self._hold_apart(example, ready, calls, without)
 
     def take(self, batches: Sequence[Tensor]) -> None:
         """Go over to other rows: where each batch starts, and how layers are called on it."""
@@ -130,14 +169,21 @@ class Replay:
     def model_type(self) -> str:
         return shown(self.model.config.get_text_config().model_type)
 
-    def layer(self, number: int, batch: int, hidden: Tensor) -> Tensor:
+    def layer(self, number: int, batch: int, hidden: Tensor, factor: float = 1.0) -> Tensor:
         """The hidden states behind layer `number`, called as it is in the model, on hidden
         states of that batch.
+
+        It adds `factor` times what it would add to them.
         """
         call = self._calls[batch][number]
+        return hidden if call is None else self.run(number, call, hidden, factor)
+
+    def run(self, number: int, call: Call, hidden: Tensor, factor: float = 1.0) -> Tensor:
+        """The hidden states behind layer `number`, called like this."""
         if number in self._works_in_place:
             hidden = hidden.clone()
-        return hidden if call is None else _hidden_of(call.on(self._forwards[number], hidden))
+        with scaled_residual(hidden, factor):
+            return _hidden_of(call.on(self._forwards[number], hidden))
 
     def finish(self, ids: Tensor, hidden: Tensor) -> Any:
         """The model's own output for these ids, with these hidden states behind the last layer."""
@@ -147,6 +193,14 @@ class Replay:
 
         with self._replaced([standing(number) for number in self._numbers]):
             return self._run(ids)
+
+    def finish_last(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The logits of the last positions, as `logits`, with these hidden states behind the last
+        layer.
+        """
+        with last_positions(self.model):
+            found: Tensor = self.finish(ids, hidden).logits
+        return found
 
     @property
     def _numbers(self) -> range:
@@ -180,7 +234,9 @@ class Replay:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
 
-    def _watch(self, ids: Tensor, ready: Ready) -> tuple[list[Call | None], Tensor, Tensor]:
+    def _watch(
+        self, ids: Tensor, ready: Ready, on_layer: Callable[[Step], object]
+    ) -> tuple[list[Call | None], Tensor, Tensor]:
         """The model as it is, on one batch: how each layer was called, what is behind the last
         one, logits.
         """
@@ -198,20 +254,21 @@ class Replay:
                     )
                 if any(calls[number:]):
                     raise self._refusal(f"layer {number} is not called once and in its turn")
-                calls[number], before = Call.of(args, kwargs), hidden.clone()
+                mine, before = Call.of(args, kwargs), hidden.clone()
+                calls[number] = mine
                 with ready(number):
                     output = self._forwards[number](*args, **kwargs)
-                    self._hold_finite(number, before, _hidden_of(output))
-                if not torch.equal(before, hidden):
-                    self._works_in_place.add(number)
-                if not isinstance(_hidden_of(output), Tensor) or type(output) not in (
-                    Tensor,
-                    tuple,
-                    list,
-                ):
-                    raise self._refusal(f"layer {number} returns something else than hidden states")
+                    states = _hidden_of(output)
+                    self._hold_finite(number, before, states)
+                    if not isinstance(states, Tensor) or type(output) not in (Tensor, tuple, list):
+                        raise self._refusal(
+                            f"layer {number} returns something else than hidden states"
+                        )
+                    if not torch.equal(before, hidden):
+                        self._works_in_place.add(number)
+                    on_layer(Step(number, before, states, partial(self.run, number, mine)))
                 self._returns[number] = None if isinstance(output, Tensor) else output
-                behind[:] = [_hidden_of(output)]
+                behind[:] = [states]
                 return output
 
             return call
@@ -248,8 +305,17 @@ class Replay:
             self._run(ids)
         return start[0], calls
 
-    def _hold_apart(self, real: Sequence[Call | None], without: Sequence[Call | None]) -> None:
-        """Check that what layers are handed comes from no other layer."""
+    def _hold_apart(
+        self,
+        ids: Tensor,
+        ready: Ready,
+        real: Sequence[Call | None],
+        without: Sequence[Call | None],
+    ) -> None:
+        """Check that layers get nothing from other layers but hidden states, or make nothing of
+        it: a layer called as `without` the others returns the same.
+        """
+        other_calls: dict[int, Call] = {}
         for number, (mine, other) in enumerate(zip(real, without, strict=True)):
             if (mine is None) != (other is None):
                 raise self._refusal(f"whether layer {number} is called depends on other layers")
@@ -258,9 +324,24 @@ class Replay:
                 and other is not None
                 and not _same([mine.args, mine.kwargs], [other.args, other.kwargs])
             ):
+                other_calls[number] = other
+
+        def hold(step: Step) -> None:
+            if step.number in other_calls and not self._ignores(step, other_calls[step.number]):
                 raise self._refusal(
-                    f"layer {number} is handed more from other layers than hidden states"
+                    f"layer {step.number} is handed more from other layers than hidden states"
                 )
+
+        if other_calls:
+            self._watch(ids, ready, hold)
+
+    def _ignores(self, step: Step, other: Call) -> bool:
+        """Whether a layer returns the same when it is called like this."""
+        try:
+            behind = self.run(step.number, other, step.before)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
+            return False  # what it was not handed, it needs
+        return torch.equal(behind, step.behind)
 
     def _hold_finite(self, number: int, before: Tensor, behind: Any) -> None:
         """Check that numbers of the base stay numbers: what is NaN equals nothing, not even itself.
@@ -269,20 +350,22 @@ class Replay:
             ProbeError: they do not, before this layer or in it.
         """
         if not torch.isfinite(before).all():
-            raise damaged(f"before layer {number}", self.model)
+            raise damaged(f"before layer {number}", self.model, called=self._called)
         if isinstance(behind, Tensor) and not torch.isfinite(behind).all():
-            raise damaged(f"behind layer {number}", self.layers[number], f"layer {number}: ")
+            raise damaged(
+                f"behind layer {number}",
+                self.layers[number],
+                f"layer {number}: ",
+                called=self._called,
+            )
 
-    def _refusal(self, what: str) -> ProbeError:
-        return ProbeError(
-            f"dus probe cannot measure maps of model_type {self.model_type}: {what}; write the "
-            "models with dus upscale and measure those"
-        )
+    def _refusal(self, what: str) -> ReplayError:
+        return ReplayError(f"model_type {self.model_type}: {what}")
 
 
-def damaged(where: str, module: nn.Module, prefix: str = "") -> ProbeError:
-    """An error about the base itself, whatever the map: which of this module's weights is NaN or
-    infinite.
+def damaged(where: str, module: nn.Module, prefix: str = "", *, called: str = _BASE) -> ProbeError:
+    """An error about a model itself, by default the base, whatever the map: which of this module's
+    weights is NaN or infinite.
     """
     names = [
         f"{prefix}{name}"
@@ -291,10 +374,10 @@ def damaged(where: str, module: nn.Module, prefix: str = "") -> ProbeError:
         and parameter.is_floating_point()
         and not torch.isfinite(parameter).all()
     ]
-    what = f"the base itself, with no map, computes NaN or infinite numbers {where}"
+    what = f"{called} computes NaN or infinite numbers {where}"
     if names:
         return ProbeError(
-            f"{what}: weights in {shown_list(names)} are damaged; fetch or save the base again"
+            f"{what}: weights in {shown_list(names)} are damaged; fetch or save it again"
         )
     return ProbeError(
         f"{what}, though its weights there are finite: they are beyond this precision; try "
@@ -320,6 +403,13 @@ def last_positions(model: Any) -> Iterator[None]:
 def _hidden_of(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return found
+
+
+def _snapshot(value: Any) -> Any:
+    """The same arguments with their own dicts, which a layer may write into."""
+    if type(value) is dict:
+        return {key: _snapshot(entry) for key, entry in value.items()}
+    return tuple(map(_snapshot, value)) if type(value) is tuple else value
 
 
 def _zeros(value: Any) -> Any:
