@@ -180,7 +180,7 @@ def test_where_python_reads_no_toml_it_says_what_to_do(
 OF_HEAL = (
     "--until base --holdout 0.7% --betas 0.8,0.99 --warmup 7 --decay 12.5% --distill 0.3:80% "
     "--save-every 90s --micro-batch 4 --nproc-per-node auto --no-document-mask --train new --lr "
-    "1e-05 --eval-data ä.txt --tokens 1.5M"
+    "1e-05 --eval-data ä.txt --tokens 1.5M --lr-scale base=0.5 --chat-field talk --export-every 9"
 )
 
 
@@ -222,13 +222,17 @@ def test_the_printed_config_gives_the_same_options_back(tmp_path: Path) -> None:
         "eval-data": ["ä.txt"],
         "distill": "30%:80%",
         "lr": 1e-5,
+        "lr-scale": "new=1,base=0.5,embeddings=1",
+        "chat-field": "talk",
+        "export-every": 9,
         "until": "base",
     }
     assert expected.items() <= found.items()
     options = {parameter.opts[0].removeprefix("--") for parameter in load_command("heal").params}
     left_out = (
-        "more_data steps epochs batch-tokens rdzv-endpoint eval-every eval-tokens config".split()
-    )
+        "more_data steps epochs batch-tokens rdzv-endpoint eval-every eval-tokens token-field "
+        "config"
+    ).split()
     not_of_the_run = "dry-run print-command print-config progress json quiet".split()
     assert options - found.keys() == {*left_out, *not_of_the_run}
     assert not (tmp_path / "out-healed").exists()

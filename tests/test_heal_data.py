@@ -1084,8 +1084,8 @@ def test_a_file_that_changes_while_it_is_read_is_one_line(
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(100))
 
-    def and_change(*arguments: Any) -> Any:
-        meta = token_files.write_part(*arguments)
+    def and_change(*arguments: Any, **options: Any) -> Any:
+        meta = token_files.write_part(*arguments, **options)
         with open(path, "a") as file:
             file.write("\n")
         return meta

@@ -14,7 +14,7 @@ from pathlib import Path
 from dus_cli.data.containers import UnreadableError
 from dus_cli.data.remote import RemoteFile
 from dus_cli.data.sources import kind_of
-from dus_cli.data.texts import BadRecordError, texts_in
+from dus_cli.data.texts import BadRecordError, Document, OfValue, texts_in
 from dus_cli.errors import DataError, shown
 
 
@@ -23,6 +23,14 @@ class BadLine(str, Enum):
 
     error = "error"
     skip = "skip"
+
+
+class Column(str, Enum):
+    """What a field or column holds."""
+
+    text = "text"
+    chat = "chat"
+    tokens = "tokens"
 
 
 @dataclass
@@ -45,11 +53,24 @@ class Tally:
 def documents(
     path: Path | RemoteFile, text_field: str, on_bad_line: BadLine, tally: Tally
 ) -> Iterator[str]:
-    """The texts in a file, in order. Texts of nothing but white space are counted as `empty` and
-    left out.
+    """As `documents_of`, of texts alone."""
+    for text in documents_of(path, text_field, on_bad_line, tally, None):
+        assert isinstance(text, str)
+        yield text
+
+
+def documents_of(
+    path: Path | RemoteFile,
+    text_field: str,
+    on_bad_line: BadLine,
+    tally: Tally,
+    of_value: OfValue | None,
+) -> Iterator[Document]:
+    """The documents in a file, in order, each made by `of_value` of a field's value. Texts of
+    nothing but white space are counted as `empty` and left out.
 
     Reasons in `tally.skipped`: malformed_json, malformed_csv, missing_field, not_a_string,
-    invalid_utf8, too_long, empty.
+    invalid_utf8, too_long, empty, not_messages, not_tokens, no_such_token.
 
     Raises:
         DataError: the file cannot be read, ends too early, lacks the column; or with `error`, the
@@ -72,8 +93,8 @@ def documents(
     try:
         if not path.stat().st_size:
             return
-        for text in texts_in(path, kind, text_field, on_bad, on_position):
-            if not text or text.isspace():
+        for text in texts_in(path, kind, text_field, on_bad, on_position, of_value):
+            if not len(text) or (isinstance(text, str) and text.isspace()):
                 tally.skip("empty")
             else:
                 tally.documents += 1

@@ -32,7 +32,7 @@ import numpy as np
 from dus_cli.common.files import writing
 from dus_cli.common.locks import holder, this_process
 from dus_cli.common.workers import PIECE
-from dus_cli.data.documents import BadLine, Reading
+from dus_cli.data.documents import BadLine, Column, Reading
 from dus_cli.data.holdout import EVERYTHING, Split
 from dus_cli.data.remote import RemoteFile
 from dus_cli.data.sources import Source, Unread, kind_of
@@ -61,6 +61,7 @@ def prepare(
     on_bad_line: BadLine = BadLine.error,
     holdout: float = 0.005,
     special_tokens: bool = True,
+    column: Column = Column.text,
     wait: bool = True,
     say: Callable[[str], object] = lambda _: None,
     on_progress: Callable[[int, int], object] = lambda _done, _total: None,
@@ -78,6 +79,7 @@ def prepare(
         folder: `tokens/`, made if it is not there.
         vocab_size: of the model; no id may reach it. None where its config does not say.
         text_field: of a JSON object, or a parquet column.
+        column: what that holds.
         on_bad_line: stop there, or count it.
         holdout: the share of documents held out; not used with `eval_sources`.
         special_tokens: whether documents have what the tokenizer puts around a text.
@@ -95,7 +97,13 @@ def prepare(
         raise DataError("evaluation data has no mixture; leave the weights of --eval-data out")
     reading = Reading(text_field, on_bad_line)
     shelf = _Shelf(
-        folder, tokenizer_folder, vocab_size, reading, on_progress, special_tokens=special_tokens
+        folder,
+        tokenizer_folder,
+        vocab_size,
+        reading,
+        on_progress,
+        special_tokens=special_tokens,
+        column=column,
     )
     try:  # without the lock, for all is there but the first time
         prepared = _assemble(shelf, sources, eval_sources, holdout)
@@ -234,8 +242,9 @@ class _Shelf:
         on_progress: Callable[[int, int], object],
         *,
         special_tokens: bool,
+        column: Column,
     ) -> None:
-        self.special_tokens = special_tokens
+        self.special_tokens, self.column = special_tokens, column
         self.folder, self.tokenizer_folder = folder, tokenizer_folder
         self.vocab_size, self.reading = vocab_size or UNKNOWN_VOCABULARY, reading
         self.identity = tokenizer_identity(tokenizer_folder)
@@ -283,6 +292,8 @@ class _Shelf:
         kinds = [kind_of(path.name) for path in files]
         dtype = np.dtype(token_dtype(self.vocab_size)).name
         way = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
+        if self.column is not Column.text:  # the keys of texts are older
+            way += [self.column.value, _template_digest(self.tokenizer_folder)]
         key = _digest([FORMAT, digests, kinds, *way, split.share, split_by])
         meta = self._stored(key)
         if meta is None:
@@ -317,7 +328,15 @@ class _Shelf:
         with Staging(
             self.folder / key, overwrite=True, claim=_is_of_a_part
         ) as staging:  # for a damaged one
-            meta = write_part(staging.folder, files, self.reading, split, tokeniser, self._advance)
+            meta = write_part(
+                staging.folder,
+                files,
+                self.reading,
+                split,
+                tokeniser,
+                self._advance,
+                column=self.column,
+            )
             staging.publish()
         return meta
 
@@ -337,6 +356,12 @@ class _Shelf:
             for key in keys
             for number in np.fromfile(self.folder / key / "hashes.bin", np.uint64).tolist()
         )
+
+
+def _template_digest(folder: Path) -> str:
+    """Of a chat template in a file of its own; one in tokenizer_config.json is the tokenizer's."""
+    path = folder / "chat_template.jinja"
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
 def _is_of_a_part(relative: str) -> bool:

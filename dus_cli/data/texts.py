@@ -24,11 +24,15 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from dus_cli.data.containers import BUFFER, UnreadableError, check_is_text, import_library, opened
 from dus_cli.data.remote import RemoteFile
 from dus_cli.errors import shown, shown_list
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 # A longer line or item is garbage: what a disk full of zeros or a binary file by a wrong name looks
 # like.
@@ -70,13 +74,22 @@ class BadRecordError(Exception):
 OnBad = Callable[[str, int, BadRecordError], None]
 # Told how many bytes of the file were read.
 OnPosition = Callable[[int], None]
+# A text, or the ids of its tokens.
+Document: TypeAlias = "str | npt.NDArray[np.uint32]"
+# Makes a document of a field's value, and raises BadRecordError where it is none.
+OfValue: TypeAlias = Callable[[object], Document]
 
 
 def texts_in(
-    path: Path | RemoteFile, kind: str, text_field: str, on_bad: OnBad, on_position: OnPosition
-) -> Iterator[str]:
+    path: Path | RemoteFile,
+    kind: str,
+    text_field: str,
+    on_bad: OnBad,
+    on_position: OnPosition,
+    of_value: OfValue | None = None,
+) -> Iterator[Document]:
     """The texts in a file of a kind, its suffix without a compression's: ".jsonl". White space
-    alone is a text, too.
+    alone is a text, too. `of_value` makes documents of values that are no texts.
 
     Raises:
         UnreadableError: it cannot be read, ends too early, lacks the column.
@@ -84,19 +97,24 @@ def texts_in(
     """
     if kind in {".parquet", ".arrow", ".feather"}:
         read = _parquet_texts if kind == ".parquet" else _arrow_texts
-        yield from read(path, text_field, on_bad, on_position)
+        yield from read(path, text_field, on_bad, on_position, of_value)
         return
+    if of_value is not None and kind not in {".jsonl", ".ndjson", ".json"}:
+        raise UnreadableError(
+            "it holds text alone, no messages or tokens; give .jsonl, .json, .parquet or .arrow"
+        )
     head = head_of(path)
     check_is_text(head)
     with opened(path) as (raw, stream):
+        texts: Iterator[Document]
         if kind in {".csv", ".tsv"}:
             texts = _csv_texts(stream, "\t" if kind == ".tsv" else None, text_field, on_bad)
         elif kind == ".txt":
             texts = _txt_pieces(stream, on_bad)
         elif (shape := _shape(head)) is _Shape.lines:
-            texts = _line_texts(stream, text_field, on_bad)
+            texts = _line_texts(stream, text_field, on_bad, of_value)
         else:
-            texts = _value_texts(stream, shape, text_field, on_bad)
+            texts = _value_texts(stream, shape, text_field, on_bad, of_value)
         for text in texts:
             on_position(raw.tell())
             yield text
@@ -149,7 +167,9 @@ def _shape(head: bytes) -> _Shape:
     return _Shape.values if goes_on and newline and text.startswith(b"{") else _Shape.lines
 
 
-def _line_texts(stream: BinaryIO, text_field: str, on_bad: OnBad) -> Iterator[str]:
+def _line_texts(
+    stream: BinaryIO, text_field: str, on_bad: OnBad, of_value: OfValue | None
+) -> Iterator[Document]:
     number = 0
     while line := stream.readline(LONGEST_LINE + 1):
         number += 1
@@ -161,7 +181,7 @@ def _line_texts(stream: BinaryIO, text_field: str, on_bad: OnBad) -> Iterator[st
             if number == 1:
                 line = line.removeprefix(_BOM)
             if line.strip():
-                yield _text_of(_value(line), text_field)
+                yield _text_of(_value(line), text_field, of_value)
         except BadRecordError as problem:
             on_bad("line", number, problem)
 
@@ -183,10 +203,12 @@ def _value(line: bytes) -> object:
         raise BadRecordError("malformed_json", "no JSON that can be read") from None
 
 
-def _value_texts(stream: BinaryIO, shape: _Shape, text_field: str, on_bad: OnBad) -> Iterator[str]:
+def _value_texts(
+    stream: BinaryIO, shape: _Shape, text_field: str, on_bad: OnBad, of_value: OfValue | None
+) -> Iterator[Document]:
     for number, value in enumerate(_Values(stream, is_array=shape is _Shape.array), 1):
         try:
-            yield _text_of(value, text_field)
+            yield _text_of(value, text_field, of_value)
         except BadRecordError as problem:
             on_bad("item", number, problem)
 
@@ -274,7 +296,7 @@ class _Values:
 _DECODER = json.JSONDecoder(parse_int=float)
 
 
-def _text_of(record: object, text_field: str) -> str:
+def _text_of(record: object, text_field: str, of_value: OfValue | None) -> Document:
     """The text in an object."""
     if not isinstance(record, dict) or text_field not in record:
         holds = (
@@ -286,15 +308,22 @@ def _text_of(record: object, text_field: str) -> str:
             "missing_field", f"no field {shown(text_field)} but {holds} (--text-field)"
         )
     text = record[text_field]
+    if of_value is not None:
+        return of_value(text)
     if not isinstance(text, str):
         raise BadRecordError(
             "not_a_string",
             f"the field {shown(text_field)} is no string but {shown(json.dumps(text))}",
         )
-    return _encodable(text)
+    return encodable_text(text)
 
 
-def _encodable(text: str) -> str:
+def encodable_text(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        BadRecordError: it holds what is no character.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -393,7 +422,7 @@ def _csv_texts(
                     raise BadRecordError(
                         "malformed_csv", f"{len(row)} fields where the first row names {width}"
                     )
-                yield _encodable(row[column])
+                yield encodable_text(row[column])
             except BadRecordError as problem:
                 on_bad("row", number, problem)
 
@@ -445,8 +474,12 @@ def _no_column(names: list[str], text_field: str) -> UnreadableError:
 
 
 def _parquet_texts(
-    path: Path | RemoteFile, text_field: str, on_bad: OnBad, on_position: OnPosition
-) -> Iterator[str]:
+    path: Path | RemoteFile,
+    text_field: str,
+    on_bad: OnBad,
+    on_position: OnPosition,
+    of_value: OfValue | None,
+) -> Iterator[Document]:
     arrow, parquet = (
         import_library("pyarrow", ".parquet"),
         import_library("pyarrow.parquet", ".parquet"),
@@ -464,7 +497,9 @@ def _parquet_texts(
             for batch in file.iter_batches(
                 batch_size=_ROWS, columns=[text_field], use_threads=False
             ):
-                yield from _column_texts(arrow, batch.column(0), number, text_field, on_bad)
+                yield from _column_texts(
+                    arrow, batch.column(0), number, text_field, on_bad, of_value=of_value
+                )
                 number += len(batch)
                 on_position(size * number // max(num_rows, 1))
     except arrow.ArrowException as error:
@@ -472,8 +507,12 @@ def _parquet_texts(
 
 
 def _arrow_texts(
-    path: Path | RemoteFile, text_field: str, on_bad: OnBad, on_position: OnPosition
-) -> Iterator[str]:
+    path: Path | RemoteFile,
+    text_field: str,
+    on_bad: OnBad,
+    on_position: OnPosition,
+    of_value: OfValue | None,
+) -> Iterator[Document]:
     """Of the file format (Feather 2 is one) or the stream format; the content tells which."""
     arrow, ipc = import_library("pyarrow", path.suffix), import_library("pyarrow.ipc", path.suffix)
     head = _check_is_no_pointer(path)
@@ -495,7 +534,12 @@ def _arrow_texts(
                     column.validate()
                     for start in range(0, len(column), _ROWS):
                         yield from _column_texts(
-                            arrow, column[start : start + _ROWS], number + start, text_field, on_bad
+                            arrow,
+                            column[start : start + _ROWS],
+                            number + start,
+                            text_field,
+                            on_bad,
+                            of_value=of_value,
                         )
                     number += len(batch)
                     on_position(source.tell())
@@ -518,11 +562,21 @@ def _check_is_no_pointer(path: Path | RemoteFile) -> bytes:
 
 
 def _column_texts(
-    arrow: Any, column: Any, number: int, text_field: str, on_bad: OnBad
-) -> Iterator[str]:
+    arrow: Any,
+    column: Any,
+    number: int,
+    text_field: str,
+    on_bad: OnBad,
+    *,
+    of_value: OfValue | None,
+) -> Iterator[Document]:
     """The texts of some rows, of which `number` came before. Undecoded bytes: a bad one would
     fail all of them.
     """
+    if of_value is not None:
+        column.validate(full=True)
+        yield from _documents_of(column.to_pylist(), number, on_bad, of_value)
+        return
     if arrow.types.is_dictionary(column.type):
         column.validate(full=True)
         column = column.dictionary_decode()
@@ -541,5 +595,15 @@ def _column_texts(
             yield value.decode()
         except UnicodeDecodeError as error:
             on_bad("row", row, _not_utf8(error))
+        except BadRecordError as problem:
+            on_bad("row", row, problem)
+
+
+def _documents_of(
+    values: list[object], number: int, on_bad: OnBad, of_value: OfValue
+) -> Iterator[Document]:
+    for row, value in enumerate(values, number + 1):
+        try:
+            yield of_value(value)
         except BadRecordError as problem:
             on_bad("row", row, problem)

@@ -30,9 +30,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dus_cli.common.files import sync_file, writing
-from dus_cli.data.documents import Reading, Tally, documents
+from dus_cli.data.columns import document_of
+from dus_cli.data.documents import Column, Reading, Tally, documents_of
 from dus_cli.data.holdout import EVERYTHING, HASH_BITS, Split, text_hash
 from dus_cli.data.remote import RemoteFile
+from dus_cli.data.texts import Document, OfValue
 from dus_cli.data.tokeniser import Tokeniser, pieces_of
 
 if TYPE_CHECKING:
@@ -64,10 +66,10 @@ class Summary:
 
 class _Piece(NamedTuple):
     """A document or a piece of one: whether it is held out, and whether the document begins and
-    ends with it.
+    ends with it. Tokens are always whole documents.
     """
 
-    text: str
+    text: Document
     is_held_out: bool
     is_first: bool
     is_last: bool
@@ -85,6 +87,8 @@ def write_part(
     split: Split,
     tokeniser: Tokeniser,
     on_bytes: Callable[[int], object] = lambda _: None,
+    *,
+    column: Column = Column.text,
 ) -> dict[str, Any]:
     """Tokenise files into an empty folder, down to the disk; return what meta.json says.
 
@@ -95,6 +99,7 @@ def write_part(
         split: which of them are held out, or left out.
         tokeniser: the model's.
         on_bytes: told how many bytes of the files were done, again and again.
+        column: what the field holds.
 
     Raises:
         DataError: a file cannot be read, or an id is beyond the model's vocabulary.
@@ -106,15 +111,16 @@ def write_part(
     with ExitStack() as closing:
         train = closing.enter_context(_TokenFile(folder, "train", dtype))
         heldout = closing.enter_context(_TokenFile(folder, "heldout", dtype))
-        for batch in _read_ahead(_batches(files, reading, split, summary, hashes)):
-            encoded = tokeniser.encode([piece.text for piece in batch.pieces])
-            for piece, ids in zip(batch.pieces, encoded, strict=True):
+        of_value = document_of(column, tokeniser)
+        for batch in _read_ahead(_batches(files, reading, split, summary, hashes, of_value)):
+            for piece, ids in zip(batch.pieces, _encoded(batch, tokeniser), strict=True):
                 target = heldout if piece.is_held_out else train
-                if piece.is_first:
+                if piece.is_first and not _begins(piece, ids, tokeniser):
                     target.add(tokeniser.before)
                 target.add(ids)
                 if piece.is_last:
-                    target.add(tokeniser.ending)
+                    if isinstance(piece.text, str) or ids[-1] != tokeniser.eos:
+                        target.add(tokeniser.ending)
                     target.end_document()
             for target in (train, heldout):
                 summary.highest_id = max(summary.highest_id, target.highest_id)
@@ -138,6 +144,19 @@ def write_part(
     for path in folder.iterdir():
         sync_file(path)
     return meta
+
+
+def _encoded(batch: _Batch, tokeniser: Tokeniser) -> Iterator[Sequence[int]]:
+    """The ids of each piece; those of tokens are what they are."""
+    encoded = iter(tokeniser.encode([p.text for p in batch.pieces if isinstance(p.text, str)]))
+    for piece in batch.pieces:
+        yield next(encoded) if isinstance(piece.text, str) else piece.text.tolist()
+
+
+def _begins(piece: _Piece, ids: Sequence[int], tokeniser: Tokeniser) -> bool:
+    """Whether tokens begin as the tokenizer begins a text already."""
+    before = tokeniser.before
+    return not isinstance(piece.text, str) and tuple(ids[: len(before)]) == tuple(before)
 
 
 def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
@@ -168,14 +187,16 @@ def _batches(
     split: Split,
     summary: Summary,
     hashes: array[int],
+    of_value: OfValue | None,
 ) -> Iterator[_Batch]:
     pieces: list[_Piece] = []
     num_bytes = position = 0
     for file in files:
         tally = Tally(skipped=summary.skipped)
         start, size = position, file.stat().st_size
-        for text in documents(file, reading.text_field, reading.on_bad_line, tally):
-            encoded = text.encode()
+        found = documents_of(file, reading.text_field, reading.on_bad_line, tally, of_value)
+        for text in found:
+            encoded = text.encode() if isinstance(text, str) else text.tobytes()
             number = text_hash(encoded)
             if number in split.left_out:
                 tally.skip("in_eval_data")
@@ -185,7 +206,8 @@ def _batches(
             summary.lowest_hash = min(summary.lowest_hash, number)
             summary.highest_hash = max(summary.highest_hash, number)
             is_first = True
-            for piece, is_last in pieces_of(text):
+            whole = [(text, True)]
+            for piece, is_last in pieces_of(text) if isinstance(text, str) else whole:
                 pieces.append(_Piece(piece, split.holds_out(number), is_first, is_last))
                 is_first = False
                 num_bytes += len(encoded) * len(piece) // len(text)

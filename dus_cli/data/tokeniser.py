@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dus_cli.data.special_tokens import SpecialTokens, special_tokens_of
 from dus_cli.errors import DataError, encodable, reason_of, shown
@@ -147,6 +148,35 @@ class Tokeniser:
                 f"the tokenizer in {shown(self.folder)} gives id {highest}, but the model has "
                 f"{self.vocab_size} words; use the tokenizer that belongs to the model"
             )
+
+    def check_chat_template(self) -> None:
+        """Check that there is a chat template.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer in {shown(self.folder)} has no chat template, so --chat-field has "
+                "nothing to write messages with; use an instruct model's, or write them as text"
+            )
+
+    def chat_text(self, messages: list[dict[str, Any]]) -> str:
+        """A chat as the model's own template writes it, without the token that a text begins with
+        anyway.
+
+        Raises:
+            ValueError: the template refuses the messages; or another error of what it does with
+                them.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        begins = self._tokenizer.bos_token_id in self.before
+        return text.removeprefix(self._tokenizer.bos_token) if begins else text
 
     def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Ids of each text, nothing put before or behind it."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from dus_cli.common.bounds import BOUNDS
 from dus_cli.common.options import Option, option_fields
 from dus_cli.common.units import parse_count, parse_share, share_text
-from dus_cli.data.documents import BadLine
+from dus_cli.data.documents import BadLine, Column
 from dus_cli.data.holdout import parse_holdout
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
 from dus_cli.models.precision import Precision, precision_option
@@ -341,6 +341,18 @@ class DataOptions:
         ),
     ]
     text_field: TextField = "text"
+    chat_field: Annotated[
+        str | None,
+        Option(
+            "The field or column with a chat's messages, written by the model's own chat template.",
+            metavar="NAME",
+            panel=DATA,
+        ),
+    ] = None
+    token_field: Annotated[
+        str | None,
+        Option("The field or column with token ids.", metavar="NAME", panel=DATA),
+    ] = None
     on_bad_line: OnBadLine = BadLine.error
     holdout: Annotated[
         float,
@@ -375,6 +387,15 @@ class DataOptions:
         Option("Attention stays within a document, or runs over the whole packed row.", panel=DATA),
     ] = True
     special_tokens: SpecialTokens = True
+
+    @property
+    def field(self) -> tuple[str, Column]:
+        """The field that is read, and what it holds."""
+        if self.chat_field is not None:
+            return self.chat_field, Column.chat
+        if self.token_field is not None:
+            return self.token_field, Column.tokens
+        return self.text_field, Column.text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,6 +145,8 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
         check_fields(options)
     if wishes.recipe.lr == 0 and wishes.recipe.gain_lr == 0:
         raise UsageError("--lr 0 and --gain-lr 0: nothing would learn; raise one of them")
+    if wishes.data.chat_field is not None and wishes.data.token_field is not None:
+        raise UsageError("--chat-field and --token-field both say what is read; leave one out")
     given = [
         name for name in ("tokens", "steps", "epochs") if getattr(wishes.budget, name) is not None
     ]

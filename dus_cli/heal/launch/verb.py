@@ -271,6 +271,7 @@ def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) ->
 
     folder.mkdir(parents=True, exist_ok=True)
     data = wishes.data
+    name, column = data.field
     sources, eval_sources = _sources(wishes, folder)
     view.status("tokenising")
     prepared = prepare(
@@ -279,7 +280,8 @@ def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) ->
         wishes.model,
         folder,
         vocab_size=model.vocab_size,
-        text_field=data.text_field,
+        text_field=name,
+        column=column,
         on_bad_line=data.on_bad_line,
         holdout=data.holdout,
         special_tokens=data.special_tokens,
@@ -298,9 +300,10 @@ def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) ->
 
 def _sources(wishes: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
     data = wishes.data
+    name, _ = data.field
     return (
-        parse_sources(data.files, folder, data.text_field),
-        parse_heldout(data.eval_files, folder, data.text_field),
+        parse_sources(data.files, folder, name),
+        parse_heldout(data.eval_files, folder, name),
     )
 
 

@@ -1,0 +1,147 @@
+"""Columns that are no text: a chat's messages and token ids, from file to token file."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+import tiny  # noqa: E402
+from conftest import dus  # noqa: E402
+
+from dus_cli.data.documents import BadLine, Column  # noqa: E402
+from dus_cli.data.shelf import prepare  # noqa: E402
+from dus_cli.data.sources import parse_sources  # noqa: E402
+from dus_cli.data.streams import Prepared, Stream  # noqa: E402
+from dus_cli.errors import DataError  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+)
+CHATS = [
+    [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}],
+    [{"role": "system", "content": "три"}],
+]
+WRITTEN = ["<user>one\n<assistant>two\n", "<system>три\n"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny.write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def write(path: Path, column: str, values: list[Any]) -> Path:
+    records = [{column: value, "n": 1} for value in values]
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def tokenised(model: Path, data: Path, column: Column, field: str, **options: Any) -> Prepared:
+    folder = data.parent
+    sources = parse_sources([str(data)], folder, field)
+    how: dict[str, Any] = {
+        "vocab_size": 260,
+        "holdout": 0.0,
+        "text_field": field,
+        "column": column,
+    } | options
+    return prepare(sources, (), model, folder / "tokens", **how)
+
+
+def ids_of(prepared: Prepared, folder: Path) -> list[list[int]]:
+    """The ids of each document, its end included."""
+    stream = Stream(folder / "tokens", prepared.parts, "train", prepared.dtype)
+    starts = [*stream.document_starts(0, stream.num_tokens).tolist(), stream.num_tokens]
+    return [stream.read(start, stop).tolist() for start, stop in pairwise(starts)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_chat_is_what_the_models_template_writes(model: Path, tmp_path: Path, name: str) -> None:
+    chats = tokenised(model, write(tmp_path / name, "messages", CHATS), Column.chat, "messages")
+    texts = tokenised(model, write(tmp_path / "text.jsonl", "text", WRITTEN), Column.text, "text")
+    assert ids_of(chats, tmp_path) == ids_of(texts, tmp_path)
+    assert chats.content_key != texts.content_key
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_token_ids_are_taken_as_they_are_and_ended_once(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    data = write(tmp_path / name, "input_ids", [[5, 6, 7], [8, tiny.EOS], [], [9]])
+    prepared = tokenised(model, data, Column.tokens, "input_ids")
+    assert ids_of(prepared, tmp_path) == [[5, 6, 7, tiny.EOS], [8, tiny.EOS], [9, tiny.EOS]]
+    assert prepared.skipped == {"empty": 1}
+
+
+def test_another_template_makes_other_tokens(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", "messages", CHATS)
+    before = tokenised(model, data, Column.chat, "messages").content_key
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert tokenised(model, data, Column.chat, "messages").content_key != before
+
+
+BAD = {
+    "a tool": (Column.chat, [{"role": "tool", "content": "x"}], "refuses it (no tools)"),
+    "no role": (Column.chat, [{"content": "x"}], "no list of messages with role and content"),
+    "a text": (Column.chat, "hello", "no list of messages with role and content"),
+    "a word": (Column.tokens, ["one"], "no list of token ids"),
+    "a half": (Column.tokens, [1.5], "no list of token ids"),
+    "lists": (Column.tokens, [[1], [2, 3]], "no list of token ids"),
+    "true": (Column.tokens, [True], "no list of token ids"),
+    "below": (Column.tokens, [1, -1], "token id -1, where the model has ids from 0 to 259"),
+    "beyond": (Column.tokens, [1, 260], "token id 260, where the model has ids from 0 to 259"),
+}
+
+
+@pytest.mark.parametrize(("column", "value", "said"), BAD.values(), ids=BAD.keys())
+def test_a_row_that_holds_something_else_is_told_by_its_number_or_counted(
+    model: Path, tmp_path: Path, column: Column, value: object, said: str
+) -> None:
+    good = CHATS[0] if column is Column.chat else [1, 2]
+    data = write(tmp_path / "a.jsonl", "it", [good, value])
+    with pytest.raises(DataError) as caught:
+        tokenised(model, data, column, "it")
+    assert "a.jsonl, line 2: " in str(caught.value)
+    assert said in str(caught.value)
+    skipping = tokenised(model, data, column, "it", on_bad_line=BadLine.skip)
+    assert (skipping.num_train_documents, sum(skipping.skipped.values())) == (1, 1)
+
+
+def test_a_model_without_a_template_and_a_file_of_text_are_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "a.jsonl", "messages", CHATS)
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="has no chat template, so --chat-field"):
+        tokenised(model, data, Column.chat, "messages")
+    (tmp_path / "a.csv").write_text("input_ids\n1\n")
+    with pytest.raises(DataError, match=r"a\.csv: it holds text alone, no messages or tokens"):
+        tokenised(model, tmp_path / "a.csv", Column.tokens, "input_ids")
+
+
+def test_heal_takes_one_of_them(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    base = tiny.write_base(tmp_path / "base")
+    data = write(tmp_path / "a.jsonl", "input_ids", [[n % 250] * 40 for n in range(60)])
+    what = ("--data", data, "--token-field", "input_ids", "--seq-length", "32", "--dry-run")
+    plan = dus("heal", base, *what, "--holdout", "20%", "--json").report
+    assert plan["train_tokens"] == 41 * plan["train_documents"]
+    refused = dus("heal", base, *what, "--chat-field", "messages", "-q")
+    refused.assert_one_line_error("--chat-field and --token-field both say what is read", code=2)
