@@ -59,7 +59,7 @@ UPSCALE = (
 
 VERIFY = (
     "base: str | None = None, engines: tuple[str, ...] = (), token: str | None = None, jobs: int = "
-    "4, read: bool = False"
+    "4, read: bool = False, forward: bool = False, data: tuple[str, ...] = ()"
 )
 
 SIGNATURES: dict[Any, str] = {
@@ -111,6 +111,7 @@ FIELDS: dict[Any, dict[str, str]] = {
         "bytes_shared": "int",
         "files_summed": "int",
         "engines": "list[dict[str, Any]]",
+        "forward": "Forward | None",
     },
 }
 
