@@ -150,7 +150,8 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
     recipe, disk = run.recipe, report["disk"]
     free = "" if disk["free"] is None else f", {human_bytes(disk['free'])} free"
     checkpoint, written = human_bytes(disk["checkpoint"]), human_bytes(disk["model"])
-    exports = f", exported {disk['num_exports']} times" if disk["num_exports"] else ""
+    times = disk["num_exports"]
+    exports = f" and {times:,} export{'s' * (times != 1)} of it" if times else ""
     speed = (
         f"{report['h100_tokens_per_second']:,.0f} tokens/s a {REFERENCE_GPU} at {TYPICAL_MFU:.0%} "
         "MFU"
