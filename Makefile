@@ -47,12 +47,15 @@ stack:
 	$(MAKE) VENV=$(STACK) $(STACK)/.stack $(MODEL)/config.json
 	SMOLLM2=$(MODEL) STACK=$(STACK)/stack $(STACK)/bin/python -m pytest -c tests/stack/pytest.ini tests/stack
 	$(STACK)/bin/python -m pytest tests/test_eval_tasks.py
+	SMOLLM2=$(MODEL) PYTHONPATH=$(CURDIR)/$(STACK)/stack/transformers-5.24.0 $(STACK)/bin/python -m pytest \
+		tests/test_golden.py tests/test_zoo.py tests/test_forward.py
 
-# An older transformers is laid over the environment's torch; llama.cpp's converter is in no wheel, but in this sdist.
+# Another transformers is laid over the environment's torch; llama.cpp's converter is in no wheel, but in this sdist.
 LLAMA_CPP := llama_cpp_python-0.3.36
 $(STACK)/.stack: $(STACK)/.installed tests/stack/requirements.txt
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --requirement tests/stack/requirements.txt
 	rm -rf $(STACK)/stack && mkdir -p $(STACK)/stack/llama.cpp
+	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-5.24.0 transformers==5.24.0
 	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-4.57.6 \
 		transformers==4.57.6 tokenizers==0.22.1 huggingface_hub==0.36.0
 	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-4.40.2 \

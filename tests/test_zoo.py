@@ -62,8 +62,10 @@ def test_what_no_map_can_deepen_is_refused_by_name(model_type: str, tmp_path: Pa
 
 
 def test_the_table_in_the_docs_is_what_was_found() -> None:
-    if OUTCOMES.keys() != set(zoo.CAUSAL_TYPES):
+    if not OUTCOMES.keys() >= set(zoo.CAUSAL_TYPES):
         pytest.skip("needs the whole zoo in one run")
+    if zoo.NEWER & set(zoo.CAUSAL_TYPES):
+        pytest.skip("the table is of the version in tests/constraints.txt")
     rows = []
     for name in zoo.CAUSAL_TYPES:
         outcome = f"refused: {zoo.REFUSED[name]}" if name in zoo.REFUSED else "equal"

@@ -332,6 +332,11 @@ def _inkling(fields: Fields, num_layers: int) -> list[str]:
     return ["hybrid_sliding" if sliding else "hybrid" for sliding in is_local]
 
 
+def _lara_mini(_fields: Fields, num_layers: int) -> list[str]:
+    pattern = ("linear", "sliding", "linear", "full", "sliding")
+    return [f"{pattern[layer % len(pattern)]}_attention" for layer in range(num_layers)]
+
+
 def _kimi_linear(fields: Fields, num_layers: int) -> list[str]:
     linear = fields.get("linear_attn_config") or {}
     full, kda = linear.get("full_attn_layers"), linear.get("kda_layers")
@@ -543,6 +548,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "diffusion_gemma": _refused(
         "it denoises blocks of text, with an encoder and a decoder that share one stack of layers"
     ),
+    "dory": _refused(
+        "its middle layers are run in several passes, and its config.json counts attention and MLP "
+        "blocks apart"
+    ),
     "dots1": Architecture(
         rules=(
             Derived("layer_types", _dots1, ("max_window_layers",)),
@@ -626,6 +635,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "idefics": _refused(
         "its cross-attention stands in a stack of its own, found by the layer's number"
     ),
+    "inkling2_loop_text": _refused("its middle layers are run in several passes"),
     "inkling2_text": Architecture(  # modeling: is_block_boundary, attention_input
         rules=(
             Derived("layer_types", every(6, "hybrid", "hybrid_sliding")),
@@ -664,6 +674,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "kosmos_2_5_text_model": Architecture(depth=("layers",)),
     "kosmos_2_text_model": Architecture(depth=("layers",)),
     "laguna": Architecture(rules=(_dense_first(1),)),
+    "lara_mini": Architecture(rules=(Derived("layer_types", _lara_mini),)),
     "lfm2_moe": Architecture(rules=(Threshold("num_dense_layers", default=2),)),
     "lfm3": Architecture(rules=(Derived("layer_types", _lfm3),)),
     "llama4_text": Architecture(
@@ -790,6 +801,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     # In the modeling code: pre_ln.
     "rwkv": Architecture(rules=(Unlike(0, "only it has a norm before its block"),)),
+    **dict.fromkeys(
+        ("sarvam_mla", "sarvam_moe"),
+        Architecture(rules=(Threshold("first_k_dense_replace", default=1),)),
+    ),
     "smollm3": Architecture(
         rules=(
             Derived("no_rope_layers", _NO_ROPE, ("no_rope_layer_interval",)),
@@ -870,16 +885,18 @@ CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
 # goes through with a warning if nothing per-layer is in sight.
 PLAIN_TYPES = frozenset(
     """
-    apertus arcee aria_text bamba bert bert-generation big_bird biogpt bitnet bloom camembert
-    chameleon codegen cohere cohere_compass_text cosmos3_edge_text cpmant ctrl data2vec-text dbrx
-    doge electra emu3_text_model ernie ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma git
-    glm glm4 glm4v_text glm_ocr_text gpt2 gpt_bigcode gpt_neox gptj granite granite4_vision_text
-    granite_docling_text granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
-    hunyuan_v1_moe hunyuan_vl_text hyperclovax internlm3 iquestcoder jais2 jetmoe lfm2 llama mamba
-    mamba2 megatron-bert mellum minimax_m2 ministral ministral3 mistral mixtral mllama_text_model
-    moshi mpt nanochat nemotron olmo olmo2 olmoe openai-gpt opt paddleocr_vl_text persimmon phi phi3
-    phi4_multimodal phimoe qwen3_vl_text rembert roberta roberta-prelayernorm roc_bert roformer
-    seed_oss solar_open stablelm starcoder2 xglm xlm-roberta xlm-roberta-xl xlnet xmod youtu
+    apertus apertus1p5_text arcee aria_text bamba bert bert-generation big_bird biogpt bitnet
+    bloom camembert chameleon codegen cohere cohere_compass_text cosmos3_edge_text cpmant ctrl
+    data2vec-text dbrx doge electra emu3_text_model ernie ernie4_5 exaone falcon falcon_h1
+    falcon_mamba flex_olmo gemma git glm glm4 glm4v_text glm_ocr_text gpt2 gpt_bigcode
+    gpt_neox gptj granite granite4_vision_text granite_docling_text granitemoe
+    granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl_text
+    hyperclovax internlm3 iquestcoder jais2 jetmoe lfm2 llama mamba mamba2 megatron-bert
+    mellum minimax_m2 ministral ministral3 mistral mixtral mllama_text_model moshi mpt
+    nanochat nemotron olmo olmo2 olmoe openai-gpt opt paddleocr_vl_text persimmon phi phi3
+    phi4_multimodal phimoe qwen3_vl_text rembert roberta roberta-prelayernorm roc_bert
+    roformer seed_oss solar_open stablelm starcoder2 xglm xlm-roberta xlm-roberta-xl xlnet
+    xmod youtu
     """.split()
 )
 # Those that the tests hold to transformers' own classes, and all that the tables know.
