@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.memory import available_bytes, smallest_gpu
+from dus_cli.common.reports import public
 from dus_cli.common.units import human_bytes, human_time
 from dus_cli.heal import estimate
 from dus_cli.heal.estimate import MemoryEstimate, num_shards
@@ -45,12 +46,23 @@ def num_processes(launch: Launch) -> int:
     return max(1, torch.accelerator.device_count())
 
 
+def source_name(text: str) -> str:
+    """What a source is called where others read it: its last name, without a query, which may hold
+    a signature.
+
+    >>> source_name("/data/*.jsonl"), source_name("https://host/a.jsonl?signature=1")
+    ('*.jsonl', 'a.jsonl')
+    """
+    said = str(public(text))
+    return Path(said).name or said
+
+
 def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
     """What a run trains and measures on, as the plan and the proof record it. Paths are left out
     of names.
     """
     record = {
-        "data": [Path(source.name).name or source.name for source in data.sources],
+        "data": [source_name(source.name) for source in data.sources],
         "epochs": epochs,
         "train_tokens": data.num_train_tokens,
         "train_documents": data.num_train_documents,
