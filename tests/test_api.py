@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from forked import dus
 
 import dus_cli
 from dus_cli import (

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import llama_config, llama_tensors, write_checkpoint
-from conftest import Run, dus
+from conftest import Run
+from forked import dus
 
 from dus_cli.errors import OutputError
 from dus_cli.heal.launch.verb import check_run_folder

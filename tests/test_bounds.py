@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
-from conftest import dus
+from forked import dus
 
 from dus_cli import UsageError, plan
 from dus_cli.cli import COMMANDS, app, load_command

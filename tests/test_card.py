@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from checkpoints import llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from forked import dus
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from dus_cli.common.reference import ModelRef

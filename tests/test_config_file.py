@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import dus
+from forked import dus
 
 from dus_cli import UsageError
 from dus_cli.cli import COMMANDS, load_command

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from checkpoints import Tensor, llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from forked import dus_with_torch as dus
 from imports import imported_by
 from written import flip_bit, folder_digest, names_and_bytes, problems, tensor_at
 

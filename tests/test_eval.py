@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, dus
+from conftest import Run
+from forked import dus
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

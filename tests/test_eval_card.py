@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
-from conftest import dus
+from forked import dus
 from pictures import check_labels
 
 from dus_cli.common.reference import ModelRef

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from forked import dus
 
 from dus_cli import verify
 from dus_cli.source import extents

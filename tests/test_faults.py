@@ -25,7 +25,8 @@ from checkpoints import (
     llama_tensors,
     write_checkpoint,
 )
-from conftest import DUS, dus
+from conftest import DUS
+from forked import dus
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, DusError, OutputError

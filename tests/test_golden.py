@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import dus
+from forked import dus
 
 from dus_cli.maps.layers import source_layers
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from checkpoints import llama_config, llama_tensors, write_checkpoint
 from conftest import DUS
-from forked import dus, stop
+from forked import dus, dus_with_torch, stop
 from hub_server import HANG_UP, READER, STRANGER, StandInHub, StandInRepo, commit_of, only_hub
 from pickled import Payload, write_pickled
 
@@ -479,18 +479,20 @@ def test_pickled_repo_is_planned_from_headers_and_gives_what_its_directory_gives
         "-o",
         "out",
     )
-    planned = dus(*command, "--dry-run").report
+    planned = dus_with_torch(*command, "--dry-run").report
     assert [r.path for r in hub.log if r.path.startswith("/cdn/") and r.byte_range is None] == []
-    done = dus(*command, "--verify", "full").report
+    done = dus_with_torch(*command, "--verify", "full").report
     for field in done.keys() - OF_A_RUN:
         assert planned[field] == done[field], field
     # The pickles of the training run are left alone.
     assert hub.files_asked_for == {"config.json", "tokenizer.json"} | names
-    dus("upscale", folder, "--trim", "1", "--max-shard-size", "200KB", "-o", "local", "-q")
+    dus_with_torch(
+        "upscale", folder, "--trim", "1", "--max-shard-size", "200KB", "-o", "local", "-q"
+    )
     for path in (desk / "local").glob("model*"):
         assert path.read_bytes() == (desk / "out" / path.name).read_bytes()
     hub.stop()
-    assert dus(*command[:-1], "again", HF_HUB_OFFLINE="1").returncode == 0
+    assert dus_with_torch(*command[:-1], "again", HF_HUB_OFFLINE="1").returncode == 0
 
 
 def test_safetensors_are_fetched_where_a_repo_has_both(

@@ -18,7 +18,7 @@ from checkpoints import (
     write_checkpoint,
     write_in_shards,
 )
-from conftest import dus
+from forked import dus
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.planning.layout import BLOCK

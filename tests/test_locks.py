@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import dus
+from forked import dus
 
 from dus_cli.common.locks import holder, this_process
 from dus_cli.errors import HealError

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
-from conftest import DUS, dus
+from conftest import DUS
+from forked import dus
 from object_store import Mount, Refusals
 
 from dus_cli.common import storage

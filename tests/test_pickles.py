@@ -24,8 +24,9 @@ import pytest
 import torch
 import transformers
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from conftest import dus as started_dus
 from damage import mutate, one_line_problem
+from forked import dus_with_torch as dus
 from pickled import INDEX, Payload, random_tensors, save_pickled, write_pickled
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -736,7 +737,7 @@ def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     path = f"{tmp_path / 'site'}:{Path(__file__).parent.parent}"
-    run = dus("upscale", base, "--trim", "1", "-o", tmp_path / "out", "-q", PYTHONPATH=path)
+    run = started_dus("upscale", base, "--trim", "1", "-o", tmp_path / "out", "-q", PYTHONPATH=path)
     run.assert_one_line_error(NAME, "pip install 'dus-cli[heal]'")
 
 

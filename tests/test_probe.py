@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 import tiny
-from conftest import dus
+from forked import dus_with_torch
 from hub_server import StandInHub, StandInRepo, commit_of
 from tiny import forked_dus
 
@@ -385,7 +385,7 @@ def test_a_model_of_the_hub_is_measured(model: Path, corpus: Path, tmp_path: Pat
     commit = commit_of("llama")
     options = "--tokens 100 --seq-length 24 --trims 2 --precision fp32 --json".split()
     with StandInHub({"org/llama": StandInRepo({commit: model}, {"main": commit})}) as hub:
-        found = dus(
+        found = dus_with_torch(
             "probe",
             "org/llama",
             "--data",

@@ -11,7 +11,7 @@ import pytest
 import torch
 import zoo
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from forked import dus
 from tiny import forked_dus
 from written import flip_bit, folder_digest, layer_bytes, names_and_bytes, problems, tensor_at
 

@@ -18,7 +18,8 @@ from checkpoints import (
     write_checkpoint,
     write_mistral,
 )
-from conftest import dus
+from conftest import dus as started_dus
+from forked import dus
 from safetensors import safe_open
 from written import folder_digest, layer_bytes, names_and_bytes
 
@@ -66,7 +67,8 @@ def test_the_report_says_what_was_done(base: Path, tmp_path: Path) -> None:
 
 
 def test_python_dash_m_and_dus_are_the_same_command(tmp_path: Path) -> None:
-    assert dus("--version").stdout.startswith("dus 0.")
+    version = started_dus("--version").stdout
+    assert version.startswith("dus 0.")
     assert (
         subprocess.run(
             [Path(sys.executable).parent / "dus", "--version"],
@@ -74,7 +76,7 @@ def test_python_dash_m_and_dus_are_the_same_command(tmp_path: Path) -> None:
             text=True,
             check=True,
         ).stdout
-        == dus("--version").stdout
+        == version
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
-from conftest import dus
+from forked import dus
 from written import flip_bit, problems, tensor_at
 
 from dus_cli import upscale

@@ -20,7 +20,7 @@ from checkpoints import (
     write_checkpoint,
     write_shard,
 )
-from conftest import dus
+from forked import dus
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, ConfigError, DusError

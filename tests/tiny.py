@@ -4,6 +4,7 @@ tokenizer, and text.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -11,13 +12,13 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from conftest import Run
+from forked import dus
 
 EOS = 256
 
@@ -78,7 +79,8 @@ def write_base(
 def upscaled(base: Path, output: Path, trim: int = 1, *, shard: str = "5GB") -> Path:
     """The base, deepened by the real command."""
     options = ["-o", str(output), "--trim", str(trim), "--max-shard-size", shard, "-q"]
-    subprocess.run([sys.executable, "-m", "dus_cli", "upscale", str(base), *options], check=True)
+    done = dus("upscale", base, *options)
+    assert done.returncode == 0, done.stderr
     return output
 
 
@@ -129,7 +131,10 @@ _PRELOADED = (
     "dus_cli.heal.train.loop dus_cli.models.decoder dus_cli.heal.train.checkpoints "
     "dus_cli.heal.train.optimizer dus_cli.heal.proof.publish dus_cli.heal.train.evaluate "
     "dus_cli.models.team dus_cli.evaluation.verb dus_cli.evaluation.scorer pyarrow "
-    "transformers.models.llama.modeling_llama"
+    "transformers.models.llama.modeling_llama "
+    "dus_cli.commands.upscale dus_cli.commands.verify dus_cli.commands.heal dus_cli.commands.eval "
+    "dus_cli.commands.probe dus_cli.probe.verb dus_cli.probe.measure dus_cli.upscaling.verb "
+    "dus_cli.verification.verb typer._adapters pydantic.type_adapter"
 ).split()
 
 
@@ -145,6 +150,7 @@ def _child(
     """In a forked process: output to `log` and `log`.err, then `first`, which is Python, and the
     program.
     """
+    gc.freeze()  # else the first collection copies all that was imported
     for stream, path in ((sys.stdout, log), (sys.stderr, f"{log}.err")):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from conftest import dus
+from forked import dus
 
 from dus_cli.source.headers import TensorInfo, read_header
 
