@@ -48,6 +48,7 @@ class Bounds:
 # By the names of options, which mean the same in every command. Sizes in bytes, shares of 1, losses
 # in nats per token.
 BOUNDS = {
+    "average": Bounds(2, 1000),
     "batch-tokens": Bounds(1, _BILLION),
     "best": Bounds(1, _MOST_LAYERS),
     "copies": Bounds(2, _MOST_LAYERS),

@@ -624,6 +624,15 @@ class Keeping:
             panel=_KEEP,
         ),
     ] = None
+    average: Annotated[
+        int | None,
+        Option(
+            "Also write the mean of the last N checkpoints of --save-every STEPS, as a model "
+            "beside OUT: OUT-average.",
+            metavar="N",
+            panel=_KEEP,
+        ),
+    ] = None
     track: Annotated[Track, Option("Also log the metrics to this tracker.", panel=_KEEP)] = (
         Track.none
     )

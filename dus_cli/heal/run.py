@@ -35,7 +35,8 @@ SCHEMA = 1
 # aside. Files are compared by their content.
 _FREE = frozenset(
     "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload "
-    "keeping.eval_every keeping.save_every keeping.keep keeping.export_every keeping.track "
+    "keeping.eval_every keeping.save_every keeping.keep keeping.export_every keeping.average "
+    "keeping.track "
     "data.files data.eval_files".split()
 )
 
@@ -102,7 +103,9 @@ class FitPlan:
 
 @dataclass(frozen=True)
 class KeepingPlan:
-    """What is measured and saved on the way."""
+    """What is measured and saved on the way. `average`: of how many checkpoints the mean is written
+    at the end; None is no mean.
+    """
 
     eval_every: int
     eval_tokens: int
@@ -111,6 +114,7 @@ class KeepingPlan:
     keep: int
     track: str
     export_every: int | None = None
+    average: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,11 @@ class Run:
         return self.folder.with_name(f"{self.folder.name}-step-{step}")
 
     @property
+    def average_folder(self) -> Path:
+        """Where the mean of the last checkpoints is written."""
+        return average_folder(self.folder)
+
+    @property
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
 
@@ -181,6 +190,11 @@ class Run:
         partial = path.with_suffix(".json.partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def average_folder(output: Path) -> Path:
+    """Where the mean of a run's checkpoints is written, by where its healed model is."""
+    return output.with_name(f"{output.name}-average")
 
 
 def is_of_a_run(relative: str) -> bool:

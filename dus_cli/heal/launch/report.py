@@ -63,6 +63,10 @@ def heal_text(report: dict[str, Any]) -> str:
             f"Wrote {output}. It has not reached its base yet: give it more tokens (--tokens, "
             "--until base)."
         )
+    if report.get("average"):
+        steps = ", ".join(map(str, report["average"]["steps"]))
+        folder = shlex.quote(str(Path(report["output"]).with_name(report["average"]["folder"])))
+        lines.append(f"Wrote {folder}, the mean of the checkpoints of steps {steps}.")
     return "\n".join(lines)
 
 
@@ -214,10 +218,11 @@ def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:
         has_fp32_masters=run.fit.master_weights == "fp32",
     )
     model = sum(path.stat().st_size for path in Path(run.model).glob("*.safetensors"))
-    number = run.keeping.keep + 1
+    number = max(run.keeping.keep, run.keeping.average or 0) + 1
     exports = (run.num_steps - 1) // (run.keeping.export_every or run.num_steps)
+    models = exports + (1 if run.keeping.average is None else 2)
     return {
-        "total": number * checkpoint + (exports + 1) * model,
+        "total": number * checkpoint + models * model,
         "num_checkpoints": number,
         "checkpoint": checkpoint,
         "model": model,

@@ -152,6 +152,18 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
     ]
     if len(given) > 1:
         raise HealError(f"--{given[0]} and --{given[1]} both give the budget; leave one out")
+    if wishes.keeping.average is not None and wishes.keeping.save_every.steps is None:
+        raise HealError(
+            "--average counts checkpoints by steps, and how many --save-every by time makes is not "
+            "known before; give --save-every STEPS"
+        )
+    if wishes.keeping.average is not None and wishes.budget.until is not None:
+        raise HealError(
+            "--average needs checkpoints to the end of the budget, and --until base may end before "
+            "it; leave one out"
+        )
+    if wishes.budget.steps is not None:  # of other budgets it is known with the data
+        check_average(wishes.keeping, wishes.budget.steps)
     needs = {
         "--until base": wishes.budget.until is not None,
         "--distill": wishes.recipe.distill is not None and wishes.recipe.distill.weight > 0,
@@ -180,6 +192,25 @@ def check_wishes(wishes: HealOptions, model: Model) -> None:
         raise HealError(
             f"--seq-length {length} is more than the model's {model.max_length} positions; choose "
             "less"
+        )
+
+
+def check_average(keeping: Keeping, num_steps: int) -> None:
+    """Check that a run of so many steps saves as many checkpoints as --average wants.
+
+    Raises:
+        HealError: it saves fewer.
+    """
+    every = keeping.save_every.steps
+    if keeping.average is None or every is None:
+        return
+    count = -(-num_steps // every)
+    if count < keeping.average:
+        enough = num_steps // keeping.average
+        way_out = f"--save-every {enough}, or a smaller N" if enough else "a smaller N"
+        raise HealError(
+            f"--average {keeping.average} needs as many checkpoints, and this run of {num_steps} "
+            f"steps saves {count} (--save-every {every}); give {way_out}"
         )
 
 
@@ -253,6 +284,7 @@ def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_e
     every, most = _measuring(
         wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data), num_sets=sets
     )
+    check_average(wishes.keeping, steps)
     return Run(
         schema=run_file.SCHEMA,
         version=__version__,
@@ -388,4 +420,5 @@ def _keeping(keeping: Keeping, eval_every: int, eval_tokens: int) -> KeepingPlan
         keep=keeping.keep,
         track=keeping.track.value,
         export_every=keeping.export_every,
+        average=keeping.average,
     )

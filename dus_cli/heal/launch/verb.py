@@ -28,6 +28,7 @@ from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.heal.run import (
     REPORT,
     Run,
+    average_folder,
     changed_options,
     check_same,
     is_of_a_run,
@@ -88,6 +89,8 @@ def check(wishes: HealOptions) -> Model:
     check_run_folder(wishes.output)
     if wishes.keeping.export_every is not None:
         _check_exports(wishes.output.resolve())
+    if wishes.keeping.average is not None:
+        check_average_folder(wishes.output, resolve.model_key(model.checkpoint))
     check_renames(wishes.output, known(wishes.output.resolve().parent))
     _check_devices(wishes)
     return model
@@ -166,6 +169,30 @@ def _check_exports(output: Path) -> None:
                 f"{shown(path)} exists and is no model that dus wrote, and --export-every gives "
                 "such names; move it, or choose another -o"
             )
+
+
+def check_average_folder(output: Path, model_key: str) -> None:
+    """Check that the place of the checkpoints' mean is free, or holds what such a run wrote there.
+
+    Raises:
+        OutputError: it holds something else.
+        HealError: the run is finished, and the mean was not asked for.
+    """
+    folder = average_folder(output.resolve())
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if (output / REPORT).is_file():
+            raise HealError(
+                f"{shown(output)} is finished and its checkpoints are gone, so that there is "
+                "nothing to average; leave out --average, or heal again to another -o"
+            )
+        return
+    record = (lineage.read_lineage(folder) if folder.is_dir() else None) or {}
+    last = [{}, *record.get("healing", [])][-1]
+    if last.get("model_key") != model_key or "averaged_steps" not in last:
+        raise OutputError(
+            f"{shown(folder)}, where the mean of the checkpoints would stand, holds something "
+            "else; choose another -o"
+        )
 
 
 def _is_ours(path: Path) -> bool:

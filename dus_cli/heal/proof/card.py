@@ -5,11 +5,22 @@ added.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, SCALED, STATES
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
+
+
+def averaged_card(card: str, steps: Sequence[int], name: str) -> str:
+    """The card of the mean of a run's checkpoints, whose loss nobody has measured yet."""
+    card = re.sub(f"^{SCALED}$", HEALED, card, count=1, flags=re.MULTILINE)
+    verdict = (
+        f"> **The mean of {len(steps)} checkpoints** of a run of `dus heal`, of steps "
+        f"{', '.join(map(str, steps))}. Its loss was not measured: `dus eval` does."
+    )
+    return _with_section(card, verdict, name)
 
 
 def healed_card(card: str, report: dict[str, Any], name: str) -> str:
@@ -28,7 +39,11 @@ def healed_card(card: str, report: dict[str, Any], name: str) -> str:
             count=1,
             flags=re.DOTALL,
         )
-    section = f"{_START}\n{_section(report)}\n{_END}"
+    return _with_section(card, _section(report), name)
+
+
+def _with_section(card: str, text: str, name: str) -> str:
+    section = f"{_START}\n{text}\n{_END}"
     for state in STATES.values():
         if state in card:
             return card.replace(state, section)

@@ -8,7 +8,7 @@ byte.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from dus_cli.errors import VerificationError
 from dus_cli.heal import run as run_file
 from dus_cli.heal.launch.plan import data_record
 from dus_cli.heal.metrics import read_metrics
-from dus_cli.heal.proof.card import healed_card
+from dus_cli.heal.proof.card import averaged_card, healed_card
 from dus_cli.heal.train.optimizer import Optimizer, local
 from dus_cli.heal.train.origin import not_written_back, parameter_names, read_elements
 from dus_cli.maps.shape import flops_per_token, pretraining_flops, shape_of
@@ -46,6 +46,7 @@ from dus_cli.writing.staging import Staging, staged_files
 
 if TYPE_CHECKING:
     from dus_cli.heal.run import Run
+    from dus_cli.heal.train.checkpoints import Means
     from dus_cli.heal.train.state import TrainState
     from dus_cli.models.decoder import Decoder
     from dus_cli.models.stopping import Brake
@@ -129,9 +130,12 @@ class Publication:
         peak_source: str,
         brake: Brake,
         exported: Path | None = None,
+        averaged: Sequence[int] = (),
     ) -> None:
         """Write everything beside the run's folder, verify it, and let the two change places; or
         give it the name `exported`, and leave the run as it is.
+
+        `averaged` are the steps whose mean was written before.
 
         Raises:
             StopRequested: by a signal, before they have.
@@ -146,27 +150,71 @@ class Publication:
             return
         claim = run_file.is_of_a_run if exported is None else None
         with Staging(exported or run.folder, overwrite=True, claim=claim) as staging:
-            for name, path in carried_files(self._source.folder).files:
-                staging.copy_file(name, path)
-            for name in _unchanged(self._source):
-                staging.copy_file(name, self._source.folder / name)
-            if self._source.warnings and self._source.index_name is not None:
-                staging.write_text(self._source.index_name, _index(self._source))
-            for shard in self._source.shards:
-                self._write_shard(staging.folder / shard.name, shard, optimizer, brake)
+            self._write_model(staging, lambda tensor: self._gather(tensor, optimizer), brake)
             rows = read_metrics(run.metrics_path)
             report = self._report(progress, rows, peak, peak_source)
             report |= {"output": str(staging.output)}
+            if averaged:
+                folder = run.average_folder.name
+                report["average"] = {"folder": folder, "steps": list(averaged)}
             self._write_proof(staging, report, rows)
-            found = verify(staging.folder)
-            if not found.is_sound:
-                raise VerificationError(
-                    f"the healed model does not verify: {found.problems[0]}; nothing was published"
-                )
+            _verify(staging, "the healed model")
             staging.publish()
         self._team.wait()
 
-    def _write_shard(self, path: Path, shard: Shard, optimizer: Optimizer, brake: Brake) -> None:
+    def publish_mean(self, means: Means, steps: Sequence[int], brake: Brake) -> None:
+        """Write the mean of these steps' checkpoints as a model beside the run's folder. One that
+        is there already is of this run, which came to a stop behind it.
+
+        Raises:
+            StopRequested: by a signal, before it is there.
+            HealError: a checkpoint cannot be read.
+        """
+        if not self._team.is_first:
+            for _ in self._source.tensors():
+                brake.check()
+            self._team.wait()
+            return
+
+        def mean(tensor: TensorInfo) -> Tensor | None:
+            name = self._names.get(tensor.name)
+            value = None if name is None else means.of(name)
+            return None if value is None else value.to(STORED_DTYPES[tensor.dtype])
+
+        with Staging(self._run.average_folder, overwrite=True) as staging:
+            self._write_model(staging, mean, brake)
+            card = self._source.folder / "README.md"
+            with reading(card.name):
+                text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+            staging.write_text(
+                "README.md", averaged_card(text, steps, self._run.average_folder.name)
+            )
+            record = self._lineage_of_mean(steps) | {"files": list(staged_files(staging.folder))}
+            staging.write_text(lineage.NAME, dump_json(record))
+            _verify(staging, "the mean of the checkpoints")
+            staging.publish()
+        self._team.wait()
+
+    def _write_model(
+        self, staging: Staging, value_of: Callable[[TensorInfo], Tensor | None], brake: Brake
+    ) -> None:
+        """Weights, and the source's other files."""
+        for name, path in carried_files(self._source.folder).files:
+            staging.copy_file(name, path)
+        for name in _unchanged(self._source):
+            staging.copy_file(name, self._source.folder / name)
+        if self._source.warnings and self._source.index_name is not None:
+            staging.write_text(self._source.index_name, _index(self._source))
+        for shard in self._source.shards:
+            self._write_shard(staging.folder / shard.name, shard, value_of, brake)
+
+    def _write_shard(
+        self,
+        path: Path,
+        shard: Shard,
+        value_of: Callable[[TensorInfo], Tensor | None],
+        brake: Brake,
+    ) -> None:
         left = "the checkpoints are kept, and the same command writes it again"
         with writing(shard.name, left), ExitStack() as closing:
             with reading(shard.name):
@@ -176,7 +224,7 @@ class Publication:
                 _copy(source, target, 0, shard.header.data_start)
                 for tensor in shard.header.tensors:
                     brake.check()
-                    value = self._gather(tensor, optimizer)
+                    value = value_of(tensor)
                     if value is None:
                         _copy(source, target, tensor.start, tensor.num_bytes)
                     else:
@@ -294,6 +342,24 @@ class Publication:
             **{key: report[key] for key in ("base_loss", "scaled_loss", "loss", "tokens_to_base")},
         }
         return record | {"healing": [*record.get("healing", []), healing]}
+
+    def _lineage_of_mean(self, steps: Sequence[int]) -> dict[str, Any]:
+        """dus.json of the source, with this healing as far as a mean is one: its loss was not
+        measured.
+        """
+        unmeasured = dict.fromkeys(("base_loss", "scaled_loss", "loss", "tokens_to_base"))
+        report = {"steps": steps[-1], "tokens": steps[-1] * self._run.tokens_per_step}
+        record = self._lineage(report | unmeasured)
+        record["healing"][-1]["averaged_steps"] = list(steps)
+        return record
+
+
+def _verify(staging: Staging, what: str) -> None:
+    found = verify(staging.folder)
+    if not found.is_sound:
+        raise VerificationError(
+            f"{what} does not verify: {found.problems[0]}; nothing was published"
+        )
 
 
 def _index(source: Checkpoint) -> str:

@@ -12,12 +12,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -32,6 +33,13 @@ _STATE = "state.json"
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
+class MeanOf(NamedTuple):
+    """Of how many checkpoints the mean is wanted, of those that are due every so many steps."""
+
+    number: int
+    every: int
+
+
 @dataclass
 class _Pending:
     future: Future[Any]
@@ -43,10 +51,10 @@ class _Pending:
 class Checkpoints:
     """The checkpoints of one run. Every method is called by every worker, in the same order."""
 
-    def __init__(self, folder: Path, team: Team, keep: int) -> None:
+    def __init__(self, folder: Path, team: Team, keep: int, mean_of: MeanOf | None = None) -> None:
         self._folder = folder
         self._team = team
-        self._keep = keep
+        self._keep, self._mean_of = keep, mean_of
         self._in_background = team.device.type != "cpu"
         self._pending: _Pending | None = None
         self._saved: int | None = None
@@ -172,6 +180,19 @@ class Checkpoints:
             done.set_exception(error)
         return done
 
+    def averaged(self) -> list[int]:
+        """Steps of the checkpoints whose mean is written, ascending; none where none was asked
+        for.
+        """
+        return self._averaged(folders.complete(self._folder))
+
+    def _averaged(self, complete: Sequence[int]) -> list[int]:
+        return [] if self._mean_of is None else folders.averaged(complete, *self._mean_of)
+
+    def means(self, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> Means:
+        """Means over these checkpoints; for the first worker alone."""
+        return Means([self._folder / folders.name(step) for step in steps], tensors)
+
     def poll(self) -> None:
         """Give a checkpoint its name if every worker is done with it."""
         if self._pending is not None and not self._team.any(not self._pending.future.done()):
@@ -194,9 +215,45 @@ class Checkpoints:
             _sync(pending.partial)
             pending.partial.replace(pending.final)
             _sync(self._folder)
-            for step in folders.complete(self._folder)[: -self._keep]:
+            complete = folders.complete(self._folder)
+            kept = {*complete[-self._keep :], *self._averaged(complete)}
+            for step in sorted(set(complete) - kept):
                 shutil.rmtree(self._folder / folders.name(step), ignore_errors=True)
         self._team.wait()
+
+
+class Means:
+    """Means of a run's checkpoints, a tensor at a time, in fp32: memory for two of them.
+
+    Args:
+        checkpoints: their folders.
+        tensors: what each of them holds, for names, shapes and dtypes.
+    """
+
+    def __init__(self, checkpoints: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
+        self._checkpoints, self._tensors = checkpoints, tensors
+
+    def of(self, parameter: str) -> Tensor | None:
+        """A parameter's mean on the CPU, of its fp32 masters where there are any; None where it
+        never learned.
+
+        Raises:
+            HealError: a checkpoint cannot be read.
+        """
+        keys = (f"master.{parameter}", f"model.{parameter}")
+        key = next((key for key in keys if key in self._tensors), None)
+        if key is None:
+            return None
+        whole = self._tensors[key]
+        total = torch.zeros(whole.shape, dtype=torch.float32)
+        for path in self._checkpoints:
+            one = torch.empty(whole.shape, dtype=whole.dtype)
+            try:
+                dcp.load({key: one}, checkpoint_id=path, no_dist=True)  # type: ignore[attr-defined]
+            except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
+                raise _cannot_read(path, error) from error
+            total += one
+        return total / len(self._checkpoints)
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +19,11 @@ from dus_cli.errors import HealError
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.metrics import MetricsFile
 from dus_cli.heal.proof.publish import Publication
-from dus_cli.heal.run import Run
+from dus_cli.heal.run import KeepingPlan, Run
 from dus_cli.heal.tracking import open_tracker
 from dus_cli.heal.train import schedule
 from dus_cli.heal.train.batches import MicroBatch, micro_batches
-from dus_cli.heal.train.checkpoints import Checkpoints
+from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf
 from dus_cli.heal.train.evaluate import mean_losses
 from dus_cli.heal.train.fitting import peak_flops, rows_at_once
 from dus_cli.heal.train.loading import load
@@ -59,6 +59,12 @@ class _Clock:
         return seconds
 
 
+def _mean_of(keeping: KeepingPlan) -> MeanOf | None:
+    if keeping.average is None or keeping.save_every_steps is None:
+        return None
+    return MeanOf(keeping.average, keeping.save_every_steps)
+
+
 class Training:
     """A run on one worker: what it holds, and the steps. Every method is called by every worker."""
 
@@ -67,7 +73,9 @@ class Training:
         self.run, self.team, self._signals = run, team, signals
         self.brake = Brake(team, lambda: signals.is_asked)
         self.clock = _Clock(team)
-        self.checkpoints = Checkpoints(run.checkpoints_folder, team, run.keeping.keep)
+        self.checkpoints = Checkpoints(
+            run.checkpoints_folder, team, run.keeping.keep, _mean_of(run.keeping)
+        )
         self.student = load(run, team)
         self.publication = Publication(run, self.student, team)
         data = Prepared.from_json(run.data)
@@ -380,18 +388,25 @@ class Training:
 
     def publish(self) -> None:
         """Write the healed model with its proof, and give it the run's place."""
-        self.checkpoints.check_room({}, self.publication.num_bytes)
+        models = 1 if self.run.keeping.average is None else 2
+        self.checkpoints.check_room({}, models * self.publication.num_bytes)
         if self.metrics is not None:
             self.metrics.close()
             self.tracker.close()
-        self._publish(None)
+        averaged: list[int] = []
+        if self.run.keeping.average is not None:
+            averaged = self.checkpoints.averaged()
+            means = self.checkpoints.means(averaged, self.optimizer.tensors())
+            self.publication.publish_mean(means, averaged, self.brake)
+        self._publish(None, averaged)
 
-    def _publish(self, exported: Path | None) -> None:
+    def _publish(self, exported: Path | None, averaged: Sequence[int] = ()) -> None:
         self.publication.publish(
             self.optimizer,
             self.progress,
             self.peak,
-            self.peak_source,
+            peak_source=self.peak_source,
             brake=self.brake,
             exported=exported,
+            averaged=averaged,
         )
