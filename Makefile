@@ -36,9 +36,11 @@ lint: $(VENV)/.installed
 
 # The wheel's extras, each alone in a new environment, are among them: tests/test_extras.py.
 # Two files of tests at a time, for a file's tests share models; a thread for each, since torch's would wait for each other.
+# Bytecode is kept, for where it is not each of the many commands compiles dus anew.
 # Files begin in the order of tests/conftest.py: xdist's own begins test_extras.py, of few and long tests, near the end.
 test: lint $(MODEL)/config.json
-	OMP_NUM_THREADS=1 SMOLLM2=$(MODEL) DUS_TEST_EXTRAS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 SMOLLM2=$(MODEL) DUS_TEST_EXTRAS=1 \
+		$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: test
 

@@ -6,7 +6,7 @@ same order.
         [--tokens 524288] [--every 16384] [--arms copies,fade] [--seed 0]
     python tests/benchmarks/long_run.py BASE --work DIR --table
 
-The arms take turns: each trains to the next measurement, is stopped with SIGTERM, which saves a
+The arms take turns: each trains to the next measurement (`--turn K`: to the K-th), is stopped with SIGTERM, which saves a
 checkpoint, and goes on when its turn comes again. So all of them are about as far at any time, and
 the study goes on where it was after any stop, of a single arm too: everything is in DIR. The base
 itself is continued for as many FLOPs as the copies have, and measured at the same shares of its
@@ -155,7 +155,8 @@ class Study:
             raise SystemExit(f"{name}: dus heal ended with {code}")
 
     def go(self) -> None:
-        for until in range(1, self.options.tokens // self.options.every + 1):
+        last, turn = self.options.tokens // self.options.every, self.options.turn
+        for until in [*range(turn, last, turn), last]:
             for name in self.options.arms.split(","):
                 if until not in self.measured(name):
                     self.train(name, until)
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=16_384)
     parser.add_argument("--eval-tokens", type=int, default=10_240)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turn", type=int, default=1, help="measurements of an arm in its turn")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
