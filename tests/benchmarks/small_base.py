@@ -133,7 +133,7 @@ class Study:
         if not (random / "config.json").exists():
             random_base(random, Path(options.data), options)
         stable, decayed = self.work / "stable", self.work / "decayed"
-        plain = ("--gain-lr", "0", "--seed", "100")
+        plain: tuple[str, ...] = ("--gain-lr", "0", "--seed", "100")
         self.heal(random, stable, options.pretrain, "--schedule", "constant", *plain)
         decay = int(options.pretrain * DECAY_OF_THE_BASE)
         plain = ("--gain-lr", "0", "--seed", "101", "--warmup", "0", "--decay", "100%")
