@@ -173,7 +173,7 @@ class Study:
             print(f"| {number * self.options.every:,} | {' | '.join(cells)} |", flush=True)
 
 
-def _stop(signum: int, _frame: object) -> NoReturn:
+def stop(signum: int, _frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)  # an arm in training is stopped, and keeps what it has
+    signal.signal(signal.SIGTERM, stop)  # an arm in training is stopped, and keeps what it has
     (options.work / "models").mkdir(parents=True, exist_ok=True)
     (options.work / "healed").mkdir(exist_ok=True)
     study = Study(options)

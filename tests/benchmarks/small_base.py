@@ -21,14 +21,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from dus_cli.maps.model_config import decoder_config
-from dus_cli.maps.shape import flops_per_token, shape_of
-from dus_cli.source.checkpoint import open_checkpoint
+from long_run import SEQUENCE, flops, stop
 
-SEQUENCE, BATCH, VOCABULARY = 512, 4096, 2048
+BATCH, VOCABULARY = 4096, 2048
 LR = "2e-3"
 DECAY_OF_THE_BASE = 0.2  # of the tokens before: the usual share of a warm-up, stable, decay run
 POINTS = 16  # held-out measurements of an arm
@@ -77,14 +73,6 @@ def dus(*arguments: object) -> None:
         raise
     if code:
         raise SystemExit(f"dus {arguments[0]} ended with {code}")
-
-
-def flops(folder: Path) -> float:
-    """Of a token, forward and backward."""
-    checkpoint = open_checkpoint(folder)
-    decoder = decoder_config(checkpoint.config)
-    shape = shape_of(decoder.fields, checkpoint.num_parameters, decoder.num_layers)
-    return flops_per_token(shape, SEQUENCE)
 
 
 def curve(folder: Path) -> dict[int, float]:
@@ -191,10 +179,6 @@ class Study:
                         print(f"| {base} | {arm} | {seed} | {cells} |", flush=True)
 
 
-def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
@@ -209,7 +193,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)  # an arm in training is stopped, and keeps what it has
+    signal.signal(signal.SIGTERM, stop)  # an arm in training is stopped, and keeps what it has
     options.work.mkdir(parents=True, exist_ok=True)
     study = Study(options)
     if options.table:
