@@ -178,7 +178,7 @@ class _Comparison:
         apart = [
             self._mine.layers[place]
             for place in sorted(self._compared)
-            if not self._compared[place][2]
+            if self._compared[place][2]
         ]
         is_exact = all(torch.equal(*pair) for pair in ends.values()) and not any(
             size for size, _, _ in self._compared.values()
@@ -208,7 +208,7 @@ class _Comparison:
         added = float((expected - before).abs().max())
         epsilon = self._epsilon if layer.factor not in (0, 1) else 0.0
         size, _, is_apart = _apart(expected, self._mine.states[place + 1], 4 * epsilon * added)
-        self._compared[place] = size, added, not is_apart
+        self._compared[place] = size, added, is_apart
 
     def _logits_apart(self, base: Replay, ready: Ready, ids: Tensor) -> float:
         """The largest difference of the output's logits from those of the base's layers, called
