@@ -176,9 +176,7 @@ class _Comparison:
             "what stands behind the last layer": (tail, self._mine.logits),
         }
         apart = [
-            self._mine.layers[place]
-            for place in sorted(self._compared)
-            if self._compared[place][2]
+            self._mine.layers[place] for place in sorted(self._compared) if self._compared[place][2]
         ]
         is_exact = all(torch.equal(*pair) for pair in ends.values()) and not any(
             size for size, _, _ in self._compared.values()
