@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.libraries import require
 from dus_cli.common.options import options_of, takes_fields
@@ -18,15 +18,17 @@ from dus_cli.common.reference import ModelRef, user_path
 from dus_cli.errors import DusError, UsageError, shown
 from dus_cli.hub.opening import open_base
 from dus_cli.progress import NoProgress, Progress
-from dus_cli.push.target import Target, look
 from dus_cli.upscaling import verb as upscaling
 from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
 from dus_cli.upscaling.wanted import Wanted
-from dus_cli.verification import verb as verification
 from dus_cli.verification.options import VerifyOptions
 from dus_cli.verification.planned import VerifyMode
-from dus_cli.verification.report import Verification
+
+# Modules that few calls need are imported in the calls: importing them takes longer than a plan.
+if TYPE_CHECKING:
+    from dus_cli.push.target import Target
+    from dus_cli.verification.report import Verification
 
 
 @takes_fields(UpscaleOptions)
@@ -63,11 +65,13 @@ def upscale(
     if target is not None and given.verify is VerifyMode.none:
         raise UsageError("--push-to pushes what was verified: leave out --verify none")
     if target is not None:
+        from dus_cli.push.target import look
+
         look(target)  # what is in the way is said before gigabytes are written
     report = upscaling.upscale(wanted, folder, given, quiet=not told.is_live, progress=told)
     if target is None:
         return report
-    from dus_cli.push import verb as pushing  # most outputs are pushed by nobody
+    from dus_cli.push import verb as pushing
 
     pushed = pushing.send(folder, target, jobs=given.jobs, progress=told, is_verified=True)
     return replace(report, push=pushed)
@@ -93,12 +97,13 @@ def plan(
     given = options_of(UpscaleOptions, options, fields)
     wanted = Wanted.of(model, given)
     target = _target(given)
-    remote = None if target is None else look(target)
-    report = upscaling.preview(wanted, user_path(output), given)
-    if target is None or remote is None:
-        return report
+    if target is None:
+        return upscaling.preview(wanted, user_path(output), given)
     from dus_cli.push import verb as pushing
+    from dus_cli.push.target import look
 
+    remote = look(target)
+    report = upscaling.preview(wanted, user_path(output), given)
     pushed = pushing.preview(report.plan, target, remote, with_checksums=given.checksums)
     return replace(report, push=pushed)
 
@@ -125,6 +130,8 @@ def verify(
         UsageError: an argument that no model could make right.
         DusError: the folder is not there, or the base cannot be read; a library is missing.
     """
+    from dus_cli.verification import verb as verification
+
     told, folder = progress or NoProgress(), user_path(folder)
     given = options_of(VerifyOptions, options, fields)
     if given.forward and given.base is None:
@@ -146,6 +153,8 @@ def _target(options: UpscaleOptions) -> Target | None:
         if options.private or options.branch is not None:
             raise UsageError("--private and --branch are of --push-to; say where to push")
         return None
+    from dus_cli.push.target import Target
+
     return Target.parse(
         options.push_to, branch=options.branch, private=options.private, token=options.token
     )

@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dus_cli import __version__
 from dus_cli.commands.signals import Signals, Terminated, ended_by
+from dus_cli.commands.values import read_without_pydantic
 from dus_cli.common.unforeseen import explained
 from dus_cli.console import events
 from dus_cli.console.terminal import say, silence
@@ -67,7 +68,7 @@ def load_command(name: str) -> TyperCommand:
     alone = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP_OPTIONS
     )
-    alone.command(name, help=_unbroken(inspect.getdoc(callback) or ""))(callback)
+    alone.command(name, cls=_Command, help=_unbroken(inspect.getdoc(callback) or ""))(callback)
     return cast("TyperCommand", typer.main.get_command(alone))
 
 
@@ -76,6 +77,12 @@ def _unbroken(text: str) -> str:
     breaks them for itself.
     """
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        read_without_pydantic(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
 
 class _Unloaded(TyperCommand):
@@ -98,6 +105,10 @@ class _Commands(TyperGroup):
         self.commands = {
             name: _Unloaded(name, help=summary) for name, (_, summary) in COMMANDS.items()
         }
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        read_without_pydantic(self.get_params(ctx))
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(

@@ -7,7 +7,17 @@ import subprocess
 import sys
 
 # What `dus upscale` of a local model must not import: each takes longer than a reflinked upscale.
-HEAVY = {"torch", "transformers", "numpy", "huggingface_hub", "httpx", "httpx2", "requests", "tqdm"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "huggingface_hub",
+    "httpx",
+    "httpx2",
+    "requests",
+    "tqdm",
+    "pydantic",
+}
 
 
 def imported_by(*arguments: str) -> set[str]:

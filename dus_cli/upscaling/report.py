@@ -11,9 +11,7 @@ from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA, table_lines
 from dus_cli.common.units import human_bytes
 from dus_cli.errors import shown, shown_list
-from dus_cli.hub.streaming import Streamed
 from dus_cli.planning.plan import Start, UpscalePlan
-from dus_cli.push.report import push_text
 from dus_cli.release.drawing import describe_scales, draw_kinds, draw_map
 from dus_cli.release.lineage import engines_record, map_record, seam_record, starts_record
 from dus_cli.release.remaking import Remaking
@@ -22,6 +20,7 @@ from dus_cli.upscaling.space import Space
 from dus_cli.writing.outputs import Tally
 
 if TYPE_CHECKING:
+    from dus_cli.hub.streaming import Streamed
     from dus_cli.push.report import PushReport
 
 _VERIFIED = {
@@ -220,6 +219,8 @@ def upscale_text(report: UpscaleReport) -> str:
     if plan.left_out and report.status != "unchanged":
         rows.append(("left out", shown_list(plan.left_out, limit=8)))
     if report.push is not None:
+        from dus_cli.push.report import push_text
+
         rows.append(("push", push_text(report.push)))
     lines = table_lines(rows) + [f"warning: {warning}" for warning in report.warnings]
     output_text = shlex.quote(str(report.output))

@@ -6,13 +6,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dus_cli.common.libraries import require
 from dus_cli.common.reference import ModelRef
 from dus_cli.common.storage import known
 from dus_cli.errors import CheckpointError, DusError, OutputError, UsageError, shown
 from dus_cli.hub.fetching import Fetch
-from dus_cli.hub.streaming import Streamed, check_against_hub, stream_weights
 from dus_cli.planning.plan import UpscalePlan, dump_json
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.release import checksums, lineage
@@ -35,6 +35,9 @@ from dus_cli.writing.outputs import Tally
 from dus_cli.writing.sequential import transfer_in_order
 from dus_cli.writing.staging import Staging, check_apart, check_output, why_within
 from dus_cli.writing.transfer import CopyMode, transfer
+
+if TYPE_CHECKING:
+    from dus_cli.hub.streaming import Streamed
 
 # What is checked by reading weights, of the base too.
 _READ = frozenset([VerifyMode.full, VerifyMode.forward])
@@ -193,6 +196,7 @@ def upscale(
                 ),
                 None,
             )
+
         for name, text in written_texts(made).items():
             staging.write_text(name, text)
         _verify(made, ref, staging, verify, jobs, progress)
@@ -320,6 +324,8 @@ def _check_bytes(
     """Every byte against its source; of a source that is on the Hub alone, against its twins and
     the Hub's sha256.
     """
+    from dus_cli.hub.streaming import check_against_hub
+
     check_bytes_against_plan(made, folder, jobs, on_bytes)
     check_against_hub(made, ref, folder, jobs=jobs)
 
@@ -364,6 +370,8 @@ def _write_weights(
 def _stream_weights(
     made: UpscalePlan, ref: ModelRef, staging: Staging, output: Path, jobs: int, progress: Progress
 ) -> tuple[Tally, Streamed]:
+    from dus_cli.hub.streaming import stream_weights
+
     if not staging.storage.writes_anywhere:
         raise OutputError(
             f"--stream writes what comes as it comes, and the file system of {shown(output)} takes "
