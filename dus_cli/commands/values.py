@@ -2,14 +2,14 @@
 
 typer 0.29 builds a pydantic adapter for every parameter of a command, given or not. Importing
 pydantic and building them takes as long as planning a 7B model. Our options need none: they are
-text, have a parser of their own, or have an enum's member as their default.
+text, an enum's member by its value, or have a parser of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, EnumMeta
 from typing import Any
 
 
@@ -19,10 +19,12 @@ class _Value:
 
     Attributes:
         parse: makes the value of one text; a parser also gets a default, and returns it.
-        typers_own: typer's own, for the name of an enum's member.
+        choices: an enum's members by what a person types for them.
+        typers_own: typer's own, which says in its words what is no choice.
     """
 
     parse: Callable[[Any], Any] | None
+    choices: Mapping[str, Enum]
     typers_own: Callable[[], Any]
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
@@ -31,6 +33,8 @@ class _Value:
             return () if is_list else None
         if isinstance(value, Enum):
             return value
+        if isinstance(value, str) and value in self.choices:
+            return self.choices[value]
         if self.parse is None:
             return self.typers_own().coerce(value, param=param, ctx=ctx)
         return [self.parse(item) for item in value] if is_list else self.parse(value)
@@ -48,5 +52,7 @@ def read_without_pydantic(parameters: Iterable[Any]) -> None:
         parse = kind.parameter_info.parser
         if parse is None and kind.annotation in (str, list[str]):
             parse = str
-        value = _Value(parse, typers_own)
+        is_enum = isinstance(kind.annotation, EnumMeta)
+        choices = {choice.value: choice for choice in kind.annotation} if is_enum else {}
+        value = _Value(parse, choices, typers_own)
         parameter.get_runtime_param = lambda value=value: value
