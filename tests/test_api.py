@@ -355,7 +355,7 @@ WRONG: list[tuple[Any, str]] = [
     ),
     (
         lambda: heal_options("out", data=DataOptions(files=("a",), holdout="9x")),  # type: ignore[arg-type]
-        "holdout: 9x is no share",
+        "holdout: 9x is not a share",
     ),
     (
         lambda: heal_options("out", data=DataOptions(files=("a",), special_tokens=1)),  # type: ignore[arg-type]

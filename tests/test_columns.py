@@ -99,14 +99,18 @@ def test_another_template_makes_other_tokens(model: Path, tmp_path: Path) -> Non
 
 BAD = {
     "a tool": (Column.chat, [{"role": "tool", "content": "x"}], "refuses it (no tools)"),
-    "no role": (Column.chat, [{"content": "x"}], "no list of messages with role and content"),
-    "a text": (Column.chat, "hello", "no list of messages with role and content"),
-    "a word": (Column.tokens, ["one"], "no list of token ids"),
-    "a half": (Column.tokens, [1.5], "no list of token ids"),
-    "lists": (Column.tokens, [[1], [2, 3]], "no list of token ids"),
-    "true": (Column.tokens, [True], "no list of token ids"),
-    "below": (Column.tokens, [1, -1], "token id -1, where the model has ids from 0 to 259"),
-    "beyond": (Column.tokens, [1, 260], "token id 260, where the model has ids from 0 to 259"),
+    "no role": (
+        Column.chat,
+        [{"content": "x"}],
+        "does not hold a list of messages with role and content",
+    ),
+    "a text": (Column.chat, "hello", "does not hold a list of messages with role and content"),
+    "a word": (Column.tokens, ["one"], "does not hold a list of token ids"),
+    "a half": (Column.tokens, [1.5], "does not hold a list of token ids"),
+    "lists": (Column.tokens, [[1], [2, 3]], "does not hold a list of token ids"),
+    "true": (Column.tokens, [True], "does not hold a list of token ids"),
+    "below": (Column.tokens, [1, -1], "token id -1, but the model has ids from 0 to 259"),
+    "beyond": (Column.tokens, [1, 260], "token id 260, but the model has ids from 0 to 259"),
 }
 
 
@@ -129,10 +133,10 @@ def test_a_model_without_a_template_and_a_file_of_text_are_refused(
 ) -> None:
     data = write(tmp_path / "a.jsonl", "messages", CHATS)
     (model / "chat_template.jinja").unlink()
-    with pytest.raises(DataError, match="has no chat template, so --chat-field"):
+    with pytest.raises(DataError, match="has no chat template, which --chat-field needs"):
         tokenised(model, data, Column.chat, "messages")
     (tmp_path / "a.csv").write_text("input_ids\n1\n")
-    with pytest.raises(DataError, match=r"a\.csv: it holds text alone, no messages or tokens"):
+    with pytest.raises(DataError, match=r"a\.csv: it can hold only text, not messages or tokens"):
         tokenised(model, tmp_path / "a.csv", Column.tokens, "input_ids")
 
 

@@ -599,7 +599,7 @@ def test_text_that_is_none_is_one_line(home: Path, tmp_path: Path, run: Callable
     empty.write_text('{"text": " "}\n')
     run(home / "base", "-q", data=empty).assert_one_line_error("--data holds no text")
     run(home / "base", "-q", data=tmp_path / "no.jsonl").assert_one_line_error(
-        "is no file or folder"
+        "is not a file, a folder or a pattern"
     )
     run(home / "base", "-q", data=Path(f"{home / 'corpus.jsonl'}:0.7")).assert_one_line_error(
         "leave out the weight"

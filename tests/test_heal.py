@@ -1024,7 +1024,7 @@ def test_the_plan_counts_each_held_out_set_and_warns_of_a_thin_one(
     [
         (("docs={docs}", "{docs}"), "has no name but others have; give all of them a name"),
         (("docs={docs}", "none={empty}"), "has no documents to evaluate on"),
-        (("docs=missing.jsonl",), "missing.jsonl is no file or folder"),
+        (("docs=missing.jsonl",), "missing.jsonl is not a file, a folder or a pattern"),
     ],
 )
 def test_a_held_out_set_that_is_none_is_refused_in_one_line(

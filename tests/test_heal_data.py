@@ -25,7 +25,7 @@ import pytest
 
 from dus_cli.data import shelf, token_files
 from dus_cli.data import texts as texts_module
-from dus_cli.data.documents import BadLine, Tally, documents
+from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.holdout import parse_holdout, text_hash
 from dus_cli.data.order import Order, permute
 from dus_cli.data.sources import parse_sources
@@ -94,8 +94,8 @@ def listed(folder: Path) -> list[str]:
 
 def read(
     path: Path, field: str = "text", on_bad_line: BadLine = BadLine.error
-) -> tuple[list[str], Tally]:
-    tally = Tally()
+) -> tuple[list[str], ReadCounts]:
+    tally = ReadCounts()
     return list(documents(path, field, on_bad_line, tally)), tally
 
 
@@ -217,10 +217,14 @@ BAD_LINES = [
     (b"[" * 100_000, "malformed_json", "JSON"),
     (b'{"text": ' + b"9" * 5000 + b"}", "malformed_json", "JSON"),
     (b"\x00" * 100, "malformed_json", "not JSON"),
-    (b'{"body": "one", "id": 1}', "missing_field", "no field text but an object with body, id"),
-    (b'["text"]', "missing_field", "no field text but no object"),
-    (b'{"text": ["one"]}', "not_a_string", 'is no string but \\["one"\\]'),
-    (b'{"text": null}', "not_a_string", "is no string but null"),
+    (
+        b'{"body": "one", "id": 1}',
+        "missing_field",
+        "the object has no field text; its fields are body, id",
+    ),
+    (b'["text"]', "missing_field", "not an object with a field text"),
+    (b'{"text": ["one"]}', "not_a_string", 'is not a string: \\["one"\\]'),
+    (b'{"text": null}', "not_a_string", "is not a string: null"),
     (b'{"text": "caf\xe9"}', "invalid_utf8", "not UTF-8 \\(byte 0xe9"),
     (b'{"text": "\\ud83d"}', "invalid_utf8", "half of a character"),
     (b'{"text": "' + b"x" * 2_000_000 + b'"}', "too_long", "longer than 1 MiB"),
@@ -249,7 +253,7 @@ def test_a_bad_row_of_parquet_is_named_by_number_or_counted_by_reason(tmp_path: 
     arrow = pytest.importorskip("pyarrow")
     column = arrow.array([b"one", b"two", None, b"caf\xe9", b"three"], arrow.binary())
     path = write_parquet(tmp_path / "a.parquet", column)
-    with pytest.raises(DataError, match=r"a.parquet, row 3: nothing in the column text"):
+    with pytest.raises(DataError, match=r"a.parquet, row 3: the column text is empty"):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
     assert (texts, tally.skipped) == (
@@ -265,11 +269,11 @@ def test_a_parquet_file_without_the_column_or_with_numbers_in_it_is_an_error_in_
     for on_bad_line in BadLine:
         path = write_parquet(tmp_path / "a.parquet", arrow.array(TEXTS), "body")
         with pytest.raises(
-            DataError, match="has no column text but body; choose with --text-field"
+            DataError, match="has no column text; its columns are body; choose with --text-field"
         ):
             read(path, on_bad_line=on_bad_line)
         path = write_parquet(tmp_path / "a.parquet", arrow.array([1, 2]))
-        with pytest.raises(DataError, match="the column is no text but int64"):
+        with pytest.raises(DataError, match="the column holds int64, not text"):
             read(path, on_bad_line=on_bad_line)
 
 
@@ -350,7 +354,7 @@ def test_memory_of_reading_does_not_grow_with_the_file(tmp_path: Path, suffix: s
         read(compress(write_jsonl(tmp_path / "small.jsonl.zst", TEXTS)))
     tracemalloc.start()
     try:
-        count = sum(1 for _ in documents(path, "text", BadLine.error, Tally()))
+        count = sum(1 for _ in documents(path, "text", BadLine.error, ReadCounts()))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -413,10 +417,10 @@ def test_what_is_not_there_or_no_data_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, words in (
-        ("none.jsonl", "no file or folder"),
-        ("*.jsonx", "no file or folder"),
+        ("none.jsonl", "is not a file, a folder or a pattern"),
+        ("*.jsonx", "is not a file, a folder or a pattern"),
         ("empty", r"holds no data; --data reads \.jsonl"),
-        ("a.doc", "of no known kind"),
+        ("a.doc", "has no suffix that --data reads"),
         ("a.tar.gz", "is an archive; unpack it, and give its folder"),
         ("gone.jsonl", "No such file"),
         ("pipe.jsonl", "not a regular file"),
@@ -424,7 +428,7 @@ def test_what_is_not_there_or_no_data_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words) as caught:
             parse_sources([f"{tmp_path}/{name}"], tmp_path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match="no file or folder"):
+    with pytest.raises(DataError, match="is not a file, a folder or a pattern"):
         parse_sources([""], tmp_path)
 
 
@@ -450,7 +454,7 @@ def test_a_share_to_hold_out_is_a_percentage_or_a_fraction_up_to_half() -> None:
         0.0,
     ]
     for text in ("60%", "5", "-1%", "nan", "some", ""):
-        with pytest.raises(DataError, match="no share of documents"):
+        with pytest.raises(DataError, match="is not a share of documents"):
             parse_holdout(text)
 
 
@@ -761,7 +765,7 @@ def test_an_id_beyond_the_vocabulary_is_one_line_before_and_after_it_is_stored(
     model: Path, tmp_path: Path
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    words = "gives id 256, but the model has 256 words; use the tokenizer that belongs to the model"
+    words = "gives id 256, but the model's vocabulary has 256; use the tokenizer that belongs to the model"
     with pytest.raises(DataError, match=words):
         run(model, tmp_path, path, vocab_size=256)
     run(model, tmp_path, path)
@@ -771,7 +775,7 @@ def test_an_id_beyond_the_vocabulary_is_one_line_before_and_after_it_is_stored(
 
 def test_an_id_beyond_the_vocabulary_in_the_midst_of_a_text_leaves_nothing(tmp_path: Path) -> None:
     model = make_tokenizer(tmp_path / "model", eos="a")
-    with pytest.raises(DataError, match="gives id 256, but the model has 256 words"):
+    with pytest.raises(DataError, match="gives id 256, but the model's vocabulary has 256"):
         run(
             model,
             tmp_path,

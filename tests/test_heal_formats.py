@@ -18,7 +18,7 @@ import pytest
 from tiny import forked_dus, write_base, write_corpus
 
 from dus_cli.data import texts as texts_module
-from dus_cli.data.documents import BadLine, Tally, documents
+from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.sources import Unread, parse_sources
 from dus_cli.errors import DataError
 
@@ -28,8 +28,8 @@ OBJECTS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
 
 def read(
     path: Path, field: str = "text", on_bad_line: BadLine = BadLine.error
-) -> tuple[list[str], Tally]:
-    tally = Tally()
+) -> tuple[list[str], ReadCounts]:
+    tally = ReadCounts()
     return list(documents(path, field, on_bad_line, tally)), tally
 
 
@@ -148,7 +148,7 @@ def test_bad_rows_of_arrow_are_named_by_number_or_counted(tmp_path: Path) -> Non
         tmp_path / "a.arrow", arrow.array([b"one", None, b"caf\xe9", b"two"], arrow.binary())
     )
     with pytest.raises(
-        DataError, match=r"a\.arrow, row 2: nothing in the column text; .* leave such rows out"
+        DataError, match=r"a\.arrow, row 2: the column text is empty; .* leave such rows out"
     ):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
@@ -196,10 +196,10 @@ def test_a_file_cut_short_damaged_or_not_compressed_is_an_error_that_names_it(
         (
             "a.jsonl",
             gzip.compress(of_lines()),
-            "it holds what a .gz file holds; rename it so, or unpack it",
+            "its content is that of a .gz file; rename it to .gz, or unpack it",
         ),
-        ("a.csv", lzma.compress(of_csv()), "it holds what a .xz file holds"),
-        ("a.json", b"PAR1....", "it holds what a .parquet file holds"),
+        ("a.csv", lzma.compress(of_csv()), "its content is that of a .xz file"),
+        ("a.json", b"PAR1....", "its content is that of a .parquet file"),
         ("a.jsonl", "x".encode("utf-16"), "it is UTF-16; convert it: iconv -f UTF-16 -t UTF-8"),
         (
             "a.jsonl",
@@ -221,9 +221,9 @@ def test_a_file_cut_short_damaged_or_not_compressed_is_an_error_that_names_it(
         (
             "a.csv",
             b"id,body\n1,one\n",
-            "it has no column text but id, body; choose with --text-field",
+            "it has no column text; its columns are id, body; choose with --text-field",
         ),
-        ("a.csv", b'id,text\n1,ok\n2,"cut\n3,no end', "its row on line 3 is no CSV"),
+        ("a.csv", b'id,text\n1,ok\n2,"cut\n3,no end', "its row on line 3 is not CSV"),
         (
             "a.json",
             json.dumps(OBJECTS, indent=1).encode()[:-30],
@@ -232,12 +232,12 @@ def test_a_file_cut_short_damaged_or_not_compressed_is_an_error_that_names_it(
         (
             "a.json",
             b'[\n{"text": "one"}\n{"text": "two"}]',
-            "at item 1, line 3 (no , where one belongs)",
+            "at item 1, line 3 (expected ,)",
         ),
         (
             "a.json",
             b'[\n{"text": "one"}\n]\n{"text": "two"}',
-            "line 4 (something stands behind the array)",
+            "line 4 (the array has ended, but the file has not)",
         ),
         ("a.json", b'[\n{"text":' + b"[" * 100_000, "at item 1, line 2 (brackets too deep)"),
     ],
@@ -261,7 +261,7 @@ def test_items_of_an_array_without_text_are_named_by_number_or_counted(tmp_path:
     path = written(tmp_path / "a.json", items)
     with pytest.raises(
         DataError,
-        match=r"a\.json, item 2: the field text is no string but null.* leave such items out",
+        match=r"a\.json, item 2: the field text is not a string: null.* leave such items out",
     ):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
@@ -280,7 +280,7 @@ def test_rows_of_csv_that_do_not_fit_are_named_by_number_or_counted(tmp_path: Pa
     path = written(tmp_path / "a.csv", rows)
     with pytest.raises(
         DataError,
-        match=r"a\.csv, row 1: 1 fields where the first row names 2; .*leave such rows out",
+        match=r"a\.csv, row 1: 1 fields, but the first row names 2; .*leave such rows out",
     ):
         read(path)
     texts, tally = read(path, on_bad_line=BadLine.skip)
@@ -298,7 +298,7 @@ def test_a_field_of_csv_may_be_long_but_not_without_end(
     in_lines = refusal(
         written(tmp_path / "lines.csv", b'text\none\n"' + b"xxxxxxx\n" * (2 << 17) + b'"\n')
     )
-    assert "its row on line 3 is no CSV" in in_lines
+    assert "its row on line 3 is not CSV" in in_lines
 
 
 def test_an_item_of_an_array_may_be_long_but_not_without_end(
@@ -330,7 +330,7 @@ def test_memory_of_reading_does_not_grow_with_an_array_or_a_table(
     read(path)  # what is imported is not counted
     tracemalloc.start()
     try:
-        count = sum(1 for _ in documents(path, "text", BadLine.error, Tally()))
+        count = sum(1 for _ in documents(path, "text", BadLine.error, ReadCounts()))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -420,7 +420,7 @@ def test_an_object_a_file_with_the_text_is_a_document_each(tmp_path: Path) -> No
         ("allenai/c4", "a data set of the Hub is hf://datasets/allenai/c4"),
         ("allenai/c4@main", "a data set of the Hub is hf://datasets/allenai/c4@main"),
         ("nostore://bucket/a.jsonl:0.5", "Protocol not known: nostore"),
-        ("data/a.jsonl", "is no file or folder, and no pattern that fits one; check the path"),
+        ("data/a.jsonl", "is not a file, a folder or a pattern that matches one; check the path"),
     ],
 )
 def test_data_that_cannot_be_found_are_told_how_they_may_be(

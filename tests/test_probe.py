@@ -347,7 +347,7 @@ def test_what_cannot_be_is_one_line(model: Path, corpus: Path, tmp_path: Path) -
         "has no documents to measure on"
     )
     forked_dus("probe", model, "--data", tmp_path / "no").assert_one_line_error(
-        "is no file or folder"
+        "is not a file, a folder or a pattern"
     )
     forked_dus("probe", tmp_path / "no", "--data", corpus).assert_one_line_error("does not exist")
     for option, value, said, code in (

@@ -16,7 +16,7 @@ from conftest import dus
 from hub_server import HANG_UP, READER, StandInHub, StandInRepo, commit_of, only_hub
 
 from dus_cli.common.reports import public
-from dus_cli.data.documents import BadLine, Tally, documents
+from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.sources import Source, parse_sources
 from dus_cli.errors import DataError, MissingExtraError
 from dus_cli.hub import remote
@@ -83,7 +83,9 @@ def source(argument: str, folder: Path) -> Source:
 
 def texts(found: Source) -> list[str]:
     return [
-        text for path in found.paths for text in documents(path, "text", BadLine.error, Tally())
+        text
+        for path in found.paths
+        for text in documents(path, "text", BadLine.error, ReadCounts())
     ]
 
 
@@ -165,12 +167,18 @@ def test_a_token_reaches_what_is_private_and_no_other_origin(
         ("hf://datasets/org/none", "is not there; check the address"),
         ("hf://datasets/org/name@gone", "has no such revision"),
         ("hf://datasets/org/name/none.jsonl", "none.jsonl is not there"),
-        ("hf://datasets/org/name?split=dev", "it has no split dev but train, test"),
-        ("hf://datasets/org/name?config=de", "it has no configuration de but en, whole"),
-        ("hf://datasets/org/plain?config=de", "its card names no configurations"),
+        ("hf://datasets/org/name?split=dev", "it has no split dev; choose one of train, test"),
+        ("hf://datasets/org/name?config=de", "it has no configuration de; choose one of en, whole"),
+        (
+            "hf://datasets/org/plain?config=de",
+            "its card names no configurations; leave ?config=de out",
+        ),
         ("hf://datasets/org/plain?split=validation", "there are test, train"),
-        ("hf://datasets/org/name/data?split=test", "config and split are of a whole data set"),
-        ("hf://datasets/org/name/README.md", "is of no known kind"),
+        (
+            "hf://datasets/org/name/data?split=test",
+            "config and split need the address of a whole data set",
+        ),
+        ("hf://datasets/org/name/README.md", "has no suffix that --data reads"),
         ("{hub}/none.jsonl", "none.jsonl is not there"),
         ("file:///nowhere/a.jsonl", "is not there"),
     ],

@@ -135,7 +135,9 @@ def test_special_tokens_that_change_with_the_text_are_one_line(
         return found
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__call__", strange)
-    with pytest.raises(DataError, match=r"change with the text; --no-special-tokens leaves out"):
+    with pytest.raises(
+        DataError, match=r"change with the text; leave them out with --no-special-tokens"
+    ):
         Tokeniser(folder, VOCAB)
     assert Tokeniser(folder, VOCAB, special_tokens=False).before == ()
 
@@ -287,7 +289,7 @@ def test_a_row_too_short_for_its_beginning_is_one_line(tmp_path: Path) -> None:
     prepared = prepared_of(model, tmp_path, ["some text", "more text"])
     with pytest.raises(
         DataError,
-        match="a row of 2 tokens has no place behind the 2 with which the tokenizer begins",
+        match="a row of 2 tokens has no place after the 2 with which the tokenizer begins",
     ):
         heldout_rows(prepared, tmp_path / "tokens", 2)
 

@@ -93,6 +93,15 @@ def human_count(count: float) -> str:
     return f"{float(f'{count:.3g}'):,g}T"
 
 
+def counted(count: int, noun: str) -> str:
+    """A count and its noun, in the plural unless the count is 1.
+
+    >>> counted(1, "document"), counted(12_000, "document"), counted(0, "token")
+    ('1 document', '12,000 documents', '0 tokens')
+    """
+    return f"{count:,} {noun if count == 1 else noun + 's'}"
+
+
 def human_bytes(count: float) -> str:
     """Decimal units, as --max-shard-size counts.
 

@@ -1,6 +1,4 @@
-"""What a field or column holds: a text, the messages of a chat, or token ids; and the document that
-is made of it.
-"""
+"""Documents made from a field or column that holds a text, a chat's messages or token ids."""
 
 from __future__ import annotations
 
@@ -16,11 +14,11 @@ from dus_cli.errors import reason_of, shown
 
 
 def document_of(column: Column, tokeniser: Tokeniser) -> Callable[[object], Document] | None:
-    """What makes a document of a field's value, and raises BadRecordError where it is none; None of
-    a text, which is one itself.
+    """The function that makes a document from a field's value; None for a text, which is used as it
+    is. The function raises BadRecordError if the value makes no document.
 
     Raises:
-        DataError: the model's tokenizer has no chat template.
+        DataError: the field holds chats, and the model's tokenizer has no chat template.
     """
     if column is Column.tokens:
         return lambda value: _token_ids(value, tokeniser.vocab_size)
@@ -33,32 +31,35 @@ def document_of(column: Column, tokeniser: Tokeniser) -> Callable[[object], Docu
 def _token_ids(value: object, vocab_size: int) -> npt.NDArray[np.uint32]:
     try:
         ids = np.asarray(value if isinstance(value, list) else None)
-    except (ValueError, OverflowError):  # lists within it, or numbers of any length
+    except (ValueError, OverflowError):  # nested lists, or numbers beyond 64 bits
         ids = np.asarray(None)
     if ids.size == 0 and isinstance(value, list):
         return np.empty(0, np.uint32)
-    # an array of JSON has its numbers as floats
+    # in a JSON array file all numbers are parsed as floats
     if ids.ndim != 1 or ids.dtype.kind not in "iuf" or (ids != np.floor(ids)).any():
-        raise BadRecordError("not_tokens", "no list of token ids in the field (--token-field)")
+        raise BadRecordError(
+            "not_tokens", "the field does not hold a list of token ids (--token-field)"
+        )
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
         raise BadRecordError(
-            "no_such_token", f"token id {wrong}, where the model has ids from 0 to {vocab_size - 1}"
+            "no_such_token", f"token id {wrong}, but the model has ids from 0 to {vocab_size - 1}"
         )
     return ids.astype(np.uint32)
 
 
 def _chat(value: object, tokeniser: Tokeniser) -> str:
-    """A chat as the model's template writes it."""
+    """A chat's text, written by the model's template."""
     messages = value if isinstance(value, list) else []
     if not messages or not all(isinstance(each, dict) and "role" in each for each in messages):
         raise BadRecordError(
-            "not_messages", "no list of messages with role and content in the field (--chat-field)"
+            "not_messages",
+            "the field does not hold a list of messages with role and content (--chat-field)",
         )
-    # a table has every field in every row
-    given = [{name: part for name, part in each.items() if part is not None} for each in messages]
+    # a table gives every message every field, with None for those that it lacks
+    present = [{name: part for name, part in each.items() if part is not None} for each in messages]
     try:
-        return encodable_text(tokeniser.chat_text(given))
+        return encodable_text(tokeniser.chat_text(present))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadRecordError(
             "not_messages", f"the model's chat template refuses it ({shown(reason_of(error))})"

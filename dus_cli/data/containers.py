@@ -1,8 +1,8 @@
-"""Files as streams of bytes, unpacked where their names say so, in memory that does not grow with
-the file.
+"""Files as streams of bytes, decompressed by their suffix, in memory that does not grow with the
+file.
 
-`.gz`, `.zst`, `.xz` and `.bz2`, also of several members one behind the other. A file cut short is
-an error, never the end of the text.
+`.gz`, `.zst`, `.xz` and `.bz2`, also with several members in a row. A truncated file is an error,
+not the end of the text.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dus_cli.common.libraries import require
-from dus_cli.data.remote import RemoteFile
+from dus_cli.data.remote import StoreFile
 
 BUFFER = 1 << 20
 
-# What the files of a compression begin with.
+# The first bytes of a compressed file, by suffix.
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".xz": b"\xfd7zXZ\x00", ".bz2": b"BZh"}
 COMPRESSIONS = tuple(_MAGIC)
 
-# What is no text, though its name may say so.
-_NO_TEXT = _MAGIC | {
+# The first bytes of files that are not text, whatever their names are.
+_NOT_TEXT = _MAGIC | {
     ".parquet": b"PAR1",
     ".arrow": b"ARROW1",
     ".zip": b"PK\x03\x04",
 }
 _POINTER = b"version https://git-lfs"
 
-# Up to 1,000-fold where text is all alike, so that a hostile file takes megabytes and not the
-# machine.
+# Compressed bytes read at a time. Repetitive text grows up to 1,000-fold, so this bounds what a
+# hostile file takes to megabytes.
 _COMPRESSED_PIECE = 16 << 10
 
 
 class UnreadableError(Exception):
-    """A file that cannot be read, whatever its lines are: what is wrong with it, and what to do."""
+    """A file that cannot be read as a whole. The message says what is wrong and what to do."""
 
 
 def import_library(module: str, suffix: str) -> Any:
-    """A library that only such files need.
+    """Import a library that only files with this suffix need.
 
     Raises:
-        UnreadableError: this Python was built without it.
-        MissingExtraError: it is not installed.
+        UnreadableError: this Python was built without the library.
+        MissingExtraError: the library is not installed.
     """
     if module not in {"lzma", "bz2"}:
         require(f"reading {suffix}", module.partition(".")[0])
@@ -62,11 +62,11 @@ def import_library(module: str, suffix: str) -> Any:
 
 
 @contextmanager
-def opened(path: Path | RemoteFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file as it lies on the disk, and what is in it.
+def opened(path: Path | StoreFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file: the stream of its stored bytes, and the stream of its decompressed content.
 
     Raises:
-        UnreadableError: it ends too early, is damaged, or is not what its name says.
+        UnreadableError: it is truncated or damaged, or its content does not fit its suffix.
         OSError: the disk fails.
     """
     try:
@@ -77,14 +77,15 @@ def opened(path: Path | RemoteFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise UnreadableError(f"{error}; copy or download it again") from error  # of bz2: damaged
+        # bz2 reports damage as an OSError without a number
+        raise UnreadableError(f"{error}; copy or download it again") from error
 
 
 def check_is_text(head: bytes) -> None:
-    """Check that a file does not begin as something else does.
+    """Check by a file's first bytes that it is UTF-8 text.
 
     Raises:
-        UnreadableError: it does.
+        UnreadableError: it is a Git LFS pointer, UTF-16 or another known format.
     """
     if head.startswith(_POINTER):
         raise UnreadableError(
@@ -92,15 +93,15 @@ def check_is_text(head: bytes) -> None:
         )
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UnreadableError("it is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
-    for suffix, magic in _NO_TEXT.items():
+    for suffix, magic in _NOT_TEXT.items():
         if head.startswith(magic):
             raise UnreadableError(
-                f"it holds what a {suffix} file holds; rename it so, or unpack it"
+                f"its content is that of a {suffix} file; rename it to {suffix}, or unpack it"
             )
 
 
 @contextmanager
-def _unpacked(path: Path | RemoteFile, raw: BinaryIO) -> Iterator[BinaryIO]:
+def _unpacked(path: Path | StoreFile, raw: BinaryIO) -> Iterator[BinaryIO]:
     suffix = path.suffix.lower()
     if suffix not in COMPRESSIONS:
         yield raw
@@ -123,8 +124,8 @@ def _unpacked(path: Path | RemoteFile, raw: BinaryIO) -> Iterator[BinaryIO]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Zstandard frames, decompressed. zstandard's own stream_reader takes a file cut short for
-    one that ends there.
+    """Decompressed Zstandard frames. zstandard's own stream_reader does not report a truncated
+    file.
     """
 
     def __init__(self, raw: BinaryIO) -> None:

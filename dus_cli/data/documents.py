@@ -1,7 +1,6 @@
-"""Training text: which files there are, which of them are no data, and the documents in them, one
-at a time.
+"""The documents in a file, one at a time, and counts of those left out.
 
-`texts` has the kinds of files. All but Parquet and Arrow may be compressed: .jsonl.gz, .csv.xz.
+`texts` reads each format. All but Parquet and Arrow may be compressed: .jsonl.gz, .csv.xz.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from enum import Enum
 from pathlib import Path
 
 from dus_cli.data.containers import UnreadableError
-from dus_cli.data.remote import RemoteFile
+from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import kind_of
 from dus_cli.data.texts import BadRecordError, Document, OfValue, texts_in
 from dus_cli.errors import DataError, shown
 
 
 class BadLine(str, Enum):
-    """What to do with a line or row that holds no text: stop there, or count it and go on."""
+    """What to do with a line or row that holds no text: stop, or count it and go on."""
 
     error = "error"
     skip = "skip"
@@ -34,8 +33,8 @@ class Column(str, Enum):
 
 
 @dataclass
-class Tally:
-    """What was read: documents, how many lines were left out for which reason, bytes of the
+class ReadCounts:
+    """Counts while reading: documents, skipped lines and documents by reason, and bytes of the
     current file.
     """
 
@@ -47,46 +46,44 @@ class Tally:
         self.skipped[reason] = self.skipped.get(reason, 0) + count
 
 
-# --- the documents in a file ----------------------------------------------------------------------
-
-
 def documents(
-    path: Path | RemoteFile, text_field: str, on_bad_line: BadLine, tally: Tally
+    path: Path | StoreFile, text_field: str, on_bad_line: BadLine, counts: ReadCounts
 ) -> Iterator[str]:
-    """As `documents_of`, of texts alone."""
-    for text in documents_of(path, text_field, on_bad_line, tally, None):
+    """The documents in a file whose field holds text; see `documents_of`."""
+    for text in documents_of(path, text_field, on_bad_line, counts, None):
         assert isinstance(text, str)
         yield text
 
 
 def documents_of(
-    path: Path | RemoteFile,
+    path: Path | StoreFile,
     text_field: str,
     on_bad_line: BadLine,
-    tally: Tally,
+    counts: ReadCounts,
     of_value: OfValue | None,
 ) -> Iterator[Document]:
-    """The documents in a file, in order, each made by `of_value` of a field's value. Texts of
-    nothing but white space are counted as `empty` and left out.
+    """The documents in a file, in order. `of_value` makes each from the field's value; if it is
+    None, the value is the text. Texts of nothing but white space are counted as `empty` and left
+    out.
 
-    Reasons in `tally.skipped`: malformed_json, malformed_csv, missing_field, not_a_string,
+    Reasons in `counts.skipped`: malformed_json, malformed_csv, missing_field, not_a_string,
     invalid_utf8, too_long, empty, not_messages, not_tokens, no_such_token.
 
     Raises:
-        DataError: the file cannot be read, ends too early, lacks the column; or with `error`, the
-            first bad line, row or item, by its number from 1.
+        DataError: the file cannot be read, is truncated or lacks the column; or, with
+            `BadLine.error`, the first bad line, row or item, with its number from 1.
     """
 
     def on_bad(unit: str, number: int, problem: BadRecordError) -> None:
         if on_bad_line is BadLine.error:
             raise DataError(
-                f"{shown(path)}, {unit} {number}: {problem.detail}; mend it, or leave such {unit}s "
-                "out with --on-bad-line skip"
+                f"{shown(path)}, {unit} {number}: {problem.detail}; mend it, or leave such "
+                f"{unit}s out with --on-bad-line skip"
             )
-        tally.skip(problem.reason)
+        counts.skip(problem.reason)
 
     def on_position(position: int) -> None:
-        tally.position = position
+        counts.position = position
 
     kind = kind_of(path.name)
     assert kind is not None
@@ -95,11 +92,11 @@ def documents_of(
             return
         for text in texts_in(path, kind, text_field, on_bad, on_position, of_value):
             if not len(text) or (isinstance(text, str) and text.isspace()):
-                tally.skip("empty")
+                counts.skip("empty")
             else:
-                tally.documents += 1
+                counts.documents += 1
                 yield text
-        if isinstance(path, RemoteFile):
+        if isinstance(path, StoreFile):
             path.check_unchanged()
     except UnreadableError as error:
         raise DataError(f"cannot read {shown(path)}: {error}") from error

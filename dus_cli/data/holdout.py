@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from dus_cli.common.units import parse_share
 from dus_cli.errors import DataError, shown
 
-# --- which files ----------------------------------------------------------------------------------
-
 
 def parse_holdout(text: str) -> float:
-    """The share of documents to hold out, 0…0.5.
+    """Parse the share of documents to hold out, 0…0.5.
 
     >>> parse_holdout("0.5%"), parse_holdout("0.005"), parse_holdout("0")
     (0.005, 0.005, 0.0)
@@ -26,24 +24,25 @@ def parse_holdout(text: str) -> float:
         share = 1.0
     if share > 0.5:
         raise DataError(
-            f"{shown(text)} is no share of documents to hold out; give 0% to 50%, such as 0.5% or "
-            "0.005"
+            f"{shown(text)} is not a share of documents to hold out; give 0% to 50%, such as 0.5% "
+            "or 0.005"
         )
     return share
 
 
 HASH_BITS = 64
 
-# The share of evaluation data that is held out.
+# The held-out share of evaluation data.
 EVERYTHING = 1.0
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where a document goes, by the hash of its text: so that the split stays the same when data is
-    added.
+    """Which documents are held out. The hash of a document's text decides, so the split stays the
+    same when data is added.
 
-    `share` of the documents is held out; those whose hash is in `left_out` go nowhere.
+    A share `share` of the documents is held out. Documents whose hash is in `left_out` are neither
+    held out nor trained on.
     """
 
     share: float
@@ -54,5 +53,5 @@ class Split:
 
 
 def text_hash(text: bytes) -> int:
-    """64 bits of a document's text."""
+    """A 64-bit hash of a document's text."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=HASH_BITS // 8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Options about text that several commands have, by the names that they have everywhere."""
+"""The options about text that several commands share."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from typing import Annotated
 from dus_cli.common.options import Option
 from dus_cli.data.documents import BadLine
 
-# What --data reads, for its help.
+# The formats that --data reads, for its help.
 DATA_KINDS = ".jsonl, .json, .csv and .txt (also .gz, .zst, .xz, .bz2), .parquet, .arrow"
 
-# The group in which --help lists them.
+# The panel of --help that lists these options.
 DATA = "Data"
 
 TextField = Annotated[str, Option("The field or column with the text.", metavar="NAME", panel=DATA)]
 
 OnBadLine = Annotated[
-    BadLine, Option("Stop at a line without text, or skip and count it.", panel=DATA)
+    BadLine,
+    Option("Stop at a line without text (error), or skip and count it (skip).", panel=DATA),
 ]
 
-# How a document begins.
-SpecialTokens = Annotated[
+UseSpecialTokens = Annotated[
     bool,
     Option(
-        "A document begins with what the model's tokenizer puts before a text (<s>), or with the "
-        "text itself.",
+        "Begin each document with the tokens that the model's tokenizer puts before a text (<s>).",
         panel=DATA,
     ),
 ]

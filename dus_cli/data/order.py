@@ -1,8 +1,7 @@
-"""Which row of which source comes when: a pure function of the seed, computed row by row.
+"""The shuffled order of rows, a pure function of the seed, computed row by row.
 
-Nothing is shuffled in memory and nothing is kept: the order of a billion rows costs nothing, any
-worker can ask for any row, and a run that is resumed with more or fewer workers goes on with the
-same rows.
+No list is shuffled or stored: the order of a billion rows takes no memory, any worker can find any
+row, and a run resumed with more or fewer workers goes on with the same rows.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ _FEWEST_BITS = 4
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where a pseudo-random permutation of range(size) takes `index`. Time and memory do not grow
-    with `size`.
+    """The value at `index` of a pseudo-random permutation of range(size). Time and memory do not
+    grow with `size`.
 
-    A Feistel network is a permutation of 2**b values whatever its rounds compute; walking along its
+    A Feistel network is a permutation of 2**b values whatever its rounds compute; following its
     cycle until the value is below `size` makes it one of range(size) (Black and Rogaway, Ciphers
-    with arbitrary finite domains, 2002). Fewer than two steps on average, where size is above 2**4.
+    with arbitrary finite domains, 2002). That takes fewer than two steps on average if `size` is
+    above 2**4.
 
     >>> [permute(index, 10, key=1) for index in range(10)]
     [0, 2, 4, 9, 1, 3, 6, 7, 5, 8]
@@ -46,7 +46,7 @@ def _encrypt(value: int, num_bits: int, key: int) -> int:
         low = value & ((1 << low_bits) - 1)
         high_bits = num_bits - low_bits
         high = (value >> low_bits) ^ (_mix(low ^ _mix(key + number)) & ((1 << high_bits) - 1))
-        value = low << high_bits | high  # the halves change places
+        value = low << high_bits | high  # the halves swap places
         low_bits = high_bits
     return value
 
@@ -64,14 +64,14 @@ def _key(*parts: object) -> int:
 
 
 class Order:
-    """The rows of several sources, in the order in which a run with this seed sees them.
+    """The order in which a run with this seed reads the rows of several sources.
 
-    Without weights an epoch is every row once. With weights an epoch has rows in these proportions,
-    as many as there are until the first source is used up; no row comes twice in an epoch, and in
-    the next one a source that was not used up goes on with its next rows.
+    Without weights an epoch has every row once. With weights an epoch has rows in these
+    proportions, as many as the first source to run out allows. No row comes twice in an epoch; in
+    the next epoch a source that did not run out goes on with its next rows.
 
     Raises:
-        DataError: no rows at all, or a source with a weight has none.
+        DataError: there are no rows at all, or a source with a weight has none.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Order:
         return self._ends[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Source and row of the run's row `index` = 0, 1, …; epochs follow each other without an
-        end.
+        """The source, and the row in it, of the run's row `index` = 0, 1, …; epochs follow each
+        other without end.
         """
         epoch, place = divmod(index, self.rows_per_epoch)
         slot = permute(place, self.rows_per_epoch, _key(self.seed, "epoch", epoch))
@@ -111,7 +111,7 @@ class Order:
 
 
 def _quotas(num_rows: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
-    """Rows of each source in an epoch.
+    """The number of rows that each source gives to an epoch.
 
     >>> _quotas([100, 1000], [0.5, 0.5])
     (100, 100)

@@ -1,8 +1,8 @@
-"""Files in other stores, read in parts as they are needed: nothing of them is kept on the disk.
+"""Files in other stores, read in parts when they are needed and not kept on the disk.
 
-`hf://` is listed by huggingface_hub's file system and pinned to a commit; that and `https://` are
-read by huggingface_hub's session. Every other store (`s3://`, `gs://`) is one that fsspec knows.
-A part that does not come is asked for again, from where the connection broke.
+huggingface_hub's file system lists `hf://` and pins it to a commit; huggingface_hub's session reads
+`hf://` and `https://`. fsspec lists and reads every other store (`s3://`, `gs://`). If a connection
+breaks, the rest of the part is requested again.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from dus_cli.hub.remote import ATTEMPTS, is_the_hubs, pause, wait_before
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
 
-# Bytes that are asked for at a time: few where reading begins, twice as many each time it goes on.
+# Bytes per request: few at first, then twice as many for each request that goes on from the last.
 _FIRST_PART, _LONGEST_PART = 256 << 10, 8 << 20
 
-# The package that knows a store, where fsspec itself does not.
+# The package that a store needs in addition to fsspec.
 _CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 
-# What an object store says of an object that changes with its content.
+# The fields of an object store's listing that change with an object's content.
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "ino")
 
-# What passes with no further try.
+# Errors that another try would not mend.
 _FINAL = (
     FileNotFoundError,
     IsADirectoryError,
@@ -50,7 +50,7 @@ _FINAL = (
     ValueError,
 )
 
-# How a file's or folder's name tells its split, to `datasets` too, where a card tells of none.
+# Words in a file's or folder's name that name its split, as in `datasets`, if the card names none.
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -62,7 +62,7 @@ Chunks = Callable[[int, int], Iterator[bytes]]
 
 
 class FileStatus(NamedTuple):
-    """As of a file on a disk: what changes when its content does."""
+    """The fields of os.stat_result that change with a file's content, for a remote file."""
 
     st_size: int
     st_mtime_ns: int
@@ -70,15 +70,15 @@ class FileStatus(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file in another store, which stands where a path of a local one does.
+class StoreFile:
+    """A file in another store, usable in the place of a local path.
 
     Attributes:
-        url: as it is shown, without a query.
-        size: in bytes.
-        version: changes with the content; the content's SHA-256 where the store knows it.
-        chunks: the bytes from a start up to an end, as they come; may break off.
-        version_now: asks the store again; None where the content cannot change.
+        url: the address as shown, without its query.
+        size: bytes.
+        version: changes with the content; the content's SHA-256 if the store knows it.
+        chunks: yields the bytes from a start up to an end; may break off.
+        version_now: requests the version again; None if the content cannot change.
     """
 
     url: str
@@ -100,8 +100,8 @@ class RemoteFile:
 
     @property
     def digest(self) -> str:
-        """By which its tokens are known: of a file under LFS the SHA-256 of its content, as of a
-        local one.
+        """Identifies the content in the keys of token files: its SHA-256 if the store knows it, as
+        for a local file; else a digest of size and version.
         """
         if re.fullmatch(r"[0-9a-f]{64}", self.version):
             return self.version
@@ -111,52 +111,52 @@ class RemoteFile:
         return FileStatus(self.size, int(self.digest[:15], 16), 0)
 
     def open(self, _mode: str = "rb", buffering: int = io.DEFAULT_BUFFER_SIZE) -> BinaryIO:
-        """Its bytes as a file that can be read and sought.
+        """Open the file for reading and seeking.
 
         Raises:
-            DataError: from reading, where the store does not give them after several tries.
+            DataError: from reading, if the store fails several times in a row.
         """
-        return cast("BinaryIO", io.BufferedReader(_Stream(self), buffering))
+        return cast("BinaryIO", io.BufferedReader(_StoreStream(self), buffering))
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` up to `end`.
 
         Raises:
-            DataError: the store does not give them, after several tries.
+            DataError: the store fails several times in a row.
         """
-        found, failures = bytearray(), 0
+        content, failures = bytearray(), 0
         with store_errors(self.url):
-            while len(found) < end - start:
-                before = len(found)
+            while len(content) < end - start:
+                before = len(content)
                 try:
-                    for chunk in self.chunks(start + len(found), end):
-                        found += chunk
-                    if len(found) == before:
+                    for chunk in self.chunks(start + len(content), end):
+                        content += chunk
+                    if len(content) == before:
                         raise OSError(f"none of the bytes {start}-{end - 1} came")
                 except (*_FINAL, DusError):
                     raise
                 except Exception as error:  # noqa: BLE001  each store's client has errors of its own
-                    failures = 1 if len(found) > before else failures + 1
+                    failures = 1 if len(content) > before else failures + 1
                     _wait(error, failures)
-        return bytes(found)
+        return bytes(content)
 
     def check_unchanged(self) -> None:
-        """Check that it is still what it was when it was found.
+        """Check that the file's version is still the one that was listed.
 
         Raises:
-            DataError: it is not.
+            DataError: the file changed.
         """
         if self.version_now is None:
             return
         with store_errors(self.url):
-            if _persisting(self.version_now) != self.version:
+            if _with_retries(self.version_now) != self.version:
                 raise DataError(f"{shown(self.url)} changed while it was read; start again")
 
 
-class _Stream(io.RawIOBase):
-    """A remote file as a stream that keeps one part in memory."""
+class _StoreStream(io.RawIOBase):
+    """A StoreFile as a stream that keeps one part in memory."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: StoreFile) -> None:
         self._file, self._at = file, 0
         self._part, self._start, self._length = b"", 0, _FIRST_PART
 
@@ -183,55 +183,55 @@ class _Stream(io.RawIOBase):
             end = min(self._at + max(self._length, len(target)), self._file.size)
             self._start, self._part = self._at, self._file.read(self._at, end)
         offset = self._at - self._start
-        found = self._part[offset : offset + len(target)]
-        target[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        piece = self._part[offset : offset + len(target)]
+        target[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
 
-# --- what there is --------------------------------------------------------------------------------
+# --- listing --------------------------------------------------------------------------------------
 
 
-def remote_files(url: str) -> tuple[list[RemoteFile], list[str]]:
-    """The files behind a URL (a file, a folder, a pattern, or a split of a data set), in a fixed
-    order; and the names of those beside them that another split has.
+def remote_files(url: str) -> tuple[list[StoreFile], list[str]]:
+    """The files at a URL (a file, a folder, a pattern, or a split of a data set), in a fixed
+    order; and the names of the data set's files that are not in the split.
 
     Raises:
-        DataError: nothing there, no permission, or the store does not answer after several tries.
-        MissingExtraError: the package that knows the store is not installed.
+        DataError: there is no file, permission is missing, or the store fails several times.
+        MissingExtraError: the package that the store needs is not installed.
     """
     scheme = url.partition("://")[0].lower()
     silence(quiet=True)
     limit_requests()
     with store_errors(url):
         if scheme in {"http", "https"}:
-            return [_persisting(lambda: _web_file(url))], []
+            return [_with_retries(lambda: _web_file(url))], []
         if scheme == "hf":
             check_token(None)
-            return _persisting(lambda: _hub_files(url))
+            return _with_retries(lambda: _hub_files(url))
         if scheme in _CLIENTS:
             require(f"reading {scheme}://", _CLIENTS[scheme])
-        return _persisting(lambda: _store_files(url)), []
+        return _with_retries(lambda: _store_files(url)), []
 
 
 def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
-    """What a store says of each file at a path, below it, or that a pattern fits; hidden names
-    left out.
+    """The store's information on each file at or below a path, or matched by a pattern, without
+    hidden names.
     """
     if any(letter in path for letter in "*?["):
-        found = fs.glob(path, detail=True)
+        infos = fs.glob(path, detail=True)
     else:
         info = fs.info(path)
-        found = {info["name"]: info} if info["type"] == "file" else fs.find(path, detail=True)
+        infos = {info["name"]: info} if info["type"] == "file" else fs.find(path, detail=True)
     root = path.partition("*")[0]
     return {
-        name: found[name]
-        for name in sorted(found)
-        if found[name]["type"] == "file" and "/." not in name.removeprefix(root)
+        name: infos[name]
+        for name in sorted(infos)
+        if infos[name]["type"] == "file" and "/." not in name.removeprefix(root)
     }
 
 
-def _store_files(url: str) -> list[RemoteFile]:
+def _store_files(url: str) -> list[StoreFile]:
     import fsspec  # type: ignore[import-untyped]
 
     fs, path = fsspec.core.url_to_fs(url)
@@ -243,8 +243,8 @@ def _store_files(url: str) -> list[RemoteFile]:
         fs.invalidate_cache()
         return version(fs.info(name))
 
-    def file(name: str, info: Mapping[str, Any]) -> RemoteFile:
-        return RemoteFile(
+    def file(name: str, info: Mapping[str, Any]) -> StoreFile:
+        return StoreFile(
             fs.unstrip_protocol(name),
             info["size"],
             version(info),
@@ -258,8 +258,8 @@ def _store_files(url: str) -> list[RemoteFile]:
 # --- the web --------------------------------------------------------------------------------------
 
 
-def _web_file(url: str) -> RemoteFile:
-    """A file at an address, which says its size as it sends the first byte."""
+def _web_file(url: str) -> StoreFile:
+    """The file at an address; its size comes with the response to a request for the first byte."""
     with _part(url, 0, 1) as response:
         version = _web_version(response.headers)
         size = int(response.headers["Content-Range"].rpartition("/")[2])
@@ -268,12 +268,13 @@ def _web_file(url: str) -> RemoteFile:
         with _part(url, 0, 1) as response:
             return _web_version(response.headers)
 
-    return RemoteFile(_without_query(url), size, version, _web_chunks(url), version_now)
+    return StoreFile(_without_query(url), size, version, _web_chunks(url), version_now)
 
 
 def _web_version(headers: Mapping[str, str]) -> str:
-    said = {name: headers.get(name) for name in ("ETag", "Last-Modified", "Content-Range")}
-    return json.dumps(said)
+    return json.dumps(
+        {name: headers.get(name) for name in ("ETag", "Last-Modified", "Content-Range")}
+    )
 
 
 def _web_chunks(url: str) -> Chunks:
@@ -286,7 +287,9 @@ def _web_chunks(url: str) -> Chunks:
 
 @contextmanager
 def _part(url: str, start: int, end: int) -> Iterator[Any]:
-    """An answer with a part of a file. The token goes to the Hub alone, also where it redirects."""
+    """The response to a range request. The access token is sent to the Hub alone, also if the Hub
+    redirects.
+    """
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -301,8 +304,9 @@ def _part(url: str, start: int, end: int) -> Iterator[Any]:
         "GET", url, headers=headers, timeout=timeout, follow_redirects=True
     ) as response:
         hf_raise_for_status(response)
-        said = response.headers.get("Content-Range", "")
-        if response.status_code != 206 or not re.fullmatch(rf"bytes {start}-\d+/\d+", said):
+        content_range = response.headers.get("Content-Range", "")
+        is_part = re.fullmatch(rf"bytes {start}-\d+/\d+", content_range)
+        if response.status_code != 206 or not is_part:
             raise DataError(
                 f"the server of {shown(_without_query(url))} does not send parts of a file (no "
                 "range requests); download it first (curl -LO URL), or pipe lines of JSON in: "
@@ -312,7 +316,7 @@ def _part(url: str, start: int, end: int) -> Iterator[Any]:
 
 
 def _without_query(url: str) -> str:
-    """An address as it may be shown: a query may hold a signature, and a host a password."""
+    """An address that may be shown: the query may hold a signature, the host part a password."""
     parts = urlsplit(url)
     return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()
 
@@ -320,11 +324,11 @@ def _without_query(url: str) -> str:
 # --- the Hub --------------------------------------------------------------------------------------
 
 
-def _hub_files(url: str) -> tuple[list[RemoteFile], list[str]]:
-    """Files of a repo at the commit that its revision has now, or of a bucket."""
+def _hub_files(url: str) -> tuple[list[StoreFile], list[str]]:
+    """The files of a bucket, or of a repo at the commit that its revision names now."""
     from huggingface_hub import HfApi, HfFileSystem
 
-    where, config, split = _of_split(url)
+    where, config, split = _parse_split(url)
     fs = HfFileSystem(skip_instance_cache=True)
     place: Any = fs.resolve_path(where)
     root, path = place.root, place.path
@@ -334,45 +338,45 @@ def _hub_files(url: str) -> tuple[list[RemoteFile], list[str]]:
     is_data_set = getattr(place, "repo_type", None) == "dataset"
     if (config or split) and (path or not is_data_set):
         raise DataError(
-            f"{shown(url)}: config and split are of a whole data set: "
+            f"{shown(url)}: config and split need the address of a whole data set: "
             "hf://datasets/ORG/NAME?config=…&split=…"
         )
-    beside: list[str] = []
+    others: list[str] = []
     if is_data_set and not path:
-        found, beside = _split_files(fs, root, config, split)
+        infos, others = _split_files(fs, root, config, split)
     else:
-        found = _listed(fs, f"{root}/{path}" if path else root)
-    return [_hub_file(fs, name, info) for name, info in found.items()], beside
+        infos = _listed(fs, f"{root}/{path}" if path else root)
+    return [_hub_file(fs, name, info) for name, info in infos.items()], others
 
 
-def _hub_file(fs: HfFileSystem, name: str, info: dict[str, Any]) -> RemoteFile:
+def _hub_file(fs: HfFileSystem, name: str, info: dict[str, Any]) -> StoreFile:
     lfs = info.get("lfs")
     version = lfs["sha256"] if lfs else info.get("blob_id") or info.get("xet_hash") or ""
-    return RemoteFile(f"hf://{name}", info["size"], version, _web_chunks(fs.url(name)))
+    return StoreFile(f"hf://{name}", info["size"], version, _web_chunks(fs.url(name)))
 
 
-def _of_split(url: str) -> tuple[str, str, str]:
-    """A URL of the Hub without `?config=…&split=…`, and these two.
+def _parse_split(url: str) -> tuple[str, str, str]:
+    """A Hub URL without `?config=…&split=…`, the config and the split.
 
-    >>> _of_split("hf://datasets/org/name?split=test&config=en")
+    >>> _parse_split("hf://datasets/org/name?split=test&config=en")
     ('hf://datasets/org/name', 'en', 'test')
-    >>> _of_split("hf://datasets/org/name/data/part-?.jsonl")
+    >>> _parse_split("hf://datasets/org/name/data/part-?.jsonl")
     ('hf://datasets/org/name/data/part-?.jsonl', '', '')
     """
     match = re.fullmatch(r"(.+?)\?((?:(?:config|split)=[^&=?]+&?)+)", url)
     if match is None:
         return url, "", ""
-    given = dict(part.split("=", 1) for part in match[2].rstrip("&").split("&"))
-    return match[1], given.get("config", ""), given.get("split", "")
+    query = dict(part.split("=", 1) for part in match[2].rstrip("&").split("&"))
+    return match[1], query.get("config", ""), query.get("split", "")
 
 
 def _split_files(
     fs: HfFileSystem, root: str, config: str, split: str
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The files of a split of a configuration, and the names of the repo's others.
+    """The files of a configuration's split, and the names of the repo's other files.
 
-    What the data set's card says; where it names no configurations, split by the names of files.
-    Without a name it is the default configuration's, and `train`.
+    The data set's card says which; if it names no configurations, the names of files do. `config`
+    "" is the default configuration, `split` "" is `train`.
     """
     every = _listed(fs, root)
     configs = _configs(fs, root) if f"{root}/README.md" in every else []
@@ -384,11 +388,13 @@ def _split_files(
             for name, info in _listed(fs, f"{root}/{pattern}").items()
         }
     elif config:
-        raise DataError(f"its card names no configurations, and so not {shown(config)}")
+        raise DataError(
+            f"its card names no configurations; leave ?config={shown(config)} out of the address"
+        )
     else:
         chosen = _by_name(every, root, split)
-    beside = [name.removeprefix(f"{root}/") for name in every if name not in chosen]
-    return {name: chosen[name] for name in sorted(chosen)}, beside
+    others = [name.removeprefix(f"{root}/") for name in every if name not in chosen]
+    return {name: chosen[name] for name in sorted(chosen)}, others
 
 
 def _configs(fs: HfFileSystem, root: str) -> list[dict[str, Any]]:
@@ -404,7 +410,7 @@ def _config(configs: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """The configuration of this name, or the default one."""
     names = [str(each.get("config_name")) for each in configs]
     if name and name not in names:
-        raise DataError(f"it has no configuration {shown(name)} but {shown_list(names)}")
+        raise DataError(f"it has no configuration {shown(name)}; choose one of {shown_list(names)}")
     default = [each for each in configs if each.get("default")]
     if name or "default" in names:
         return configs[names.index(name or "default")]
@@ -414,35 +420,39 @@ def _config(configs: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _patterns(config: dict[str, Any], split: str) -> list[str]:
-    """The files of a split as a card has them: of one split without a name, or of several."""
+    """The file patterns of a split in a card's configuration, which may list one unnamed split or
+    several.
+    """
     files = config["data_files"]
     if isinstance(files, dict):
         files = [{"split": name, "path": path} for name, path in files.items()]
     if isinstance(files, str) or not isinstance(files[0], dict):
         files = [{"split": "train", "path": files}]
     by_split = {str(each["split"]): each["path"] for each in files}
-    wanted = split or (
+    chosen = split or (
         "train" if "train" in by_split or len(by_split) > 1 else next(iter(by_split))
     )
-    if wanted not in by_split:
-        raise DataError(f"it has no split {shown(wanted)} but {shown_list(list(by_split))}")
-    paths = by_split[wanted]
+    if chosen not in by_split:
+        raise DataError(
+            f"it has no split {shown(chosen)}; choose one of {shown_list(list(by_split))}"
+        )
+    paths = by_split[chosen]
     folder = f"{config['data_dir'].strip('/')}/" if config.get("data_dir") else ""
     return [f"{folder}{path}" for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _by_name(every: dict[str, dict[str, Any]], root: str, split: str) -> dict[str, dict[str, Any]]:
-    """The files whose names, or their folders', tell the split; all where none tells one."""
+    """The files whose path names the split; all files if none does and no split is given."""
     splits = {name: _split_of(name.removeprefix(root)) for name in every}
     if split and split not in splits.values():
-        there = shown_list(sorted({found for found in splits.values() if found})) or "none"
-        raise DataError(f"no file's name tells the split {shown(split)}; there are {there}")
-    wanted = split or ("train" if "train" in splits.values() else None)
-    return {name: every[name] for name in every if wanted is None or splits[name] == wanted}
+        there = shown_list(sorted({each for each in splits.values() if each})) or "none"
+        raise DataError(f"no file's name has the split {shown(split)}; there are {there}")
+    chosen = split or ("train" if "train" in splits.values() else None)
+    return {name: every[name] for name in every if chosen is None or splits[name] == chosen}
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a file's path tells.
+    """The split that a file's path names; None if it names none.
 
     >>> [_split_of(name) for name in ("/data/train-0-of-2.parquet", "/dev/a.jsonl", "/a.json")]
     ['train', 'validation', None]
@@ -451,11 +461,11 @@ def _split_of(name: str) -> str | None:
     return next((split for split, known in _SPLIT_WORDS.items() if {*known} & {*words}), None)
 
 
-# --- tries and errors -----------------------------------------------------------------------------
+# --- retries and errors ---------------------------------------------------------------------------
 
 
-def _persisting(call: Callable[[], _T]) -> _T:
-    """What a call gives, tried again where the network or a server failed."""
+def _with_retries(call: Callable[[], _T]) -> _T:
+    """The result of a call, which is repeated if the network or a server fails."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
     failures = 0
@@ -470,7 +480,7 @@ def _persisting(call: Callable[[], _T]) -> _T:
 
 
 def _wait(error: Exception, failures: int) -> None:
-    """Wait before the next try; raise the error where none makes sense."""
+    """Wait before the next try; raise the error if another try would not help."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     if not isinstance(error, HTTPError):
@@ -480,7 +490,7 @@ def _wait(error: Exception, failures: int) -> None:
 
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
-    """Turn the errors of stores and their clients into one line each."""
+    """Translate the errors of stores and their clients into a DataError of one line."""
     started, place = time.monotonic(), shown(_without_query(url) if "@" in url else url)
     try:
         yield
@@ -497,7 +507,7 @@ def store_errors(url: str) -> Iterator[None]:
 
 
 def _in_a_line(place: str, error: Exception, started: float) -> str:
-    """What is wrong, and what to do."""
+    """Say what is wrong, and what to do."""
     from huggingface_hub import errors
 
     login = "set HF_TOKEN or run `hf auth login`"
@@ -514,6 +524,6 @@ def _in_a_line(place: str, error: Exception, started: float) -> str:
         private = f", or is private: {login}" if place.startswith("hf://") else ""
         return f"{place} is not there; check the address{private}"
     why = f"its server answered {status}" if status else shown(error).rstrip(". ")
-    again = "start again later, which goes on with what is tokenised"
+    again = "start again later; what is tokenised is kept"
     advice = again if tried(started) else "check the address, and the network"
     return f"cannot read {place}: {why}{tried(started)}; {advice}"

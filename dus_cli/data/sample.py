@@ -1,8 +1,7 @@
-"""Text for a measurement without a run: the first documents of some data, tokenised and packed in
-memory.
+"""A small sample of data for a measurement, tokenised and packed in memory.
 
-`dus heal` keeps its data in token files, because it may be terabytes. A measurement takes some
-thousand tokens, so it reads no further than it must and writes nothing.
+`dus heal` keeps its data in token files, because it may be terabytes. A measurement takes a few
+thousand tokens, so it reads only as far as it must and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,24 +13,23 @@ from pathlib import Path
 
 import numpy as np
 
-from dus_cli.data.documents import Reading, Tally, documents
+from dus_cli.data.documents import ReadCounts, Reading, documents
 from dus_cli.data.holdout import Split, text_hash
 from dus_cli.data.sources import Source, Unread, parse_sources
 from dus_cli.data.streams import IGNORED, Ids, Packing, RowsInOrder
 from dus_cli.data.tokeniser import Tokeniser
 from dus_cli.errors import DataError, shown_list
 
-# A document is not tokenised further than this many characters for each token that is wanted.
+# Of a long document this many characters are tokenised for each token of the budget.
 _LONGEST_TOKEN = 32
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents in reading order, the last one of each source cut where the number of tokens is
-    reached.
+    """Documents in reading order. The last one of each source is cut at the token budget.
 
-    `skipped` counts lines and documents that were left out, by reason; `unread` are files that are
-    no data.
+    `skipped` counts the lines and documents left out, by reason; `unread` are files that look like
+    data and were not read.
     """
 
     texts: tuple[str, ...]
@@ -40,7 +38,7 @@ class Sample:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of UTF-8."""
+        """Size in UTF-8."""
         return sum(len(text.encode()) for text in self.texts)
 
 
@@ -52,61 +50,60 @@ def read_sample(
     reading: Reading | None = None,
     holdout: float | None = None,
 ) -> Sample:
-    """The first documents of the data, up to about `max_tokens` tokens with those around each text:
-    never more.
+    """The first documents of the data, with at most `max_tokens` tokens, special tokens included.
 
     Args:
-        files: as `--data` takes them. Of sources with weights each gives its share of the tokens;
-            without, the first ones are read first.
-        tokeniser: counts tokens. Other tokenizers give other numbers of tokens for the same texts.
-        max_tokens: where reading ends.
-        reading: how documents are found in files.
-        holdout: only documents that `dus heal --holdout SHARE` holds out; None takes every
-            document.
+        files: arguments of `--data`. Sources with weights share the tokens by weight; sources
+            without are read one after the other.
+        tokeniser: counts the tokens.
+        max_tokens: the token budget.
+        reading: the text field, and what to do with bad lines.
+        holdout: read only the documents that `dus heal --holdout SHARE` holds out; None reads
+            every document.
 
     Raises:
-        DataError: nothing there, not readable, or no document.
+        DataError: a file is missing or cannot be read, or there is no document.
     """
-    tally, texts = Tally(), list[str]()
+    counts, texts = ReadCounts(), list[str]()
     with tempfile.TemporaryDirectory(prefix="dus-sample-") as spool:  # for standard input
         sources = parse_sources(files, Path(spool), (reading or Reading()).text_field)
         weights = [source.weight or 0.0 for source in sources]
         left = max_tokens
         for source, weight in zip(sources, weights, strict=True):
             budget = round(max_tokens * weight / sum(weights)) if weight else left
-            found, count = _first_documents(
-                _documents(source, reading or Reading(), holdout, tally), tokeniser, budget
+            documents_read, num_tokens = _first_documents(
+                _documents(source, reading or Reading(), holdout, counts), tokeniser, budget
             )
-            texts += found
-            left -= count
+            texts += documents_read
+            left -= num_tokens
     if not texts:
         raise DataError(
-            f"{shown_list(list(files))} has no documents to measure on: {_why(tally, holdout)}"
+            f"{shown_list(list(files))} has no documents to measure on: {_why(counts, holdout)}"
         )
     unread = sum((source.unread for source in sources), Unread())
-    return Sample(tuple(texts), dict(sorted(tally.skipped.items())), unread)
+    return Sample(tuple(texts), dict(sorted(counts.skipped.items())), unread)
 
 
-def _why(tally: Tally, holdout: float | None) -> str:
-    if tally.documents and holdout is not None:
+def _why(counts: ReadCounts, holdout: float | None) -> str:
+    if counts.documents and holdout is not None:
         return (
-            f"none of {tally.documents} falls into the held-out share of {holdout:.2%}; raise "
+            f"none of {counts.documents} falls into the held-out share of {holdout:.2%}; raise "
             "--holdout"
         )
-    if tally.documents:
+    if counts.documents:
         return "they have no tokens"
-    if tally.skipped:
-        left_out = shown_list([f"{count} {reason}" for reason, count in tally.skipped.items()])
+    if counts.skipped:
+        left_out = shown_list([f"{count} {reason}" for reason, count in counts.skipped.items()])
         return f"left out: {left_out}; check the data"
     return "the files are empty; choose others"
 
 
 def _documents(
-    source: Source, reading: Reading, holdout: float | None, tally: Tally
+    source: Source, reading: Reading, holdout: float | None, counts: ReadCounts
 ) -> Iterator[str]:
     split = None if holdout is None else Split(holdout)
     for path in source.paths:
-        for text in documents(path, reading.text_field, reading.on_bad_line, tally):
+        for text in documents(path, reading.text_field, reading.on_bad_line, counts):
             if split is None or split.holds_out(text_hash(text.encode())):
                 yield text
 
@@ -114,8 +111,8 @@ def _documents(
 def _first_documents(
     texts: Iterator[str], tokeniser: Tokeniser, max_tokens: int
 ) -> tuple[list[str], int]:
-    """Documents of at most `max_tokens` tokens, and how many they have."""
-    found: list[str] = []
+    """The first documents with at most `max_tokens` tokens, and how many tokens they have."""
+    chosen: list[str] = []
     total, around = 0, len(tokeniser.before) + len(tokeniser.ending)
     for whole in texts:
         room = max_tokens - total - around
@@ -128,16 +125,16 @@ def _first_documents(
             (ids,) = tokeniser.encode([text])
         if ids:
             tokeniser.check_ids(max(ids))
-            found.append(text)
+            chosen.append(text)
             total += len(ids) + around
         if len(text) < len(whole):
             break
-    return found, total
+    return chosen, total
 
 
 def _beginning(text: str, tokeniser: Tokeniser, max_tokens: int) -> str:
-    """The beginning of a text that has at most `max_tokens` tokens and hardly fewer, found by
-    halving.
+    """The longest beginning of a text with at most `max_tokens` tokens, to about 1.5%, by
+    bisection.
     """
     low, high = 0, len(text)
     while high - low > max(1, low >> 6):
@@ -149,13 +146,13 @@ def _beginning(text: str, tokeniser: Tokeniser, max_tokens: int) -> str:
 
 @dataclass(frozen=True)
 class _InMemory:
-    """Tokens of documents one behind the other, and where each document ends."""
+    """The tokens of consecutive documents, and where each document ends."""
 
     ids: Ids
     ends: Ids
 
     def read(self, start: int, stop: int) -> Ids:
-        """Tokens start…stop − 1."""
+        """The tokens start…stop − 1."""
         return self.ids[start:stop]
 
     def document_starts(self, start: int, stop: int) -> Ids:
@@ -165,9 +162,7 @@ class _InMemory:
 
 
 class Packed(RowsInOrder):
-    """Documents in rows, one behind the other, as `dus heal` packs its held-out set. The last
-    row is filled up.
-    """
+    """Documents packed into rows as `dus heal` packs its held-out set. The last row is padded."""
 
     def __init__(
         self,
@@ -186,13 +181,11 @@ class Packed(RowsInOrder):
         super().__init__(
             tokens, len(ids), Packing(seq_length, tokeniser.eos, tokeniser.before, document_mask)
         )
-        self.num_tokens = len(ids)  # those around the texts counted
+        self.num_tokens = len(ids)  # special tokens included
         self._ends = tokens.ends
 
     def document_numbers(self, index: int) -> Ids:
-        """The document, counted from 0, that each label of row `index` belongs to; -1 where none
-        counts.
-        """
+        """The document, from 0, that each label of row `index` belongs to; -1 at ignored labels."""
         row, start = self[index], self.start(index)
         first = start + 1 - self.packing.lead(self.tokens, start)
         numbers = np.searchsorted(

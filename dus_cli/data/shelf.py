@@ -1,13 +1,13 @@
-"""Data, tokenised once: whoever asks first builds, the others wait, and the next run starts at
-once.
+"""Token files kept from run to run: the first run builds them, concurrent runs wait, later runs
+find them.
 
 Below `tokens/`:
 
-- `<key>/`: a part, see `tokenise`. A large file is one part; small files of a source share one, in
-  order. The key is a digest of all that its tokens depend on: content, tokenizer, field, and how it
-  was split.
+- `<key>/`: a part, see `token_files`. A large file is one part; small files of a source share one,
+  in order. The key is a digest of everything that the tokens depend on: content, tokenizer, field
+  and split.
 - `sources.jsonl`: the SHA-256 of each file by path, size, time and inode, so that a second run need
-  not read it.
+  not read the file.
 - `.lock`: held while parts are built (flock: the kernel releases it however the process ends).
 """
 
@@ -34,7 +34,7 @@ from dus_cli.common.locks import holder, this_process
 from dus_cli.common.workers import PIECE
 from dus_cli.data.documents import BadLine, Column, Reading
 from dus_cli.data.holdout import EVERYTHING, Split
-from dus_cli.data.remote import RemoteFile
+from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import Source, Unread, kind_of
 from dus_cli.data.streams import Part, Prepared, PreparedSource
 from dus_cli.data.token_files import FORMAT, is_whole, token_dtype, write_part
@@ -43,9 +43,9 @@ from dus_cli.errors import DataError, shown, shown_list
 from dus_cli.writing.replacing import remove_claimed
 from dus_cli.writing.staging import MARK, Staging
 
-# Source bytes of small files that share a part.
+# Small files share a part up to this many bytes.
 _SHARED_PART = 64 << 20
-# Seconds between two looks at whether another run is done.
+# Seconds between two attempts at the lock.
 _POLL = 0.25
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -66,31 +66,31 @@ def prepare(
     say: Callable[[str], object] = lambda _: None,
     on_progress: Callable[[int, int], object] = lambda _done, _total: None,
 ) -> Prepared:
-    """Tokenise what is not there yet.
+    """Tokenise the data that is not tokenised yet.
 
-    Where the share `holdout` holds no document it is doubled until it does, up to a half: the sets
-    are nested, so a document once held out stays so as long as the share is the same or larger.
-    With `eval_sources` their documents are held out, all of them, and left out of training.
+    If the share `holdout` holds out no document, it is doubled until it does, up to a half. The
+    sets are nested: a document that a share holds out is held out by every larger share. With
+    `eval_sources` all their documents are held out, and left out of the training data.
 
     Args:
         sources: training data.
-        eval_sources: evaluation data, or none.
-        tokenizer_folder: a model's folder.
-        folder: `tokens/`, made if it is not there.
-        vocab_size: of the model; no id may reach it. None where its config does not say.
-        text_field: of a JSON object, or a parquet column.
-        column: what that holds.
-        on_bad_line: stop there, or count it.
-        holdout: the share of documents held out; not used with `eval_sources`.
-        special_tokens: whether documents have what the tokenizer puts around a text.
-        wait: for another run that builds; else that is an error.
-        say: told once what is waited for.
-        on_progress: told bytes done and bytes in all, where each file that is not yet known counts
-            twice: it is read for its digest, then for its text.
+        eval_sources: evaluation data; may be empty.
+        tokenizer_folder: the model's folder.
+        folder: `tokens/`; created if missing.
+        vocab_size: the model's; every id must be below it. None if its config gives none.
+        text_field: field of a JSON object, or column of a table.
+        column: what the field holds.
+        on_bad_line: stop at a bad line, or count it.
+        holdout: the share of documents held out; ignored with `eval_sources`.
+        special_tokens: whether documents get the tokenizer's special tokens.
+        wait: whether to wait for another run that builds; otherwise that is an error.
+        say: called with a line of text for a person, such as what is waited for.
+        on_progress: called with bytes done and bytes in all. A file with an unknown digest counts
+            twice: it is read for the digest, then for its text.
 
     Raises:
-        DataError: no documents to train on; a file, the tokenizer or an id is not usable; another
-            run is building.
+        DataError: there are no documents to train on; a file, the tokenizer or an id is not usable;
+            another run is building.
         OutputError: the disk is full, or failed.
     """
     if any(source.weight is not None for source in eval_sources):
@@ -105,7 +105,7 @@ def prepare(
         special_tokens=special_tokens,
         column=column,
     )
-    try:  # without the lock, for all is there but the first time
+    try:  # without the lock: after the first run nothing is missing
         prepared = _assemble(shelf, sources, eval_sources, holdout)
     except _MissingError:
         with writing(folder.name):
@@ -169,8 +169,8 @@ def _assemble(
 
 
 def _share_that_holds_some(metas: Sequence[dict[str, Any]], share: float) -> float:
-    """The share doubled until it holds a document but not all; 0 if there is no such one up to a
-    half.
+    """The share, doubled until it holds out some documents but not all; 0 if no share up to a half
+    does.
     """
     lowest = min((meta["lowest_hash"] for meta in metas), default=0)
     highest = max((meta["highest_hash"] for meta in metas), default=0)
@@ -225,13 +225,11 @@ def _digest(content: object) -> str:
 
 
 class _MissingError(Exception):
-    """Something is to be built, and this shelf only looks."""
+    """A part or digest is missing, and `start_building` was not called."""
 
 
 class _Shelf:
-    """The parts that there are; once `start_building` was called, also those that there are not
-    yet.
-    """
+    """The parts below a folder. Missing parts are built after `start_building` was called."""
 
     def __init__(
         self,
@@ -253,8 +251,8 @@ class _Shelf:
         self.may_build = False
         self._on_progress, self._done, self._total = on_progress, 0, 0
 
-    def start_building(self, paths: Sequence[Path | RemoteFile]) -> None:
-        """Clear what killed runs left. Only under the lock."""
+    def start_building(self, paths: Sequence[Path | StoreFile]) -> None:
+        """Allow building, and remove what killed runs left. The caller must hold the lock."""
         self.may_build = True
         for left in self.folder.glob(".*.partial"):
             remove_claimed(left, lambda name: name == MARK or _is_of_a_part(name))
@@ -271,8 +269,8 @@ class _Shelf:
     def parts(
         self, sources: Sequence[Source], split: Split, split_by: object
     ) -> list[tuple[Part, dict[str, Any]]]:
-        """The parts of these sources and their meta.json. `split_by` is what names
-        `split.left_out` in the key.
+        """The parts of these sources, and their meta.json. `split_by` stands for `split.left_out`
+        in the key.
         """
         if self.may_build:
             self._total += sum(_stamp(path)[0] for source in sources for path in source.paths)
@@ -283,18 +281,17 @@ class _Shelf:
         ]
 
     def _part(
-        self, files: Sequence[Path | RemoteFile], split: Split, split_by: object
+        self, files: Sequence[Path | StoreFile], split: Split, split_by: object
     ) -> tuple[Part, dict[str, Any]]:
         stamps = [_stamp(path) for path in files]
         digests = [self.digests.get(path) for path in files]
-        # The same bytes may be .txt here and .jsonl there; more of the name is nothing to the
-        # tokens.
+        # Of a file's name only the kind matters: the same bytes may be .txt here and .jsonl there.
         kinds = [kind_of(path.name) for path in files]
         dtype = np.dtype(token_dtype(self.vocab_size)).name
-        way = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
-        if self.column is not Column.text:  # the keys of texts are older
-            way += [self.column.value, _template_digest(self.tokenizer_folder)]
-        key = _digest([FORMAT, digests, kinds, *way, split.share, split_by])
+        settings = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
+        if self.column is not Column.text:  # keys of texts must stay those of earlier versions
+            settings += [self.column.value, _template_digest(self.tokenizer_folder)]
+        key = _digest([FORMAT, digests, kinds, *settings, split.share, split_by])
         meta = self._stored(key)
         if meta is None:
             meta = self._build(key, files, split)
@@ -314,20 +311,19 @@ class _Shelf:
         return part, meta
 
     def _stored(self, key: str) -> dict[str, Any] | None:
-        """The meta.json of a part that is there and whole."""
+        """The meta.json of a part; None if the part is missing or damaged."""
         try:
             meta: dict[str, Any] = json.loads((self.folder / key / "meta.json").read_bytes())
             return meta if is_whole(self.folder / key, meta) else None
         except (OSError, ValueError):
             return None
 
-    def _build(self, key: str, files: Sequence[Path | RemoteFile], split: Split) -> dict[str, Any]:
+    def _build(self, key: str, files: Sequence[Path | StoreFile], split: Split) -> dict[str, Any]:
         if not self.may_build:
             raise _MissingError
         tokeniser = self._load()
-        with Staging(
-            self.folder / key, overwrite=True, claim=_is_of_a_part
-        ) as staging:  # for a damaged one
+        # overwrite: a damaged part is replaced
+        with Staging(self.folder / key, overwrite=True, claim=_is_of_a_part) as staging:
             meta = write_part(
                 staging.folder,
                 files,
@@ -348,7 +344,7 @@ class _Shelf:
         return self.tokeniser
 
     def hashes(self, keys: Sequence[str]) -> frozenset[int]:
-        """Of all documents in parts of evaluation data. Not read where nothing is built."""
+        """The hashes of all documents in parts of evaluation data; only read to build parts."""
         if not self.may_build:
             return frozenset()
         return frozenset(
@@ -359,7 +355,9 @@ class _Shelf:
 
 
 def _template_digest(folder: Path) -> str:
-    """Of a chat template in a file of its own; one in tokenizer_config.json is the tokenizer's."""
+    """Digest of chat_template.jinja. A template in tokenizer_config.json is part of the tokenizer's
+    identity.
+    """
     path = folder / "chat_template.jinja"
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
@@ -368,9 +366,9 @@ def _is_of_a_part(relative: str) -> bool:
     return relative == "meta.json" or relative.partition(".")[0] in ("train", "heldout", "hashes")
 
 
-def _groups(paths: Sequence[Path | RemoteFile]) -> Iterator[list[Path | RemoteFile]]:
-    """Neighbours that together stay below the size of a shared part; a larger file is alone."""
-    group: list[Path | RemoteFile] = []
+def _groups(paths: Sequence[Path | StoreFile]) -> Iterator[list[Path | StoreFile]]:
+    """Consecutive files grouped up to the size of a shared part; a larger file is a group alone."""
+    group: list[Path | StoreFile] = []
     size = 0
     for path in paths:
         more = _stamp(path)[0]
@@ -383,8 +381,8 @@ def _groups(paths: Sequence[Path | RemoteFile]) -> Iterator[list[Path | RemoteFi
         yield group
 
 
-def _stamp(path: Path | RemoteFile) -> tuple[int, int, int]:
-    """What changes when a file is written to or replaced."""
+def _stamp(path: Path | StoreFile) -> tuple[int, int, int]:
+    """Size, time and inode, which change if a file is written to or replaced."""
     try:
         status = path.stat()
     except OSError as error:
@@ -395,8 +393,8 @@ def _stamp(path: Path | RemoteFile) -> tuple[int, int, int]:
 
 
 class _Digests:
-    """SHA-256 by path, size, time and inode, in a file that only grows: a torn line is one that
-    is not known.
+    """SHA-256 by path, size, time and inode, in a file that is only appended to; a torn line is
+    ignored.
     """
 
     def __init__(self, path: Path, on_bytes: Callable[[int], object]) -> None:
@@ -413,7 +411,7 @@ class _Digests:
                     self._known[record["path"]] = (tuple(record["stamp"]), record["sha256"])
 
     def start_recording(self) -> None:
-        self._load()  # the run that had the lock before us may have added some
+        self._load()  # the run that held the lock before may have added some
         with writing(self._path.name):
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
@@ -421,13 +419,13 @@ class _Digests:
         if self._file is not None:
             os.close(self._file)
 
-    def knows(self, path: Path | RemoteFile) -> bool:
-        if isinstance(path, RemoteFile):
-            return True  # its store says what it is
+    def knows(self, path: Path | StoreFile) -> bool:
+        if isinstance(path, StoreFile):
+            return True  # its store gives the digest
         return self._known.get(str(path), (None,))[0] == _stamp(path)
 
-    def get(self, path: Path | RemoteFile) -> str:
-        if isinstance(path, RemoteFile):
+    def get(self, path: Path | StoreFile) -> str:
+        if isinstance(path, StoreFile):
             return path.digest
         stamp = _stamp(path)
         known, digest = self._known.get(str(path), (None, ""))
@@ -458,8 +456,8 @@ class _Digests:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterator[None]:
-    """Build alone. Polled, because a blocking lock on a network file system may not see a dead
-    owner's go.
+    """Hold the lock of the folder. The lock is polled, because a blocking flock on a network file
+    system may not notice that its owner died.
     """
     with writing(".lock"):
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""Sources of text: files, folders and globs with their weights."""
+"""Sources of text: files, folders, patterns and URLs, with their weights."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from dus_cli.common.bounds import parse_number
 from dus_cli.common.files import writing
 from dus_cli.common.reference import user_path
 from dus_cli.common.storage import sync
+from dus_cli.common.units import counted
 from dus_cli.data.containers import BUFFER, COMPRESSIONS
-from dus_cli.data.remote import RemoteFile, remote_files
+from dus_cli.data.remote import StoreFile, remote_files
 from dus_cli.data.texts import is_one_object_without
 from dus_cli.errors import DataError, UsageError, shown, shown_list
 
-# The suffixes of files that are read. Upper case is the same.
+# The suffixes of files that are read, in lower or upper case.
 _MAY_BE_COMPRESSED = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")
 KINDS = (*_MAY_BE_COMPRESSED, ".parquet", ".arrow", ".feather")
 
-# Beside data, and no data itself: what `datasets` and clones of the Hub hold, and what describes
-# them.
+# Files that lie beside data and are not data: metadata of `datasets`, checksums, licences.
 _BESIDE_DATA = re.compile(
     r"dataset_infos?\.json|dataset_dict\.json|state\.json|(readme|licen[cs]e|notice|copying|changelog)\b.*|_SUCCESS"
     r"|.*(sums|\.sha\d+|\.md5|\.crc|\.py)",
@@ -37,14 +37,14 @@ _BESIDE_DATA = re.compile(
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 
-# Names that are kept of files that were not read.
+# Of the files that were not read, this many names are kept.
 _MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Files of a folder or pattern that look like data and are not read: how many, and the names
-    of the first.
+    """Files of a folder or pattern that look like data and are not read: their number, and the
+    first names.
     """
 
     count: int = 0
@@ -54,9 +54,9 @@ class Unread:
         return Unread(self.count + other.count, (*self.names, *other.names)[:_MOST_NAMES])
 
     def __str__(self) -> str:
-        """What a summary says of them."""
+        """Such as "5 files: a.xml, b.xml, c.xml and 2 more"."""
         more = f" and {self.count - 3:,} more" if self.count > 3 else ""
-        return f"{self.count:,} file{'s' * (self.count != 1)}: {shown_list(self.names[:3])}{more}"
+        return f"{counted(self.count, 'file')}: {shown_list(self.names[:3])}{more}"
 
     def to_json(self) -> dict[str, Any]:
         return {"count": self.count, "names": list(self.names)}
@@ -64,34 +64,37 @@ class Unread:
 
 @dataclass(frozen=True)
 class Source:
-    """One `--data` argument as typed, its files in reading order, and its weight in the mixture if
-    it has one.
+    """One argument of `--data` or `--eval-data`.
 
-    `unread` are those that it finds and that are not read. `name` is of the held-out set that it is
-    of, "" where that has none.
+    Attributes:
+        text: the argument as typed.
+        paths: its files in reading order.
+        weight: its weight in the mixture; None if it has none.
+        unread: files that it matches and that are not read.
+        name: the held-out set that it belongs to; "" if that has no name.
     """
 
     text: str
-    paths: tuple[Path | RemoteFile, ...]
+    paths: tuple[Path | StoreFile, ...]
     weight: float | None = None
     unread: Unread = field(default_factory=Unread)
     name: str = ""
 
 
 @dataclass
-class _Found:
-    """What a file, folder or pattern stands for."""
+class _Files:
+    """The files that an argument matches: those to read, and those that are not read."""
 
-    paths: list[Path | RemoteFile] = field(default_factory=list)
-    unread: dict[Path | RemoteFile | str, str] = field(default_factory=dict)
+    paths: list[Path | StoreFile] = field(default_factory=list)
+    unread: dict[Path | StoreFile | str, str] = field(default_factory=dict)
 
     @property
-    def said_unread(self) -> Unread:
+    def unread_files(self) -> Unread:
         return Unread(len(self.unread), tuple(self.unread.values())[:_MOST_NAMES])
 
 
 def kind_of(name: str) -> str | None:
-    """The suffix that tells how a file is read, without that of its compression; None where it is
+    """The suffix that says how a file is read, without that of its compression; None if the file is
     not read.
 
     >>> kind_of("part-0.JSONL.gz"), kind_of("a.parquet"), kind_of("a.parquet.gz")
@@ -106,30 +109,31 @@ def kind_of(name: str) -> str | None:
 def parse_sources(
     arguments: Sequence[str], spool: Path, text_field: str = "text"
 ) -> tuple[Source, ...]:
-    """The files behind FILE, FOLDER, 'PATTERN', URL or `-`, each with `:WEIGHT` behind it or not.
+    """The files of each FILE, FOLDER, 'PATTERN', URL or `-`, with or without `:WEIGHT`.
 
     `-` is standard input, JSONL; it is copied to stdin.jsonl in the folder `spool`, because data is
-    read more than once. A colon that is part of a file's name is no weight. Of folders and
-    patterns, a .json of one object without `text_field` is no data but describes them.
+    read more than once. A colon may be part of an existing file's name. In folders and patterns, a
+    .json file of one object without `text_field` is taken for a description, not for data.
 
     Raises:
-        DataError: nothing there, nothing that is data, no permission, standard input empty; weights
-            on some arguments only, or not positive; a store that does not answer.
+        DataError: there is no file, no data or no permission; standard input is empty; some
+            arguments have weights and others none; a store does not answer.
+        UsageError: a weight is not a positive number.
         MissingExtraError: a store's client is not installed.
         OutputError: standard input could not be stored.
     """
     sources = []
     for text in arguments:
-        found, weight = _find(_unweighed(text), spool, text_field), None
-        if _unweighed(text) != text:
+        files, weight = _find(_without_weight(text), spool, text_field), None
+        if _without_weight(text) != text:
             weight = _weight(text, text.rpartition(":")[2])
-        elif not found.paths:
+        elif not files.paths:
             head, colon, tail = text.rpartition(":")
-            found = _find(head, spool, text_field) if colon else _Found()
-            if not found.paths:
-                raise DataError(_nothing_there(text))
+            files = _find(head, spool, text_field) if colon else _Files()
+            if not files.paths:
+                raise DataError(_no_such_file(text))
             weight = _weight(text, tail)
-        sources.append(Source(text, tuple(dict.fromkeys(found.paths)), weight, found.said_unread))
+        sources.append(Source(text, tuple(dict.fromkeys(files.paths)), weight, files.unread_files))
     without = [source.text for source in sources if source.weight is None]
     if without and len(without) < len(sources):
         raise DataError(
@@ -141,8 +145,8 @@ def parse_sources(
 def parse_heldout(
     arguments: Sequence[str], spool: Path, text_field: str = "text"
 ) -> tuple[Source, ...]:
-    """The files behind FILE or NAME=FILE; of the same name they are one set, and without a name all
-    are.
+    """The files of each FILE or NAME=FILE. Files of the same name are one held-out set; files
+    without a name are one set.
 
     Raises:
         UsageError: some have names and others none.
@@ -162,7 +166,7 @@ def parse_heldout(
 
 
 def _named(text: str) -> tuple[str, str]:
-    """A held-out set's name, and what is behind it; "" where a file is called so.
+    """Split NAME=FILE; the name is "" if there is none, or if a file has the whole text as name.
 
     >>> _named("code=b.jsonl"), _named("b.jsonl"), _named("https://host/b.jsonl?raw=1")
     (('code', 'b.jsonl'), ('', 'b.jsonl'), ('', 'https://host/b.jsonl?raw=1'))
@@ -173,20 +177,21 @@ def _named(text: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _nothing_there(text: str) -> str:
-    """What to say of an argument that is no file: it may be a data set of the Hub."""
+def _no_such_file(text: str) -> str:
+    """Say that an argument matches no file; it may be meant as a data set of the Hub."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text, re.ASCII) and kind_of(text) is None:
         return (
-            f"{shown(text)} is no file or folder here; a data set of the Hub is "
+            f"{shown(text)} is not a file or folder here; a data set of the Hub is "
             f"hf://datasets/{shown(text)}"
         )
-    return f"{shown(text)} is no file or folder, and no pattern that fits one; check the path"
+    return f"{shown(text)} is not a file, a folder or a pattern that matches one; check the path"
 
 
-def _unweighed(text: str) -> str:
-    """A URL without the weight behind it; any other text as it is, for a colon may be a name's.
+def _without_weight(text: str) -> str:
+    """A URL without its weight. Other text stays, because a colon may be part of a file's name.
 
-    >>> [_unweighed(text) for text in ("s3://bucket/a.jsonl:0.7", "https://host:80/a.txt", "a:1")]
+    >>> urls = ("s3://bucket/a.jsonl:0.7", "https://host:80/a.txt", "a:1")
+    >>> [_without_weight(text) for text in urls]
     ['s3://bucket/a.jsonl', 'https://host:80/a.txt', 'a:1']
     """
     match = re.fullmatch(r"(\w[\w+.-]*://.+/.+):[\d.e+-]+", text, re.ASCII)
@@ -201,76 +206,77 @@ def _weight(argument: str, text: str) -> float:
     return weight
 
 
-def _find(text: str, spool: Path, text_field: str) -> _Found:
-    """Files of known kinds, absolute and in a fixed order. None where there is nothing by this
+def _find(text: str, spool: Path, text_field: str) -> _Files:
+    """The files that `text` matches, absolute and in a fixed order; empty if nothing has this
     name.
     """
     if text == "-":
-        return _Found([_spooled(spool)])
+        return _Files([_spooled(spool)])
     if re.match(r"\w[\w+.-]*://", text, re.ASCII):
         return _find_remote(text, text_field)
     text = str(user_path(text)) if text.startswith("~") and not os.path.lexists(text) else text
     if os.path.lexists(text) and not Path(text).is_dir():
         path = Path(text).absolute()
         _check_file(path)
-        return _Found([path], {} if path.stat().st_size else {path: f"{path.name} (empty)"})
+        return _Files([path], {} if path.stat().st_size else {path: f"{path.name} (empty)"})
     names = [text] if os.path.lexists(text) else []
     if text and not names:
         names = sorted(glob.glob(text, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
-    found = _Found()
+    files = _Files()
     for name in names:
         path = Path(name).absolute()
         for file in _files_below(path) if path.is_dir() else [path]:
-            _add(found, file, text_field)
+            _add(files, file, text_field)
     if names:
-        _check_there_is_data(text, found)
-    return found
+        _check_there_is_data(text, files)
+    return files
 
 
-def _find_remote(text: str, text_field: str) -> _Found:
-    """Files of known kinds in another store."""
-    files, beside = remote_files(text)
-    found = _Found()
-    if len(files) == 1 and text.endswith(files[0].name):
-        _check_kind(files[0])
-    for file in files:
-        _add(found, file, text_field)
-    for name in beside:
+def _find_remote(text: str, text_field: str) -> _Files:
+    """The files that a URL matches."""
+    listed, others = remote_files(text)
+    files = _Files()
+    if len(listed) == 1 and text.endswith(listed[0].name):
+        _check_kind(listed[0])
+    for file in listed:
+        _add(files, file, text_field)
+    for name in others:
         if kind_of(name) is not None and not _BESIDE_DATA.fullmatch(Path(name).name):
-            found.unread[name] = name
-    _check_there_is_data(text, found)
-    return found
+            files.unread[name] = name
+    _check_there_is_data(text, files)
+    return files
 
 
-def _check_there_is_data(text: str, found: _Found) -> None:
-    if found.paths:
+def _check_there_is_data(text: str, files: _Files) -> None:
+    if files.paths:
         return
-    there = f" but {found.said_unread}" if found.unread else ""
+    there = f" but {files.unread_files}" if files.unread else ""
     kinds = " ".join(KINDS)
     raise DataError(
         f"{shown(text)} holds no data{there}; --data reads {kinds} and most of them compressed"
     )
 
 
-def _add(found: _Found, path: Path | RemoteFile, text_field: str) -> None:
-    """A file of a folder, pattern or store: to what is read, or to what is not."""
+def _add(files: _Files, path: Path | StoreFile, text_field: str) -> None:
+    """Add a file of a folder, pattern or store to those to read, or to those that are not read."""
     kind = kind_of(path.name)
     if kind is None:
         if not _BESIDE_DATA.fullmatch(path.name):
-            found.unread[path] = path.name
+            files.unread[path] = path.name
         return
     if _BESIDE_DATA.fullmatch(path.name):
         return
     if isinstance(path, Path):
         _check_file(path)
     try:
-        asks = kind in _JSON if isinstance(path, Path) else kind == ".json"  # each is a request
-        if asks and is_one_object_without(path, text_field):
-            found.unread[path] = f"{path.name} (one object without {shown(text_field)})"
+        # looking into a remote file takes a request, so only .json files are looked into
+        look = kind in _JSON if isinstance(path, Path) else kind == ".json"
+        if look and is_one_object_without(path, text_field):
+            files.unread[path] = f"{path.name} (one object without {shown(text_field)})"
             return
         if not path.stat().st_size:
-            found.unread[path] = f"{path.name} (empty)"
-        found.paths.append(path)
+            files.unread[path] = f"{path.name} (empty)"
+        files.paths.append(path)
     except OSError as error:
         raise DataError(
             f"cannot read {shown(path)}: {error.strerror}; check the disk or the network"
@@ -278,8 +284,8 @@ def _add(found: _Found, path: Path | RemoteFile, text_field: str) -> None:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files below a folder. Linked folders are followed, each folder once; hidden names are
-    not looked at.
+    """All files below a folder, without hidden ones. Symbolic links are followed, each folder is
+    visited once.
     """
     paths, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -293,14 +299,14 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _check_kind(path: Path | RemoteFile) -> None:
+def _check_kind(path: Path | StoreFile) -> None:
     if path.name.lower().endswith(_ARCHIVES):
         raise DataError(f"{shown(path)} is an archive; unpack it, and give its folder")
     if kind_of(path.name) is None:
         compressed = f"all but the last three also {' '.join(COMPRESSIONS)}"
         raise DataError(
-            f"{shown(path)} is of no known kind; rename it to what it is: {' '.join(KINDS)} "
-            f"({compressed})"
+            f"{shown(path)} has no suffix that --data reads; rename it by its content: "
+            f"{' '.join(KINDS)} ({compressed})"
         )
 
 
@@ -317,7 +323,7 @@ def _check_file(path: Path) -> None:
 
 
 def _spooled(spool: Path) -> Path:
-    """Standard input as a file. Under its name once it is whole."""
+    """Standard input, copied to a file that gets its name when it is complete."""
     if sys.stdin is None or sys.stdin.isatty():
         raise DataError(
             "--data - reads standard input, which is a terminal; pipe the data in: zcat … | dus "
@@ -331,7 +337,7 @@ def _spooled(spool: Path) -> Path:
                 shutil.copyfileobj(sys.stdin.buffer, file, BUFFER)
                 file.flush()
                 sync(file.fileno())
-                if not file.tell():  # also where it was read before: that must not be lost
+                if not file.tell():  # a second `-` must not overwrite what the first one read
                     raise DataError(
                         "standard input is empty, or was read already; pipe data in, and give - "
                         "once"

@@ -1,8 +1,8 @@
-"""The tokens that a model's own tokenizer puts around a text: decided here, and nowhere else.
+"""The special tokens that a model's own tokenizer puts around a text.
 
 `<s>` of Llama, Mistral and Gemma, ChatGLM's two, [CLS] and [SEP], an end-of-text; nothing for GPT-2
-and Qwen. A model that was trained behind such a token knows little without it, so text is trained
-and measured with it.
+and Qwen. A model that was trained with such a token predicts badly without it, so text is trained
+on and measured with it.
 """
 
 from __future__ import annotations
@@ -10,41 +10,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# What the tokenizer is asked with: texts that nearly every vocabulary can say.
+# Texts to try a tokenizer with, which nearly every vocabulary can encode.
 _TEXTS = ("a", "1", "the end.")
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids before a text and behind it."""
+    """Ids before and after a text."""
 
     before: tuple[int, ...] = ()
-    behind: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 def special_tokens_of(tokenizer: Any) -> SpecialTokens:
-    """What a tokenizer of transformers puts around a text, as it is loaded: template, add_bos_token
-    and all.
+    """The special tokens that a loaded tokenizer of transformers puts around a text.
 
-    Found by asking, with special tokens and without: whether a template, a class of its own or a
-    setting adds them, fast or slow, what counts is what users of the model get.
+    Found by encoding texts with and without special tokens, because a template, add_bos_token or
+    the tokenizer's class may add them.
 
     Raises:
-        ValueError: it changes with the text, so that no document can be said to begin in one way.
+        ValueError: they change with the text.
     """
-    found = {_around(tokenizer, text) for text in _TEXTS} - {None}
-    if not found:  # no text has tokens, so it cannot be told what stands before it and what behind
+    results = {_around(tokenizer, text) for text in _TEXTS} - {None}
+    if not results:  # no text has tokens of its own, so all special tokens count as before it
         ids = tokenizer("", add_special_tokens=True)["input_ids"]
-        found = {SpecialTokens(tuple(ids))}
-    if len(found) > 1:
+        results = {SpecialTokens(tuple(ids))}
+    if len(results) > 1:
         raise ValueError("the special tokens that it puts around a text change with the text")
-    (only,) = found
+    (only,) = results
     assert only is not None
     return only
 
 
 def _around(tokenizer: Any, text: str) -> SpecialTokens | None:
-    """What stands around this text. None where the text has no tokens of its own."""
+    """The special tokens around this text; None if the text has no tokens of its own."""
     plain, whole = (
         list(tokenizer(text, add_special_tokens=adds, verbose=False)["input_ids"])
         for adds in (False, True)
@@ -55,4 +54,4 @@ def _around(tokenizer: Any, text: str) -> SpecialTokens | None:
         end = start + len(plain)
         if whole[start:end] == plain:
             return SpecialTokens(tuple(whole[:start]), tuple(whole[end:]))
-    raise ValueError("its special tokens change the tokens of the text that they stand around")
+    raise ValueError("with special tokens it gives other tokens for the text itself")

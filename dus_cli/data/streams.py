@@ -1,13 +1,12 @@
-"""Token files as a run reads them: parts in a row as one stream, the stream in rows.
+"""Token files as streams, and streams as rows for training and measuring.
 
-`prepare` makes the files and says in `Prepared` which they are. A row is `seq_length` inputs and
-their next tokens; rows follow each other without a gap, so every token of the stream but its first
+`shelf.prepare` writes the files and lists them in `Prepared`. A row is `seq_length` inputs and
+their next tokens. Rows follow each other without a gap, so every token of the stream but the first
 is predicted once in an epoch, and less than a row is left over at the end.
 
-Where the tokenizer puts tokens before a text (`before`), a row that begins within a document begins
-with them too, as text does wherever the model is used: a model trained behind `<s>` knows little
-without it. Each row keeps places for them, so that row i is found without reading those before it.
-They are never what is predicted.
+If the tokenizer puts tokens before a text (`before`), a row that begins within a document begins
+with them too, because a model trained with `<s>` predicts badly without it. Each row keeps places
+for them, so that row i is found without reading the rows before it. They are never predicted.
 """
 
 from __future__ import annotations
@@ -28,19 +27,16 @@ from dus_cli.errors import DataError, shown
 
 Ids = npt.NDArray[np.int64]
 
-# What the loss passes over.
+# The label that the loss ignores.
 IGNORED = -100
 
-# Parts kept open at a time, by two files each: well below the 1,024 that a process commonly may
-# open.
+# Parts kept open at a time, two files each; a process may commonly open 1,024 files.
 _MOST_OPEN = 128
 
 
 @dataclass(frozen=True)
 class Part:
-    """A folder below `tokens/` by its key. Counts of tokens include the end-of-text of each
-    document.
-    """
+    """A folder below `tokens/`, named `key`. Token counts include the special tokens."""
 
     key: str
     num_train_tokens: int
@@ -67,21 +63,20 @@ class Prepared:
     """All of a run's data.
 
     Attributes:
-        sources: where training rows come from.
-        eval_parts: evaluation data of its own; empty where held-out documents are a share of the
-            sources.
-        holdout: the share that was held out. More than asked for where that held no document; 0
-            where none is.
-        dtype: of the ids in the files: uint16 or uint32.
+        sources: the training data.
+        eval_parts: the parts of --eval-data; empty if a share of the sources is held out.
+        holdout: the share that was held out: larger than requested if that held out no document, 0
+            if nothing is held out.
+        dtype: the type of the ids in the files: uint16 or uint32.
         eos: the end-of-text id.
-        before: the ids with which each document begins, and each row.
-        skipped: lines, and documents left out, by reason.
+        before: the ids with which each document and each row begins.
+        skipped: how many lines and documents were left out, by reason.
         unread: files of folders and patterns that look like data and were not read: `count`, and
             some `names`.
-        eval_names: the held-out set that each of `eval_parts` is of; empty where they are one set
-            without a name.
-        content_key: a digest of all tokens and of the way they were split; with it a resumed run
-            knows its data.
+        eval_names: the held-out set that each of `eval_parts` belongs to; empty if they are one
+            set without a name.
+        content_key: a digest of all tokens and of the split, by which a resumed run recognises its
+            data.
     """
 
     sources: tuple[PreparedSource, ...]
@@ -97,12 +92,14 @@ class Prepared:
 
     @property
     def heldout_sets(self) -> dict[str, tuple[Part, ...]]:
-        """The parts that have the held-out documents of each set, by its name; "" without one."""
+        """The parts with the held-out documents of each set, by the set's name ("" if it has
+        none).
+        """
         if not self.eval_names:
             return {"": (*self.parts, *self.eval_parts)}
         pairs = list(zip(self.eval_names, self.eval_parts, strict=True))
         return {
-            name: tuple(part for its, part in pairs if its == name)
+            name: tuple(part for part_name, part in pairs if part_name == name)
             for name in dict.fromkeys(self.eval_names)
         }
 
@@ -138,13 +135,13 @@ class Prepared:
             for source in data["sources"]
         )
         eval_parts = tuple(Part(**part) for part in data["eval_parts"])
-        made = {"sources": sources, "eval_parts": eval_parts}
+        parsed = {"sources": sources, "eval_parts": eval_parts}
         ids_and_names = {name: tuple(data.get(name, ())) for name in ("before", "eval_names")}
-        return cls(**{**data, **made, **ids_and_names})
+        return cls(**{**data, **parsed, **ids_and_names})
 
 
 class Tokens(Protocol):
-    """Tokens of documents one behind the other, wherever they are kept."""
+    """The tokens of consecutive documents, in memory or in files."""
 
     def read(self, start: int, stop: int) -> Ids: ...
 
@@ -152,11 +149,10 @@ class Tokens(Protocol):
 
 
 class Stream:
-    """The training or the held-out tokens of several parts, one behind the other. Files are opened
-    when needed.
+    """The training or the held-out tokens of several parts in a row. Files are opened when needed.
 
     Raises:
-        DataError: from `read` and `document_starts`, where a file does not measure what it should.
+        DataError: from `read` and `document_starts`, if a file does not have the expected size.
     """
 
     def __init__(
@@ -182,25 +178,25 @@ class Stream:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> Ids:
-        """Tokens start…stop − 1, int64."""
-        found = [ids[begin:end] for _, ids, _, begin, end in self._overlaps(start, stop)]
-        return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+        """The tokens start…stop − 1, int64."""
+        pieces = [ids[begin:end] for _, ids, _, begin, end in self._overlaps(start, stop)]
+        return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)
 
     def document_starts(self, start: int, stop: int) -> Ids:
         """Positions in start…stop − 1 at which a document begins, ascending, int64."""
-        found = [np.empty(0, np.int64)]
+        positions = [np.empty(0, np.int64)]
         for offset, _, ends, begin, end in self._overlaps(start, stop):
             if begin == 0:
-                found.append(np.array([offset], np.int64))
+                positions.append(np.array([offset], np.int64))
             first, last = np.searchsorted(ends, [max(begin, 1), end])
-            found.append(ends[first:last].astype(np.int64) + offset)
-        return np.concatenate(found)
+            positions.append(ends[first:last].astype(np.int64) + offset)
+        return np.concatenate(positions)
 
     def _overlaps(
         self, start: int, stop: int
     ) -> list[tuple[int, npt.NDArray[Any], npt.NDArray[Any], int, int]]:
-        """Each part that has some of the tokens: its start in the stream, ids, ends, and which
-        of its tokens.
+        """For each part with some of these tokens: its start in the stream, its ids, its document
+        ends, and the range of its tokens.
         """
         assert 0 <= start <= stop <= self.num_tokens
         overlaps = []
@@ -219,7 +215,7 @@ class Stream:
         if files is None:
             key, num_tokens, num_documents = self._counts[index]
             while len(self._open) >= _MOST_OPEN:
-                del self._open[next(iter(self._open))]  # the one that was not used for longest
+                del self._open[next(iter(self._open))]  # the least recently used
             folder = self._folder / key
             files = (
                 _mapped(folder / f"{self._name}.bin", self._dtype, num_tokens),
@@ -238,13 +234,13 @@ def _mapped(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
     except OSError as error:
         reason = error.strerror or str(error)
     raise DataError(
-        f"the token file {path.name} in {shown(path.parent)} is damaged ({reason}); start again, "
-        "which builds it anew"
+        f"the token file {path.name} in {shown(path.parent)} is damaged ({reason}); start again "
+        "to rebuild it"
     )
 
 
 class Row(NamedTuple):
-    """int64, all of the row's length. Labels are next tokens, IGNORED where none counts."""
+    """Three arrays, int64 of shape (seq_length,). Labels are next tokens, or IGNORED."""
 
     input_ids: Ids
     labels: Ids
@@ -253,8 +249,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """How a stream becomes rows: their length, what fills the last, what a text begins with, and
-    the mask.
+    """How a stream is cut into rows.
+
+    Attributes:
+        seq_length: tokens in a row.
+        eos: pads the last row.
+        before: the ids with which a document or row begins.
+        document_mask: whether the documents of a row are kept apart.
 
     Raises:
         DataError: a row has no place for text.
@@ -268,9 +269,9 @@ class Packing:
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise DataError(
-                f"a row of {self.seq_length} tokens has no place behind the {len(self.before)} "
-                "with which the "
-                "tokenizer begins a text; choose a larger --seq-length, or --no-special-tokens"
+                f"a row of {self.seq_length} tokens has no place after the {len(self.before)} with "
+                "which the tokenizer begins a text; choose a larger --seq-length, or "
+                "--no-special-tokens"
             )
 
     @property
@@ -279,13 +280,13 @@ class Packing:
         return self.seq_length - len(self.before)
 
     @property
-    def num_unasked(self) -> int:
-        """Tokens at a document's beginning that are not predicted."""
+    def num_unpredicted(self) -> int:
+        """Tokens at the beginning of each document that are not predicted."""
         return len(self.before) or int(self.document_mask)
 
     def lead(self, tokens: Tokens, start: int) -> int:
-        """How many of `before` stand in front of a row from token `start` on: as many as are not
-        there already.
+        """How many ids of `before` are put in front of a row that begins at token `start`: those
+        that the stream does not have there already.
         """
         if not self.before:
             return 0
@@ -293,11 +294,10 @@ class Packing:
         return start - int(begins[-1]) if len(begins) else len(self.before)
 
     def whole(self, tokens: Tokens, stop: int) -> list[int]:
-        """The tokens at which rows begin so that no document is cut that a row can hold, as far as
-        `stop`.
+        """The tokens before `stop` at which rows begin if no document that fits a row is cut.
 
-        A document whose beginning is in one row and its end in the next would be measured behind
-        `before` in its midst, which is not how the model meets text.
+        A cut document would be measured with `before` in its midst, where the model has never seen
+        it.
         """
         begins = [*tokens.document_starts(0, stop).tolist(), stop]
         starts, place = [0], 0
@@ -312,37 +312,38 @@ class Packing:
             starts.append(place)
 
     def row(self, tokens: Tokens, start: int, stop: int, *, is_full: bool = False) -> Row:
-        """The row from token `start` on. From `stop` on there are none: eos, without labels.
+        """The row that begins at token `start`. From token `stop` on it is padded with eos, without
+        labels.
 
-        A row has `stride` tokens of the stream, or as many as it has places for if it `is_full`.
-        With the mask a document's last token predicts nothing, and positions begin anew with each
+        A row has `stride` tokens of the stream or, if it `is_full`, as many as fit. With the
+        document mask a document's last token predicts nothing, and positions restart at 0 with each
         document.
         """
         lead = self.lead(tokens, start)
         most = self.seq_length - lead if is_full else self.stride
-        found = tokens.read(start, min(start + most + 1, stop))
-        end = lead + len(found) - 1
+        ids = tokens.read(start, min(start + most + 1, stop))
+        end = lead + len(ids) - 1
         input_ids, labels = (
             np.full(self.seq_length, self.eos, np.int64),
             np.full(self.seq_length, IGNORED, np.int64),
         )
         input_ids[:lead], input_ids[lead:end], labels[lead:end] = (
             self.before[:lead],
-            found[:-1],
-            found[1:],
+            ids[:-1],
+            ids[1:],
         )
-        # Where documents begin, as inputs of this row: from before it, for what its labels still
-        # have of `before`.
+        # Where documents begin, counted in inputs of this row. A document that began just before
+        # the row may still have ids of `before` among the row's labels.
         first = max(0, start + 1 - max(0, len(self.before) - 1))
-        begins = tokens.document_starts(first, start + len(found)) - start + lead
-        for offset in range(self.num_unasked):
+        begins = tokens.document_starts(first, start + len(ids)) - start + lead
+        for offset in range(self.num_unpredicted):
             places = begins + offset - 1  # of the labels
             labels[places[(places >= lead) & (places < end)]] = IGNORED
         positions = np.arange(self.seq_length, dtype=np.int64)
         if self.document_mask:
             inner = begins[(begins > lead) & (begins < end)]
             if end < self.seq_length:
-                inner = np.append(inner, end)  # what fills the row is no part of the last document
+                inner = np.append(inner, end)  # the padding is a document of its own
             origins = np.zeros(self.seq_length, np.int64)
             origins[inner] = inner
             positions -= np.maximum.accumulate(origins)
@@ -352,11 +353,11 @@ class Packing:
 class Rows:
     """The training rows in the order of a run with this seed.
 
-    Without weights all sources are one stream; with weights each is its own, and only in rows do
-    they mix.
+    Without weights all sources are one stream; with weights each source is a stream of its own, so
+    that a row is of one source.
 
     Raises:
-        DataError: too few tokens for a row; from `row`, a damaged token file.
+        DataError: there are too few tokens for a row; from `row`, a token file is damaged.
     """
 
     def __init__(
@@ -381,28 +382,27 @@ class Rows:
         return self.order.rows_per_epoch
 
     def row(self, index: int) -> Row:
-        """The run's row `index` = 0, 1, …, without an end."""
+        """The run's row `index` = 0, 1, …, without end."""
         source, start = self.place(index)
         stream = self._streams[source]
         return self.packing.row(stream, start, stream.num_tokens)
 
     def place(self, index: int) -> tuple[int, int]:
-        """The source of the run's row `index`, and the token of it with which the row begins."""
+        """The source of the run's row `index`, and the token of the source at which it begins."""
         source, place = self.order.locate(index)
         return source, place * self.packing.stride
 
 
 class RowsInOrder(Sequence[Row]):
-    """The first `stop` tokens in rows, in stored order, read when asked for. The last one is filled
-    up.
+    """The first `stop` tokens as rows in stored order, read on access. The last row is padded.
 
-    Where the tokenizer puts tokens before a text, so is each row that would else cut a document in
-    two.
+    If the tokenizer puts tokens before a text, rows begin so that no document that fits a row is
+    cut.
     """
 
     def __init__(self, tokens: Tokens, stop: int, packing: Packing) -> None:
         self.tokens, self.packing = tokens, packing
-        last = max(0, stop - 1)  # it is predicted, and no input
+        last = max(0, stop - 1)  # the last token is a label only, not an input
         starts = (
             packing.whole(tokens, stop)
             if packing.before and last
@@ -415,16 +415,16 @@ class RowsInOrder(Sequence[Row]):
 
     @property
     def num_documents(self) -> int:
-        """Documents that some row has a token of."""
+        """The number of documents with a token in some row."""
         return len(self.tokens.document_starts(0, self._starts[-1]))
 
     @property
     def num_labels(self) -> int:
-        """Tokens that are predicted."""
+        """The number of tokens that are predicted."""
         return sum(int((row.labels != IGNORED).sum()) for row in self)
 
     def start(self, index: int) -> int:
-        """The token with which row `index` begins."""
+        """The token at which row `index` begins."""
         return self._starts[index]
 
     @overload
@@ -449,8 +449,8 @@ def heldout_sets(
     document_mask: bool = True,
     max_tokens: int | None = None,
 ) -> dict[str, RowsInOrder]:
-    """The rows of each held-out set, by its name. The sets share `max_tokens`: each has as many as
-    the others, and what a smaller one leaves is theirs.
+    """The rows of each held-out set, by its name. The sets share `max_tokens` equally; what a
+    smaller set does not use goes to the others.
     """
     sizes = {
         name: sum(part.num_heldout_tokens for part in parts)

@@ -1,15 +1,15 @@
-"""The texts in a file, one at a time, by the kind of file that its name tells.
+"""The texts in a file, one at a time. The file's suffix says how it is read.
 
-- JSON (`.jsonl`, `.ndjson`, `.json`): an object a line, or one array of objects, or objects over
-  several lines; the content tells which. The text is in one of their fields.
-- `.csv`, `.tsv`: a row is a document, the text in the column that the first row names. RFC 4180, of
-  which only the comma is taken loosely: where the first row has the column with semicolons, tabs or
-  bars, they separate.
+- JSON (`.jsonl`, `.ndjson`, `.json`): one object per line, one array of objects, or objects over
+  several lines; the content decides. The text is in one of their fields.
+- `.csv`, `.tsv`: each row is a document, with the text in a column named by the first row. RFC
+  4180, but semicolons, tabs or bars also separate columns if the first row has the column with
+  them.
 - `.txt`: cut at blank lines into pieces of at most 64 KiB, each a document.
-- `.parquet`, `.arrow`, `.feather`: a row is a document, the text in one of the columns. Of Arrow
-  the file and the stream format.
+- `.parquet`, `.arrow`, `.feather`: each row is a document, with the text in one of the columns.
+  Arrow files may be in the file or the stream format.
 
-Memory is the longest document, whatever the size of a file. Text is UTF-8; a byte order mark at the
+Memory grows with the longest document, not with the file. Text is UTF-8; a byte order mark at the
 start of a file is dropped.
 """
 
@@ -27,25 +27,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from dus_cli.data.containers import BUFFER, UnreadableError, check_is_text, import_library, opened
-from dus_cli.data.remote import RemoteFile
+from dus_cli.data.remote import StoreFile
 from dus_cli.errors import shown, shown_list
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# A longer line or item is garbage: what a disk full of zeros or a binary file by a wrong name looks
-# like.
+# Bytes. A longer line or item is not text: a file of zeros, or a binary file with a wrong suffix.
 LONGEST_LINE = 64 << 20
 
 # A piece of a .txt file, in bytes.
 TEXT_PIECE = 64 << 10
 
-# What is looked at to tell what is in a file of JSON.
+# Bytes that are read to find the shape of a JSON file.
 _HEAD = 64 << 10
 
 _BOM = b"\xef\xbb\xbf"
-# Arrow's names of what can hold text; a column without a value is "null".
+# Arrow's types that can hold text; the type of a column without any value is "null".
 _TEXT_TYPES = {
     "string",
     "large_string",
@@ -63,36 +62,43 @@ _ROWS = 64
 
 
 class BadRecordError(Exception):
-    """A line, row or item without a text: the reason as it is counted, and in words."""
+    """A line, row or item holds no text. `reason` is the key of the count, `detail` a sentence."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
 
-# Told what is counted (line, row or item), its number from 1, and what is wrong with it.
+# Called with the unit ("line", "row" or "item"), its number from 1, and what is wrong with it.
 OnBad = Callable[[str, int, BadRecordError], None]
-# Told how many bytes of the file were read.
+# Called with how many bytes of the file were read.
 OnPosition = Callable[[int], None]
 # A text, or the ids of its tokens.
 Document: TypeAlias = "str | npt.NDArray[np.uint32]"
-# Makes a document of a field's value, and raises BadRecordError where it is none.
+# Makes a document from a field's value, or raises BadRecordError.
 OfValue: TypeAlias = Callable[[object], Document]
 
 
 def texts_in(
-    path: Path | RemoteFile,
+    path: Path | StoreFile,
     kind: str,
     text_field: str,
     on_bad: OnBad,
     on_position: OnPosition,
     of_value: OfValue | None = None,
 ) -> Iterator[Document]:
-    """The texts in a file of a kind, its suffix without a compression's: ".jsonl". White space
-    alone is a text, too. `of_value` makes documents of values that are no texts.
+    """The texts in a file, including those of white space only.
+
+    Args:
+        path: the file.
+        kind: its suffix without a compression's, such as ".jsonl".
+        text_field: the field or column that is read.
+        on_bad: called for each line, row or item without a text.
+        on_position: called with how many bytes of the file were read.
+        of_value: makes a document from the field's value; None if the value is the text.
 
     Raises:
-        UnreadableError: it cannot be read, ends too early, lacks the column.
+        UnreadableError: the file cannot be read, is truncated or lacks the column.
         OSError: the disk fails.
     """
     if kind in {".parquet", ".arrow", ".feather"}:
@@ -101,7 +107,7 @@ def texts_in(
         return
     if of_value is not None and kind not in {".jsonl", ".ndjson", ".json"}:
         raise UnreadableError(
-            "it holds text alone, no messages or tokens; give .jsonl, .json, .parquet or .arrow"
+            "it can hold only text, not messages or tokens; give .jsonl, .json, .parquet or .arrow"
         )
     head = head_of(path)
     check_is_text(head)
@@ -120,15 +126,15 @@ def texts_in(
             yield text
 
 
-def head_of(path: Path | RemoteFile) -> bytes:
-    """What a file begins with, unpacked."""
+def head_of(path: Path | StoreFile) -> bytes:
+    """The first bytes of a file, decompressed."""
     with opened(path) as (_, stream):
         return stream.read(_HEAD)
 
 
-def is_one_object_without(path: Path | RemoteFile, text_field: str) -> bool:
-    """Whether a file of JSON is one object without this field: a description of data beside them,
-    and no data.
+def is_one_object_without(path: Path | StoreFile, text_field: str) -> bool:
+    """Whether a JSON file is a single object without this field: it then describes data and holds
+    none.
 
     Raises:
         OSError: the disk fails.
@@ -151,15 +157,15 @@ class _Shape(Enum):
 
 
 def _shape(head: bytes) -> _Shape:
-    """What a file of JSON is, by its beginning: a line that goes on is not a value by itself."""
+    """The shape of a JSON file, by its first bytes: whether its first line is a value by itself."""
     text = head.removeprefix(_BOM).lstrip()
     line, newline, rest = text.partition(b"\n")
     try:
-        written = line.decode(errors="replace").rstrip()
-        json.loads(written, parse_int=float)
-        goes_on = text.startswith(b"[") and not rest.strip()  # all of an array in one line
+        first_line = line.decode(errors="replace").rstrip()
+        json.loads(first_line, parse_int=float)
+        goes_on = text.startswith(b"[") and not rest.strip()  # a whole array in one line
     except json.JSONDecodeError as error:
-        goes_on = error.pos >= len(written) if newline else len(head) == _HEAD
+        goes_on = error.pos >= len(first_line) if newline else len(head) == _HEAD
     except (ValueError, RecursionError):
         goes_on = False
     if goes_on and text.startswith(b"["):
@@ -187,7 +193,7 @@ def _line_texts(
 
 
 def _value(line: bytes) -> object:
-    """The value in a line of JSON."""
+    """The JSON value in a line."""
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -196,11 +202,8 @@ def _value(line: bytes) -> object:
         raise BadRecordError(
             "malformed_json", f"not JSON ({error.msg} at column {error.colno})"
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ):  # a number of thousands of digits, brackets a thousand deep
-        raise BadRecordError("malformed_json", "no JSON that can be read") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets too deep
+        raise BadRecordError("malformed_json", "JSON beyond what Python reads") from None
 
 
 def _value_texts(
@@ -214,16 +217,15 @@ def _value_texts(
 
 
 class _Values:
-    """The items of a JSON array, or values one behind the other, decoded one at a time.
+    """The items of a JSON array, or consecutive JSON values, decoded one at a time.
 
     Raises:
-        UnreadableError: from the iteration, where no value can be read: what follows it cannot be
-            told apart.
+        UnreadableError: from the iteration, if a value cannot be read: its end is then unknown.
     """
 
     def __init__(self, stream: BinaryIO, *, is_array: bool) -> None:
         self._stream, self._is_array = stream, is_array
-        # A bad byte is that of one item.
+        # surrogateescape, so that a bad byte spoils one item only
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._text, self._at, self._is_end = "", 0, False
         self._lines_before = self._number = 0
@@ -241,17 +243,17 @@ class _Values:
         if self._is_array:
             self._take("]")
             if self._next():
-                raise self._no_json("something stands behind the array")
+                raise self._error("the array has ended, but the file has not")
 
     def _more(self) -> None:
-        """Twice the rest, so that a long item is scanned a few times only."""
+        """Read as much again as is left, so that a long item is scanned a few times only."""
         rest = self._text[self._at :]
         piece = self._stream.read(max(BUFFER, len(rest)))
         self._lines_before += self._text.count("\n", 0, self._at)
         self._text, self._at, self._is_end = rest + self._decode(piece, not piece), 0, not piece
 
     def _next(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
@@ -262,7 +264,7 @@ class _Values:
 
     def _take(self, expected: str) -> None:
         if self._next() != expected:
-            raise self._no_json(f"no {expected} where one belongs")
+            raise self._error(f"expected {expected}")
         self._at += 1
 
     def _value(self) -> object:
@@ -273,18 +275,18 @@ class _Values:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._is_end:
-                    raise self._no_json(error.msg, error.pos) from None
+                    raise self._error(error.msg, error.pos) from None
             except RecursionError:
-                raise self._no_json("brackets too deep") from None
+                raise self._error("brackets too deep") from None
             else:
-                if end < len(self._text) or self._is_end:  # else a number may go on
+                if end < len(self._text) or self._is_end:  # else a number may be cut
                     self._at = end
                     return value
             if len(self._text) - self._at > LONGEST_LINE:
-                raise self._no_json(f"longer than {LONGEST_LINE >> 20} MiB")
+                raise self._error(f"longer than {LONGEST_LINE >> 20} MiB")
             self._more()
 
-    def _no_json(self, why: str, at: int | None = None) -> UnreadableError:
+    def _error(self, why: str, at: int | None = None) -> UnreadableError:
         line = self._lines_before + self._text.count("\n", 0, self._at if at is None else at) + 1
         return UnreadableError(
             f"its JSON breaks off at item {self._number or 1}, line {line} ({why}); mend it, or "
@@ -292,20 +294,21 @@ class _Values:
         )
 
 
-# A number of any length is read: items cannot be left out where one is not.
+# Integers are read as floats: an int of too many digits is an error, which would end the file.
 _DECODER = json.JSONDecoder(parse_int=float)
 
 
 def _text_of(record: object, text_field: str, of_value: OfValue | None) -> Document:
-    """The text in an object."""
-    if not isinstance(record, dict) or text_field not in record:
-        holds = (
-            f"an object with {shown_list(list(record)) or 'nothing'}"
-            if isinstance(record, dict)
-            else "no object"
-        )
+    """The document in an object's field."""
+    if not isinstance(record, dict):
         raise BadRecordError(
-            "missing_field", f"no field {shown(text_field)} but {holds} (--text-field)"
+            "missing_field", f"not an object with a field {shown(text_field)} (--text-field)"
+        )
+    if text_field not in record:
+        fields = shown_list(list(record)) or "none"
+        raise BadRecordError(
+            "missing_field",
+            f"the object has no field {shown(text_field)}; its fields are {fields} (--text-field)",
         )
     text = record[text_field]
     if of_value is not None:
@@ -313,16 +316,16 @@ def _text_of(record: object, text_field: str, of_value: OfValue | None) -> Docum
     if not isinstance(text, str):
         raise BadRecordError(
             "not_a_string",
-            f"the field {shown(text_field)} is no string but {shown(json.dumps(text))}",
+            f"the field {shown(text_field)} is not a string: {shown(json.dumps(text))}",
         )
     return encodable_text(text)
 
 
 def encodable_text(text: str) -> str:
-    """The text itself.
+    """The text itself, if UTF-8 can encode it.
 
     Raises:
-        BadRecordError: it holds what is no character.
+        BadRecordError: it holds a byte or half a character that UTF-8 cannot encode.
     """
     try:
         text.encode()
@@ -330,7 +333,7 @@ def encodable_text(text: str) -> str:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # of surrogateescape
             detail = f"not UTF-8 (byte 0x{code - 0xDC00:02x}); convert it with iconv"
-        else:  # JSON can say half of a character: "\ud83d"
+        else:  # JSON can spell half of a character: "\ud83d"
             detail = f"{text[error.start]!a} is half of a character"
         raise BadRecordError("invalid_utf8", detail) from None
     return text
@@ -347,9 +350,7 @@ def _not_utf8(error: UnicodeDecodeError) -> BadRecordError:
 
 
 def _txt_pieces(stream: BinaryIO, on_bad: OnBad) -> Iterator[str]:
-    """Pieces that depend on what is in them alone, so that text added behind changes but the
-    last.
-    """
+    """Pieces of a text file. Text appended to the file changes only the last piece."""
     rest = stream.read(TEXT_PIECE + len(_BOM)).removeprefix(_BOM)
     number = 1
     while rest:
@@ -365,8 +366,8 @@ def _txt_pieces(stream: BinaryIO, on_bad: OnBad) -> Iterator[str]:
 
 
 def _piece_end(text: bytes) -> int:
-    """Behind the last blank line of the first 64 KiB; without one in their second half a line's
-    end; else anywhere.
+    """Where to cut: after the last blank line in the second half of the first 64 KiB; else after
+    their last line; else between two characters.
     """
     if len(text) <= TEXT_PIECE:
         return len(text)
@@ -396,7 +397,9 @@ def _good_lines(piece: bytes, first: int, on_bad: OnBad) -> Iterator[str]:
 def _csv_texts(
     stream: BinaryIO, delimiter: str | None, text_field: str, on_bad: OnBad
 ) -> Iterator[str]:
-    """A delimiter of None is told by the first row. Rows are counted behind it, from 1."""
+    """The texts in a CSV file. A delimiter of None is found from the first row, which names the
+    columns; the rows after it are counted from 1.
+    """
     with io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
         lines = _csv_lines(text)
         first = next(lines, "")
@@ -409,7 +412,7 @@ def _csv_texts(
         for row in _csv_rows(rows):
             if column is None:
                 if isinstance(row, csv.Error):
-                    raise UnreadableError(f"its first row is no CSV ({row}); mend it")
+                    raise UnreadableError(f"its first row is not CSV ({row}); mend it")
                 if text_field not in row:
                     raise _no_column(row, text_field)
                 column, width = row.index(text_field), len(row)
@@ -417,10 +420,10 @@ def _csv_texts(
             number += 1
             try:
                 if isinstance(row, csv.Error):
-                    raise BadRecordError("malformed_csv", f"no CSV ({row})")
+                    raise BadRecordError("malformed_csv", f"not CSV ({row})")
                 if len(row) != width:
                     raise BadRecordError(
-                        "malformed_csv", f"{len(row)} fields where the first row names {width}"
+                        "malformed_csv", f"{len(row)} fields, but the first row names {width}"
                     )
                 yield encodable_text(row[column])
             except BadRecordError as problem:
@@ -428,7 +431,7 @@ def _csv_texts(
 
 
 def _csv_lines(text: io.TextIOWrapper) -> Iterator[str]:
-    """Lines with their ends, as csv wants them."""
+    """Lines with their line ends, as csv.reader takes them."""
     number = 0
     while line := text.readline(LONGEST_LINE + 1):
         number += 1
@@ -440,15 +443,15 @@ def _csv_lines(text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _csv_rows(rows: Any) -> Iterator[list[str] | csv.Error]:
-    """Rows of a csv.reader, or what is wrong with a row of one line. Blank lines are none."""
+    """The rows of a csv.reader without blank lines. For a bad row of one line, its error."""
     while True:
         line = rows.line_num
         try:
             row = next(rows, None)
         except csv.Error as error:
-            if rows.line_num > line + 1:  # nobody knows where it ends
+            if rows.line_num > line + 1:  # an open quote: where the row ends is unknown
                 raise UnreadableError(
-                    f"its row on line {line + 1} is no CSV ({error}); mend it"
+                    f"its row on line {line + 1} is not CSV ({error}); mend it"
                 ) from None
             yield error
             continue
@@ -459,7 +462,7 @@ def _csv_rows(rows: Any) -> Iterator[list[str] | csv.Error]:
 
 
 def _delimiter(line: str, text_field: str) -> str:
-    """What separates columns so that one of them is the text's; a comma where none does."""
+    """The delimiter with which the first row has the text's column; a comma if none does."""
     for delimiter in ",;\t|":
         if text_field in next(csv.reader([line], delimiter=delimiter), []):
             return delimiter
@@ -468,13 +471,13 @@ def _delimiter(line: str, text_field: str) -> str:
 
 def _no_column(names: list[str], text_field: str) -> UnreadableError:
     return UnreadableError(
-        f"it has no column {shown(text_field)} but {shown_list(names) or 'none'}; choose with "
-        "--text-field, or leave the file out"
+        f"it has no column {shown(text_field)}; its columns are {shown_list(names) or 'none'}; "
+        "choose with --text-field, or leave the file out"
     )
 
 
 def _parquet_texts(
-    path: Path | RemoteFile,
+    path: Path | StoreFile,
     text_field: str,
     on_bad: OnBad,
     on_position: OnPosition,
@@ -484,10 +487,10 @@ def _parquet_texts(
         import_library("pyarrow", ".parquet"),
         import_library("pyarrow.parquet", ".parquet"),
     )
-    _check_is_no_pointer(path)
+    _check_not_pointer(path)
     size, number = path.stat().st_size, 0
     try:
-        # Pages as they come: otherwise a row group, which may be gigabytes, is read at once.
+        # Read page by page: with pre_buffer a row group, which may be gigabytes, is read at once.
         source = path if isinstance(path, Path) else path.open()
         with parquet.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False) as file:
             names = file.schema_arrow.names
@@ -507,18 +510,20 @@ def _parquet_texts(
 
 
 def _arrow_texts(
-    path: Path | RemoteFile,
+    path: Path | StoreFile,
     text_field: str,
     on_bad: OnBad,
     on_position: OnPosition,
     of_value: OfValue | None,
 ) -> Iterator[Document]:
-    """Of the file format (Feather 2 is one) or the stream format; the content tells which."""
+    """The texts in an Arrow file, in the file format (as Feather 2 is) or the stream format; the
+    content decides.
+    """
     arrow, ipc = import_library("pyarrow", path.suffix), import_library("pyarrow.ipc", path.suffix)
-    head = _check_is_no_pointer(path)
+    head = _check_not_pointer(path)
     if head.startswith(b"FEA1"):
         raise UnreadableError(
-            "it is of Feather's first version; write it anew with pyarrow.feather.write_feather"
+            "it is in Feather's first version; convert it with pyarrow.feather.write_feather"
         )
     number = 0
     try:
@@ -552,8 +557,8 @@ def _batches(reader: Any) -> Iterator[Any]:
         yield reader.get_batch(index)
 
 
-def _check_is_no_pointer(path: Path | RemoteFile) -> bytes:
-    """Check that a file is not what Git LFS leaves in its place; what it begins with."""
+def _check_not_pointer(path: Path | StoreFile) -> bytes:
+    """Check that a file is not a Git LFS pointer; return its first bytes."""
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version "):
@@ -570,8 +575,8 @@ def _column_texts(
     *,
     of_value: OfValue | None,
 ) -> Iterator[Document]:
-    """The texts of some rows, of which `number` came before. Undecoded bytes: a bad one would
-    fail all of them.
+    """The texts in a batch of rows, `number` rows after the first one. They are decoded one by
+    one, because in a batch one bad byte would fail them all.
     """
     if of_value is not None:
         column.validate(full=True)
@@ -582,16 +587,16 @@ def _column_texts(
         column = column.dictionary_decode()
     if str(column.type) not in _TEXT_TYPES:
         raise UnreadableError(
-            f"the column is no text but {shown(column.type)}; choose another with --text-field"
+            f"the column holds {shown(column.type)}, not text; choose another with --text-field"
         )
     name = str(column.type)
     if name.endswith(("string", "string_view")):
         column = column.view(name.replace("string", "binary"))
-    column.validate(full=True)  # of a damaged file it may point outside of memory
+    column.validate(full=True)  # in a damaged file its offsets may point outside of memory
     for row, value in enumerate(column.to_pylist(), number + 1):
         try:
             if value is None:
-                raise BadRecordError("missing_field", f"nothing in the column {shown(text_field)}")
+                raise BadRecordError("missing_field", f"the column {shown(text_field)} is empty")
             yield value.decode()
         except UnicodeDecodeError as error:
             on_bad("row", row, _not_utf8(error))

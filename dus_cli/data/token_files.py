@@ -1,15 +1,13 @@
-"""Text to token files: the model's own tokenizer, in parallel, in memory that does not grow with
-the text.
+"""Text to token files, with the model's own tokenizer, in memory that does not grow with the text.
 
 A part is a folder:
 
-- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, one document behind the other. A document
-  begins with what the model's tokenizer puts before a text, and ends with what it puts behind one
-  and with one end-of-text.
-- `train.idx`, `heldout.idx`: uint64, where each document ends, in tokens.
-- `hashes.bin`: uint64, the hash of each document where all are held out (evaluation data); else
-  empty.
-- `meta.json`: counts, and what the files must measure.
+- `train.bin`, `heldout.bin`: token ids, uint16 or uint32, document after document. A document
+  begins with the special tokens that the model's tokenizer puts before a text, and ends with those
+  that it puts after one and with one end-of-text.
+- `train.idx`, `heldout.idx`: uint64, the token offset at which each document ends.
+- `hashes.bin`: uint64, the hash of each document of evaluation data; else empty.
+- `meta.json`: counts, from which the sizes of the files follow.
 
 While one batch is tokenised (by the tokenizer's own threads, without Python's lock) a thread reads
 the next.
@@ -31,9 +29,9 @@ import numpy as np
 
 from dus_cli.common.files import sync_file, writing
 from dus_cli.data.columns import document_of
-from dus_cli.data.documents import Column, Reading, Tally, documents_of
+from dus_cli.data.documents import Column, ReadCounts, Reading, documents_of
 from dus_cli.data.holdout import EVERYTHING, HASH_BITS, Split, text_hash
-from dus_cli.data.remote import RemoteFile
+from dus_cli.data.remote import StoreFile
 from dus_cli.data.texts import Document, OfValue
 from dus_cli.data.tokeniser import Tokeniser, pieces_of
 
@@ -42,20 +40,20 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 
-# Bytes of text tokenised at a time: enough for every core, and the tokenizer needs some 40 times as
-# much.
+# Bytes of text tokenised at a time: enough for every core; the tokenizer's memory is about 40 times
+# as much.
 _BATCH = min(os.cpu_count() or 1, 16) << 20
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
-    """The smallest type that holds every id."""
+    """The smallest integer type that holds every id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 @dataclass
 class Summary:
-    """What building a part found. `lowest_hash` and `highest_hash` are of the documents that
-    were not left out.
+    """Results of building a part, written to meta.json. `lowest_hash` and `highest_hash` are of the
+    documents that were not left out.
     """
 
     skipped: dict[str, int] = field(default_factory=dict)
@@ -65,8 +63,8 @@ class Summary:
 
 
 class _Piece(NamedTuple):
-    """A document or a piece of one: whether it is held out, and whether the document begins and
-    ends with it. Tokens are always whole documents.
+    """A document, or a piece of a long text: whether it is held out, and whether it is the first
+    and the last piece. A document of token ids is always one piece.
     """
 
     text: Document
@@ -82,7 +80,7 @@ class _Batch(NamedTuple):
 
 def write_part(
     folder: Path,
-    files: Sequence[Path | RemoteFile],
+    files: Sequence[Path | StoreFile],
     reading: Reading,
     split: Split,
     tokeniser: Tokeniser,
@@ -90,15 +88,15 @@ def write_part(
     *,
     column: Column = Column.text,
 ) -> dict[str, Any]:
-    """Tokenise files into an empty folder, down to the disk; return what meta.json says.
+    """Tokenise files into an empty folder and sync it; return the content of meta.json.
 
     Args:
-        folder: where.
+        folder: where the part is written.
         files: read in this order.
-        reading: how documents are found.
-        split: which of them are held out, or left out.
+        reading: the text field, and what to do with bad lines.
+        split: which documents are held out or left out.
         tokeniser: the model's.
-        on_bytes: told how many bytes of the files were done, again and again.
+        on_bytes: called with the bytes of the files done since the last call.
         column: what the field holds.
 
     Raises:
@@ -147,20 +145,20 @@ def write_part(
 
 
 def _encoded(batch: _Batch, tokeniser: Tokeniser) -> Iterator[Sequence[int]]:
-    """The ids of each piece; those of tokens are what they are."""
+    """The ids of each piece: of a text by the tokenizer, of token ids as they are."""
     encoded = iter(tokeniser.encode([p.text for p in batch.pieces if isinstance(p.text, str)]))
     for piece in batch.pieces:
         yield next(encoded) if isinstance(piece.text, str) else piece.text.tolist()
 
 
 def _begins(piece: _Piece, ids: Sequence[int], tokeniser: Tokeniser) -> bool:
-    """Whether tokens begin as the tokenizer begins a text already."""
+    """Whether a document of token ids already begins with the tokenizer's special tokens."""
     before = tokeniser.before
     return not isinstance(piece.text, str) and tuple(ids[: len(before)]) == tuple(before)
 
 
 def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
-    """Whether the files of a part measure what its meta.json says."""
+    """Whether the files of a part have the sizes that its meta.json implies."""
     try:
         size = np.dtype(meta["dtype"]).itemsize
         return (folder / "hashes.bin").stat().st_size == meta["num_hashes"] * 8 and all(
@@ -173,7 +171,7 @@ def is_whole(folder: Path, meta: dict[str, Any]) -> bool:
 
 
 def _read_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
-    """The same batches, the next one read while one is worked on."""
+    """The same batches; a thread reads the next one while the caller works on one."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(next, batches, None)
         while (batch := ahead.result()) is not None:
@@ -182,7 +180,7 @@ def _read_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
 
 
 def _batches(
-    files: Sequence[Path | RemoteFile],
+    files: Sequence[Path | StoreFile],
     reading: Reading,
     split: Split,
     summary: Summary,
@@ -192,14 +190,14 @@ def _batches(
     pieces: list[_Piece] = []
     num_bytes = position = 0
     for file in files:
-        tally = Tally(skipped=summary.skipped)
+        counts = ReadCounts(skipped=summary.skipped)
         start, size = position, file.stat().st_size
-        found = documents_of(file, reading.text_field, reading.on_bad_line, tally, of_value)
-        for text in found:
+        field_name, on_bad_line = reading.text_field, reading.on_bad_line
+        for text in documents_of(file, field_name, on_bad_line, counts, of_value):
             encoded = text.encode() if isinstance(text, str) else text.tobytes()
             number = text_hash(encoded)
             if number in split.left_out:
-                tally.skip("in_eval_data")
+                counts.skip("in_eval_data")
                 continue
             if split.share == EVERYTHING:
                 hashes.append(number)
@@ -212,7 +210,7 @@ def _batches(
                 is_first = False
                 num_bytes += len(encoded) * len(piece) // len(text)
                 if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
-                    reached = start + min(tally.position, size)
+                    reached = start + min(counts.position, size)
                     yield _Batch(pieces, reached - position)
                     pieces, num_bytes, position = [], 0, reached
         yield _Batch(pieces, start + size - position)
@@ -247,7 +245,7 @@ class _TokenFile:
 
     @property
     def highest_id(self) -> int:
-        """Of the ids not yet written."""
+        """The highest of the ids not yet written."""
         return int(np.frombuffer(self._ids, np.uint32).max(initial=0))
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""A model's own tokenizer, and what identifies it."""
+"""A model's own tokenizer, and the digest that identifies it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dus_cli.errors import DataError, encodable, reason_of, shown
 from dus_cli.source.mistaken import NUM_BYTES, not_fetched
 from dus_cli.source.reading import open_regular, reading
 
-# A longer document is tokenised in pieces (characters).
+# Characters; a longer document is tokenised in pieces.
 _LONGEST_PIECE = 1 << 20
 
-# What makes a tokenizer, by the names that transformers saves and reads.
+# The files of a tokenizer, by the names that transformers saves and reads.
 _TOKENIZER_FILES = """
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model tekken.json
@@ -27,7 +27,7 @@ def tokenizer_identity(folder: Path) -> str:
     """A digest of the files that a tokenizer is loaded from.
 
     Raises:
-        DataError: there are none, or they cannot be read.
+        DataError: there are no such files, or they cannot be read.
     """
     digest = hashlib.sha256()
     names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
@@ -49,7 +49,7 @@ def tokenizer_identity(folder: Path) -> str:
 
 
 def _check_fetched(folder: Path) -> None:
-    """Check that a tokenizer's files are not what a clone or a download left in their place.
+    """Check that a tokenizer's files were downloaded: none is a Git LFS pointer or an error page.
 
     Raises:
         DataError: one is.
@@ -64,40 +64,42 @@ def _check_fetched(folder: Path) -> None:
             raise DataError(f"the tokenizer in {shown(folder)}: {name} {what}")
 
 
-# Stands for a size that config.json does not give: token ids are numbers of 32 bits.
+# The bound on token ids if config.json gives no vocab_size: they are stored in 32 bits.
 UNKNOWN_VOCABULARY = 1 << 32
 
 
 class Tokeniser:
     """The tokenizer in a model's folder.
 
-    `before` are the ids with which a document begins, `ending` those with which one ends in a row
-    of documents: what the tokenizer itself puts around a text, and an end-of-text if that has none.
-    `eos` is the end-of-text alone, and `unknown` the id of what it cannot say, None where it has
-    none.
-
     Args:
         folder: the model's.
-        vocab_size: of the model; None where its config does not say, and any id may be.
-        special_tokens: False leaves out what the tokenizer puts around a text.
+        vocab_size: the model's; None if its config gives none, which allows any id.
+        special_tokens: False leaves out the special tokens that the tokenizer puts around a text.
+
+    Attributes:
+        before: the ids with which a document begins.
+        ending: the ids with which a document ends: those that the tokenizer puts after a text, and
+            the end-of-text if it is not among them.
+        eos: the end-of-text id.
+        unknown: the id of text that the vocabulary cannot encode; None if there is none.
 
     Raises:
-        DataError: it cannot be loaded, has no end-of-text token, or one beyond the model's
-            vocabulary.
+        DataError: the tokenizer cannot be loaded, has no end-of-text token, or gives an id beyond
+            the model's vocabulary.
     """
 
     def __init__(
         self, folder: Path, vocab_size: int | None, *, special_tokens: bool = True
     ) -> None:
-        # Otherwise tokenizers warns in every process that is forked from this one.
+        # If this is unset, tokenizers warns in every process forked from this one.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         from transformers import AutoTokenizer
 
         _check_fetched(folder)
         if str(folder) != encodable(str(folder)):
             raise DataError(
-                f"the name of {shown(folder)} is not UTF-8, and tokenizers opens no such path; "
-                "rename it"
+                f"the name of {shown(folder)} is not UTF-8, and tokenizers cannot open such a "
+                "path; rename it"
             )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
@@ -115,8 +117,8 @@ class Tokeniser:
         self.folder, self.vocab_size = folder, vocab_size or UNKNOWN_VOCABULARY
         around = self._special_tokens() if special_tokens else SpecialTokens()
         eos = self._tokenizer.eos_token_id
-        if eos is None and around.behind:
-            eos = around.behind[-1]  # [SEP] of a tokenizer that knows no other end
+        if eos is None and around.after:
+            eos = around.after[-1]  # BERT's [SEP], if the tokenizer names no eos_token
         if eos is None:
             raise DataError(
                 f"the tokenizer in {shown(folder)} has no end-of-text token to put between "
@@ -124,7 +126,7 @@ class Tokeniser:
             )
         self.eos = int(eos)
         self.before = around.before
-        self.ending = around.behind if self.eos in around.behind else (*around.behind, self.eos)
+        self.ending = around.after if self.eos in around.after else (*around.after, self.eos)
         self.unknown: int | None = self._tokenizer.unk_token_id
         self.check_ids(max((*self.before, *self.ending)))
 
@@ -133,41 +135,41 @@ class Tokeniser:
             return special_tokens_of(self._tokenizer)
         except ValueError as error:
             raise DataError(
-                f"the tokenizer in {shown(self.folder)} cannot be asked how a text begins: "
-                f"{error}; --no-special-tokens leaves out what it puts there"
+                f"cannot find the special tokens of the tokenizer in {shown(self.folder)}: "
+                f"{error}; leave them out with --no-special-tokens"
             ) from error
 
     def check_ids(self, highest: int) -> None:
-        """Check that the model has an embedding for each id.
+        """Check that the model has an embedding for every id up to `highest`.
 
         Raises:
-            DataError: it does not.
+            DataError: it has not.
         """
         if highest >= self.vocab_size:
             raise DataError(
-                f"the tokenizer in {shown(self.folder)} gives id {highest}, but the model has "
-                f"{self.vocab_size} words; use the tokenizer that belongs to the model"
+                f"the tokenizer in {shown(self.folder)} gives id {highest}, but the model's "
+                f"vocabulary has {self.vocab_size}; use the tokenizer that belongs to the model"
             )
 
     def check_chat_template(self) -> None:
-        """Check that there is a chat template.
+        """Check that the tokenizer has a chat template.
 
         Raises:
-            DataError: there is none.
+            DataError: it has none.
         """
         if not self._tokenizer.chat_template:
             raise DataError(
-                f"the tokenizer in {shown(self.folder)} has no chat template, so --chat-field has "
-                "nothing to write messages with; use an instruct model's, or write them as text"
+                f"the tokenizer in {shown(self.folder)} has no chat template, which --chat-field "
+                "needs; use an instruct model's tokenizer, or write the messages as text"
             )
 
     def chat_text(self, messages: list[dict[str, Any]]) -> str:
-        """A chat as the model's own template writes it, without the token that a text begins with
-        anyway.
+        """A chat's text by the model's own template, without the beginning-of-text token if
+        `before` has it.
 
         Raises:
-            ValueError: the template refuses the messages; or another error of what it does with
-                them.
+            ValueError: the template refuses the messages. It may also raise an error of its own
+                code (TypeError, KeyError, …).
         """
         from jinja2 import TemplateError
 
@@ -179,7 +181,7 @@ class Tokeniser:
         return text.removeprefix(self._tokenizer.bos_token) if begins else text
 
     def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Ids of each text, nothing put before or behind it."""
+        """The ids of each text, without special tokens around it."""
         if self._fast is None:
             for text in texts:
                 yield self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -191,8 +193,8 @@ class Tokeniser:
 def pieces_of(text: str) -> Iterator[tuple[str, bool]]:
     """A long document in pieces, and whether each is the last.
 
-    Cut before a space behind a letter or digit: there a byte-level tokenizer begins a new word
-    anyway, so its tokens are those of the whole.
+    A cut is before a space that follows a letter or digit. A byte-level tokenizer begins a new word
+    there, so the pieces have the tokens of the whole.
     """
     start = 0
     while len(text) - start > _LONGEST_PIECE:

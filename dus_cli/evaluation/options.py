@@ -11,7 +11,7 @@ from typing import Annotated
 from dus_cli.common.options import Option
 from dus_cli.common.units import parse_count
 from dus_cli.data.documents import BadLine
-from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
+from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, TextField, UseSpecialTokens
 from dus_cli.evaluation.h6 import Plan, plans_of
 from dus_cli.models.precision import Precision, precision_option
 
@@ -88,7 +88,7 @@ class ScoringOptions:
             panel=_RUN,
         ),
     ] = "auto"
-    special_tokens: SpecialTokens = True
+    special_tokens: UseSpecialTokens = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dus_cli.common.reports import public
-from dus_cli.data.documents import BadLine, Tally, documents
+from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.sources import Source, Unread, parse_sources
 from dus_cli.errors import DataError, shown
 from dus_cli.evaluation.options import TextOptions
@@ -67,7 +67,7 @@ class Text:
     ) -> Iterator[str]:
         count = 0
         for path in (path for source in self.sources for path in source.paths):
-            tally, position, size = Tally(skipped=skipped), 0, path.stat().st_size
+            tally, position, size = ReadCounts(skipped=skipped), 0, path.stat().st_size
             for text in documents(path, self.text_field, self.on_bad_line, tally):
                 yield text
                 reached = min(tally.position, size)

@@ -17,7 +17,7 @@ from dus_cli.common.options import Option, option_fields
 from dus_cli.common.units import parse_count, parse_share, share_text
 from dus_cli.data.documents import BadLine, Column
 from dus_cli.data.holdout import parse_holdout
-from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
+from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, TextField, UseSpecialTokens
 from dus_cli.models.precision import Precision, precision_option
 from dus_cli.planning.dtypes import DtypeChoice
 
@@ -386,7 +386,7 @@ class DataOptions:
         bool,
         Option("Attention stays within a document, or runs over the whole packed row.", panel=DATA),
     ] = True
-    special_tokens: SpecialTokens = True
+    special_tokens: UseSpecialTokens = True
 
     @property
     def field(self) -> tuple[str, Column]:

@@ -12,7 +12,7 @@ from dus_cli.common.options import Option
 from dus_cli.common.units import parse_count, parse_share, parse_size, share_text
 from dus_cli.data.documents import BadLine
 from dus_cli.data.holdout import parse_holdout
-from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, SpecialTokens, TextField
+from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, TextField, UseSpecialTokens
 from dus_cli.maps.options import Assume, check_double, check_map, engines_option
 from dus_cli.maps.starts import STARTS, StartRule
 from dus_cli.models.precision import Precision, precision_option
@@ -94,7 +94,7 @@ class ProbeOptions:
     ] = None
     text_field: TextField = "text"
     on_bad_line: OnBadLine = BadLine.error
-    special_tokens: SpecialTokens = True
+    special_tokens: UseSpecialTokens = True
     holdout: Annotated[
         float | None,
         Option(
