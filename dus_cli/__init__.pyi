@@ -4,7 +4,7 @@ from dus_cli.errors import DusError, UsageError
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import EvalReport, Gates
 from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe
-from dus_cli.probe.found import Probe
+from dus_cli.probe.found import Probe, ProbePlan
 from dus_cli.probe.options import ProbeOptions
 from dus_cli.progress import Progress
 from dus_cli.push.options import PushOptions
@@ -28,6 +28,7 @@ __all__ = [
     "Launch",
     "Probe",
     "ProbeOptions",
+    "ProbePlan",
     "Progress",
     "PushOptions",
     "PushReport",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from dus_cli.common.libraries import require
 from dus_cli.common.options import settled
@@ -25,8 +25,32 @@ from dus_cli.push.options import PushOptions
 if TYPE_CHECKING:
     from dus_cli.evaluation.report import EvalReport, Gates
     from dus_cli.heal.watch.views import View
-    from dus_cli.probe.found import Probe
+    from dus_cli.probe.found import Probe, ProbePlan
     from dus_cli.push.report import PushReport
+
+
+@overload
+def probe(
+    model: str | Path,
+    options: ProbeOptions,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dry_run: Literal[False] = False,
+    progress: Progress | None = None,
+) -> Probe: ...
+
+
+@overload
+def probe(
+    model: str | Path,
+    options: ProbeOptions,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dry_run: bool,
+    progress: Progress | None = None,
+) -> Probe | ProbePlan: ...
 
 
 def probe(
@@ -37,7 +61,7 @@ def probe(
     token: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> Probe:
+) -> Probe | ProbePlan:
     """Measure what loss layer maps would have right after scaling, and write no model.
 
     Args:
@@ -46,18 +70,21 @@ def probe(
         options: the text, the maps, and how they are measured.
         revision: of a Hub id: a branch, tag or commit.
         token: Hub access token; HF_TOKEN or the stored login by default.
-        dry_run: say which maps would be measured and what that takes; measure nothing.
+        dry_run: measure nothing, and return the plan: which maps would be measured, and what that
+            takes.
         progress: told what happens while it happens.
 
     Raises:
         UsageError: an option that no model could make right.
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
-    from dus_cli.probe.verb import probe as verb
+    from dus_cli.probe import verb
 
-    told = progress or NoProgress()
+    told, given = progress or NoProgress(), settled(options)
     ref = ModelRef.parse(model_text(model), revision=revision, token=token)
-    return verb(ref, settled(options), told, dry_run=dry_run, quiet=not told.is_live)
+    if dry_run:
+        return verb.plan_probe(ref, given, quiet=not told.is_live)
+    return verb.probe(ref, given, told, quiet=not told.is_live)
 
 
 def evaluate(

@@ -54,7 +54,7 @@ def measured(model: Path, corpus: Path, **options: Any) -> Probe:
     maps = {} if said else {"trims": (2, 3)}
     settings = replace(usual, **(maps | options))
     ref = ModelRef.parse(str(model))
-    return probe(ref, settings, NoProgress(), dry_run=False, quiet=True)
+    return probe(ref, settings, NoProgress(), quiet=True)
 
 
 def own_loss(folder: Path, corpus: Path) -> float:

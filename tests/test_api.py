@@ -69,7 +69,7 @@ SIGNATURES: dict[Any, str] = {
     f"None, *, {UPSCALE}) -> 'UpscaleReport'",
     probe: "(model: 'str | Path', options: 'ProbeOptions', *, revision: 'str | None' = None, "
     "token: 'str | None' = None, dry_run: 'bool' = False, "
-    "progress: 'Progress | None' = None) -> 'Probe'",
+    "progress: 'Progress | None' = None) -> 'Probe | ProbePlan'",
     evaluate: "(models: 'Sequence[str | Path]', *, text: 'TextOptions | None' = None, "
     "tasks: 'TaskOptions | None' = None, scoring: 'ScoringOptions | None' = None, "
     "gates: 'Gates | None' = None, with_base: 'bool' = False, "
@@ -121,7 +121,7 @@ def test_the_package_exports_these_names() -> None:
         "UpscaleOptions VerifyOptions ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget "
         "Recipe Fit Launch"
     )
-    reports = "UpscaleReport Verification Probe EvalReport PushReport"
+    reports = "UpscaleReport Verification Probe ProbePlan EvalReport PushReport"
     names = f"{options} Keeping {reports} DusError UsageError Progress".split()
     verbs = "evaluate heal plan probe push upscale verify".split()
     assert dus_cli.__all__ == [*sorted(names), "__version__", *verbs]

@@ -12,7 +12,7 @@ from pictures import check_labels
 from dus_cli.maps.layers import stack, typed_map
 from dus_cli.probe.budget import Memory
 from dus_cli.probe.distances import Distances
-from dus_cli.probe.found import Measured, Probe
+from dus_cli.probe.found import Measured, Probe, ProbePlan, Text
 from dus_cli.probe.maps import Candidate, Cost
 from dus_cli.probe.picture import probe_svg
 
@@ -23,7 +23,9 @@ def found(
     num_layers: int = 32,
     *,
     others: Sequence[tuple[str, float]] = (),
-    **fields: Any,
+    name: str = "org/some-model",
+    within: int | None = None,
+    knee: int | None = None,
 ) -> Probe:
     """A probe of a model of some layers, with a loss for each trim and for other maps."""
 
@@ -40,29 +42,35 @@ def found(
         [abs(a - b) / (num_layers + 4) for b in range(num_layers + 1)]
         for a in range(num_layers + 1)
     ]
-    settings: dict[str, Any] = {
-        "model": "org/some-model",
-        "name": "org/some-model",
-        "commit": None,
-        "num_layers": num_layers,
-        "base_cost": Cost(num_layers, 260_000_000 + 218_000_000 * num_layers, 1, 1.0),
-        "base_loss": 2.9,
-        "maps": tuple(maps),
-        "text": None,
-        "seq_length": 512,
-        "precision": "fp32",
-        "device": "cpu",
-        "streams": False,
-        "memory": Memory(1, 1, 1, 1, 1),
-        "distances": Distances(table, table, 100),
-        "bound": 0.2,
-        "within": None,
-        "knee": None,
-        "layer_passes": 1,
-        "seconds": 1.0,
-        "peak_bytes": None,
-    }
-    return Probe(**(settings | fields))
+    plan = ProbePlan(
+        model=name,
+        name=name,
+        commit=None,
+        num_layers=num_layers,
+        base_cost=Cost(num_layers, 260_000_000 + 218_000_000 * num_layers, 1, 1.0),
+        candidates=tuple(each.candidate for each in maps),
+        seq_length=512,
+        precision="fp32",
+        device="cpu",
+        streams=False,
+        memory=Memory(1, 1, 1, 1, 1),
+        bound=0.2,
+        layer_passes=1,
+        seconds=1.0,
+    )
+    return Probe(
+        plan=plan,
+        text=Text(("text.jsonl",), 1, 1, 1, {}),
+        base_loss=2.9,
+        maps=tuple(maps),
+        distances=Distances(table, table, 100),
+        within=within,
+        knee=knee,
+        layer_passes=1,
+        num_groups=1,
+        seconds=1.0,
+        peak_bytes=None,
+    )
 
 
 @pytest.mark.parametrize("within", [None, 0, 1, 5, 7, 8, 12, 15])
@@ -95,4 +103,4 @@ ODD: dict[str, Probe] = {
 def test_odd_probes_have_a_picture_that_can_be_read(name: str) -> None:
     for dark in (False, True):
         text = check_labels(probe_svg(ODD[name], dark=dark))
-        assert "".join(text).replace(" ", "").startswith(ODD[name].name)
+        assert "".join(text).replace(" ", "").startswith(ODD[name].plan.name)

@@ -66,8 +66,9 @@ def probe(
     map and prints the line for dus upscale.
     """
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
+    from dus_cli.probe.found import ProbePlan
     from dus_cli.probe.picture import probe_svg
-    from dus_cli.probe.report import probe_json, probe_text
+    from dus_cli.probe.report import plan_json, plan_text, probe_json, probe_text
 
     options = replace(options, data=(*options.data, *(more_data or ())))
     says = not (quiet or as_json)
@@ -77,9 +78,13 @@ def probe(
         found = verbs.probe(
             model, options, revision=revision, token=token, dry_run=dry_run, progress=told
         )
-    if plot is not None and not dry_run:
-        write_pictures(plot, lambda dark: probe_svg(found, dark=dark))
+    if isinstance(found, ProbePlan):
+        record, text = plan_json(found), plan_text(found)
+    else:
+        record, text = probe_json(found), probe_text(found)
+        if plot is not None:
+            write_pictures(plot, lambda dark: probe_svg(found, dark=dark))
     if as_json:
-        sys.stdout.write(json.dumps(probe_json(found)) + "\n")
+        sys.stdout.write(json.dumps(record) + "\n")
     elif says:
-        sys.stdout.write(fitted(probe_text(found)) + "\n")
+        sys.stdout.write(fitted(text) + "\n")

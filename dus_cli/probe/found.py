@@ -1,4 +1,4 @@
-"""What a probe found."""
+"""What a probe would measure, and what it measured."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Measured:
-    """A map and its loss in nats per token; None where it was refused, or not measured (a dry run).
+    """A map and its loss in nats per token; None if `dus upscale` refuses the map.
 
-    `seams` are the angular distance and block influence of each of its seams; () in a dry run.
+    `seams` are the angular distance and block influence of each of its seams.
     """
 
     candidate: Candidate
@@ -44,9 +44,7 @@ class Measured:
 
     @property
     def is_finite(self) -> bool:
-        """Whether it was measured, and its hidden states stayed within what the precision can
-        say.
-        """
+        """Whether it was measured, and no hidden state left the range of the precision."""
         return self.loss is not None and math.isfinite(self.loss)
 
 
@@ -78,12 +76,19 @@ class Doublings:
         return tuple(layer for layer in range(len(self.losses)) if layer not in bears)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What was found. `within` and `knee` are numbers of `maps`. `distances` are None in a dry run.
+@dataclass(frozen=True, kw_only=True)
+class ProbePlan:
+    """What a probe would measure, on which device, and what that takes. Nothing was measured yet.
 
-    `engines` are those that what is recommended must be right for, `starts` those that were asked
-    for, and `doublings` are there for each of them where a search was.
+    Attributes:
+        model: the base as it was given; `name` is its name in titles and commands.
+        candidates: the maps that were asked for; a search adds more.
+        seq_length: tokens in a row.
+        bound: a share above the base's loss, within which a map is recommended.
+        layer_passes: calls of a layer for all rows, without those of a search.
+        seconds: that planning took.
+        engines: those that a recommended map must be right for.
+        starts: those that each map is measured with; () is as copies, and not reported.
     """
 
     model: str
@@ -91,26 +96,44 @@ class Probe:
     commit: str | None
     num_layers: int
     base_cost: Cost
-    base_loss: float | None
-    maps: tuple[Measured, ...]
-    text: Text | None
+    candidates: tuple[Candidate, ...]
     seq_length: int
     precision: str
     device: str
     streams: bool
     memory: Memory
-    distances: Distances | None
     bound: float
+    layer_passes: int
+    seconds: float
+    engines: tuple[str, ...] = ()
+    starts: tuple[StartRule, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a probe measured.
+
+    Attributes:
+        maps: the plan's candidates, then those of a search.
+        within: the number in `maps` of the largest within the plan's bound; None if there is none.
+        knee: the number in `maps` beyond which more trimming pays less; None if there is none.
+        layer_passes: calls of a layer, for all rows.
+        num_groups: groups of rows that went through the layers one after the other.
+        seconds: from planning to the end.
+        peak_bytes: the most memory that was taken; None where it cannot be told.
+        doublings: of a search with starts, one for each of them.
+    """
+
+    plan: ProbePlan
+    text: Text
+    base_loss: float
+    maps: tuple[Measured, ...]
+    distances: Distances
     within: int | None
     knee: int | None
     layer_passes: int
+    num_groups: int
     seconds: float
     peak_bytes: int | None
     warnings: tuple[str, ...] = ()
-    engines: tuple[str, ...] = ()
-    starts: tuple[StartRule, ...] = ()
     doublings: tuple[Doublings, ...] = ()
-
-    @property
-    def is_dry_run(self) -> bool:
-        return self.base_loss is None

@@ -78,10 +78,9 @@ def probe_svg(found: Probe, *, dark: bool = False) -> str:
     """The picture of a finished probe. Depthwise scalings are a line over the trim, other maps
     dots at their depth.
     """
-    assert found.base_loss is not None
     colour, series = COLOURS[dark], SERIES[dark]
     measured = [m for m in found.maps if m.is_finite]
-    title = f"{found.name}: loss right after scaling, {found.num_layers} layers"
+    title = f"{found.plan.name}: loss right after scaling, {found.plan.num_layers} layers"
     lines = wrapped(title, 70)
     parts = [
         f'<text x="20" y="{28 + 20 * number}" font-size="15" font-weight="600">{escaped(line)}</text>'
@@ -110,14 +109,13 @@ def _trim_of(measured: Measured, num_layers: int) -> float:
 def _losses(
     found: Probe, measured: Sequence[Measured], colour: dict[str, str], series: Sequence[str]
 ) -> list[str]:
-    assert found.base_loss is not None
     points = sorted(
         (
-            _trim_of(m, found.num_layers),
+            _trim_of(m, found.plan.num_layers),
             m.loss or 0.0,
             m.candidate.cost.num_parameters,
             m.candidate.layer_map.trim is None,
-            found.starts.index(m.candidate.start) if found.starts else 0,
+            found.plan.starts.index(m.candidate.start) if found.plan.starts else 0,
         )
         for m in measured
         if m.candidate.cost is not None
@@ -170,14 +168,14 @@ def _losses(
     parts.append(f'<path d="M{_LEFT} {base_y:.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(f'<path d="M240 46h26" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(text_at(274, 50, f"base {found.base_loss:.3f}", colour["base"]))
-    for start in range(max(1, len(found.starts))):
+    for start in range(max(1, len(found.plan.starts))):
         mine = [point for point in points if point[4] == start]
-        other_colour = of_start(start, series) if found.starts else series[3]
+        other_colour = of_start(start, series) if found.plan.starts else series[3]
         parts += _of_one_start(mine, axes, of_start(start, series), other_colour, colour["page"])
     if any(is_other for _, _, _, is_other, _ in points):
-        text_colour = colour["axis"] if found.starts else series[3]
+        text_colour = colour["axis"] if found.plan.starts else series[3]
         parts.append(text_at(_LEFT, _BOTTOM + 38, "○ other maps of that depth", text_colour))
-    parts += names_of_starts(found.starts, _BOTTOM + 58, series)
+    parts += names_of_starts(found.plan.starts, _BOTTOM + 58, series)
     return parts + _marks(found, axes, colour)
 
 
@@ -211,8 +209,8 @@ def _of_one_start(
 
 
 def _axes(points: Sequence[tuple[float, float, int, bool, int]], found: Probe) -> _Axes:
-    losses = [loss for _, loss, *_ in points] + [found.base_loss or 0.0]
-    sizes = [size for _, _, size, *_ in points] or [found.base_cost.num_parameters]
+    losses = [loss for _, loss, *_ in points] + [found.base_loss]
+    sizes = [size for _, _, size, *_ in points] or [found.plan.base_cost.num_parameters]
     trims = [trim for trim, *_ in points] or [0.0]
     low, high = min(losses), max(losses)
     spread = max(high - low, 0.02 * abs(high), 1e-3)
@@ -228,13 +226,13 @@ def _axes(points: Sequence[tuple[float, float, int, bool, int]], found: Probe) -
 def _marks(found: Probe, axes: _Axes, colour: dict[str, str]) -> list[str]:
     """A ring around what is recommended, with its name above the plot, where no line runs."""
     names: dict[int, list[str]] = {}
-    for number, name in ((found.within, f"within {found.bound:.0%}"), (found.knee, "knee")):
+    for number, name in ((found.within, f"within {found.plan.bound:.0%}"), (found.knee, "knee")):
         if number is not None:
             names.setdefault(number, []).append(name)
     marks = []
     for number, words in names.items():
         measured = found.maps[number]
-        x, y = axes.x(_trim_of(measured, found.num_layers)), axes.loss_y(measured.loss or 0.0)
+        x, y = axes.x(_trim_of(measured, found.plan.num_layers)), axes.loss_y(measured.loss or 0.0)
         layers = len(measured.candidate.layer_map)
         marks.append((x, y, f"{', '.join(words)}: {layers} layers, {measured.loss:.3f}"))
     parts = []
@@ -272,7 +270,6 @@ def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
     """Angular distance of every two depths: a seam is a cell below the diagonal, (out of a, into
     b).
     """
-    assert found.distances is not None
     table = found.distances.angular
     size = len(table)
     every = -(-size // _MOST_CELLS)
@@ -362,14 +359,14 @@ def _description(found: Probe, measured: Sequence[Measured]) -> str:
     scaled = [m for m in measured if m.candidate.layer_map.trim is not None]
     said = [f"Base: {found.base_loss:.3f}."]
     for m in scaled:
-        start = f", {m.candidate.start}" if found.starts else ""
+        start = f", {m.candidate.start}" if found.plan.starts else ""
         said.append(f"Trim {m.candidate.layer_map.trim}{start}: {m.loss:.3f}.")
     for one in found.doublings:
         layers = ", ".join(map(str, one.not_borne)) or "none"
         said.append(f"Not doubled with {one.start}: {layers}.")
     if found.within is not None:
         said.append(
-            f"Largest within {found.bound:.0%}: {found.maps[found.within].candidate.options}."
+            f"Largest within {found.plan.bound:.0%}: {found.maps[found.within].candidate.options}."
         )
     if found.knee is not None:
         said.append(f"Knee: {found.maps[found.knee].candidate.options}.")

@@ -1,15 +1,16 @@
-"""What a probe has to say: as JSON with a documented schema, and for a person."""
+"""A probe and its plan, as JSON with a documented schema and for a person."""
 
 from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA
 from dus_cli.common.units import human_bytes, human_count
-from dus_cli.probe.found import Doublings, Measured, Probe
+from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, Text
 from dus_cli.probe.maps import Cost
 from dus_cli.release.lineage import seam_record
 
@@ -22,65 +23,103 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def probe_json(found: Probe) -> dict[str, Any]:
-    """The report of `--json`; docs/layout.md describes each field."""
-    text = found.text
+def plan_json(plan: ProbePlan) -> dict[str, Any]:
+    """The report of `--dry-run --json`: that of a probe, with null for what was not measured."""
+    maps = [Measured(candidate, None) for candidate in plan.candidates]
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "version": __version__,
-        "dry_run": found.is_dry_run,
-        "model": found.model,
-        "commit": found.commit,
-        "data": None
-        if text is None
-        else {
-            "files": list(text.files),
-            "tokens": text.tokens,
-            "documents": text.documents,
-            "bytes": text.num_bytes,
-            "skipped": text.skipped,
-            "unread_files": text.unread.to_json(),
-            "before": list(text.before),
-        },
-        "seq_length": found.seq_length,
-        "precision": found.precision,
-        "device": found.device,
-        "stream_layers": found.streams,
-        "base": _figures(found.base_loss, found.base_cost),
-        "for": list(found.engines),
-        "maps": [_map_json(measured) for measured in found.maps],
-        "recommended": {
-            "within": None if found.is_dry_run else _within_json(found),
-            "knee": None if found.knee is None else _choice(found, found.knee),
-        },
-        "distances": None
-        if found.distances is None
-        else {
-            "tokens": found.distances.num_tokens,
-            "angular": [[round(value, 6) for value in row] for row in found.distances.angular],
-            "block_influence": [
-                [round(value, 6) for value in row] for row in found.distances.influence
-            ],
-        },
-        "layer_passes": found.layer_passes,
+        "dry_run": True,
+        "model": plan.model,
+        "commit": plan.commit,
+        "data": None,
+        "seq_length": plan.seq_length,
+        "precision": plan.precision,
+        "device": plan.device,
+        "stream_layers": plan.streams,
+        "base": _figures(None, plan.base_cost),
+        "for": list(plan.engines),
+        "maps": _maps_json(plan, maps),
+        "recommended": {"within": None, "knee": None},
+        "distances": None,
+        "layer_passes": plan.layer_passes,
         "memory": {
-            "estimate": found.memory.total,
-            "weights": found.memory.weights,
-            "states": found.memory.states,
-            "groups": found.memory.num_groups,
-            "peak": found.peak_bytes,
+            "estimate": plan.memory.total,
+            "weights": plan.memory.weights,
+            "states": plan.memory.states,
+            "groups": plan.memory.num_groups,
+            "peak": None,
         },
-        "seconds": round(found.seconds, 3),
-        "warnings": list(found.warnings),
+        "seconds": round(plan.seconds, 3),
+        "warnings": [],
     }
-    if found.starts:
-        report["starts"] = [str(start) for start in found.starts]
-        report["base_passes"] = round(found.layer_passes / found.num_layers, 2)
-        report["doublings"] = [_doublings_json(doublings) for doublings in found.doublings]
-        for record, measured in zip(report["maps"], found.maps, strict=True):
+    return report | _starts_json(plan, plan.layer_passes, ())
+
+
+def probe_json(found: Probe) -> dict[str, Any]:
+    """The report of `--json`; docs/layout.md describes each field."""
+    plan, planned = found.plan, plan_json(found.plan)
+    return (
+        planned
+        | {
+            "dry_run": False,
+            "data": _text_json(found.text),
+            "base": _figures(found.base_loss, plan.base_cost),
+            "maps": _maps_json(plan, found.maps),
+            "recommended": {
+                "within": _within_json(found),
+                "knee": None if found.knee is None else _choice(found, found.knee),
+            },
+            "distances": {
+                "tokens": found.distances.num_tokens,
+                "angular": _rounded(found.distances.angular),
+                "block_influence": _rounded(found.distances.influence),
+            },
+            "layer_passes": found.layer_passes,
+            "memory": planned["memory"] | {"groups": found.num_groups, "peak": found.peak_bytes},
+            "seconds": round(found.seconds, 3),
+            "warnings": list(found.warnings),
+        }
+        | _starts_json(plan, found.layer_passes, found.doublings)
+    )
+
+
+def _text_json(text: Text) -> dict[str, Any]:
+    return {
+        "files": list(text.files),
+        "tokens": text.tokens,
+        "documents": text.documents,
+        "bytes": text.num_bytes,
+        "skipped": text.skipped,
+        "unread_files": text.unread.to_json(),
+        "before": list(text.before),
+    }
+
+
+def _rounded(table: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[round(value, 6) for value in row] for row in table]
+
+
+def _starts_json(
+    plan: ProbePlan, layer_passes: int, doublings: Sequence[Doublings]
+) -> dict[str, Any]:
+    """The fields that a report has only where starts were asked for."""
+    if not plan.starts:
+        return {}
+    return {
+        "starts": [str(start) for start in plan.starts],
+        "base_passes": round(layer_passes / plan.num_layers, 2),
+        "doublings": [_doublings_json(one) for one in doublings],
+    }
+
+
+def _maps_json(plan: ProbePlan, maps: Sequence[Measured]) -> list[dict[str, Any]]:
+    records = [_map_json(measured) for measured in maps]
+    if plan.starts:
+        for record, measured in zip(records, maps, strict=True):
             record["start"] = str(measured.candidate.start)
             record["factors"] = list(measured.candidate.factors) or None
-    return report
+    return records
 
 
 def _doublings_json(doublings: Doublings) -> dict[str, Any]:
@@ -132,11 +171,11 @@ def _map_json(measured: Measured) -> dict[str, Any]:
 
 
 def _within_json(found: Probe) -> dict[str, Any]:
-    assert found.base_loss is not None
     choice = (
         {"map": None, "command": None} if found.within is None else _choice(found, found.within)
     )
-    return {"share": found.bound, "loss": (1 + found.bound) * found.base_loss, **choice}
+    bound = found.plan.bound
+    return {"share": bound, "loss": (1 + bound) * found.base_loss, **choice}
 
 
 def _choice(found: Probe, number: int) -> dict[str, Any]:
@@ -146,51 +185,64 @@ def _choice(found: Probe, number: int) -> dict[str, Any]:
 def upscale_command(found: Probe, number: int) -> str:
     """The line that writes a map's model, ready for a shell."""
     candidate = found.maps[number].candidate
-    output = f"{found.name.rpartition('/')[2]}-{len(candidate.layer_map)}-layers"
-    return f"dus upscale {shlex.quote(found.model)} {candidate.options} -o {shlex.quote(output)}"
+    output = f"{found.plan.name.rpartition('/')[2]}-{len(candidate.layer_map)}-layers"
+    model = shlex.quote(found.plan.model)
+    return f"dus upscale {model} {candidate.options} -o {shlex.quote(output)}"
+
+
+def plan_text(plan: ProbePlan) -> str:
+    """The maps that would be measured, what they cost and the memory that this takes."""
+    memory = plan.memory
+    lines = _table(plan, None, [Measured(candidate, None) for candidate in plan.candidates])
+    needed = f"{human_bytes(memory.total)} of memory, {human_bytes(memory.weights)} of it weights"
+    lines += ["", f"Dry run: nothing was measured. It would take about {needed}."]
+    if memory.num_groups > 1:
+        lines.append(f"The rows would go through the layers in {memory.num_groups} groups.")
+    return "\n".join(lines)
 
 
 def probe_text(found: Probe) -> str:
     """The table and the advice, at most 80 columns wide but for commands, long maps, engines and
     warnings.
     """
-    wrong = list(
-        dict.fromkeys(engine for measured in found.maps for engine in measured.candidate.wrong)
-    )
-    head = ["map", "layers", "params", "bytes", "FLOP/token", "loss", "perplexity", "seam"]
-    rows = [head, _row("base", found.base_cost, found.base_cost.num_layers, found.base_loss, "")]
-    for measured in found.maps:
+    table = _table(found.plan, found.base_loss, found.maps)
+    warnings = [f"warning: {warning}" for warning in found.warnings]
+    return "\n".join([*table, "", *_closing(found), *warnings])
+
+
+def _table(plan: ProbePlan, base_loss: float | None, maps: Sequence[Measured]) -> list[str]:
+    """Lines of a row for each map, and below it what the rows leave out. The loss of the base is
+    None where nothing was measured.
+    """
+    candidates = [measured.candidate for measured in maps]
+    rows = [
+        ["map", "layers", "params", "bytes", "FLOP/token", "loss", "perplexity", "seam"],
+        _row("base", plan.base_cost, plan.base_cost.num_layers, base_loss, ""),
+    ]
+    for measured in maps:
         layer_map, name = measured.candidate.layer_map, measured.candidate.name
         seam = f"{max(angular for angular, _ in measured.seams):.3f}" if measured.seams else ""
         rows.append(_row(name, measured.candidate.cost, len(layer_map), measured.loss, seam))
+    wrong = list(dict.fromkeys(engine for each in candidates for engine in each.wrong))
     if wrong:  # a column of its own, of initials
-        not_in = [
-            "".join(engine.name[0] for engine in measured.candidate.wrong)
-            for measured in found.maps
-        ]
-        rows = [[*row, cell] for row, cell in zip(rows, ["not in", "", *not_in], strict=True)]
-        head = rows[0]
-    if found.starts:
-        begins = ["start", "", *(str(measured.candidate.start) for measured in found.maps)]
-        rows = [[row[0], cell, *row[1:]] for row, cell in zip(rows, begins, strict=True)]
-        head = rows[0]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        initials = ["".join(engine.name[0] for engine in each.wrong) for each in candidates]
+        rows = [[*row, cell] for row, cell in zip(rows, ["not in", "", *initials], strict=True)]
+    if plan.starts:
+        starts = ["start", "", *(str(candidate.start) for candidate in candidates)]
+        rows = [[row[0], cell, *row[1:]] for row, cell in zip(rows, starts, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in rows
     ]
-    refused = [
-        measured.candidate for measured in found.maps if measured.candidate.refused is not None
-    ]
+    refused = [candidate for candidate in candidates if candidate.refused is not None]
     lines += [f"refused: {candidate.options}: {candidate.refused}" for candidate in refused]
-    typed = [m.candidate.name for m in found.maps if m.candidate.layer_map.trim is None]
+    typed = [candidate.name for candidate in candidates if candidate.layer_map.trim is None]
     lines += [f"{_short(name)} is {name}" for name in typed if len(name) > _WIDTH]
     if wrong:
         names = ", ".join(f"{engine.name[0]} {engine.title}" for engine in wrong)
         lines.append(f"not in: {names} would not compute it as config.json says")
-    return "\n".join(
-        [*lines, "", *_closing(found), *(f"warning: {warning}" for warning in found.warnings)]
-    )
+    return lines
 
 
 def _row(name: str, cost: Cost | None, num_layers: int, loss: float | None, seam: str) -> list[str]:
@@ -220,19 +272,6 @@ def _shown_perplexity(value: float) -> str:
 
 
 def _closing(found: Probe) -> list[str]:
-    memory = (
-        f"{human_bytes(found.memory.total)} of memory, {human_bytes(found.memory.weights)} of it "
-        "weights"
-    )
-    if found.is_dry_run:
-        groups = (
-            ""
-            if found.memory.num_groups == 1
-            else f"\nThe rows would go through the layers in {found.memory.num_groups} groups."
-        )
-        return [f"Dry run: nothing was measured. It would take about {memory}.{groups}"]
-    assert found.text is not None
-    assert found.base_loss is not None
     peak = (
         "" if found.peak_bytes is None else f", {human_bytes(found.peak_bytes)} of memory at most"
     )
@@ -245,16 +284,18 @@ def _closing(found: Probe) -> list[str]:
         f"{found.layer_passes} passes of a layer, {found.seconds:.0f} s{peak}",
         "",
     ]
-    limit = (1 + found.bound) * found.base_loss
+    bound = found.plan.bound
+    limit = (1 + bound) * found.base_loss
     if found.within is None:
-        asked = f" that is right for {', '.join(found.engines)}" if found.engines else ""
+        engines = found.plan.engines
+        right = f" that is right for {', '.join(engines)}" if engines else ""
         lines.append(
-            f"No deeper model{asked} is within {found.bound:.0%} of the base's loss "
+            f"No deeper model{right} is within {bound:.0%} of the base's loss "
             f"({limit:.3f}); see --within."
         )
     else:
         lines.append(
-            f"largest within {found.bound:.0%} of the base's loss ({limit:.3f}): "
+            f"largest within {bound:.0%} of the base's loss ({limit:.3f}): "
             f"{_named(found, found.within)}"
         )
         lines.append(f"  {upscale_command(found, found.within)}")

@@ -21,7 +21,7 @@ from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
 from dus_cli.probe.budget import Memory, plan_memory, weight_bytes
-from dus_cli.probe.found import Doublings, Measured, Probe, Text
+from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, Text
 from dus_cli.probe.maps import Candidate
 from dus_cli.probe.options import ProbeOptions
 from dus_cli.probe.rounds import Rounds
@@ -50,14 +50,40 @@ _SEQ_LENGTH = 512
 _WHOLE = MapRequest(layers="0:")
 
 
-def probe(
-    ref: ModelRef, options: ProbeOptions, progress: Progress, *, dry_run: bool, quiet: bool
-) -> Probe:
-    """Measure maps of a model, or say what that would take.
+def plan_probe(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> ProbePlan:
+    """Which maps would be measured, and what that takes. Headers are read, and no weights.
 
     Raises:
         DusError: any known failure; see `errors`.
     """
+    return _prepare(ref, options, quiet=quiet).plan
+
+
+def probe(ref: ModelRef, options: ProbeOptions, progress: Progress, *, quiet: bool) -> Probe:
+    """Measure maps of a model.
+
+    Raises:
+        DusError: any known failure; see `errors`.
+    """
+    started = time.monotonic()
+    prepared = _prepare(ref, options, quiet=quiet)
+    if ref.repo_id is not None:
+        prepared = replace(prepared, of_base=run_plan(Wanted(ref, _WHOLE), quiet=quiet))
+    found = _measure(prepared, options, progress)
+    return replace(found, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is measured, and the base that it is measured on."""
+
+    of_base: UpscalePlan
+    plan: ProbePlan
+    fit: _Fit
+
+
+def _prepare(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> _Prepared:
+    """Check maps and memory by the headers alone, before gigabytes are fetched."""
     started = time.monotonic()
     require("dus probe", "numpy", "torch", "transformers")
     if options.search and any(start.name == IDENTITY for start in options.starts):
@@ -65,9 +91,7 @@ def probe(
             "--search has nothing to find with --start identity: whatever the map, the model "
             "computes what its base does; leave one of them out"
         )
-    whole = Wanted(ref, _WHOLE)
-    # From the headers alone: that the maps and the model fit is known before gigabytes are fetched.
-    of_base = run_plan(whole, fetch=Fetch.files, quiet=quiet)
+    of_base = run_plan(Wanted(ref, _WHOLE), fetch=Fetch.files, quiet=quiet)
     seq_length = _seq_length(of_base.checkpoint, options)
     requests = wanted.wanted_requests(options, len(of_base.layer_map))
     candidates = [wanted.check(of_base, request, seq_length) for request in requests]
@@ -76,41 +100,31 @@ def probe(
             "dus upscale refuses every one of these maps, the first because: "
             f"{candidates[0].refused}"
         )
-    plan = _plan(of_base, options, seq_length, candidates)
-    found = Probe(
+    fit = _fit(of_base, options, seq_length, candidates)
+    plan = ProbePlan(
         model=ref.text,
         name=ref.name,
         commit=of_base.base.commit,
         num_layers=len(of_base.layer_map),
         base_cost=wanted.cost_of(of_base, seq_length),
-        base_loss=None,
-        maps=tuple(Measured(candidate, None) for candidate in candidates),
-        text=None,
+        candidates=tuple(candidates),
         seq_length=seq_length,
-        precision=str(plan.dtype).removeprefix("torch."),
-        device=plan.device.type,
+        precision=str(fit.dtype).removeprefix("torch."),
+        device=fit.device.type,
         streams=options.stream_layers,
-        memory=plan.memory,
-        distances=None,
+        memory=fit.memory,
         bound=options.within,
-        within=None,
-        knee=None,
         layer_passes=count_nodes(grow(_layers(of_base, candidates))),
         seconds=time.monotonic() - started,
-        peak_bytes=None,
         engines=options.engines,
         starts=tuple(dict.fromkeys(options.starts)),
     )
-    if dry_run:
-        return found
-    if ref.repo_id is not None:
-        of_base = run_plan(whole, quiet=quiet)
-    return _measure(found, of_base, options, plan, progress, started)
+    return _Prepared(of_base, plan, fit)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Where and how it is computed."""
+class _Fit:
+    """Where and how it is computed: `rows_at_once` go through a layer together."""
 
     device: torch.device
     dtype: torch.dtype
@@ -118,9 +132,9 @@ class _Plan:
     memory: Memory
 
 
-def _plan(
+def _fit(
     of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidates: Sequence[Candidate]
-) -> _Plan:
+) -> _Fit:
     import torch
 
     from dus_cli.probe.distances import KEPT_BYTES
@@ -151,7 +165,7 @@ def _plan(
         options.max_memory or available,
         streams=options.stream_layers,
     )
-    return _Plan(device, dtype, rows, memory)
+    return _Fit(device, dtype, rows, memory)
 
 
 def _layers(of_base: UpscalePlan, candidates: Sequence[Candidate]) -> list[tuple[Step, ...]]:
@@ -197,7 +211,7 @@ class _Measuring:
 def _load(
     of_base: UpscalePlan,
     options: ProbeOptions,
-    plan: _Plan,
+    fit: _Fit,
     batches: Sequence[Batch],
     scaled: Sequence[Mapping[str, int]],
 ) -> tuple[nn.Module, Meter]:
@@ -208,42 +222,35 @@ def _load(
     checkpoint, stack = of_base.checkpoint, of_base.stack
     if options.stream_layers:
         try:
-            model, ready = weights.stream(checkpoint, stack, plan.dtype, plan.device)
+            model, ready = weights.stream(checkpoint, stack, fit.dtype, fit.device)
         except ReplayError as error:
             raise ProbeError(f"--stream-layers: {error}; leave it out") from error
     else:
-        model, ready = weights.load(checkpoint, plan.dtype, plan.device)
-    scaling = weights.scaling(checkpoint, stack, model, scaled, plan.dtype, plan.device)
-    at_once = plan.memory.batches_at_once
+        model, ready = weights.load(checkpoint, fit.dtype, fit.device)
+    scaling = weights.scaling(checkpoint, stack, model, scaled, fit.dtype, fit.device)
+    at_once = fit.memory.batches_at_once
     meter = Meter(
         model, stack.num_layers, batches, ready=ready, batches_at_once=at_once, scaled=scaling
     )
     return model, meter
 
 
-def _measure(
-    found: Probe,
-    of_base: UpscalePlan,
-    options: ProbeOptions,
-    plan: _Plan,
-    progress: Progress,
-    started: float,
-) -> Probe:
+def _measure(prepared: _Prepared, options: ProbeOptions, progress: Progress) -> Probe:
+    started = time.monotonic()
     from dus_cli.models.devices import peak_memory_bytes
     from dus_cli.models.replay import damaged
     from dus_cli.probe.distances import Depths
 
-    checkpoint, num_layers = of_base.checkpoint, found.num_layers
-    text, batches, num_labels, warnings = _read(
-        checkpoint, options, found.seq_length, plan.rows_at_once
-    )
+    of_base, plan, fit = prepared.of_base, prepared.plan, prepared.fit
+    checkpoint, num_layers, seq_length = of_base.checkpoint, plan.num_layers, plan.seq_length
+    text, batches, num_labels, warnings = _read(checkpoint, options, seq_length, fit.rows_at_once)
     progress.start("loading the model", None)
-    batches = [batch.to(plan.device) for batch in batches]
+    batches = [batch.to(fit.device) for batch in batches]
     scaled: list[dict[str, int]] = [{} for _ in range(num_layers)]
-    model, meter = _load(of_base, options, plan, batches, scaled)
-    measuring = _Measuring(of_base, meter, num_labels, found.seq_length, scaled, progress)
+    model, meter = _load(of_base, options, fit, batches, scaled)
+    measuring = _Measuring(of_base, meter, num_labels, seq_length, scaled, progress)
     depths = Depths(num_layers, wanted.width_of(checkpoint), [batch.labels for batch in batches])
-    candidates = [measured.candidate for measured in found.maps]
+    candidates = list(plan.candidates)
     if options.search and not options.starts:  # the distances say which maps are worth a loss
         measuring.losses([], depths)
         distances = depths.distances()
@@ -261,7 +268,7 @@ def _measure(
     doublings: tuple[Doublings, ...] = ()
     if options.search and options.starts:
         rounds = Rounds(options, num_layers, measuring.check, measuring.losses)
-        doublings = tuple(rounds.doublings(found.starts))
+        doublings = tuple(rounds.doublings(plan.starts))
         maps += tuple(each for one in doublings for each in rounds.maps(one, distances))
     maps = tuple(
         replace(m, seams=tuple(map(distances.of, m.candidate.layer_map.seams))) for m in maps
@@ -270,21 +277,21 @@ def _measure(
     if lost:
         warnings = (
             *warnings,
-            f"no finite loss in {found.precision}: {shown_list(lost)}; try --precision fp32",
+            f"no finite loss in {plan.precision}: {shown_list(lost)}; try --precision fp32",
         )
     within, knee = _recommended(maps, base_loss, options.within, options.engines)
-    return replace(
-        found,
+    return Probe(
+        plan=plan,
+        text=text,
         base_loss=base_loss,
         maps=maps,
-        text=text,
-        memory=replace(plan.memory, num_groups=meter.num_groups),
         distances=distances,
         within=within,
         knee=knee,
         layer_passes=measuring.passes,
+        num_groups=meter.num_groups,
         seconds=time.monotonic() - started,
-        peak_bytes=peak_memory_bytes(plan.device),
+        peak_bytes=peak_memory_bytes(fit.device),
         warnings=warnings,
         doublings=doublings,
     )

@@ -88,18 +88,18 @@ def compare(folder: str, data: str, tokens: int, precision: Precision) -> None:
     del model, layers
     start = clock()
     options = ProbeOptions(data=(data,), tokens=tokens, seq_length=SEQUENCE, precision=precision)
-    found = probe(ModelRef.parse(folder), options, NoProgress(), dry_run=False, quiet=True)
+    found = probe(ModelRef.parse(folder), options, NoProgress(), quiet=True)
     mine = since(start)
     print("| trim | loss: dus probe | transformers |\n|---|---|---|")
     for trim, measured in zip(trims, found.maps, strict=True):
         print(f"| {trim} | {measured.loss:.4f} | {losses[trim]:.4f} |")
     print("\n| | wall, s | CPU, s |\n|---|---|---|")
     print(f"| dus probe, {found.layer_passes} layer passes a row | {mine[0]:.1f} | {mine[1]:.1f} |")
-    full = sum(2 * (found.num_layers - trim) for trim in trims)
+    full = sum(2 * (found.plan.num_layers - trim) for trim in trims)
     print(f"| transformers, {full} layer passes a row | {peer[0]:.1f} | {peer[1]:.1f} |")
     print(f"| ratio | {mine[0] / peer[0]:.2f} | {mine[1] / peer[1]:.2f} |")
     print(
-        f"\n{len(rows)} rows of {SEQUENCE} tokens, {found.precision}, {torch.get_num_threads()} "
+        f"\n{len(rows)} rows of {SEQUENCE} tokens, {found.plan.precision}, {torch.get_num_threads()} "
         "thread(s)"
     )
 
