@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 
 from dus_cli.errors import HealError, OutputError  # noqa: E402
 from dus_cli.heal import checkpoints_folder as folders  # noqa: E402
-from dus_cli.heal.train.checkpoints import Checkpoints  # noqa: E402
+from dus_cli.heal.train.checkpoints import Checkpoints, open_checkpoints  # noqa: E402
 from dus_cli.models import team as teams  # noqa: E402
 
 # torch.distributed.checkpoint warns of its own ways
@@ -35,7 +35,7 @@ def team(monkeypatch: pytest.MonkeyPatch) -> Iterator[teams.Team]:
 
 @pytest.fixture(params=["at once", "in the background"])
 def checkpoints(request: pytest.FixtureRequest, team: teams.Team, tmp_path: Path) -> Checkpoints:
-    made = Checkpoints(tmp_path / "checkpoints", team, keep=2)
+    made = open_checkpoints(tmp_path / "checkpoints", team, keep=2)
     made._in_background = request.param == "in the background"  # as from an accelerator
     return made
 
@@ -157,12 +157,12 @@ def test_a_second_run_on_the_same_checkpoints_is_refused(
     with pytest.raises(HealError, match=rf"another run .*\(process {os.getpid()} on"):
         folders.check_unlocked(tmp_path / "checkpoints")
     with pytest.raises(HealError, match="another run"):
-        Checkpoints(tmp_path / "checkpoints", team, keep=1)
+        open_checkpoints(tmp_path / "checkpoints", team, keep=1)
 
 
 def test_what_a_killed_run_had_half_written_is_cleared(team: teams.Team, tmp_path: Path) -> None:
     half = tmp_path / "checkpoints" / ".step-00000009"
     half.mkdir(parents=True)
     (half / "__0_0.distcp").write_bytes(b"half")
-    assert Checkpoints(tmp_path / "checkpoints", team, keep=1).newest() is None
+    assert open_checkpoints(tmp_path / "checkpoints", team, keep=1).newest() is None
     assert not half.exists()

@@ -42,7 +42,7 @@ def stuck():
 """
 
 LOADING = """
-import dus_cli.heal.train.loop as training
+import dus_cli.heal.train.setup as training
 training.load = lambda *_, **__: (reached(), stuck())
 """
 

@@ -128,7 +128,7 @@ def train(
 # What every one of them imports first: several seconds, spent once in a server that forks.
 _PRELOADED = (
     "dus_cli.cli dus_cli.heal.launch.verb dus_cli.data.shelf dus_cli.data.streams "
-    "dus_cli.heal.train.loop dus_cli.models.decoder dus_cli.heal.train.checkpoints "
+    "dus_cli.heal.train.setup dus_cli.models.decoder dus_cli.heal.train.checkpoints "
     "dus_cli.heal.train.optimizer dus_cli.heal.proof.publish dus_cli.heal.train.evaluate "
     "dus_cli.models.team dus_cli.evaluation.verb dus_cli.evaluation.scorer pyarrow "
     "transformers.models.llama.modeling_llama "

@@ -36,11 +36,11 @@ def work(path: Path, signals: Signals) -> int:
     run = read_run(path)
     # Imported here: a known failure that torchrun restarts is told again without loading torch
     # first.
-    from dus_cli.heal.train.loop import Training
+    from dus_cli.heal.train.setup import set_up
     from dus_cli.models.team import gathered
 
     with gathered() as team:
-        training = Training(run, team, signals)
+        training = set_up(run, team, signals)
         try:
             training.go()
             training.publish()

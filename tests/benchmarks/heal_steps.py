@@ -19,7 +19,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from dus_cli.heal.run import read_run
-from dus_cli.heal.train.loop import Training
+from dus_cli.heal.train.setup import set_up
 from dus_cli.models.devices import peak_memory_bytes
 from dus_cli.models.stopping import Signals
 from dus_cli.models.team import gathered
@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     run = read_run(options.run)
     with gathered() as team:
-        training = Training(run, team, Signals())
+        training = set_up(run, team, Signals())
         training._step()
         if options.profile:
             with profile(activities=[ProfilerActivity.CPU]) as found:

@@ -8,7 +8,7 @@ byte.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +31,7 @@ from dus_cli.heal.metrics import read_metrics
 from dus_cli.heal.proof.card import averaged_card, healed_card
 from dus_cli.heal.train.optimizer import Optimizer, local
 from dus_cli.heal.train.origin import not_written_back, parameter_names, read_elements
-from dus_cli.maps.shape import flops_per_token, pretraining_flops, shape_of
+from dus_cli.maps.shape import Shape, flops_per_token, pretraining_flops, shape_of
 from dus_cli.models.loading import STORED_DTYPES
 from dus_cli.pictures.curves import loss_curve
 from dus_cli.pictures.layer_map import PICTURES
@@ -47,6 +47,7 @@ from dus_cli.writing.staging import Staging, staged_files
 if TYPE_CHECKING:
     from dus_cli.heal.run import Run
     from dus_cli.heal.train.checkpoints import Means
+    from dus_cli.heal.train.fitting import Peak
     from dus_cli.heal.train.state import TrainState
     from dus_cli.models.decoder import Decoder
     from dus_cli.models.stopping import Brake
@@ -56,52 +57,83 @@ if TYPE_CHECKING:
 CURVES = {"healing-light.svg": False, "healing-dark.svg": True}
 
 
+def prepare_publication(run: Run, student: Decoder, team: Team) -> Publication:
+    """What writes the healed model back. Called before training starts, so that a model that could
+    not be written back is refused then.
+
+    Raises:
+        HealError: a parameter stands under no name in the source, or a tensor was converted while
+            it was loaded.
+    """
+    source = open_checkpoint(Path(run.model))
+    names = parameter_names(source, student)
+    _check_values(source, names, student, team)
+    config = dict(student.inner.config.to_dict())
+    return Publication(
+        run=run,
+        student=student,
+        team=team,
+        source=source,
+        names=names,
+        shape=shape_of(config, source.num_parameters, run.num_layers),
+    )
+
+
+def _check_values(
+    source: Checkpoint, names: Mapping[str, str], student: Decoder, team: Team
+) -> None:
+    """Check that what transformers loaded is what the file holds."""
+    for shard, tensor in source.tensors():
+        name = names.get(tensor.name)
+        if name is None:
+            continue
+        parameter = student.parameters[name]
+        if tuple(parameter.shape) != tensor.shape:
+            raise not_written_back(student, tensor.name)
+        part = local(parameter.detach())
+        # the first worker's part starts where the tensor does
+        if team.is_first and part.numel():
+            count = min(part.numel(), 256)
+            stored = read_elements(shard, tensor, count).to(part.dtype)
+            if not torch.equal(stored, part.flatten()[:count].cpu()):
+                raise not_written_back(student, tensor.name)
+
+
 class Publication:
-    """Made before training starts, so that a model that could not be written back is refused
-    then.
+    """Writes the healed model in the run's place.
+
+    Args:
+        run: of this model.
+        student: the model that learns.
+        team: the workers.
+        source: the checkpoint that the run began with.
+        names: for each of its tensors that is a parameter, the parameter's name.
+        shape: of the model.
     """
 
-    def __init__(self, run: Run, student: Decoder, team: Team) -> None:
-        self._run, self._team = run, team
-        self._source = open_checkpoint(Path(run.model))
-        self._names = parameter_names(self._source, student)
-        self._check_values(student)
-        self._student = student
+    def __init__(
+        self,
+        *,
+        run: Run,
+        student: Decoder,
+        team: Team,
+        source: Checkpoint,
+        names: Mapping[str, str],
+        shape: Shape,
+    ) -> None:
+        self._run, self._team, self._student = run, team, student
+        self._source, self._names, self.shape = source, names, shape
         self._places = {
-            self._names[t.name]: (shard, t)
-            for shard, t in self._source.tensors()
-            if t.name in self._names
+            names[tensor.name]: (shard, tensor)
+            for shard, tensor in source.tensors()
+            if tensor.name in names
         }
-        config = dict(student.inner.config.to_dict())
-        self.shape = shape_of(config, self._source.num_parameters, run.num_layers)
-        self.flops_per_token = flops_per_token(self.shape, run.seq_length)
+        self.flops_per_token = flops_per_token(shape, run.seq_length)
 
     @property
     def num_bytes(self) -> int:
         """What the healed model will take on the disk."""
         return sum(tensor.num_bytes for _, tensor in self._source.tensors())
-
-    def _check_values(self, student: Decoder) -> None:
-        """Check that what transformers loaded is what the file holds, so that it can be written
-        back as it is.
-
-        Raises:
-            HealError: a tensor was converted while it was loaded.
-        """
-        for shard, tensor in self._source.tensors():
-            name = self._names.get(tensor.name)
-            if name is None:
-                continue
-            parameter = student.parameters[name]
-            if tuple(parameter.shape) != tensor.shape:
-                raise not_written_back(student, tensor.name)
-            part = local(parameter.detach())
-            # the first worker's part starts where the tensor does
-            if self._team.is_first and part.numel():
-                count = min(part.numel(), 256)
-                stored = read_elements(shard, tensor, count).to(part.dtype)
-                if not torch.equal(stored, part.flatten()[:count].cpu()):
-                    raise not_written_back(student, tensor.name)
 
     def stored(self, name: str) -> Tensor | None:
         """A worker's part of a parameter, in fp32 from the file, where bf16 would lose some of it.
@@ -126,8 +158,8 @@ class Publication:
         self,
         optimizer: Optimizer,
         progress: TrainState,
-        peak: float,
-        peak_source: str,
+        *,
+        peak: Peak,
         brake: Brake,
         exported: Path | None = None,
         averaged: Sequence[int] = (),
@@ -152,7 +184,7 @@ class Publication:
         with Staging(exported or run.folder, overwrite=True, claim=claim) as staging:
             self._write_model(staging, lambda tensor: self._gather(tensor, optimizer), brake)
             rows = read_metrics(run.metrics_path)
-            report = self._report(progress, rows, peak, peak_source)
+            report = self._report(progress, rows, peak)
             report |= {"output": str(staging.output)}
             if averaged:
                 folder = run.average_folder.name
@@ -245,7 +277,7 @@ class Publication:
     # --- the proof --------------------------------------------------------------------------------
 
     def _report(
-        self, progress: TrainState, rows: list[dict[str, Any]], peak: float, peak_source: str
+        self, progress: TrainState, rows: list[dict[str, Any]], peak: Peak
     ) -> dict[str, Any]:
         """report.json; docs/layout.md describes each field."""
         run = self._run
@@ -281,8 +313,8 @@ class Publication:
             "seconds": round(progress.seconds, 1),
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
-            "peak_flops": peak,
-            "peak_flops_source": peak_source,
+            "peak_flops": peak.flops,
+            "peak_flops_source": peak.source,
             **data_record(run, data, run.epochs * progress.step / run.num_steps),
             **self._by_set(progress),
             "skipped_lines": data.skipped,

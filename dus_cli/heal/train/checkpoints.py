@@ -48,23 +48,46 @@ class _Pending:
     num_bytes: int
 
 
-class Checkpoints:
-    """The checkpoints of one run. Every method is called by every worker, in the same order."""
+def open_checkpoints(
+    folder: Path, team: Team, keep: int, mean_of: MeanOf | None = None
+) -> Checkpoints:
+    """The checkpoints of a run, whose folder is made, locked and cleared of what a kill left.
 
-    def __init__(self, folder: Path, team: Team, keep: int, mean_of: MeanOf | None = None) -> None:
+    Args:
+        folder: of the run's checkpoints.
+        team: the workers; every one of them calls this.
+        keep: how many of the newest are kept.
+        mean_of: those of which a mean is wanted, which are kept too.
+
+    Raises:
+        HealError: another run holds the folder.
+    """
+    lock = -1
+    if team.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folders.lock(folder)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)
+    team.wait()
+    return Checkpoints(folder, team, keep, mean_of, lock=lock)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is called by every worker, in the same order.
+
+    `lock` is the descriptor that holds the folder, as long as this object lives.
+    """
+
+    def __init__(
+        self, folder: Path, team: Team, keep: int, mean_of: MeanOf | None, *, lock: int
+    ) -> None:
         self._folder = folder
         self._team = team
         self._keep, self._mean_of = keep, mean_of
+        self._lock = lock
         self._in_background = team.device.type != "cpu"
         self._pending: _Pending | None = None
         self._saved: int | None = None
-        self._lock = -1
-        if team.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = folders.lock(folder)
-            for left in folder.glob(".step-*"):
-                shutil.rmtree(left)
-        team.wait()
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint, as the first worker sees it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -22,18 +23,24 @@ _LONG_PRODUCT = 0.05
 _USABLE = 0.85
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+class Peak(NamedTuple):
     """FLOP/s of one device at its best, and where the number comes from: a data sheet, or a
     measurement here.
     """
+
+    flops: float
+    source: str
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
+    """What a device reaches in products of this dtype."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if part in name:
-                return flops, f"data sheet of {part}"
-    return _measured(
-        device, dtype
-    ), f"matrix product in {str(dtype).removeprefix('torch.')}, measured"
+                return Peak(flops, f"data sheet of {part}")
+    what = f"matrix product in {str(dtype).removeprefix('torch.')}, measured"
+    return Peak(_measured(device, dtype), what)
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:

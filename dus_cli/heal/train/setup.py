@@ -1,0 +1,136 @@
+"""A worker's training made ready: models loaded and checked, data opened, the newest checkpoint
+read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from dus_cli.data.streams import Prepared, Rows, heldout_sets
+from dus_cli.heal.estimate import num_shards
+from dus_cli.heal.metrics import MetricsFile
+from dus_cli.heal.proof.publish import prepare_publication
+from dus_cli.heal.run import KeepingPlan, Run
+from dus_cli.heal.tracking import open_tracker
+from dus_cli.heal.train.batches import micro_batches
+from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
+from dus_cli.heal.train.fitting import peak_flops, rows_at_once
+from dus_cli.heal.train.loading import load
+from dus_cli.heal.train.loop import RunLog, Training
+from dus_cli.heal.train.optimizer import Optimizer
+from dus_cli.heal.train.passes import Clock, Passes
+from dus_cli.heal.train.rates import rate_scales
+from dus_cli.heal.train.state import TrainState
+from dus_cli.models.stopping import Brake, Signals
+from dus_cli.models.team import Team
+
+
+def set_up(run: Run, team: Team, signals: Signals) -> Training:
+    """A run's training on this worker, from its newest checkpoint on. Called by every worker.
+
+    Raises:
+        LoadError: transformers cannot load the model or its base.
+        HealError: the model could not be trained or written back as it is, or the checkpoint
+            cannot be read.
+    """
+    torch.manual_seed(run.recipe.seed)
+    checkpoints = open_checkpoints(
+        run.checkpoints_folder, team, run.keeping.keep, _mean_of(run.keeping)
+    )
+    student = load(run, team)
+    publication = prepare_publication(run, student, team)
+    data = Prepared.from_json(run.data)
+    rows = Rows(
+        data,
+        run.tokens_folder,
+        run.seq_length,
+        seed=run.recipe.seed,
+        document_mask=run.document_mask,
+    )
+    heldout = heldout_sets(
+        data,
+        run.tokens_folder,
+        run.seq_length,
+        document_mask=run.document_mask,
+        max_tokens=run.keeping.eval_tokens,
+    )
+    row = next(iter(heldout.values()))[0]
+    ids = torch.from_numpy(row.input_ids)[None, :64].to(team.device)
+    positions = torch.arange(ids.shape[1], device=team.device)[None]
+    student.check_loss(ids, positions)
+    if run.document_mask:
+        student.check_documents(ids)
+    teacher = load(run, team, is_base=True) if run.recipe.distill_weight > 0 else None
+    if teacher is not None:
+        teacher.check_loss(ids, positions)
+    scales = rate_scales(student, run.recipe.rates)
+    optimizer = Optimizer(
+        student.parameters,
+        run.recipe,
+        team,
+        masters=run.fit.master_weights == "fp32",
+        num_replicas=team.size // num_shards(run.fit.sharding, team.size, team.num_local),
+        stored=publication.stored,
+        scales=scales,
+    )
+    progress = _resumed(checkpoints, optimizer)
+    frozen = {name for name, scale in scales.items() if not scale}
+    student.train_only(run.recipe.train_layers, frozen)
+    optimizer.prepare(name for name, p in student.parameters.items() if p.requires_grad)
+    log = _open_log(run, progress) if team.is_first else None
+    passes = Passes(student, teacher, team, Clock(team), Brake(team, lambda: signals.is_asked))
+    return Training(
+        run=run,
+        team=team,
+        signals=signals,
+        passes=passes,
+        rows=rows,
+        heldout=heldout,
+        checkpoints=checkpoints,
+        optimizer=optimizer,
+        progress=progress,
+        publication=publication,
+        log=log,
+        rows_at_once=_rows_at_once(run, rows, passes, optimizer),
+        peak=peak_flops(team.device, next(iter(student.parameters.values())).dtype),
+    )
+
+
+def _mean_of(keeping: KeepingPlan) -> MeanOf | None:
+    if keeping.average is None or keeping.save_every_steps is None:
+        return None
+    return MeanOf(keeping.average, keeping.save_every_steps)
+
+
+def _resumed(checkpoints: Checkpoints, optimizer: Optimizer) -> TrainState:
+    """The state of the newest checkpoint, whose tensors are read; without one, the start's."""
+    step = checkpoints.newest()
+    if step is None:
+        return TrainState()
+    progress = TrainState(**checkpoints.state(step))
+    optimizer.resume(progress.adam_steps)
+    checkpoints.load(step, optimizer.tensors())
+    return progress
+
+
+def _open_log(run: Run, progress: TrainState) -> RunLog:
+    # step 0 has a row too
+    last = -1 if progress.scaled_loss is None else progress.step
+    metrics = MetricsFile(run.metrics_path, last)
+    return RunLog(metrics, open_tracker(run.keeping.track, run.folder, asdict(run)))
+
+
+def _rows_at_once(run: Run, rows: Rows, passes: Passes, optimizer: Optimizer) -> int:
+    """Rows of a micro-batch: as asked for, or as many as fit."""
+    team = passes.team
+    if run.fit.micro_batch_rows is not None:
+        return run.fit.micro_batch_rows
+
+    def trial(count: int) -> None:
+        batch = micro_batches(rows, 0, count * team.size, count, team)[0]
+        passes.backward(batch, 1.0, run.recipe.distill_weight)
+        optimizer.clear()
+
+    return rows_at_once(team, run.seq_length, -(-run.rows_per_step // team.size), trial)
