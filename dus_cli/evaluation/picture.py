@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dus_cli.evaluation.intervals import Estimate
 from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult
 from dus_cli.evaluation.tasks import TaskReport
+from dus_cli.pictures.axes import Scale, columns
 from dus_cli.pictures.svg import (
     CHARACTER,
     COLOURS,
@@ -15,10 +16,8 @@ from dus_cli.pictures.svg import (
     SERIES,
     WIDTH,
     document,
-    escaped,
-    nice_step,
+    heading,
     text_at,
-    ticks,
     wrapped,
 )
 
@@ -41,38 +40,28 @@ _NORMAL = 1.96
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """Values from `left` to right, and the rows from `top` to `bottom` below which they are
-    named.
-    """
+class _RowPlot:
+    """Values from left to right, and the rows from `top` to `bottom` below which they are named."""
 
-    low: float
-    high: float
-    left: float
+    values: Scale
     top: float
     bottom: float
 
-    def x(self, value: float) -> float:
-        return self.left + (_RIGHT - self.left) * (value - self.low) / (self.high - self.low)
-
     def axis(self, label: str, colour: dict[str, str]) -> Iterable[str]:
-        step = nice_step(self.high - self.low, 5)
-        decimals = len(f"{step:.6f}".rstrip("0").partition(".")[2])
-        for value in ticks(self.low, self.high, step):
-            x = self.x(value)
-            yield f'<path d="M{x:.1f} {self.top:g}V{self.bottom:g}" stroke="{colour["grid"]}"/>'
-            yield text_at(
-                x, self.bottom + 18, f"{value:.{decimals}f}", colour["axis"], anchor="middle"
-            )
-        yield text_at(self.left, self.bottom + 38, label, colour["axis"])
+        yield from columns(self.values.ticks(5), self.top, self.bottom, 18, colour)
+        yield text_at(self.values.start, self.bottom + 38, label, colour["axis"])
+
+    def x(self, value: float) -> float:
+        """The pixel of a value, which stops at the edge of the plot."""
+        return self.values.at(min(max(value, self.values.low), self.values.high))
 
     def whisker(self, y: float, estimate: Estimate, dot: str, stroke: str) -> str:
         """A value, and a line over its interval."""
         line = ""
         if estimate.interval is not None:
-            low, high = (self.x(min(max(end, self.low), self.high)) for end in estimate.interval)
+            low, high = (self.x(end) for end in estimate.interval)
             line = f'<path d="M{low:.1f} {y:g}H{high:.1f}M{low:.1f} {y - 4:g}v8M{high:.1f} {y - 4:g}v8" {stroke}/>'
-        return line + f'<circle cx="{self.x(estimate.value):.1f}" cy="{y:g}" {dot}/>'
+        return line + f'<circle cx="{self.values.at(estimate.value):.1f}" cy="{y:g}" {dot}/>'
 
 
 @dataclass(frozen=True)
@@ -126,9 +115,7 @@ def eval_svg(report: EvalReport, *, dark: bool = False) -> str:
     )
     parts, bottom, said = [], 28.0, []
     for line in wrapped(title, _TITLE):
-        parts.append(
-            f'<text x="20" y="{bottom:g}" font-size="15" font-weight="600">{escaped(line)}</text>'
-        )
+        parts.append(heading(bottom, line))
         bottom += 20
     bottom -= 8
     if report.losses is not None:
@@ -151,20 +138,21 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
     ends = [end for figure in figures for end in (figure.interval or (figure.value, figure.value))]
     air = 0.06 * max(max(ends) - min(ends), 0.02 * max(ends), 1e-3)
     rows = _Rows.of([model.name for model in report.models], top, _ROW)
-    scale = _Scale(min(ends) - air, max(ends) + air, rows.left, top, rows.bottom)
+    values = Scale(min(ends) - air, max(ends) + air, rows.left, _RIGHT)
+    plot = _RowPlot(values, top, rows.bottom)
     label = "loss (nats per token)" if same else "bits per byte"
     interval = ", with its 95% interval" if report.num_units > 1 else ""
-    parts = list(scale.axis(label + interval, colour))
-    first = scale.x(figures[0].value)
+    parts = list(plot.axis(label + interval, colour))
+    first = values.at(figures[0].value)
     parts.append(
-        f'<path d="M{first:.1f} {scale.top:g}V{scale.bottom:g}" stroke="{colour["base"]}" {DASHED}/>'
+        f'<path d="M{first:.1f} {plot.top:g}V{plot.bottom:g}" stroke="{colour["base"]}" {DASHED}/>'
     )
     words = []
     for k, (model, figure) in enumerate(zip(report.models, figures, strict=True)):
         y, ink = rows.middle(k), colour["heldout" if k else "base"]
         parts += rows.name(k, colour)
         parts.append(
-            scale.whisker(
+            plot.whisker(
                 y, figure, f'r="5" fill="{ink}"', f'stroke="{ink}" stroke-width="2" fill="none"'
             )
         )
@@ -180,7 +168,7 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
         if difference:
             parts.append(text_at(_RIGHT + 14, y + 13, difference, colour["axis"]))
         words.append(f"{model.name} {figure.value:.4f}{f' ({difference})' * bool(difference)}")
-    return parts, scale.bottom + 56, f"{label.capitalize()}: {', '.join(words)}."
+    return parts, plot.bottom + 56, f"{label.capitalize()}: {', '.join(words)}."
 
 
 def _difference(model: ModelResult, *, same: bool) -> str:
@@ -202,8 +190,8 @@ def _scores(
     labels = [score.label for score in report.models[0].scores if score.is_share]
     lines = -(-len(report.models) // _IN_A_LINE)  # of figures, in a row
     rows = _Rows.of(labels, top + 8, max(_SCORE_ROW, _LINE * lines + 6))
-    scale = _Scale(0, 100, rows.left, top + 8, rows.bottom)
-    parts = list(scale.axis("score in percent, with its 95% interval", colour))
+    plot = _RowPlot(Scale(0, 100, rows.left, _RIGHT), top + 8, rows.bottom)
+    parts = list(plot.axis("score in percent, with its 95% interval", colour))
     words = []
     for row, label in enumerate(labels):
         y = rows.middle(row)
@@ -213,7 +201,7 @@ def _scores(
             score = next(score for score in result.scores if score.label == label)
             error = None if score.stderr is None else 100 * _NORMAL * score.stderr
             parts.append(
-                scale.whisker(y, Estimate(100 * score.value, error), *_look(k, colour, series))
+                plot.whisker(y, Estimate(100 * score.value, error), *_look(k, colour, series))
             )
             values.append(f"{100 * score.value:.1f}")
         for number in range(lines):
@@ -224,7 +212,7 @@ def _scores(
                 )
             )
         words.append(f"{label} {', '.join(values)}")
-    y = scale.bottom + 64
+    y = plot.bottom + 64
     for k, result in enumerate(report.models):
         dot, stroke = _look(k, colour, series)
         parts.append(f'<path d="M20 {y - 4:g}h26" {stroke}/><circle cx="33" cy="{y - 4:g}" {dot}/>')

@@ -9,18 +9,19 @@ from itertools import pairwise
 from typing import Any
 
 from dus_cli.common.units import human_count
+from dus_cli.pictures.axes import Scale, levels, line_across, marks
 from dus_cli.pictures.svg import (
     CHARACTER,
     COLOURS,
     DASHED,
     SERIES,
     WIDTH,
+    caption,
     cut,
     document,
     escaped,
-    nice_step,
+    heading,
     text_at,
-    ticks,
 )
 
 Point = tuple[float, float]
@@ -75,7 +76,7 @@ def loss_curve(
         parts.append(plot.reached(reached))
     if not training and not heldout:
         parts.append(
-            plot.text((0, plot.low), "nothing measured yet", colour["axis"], dx=10, dy=-10)
+            plot.text((0, plot.losses.low), "nothing measured yet", colour["axis"], dx=10, dy=-10)
         )
     return document(
         parts, title, _description(training, heldout, base_loss, reached), _HEIGHT, colour
@@ -121,11 +122,10 @@ def compare_curves(
 
 @dataclass(frozen=True)
 class _Plot:
-    """The axes: tokens from 0 to `most`, loss from `low` to `high`."""
+    """The axes: tokens from 0 across, loss up."""
 
-    most: float
-    low: float
-    high: float
+    tokens: Scale
+    losses: Scale
     colour: dict[str, str]
 
     @classmethod
@@ -136,38 +136,27 @@ class _Plot:
         # a constant has a spread, too
         middle, spread = ((low + high) / 2, max(high - low, 0.02 * abs(high), 1e-3))
         most = max((tokens for tokens, _ in points), default=0.0)
-        return cls(most, middle - 0.62 * spread, middle + 0.62 * spread, COLOURS[dark])
+        return cls(
+            Scale(0.0, most, _LEFT, _RIGHT),
+            Scale(middle - 0.62 * spread, middle + 0.62 * spread, _BOTTOM, _TOP),
+            COLOURS[dark],
+        )
 
     def x(self, tokens: float) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * (tokens / self.most if self.most else 0.0)
+        return self.tokens.at(tokens)
 
     def y(self, loss: float) -> float:
         """Pixels from the top. What is out of the plot, a spike, stops at its edge."""
-        share = (min(max(loss, self.low), self.high) - self.low) / (self.high - self.low)
-        return _BOTTOM - (_BOTTOM - _TOP) * share
+        return self.losses.at(min(max(loss, self.losses.low), self.losses.high))
 
     def frame(self, title: str) -> str:
         """Title, grid and ticks."""
         colour = self.colour
-        shown = escaped(cut(title, int((WIDTH - 40) / (CHARACTER * 15 / 13))))
-        parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{shown}</text>']
-        parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss (nats per token)</text>')
-        step = nice_step(self.high - self.low, 6)
-        decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-        for loss in ticks(self.low, self.high, step):
-            y = self.y(loss)
-            parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
-            label = f"{loss:.{decimals}f}"
-            parts.append(text_at(_LEFT - 8, y + 4.5, label, colour["axis"], anchor="end"))
-        parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
-        for tokens in (
-            ticks(0, self.most, nice_step(self.most, 6, least=1.0)) if self.most else [0.0]
-        ):
-            x = self.x(tokens)
-            parts.append(f'<path d="M{x:.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
-            parts.append(
-                text_at(x, _BOTTOM + 20, human_count(tokens), colour["axis"], anchor="middle")
-            )
+        parts = [heading(28, cut(title, int((WIDTH - 40) / (CHARACTER * 15 / 13))))]
+        parts.append(caption("loss (nats per token)", colour["axis"]))
+        parts += levels(self.losses.ticks(6), _LEFT, _RIGHT, colour)
+        parts.append(line_across(_LEFT, _RIGHT, _BOTTOM, colour))
+        parts += marks(self.tokens.ticks(6, least=1.0, name=human_count), _BOTTOM, colour)
         parts.append(text_at(_RIGHT, _BOTTOM + 38, "tokens", colour["axis"], anchor="end"))
         return "".join(parts)
 
@@ -202,7 +191,9 @@ class _Plot:
             return self.text(start, label, colour, dx=10, dy=-6)
         reached = next((tokens for tokens, loss in points if loss <= base_loss), math.inf)
         if self.x(reached) < _LEFT + 120:  # they come down at once, and stay below
-            return self.text((self.most, base_loss), label, colour, dx=-4, dy=-6, anchor="end")
+            return self.text(
+                (self.tokens.high, base_loss), label, colour, dx=-4, dy=-6, anchor="end"
+            )
         return self.text(start, label, colour, dx=10, dy=17)
 
     def reached(self, point: Point) -> str:

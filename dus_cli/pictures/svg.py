@@ -1,11 +1,8 @@
-"""What the pictures share: colours for a light and a dark page, text, axes, the document around
-them.
-"""
+"""What the pictures share: colours for a light and a dark page, text, the document around them."""
 
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,6 +64,16 @@ def text_at(
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}"{at}{around}>{escaped(text)}</text>'
 
 
+def heading(y: float, text: str) -> str:
+    """A line of a picture's or a plot's title."""
+    return f'<text x="20" y="{y:g}" font-size="15" font-weight="600">{escaped(text)}</text>'
+
+
+def caption(text: str, fill: str) -> str:
+    """What the axis that goes up the page shows, below the title: our own words, no name."""
+    return f'<text x="20" y="50" fill="{fill}">{text}</text>'
+
+
 def document(
     parts: Iterable[str], title: str, description: str, height: int, colour: Mapping[str, str]
 ) -> str:
@@ -104,35 +111,6 @@ def wrapped(text: str, width: int) -> list[str]:
         lines.append(text[:end].rstrip())
         text = text[end:].lstrip()
     return [*lines, text]
-
-
-def nice_step(spread: float, count: int, *, least: float = 0.0) -> float:
-    """The smallest of 1, 2 and 5 times a power of ten that cuts a spread into at most `count`
-    pieces.
-
-    >>> nice_step(0.73, 6), nice_step(4_096_000, 6)
-    (0.2, 1000000.0)
-    """
-    power = 10.0 ** math.floor(math.log10(max(spread / count, least)))
-    return next(
-        (
-            step
-            for step in (power, 2 * power, 5 * power)
-            if step >= max(spread / count, least) * (1 - 1e-9)
-        ),
-        10 * power,
-    )
-
-
-def ticks(low: float, high: float, step: float) -> list[float]:
-    """Multiples of the step from low to high.
-
-    >>> ticks(2.72, 3.5, 0.25)
-    [2.75, 3.0, 3.25, 3.5]
-    """
-    return [
-        k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
 
 
 def is_drawn(path: Path) -> bool:

@@ -6,7 +6,16 @@ import math
 from collections.abc import Sequence
 
 from dus_cli.maps.starts import StartRule
-from dus_cli.pictures.svg import CHARACTER, DASHED, escaped, nice_step, text_at, ticks
+from dus_cli.pictures.axes import (
+    Scale,
+    Tick,
+    levels,
+    line_across,
+    nice_step,
+    number_below,
+    ticks,
+)
+from dus_cli.pictures.svg import CHARACTER, DASHED, heading, text_at
 from dus_cli.probe.found import Doublings
 
 BARS_HEIGHT = 280
@@ -43,25 +52,20 @@ def bars(
     high = max(costs, default=1.0)
     low = max(min(costs, default=0.1), _SMALLEST * high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9) + 1)
+    scale = Scale(powers[0], powers[-1], start=top + _BOTTOM - 2, end=top + _TOP)
 
     def y_of(cost: float) -> float:
         """Costs of nothing and less lie at the bottom, and are drawn as a line there."""
-        way = (math.log10(max(cost, 10.0 ** powers[0])) - powers[0]) / (powers[-1] - powers[0])
-        return top + _BOTTOM - 2 - way * (_BOTTOM - _TOP - 2)
+        return scale.at(math.log10(max(cost, 10.0 ** powers[0])))
 
     num_layers = len(doublings[0].losses)
     each = (_RIGHT - _LEFT) / num_layers
     wide = 0.84 * each / len(doublings)
     bottom = top + _BOTTOM
-    title = "Each layer doubled alone: loss above the base's"
-    parts = [
-        f'<text x="20" y="{top + 16:g}" font-size="15" font-weight="600">{escaped(title)}</text>'
-    ]
+    parts = [heading(top + 16, "Each layer doubled alone: loss above the base's")]
     parts += names_of_starts([one.start for one in doublings], top + 40, series)
-    for power in powers:
-        y = y_of(10.0**power)
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
-        parts.append(text_at(_LEFT - 8, y + 4.5, f"{10.0**power:g}", colour["axis"], anchor="end"))
+    costs_named = [Tick(y_of(10.0**power), f"{10.0**power:g}") for power in powers]
+    parts += levels(costs_named, _LEFT, _RIGHT, colour)
     for number, one in enumerate(doublings):
         places = [
             f"M{_LEFT + each * (layer + 0.08) + wide * number:.1f} {bottom}"
@@ -74,10 +78,10 @@ def bars(
     if 10.0 ** powers[0] <= most <= 10.0 ** powers[-1]:
         line = f"M{_LEFT} {y_of(most):.1f}H{_RIGHT}"
         parts.append(f'<path d="{line}" stroke="{colour["scaled"]}" {DASHED}/>')
-    parts.append(f'<path d="M{_LEFT} {bottom}H{_RIGHT}" stroke="{colour["axis"]}"/>')
+    parts.append(line_across(_LEFT, _RIGHT, bottom, colour))
     for layer in ticks(0, num_layers - 1, nice_step(num_layers - 1, 15, least=1.0)):
         x = _LEFT + each * (layer + 0.5)
-        parts.append(text_at(x, bottom + 20, f"{layer:g}", colour["axis"], anchor="middle"))
+        parts.append(number_below(bottom + 20, Tick(x, f"{layer:g}"), colour))
     said = "layer; above the dashed line it is not doubled"
     parts.append(text_at(_RIGHT, bottom + 38, said, colour["axis"], anchor="end"))
     return parts

@@ -4,22 +4,31 @@ behind a search over starts what doubling each layer costs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dus_cli.common.units import human_count
+from dus_cli.pictures.axes import (
+    Scale,
+    Tick,
+    levels,
+    line_across,
+    marks,
+    nice_step,
+    number_below,
+    number_left,
+    ticks,
+)
 from dus_cli.pictures.svg import (
     CHARACTER,
     COLOURS,
     DASHED,
     SERIES,
     WIDTH,
+    caption,
     document,
-    escaped,
-    nice_step,
+    heading,
     text_at,
-    ticks,
     wrapped,
 )
 from dus_cli.probe.bars import BARS_HEIGHT, bars, names_of_starts, of_start
@@ -50,28 +59,9 @@ _SHADES = 64
 class _Axes:
     """Trims from left to right, loss on the left, parameters on the right."""
 
-    xs: tuple[float, float]
-    losses: tuple[float, float]
-    sizes: tuple[float, float]
-
-    def x(self, value: float) -> float:
-        low, high = self.xs
-        return (
-            _LEFT
-            + 14
-            + (_RIGHT - _LEFT - 28) * ((value - low) / (high - low) if high > low else 0.5)
-        )
-
-    @staticmethod
-    def _y(value: float, span: tuple[float, float]) -> float:
-        low, high = span
-        return _BOTTOM - (_BOTTOM - _TOP) * (value - low) / (high - low)
-
-    def loss_y(self, loss: float) -> float:
-        return self._y(loss, self.losses)
-
-    def size_y(self, size: float) -> float:
-        return self._y(size, self.sizes)
+    trims: Scale
+    losses: Scale
+    sizes: Scale
 
 
 def probe_svg(found: Probe, *, dark: bool = False) -> str:
@@ -82,10 +72,7 @@ def probe_svg(found: Probe, *, dark: bool = False) -> str:
     measured = [m for m in found.maps if m.is_finite]
     title = f"{found.plan.name}: loss right after scaling, {found.plan.num_layers} layers"
     lines = wrapped(title, 70)
-    parts = [
-        f'<text x="20" y="{28 + 20 * number}" font-size="15" font-weight="600">{escaped(line)}</text>'
-        for number, line in enumerate(lines)
-    ]
+    parts = [heading(28 + 20 * number, line) for number, line in enumerate(lines)]
     below = 20 * (len(lines) - 1)
     parts.append(f'<g transform="translate(0 {below})">')
     parts += _losses(found, measured, colour, series)
@@ -123,30 +110,17 @@ def _losses(
     axes = _axes(points, found)
     loss_colour, size_colour = series[0], series[1]
     parts = [
-        f'<text x="20" y="50" fill="{loss_colour}">loss (nats per token)</text>',
+        caption("loss (nats per token)", loss_colour),
         text_at(WIDTH - 20, 50, "parameters", size_colour, anchor="end"),
     ]
-    step = nice_step(axes.losses[1] - axes.losses[0], 6)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    for loss in ticks(*axes.losses, step):
-        y = axes.loss_y(loss)
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
-        parts.append(
-            text_at(_LEFT - 8, y + 4.5, f"{loss:.{decimals}f}", colour["axis"], anchor="end")
-        )
-    named = {
-        human_count(size): size
-        for size in ticks(*axes.sizes, nice_step(axes.sizes[1] - axes.sizes[0], 5))
-    }
-    for name, size in named.items():
-        y = axes.size_y(size)
+    parts += levels(axes.losses.ticks(6), _LEFT, _RIGHT, colour)
+    # of sizes with one name the last
+    named = {tick.name: tick.at for tick in axes.sizes.ticks(5, name=human_count)}
+    for name, y in named.items():
         parts.append(f'<path d="M{_RIGHT} {y:.1f}h5" stroke="{size_colour}"/>')
         parts.append(text_at(_RIGHT + 10, y + 4.5, name, colour["axis"]))
-    parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
-    for trim in ticks(*axes.xs, nice_step(axes.xs[1] - axes.xs[0], 15, least=1.0)):
-        x = axes.x(trim)
-        parts.append(f'<path d="M{x:.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
-        parts.append(text_at(x, _BOTTOM + 20, f"{trim:g}", colour["axis"], anchor="middle"))
+    parts.append(line_across(_LEFT, _RIGHT, _BOTTOM, colour))
+    parts += marks(axes.trims.ticks(15, least=1.0, name="{:g}".format), _BOTTOM, colour)
     parts.append(
         text_at(
             _RIGHT,
@@ -157,14 +131,14 @@ def _losses(
         )
     )
     sizes = " ".join(
-        f"{axes.x(trim):.1f},{axes.size_y(size):.1f}"
+        f"{axes.trims.at(trim):.1f},{axes.sizes.at(size):.1f}"
         for trim, _, size, is_other, start in points
         if not is_other and not start
     )
     parts.append(
         f'<polyline points="{sizes}" fill="none" stroke="{size_colour}" stroke-width="1.8" stroke-dasharray="2 3"/>'
     )
-    base_y = axes.loss_y(found.base_loss)
+    base_y = axes.losses.at(found.base_loss)
     parts.append(f'<path d="M{_LEFT} {base_y:.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(f'<path d="M240 46h26" stroke="{colour["base"]}" {DASHED}/>')
     parts.append(text_at(274, 50, f"base {found.base_loss:.3f}", colour["base"]))
@@ -188,7 +162,7 @@ def _of_one_start(
 ) -> list[str]:
     """The line of the depthwise scalings, and a hollow dot for each other map."""
     at = [
-        (f"{axes.x(trim):.1f}", f"{axes.loss_y(loss):.1f}", is_other)
+        (f"{axes.trims.at(trim):.1f}", f"{axes.losses.at(loss):.1f}", is_other)
         for trim, loss, _, is_other, _ in points
     ]
     line = " ".join(f"{x},{y}" for x, y, is_other in at if not is_other)
@@ -217,9 +191,9 @@ def _axes(points: Sequence[tuple[float, float, int, bool, int]], found: Probe) -
     span = max(max(sizes) - min(sizes), 0.02 * max(sizes), 1)
     # Air for the marks.
     return _Axes(
-        (min(trims), max(trims)),
-        (low - 0.14 * spread, high + 0.1 * spread),
-        (min(sizes) - 0.14 * span, max(sizes) + 0.1 * span),
+        Scale(min(trims), max(trims), _LEFT + 14, _RIGHT - 14, alone=0.5),
+        Scale(low - 0.14 * spread, high + 0.1 * spread, _BOTTOM, _TOP),
+        Scale(min(sizes) - 0.14 * span, max(sizes) + 0.1 * span, _BOTTOM, _TOP),
     )
 
 
@@ -232,7 +206,10 @@ def _marks(found: Probe, axes: _Axes, colour: dict[str, str]) -> list[str]:
     marks = []
     for number, words in names.items():
         measured = found.maps[number]
-        x, y = axes.x(_trim_of(measured, found.plan.num_layers)), axes.loss_y(measured.loss or 0.0)
+        x, y = (
+            axes.trims.at(_trim_of(measured, found.plan.num_layers)),
+            axes.losses.at(measured.loss or 0.0),
+        )
         layers = len(measured.candidate.layer_map)
         marks.append((x, y, f"{', '.join(words)}: {layers} layers, {measured.loss:.3f}"))
     parts = []
@@ -293,10 +270,9 @@ def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
     step = nice_step(size - 1, 8, least=1.0)
     for depth in ticks(0, size - 1, step):
         at = (depth / every + 0.5) * cell
-        parts.append(text_at(left - 8, top + at + 4.5, f"{depth:g}", colour["axis"], anchor="end"))
-        parts.append(
-            text_at(left + at, top + _MAP_SIZE + 18, f"{depth:g}", colour["axis"], anchor="middle")
-        )
+        name = f"{depth:g}"
+        parts.append(number_left(left, Tick(top + at, name), colour))
+        parts.append(number_below(top + _MAP_SIZE + 18, Tick(left + at, name), colour))
     parts.append(text_at(left, top + _MAP_SIZE + 38, "depth d: before layer d", colour["axis"]))
     parts += _seams_on_map(found, left, top, cell / every, colour)
     return parts + _scale(most, colour, dark=dark)
@@ -328,9 +304,10 @@ def _scale(most: float, colour: dict[str, str], *, dark: bool) -> list[str]:
         parts.append(
             f'<path d="M{_SCALE_LEFT} {y:.1f}h{_SCALE_WIDTH}v{each + 0.4:.1f}h-{_SCALE_WIDTH}z" fill="{fill}"/>'
         )
-    for value in ticks(0, most, nice_step(most, 5)):
-        y = _MAP_TOP + height - value / most * height
-        parts.append(text_at(_SCALE_LEFT + _SCALE_WIDTH + 8, y + 4.5, f"{value:g}", colour["axis"]))
+    distances = Scale(0, most, _MAP_TOP + height, _MAP_TOP)
+    for tick in distances.ticks(5, name="{:g}".format):
+        x, y = _SCALE_LEFT + _SCALE_WIDTH + 8, tick.at + 4.5
+        parts.append(text_at(x, y, tick.name, colour["axis"]))
     y = _MAP_TOP + height + 34
     parts.append(
         f'<circle cx="{_SCALE_LEFT + 8}" cy="{y - 4}" r="5" fill="none" stroke="{colour["scaled"]}" stroke-width="2"/>'

@@ -18,17 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dus_cli.pictures.axes import Scale, columns
 from dus_cli.pictures.files import write_pictures
-from dus_cli.pictures.svg import (
-    COLOURS,
-    DASHED,
-    SERIES,
-    document,
-    escaped,
-    nice_step,
-    text_at,
-    ticks,
-)
+from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, document, heading, text_at
 
 _LEFT, _RIGHT, _TOP, _ROW = 216, 664, 92, 30
 
@@ -78,22 +70,16 @@ def picture(rows: list[Row], base: float, title: str, *, dark: bool) -> str:
     colour, (late, early, *_) = COLOURS[dark], SERIES[dark]
     losses = [base, *(loss for row in rows for loss in (row.before, *row.after))]
     spread = max(losses) - min(losses)
-    low, high = min(losses) - 0.05 * spread, max(losses) + 0.05 * spread
-    bottom = _TOP + _ROW * len(rows)
-
-    def x(loss: float) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * (loss - low) / (high - low)
-
-    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(title)}</text>']
+    scale = Scale(min(losses) - 0.05 * spread, max(losses) + 0.05 * spread, _LEFT, _RIGHT)
+    x, bottom = scale.at, _TOP + _ROW * len(rows)
+    parts = [heading(28, title)]
     parts.append(
         f'<circle cx="26" cy="48" r="4" fill="{colour["page"]}" stroke="{early}" stroke-width="2"/>'
     )
     parts.append(text_at(36, 52, "right after scaling", colour["axis"]))
     parts.append(f'<circle cx="212" cy="48" r="4" fill="{late}"/>')
     parts.append(text_at(222, 52, "healed, each seed", colour["axis"]))
-    for loss in ticks(low, high, nice_step(high - low, 7)):
-        parts.append(f'<path d="M{x(loss):.1f} {_TOP}V{bottom}" stroke="{colour["grid"]}"/>')
-        parts.append(text_at(x(loss), bottom + 20, f"{loss:g}", colour["axis"], anchor="middle"))
+    parts += columns(scale.ticks(7, name="{:g}".format), _TOP, bottom, 20, colour)
     parts.append(
         f'<path d="M{x(base):.1f} {_TOP - 8}V{bottom}" stroke="{colour["base"]}" {DASHED}/>'
     )

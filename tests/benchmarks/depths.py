@@ -15,17 +15,9 @@ import argparse
 import re
 from pathlib import Path
 
+from dus_cli.pictures.axes import Scale, levels, line_across, marks
 from dus_cli.pictures.files import write_pictures
-from dus_cli.pictures.svg import (
-    COLOURS,
-    DASHED,
-    SERIES,
-    document,
-    escaped,
-    nice_step,
-    text_at,
-    ticks,
-)
+from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, caption, document, heading, text_at
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 664, 64, 350
 
@@ -67,24 +59,14 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
     top = max(loss for _, loss in points) * 1.04
     bottom = base - 0.05 * (top - base)
 
-    def x(layers: float) -> float:
-        return _LEFT + (_RIGHT - _LEFT) * (layers - low) / (high - low)
-
-    def y(loss: float) -> float:
-        return _BOTTOM - (_BOTTOM - _TOP) * (loss - bottom) / (top - bottom)
-
-    parts = [f'<text x="20" y="28" font-size="15" font-weight="600">{escaped(title)}</text>']
+    depths = Scale(low, high, _LEFT, _RIGHT)
+    losses = Scale(bottom, top, _BOTTOM, _TOP)
+    x, y = depths.at, losses.at
     above = "" if base else " above the base's"
-    parts.append(f'<text x="20" y="50" fill="{colour["axis"]}">loss{above} (nats per token)</text>')
-    for loss in ticks(bottom, top, nice_step(top - bottom, 6)):
-        parts.append(f'<path d="M{_LEFT} {y(loss):.1f}H{_RIGHT}" stroke="{colour["grid"]}"/>')
-        parts.append(text_at(_LEFT - 8, y(loss) + 4.5, f"{loss:g}", colour["axis"], anchor="end"))
-    for layers in ticks(low, high, nice_step(high - low, 10)):
-        parts.append(f'<path d="M{x(layers):.1f} {_BOTTOM}v5" stroke="{colour["axis"]}"/>')
-        parts.append(
-            text_at(x(layers), _BOTTOM + 20, f"{layers:g}", colour["axis"], anchor="middle")
-        )
-    parts.append(f'<path d="M{_LEFT} {_BOTTOM}H{_RIGHT}" stroke="{colour["axis"]}"/>')
+    parts = [heading(28, title), caption(f"loss{above} (nats per token)", colour["axis"])]
+    parts += levels(losses.ticks(6, name="{:g}".format), _LEFT, _RIGHT, colour)
+    parts += marks(depths.ticks(10, name="{:g}".format), _BOTTOM, colour)
+    parts.append(line_across(_LEFT, _RIGHT, _BOTTOM, colour))
     parts.append(text_at(_RIGHT, _BOTTOM + 38, "layers", colour["axis"], anchor="end"))
     parts.append(f'<path d="M{_LEFT} {y(base):.1f}H{_RIGHT}" stroke="{colour["base"]}" {DASHED}/>')
     label = f"base {base:.3f}" if base else "base"
