@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dus_cli import __version__
-from dus_cli.commands.signals import Signals, Terminated, ended_by
+from dus_cli.commands.signals import EndingSignals, Terminated, ended_by
 from dus_cli.commands.values import read_without_pydantic
 from dus_cli.common.unforeseen import explained
 from dus_cli.console import events
@@ -146,7 +146,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def main() -> NoReturn:
     """The entry point of `dus`: turns outcomes into exit codes. DUS_DEBUG=1 shows tracebacks."""
     _open_streams()
-    signals = Signals()
+    signals = EndingSignals()
     try:
         code, message = _run()
     except Exception:

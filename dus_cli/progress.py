@@ -45,7 +45,7 @@ class PlannedBase(Protocol):
     def commit(self) -> str | None: ...
 
 
-class Plan(Protocol):
+class PlannedUpscale(Protocol):
     """What a view may read of an upscale's plan before the first byte is written."""
 
     @property
@@ -70,7 +70,7 @@ class Progress(Protocol):
     @property
     def is_live(self) -> bool: ...
 
-    def planned(self, plan: Plan) -> None: ...
+    def planned(self, plan: PlannedUpscale) -> None: ...
 
     def start(self, what: str, total: int | None, unit: str = "bytes") -> None: ...
 
@@ -88,7 +88,7 @@ class NoProgress:
 
     is_live = False
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: PlannedUpscale) -> None:
         pass
 
     def start(self, what: str, total: int | None, unit: str = "bytes") -> None:

@@ -31,7 +31,7 @@ from forked import dus
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError, DusError, OutputError
 from dus_cli.planning.plan import MapRequest
-from dus_cli.progress import NoProgress, Plan, Progress
+from dus_cli.progress import NoProgress, PlannedUpscale, Progress
 from dus_cli.upscaling import space, verb
 from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.wanted import Wanted
@@ -284,7 +284,7 @@ class Meddler(NoProgress):
     def __init__(self, action: Callable[[], object]) -> None:
         self.actions = [action]
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: PlannedUpscale) -> None:
         pass
 
     def advance(self, num_bytes: int) -> None:  # noqa: ARG002  (the protocol's name)

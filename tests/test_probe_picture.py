@@ -12,8 +12,8 @@ from pictures import check_labels
 from dus_cli.maps.layers import stack, typed_map
 from dus_cli.probe.budget import Memory
 from dus_cli.probe.distances import Distances
-from dus_cli.probe.found import Measured, Probe, ProbePlan, Text
-from dus_cli.probe.maps import Candidate, Cost
+from dus_cli.probe.found import Measured, Probe, ProbePlan, ProbeText
+from dus_cli.probe.maps import Cost, MapCandidate
 from dus_cli.probe.picture import probe_svg
 
 
@@ -32,7 +32,7 @@ def found(
     def measured(layer_map: Any, options: str, nats: float) -> Measured:
         size = len(layer_map)
         cost = Cost(size, 260_000_000 + 218_000_000 * size, 10**9 * size, 1e9)
-        return Measured(Candidate(layer_map, options, cost), nats, ((0.3, 0.2),))
+        return Measured(MapCandidate(layer_map, options, cost), nats, ((0.3, 0.2),))
 
     maps = [measured(stack(num_layers, trim), f"--trim {trim}", loss(trim)) for trim in trims]
     maps += [
@@ -60,7 +60,7 @@ def found(
     )
     return Probe(
         plan=plan,
-        text=Text(("text.jsonl",), 1, 1, 1, {}),
+        text=ProbeText(("text.jsonl",), 1, 1, 1, {}),
         base_loss=2.9,
         maps=tuple(maps),
         distances=Distances(table, table, 100),

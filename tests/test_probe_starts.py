@@ -28,7 +28,7 @@ from dus_cli.planning.plan import MapRequest  # noqa: E402
 from dus_cli.probe import search  # noqa: E402
 from dus_cli.probe.distances import Distances  # noqa: E402
 from dus_cli.probe.found import Doublings, Probe  # noqa: E402
-from dus_cli.probe.maps import Candidate, options_of  # noqa: E402
+from dus_cli.probe.maps import MapCandidate, options_of  # noqa: E402
 from dus_cli.probe.options import ProbeOptions  # noqa: E402
 from dus_cli.probe.report import upscale_command  # noqa: E402
 from dus_cli.probe.rounds import Rounds  # noqa: E402
@@ -162,11 +162,11 @@ def test_a_search_leaves_out_the_layers_that_cost_most() -> None:
     costs = dict.fromkeys(range(30), 0.005) | {0: 2.7, 1: 0.06, 17: 0.05, 28: 0.08, 29: 0.9}
     num_measured = 0
 
-    def check(request: MapRequest) -> Candidate:
+    def check(request: MapRequest) -> MapCandidate:
         layer_map = request.resolve(30)
-        return Candidate(layer_map, options_of(layer_map, request), None, start=request.start)
+        return MapCandidate(layer_map, options_of(layer_map, request), None, start=request.start)
 
-    def losses(about: Sequence[Candidate]) -> list[float]:
+    def losses(about: Sequence[MapCandidate]) -> list[float]:
         nonlocal num_measured
         num_measured += len(about)
         maps = [each.layer_map for each in about]

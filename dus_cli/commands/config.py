@@ -42,7 +42,7 @@ def config_option(kinds: Mapping[str, Any], convert: Converter | None) -> Any:
         if path is not None and not context.resilient_parsing:
             found = _texts(path, context, kinds, convert)
             context.default_map = found
-            events.Wanted.by_a_file = found.get("progress") == ProgressMode.json.value
+            events.EventsWanted.by_a_file = found.get("progress") == ProgressMode.json.value
         return path
 
     return Annotated[

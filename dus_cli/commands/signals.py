@@ -21,7 +21,7 @@ class Terminated(BaseException):
 _CLEAN_UP = 5.0
 
 
-class Signals:
+class EndingSignals:
     """The signals that end a run: the first unwinds it, another one ends what does not unwind."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.console.terminal import say
-from dus_cli.progress import Plan, ProgressMode, Stage
+from dus_cli.progress import PlannedUpscale, ProgressMode, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,7 @@ def stage_event(event: str, stage: Stage, **more: Any) -> None:
     )
 
 
-class Wanted:
+class EventsWanted:
     """Whether events are asked for elsewhere than on the command line: `--config` sets it."""
 
     by_a_file = False
@@ -58,7 +58,7 @@ def are_wanted(arguments: Sequence[str]) -> bool:
     """
     options = list(takewhile(lambda argument: argument != "--", arguments))
     if not any(option.partition("=")[0] == "--progress" for option in options):
-        return Wanted.by_a_file
+        return EventsWanted.by_a_file
     return f"--progress={ProgressMode.json.value}" in options or (
         "--progress",
         ProgressMode.json.value,
@@ -83,7 +83,7 @@ class JsonProgress:
             with self._lock:
                 self._end()
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: PlannedUpscale) -> None:
         layer_map = plan.layer_map
         emit(
             "plan",

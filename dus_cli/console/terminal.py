@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.units import human_bytes, human_time
-from dus_cli.progress import Plan, Stage
+from dus_cli.progress import PlannedUpscale, Stage
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -80,7 +80,7 @@ def is_live() -> bool:
 Draw = Callable[[Any, int], str]
 
 
-def _print_plan(draw: Draw, plan: Plan) -> None:
+def _print_plan(draw: Draw, plan: PlannedUpscale) -> None:
     say(f"{draw(plan, shutil.get_terminal_size().columns)}\n")
 
 
@@ -101,7 +101,7 @@ class PlainProgress:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: PlannedUpscale) -> None:
         _print_plan(self._draw, plan)
 
     def start(self, what: str, total: int | None, unit: str = "bytes") -> None:
@@ -164,7 +164,7 @@ class BarProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: PlannedUpscale) -> None:
         _print_plan(self._draw, plan)
 
     def start(self, what: str, total: int | None, unit: str = "bytes") -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dus_cli.evaluation.intervals import Estimate
 from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult
 from dus_cli.evaluation.tasks import TaskReport
-from dus_cli.pictures.axes import Scale, columns
+from dus_cli.pictures.axes import Axis, columns
 from dus_cli.pictures.svg import (
     CHARACTER,
     COLOURS,
@@ -43,7 +43,7 @@ _NORMAL = 1.96
 class _RowPlot:
     """Values from left to right, and the rows from `top` to `bottom` below which they are named."""
 
-    values: Scale
+    values: Axis
     top: float
     bottom: float
 
@@ -138,7 +138,7 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
     ends = [end for figure in figures for end in (figure.interval or (figure.value, figure.value))]
     air = 0.06 * max(max(ends) - min(ends), 0.02 * max(ends), 1e-3)
     rows = _Rows.of([model.name for model in report.models], top, _ROW)
-    values = Scale(min(ends) - air, max(ends) + air, rows.left, _RIGHT)
+    values = Axis(min(ends) - air, max(ends) + air, rows.left, _RIGHT)
     plot = _RowPlot(values, top, rows.bottom)
     label = "loss (nats per token)" if same else "bits per byte"
     interval = ", with its 95% interval" if report.num_units > 1 else ""
@@ -190,7 +190,7 @@ def _scores(
     labels = [score.label for score in report.models[0].scores if score.is_share]
     lines = -(-len(report.models) // _IN_A_LINE)  # of figures, in a row
     rows = _Rows.of(labels, top + 8, max(_SCORE_ROW, _LINE * lines + 6))
-    plot = _RowPlot(Scale(0, 100, rows.left, _RIGHT), top + 8, rows.bottom)
+    plot = _RowPlot(Axis(0, 100, rows.left, _RIGHT), top + 8, rows.bottom)
     parts = list(plot.axis("score in percent, with its 95% interval", colour))
     words = []
     for row, label in enumerate(labels):

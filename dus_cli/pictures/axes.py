@@ -18,7 +18,7 @@ class Tick(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scale:
+class Axis:
     """Values from `low` to `high` along the pixels from `start` to `end`.
 
     An axis that goes up the page starts at its lower edge. Where all values are one, `low` is
@@ -34,7 +34,7 @@ class Scale:
     def at(self, value: float) -> float:
         """The pixel of a value.
 
-        >>> Scale(2.0, 4.0, start=330, end=64).at(3.0)
+        >>> Axis(2.0, 4.0, start=330, end=64).at(3.0)
         197.0
         """
         spread = self.high - self.low
@@ -49,7 +49,7 @@ class Scale:
 
         Without `name` they are written with as many decimals as their step has.
 
-        >>> [tick.name for tick in Scale(2.72, 3.5, 0, 1).ticks(6)]
+        >>> [tick.name for tick in Axis(2.72, 3.5, 0, 1).ticks(6)]
         ['2.8', '3.0', '3.2', '3.4']
         """
         step = nice_step(self.high - self.low, count, least=least)

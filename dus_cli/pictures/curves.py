@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from dus_cli.common.units import human_count
-from dus_cli.pictures.axes import Scale, levels, line_across, marks
+from dus_cli.pictures.axes import Axis, levels, line_across, marks
 from dus_cli.pictures.svg import (
     CHARACTER,
     COLOURS,
@@ -124,8 +124,8 @@ def compare_curves(
 class _Plot:
     """The axes: tokens from 0 across, loss up."""
 
-    tokens: Scale
-    losses: Scale
+    tokens: Axis
+    losses: Axis
     colour: dict[str, str]
 
     @classmethod
@@ -137,8 +137,8 @@ class _Plot:
         middle, spread = ((low + high) / 2, max(high - low, 0.02 * abs(high), 1e-3))
         most = max((tokens for tokens, _ in points), default=0.0)
         return cls(
-            Scale(0.0, most, _LEFT, _RIGHT),
-            Scale(middle - 0.62 * spread, middle + 0.62 * spread, _BOTTOM, _TOP),
+            Axis(0.0, most, _LEFT, _RIGHT),
+            Axis(middle - 0.62 * spread, middle + 0.62 * spread, _BOTTOM, _TOP),
             COLOURS[dark],
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dus_cli.maps.starts import StartRule
 from dus_cli.pictures.axes import (
-    Scale,
+    Axis,
     Tick,
     levels,
     line_across,
@@ -52,7 +52,7 @@ def bars(
     high = max(costs, default=1.0)
     low = max(min(costs, default=0.1), _SMALLEST * high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9) + 1)
-    scale = Scale(powers[0], powers[-1], start=top + _BOTTOM - 2, end=top + _TOP)
+    scale = Axis(powers[0], powers[-1], start=top + _BOTTOM - 2, end=top + _TOP)
 
     def y_of(cost: float) -> float:
         """Costs of nothing and less lie at the bottom, and are drawn as a line there."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dus_cli.data.sources import Unread
 from dus_cli.maps.starts import StartRule
 from dus_cli.probe.budget import Memory
-from dus_cli.probe.maps import Candidate, Cost
+from dus_cli.probe.maps import Cost, MapCandidate
 from dus_cli.probe.search import borne
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Text:
+class ProbeText:
     """What is measured on: `tokens` are those that are predicted, `before` the ids that a
     document begins with.
     """
@@ -38,7 +38,7 @@ class Measured:
     `seams` are the angular distance and block influence of each of its seams.
     """
 
-    candidate: Candidate
+    candidate: MapCandidate
     loss: float | None
     seams: tuple[tuple[float, float], ...] = ()
 
@@ -96,7 +96,7 @@ class ProbePlan:
     commit: str | None
     num_layers: int
     base_cost: Cost
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[MapCandidate, ...]
     seq_length: int
     precision: str
     device: str
@@ -125,7 +125,7 @@ class Probe:
     """
 
     plan: ProbePlan
-    text: Text
+    text: ProbeText
     base_loss: float
     maps: tuple[Measured, ...]
     distances: Distances

@@ -29,7 +29,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MapCandidate:
     """A map, the options that make it, and what it costs; or the reason for which `dus upscale`
     refuses it.
 
@@ -111,7 +111,7 @@ def _trims(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
     return [MapRequest(trim, copies=options.copies, assume=options.assume) for trim in span]
 
 
-def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candidate:
+def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> MapCandidate:
     """A map as `dus upscale` sees it.
 
     Raises:
@@ -124,10 +124,10 @@ def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> Candida
     try:
         plan = make_plan(of_base.base, of_base.checkpoint, request)
     except (ConfigError, *refusals) as error:
-        return Candidate(layer_map, options, None, str(error), start=start)
+        return MapCandidate(layer_map, options, None, str(error), start=start)
     treatment = plan.treatment
     silent = treatment.new_layers if treatment.zeros else frozenset()
-    return Candidate(
+    return MapCandidate(
         layer_map,
         options,
         cost_of(plan, seq_length),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dus_cli.common.units import human_count
 from dus_cli.pictures.axes import (
-    Scale,
+    Axis,
     Tick,
     levels,
     line_across,
@@ -59,9 +59,9 @@ _SHADES = 64
 class _Axes:
     """Trims from left to right, loss on the left, parameters on the right."""
 
-    trims: Scale
-    losses: Scale
-    sizes: Scale
+    trims: Axis
+    losses: Axis
+    sizes: Axis
 
 
 def probe_svg(found: Probe, *, dark: bool = False) -> str:
@@ -191,9 +191,9 @@ def _axes(points: Sequence[tuple[float, float, int, bool, int]], found: Probe) -
     span = max(max(sizes) - min(sizes), 0.02 * max(sizes), 1)
     # Air for the marks.
     return _Axes(
-        Scale(min(trims), max(trims), _LEFT + 14, _RIGHT - 14, alone=0.5),
-        Scale(low - 0.14 * spread, high + 0.1 * spread, _BOTTOM, _TOP),
-        Scale(min(sizes) - 0.14 * span, max(sizes) + 0.1 * span, _BOTTOM, _TOP),
+        Axis(min(trims), max(trims), _LEFT + 14, _RIGHT - 14, alone=0.5),
+        Axis(low - 0.14 * spread, high + 0.1 * spread, _BOTTOM, _TOP),
+        Axis(min(sizes) - 0.14 * span, max(sizes) + 0.1 * span, _BOTTOM, _TOP),
     )
 
 
@@ -304,7 +304,7 @@ def _scale(most: float, colour: dict[str, str], *, dark: bool) -> list[str]:
         parts.append(
             f'<path d="M{_SCALE_LEFT} {y:.1f}h{_SCALE_WIDTH}v{each + 0.4:.1f}h-{_SCALE_WIDTH}z" fill="{fill}"/>'
         )
-    distances = Scale(0, most, _MAP_TOP + height, _MAP_TOP)
+    distances = Axis(0, most, _MAP_TOP + height, _MAP_TOP)
     for tick in distances.ticks(5, name="{:g}".format):
         x, y = _SCALE_LEFT + _SCALE_WIDTH + 8, tick.at + 4.5
         parts.append(text_at(x, y, tick.name, colour["axis"]))

@@ -10,7 +10,7 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA
 from dus_cli.common.units import human_bytes, human_count
-from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, Text
+from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, ProbeText
 from dus_cli.probe.maps import Cost
 from dus_cli.release.lineage import seam_record
 
@@ -84,7 +84,7 @@ def probe_json(found: Probe) -> dict[str, Any]:
     )
 
 
-def _text_json(text: Text) -> dict[str, Any]:
+def _text_json(text: ProbeText) -> dict[str, Any]:
     return {
         "files": list(text.files),
         "tokens": text.tokens,

@@ -13,15 +13,15 @@ from dus_cli.maps.starts import COPY, StartRule
 from dus_cli.planning.plan import MapRequest
 from dus_cli.probe import search
 from dus_cli.probe.found import Doublings, Measured
-from dus_cli.probe.maps import Candidate, nearest, started
+from dus_cli.probe.maps import MapCandidate, nearest, started
 from dus_cli.probe.options import ProbeOptions
 
 if TYPE_CHECKING:
     from dus_cli.probe.distances import Distances
 
 # The base's loss, and one for each map that was not refused.
-Losses = Callable[[Sequence[Candidate]], list[float]]
-Check = Callable[[MapRequest], Candidate]
+Losses = Callable[[Sequence[MapCandidate]], list[float]]
+Check = Callable[[MapRequest], MapCandidate]
 
 
 class Rounds:
@@ -102,10 +102,10 @@ class Rounds:
         requests = [search.request_of(doubled, self._num_layers) for doubled in maps]
         return self._measured([self._as_asked(request, start) for request in requests])
 
-    def _as_asked(self, request: MapRequest, start: StartRule) -> Candidate:
+    def _as_asked(self, request: MapRequest, start: StartRule) -> MapCandidate:
         return self._check(started(replace(request, assume=self._options.assume), start))
 
-    def _measured(self, candidates: Sequence[Candidate]) -> tuple[float, list[Measured]]:
+    def _measured(self, candidates: Sequence[MapCandidate]) -> tuple[float, list[Measured]]:
         """The base's loss, and of each map its own."""
         base_loss, *losses = self._losses(candidates)
         values = iter(losses)

@@ -21,8 +21,8 @@ from dus_cli.planning.plan import MapRequest, UpscalePlan
 from dus_cli.probe import maps as wanted
 from dus_cli.probe import recommend
 from dus_cli.probe.budget import Memory, plan_memory, weight_bytes
-from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, Text
-from dus_cli.probe.maps import Candidate
+from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, ProbeText
+from dus_cli.probe.maps import MapCandidate
 from dus_cli.probe.options import ProbeOptions
 from dus_cli.probe.rounds import Rounds
 from dus_cli.probe.tree import Step, as_they_are, count_nodes, grow, most_states
@@ -56,7 +56,7 @@ def plan_probe(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> ProbePla
     Raises:
         DusError: any known failure; see `errors`.
     """
-    return _prepare(ref, options, quiet=quiet).plan
+    return _task(ref, options, quiet=quiet).plan
 
 
 def probe(ref: ModelRef, options: ProbeOptions, progress: Progress, *, quiet: bool) -> Probe:
@@ -65,24 +65,23 @@ def probe(ref: ModelRef, options: ProbeOptions, progress: Progress, *, quiet: bo
     Raises:
         DusError: any known failure; see `errors`.
     """
-    started = time.monotonic()
-    prepared = _prepare(ref, options, quiet=quiet)
+    task = _task(ref, options, quiet=quiet)
     if ref.repo_id is not None:
-        prepared = replace(prepared, of_base=run_plan(Wanted(ref, _WHOLE), quiet=quiet))
-    found = _measure(prepared, options, progress)
-    return replace(found, seconds=time.monotonic() - started)
+        task = replace(task, of_base=run_plan(Wanted(ref, _WHOLE), quiet=quiet))
+    return _measure(task, options, progress)
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What is measured, and the base that it is measured on."""
+class _Task:
+    """What is measured, and on which base; `started` is the time.monotonic() of its planning."""
 
     of_base: UpscalePlan
     plan: ProbePlan
     fit: _Fit
+    started: float
 
 
-def _prepare(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> _Prepared:
+def _task(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> _Task:
     """Check maps and memory by the headers alone, before gigabytes are fetched."""
     started = time.monotonic()
     require("dus probe", "numpy", "torch", "transformers")
@@ -119,7 +118,7 @@ def _prepare(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> _Prepared:
         engines=options.engines,
         starts=tuple(dict.fromkeys(options.starts)),
     )
-    return _Prepared(of_base, plan, fit)
+    return _Task(of_base, plan, fit, started)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class _Fit:
 
 
 def _fit(
-    of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidates: Sequence[Candidate]
+    of_base: UpscalePlan, options: ProbeOptions, seq_length: int, candidates: Sequence[MapCandidate]
 ) -> _Fit:
     import torch
 
@@ -168,7 +167,7 @@ def _fit(
     return _Fit(device, dtype, rows, memory)
 
 
-def _layers(of_base: UpscalePlan, candidates: Sequence[Candidate]) -> list[tuple[Step, ...]]:
+def _layers(of_base: UpscalePlan, candidates: Sequence[MapCandidate]) -> list[tuple[Step, ...]]:
     """The base and the maps that are measured."""
     return [
         as_they_are(of_base.layer_map.sources),
@@ -191,7 +190,7 @@ class _Measuring:
     progress: Progress
     passes: int = 0
 
-    def losses(self, about: Sequence[Candidate], depths: Depths | None = None) -> list[float]:
+    def losses(self, about: Sequence[MapCandidate], depths: Depths | None = None) -> list[float]:
         """The base's loss, and one for each map that was not refused; nats per token."""
         for candidate in about:
             for layer, factor in candidate.steps:
@@ -204,7 +203,7 @@ class _Measuring:
         totals = self.meter.losses(maps, depths, lambda: self.progress.advance(1))
         return [total / self.num_labels for total in totals]
 
-    def check(self, request: MapRequest) -> Candidate:
+    def check(self, request: MapRequest) -> MapCandidate:
         return wanted.check(self.of_base, request, self.seq_length)
 
 
@@ -235,13 +234,12 @@ def _load(
     return model, meter
 
 
-def _measure(prepared: _Prepared, options: ProbeOptions, progress: Progress) -> Probe:
-    started = time.monotonic()
+def _measure(task: _Task, options: ProbeOptions, progress: Progress) -> Probe:
     from dus_cli.models.devices import peak_memory_bytes
     from dus_cli.models.replay import damaged
     from dus_cli.probe.distances import Depths
 
-    of_base, plan, fit = prepared.of_base, prepared.plan, prepared.fit
+    of_base, plan, fit = task.of_base, task.plan, task.fit
     checkpoint, num_layers, seq_length = of_base.checkpoint, plan.num_layers, plan.seq_length
     text, batches, num_labels, warnings = _read(checkpoint, options, seq_length, fit.rows_at_once)
     progress.start("loading the model", None)
@@ -290,7 +288,7 @@ def _measure(prepared: _Prepared, options: ProbeOptions, progress: Progress) -> 
         knee=knee,
         layer_passes=measuring.passes,
         num_groups=meter.num_groups,
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - task.started,
         peak_bytes=peak_memory_bytes(fit.device),
         warnings=warnings,
         doublings=doublings,
@@ -325,7 +323,7 @@ def _recommended(
 
 def _read(
     checkpoint: Checkpoint, options: ProbeOptions, seq_length: int, rows_at_once: int
-) -> tuple[Text, list[Batch], int, tuple[str, ...]]:
+) -> tuple[ProbeText, list[Batch], int, tuple[str, ...]]:
     """The text, its rows in batches of one shape, how many tokens are predicted, and warnings."""
     import numpy as np
     import torch
@@ -358,7 +356,7 @@ def _read(
         )
         batches.append(Batch(torch.from_numpy(ids), torch.from_numpy(labels)))
     num_labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    text = Text(
+    text = ProbeText(
         options.data,
         num_labels,
         rows.num_documents,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dus_cli.pictures.axes import Scale, columns
+from dus_cli.pictures.axes import Axis, columns
 from dus_cli.pictures.files import write_pictures
 from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, document, heading, text_at
 
@@ -70,7 +70,7 @@ def picture(rows: list[Row], base: float, title: str, *, dark: bool) -> str:
     colour, (late, early, *_) = COLOURS[dark], SERIES[dark]
     losses = [base, *(loss for row in rows for loss in (row.before, *row.after))]
     spread = max(losses) - min(losses)
-    scale = Scale(min(losses) - 0.05 * spread, max(losses) + 0.05 * spread, _LEFT, _RIGHT)
+    scale = Axis(min(losses) - 0.05 * spread, max(losses) + 0.05 * spread, _LEFT, _RIGHT)
     x, bottom = scale.at, _TOP + _ROW * len(rows)
     parts = [heading(28, title)]
     parts.append(

@@ -15,7 +15,7 @@ import argparse
 import re
 from pathlib import Path
 
-from dus_cli.pictures.axes import Scale, levels, line_across, marks
+from dus_cli.pictures.axes import Axis, levels, line_across, marks
 from dus_cli.pictures.files import write_pictures
 from dus_cli.pictures.svg import COLOURS, DASHED, SERIES, caption, document, heading, text_at
 
@@ -59,8 +59,8 @@ def picture(base: float, series: dict[str, Points], title: str, *, dark: bool) -
     top = max(loss for _, loss in points) * 1.04
     bottom = base - 0.05 * (top - base)
 
-    depths = Scale(low, high, _LEFT, _RIGHT)
-    losses = Scale(bottom, top, _BOTTOM, _TOP)
+    depths = Axis(low, high, _LEFT, _RIGHT)
+    losses = Axis(bottom, top, _BOTTOM, _TOP)
     x, y = depths.at, losses.at
     above = "" if base else " above the base's"
     parts = [heading(28, title), caption(f"loss{above} (nats per token)", colour["axis"])]

@@ -22,9 +22,9 @@ from dus_cli.heal.train.batches import micro_batches
 from dus_cli.heal.train.checkpoints import Checkpoints
 from dus_cli.heal.train.evaluate import mean_losses
 from dus_cli.heal.train.fitting import Peak
+from dus_cli.heal.train.lesson import Lesson
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.optimizer import Optimizer
-from dus_cli.heal.train.passes import Passes
 from dus_cli.heal.train.state import TrainState
 from dus_cli.models.decoder import Decoder
 from dus_cli.models.devices import peak_memory_bytes
@@ -65,7 +65,7 @@ class Training:
     run: Run
     team: Team
     signals: Signals
-    passes: Passes
+    lesson: Lesson
     rows: Rows
     heldout: Mapping[str, Sequence[Row]]
     checkpoints: Checkpoints
@@ -89,7 +89,7 @@ class Training:
         progress = self.progress
         if not self._is_over():
             self.checkpoints.check_room(self.optimizer.tensors(), self.publication.num_bytes)
-        self.passes.brake_at_layers(self.rows_at_once * self.run.seq_length)
+        self.lesson.brake_at_layers(self.rows_at_once * self.run.seq_length)
         self.signals.cooperate()
         if progress.step == 0 and progress.scaled_loss is None:
             self._measure_start()
@@ -106,7 +106,7 @@ class Training:
                 row |= self._evaluate()
                 progress.seconds += time.perf_counter() - started
             progress.unmeasured = None
-            row["seconds"] = self.passes.clock.lap()
+            row["seconds"] = self.lesson.clock.lap()
             self._write_row(row)
             self._check_streak(row)
             self._save_when_due()
@@ -132,19 +132,19 @@ class Training:
     def _step(self) -> dict[str, Any]:
         """One step: gradients over all micro-batches, then the update, unless it would do harm."""
         run, team, step = self.run, self.team, self.progress.step
-        self.passes.student.model.train()
+        self.lesson.student.model.train()
         started = time.perf_counter()
-        with self.passes.clock("data"):
-            self.passes.brake.check()
+        with self.lesson.clock("data"):
+            self.lesson.brake.check()
             batches = micro_batches(self.rows, step, run.rows_per_step, self.rows_at_once, team)
             counted = team.sum([sum(batch.num_labels for batch in batches)])[0]
         kl_weight = schedule.distill_weight(run.recipe, step)
         sums = [0.0, 0.0]
         for batch in batches:
-            cross_entropy, divergence = self.passes.backward(batch, counted, kl_weight)
+            cross_entropy, divergence = self.lesson.backward(batch, counted, kl_weight)
             sums = [sums[0] + cross_entropy, sums[1] + divergence]
-        self.passes.brake.check()
-        with self.passes.clock("optimizer"), self.signals.held():
+        self.lesson.brake.check()
+        with self.lesson.clock("optimizer"), self.signals.held():
             loss, divergence = (total / counted for total in team.sum(sums))
             norm = self.optimizer.gradient_norm()
             share = schedule.rate_share(run.recipe, step, run.num_steps)
@@ -184,18 +184,18 @@ class Training:
 
     def _measure_start(self) -> None:
         """The base's loss and the scaled model's: rows of step 0."""
-        with self.passes.clock("eval"):
+        with self.lesson.clock("eval"):
             progress = self.progress
             if self.run.base is not None:
                 progress.base_loss = progress.take("base", self._base_losses(self.run.base))
-            losses = self._mean_losses(self.passes.student)
+            losses = self._mean_losses(self.lesson.student)
             progress.measured(losses)
             progress.scaled_loss = progress.take("scaled", losses)
         row: dict[str, Any] = {"step": 0, "tokens": 0, **self._measured()}
         if progress.base_loss is not None:
             row["base_loss"] = progress.base_loss
             row |= {"base_losses": named} if (named := progress.losses("base")) else {}
-        self._write_row(row | {"seconds": self.passes.clock.lap()})
+        self._write_row(row | {"seconds": self.lesson.clock.lap()})
 
     def _measured(self) -> dict[str, Any]:
         """What a row of metrics.jsonl says of a measurement."""
@@ -207,9 +207,9 @@ class Training:
         itself.
         """
         if base.folder is None:
-            with self.passes.student.only(base.layers):
-                return self._mean_losses(self.passes.student)
-        return self._mean_losses(self.passes.teacher or load(self.run, self.team, is_base=True))
+            with self.lesson.student.only(base.layers):
+                return self._mean_losses(self.lesson.student)
+        return self._mean_losses(self.lesson.teacher or load(self.run, self.team, is_base=True))
 
     def _evaluates(self) -> bool:
         return (
@@ -218,13 +218,13 @@ class Training:
         )
 
     def _evaluate(self) -> dict[str, Any]:
-        with self.passes.clock("eval"):
-            losses = self._mean_losses(self.passes.student)
+        with self.lesson.clock("eval"):
+            losses = self._mean_losses(self.lesson.student)
         self.progress.measured(losses)
         return self._measured()
 
     def _mean_losses(self, decoder: Decoder) -> dict[str, float]:
-        return mean_losses(decoder, self.heldout, self.team, self.rows_at_once, self.passes.brake)
+        return mean_losses(decoder, self.heldout, self.team, self.rows_at_once, self.lesson.brake)
 
     def _write_row(self, row: dict[str, Any]) -> None:
         if self.log is not None:
@@ -286,7 +286,7 @@ class Training:
         if self.run.keeping.average is not None:
             averaged = self.checkpoints.averaged()
             means = self.checkpoints.means(averaged, self.optimizer.tensors())
-            self.publication.publish_mean(means, averaged, self.passes.brake)
+            self.publication.publish_mean(means, averaged, self.lesson.brake)
         self._publish(None, averaged)
 
     def _publish(self, exported: Path | None, averaged: Sequence[int] = ()) -> None:
@@ -294,7 +294,7 @@ class Training:
             self.optimizer,
             self.progress,
             peak=self.peak,
-            brake=self.passes.brake,
+            brake=self.lesson.brake,
             exported=exported,
             averaged=averaged,
         )

@@ -17,10 +17,10 @@ from dus_cli.heal.tracking import open_tracker
 from dus_cli.heal.train.batches import micro_batches
 from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
 from dus_cli.heal.train.fitting import peak_flops, rows_at_once
+from dus_cli.heal.train.lesson import Clock, Lesson
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.loop import RunLog, Training
 from dus_cli.heal.train.optimizer import Optimizer
-from dus_cli.heal.train.passes import Clock, Passes
 from dus_cli.heal.train.rates import rate_scales
 from dus_cli.heal.train.state import TrainState
 from dus_cli.models.stopping import Brake, Signals
@@ -80,12 +80,12 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
     student.train_only(run.recipe.train_layers, frozen)
     optimizer.prepare(name for name, p in student.parameters.items() if p.requires_grad)
     log = _open_log(run, progress) if team.is_first else None
-    passes = Passes(student, teacher, team, Clock(team), Brake(team, lambda: signals.is_asked))
+    lesson = Lesson(student, teacher, team, Clock(team), Brake(team, lambda: signals.is_asked))
     return Training(
         run=run,
         team=team,
         signals=signals,
-        passes=passes,
+        lesson=lesson,
         rows=rows,
         heldout=heldout,
         checkpoints=checkpoints,
@@ -93,7 +93,7 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
         progress=progress,
         publication=publication,
         log=log,
-        rows_at_once=_rows_at_once(run, rows, passes, optimizer),
+        rows_at_once=_rows_at_once(run, rows, lesson, optimizer),
         peak=peak_flops(team.device, next(iter(student.parameters.values())).dtype),
     )
 
@@ -122,15 +122,15 @@ def _open_log(run: Run, progress: TrainState) -> RunLog:
     return RunLog(metrics, open_tracker(run.keeping.track, run.folder, asdict(run)))
 
 
-def _rows_at_once(run: Run, rows: Rows, passes: Passes, optimizer: Optimizer) -> int:
+def _rows_at_once(run: Run, rows: Rows, lesson: Lesson, optimizer: Optimizer) -> int:
     """Rows of a micro-batch: as asked for, or as many as fit."""
-    team = passes.team
+    team = lesson.team
     if run.fit.micro_batch_rows is not None:
         return run.fit.micro_batch_rows
 
     def trial(count: int) -> None:
         batch = micro_batches(rows, 0, count * team.size, count, team)[0]
-        passes.backward(batch, 1.0, run.recipe.distill_weight)
+        lesson.backward(batch, 1.0, run.recipe.distill_weight)
         optimizer.clear()
 
     return rows_at_once(team, run.seq_length, -(-run.rows_per_step // team.size), trial)

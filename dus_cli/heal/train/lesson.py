@@ -38,7 +38,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Passes:
+class Lesson:
     """The model that learns, and its teacher: the base, if a KL term is asked for."""
 
     student: Decoder
