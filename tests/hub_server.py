@@ -80,12 +80,15 @@ def only_hub(
 
 
 class Request(NamedTuple):
-    """A request that was answered. `num_sent` counts the bytes of the answer's body."""
+    """A request that was answered. `num_sent` counts the bytes of the answer's body, `client` is
+    the port that the connection came from.
+    """
 
     method: str
     path: str
     byte_range: str | None
     num_sent: int
+    client: int
 
 
 @dataclass
@@ -145,7 +148,7 @@ class StandInHub:
     reads "GET /org/name/resolve/main/config.json whole", with the Range header in the place of
     "whole". `faults` are of files that are served from signed addresses; `num_served` counts the
     bytes of weights that left, also in answers that broke off. `busy` are the answers to the next
-    questions for a commit.
+    questions for a commit. `cdn` is another server's origin that serves /cdn/REPO/COMMIT/FILE.
     """
 
     repos: Mapping[str, StandInRepo]
@@ -154,6 +157,7 @@ class StandInHub:
     num_served: int = 0
     busy: list[int] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
+    cdn: str | None = None
 
     def __enter__(self) -> StandInHub:  # noqa: PYI034  (Self is not in Python 3.10)
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -292,8 +296,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.xet:
             route = f"{self.hub.endpoint}/api/models/{repo_id}/xet-read-token/{commit}"
             headers |= {"X-Xet-Hash": entry["lfs"]["oid"], "X-Xet-Refresh-Route": route}
+        origin = self.hub.cdn or f"http://localhost:{self.hub.port}"
         headers["Location"] = (
-            f"http://localhost:{self.hub.port}/cdn/{repo_id}/{commit}/{quote(path)}?signature={self.hub.faults.sign()}"
+            f"{origin}/cdn/{repo_id}/{commit}/{quote(path)}?signature={self.hub.faults.sign()}"
         )
         return _Answer(HTTPStatus.FOUND, headers)
 
@@ -353,7 +358,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = answer.length if answer.file is not None else len(answer.body)
         # Logged before it is sent, so that whoever has the answer finds it in the log.
         sent = 0 if self.command == "HEAD" else length
-        self.hub.log.append(Request(self.command, path, self.headers.get("Range"), sent))
+        byte_range, client = self.headers.get("Range"), self.client_address[1]
+        self.hub.log.append(Request(self.command, path, byte_range, sent, client))
         self.send_response(answer.status)
         for name, value in {**answer.headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)

@@ -356,6 +356,21 @@ def test_a_server_that_falls_silent_is_asked_for_the_rest(total: int, hub: Stand
     assert hub.num_served <= total + HEADERS + 2 * 100_000
 
 
+def test_weights_come_through_the_proxy_that_the_environment_names(hub: StandInHub) -> None:
+    """Nothing else knows the host that serves them; the stand-in answers as a proxy, too."""
+    hub.cdn = "http://cdn.invalid"
+    done = dus(*COMMAND, first=SMALL, http_proxy=hub.endpoint, no_proxy="127.0.0.1").report
+    assert done["streamed"]["checked"] == SHARDS
+
+
+def test_most_weights_come_on_connections_that_are_kept(hub: StandInHub) -> None:
+    hub.log.clear()
+    assert dus(*COMMAND, "--jobs", "2", first=SMALL).report["streamed"]["checked"] == SHARDS
+    parts = [one for one in hub.log if one.path.startswith("/cdn/") and one.num_sent > 200_000]
+    assert len(parts) > 30
+    assert len({one.client for one in parts}) <= 2 * len(SHARDS)
+
+
 def test_a_repo_on_xet_is_streamed_from_its_ordinary_address(
     hub: StandInHub, repos: dict[str, StandInRepo]
 ) -> None:

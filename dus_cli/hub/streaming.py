@@ -43,8 +43,10 @@ from dus_cli.writing.moves import Move, moves
 from dus_cli.writing.outputs import KEPT, Outputs, Tally
 from dus_cli.writing.transfer import ShardMover, check_unchanged
 
-# What one request asks for. Larger ones wait less for answers; each thread holds one.
+# What one request asks for, at the most. Larger ones wait less for answers; each thread holds one,
+# and all of them together no more than `_HELD`.
 REQUEST = 8 << 20
+_HELD = 32 << 20
 
 # Seconds between two syncs of what has arrived: what a kill may cost.
 SYNC_EVERY = 1.0
@@ -112,8 +114,8 @@ def stream_weights(
 ) -> tuple[Tally, Streamed]:
     """Write every shard of the plan into `folder` from the Hub, and see it on the disk (fsync).
 
-    Memory is `jobs` pieces of 8 MiB, a few for each job where it casts, whatever the size of the
-    model.
+    Memory is `jobs` pieces of 8 MiB, together 32 MiB at the most, a few times as much where it
+    casts, whatever the size of the model.
 
     Args:
         plan: what to write. Shards of its base that are in the cache are copied from there.
@@ -255,15 +257,19 @@ class _ShardStreamer:
 
     def run(self, shard_moves: Sequence[Move], jobs: int) -> bool:
         """Fetch and write. False where all of the file passed by and its sum is not the Hub's."""
-        wanted = list(pieces(shard_moves, REQUEST))
+        self.request = min(REQUEST, _HELD // jobs // BLOCK * BLOCK)
+        wanted = list(pieces(shard_moves, self.request))
         unchecked = self._why_unchecked(wanted)
         self.digest = _Digest() if unchecked is None else None
         if self.digest is not None:
             start = shard_moves[0].source_start
-            head = [Piece(at, min(at + REQUEST, start), ()) for at in range(0, start, REQUEST)]
+            head = [
+                Piece(at, min(at + self.request, start), ()) for at in range(0, start, self.request)
+            ]
             wanted = [*head, *wanted]
         queue = iter(wanted)
         with contextlib.ExitStack() as closing:
+            closing.callback(self.remote.close)
             names = (name for move in shard_moves for name, _ in move.targets)
             self.outputs = Outputs(self.folder, names, closing, self.on_bytes, self.tally, KEPT)
             try:
@@ -297,7 +303,7 @@ class _ShardStreamer:
     def _work(self, queue: Iterator[Piece]) -> None:
         # Page-aligned, for direct I/O: a piece, and room for a copy of a part and for what a cast
         # makes of it.
-        buffer = memoryview(mmap.mmap(-1, BLOCK + 4 * REQUEST))
+        buffer = memoryview(mmap.mmap(-1, BLOCK + 4 * self.request))
         try:
             while not self.stop.is_set():
                 with self.lock:
@@ -328,7 +334,7 @@ class _ShardStreamer:
                 self._deliver(
                     part,
                     view[part.source_start - piece.start :][: part.length],
-                    buffer[BLOCK + REQUEST :],
+                    buffer[BLOCK + self.request :],
                 )
         with self.lock:
             count = piece.end - piece.start
@@ -345,7 +351,7 @@ class _ShardStreamer:
         if part.cast is not None:
             numbers = room[: len(view)]
             numbers[:] = view
-            self.outputs.deliver(part, 0, numbers, room[REQUEST:])
+            self.outputs.deliver(part, 0, numbers, room[self.request :])
             return
         head = min(part.to_block(0), part.length)
         body = (part.length - head) // BLOCK * BLOCK
