@@ -108,8 +108,19 @@ def compare(
     blocks = None if reads_all else Blocks()
     with workers(jobs) as team:
         comparer = _Comparer(on_bytes, tally or Compared(), blocks, team)
-        for problems in team.pool.map(comparer.problems, groups.values()):
-            yield from problems
+        # The largest first, so that no thread is left with much at the end; one thread alone reads
+        # in the files' order.
+        order = list(groups.values())
+        if jobs > 1:
+            order.sort(key=_bytes_to_read, reverse=True)
+        found = {id(group): team.pool.submit(comparer.problems, group) for group in order}
+        for group in groups.values():
+            yield from found.pop(id(group)).result()
+
+
+def _bytes_to_read(group: Sequence[Comparison]) -> int:
+    right = group[0].right.tensor.num_bytes
+    return right + sum(pair.left.tensor.num_bytes for pair in group)
 
 
 class _Comparer:
