@@ -303,6 +303,150 @@ def test_on_the_login_node_a_failure_submits_nothing(
     assert not (tmp_path / "slurm/calls").exists()
 
 
+# --- jobs that dus prints -------------------------------------------------------------------------
+
+
+def printed_job(kind: str, *options: str | Path, nodes: int = 1) -> str:
+    done = dus(
+        *("heal", *options, "--nproc-per-node", "1", "--nnodes", str(nodes), "--print-job", kind)
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_the_printed_slurm_job_heals_on_two_nodes(
+    home: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    assert dus("upscale", home / "base", "--trim", "1", "-o", tmp_path / "out").returncode == 0
+    text, recipe = home / "corpus.jsonl", HEAL.split()[:-2]
+    job = printed_job("slurm", "out", "--data", text, *recipe, nodes=2)
+    (tmp_path / "job.sh").write_text(job)
+    environment = slurm(tmp_path, environment, home)
+    done = run(["sbatch", "job.sh"], tmp_path, environment)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert (tmp_path / "slurm/calls").read_text().splitlines() == [
+        "sbatch job.sh",
+        "scontrol show hostnames node[1-2]",
+    ]
+    report = json.loads((tmp_path / "out-healed/report.json").read_text())
+    assert (report["steps"], report["num_workers"]) == (2, 2)
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (143, True)])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_printed_slurm_job_is_requeued_after_a_signal(
+    tmp_path: Path, environment: dict[str, str], nodes: int, code: int, is_requeued: bool
+) -> None:
+    (tmp_path / "job.sh").write_text(
+        printed_job("slurm", "out", "--data", "a b.jsonl", nodes=nodes)
+    )
+    told = 'printf "%s|" "$@" >>"$CALLS"; echo >>"$CALLS"'
+    environment = slurm(tmp_path, environment, tmp_path, dus=f"{told}; exit {code}")
+    done = run(["sbatch", "job.sh"], tmp_path, environment | {"SLURM_NNODES": str(nodes)})
+    assert done.returncode == code, done.stderr
+    calls = (tmp_path / "slurm/calls").read_text()
+    assert calls.count("heal|out|-o|out-healed|--data|a b.jsonl|--nproc-per-node|1|") == 2
+    assert calls.count("--node-rank|1|--rdzv-endpoint|127.0.0.1:") == nodes - 1
+    assert ("scontrol requeue" in calls) is is_requeued
+
+
+def test_the_printed_kubernetes_job_has_a_pod_for_each_node_that_finds_the_first() -> None:
+    (alone,) = yaml.safe_load_all(printed_job("k8s", "out", "--data", "$(a).jsonl"))
+    (container,) = alone["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == (
+        ["dus", "heal", "out", "-o", "out-healed", "--data", "$$(a).jsonl", "--nproc-per-node", "1"]
+    )
+    service, job = yaml.safe_load_all(printed_job("k8s", "out", "--data", "a.jsonl", nodes=4))
+    spec, pod = job["spec"], job["spec"]["template"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    # <job>-<index>.<subdomain>, by the headless service of that name
+    name, subdomain = job["metadata"]["name"], pod["spec"]["subdomain"]
+    assert (service["metadata"]["name"], service["spec"]["clusterIP"]) == (subdomain, "None")
+    (container,) = pod["spec"]["containers"]
+    port = service["spec"]["ports"][0]["port"]
+    assert container["command"][-6:] == [
+        *("--nnodes", "4", "--node-rank", "$(JOB_COMPLETION_INDEX)"),
+        *("--rdzv-endpoint", f"{name}-0.{subdomain}:{port}"),
+    ]
+
+
+def test_the_printed_skypilot_task_gives_each_node_its_rank(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    task = yaml.safe_load(printed_job("sky", "out", "--data", "it's.jsonl", nodes=2))
+    assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "H100:1")
+    environment = stub(tmp_path / "bin", environment, dus='printf "%s|" "$@"')
+    told = {
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8",
+    }
+    commands = task["run"].replace("cd /work\n", "")
+    done = run(["bash", "-c", commands], tmp_path, environment | told)
+    assert done.stdout == (
+        "heal|out|-o|out-healed|--data|it's.jsonl|--nproc-per-node|1|--nnodes|2|--node-rank|1|"
+        "--rdzv-endpoint|10.0.0.7:29500|"
+    )
+
+
+def test_the_printed_hub_job_is_one_that_hf_takes_and_copies_its_output_back(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    line = printed_job("hf-jobs", "out", "--data", "a b.jsonl")
+    programs = {
+        "hf": 'printf "%s|" "$@" >>"$CALLS"; for script; do true; done; [[ $1 == buckets ]] || '
+        'bash -c "$script"',
+        "pip": "true",
+        "dus": 'printf "%s|" "$@" >>"$CALLS"; exit 143',
+    }
+    stubbed = stub(tmp_path / "bin", environment, **programs) | {"BUCKET": "me/work"}
+    done = run(["bash", "-c", line.replace("cd /work", "true")], tmp_path, stubbed)
+    assert done.returncode == 143, done.stderr
+    calls = (tmp_path / "bin/calls").read_text()
+    assert calls.endswith(
+        "buckets|sync|hf://buckets/me/work|/work|"
+        "heal|out|-o|out-healed|--data|a b.jsonl|--nproc-per-node|1|"
+        "buckets|sync|out-healed|hf://buckets/me/work/out-healed|"
+    )
+    without = run(["bash", "-c", line], tmp_path, environment)
+    assert (without.returncode, "the bucket with the model" in without.stderr) == (127, True)
+    real = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "BUCKET": "me/work",
+        "HF_TOKEN": "hf_none",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }
+    dry = run(
+        ["bash", "-c", line.replace("hf jobs run", "hf jobs run --dry-run")],
+        tmp_path,
+        environment | real,
+    )
+    assert dry.returncode == 0, dry.stderr
+    assert re.search(r"flavor +h200\n", dry.stdout)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--data", "a.jsonl"), "must know the GPUs of a node; give --nproc-per-node"),
+        (("--data", "-", "--nproc-per-node", "8"), "a job has no standard input"),
+        (("--data", "/a.jsonl", "--nproc-per-node", "8"), "/a.jsonl is not a path that the job"),
+        (
+            ("--data", "a", "--eval-data", "docs=/b", "--nproc-per-node", "8"),
+            "/b is not a path that the job",
+        ),
+        (("--data", "a", "--nproc-per-node", "3"), "no machine with 3 GPUs"),
+        (("--data", "a", "--nproc-per-node", "8", "--nnodes", "2"), "is for one node"),
+    ],
+)
+def test_a_job_that_could_not_run_is_not_printed(options: tuple[str, ...], why: str) -> None:
+    done = dus("heal", "out", *options, "--print-job", "hf-jobs")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 # --- Kubernetes -----------------------------------------------------------------------------------
 
 

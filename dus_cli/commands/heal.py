@@ -24,6 +24,7 @@ from dus_cli.commands.options import (
 from dus_cli.commands.signature import takes_options
 from dus_cli.common.libraries import require
 from dus_cli.console.terminal import fitted
+from dus_cli.heal.launch.jobs import JobKind, job_text
 from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe, typed_options
 from dus_cli.heal.run import options_of_run
 from dus_cli.progress import ProgressMode
@@ -71,6 +72,16 @@ def heal(
             rich_help_panel="Workers",
         ),
     ] = False,
+    print_job: Annotated[
+        Optional[JobKind],  # noqa: UP045
+        typer.Option(
+            "--print-job",
+            metavar="[slurm|k8s|sky|hf-jobs]",
+            help="Print the batch job that runs this on --nnodes nodes with --nproc-per-node GPUs "
+            "each, and exit.",
+            rich_help_panel="Workers",
+        ),
+    ] = None,
     keeping: Keeping,
     dry_run: Annotated[
         bool,
@@ -112,6 +123,10 @@ def heal(
         typed = typed_options(data, budget, recipe, fit, launch, keeping)
         sys.stdout.write(toml_text({"model": str(model), "output": str(options.output), **typed}))
         return
+    if print_job is not None:
+        job = job_text(print_job, replace(options, output=output or _beside(model)))
+        sys.stdout.write(json.dumps({"job": job}) + "\n" if as_json else job)
+        return
     # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb as launcher
@@ -136,3 +151,8 @@ def heal(
     if as_json or says or print_command:
         is_exact = as_json or (print_command and not dry_run)
         sys.stdout.write((shown if is_exact else fitted(shown)) + "\n")
+
+
+def _beside(model: Path) -> Path:
+    """The default output as the job will see it: relative if MODEL is."""
+    return model.with_name(f"{model.name}-healed")
