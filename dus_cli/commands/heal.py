@@ -76,9 +76,9 @@ def heal(
         Optional[JobKind],  # noqa: UP045
         typer.Option(
             "--print-job",
-            metavar="[slurm|k8s|sky|hf-jobs]",
-            help="Print the batch job that runs this on --nnodes nodes with --nproc-per-node GPUs "
-            "each, and exit.",
+            metavar="KIND",
+            help="Print the batch job (slurm, k8s, sky or hf-jobs) that runs this on --nnodes "
+            "nodes with --nproc-per-node GPUs each, and exit.",
             rich_help_panel="Workers",
         ),
     ] = None,
