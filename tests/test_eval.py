@@ -543,7 +543,7 @@ def test_usage_errors_are_two(home: Path, run: Callable[..., Run]) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"seq_length": 129}, "longer than the 128 positions that base knows"),
+        ({"seq_length": 129}, "longer than the context length of base, 128"),
         ({"stride": 17}, "--stride 17 is longer than the window of 16 tokens"),
         ({"device": "cuda:7"}, "--device cuda:7"),
         ({"device": "sofa"}, "--device sofa"),
@@ -564,7 +564,7 @@ def test_a_model_that_makes_no_sense_is_named(home: Path, tmp_path: Path) -> Non
     tensors["model.norm.weight"].fill_(math.nan)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        EvaluationError, match="broken: its loss on document 1 is nan; the weights are damaged"
+        EvaluationError, match="broken: its loss on document 1 is nan; its weights are damaged"
     ):
         found([home / "base", broken], home / "corpus.jsonl")
     del tensors["model.norm.weight"]
@@ -591,7 +591,7 @@ def test_unfinished_unknown_and_doubled_models_are_one_line_each(
     run(odd, "-q").assert_one_line_error("transformers cannot load odd")
     (odd / "tokenizer.json").unlink()
     run(odd, "-q").assert_one_line_error("cannot load the tokenizer")
-    run(home / "base", "--with-base", "-q").assert_one_line_error("no base stands in base")
+    run(home / "base", "--with-base", "-q").assert_one_line_error("base does not hold its base")
 
 
 def test_text_that_is_none_is_one_line(home: Path, tmp_path: Path, run: Callable[..., Run]) -> None:

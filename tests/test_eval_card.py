@@ -156,16 +156,16 @@ def test_cards_of_any_make_take_results_once(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("---\n: [\n---\n", "is no YAML"),
-        ("---\n- a\n- b\n---\n", "is no list of fields"),
-        ("---\nmodel-index: {a: 1}\n---\n", "is not of the Hub's form"),
-        ("---\nmodel-index: [7]\n---\n", "is not of the Hub's form"),
+        ("---\n: [\n---\n", "is not YAML"),
+        ("---\n- a\n- b\n---\n", "is not a list of fields"),
+        ("---\nmodel-index: {a: 1}\n---\n", "is not in the Hub's format"),
+        ("---\nmodel-index: [7]\n---\n", "is not in the Hub's format"),
         ("---\n{license: mit}\n---\n", "cannot be changed in one place"),
         (
             "---\nmodel-index: [&x {name: m}]\nother: *x\n---\n",
-            "cannot be changed in one place|is no YAML",
+            "cannot be changed in one place|is not YAML",
         ),
-        ("---\na: !!python/object/apply:os.system [ls]\n---\n", "is no YAML"),
+        ("---\na: !!python/object/apply:os.system [ls]\n---\n", "is not YAML"),
     ],
 )
 def test_what_cannot_be_edited_is_refused_in_one_line(text: str, problem: str) -> None:
@@ -244,7 +244,7 @@ def test_models_without_a_card_of_their_own_are_told_before_anything_is_measured
         "org/name is on the Hub"
     )
     (tmp_path / "model/README.md").symlink_to(tmp_path / "elsewhere")
-    dus("eval", tmp_path / "model", *more).assert_one_line_error("is a link")
+    dus("eval", tmp_path / "model", *more).assert_one_line_error("is a symbolic link")
 
 
 def report(*names: str, same: bool = True, margin: float | None = 0.02) -> EvalReport:

@@ -29,7 +29,7 @@ from dus_cli.progress import NoProgress  # noqa: E402
 WORDS = ("seam", "layer", "model", "text")
 
 
-def score(plan: h6.Plan, value: float, **fields: Any) -> TaskScore:
+def score(plan: h6.TaskPlan, value: float, **fields: Any) -> TaskScore:
     settings: dict[str, Any] = {
         "label": plan.label,
         "task": plan.task,

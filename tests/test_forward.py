@@ -133,7 +133,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path)
     )
     report = forward(tmp_path)
     assert report["forward"] is None
-    assert "zaya: layer 1 is handed more from other layers" in report["problems"][0]
+    assert "zaya: layer 1 gets more from other layers" in report["problems"][0]
 
 
 def test_upscale_runs_the_model_before_it_publishes(

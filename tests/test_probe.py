@@ -142,7 +142,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused_by_name(
     corpus: Path, tmp_path: Path
 ) -> None:
     base = write_model(tmp_path / "base", "zaya")
-    with pytest.raises(ProbeError, match="zaya: layer 1 is handed more from other layers"):
+    with pytest.raises(ProbeError, match="zaya: layer 1 gets more from other layers"):
         measured(base, corpus, trims=(2, 3))
 
 
@@ -437,11 +437,11 @@ def test_every_field_of_the_report_is_documented(model: Path, corpus: Path) -> N
     [
         (
             "model.layers.3.mlp.down_proj.weight",
-            ("behind layer 3", "layer 3: mlp.down_proj.weight"),
+            ("after layer 3", "layer 3: mlp.down_proj.weight"),
         ),
         (
             "model.layers.0.self_attn.k_proj.weight",
-            ("behind layer 0", "layer 0: self_attn.k_proj.weight"),
+            ("after layer 0", "layer 0: self_attn.k_proj.weight"),
         ),
         ("model.norm.weight", ("behind its last layer", "model.norm.weight")),
     ],

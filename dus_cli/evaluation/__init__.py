@@ -1,4 +1,4 @@
 """Held-out losses and tasks: several models side by side on the same text.
 
-torch, transformers and lm_eval are imported below here only, and only when something is evaluated.
+torch, transformers and lm_eval are imported only once something is evaluated.
 """

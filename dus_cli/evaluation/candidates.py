@@ -1,6 +1,4 @@
-"""The models that are compared: found, fetched, and their tokenizers opened, before the first of
-them is run.
-"""
+"""The models to compare: all are found and fetched, with their tokenizers, before any is run."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ from dus_cli.source.incomplete import is_unfinished_healing
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model at hand.
+class EvaluationCandidate:
+    """A model in a local folder, with its tokenizer.
 
-    `name` is unlike the others'. `max_length` are the positions that it knows, None where
-    config.json does not say.
+    `name` is unique among the models. `max_length` is the context length in tokens; None if
+    config.json gives none.
     """
 
     ref: ModelRef
@@ -37,10 +35,10 @@ class Candidate:
 
 
 def check_there(refs: Sequence[ModelRef]) -> None:
-    """Hold what can be known about the models at once.
+    """Check what can be checked of the models at once, without fetching or loading any.
 
     Raises:
-        DusError: one of them is given twice, is not there, or is a healing that goes on.
+        DusError: a model is given twice, is missing, or is an unfinished healing.
     """
     texts = [ref.text for ref in refs]
     for ref in refs:
@@ -55,8 +53,8 @@ def check_there(refs: Sequence[ModelRef]) -> None:
             )
         if is_unfinished_healing(ref.path):
             raise EvaluationError(
-                f"{shown(ref)} is a healing that has not finished; end it with the same dus heal "
-                "command, then evaluate"
+                f"{shown(ref)} is a healing that has not finished; finish it with the same dus "
+                "heal command, then evaluate"
             )
 
 
@@ -66,11 +64,11 @@ def find_candidates(
     *,
     special_tokens: bool = True,
     quiet: bool,
-) -> list[Candidate]:
-    """Every model with its weights, from its directory or by way of the Hub's cache.
+) -> list[EvaluationCandidate]:
+    """Each model with its weights, from its directory or through the Hub's cache.
 
     Raises:
-        DusError: one of them cannot be had, is damaged, or has no tokenizer.
+        DusError: a model cannot be fetched, is damaged, or has no tokenizer.
     """
     names = [ref.name for ref in refs]
     return [
@@ -87,14 +85,14 @@ def find_candidates(
 
 def _candidate(
     ref: ModelRef, name: str, progress: Progress | None, *, special_tokens: bool, quiet: bool
-) -> Candidate:
+) -> EvaluationCandidate:
     checkpoint = open_base(ref, quiet=quiet, progress=progress)
     try:
         decoder = decoder_config(checkpoint.config)
         fields, num_layers = decoder.fields, decoder.num_layers
-    except ConfigError:  # transformers may know it all the same
+    except ConfigError:  # transformers may support it nevertheless
         fields, num_layers = checkpoint.config, 0
-    return Candidate(
+    return EvaluationCandidate(
         ref,
         name,
         checkpoint.folder,
@@ -107,16 +105,16 @@ def _candidate(
     )
 
 
-def base_layers(candidate: Candidate) -> tuple[int, ...]:
-    """The layers of an up-scaled model that are its base, by its dus.json.
+def base_layers(candidate: EvaluationCandidate) -> tuple[int, ...]:
+    """The layers of an up-scaled model that are its base's, by its dus.json.
 
     Raises:
-        DusError: it is not an up-scaled model that has not been trained since.
+        DusError: the model is not an up-scaled one, or has been trained since.
     """
     base = base_within(candidate.folder)
     if base is None:
         raise EvaluationError(
-            f"--with-base: no base stands in {shown(candidate.name)} (only a model as dus upscale "
-            "wrote it, not healed since, holds its base); give the base as the first MODEL"
+            f"--with-base: {shown(candidate.name)} does not hold its base (only a model written "
+            "by dus upscale, not healed since, does); give the base as the first MODEL"
         )
     return base.layers

@@ -1,8 +1,8 @@
-"""Results into the model card: README.md's metadata, as the Hub's `model-index` (hub-docs,
+"""Write results into a model card: README.md's metadata, as the Hub's `model-index` (hub-docs,
 modelcard.md).
 
-Only the lines of `model-index` change; every other byte of the card stays. A result takes the place
-of an earlier one of the same task and data that `dus eval` wrote; others stay, whoever wrote them.
+Only the lines of `model-index` change; every other byte of the card stays. A result replaces an
+earlier result of `dus eval` for the same task and data. All other results stay.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ from dus_cli.source.reading import open_regular
 
 NAME = "README.md"
 
-# By this the Hub and we know who measured.
+# Marks results of `dus eval`, on the Hub and for a later update.
 _SOURCE = {"name": "dus eval", "url": "https://pypi.org/project/dus-cli/"}
 
-# How the Hub's `datasets` calls what reads files of this kind: the type of a data set that is none
-# of the Hub's.
+# The type of a data set that is not on the Hub: the loader in `datasets` for its files.
 _LOADERS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 _MAX_BYTES = 16_000_000
 
 
-# --- which results --------------------------------------------------------------------------------
+# --- the results ----------------------------------------------------------------------------------
 
 
 def results_of(report: EvalReport, ref: ModelRef) -> list[dict[str, Any]]:
     """A model's results as entries of model-index."""
-    found = []
+    entries = []
     if report.losses is not None:
         model = next(
             model for model in report.losses.models if model.model == ref.text and not model.is_base
@@ -61,14 +60,14 @@ def results_of(report: EvalReport, ref: ModelRef) -> list[dict[str, Any]]:
                 "stride": options.stride,
             },
         }
-        found.append(_entry(data, _loss_metrics(model)))
+        entries.append(_entry(data, _loss_metrics(model)))
     if report.tasks is not None:
         scores = next(model.scores for model in report.tasks.models if model.model == ref.text)
-        found += [
+        entries += [
             _entry(_task_data(score, report.tasks.options.limit), [_task_metric(score)])
             for score in scores
         ]
-    return found
+    return entries
 
 
 def _entry(data: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -102,25 +101,25 @@ def _task_metric(score: TaskScore) -> dict[str, Any]:
 
 
 def _identity(entry: Any) -> Any:
-    """What makes an entry the same measurement: task, data, shots, and who measured."""
+    """Equal for entries of the same measurement: task, data, shots, and the tool that measured."""
     task, data, source = (_fields(entry, key) for key in ("task", "dataset", "source"))
     shots = _fields(data, "args").get("num_few_shot")
     return task.get("type"), data.get("type"), data.get("name"), shots, source.get("name")
 
 
 def _fields(entry: Any, key: str) -> dict[str, Any]:
-    found = entry.get(key) if isinstance(entry, dict) else None
-    return found if isinstance(found, dict) else {}
+    fields = entry.get(key) if isinstance(entry, dict) else None
+    return fields if isinstance(fields, dict) else {}
 
 
-# --- into the text of a card ----------------------------------------------------------------------
+# --- the text of a card ---------------------------------------------------------------------------
 
 
 def updated(card: str, name: str, results: Sequence[dict[str, Any]]) -> str:
-    """The card with these results, under the model's name where it has no index yet.
+    """The card's text with these results; `name` is the model's name in a new index.
 
     Raises:
-        EvaluationError: its metadata is no YAML, or not of the Hub's form.
+        EvaluationError: its metadata is not YAML, or not in the Hub's format.
     """
     match = FRONT.match(card)
     if match is None:
@@ -150,30 +149,30 @@ def updated(card: str, name: str, results: Sequence[dict[str, Any]]) -> str:
 
 def _parsed(front: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(front)
+        metadata = yaml.safe_load(front)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise EvaluationError(
-            f"{NAME}: the metadata at its beginning is no YAML "
+            f"{NAME}: the metadata at its beginning is not YAML "
             f"({shown(' '.join(str(error).split()))}); mend it"
         ) from error
-    if found is None:
+    if metadata is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(metadata, dict):
         raise EvaluationError(
-            f"{NAME}: the metadata at its beginning is no list of fields; mend it"
+            f"{NAME}: the metadata at its beginning is not a list of fields; mend it"
         )
-    return found
+    return metadata
 
 
 def _merged(index: Any, name: str, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The index with the results in it, each in the place of its predecessor or at the end."""
+    """The index with the results: each replaces its predecessor or is appended."""
     if index is None:
         return [{"name": name, "results": list(results)}]
     is_known = isinstance(index, list) and index and isinstance(index[0], dict)
     if not is_known or not isinstance(index[0].get("results", []), list):
         raise EvaluationError(
-            f"{NAME}: its {RESULTS} is not of the Hub's form, a list of models with results; mend "
-            "it"
+            f"{NAME}: its {RESULTS} is not in the Hub's format, a list of models with results; "
+            "mend it"
         )
     entries = list(index[0].get("results", []))
     for result in results:
@@ -190,14 +189,14 @@ def _block(index: list[dict[str, Any]], newline: str) -> str:
     return text.replace("\n", newline)
 
 
-# --- into a directory -----------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 def check_card(ref: ModelRef) -> None:
-    """Check that results can go into a model's card, before anything is measured.
+    """Check that results can be written into a model's card, before anything is measured.
 
     Raises:
-        EvaluationError: it is on the Hub, or has no card that can be read.
+        EvaluationError: the model is on the Hub, or its card is missing or cannot be read.
     """
     if ref.path is None:
         raise EvaluationError(
@@ -207,14 +206,14 @@ def check_card(ref: ModelRef) -> None:
 
 
 def update_card(folder: Path, name: str, results: Sequence[dict[str, Any]]) -> bool:
-    """Write results into a directory's README.md, and its sum into SHA256SUMS; whether anything
-    changed.
+    """Write results into a directory's README.md, and its sum into SHA256SUMS; return whether
+    anything changed.
 
-    Each of the two files is whole at any time. Whoever else updates this card waits.
+    Each of the two files is replaced in one step. Concurrent updates of the card wait.
 
     Raises:
-        EvaluationError: there is no card, or its metadata cannot be read.
-        OutputError: it cannot be written.
+        EvaluationError: the card is missing, or its metadata cannot be read.
+        OutputError: writing failed.
     """
     with _locked(folder):
         card = _read(folder)
@@ -229,7 +228,7 @@ def _read(folder: Path) -> str:
     try:
         if path.is_symlink():
             raise EvaluationError(
-                f"{shown(path)} is a link, and what it leads to would not change; copy the file "
+                f"{shown(path)} is a symbolic link, whose target would not change; copy the file "
                 "here"
             )
         with open_regular(path) as file:
@@ -244,7 +243,9 @@ def _read(folder: Path) -> str:
             f"cannot read {shown(path)}: {error.strerror}; check the file"
         ) from error
     if len(content) > _MAX_BYTES:
-        raise EvaluationError(f"{shown(path)} is larger than {_MAX_BYTES:,} bytes, and no card")
+        raise EvaluationError(
+            f"{shown(path)} is larger than {_MAX_BYTES:,} bytes, too large for a card; shorten it"
+        )
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -254,7 +255,7 @@ def _read(folder: Path) -> str:
 
 
 def _refresh_sum(folder: Path) -> bool:
-    """Put the card's sum right in SHA256SUMS, where it stands there; whether it was another."""
+    """Update the card's sum in SHA256SUMS, if it is listed; return whether it changed."""
     path = folder / checksums.NAME
     if not path.is_file():
         return False
@@ -269,7 +270,7 @@ def _refresh_sum(folder: Path) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    """New content under an old name, in one step, with the old file's mode."""
+    """Replace a file's content in one step and keep its mode."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(path.name):
@@ -286,7 +287,7 @@ def _replace(path: Path, text: str) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, whatever happens
+        fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed
         yield
     finally:
         os.close(file)

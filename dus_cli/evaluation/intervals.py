@@ -1,10 +1,10 @@
-"""Confidence intervals of mean losses, and of their differences, over documents. Pure arithmetic.
+"""Confidence intervals of mean losses, and of their differences, over documents.
 
-The tokens of a document are not independent, so its sum is one observation (clustered standard
-errors; Miller, "Adding Error Bars to Evals", arXiv:2411.00640, sections 2.2 and 4.2: compare models
-by paired differences). A loss is a ratio of two sums over documents, nats to tokens; its standard
-error is the ratio estimator's (Cochran, "Sampling Techniques", 3rd ed., section 6.4), its interval
-Student's t with one degree of freedom less than documents.
+The tokens of a document are not independent, so a document's sum is one observation (clustered
+standard errors; Miller, "Adding Error Bars to Evals", arXiv:2411.00640, sections 2.2 and 4.2:
+compare models by paired differences). A loss is a ratio of two sums over documents, nats to tokens.
+Its standard error is the ratio estimator's (Cochran, "Sampling Techniques", 3rd ed., section 6.4),
+its interval Student's t, with degrees of freedom one less than documents.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from dataclasses import dataclass
 
 LEVEL = 0.95
 
-# Sums that are kept; with more documents neighbours share one, so that memory does not grow with
-# the data.
+# The most sums that are kept. With more documents, neighbours share one, so that memory does not
+# grow with the data.
 MAX_UNITS = 8192
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A ratio of two sums, and half the width of its interval: None below two observations."""
+    """A ratio of two sums, and half the width of its interval (None with fewer than two
+    observations).
+    """
 
     value: float
     margin: float | None
@@ -39,11 +41,11 @@ class Estimate:
 
 
 class Sums:
-    """Sums by document, of at most `MAX_UNITS` units: a document, or as many neighbours as it
-    takes.
+    """Sums over at most `limit` units. A unit is a document, or a power of two of neighbouring
+    documents.
 
-    Which documents share a unit depends on their numbers alone, so the units of two models on the
-    same documents are the same.
+    The units depend only on the number of documents, so those of two models on the same documents
+    are the same.
 
     >>> sums = Sums(limit=2)
     >>> for document in range(5):
@@ -82,9 +84,9 @@ class Sums:
 def ratio(
     numerators: Sequence[float], denominators: Sequence[float], level: float = LEVEL
 ) -> Estimate:
-    """Σ numerators / Σ denominators with its interval over the pairs.
+    """The ratio r = Σ x / Σ y of numerators x and denominators y, with its interval.
 
-    The variance is n / (n − 1) · Σ (x − r y)² / (Σ y)², of the residuals from the ratio r.
+    Its variance is n / (n − 1) · Σ (x − r y)² / (Σ y)².
     """
     n, total = len(numerators), math.fsum(denominators)
     value = math.fsum(numerators) / total
@@ -95,12 +97,12 @@ def ratio(
 
 
 def t_quantile(freedom: int, level: float = LEVEL) -> float:
-    """Within ± this lies Student's t with the given probability.
+    """The t for which Student's t lies within ±t with probability `level`.
 
     >>> [round(t_quantile(freedom), 3) for freedom in (1, 2, 10, 30, 1000)]
     [12.706, 4.303, 2.228, 2.042, 1.962]
     """
-    low, high = 0.0, math.pi / 2  # of atan(t / √freedom), which keeps the search finite
+    low, high = 0.0, math.pi / 2  # bounds of atan(t / √freedom), which are finite
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (
@@ -110,7 +112,7 @@ def t_quantile(freedom: int, level: float = LEVEL) -> float:
 
 
 def _central_probability(angle: float, freedom: int) -> float:
-    """Of |t| ≤ √freedom · tan(angle): finite sums (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """The probability of |t| ≤ √freedom · tan(angle) (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
     term = cosine if odd else 1.0

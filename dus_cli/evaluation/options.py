@@ -1,6 +1,4 @@
-"""What is asked of `dus eval`, with its options. Pure: `dus eval --help` imports no torch for
-it.
-"""
+"""The options of `dus eval`, without torch, so that `dus eval --help` is quick."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from dus_cli.common.options import Option
 from dus_cli.common.units import parse_count
 from dus_cli.data.documents import BadLine
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, TextField, UseSpecialTokens
-from dus_cli.evaluation.h6 import Plan, plans_of
+from dus_cli.evaluation.h6 import TaskPlan, plans_of
 from dus_cli.models.precision import Precision, precision_option
 
 _TASKS, _RUN = "Tasks", "Running"
@@ -20,7 +18,7 @@ _TASKS, _RUN = "Tasks", "Running"
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """The text, as it was typed, and how much of it is read."""
+    """The held-out text, and how much of it is read."""
 
     data: Annotated[
         tuple[str, ...],
@@ -50,7 +48,7 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """How text is cut and run. None stands for what fits the models and the device."""
+    """How text is cut and run. None means a value that fits the models and the device."""
 
     seq_length: Annotated[
         int | None,
@@ -93,10 +91,7 @@ class ScoringOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Which tasks, by name; where more of them are described; shots and examples.
-
-    None stands for all examples, and for the shots that the task says.
-    """
+    """The tasks, and how they are run. None means all examples, and the task's own shots."""
 
     tasks: Annotated[
         tuple[str, ...],
@@ -127,6 +122,6 @@ class TaskOptions:
     ] = None
 
     @property
-    def plans(self) -> tuple[Plan, ...]:
-        """The tasks with the shots and metrics that their names stand for."""
+    def plans(self) -> tuple[TaskPlan, ...]:
+        """The tasks with their shots and metrics."""
         return plans_of(self.tasks)

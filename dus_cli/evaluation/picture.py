@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dus_cli.evaluation.intervals import Estimate
-from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult
+from dus_cli.evaluation.report import EvalReport, LossReport, ModelResult, signed
 from dus_cli.evaluation.tasks import TaskReport
 from dus_cli.pictures.axes import Axis, columns
 from dus_cli.pictures.svg import (
@@ -21,13 +21,13 @@ from dus_cli.pictures.svg import (
     wrapped,
 )
 
-# The edges of the plot between names and figures, and the height of a row and of a line of text, in
-# pixels.
+# In pixels: the plot's left and right edge, and the heights of a row, a row of scores and a line of
+# text.
 _LEFT, _RIGHT = 190, 500
 _ROW, _SCORE_ROW, _LINE = 44, 24, 18
 
-# Characters of a name beside its row, of one in lines of its own above it, of a title, and scores
-# in a line.
+# The longest name beside its row, line of a name above its row, and line of a title, in characters;
+# and the most scores in a line.
 _BESIDE, _ABOVE, _TITLE, _IN_A_LINE = (
     int((_LEFT - 30) / CHARACTER),
     int((WIDTH - 40) / CHARACTER),
@@ -35,13 +35,13 @@ _BESIDE, _ABOVE, _TITLE, _IN_A_LINE = (
     3,
 )
 
-# Of the normal distribution: how many standard errors of the harness make a 95% interval.
+# Standard errors in half a 95% interval of the normal distribution.
 _NORMAL = 1.96
 
 
 @dataclass(frozen=True)
 class _RowPlot:
-    """Values from left to right, and the rows from `top` to `bottom` below which they are named."""
+    """A horizontal scale of the rows between `top` and `bottom`; its axis is below them."""
 
     values: Axis
     top: float
@@ -56,7 +56,7 @@ class _RowPlot:
         return self.values.at(min(max(value, self.values.low), self.values.high))
 
     def whisker(self, y: float, estimate: Estimate, dot: str, stroke: str) -> str:
-        """A value, and a line over its interval."""
+        """A dot at the value, and a line over its interval."""
         line = ""
         if estimate.interval is not None:
             low, high = (self.x(end) for end in estimate.interval)
@@ -66,8 +66,8 @@ class _RowPlot:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the rows of a plot lie. Names that do not fit beside them stand above, in lines, and
-    none is cut.
+    """The rows of a plot. If a name does not fit beside its row, all names are above their rows, so
+    that none is cut.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -106,14 +106,14 @@ class _Rows:
 
 
 def eval_svg(report: EvalReport, *, dark: bool = False) -> str:
-    """The picture of what was found on the text, in the tasks, or both."""
+    """The picture of the losses, the tasks' scores, or both."""
     colour = COLOURS[dark]
     title = (
         "Evaluation by tasks"
         if report.losses is None
         else f"Evaluation on {report.losses.text_name}"
     )
-    parts, bottom, said = [], 28.0, []
+    parts, bottom, descriptions = [], 28.0, []
     for line in wrapped(title, _TITLE):
         parts.append(heading(bottom, line))
         bottom += 20
@@ -121,17 +121,17 @@ def eval_svg(report: EvalReport, *, dark: bool = False) -> str:
     if report.losses is not None:
         drawn, bottom, description = _losses(report.losses, bottom, colour)
         parts += drawn
-        said.append(description)
+        descriptions.append(description)
     if report.tasks is not None:
         drawn, bottom, description = _scores(report.tasks, bottom, colour, SERIES[dark])
         parts += drawn
-        said.append(description)
-    return document(parts, title, " ".join(said), round(bottom), colour)
+        descriptions.append(description)
+    return document(parts, title, " ".join(descriptions), round(bottom), colour)
 
 
 def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[list[str], float, str]:
-    """A row for each model: loss, or bits per byte where tokenizers differ. The parts, where
-    they end, and in words.
+    """Draw a row for each model: its loss, or bits per byte if tokenizers differ. Returns the SVG
+    parts, their bottom edge and a description.
     """
     same = all(model.has_same_tokens for model in report.models)
     figures = [model.loss if same else model.bits_per_byte for model in report.models]
@@ -172,23 +172,21 @@ def _losses(report: LossReport, top: float, colour: dict[str, str]) -> tuple[lis
 
 
 def _difference(model: ModelResult, *, same: bool) -> str:
-    """To the baseline, in the figure that is drawn; its interval is of the pairs, and so much
-    narrower.
+    """The difference to the baseline. Its interval is of paired documents, so it is much narrower
+    than the loss's.
     """
-    found = model.difference if same else model.difference_bits
-    if found is None:
-        return ""
-    return f"{found.value:+.4f}" + ("" if found.margin is None else f" ± {found.margin:.4f}")
+    difference = model.difference if same else model.difference_bits
+    return "" if difference is None else signed(difference)
 
 
 def _scores(
     report: TaskReport, top: float, colour: dict[str, str], series: Sequence[str]
 ) -> tuple[list[str], float, str]:
-    """A row for each task, a dot for each model. Scores that are no shares have no place on this
-    axis.
+    """Draw a row for each task, with a dot for each model. Scores that are not shares of 100 are
+    left out. Returns the SVG parts, their bottom edge and a description.
     """
     labels = [score.label for score in report.models[0].scores if score.is_share]
-    lines = -(-len(report.models) // _IN_A_LINE)  # of figures, in a row
+    lines = -(-len(report.models) // _IN_A_LINE)  # lines of scores in a row
     rows = _Rows.of(labels, top + 8, max(_SCORE_ROW, _LINE * lines + 6))
     plot = _RowPlot(Axis(0, 100, rows.left, _RIGHT), top + 8, rows.bottom)
     parts = list(plot.axis("score in percent, with its 95% interval", colour))
@@ -205,10 +203,10 @@ def _scores(
             )
             values.append(f"{100 * score.value:.1f}")
         for number in range(lines):
-            said = "  ".join(values[number * _IN_A_LINE : (number + 1) * _IN_A_LINE])
+            line = "  ".join(values[number * _IN_A_LINE : (number + 1) * _IN_A_LINE])
             parts.append(
                 text_at(
-                    _RIGHT + 14, y + 4.5 + _LINE * (number - (lines - 1) / 2), said, colour["text"]
+                    _RIGHT + 14, y + 4.5 + _LINE * (number - (lines - 1) / 2), line, colour["text"]
                 )
             )
         words.append(f"{label} {', '.join(values)}")
@@ -227,7 +225,7 @@ def _scores(
 
 
 def _look(k: int, colour: dict[str, str], series: Sequence[str]) -> tuple[str, str]:
-    """Dot and line of a model; those that share a colour differ in their dots."""
+    """The dot and line of model `k`. Models that share a colour have filled and hollow dots."""
     ink = series[k % len(series)]
     fill = ink if k < len(series) else colour["page"]
     return (

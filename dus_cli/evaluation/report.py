@@ -1,4 +1,4 @@
-"""What `dus eval` says: as one JSON object, as a table, and as what a model misses."""
+"""The report of `dus eval`: as JSON, as a table, and the limits that a model misses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dus_cli import __version__
 from dus_cli.common.options import Option
+from dus_cli.common.units import counted
 from dus_cli.data.sources import Unread
 from dus_cli.errors import shown
 from dus_cli.evaluation import h6
@@ -18,7 +19,7 @@ from dus_cli.evaluation.scores import Scores
 from dus_cli.evaluation.tasks import TaskReport, TaskResult
 
 if TYPE_CHECKING:
-    from dus_cli.evaluation.candidates import Candidate
+    from dus_cli.evaluation.candidates import EvaluationCandidate
 
 SCHEMA = 1
 
@@ -27,11 +28,10 @@ _NATS_PER_BIT = math.log(2)
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A model's figures on the text, each document of which stands behind the ids `before`.
+    """A model's figures on the text, with the ids `before` before each document.
 
-    `difference` is to the baseline (None for itself): nats on the same bytes, per token of the
-    baseline's tokenizer, so that it is the difference of the two losses where both have the same
-    tokens.
+    `difference` is to the baseline (None for itself), in nats on the same bytes per token of the
+    baseline's tokenizer. If both models have the same tokens, it is the difference of their losses.
     """
 
     name: str
@@ -50,9 +50,15 @@ class ModelResult:
 
     @classmethod
     def of(
-        cls, candidate: Candidate, name: str, scores: Scores, first: Scores | None, *, is_base: bool
+        cls,
+        candidate: EvaluationCandidate,
+        name: str,
+        scores: Scores,
+        first: Scores | None,
+        *,
+        is_base: bool,
     ) -> ModelResult:
-        """The result of a pass, beside the baseline's where it is another."""
+        """The result of a pass; `first` is the baseline's, None if this is the baseline."""
         code, difference, bits = scores.code_length, None, None
         if first is not None:
             paired = [a - b for a, b in zip(code, first.code_length, strict=True)]
@@ -77,7 +83,7 @@ class ModelResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where a float cannot hold it."""
+        """exp(loss); infinite if a float cannot hold it."""
         return math.exp(self.loss.value) if self.loss.value < 700 else math.inf
 
     def to_json(self) -> dict[str, Any]:
@@ -107,9 +113,9 @@ def _with_interval(name: str, estimate: Estimate | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LossReport:
-    """All models on the same text; the first is the baseline of the others.
+    """The losses of all models on the same text; the first model is the baseline.
 
-    `num_units` are the observations of the intervals: documents, or neighbouring ones together.
+    `num_units` is the number of observations of the intervals: documents, or blocks of them.
     """
 
     text_name: str
@@ -124,7 +130,7 @@ class LossReport:
     unread: Unread = field(default_factory=Unread)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that the losses have in the report; docs/layout.md describes each."""
+        """The fields of the report about losses; docs/layout.md describes each."""
         return {
             "data": list(self.data),
             "documents": self.num_documents,
@@ -142,17 +148,17 @@ class LossReport:
         }
 
 
-# --- what must hold -------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
-_GATES = "What must hold"
+_GATES = "Limits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """What every model but the baseline must reach, and a model alone. None asks for nothing.
+    """Limits that every model but the baseline must meet, or a single model. None is no limit.
 
-    `is_confident` asks it of the whole interval, not of the measured value.
+    With `is_confident` the whole interval must meet them, not only the measured value.
     """
 
     min_improvement: Annotated[
@@ -198,9 +204,8 @@ class Gates:
         }
 
     def misfit(self, num_models: int, *, has_data: bool, has_tasks: bool) -> tuple[str, str] | None:
-        """The option that does not go together with what is evaluated, and why; None if all do.
-
-        The base of --with-base is one of the models.
+        """An option that does not fit what is evaluated, and why; None if all fit. `num_models`
+        includes the base of --with-base.
         """
         if not has_data and not has_tasks:
             return "--data", "there is nothing to evaluate on; give --data or --tasks"
@@ -213,13 +218,13 @@ class Gates:
                 continue
             if not needed:
                 missing = "--tasks" if option == "--max-drop" else "--data"
-                return option, f"it judges figures of {missing}, which is missing"
+                return option, f"it is a limit on figures of {missing}; give {missing} too"
             if num_models == 1 and option != "--max-loss":
                 return (
                     option,
                     (
-                        "one model has nothing to be held against; give its base as the first "
-                        "MODEL, or --with-base"
+                        "a single model has no baseline; give its base as the first MODEL, or "
+                        "--with-base"
                     ),
                 )
         if self.is_confident and self.min_improvement is None and self.max_loss is None:
@@ -227,7 +232,7 @@ class Gates:
         return None
 
     def missed(self, report: LossReport) -> list[str]:
-        """What is missed, model by model, in words."""
+        """The limits on losses that models miss, a sentence for each."""
         judged = report.models[1:] or report.models
         return [
             text
@@ -237,7 +242,9 @@ class Gates:
         ]
 
     def missed_tasks(self, report: TaskReport) -> list[str]:
-        """In which task a model is more than `max_drop` points of a hundred below the baseline."""
+        """A sentence for each task in which a model is more than `max_drop` points of 100 below
+        the baseline.
+        """
         first = {score.label: score for score in report.models[0].scores}
         return [
             f"{shown(model.name)}: {score.label} {100 * score.value:.2f} is more than --max-drop "
@@ -271,14 +278,16 @@ class Gates:
         )
 
     def _worst(self, estimate: Estimate) -> float:
-        """The value that is judged. With --confident and no interval nothing is certain."""
+        """The value that is compared with a limit: with --confident the worse end of the interval,
+        infinite if there is none.
+        """
         if not self.is_confident:
             return estimate.value
         return math.inf if estimate.margin is None else estimate.value + estimate.margin
 
 
 def _number(estimate: Estimate, judged: float) -> str:
-    """The measured value, and where the interval is judged how far it reaches."""
+    """The measured value and, if another value was judged, that end of the interval."""
     if judged == estimate.value:
         return f"{estimate.value:.4f}"
     return f"{estimate.value:.4f} (by its interval {judged:.4f})"
@@ -290,9 +299,11 @@ def _number(estimate: Estimate, judged: float) -> str:
 def losses_text(report: LossReport, width: int = 80) -> str:
     """A row for each model, at most `width` wide."""
     options, first = report.options, report.models[0]
-    documents = f"{report.num_documents:,} document{'s' * (report.num_documents != 1)}"
     lines = [
-        f"{shown(report.text_name)}: {documents}, {report.num_bytes:,} bytes",
+        (
+            f"{shown(report.text_name)}: {counted(report.num_documents, 'document')}, "
+            f"{counted(report.num_bytes, 'byte')}"
+        ),
         (
             f"windows of {options.seq_length} tokens every {options.stride}, "
             f"{options.precision.value} on {report.device}"
@@ -328,8 +339,8 @@ def losses_text(report: LossReport, width: int = 80) -> str:
             f"other tokens than {shown(first.name)}: {', '.join(others)}; compare bits per byte"
         )
     lines += [
-        f"warning: {model.unknown_tokens:,} tokens of {shown(model.name)} stand for text that its "
-        "tokenizer does not know; its figures flatter it"
+        f"warning: {counted(model.unknown_tokens, 'token')} of {shown(model.name)} stand for text "
+        "that its tokenizer cannot encode; its figures are better than it is"
         for model in report.models
         if model.unknown_tokens
     ]
@@ -343,7 +354,7 @@ def losses_text(report: LossReport, width: int = 80) -> str:
 
 def _interval_text(report: LossReport) -> str:
     if report.num_units < 2:
-        return "none, for one document has no interval"
+        return "none: a single document has no interval"
     each = "documents" if report.num_units == report.num_documents else "blocks of documents"
     paired = ", paired" * (len(report.models) > 1)
     return f"{LEVEL:.0%} interval over {report.num_units:,} {each}{paired}"
@@ -377,8 +388,8 @@ def signed(estimate: Estimate) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Columns two spaces apart, numbers to the right. The first gives way where a line would be
-    too long.
+    """Lines of a table with columns two spaces apart and numbers right-aligned. The first column is
+    shortened if a line would be too long.
     """
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     room = max(8, width - sum(widths[1:]) - 2 * (len(widths) - 1))
@@ -395,7 +406,7 @@ def table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
 
 
 def _fitted(name: str, width: int) -> str:
-    """A model's name cut in the middle: both of its ends tell models apart.
+    """A model's name shortened in the middle, because either end may tell models apart.
 
     >>> _fitted("SmolLM2-135M-Instruct", 12)
     'SmolLM…truct'
@@ -406,8 +417,8 @@ def _fitted(name: str, width: int) -> str:
 
 
 def tasks_text(report: TaskReport, width: int = 80) -> str:
-    """A row for each task, a column for each model, and for H6 the published figures; as many
-    columns as fit.
+    """A row for each task and a column for each model, and for H6 the published scores; columns
+    that do not fit go into further blocks.
     """
     columns = [(result.name, _score_cells(result)) for result in report.models]
     if len(report.models[0].scores) and report.models[0].h6 is not None:
@@ -433,15 +444,13 @@ def tasks_text(report: TaskReport, width: int = 80) -> str:
         rows = [["", *(heads[k] for k in block)]]
         rows += [[label, *(columns[k][1].get(label, "–") for k in block)] for label in labels]
         lines += [*table(rows, width), ""]
-    said = [f"lm-evaluation-harness {report.harness}, ± one standard error"]
+    notes = [f"lm-evaluation-harness {report.harness}, ± one standard error"]
     if report.options.limit is not None:
-        said.append(
-            f"of the first {report.options.limit} examples of each task: no figure to compare "
-            "with others'"
-        )
+        examples = counted(report.options.limit, "example")
+        notes.append(f"only the first {examples} of each task: not comparable with full scores")
     if len(columns) > len(report.models):
-        said.append("* as published (arXiv:2312.15166, table 2), with the harness of 2023")
-    return "\n".join([*lines, *said])
+        notes.append("* as published (arXiv:2312.15166, table 2), with the harness of 2023")
+    return "\n".join([*lines, *notes])
 
 
 _H6 = "H6"
@@ -458,7 +467,7 @@ def _score_cells(result: TaskResult) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """All that one command found: on the text, in the tasks, or both."""
+    """All results of a command: losses, tasks, or both."""
 
     losses: LossReport | None
     tasks: TaskReport | None = None
@@ -467,8 +476,8 @@ class EvalReport:
 
     @property
     def missed(self) -> list[str]:
-        found = [] if self.losses is None else self.gates.missed(self.losses)
-        return found if self.tasks is None else [*found, *self.gates.missed_tasks(self.tasks)]
+        missed = [] if self.losses is None else self.gates.missed(self.losses)
+        return missed if self.tasks is None else [*missed, *self.gates.missed_tasks(self.tasks)]
 
     def to_json(self) -> dict[str, Any]:
         """The report of `--json`; docs/layout.md describes each field."""
@@ -491,7 +500,7 @@ class EvalReport:
         return record | {"models": list(models.values())} | last
 
     def text(self, width: int) -> str:
-        """For a person."""
+        """The report for a person, in lines of at most `width` characters."""
         parts = [] if self.losses is None else [losses_text(self.losses, width)]
         if self.tasks is not None:
             parts.append(tasks_text(self.tasks, width))

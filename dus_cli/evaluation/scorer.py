@@ -1,4 +1,4 @@
-"""A model of transformers that says what each token of a batch costs it, in nats."""
+"""The losses of a transformers model on windows of text, in nats."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ from dus_cli.models.loading import load_model
 from dus_cli.models.losses import Head, cross_entropies, token_losses
 from dus_cli.models.precision import torch_dtype
 
-# Nats by which the losses by way of hidden states may differ from the model's own: both are of the
-# same products.
+# The most nats by which losses from hidden states may differ from those from the model's logits.
 _TOLERANCE = 0.01
 
-# In the RuntimeError of torch's allocator for the CPU.
+# Words in the RuntimeError of torch's CPU allocator.
 _NO_MEMORY = ("allocate memory", "not enough memory")
 
 
 def quiet_libraries() -> None:
-    """Their bars and advice would come between ours; what matters in them is an error here."""
+    """Silence the libraries' progress bars and warnings; what matters in them is an error here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -41,10 +40,10 @@ def quiet_libraries() -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """The device by this name; "auto" is the accelerator where there is one, else the CPU.
+    """The device of this name; "auto" is CUDA if available, else the CPU.
 
     Raises:
-        EvaluationError: there is no such device here.
+        EvaluationError: this machine has no such device.
     """
     try:
         device = torch.device(
@@ -59,11 +58,11 @@ def device_of(name: str) -> torch.device:
 
 
 def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
-    """A causal language model with all its weights, for inference. No code of the checkpoint's is
-    run.
+    """Load a causal language model with all its weights for inference, without running the
+    checkpoint's code.
 
     Raises:
-        LoadError: transformers cannot load it, or would make up weights that the files lack.
+        LoadError: transformers cannot load it, or would initialise weights that the files lack.
     """
     model = load_model(folder, name, torch_dtype(precision))
     model.requires_grad_(False)
@@ -71,12 +70,15 @@ def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
 
 
 class Scorer:
-    """Losses of a loaded model, token by token, without the logits of a whole batch where its
-    structure is known.
+    """Losses of a loaded model, without the logits of a whole batch if its structure is known.
 
-    Each window stands behind the ids `before`. Where the structure is not known (an output
-    embedding that is none, logits that are changed in an unknown way) they are taken from the
-    logits.
+    If it is not (no output embedding, or logits changed in an unknown way), the losses come from
+    the model's logits.
+
+    Args:
+        model: the model.
+        num_layers: the number of its decoder layers.
+        before: the ids put before each window.
     """
 
     def __init__(self, model: Any, num_layers: int, before: Sequence[int]) -> None:
@@ -94,9 +96,9 @@ class Scorer:
         return int(self._model.get_input_embeddings().weight.shape[0])
 
     def losses(self, batch: Sequence[Window]) -> list[float]:
-        """Of each window the sum over its scored tokens, in nats.
+        """For each window the sum of losses over its scored tokens, in nats.
 
-        Rows are padded behind their end, where no token of a causal model looks.
+        Rows are padded at their end, to which no token of a causal model attends.
         """
         longest = max(len(window.ids) for window in batch) + len(self._before) - 1
         labels = torch.full((len(batch), longest), IGNORED)  # (windows, longest)
@@ -107,7 +109,8 @@ class Scorer:
             inputs[row, :length] = ids[:-1]
             labels[row, length - window.num_scored : length] = ids[len(ids) - window.num_scored :]
         inputs, labels = inputs.to(self.device), labels.to(self.device)
-        each = self._token_losses(inputs, labels).cpu().double()  # MPS has no float64
+        # cast on the CPU, because MPS has no float64
+        each = self._token_losses(inputs, labels).cpu().double()
         rows = (labels != IGNORED).nonzero()[:, 0].cpu()
         sums: list[float] = (
             torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, each).tolist()
@@ -116,18 +119,18 @@ class Scorer:
 
     @contextmanager
     def only(self, layers: Sequence[int]) -> Iterator[None]:
-        """Score with these layers alone: the base inside an up-scaled model."""
+        """Score with these layers only: the base inside an up-scaled model."""
         if self._decoder is None:
             raise EvaluationError(
-                f"model_type {self._model.config.model_type!r} is not known well enough to run its "
-                "base alone; give the base itself as a MODEL"
+                f"dus cannot run the base inside a model of model_type "
+                f"{self._model.config.model_type!r}; give the base itself as a MODEL"
             )
         with self._decoder.only(layers):
             yield
 
     @torch.no_grad()
     def _token_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Of the labelled positions of inputs and labels (rows, length), in order: (tokens,)."""
+        """The losses, (tokens,), at the labelled positions of inputs and labels (rows, length)."""
         counted = labels != IGNORED
         if self._decoder is not None:
             hidden = self._decoder.hidden(inputs)[counted]  # (tokens, width)
@@ -136,8 +139,8 @@ class Scorer:
         return cross_entropies(logits, labels[counted], Head())
 
     def _check_decoder(self) -> None:
-        """Hold our way to the losses against the model's own logits, on a few tokens; without it
-        where they differ.
+        """Compare the losses from hidden states with those from the model's logits on a few tokens;
+        use logits from then on if they differ.
         """
         ids = torch.arange(1, 33, device=self.device)[None] % self.vocab_size
         ours = self._token_losses(ids[:, :-1], ids[:, 1:])
@@ -150,7 +153,7 @@ class Scorer:
 
 @contextmanager
 def out_of_memory(name: str) -> Iterator[None]:
-    """Turn what an allocator says into one line."""
+    """Translate the allocators' errors into one line."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a bare RuntimeError
@@ -159,5 +162,5 @@ def out_of_memory(name: str) -> Iterator[None]:
             raise
         raise EvaluationError(
             f"out of memory while {shown(name)} was evaluated; lower --batch-tokens or "
-            "--seq-length, or --device cpu"
+            "--seq-length, or use --device cpu"
         ) from error

@@ -1,4 +1,4 @@
-"""What one model's pass over the text adds up."""
+"""The sums of one model's pass over the text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from dus_cli.evaluation.intervals import Sums
 
 @dataclass
 class Scores:
-    """What a pass over the text adds up, document by document, and what tells one pass from
-    another.
+    """The sums of a pass over the text by document, and digests to compare passes by.
 
-    `nats` are of the `tokens` that were predicted. `guessed` are nats of first tokens that nothing
-    stands before, each as one of `num_words` equally likely ones: with them, bytes of whole
-    documents can be compared.
+    `nats` is the loss of the `tokens` that were predicted. If nothing comes before a document's
+    first token, `guessed` counts it as one of `num_words` equally likely ones, so that whole
+    documents can be compared by their bytes.
     """
 
     num_words: int = 1
@@ -36,13 +35,13 @@ class Scores:
 
     @property
     def code_length(self) -> list[float]:
-        """Nats by document for all of its tokens, the first one too."""
+        """Nats by document for all of its tokens, including the first."""
         return [sum(pair) for pair in zip(self.nats, self.guessed, strict=True)]
 
     def add_document(
         self, text: bytes, ids: Sequence[int], unknown: int | None, *, is_first_scored: bool = True
     ) -> int:
-        """Count a document; its number."""
+        """Count a document and return its number."""
         number = self.num_documents
         self.num_documents += 1
         self.nats.add(number, 0.0)

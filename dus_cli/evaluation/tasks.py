@@ -1,6 +1,4 @@
-"""Tasks of lm-evaluation-harness, run by the harness itself on models that are loaded as for the
-losses.
-"""
+"""Tasks of lm-evaluation-harness, run by the harness itself on the models loaded for losses."""
 
 from __future__ import annotations
 
@@ -14,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 from dus_cli.common.libraries import require
 from dus_cli.errors import EvaluationError, reason_of, shown
 from dus_cli.evaluation import h6
-from dus_cli.evaluation.h6 import Plan
+from dus_cli.evaluation.h6 import TaskPlan
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions
 from dus_cli.progress import Progress
 
 if TYPE_CHECKING:
-    from dus_cli.evaluation.candidates import Candidate
+    from dus_cli.evaluation.candidates import EvaluationCandidate
 
-# Metrics by which a task is judged where nothing says another, the first that it has.
+# The metric of a task whose plan names none is the first of these that the task has.
 _METRICS = ("acc_norm", "acc", "exact_match", "mc2", "f1", "em")
 
-# Shares of the whole, told in percent.
+# Metrics that are shares of 1, shown in percent.
 SHARES = frozenset([*_METRICS, "mc1", "pass@1"])
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A model's score in a task, as the harness gives it: a share, mostly, and its standard
-    error.
+    """A model's score in a task and its standard error, as the harness reports them; usually a
+    share of 1.
     """
 
     label: str
@@ -57,7 +55,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model scored, in the order of the tasks."""
+    """A model's scores, in the order of the tasks."""
 
     name: str
     model: str
@@ -66,25 +64,23 @@ class TaskResult:
 
     @property
     def h6(self) -> float | None:
-        """The mean of H6 in percent; None where one of the six was not run."""
-        by_task = {score.label: score.value for score in self.scores}
-        wanted = [by_task.get(plan.label) for plan in h6.PLANS]
-        found = tuple(100 * value for value in wanted if value is not None)
-        return h6.average(found) if len(found) == len(wanted) else None
+        """The mean of H6 in percent; None if one of the six was not run."""
+        by_task = {score.label: 100 * score.value for score in self.scores}
+        if not all(plan.label in by_task for plan in h6.PLANS):
+            return None
+        return h6.average(tuple(by_task[plan.label] for plan in h6.PLANS))
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """All models in all tasks; the first model is the baseline of the others."""
+    """The scores of all models in all tasks; the first model is the baseline."""
 
     options: TaskOptions
     harness: str
     models: tuple[TaskResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that the tasks have in the report, but for the scores; docs/layout.md
-        describes each.
-        """
+        """The report's fields about tasks, except the scores; docs/layout.md describes each."""
         has_h6 = set(h6.PLANS) <= set(self.options.plans)
         return {
             "tasks": [plan.task for plan in self.options.plans],
@@ -97,17 +93,15 @@ class TaskReport:
 
 
 class Harness:
-    """lm-evaluation-harness with its tasks found and their data at hand, before a model is
-    loaded.
-    """
+    """lm-evaluation-harness with its tasks and their data loaded, before a model is."""
 
     def __init__(self, options: TaskOptions, progress: Progress) -> None:
-        """Find the tasks and load their data sets, which the harness takes from the Hub where they
-        are not local.
+        """Find the tasks and load their data sets, which the harness downloads from the Hub if
+        they are not local.
 
         Raises:
             MissingExtraError: the harness is not installed.
-            EvaluationError: there is no such task, or its data cannot be had.
+            EvaluationError: there is no such task, or its data cannot be loaded.
         """
         require("--tasks", "lm_eval")
         import lm_eval
@@ -117,7 +111,7 @@ class Harness:
         self._lm_eval, self._models = lm_eval, huggingface
         self._options, self._progress = options, progress
         self.version = str(lm_eval.__version__)
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars that are not turned into ours
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars that `_progress_bars` does not show
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         for name in ("datasets", "huggingface_hub", "evaluate"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -125,32 +119,34 @@ class Harness:
             path = None if options.include_path is None else str(options.include_path)
             self._manager = TaskManager(include_path=path, include_defaults=path is None)
             if path is not None and not all(self._is_whole(plan.task) for plan in options.plans):
-                # takes ten seconds: it reads 14,000 files
+                # with the harness's own tasks it reads 14,000 files, which takes ten seconds
                 self._manager = TaskManager(include_path=path)
         self._loaded = [self._load(plan) for plan in options.plans]
 
     def _is_whole(self, name: str) -> bool:
-        """Whether a task is known, and all that a group is made of."""
+        """Whether a task is known and, if it is a group, all of its members are."""
         entry = self._manager.task_index.get(name)
         members = [] if entry is None else entry.cfg.get("task") if "group" in entry.cfg else []
         return entry is not None and all(
             isinstance(member, str) and self._is_whole(member) for member in members
         )
 
-    def _load(self, plan: Plan) -> list[Any]:
-        """The task, the group or the tasks of a tag by this name."""
+    def _load(self, plan: TaskPlan) -> list[Any]:
+        """Load the task or group of the plan's name, or the tasks of the tag of this name."""
         if plan.task not in self._manager.task_index:
             raise EvaluationError(
                 f"lm-evaluation-harness has no task {shown(plan.task)!r}; `lm-eval ls tasks` lists "
                 "them, --include-path adds your own"
             )
         with _harness_errors(f"task {shown(plan.task)}"), _silent():
-            found = self._manager.load([plan.task])
-        group = found.get("groups", {}).get(plan.task)
-        return [group] if group is not None else list(found["tasks"].values())
+            loaded = self._manager.load([plan.task])
+        group = loaded.get("groups", {}).get(plan.task)
+        return [group] if group is not None else list(loaded["tasks"].values())
 
-    def run(self, model: Any, candidate: Candidate, options: ScoringOptions) -> TaskResult:
-        """All tasks on a loaded model.
+    def run(
+        self, model: Any, candidate: EvaluationCandidate, options: ScoringOptions
+    ) -> TaskResult:
+        """Run all tasks on a loaded model.
 
         Raises:
             EvaluationError: the harness fails on one of them.
@@ -169,14 +165,13 @@ class Harness:
                 tokenizer=tokenizer,
                 backend="causal",
                 batch_size=max(1, options.batch_tokens // options.seq_length),
-                add_bos_token=None
-                if options.special_tokens
-                else False,  # None is as the tokenizer has it
+                # None: as the tokenizer does
+                add_bos_token=None if options.special_tokens else False,
                 trust_remote_code=False,
             )
         for plan, loaded in zip(self._options.plans, self._loaded, strict=True):
             what = f"{shown(candidate.name)} in task {shown(plan.task)}"
-            with self._told(f"{what}:"), _harness_errors(what):
+            with self._progress_bars(f"{what}:"), _harness_errors(what):
                 results = self._lm_eval.simple_evaluate(
                     model=lm,
                     tasks=loaded,
@@ -192,8 +187,8 @@ class Harness:
         return TaskResult(candidate.name, candidate.ref.text, candidate.commit, tuple(scores))
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """The harness's own bars as stages of our progress, and nothing of its on stdout."""
+    def _progress_bars(self, what: str) -> Iterator[None]:
+        """Show the harness's bars as stages of our progress, and drop what it prints."""
         from lm_eval.api import model, task
 
         def bar(items: Iterable[Any] = (), *, total: int | None = None, **_: Any) -> _Bar:
@@ -212,8 +207,8 @@ class Harness:
 
 
 class _Bar:
-    """What the harness uses of tqdm. Its loops over documents are short; what it counts by hand
-    are the requests.
+    """The parts of tqdm that the harness uses. Only its bars without items are shown: they count
+    requests, while loops over documents are short.
     """
 
     def __init__(
@@ -230,14 +225,12 @@ class _Bar:
         self._progress.advance(amount)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing; tqdm has this method."""
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """What libraries print goes nowhere: stdout is for results, and what matters in it is an
-    error.
-    """
+    """Drop what libraries print: stdout is for results, and what matters is an error."""
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -246,32 +239,35 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _scores(plan: Plan, results: dict[str, Any]) -> list[TaskScore]:
-    """The score of a task or group; of a tag those of its tasks."""
-    found = results["results"]
-    names = [plan.task] if plan.task in found else list(found)
+def _scores(plan: TaskPlan, results: dict[str, Any]) -> list[TaskScore]:
+    """The score of a task or group, or those of a tag's tasks."""
+    by_name = results["results"]
+    names = [plan.task] if plan.task in by_name else list(by_name)
     return [_score(plan, name, results) for name in names]
 
 
-def _score(plan: Plan, name: str, results: dict[str, Any]) -> TaskScore:
+def _score(plan: TaskPlan, name: str, results: dict[str, Any]) -> TaskScore:
     entry: dict[str, Any] = results["results"][name]
     metrics = {
         key: float(value)
         for key, value in entry.items()
         if "," in key and "_stderr," not in key and isinstance(value, (int, float))
     }
-    wanted = f"{plan.metric},{plan.filter}"
+    key = f"{plan.metric},{plan.filter}"
     if plan.metric is None:
-        preferred = [key for metric in _METRICS for key in metrics if key.split(",")[0] == metric]
-        wanted = next(iter([*preferred, *metrics]), wanted)
-    if wanted not in metrics:
+        preferred = [
+            each for metric in _METRICS for each in metrics if each.split(",")[0] == metric
+        ]
+        key = next(iter([*preferred, *metrics]), key)
+    if key not in metrics:
         has = ", ".join(metrics) or "none"
         raise EvaluationError(
-            f"task {shown(name)} gives no {wanted} but {shown(has)}; its definition was changed"
+            f"task {shown(name)} has no metric {key}, only {shown(has)}; its definition has "
+            "changed, so use the harness's release that has it"
         )
-    metric, _, chosen = wanted.partition(",")
+    metric, _, chosen = key.partition(",")
     stderr = entry.get(f"{metric}_stderr,{chosen}")
-    # Of a group the harness tells shots and numbers of its tasks.
+    # For a group the harness reports shots and sample counts of its tasks only.
     members = results.get("group_subtasks", {}).get(name) or [name]
     samples = [results["n-samples"][task]["effective"] for task in _leaves(members, results)]
     shots = {results["n-shot"].get(task) for task in _leaves(members, results)}
@@ -283,7 +279,7 @@ def _score(plan: Plan, name: str, results: dict[str, Any]) -> TaskScore:
         name,
         metric,
         filter=chosen,
-        value=metrics[wanted],
+        value=metrics[key],
         stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
         higher_is_better=better is not False,
         num_fewshot=next(iter(shots)) if len(shots) == 1 else None,
@@ -295,7 +291,7 @@ def _score(plan: Plan, name: str, results: dict[str, Any]) -> TaskScore:
 
 
 def _leaves(names: Sequence[str], results: dict[str, Any]) -> list[str]:
-    """The tasks below a group's members, which may be groups."""
+    """The tasks below a group's members, which may be groups themselves."""
     groups = results.get("group_subtasks", {})
     return [
         leaf
@@ -306,8 +302,8 @@ def _leaves(names: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _harness_errors(what: str) -> Iterator[None]:
-    """Turn whatever the harness and its data sets raise into one line: they have no errors of
-    their own.
+    """Translate any error of the harness and its data sets into one line; they have no exceptions
+    of their own.
     """
     import torch
 
@@ -318,6 +314,6 @@ def _harness_errors(what: str) -> Iterator[None]:
     except Exception as error:
         raise EvaluationError(
             f"{what}: lm-evaluation-harness fails with {type(error).__name__}: {reason_of(error)}; "
-            "DUS_DEBUG=1 shows where (a data set that is not on this machine comes from the Hub, "
-            "unless HF_DATASETS_OFFLINE=1)"
+            "DUS_DEBUG=1 shows where (a data set that is not on this machine is downloaded from "
+            "the Hub, unless HF_DATASETS_OFFLINE=1)"
         ) from error

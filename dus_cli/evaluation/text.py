@@ -1,4 +1,4 @@
-"""The held-out text: documents out of --data, the same ones for every model, read anew for each."""
+"""The held-out text of --data: the same documents for every model, read again for each."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dus_cli.data.sources import Source, Unread, parse_sources
 from dus_cli.errors import DataError, shown
 from dus_cli.evaluation.options import TextOptions
 
-# Text tokenised at a time (characters): enough for every core.
+# Characters tokenised at a time: enough for every core.
 _BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
-class Text:
-    """The files, how documents are found in them, and how many are read at most."""
+class EvaluationText:
+    """The files, how documents are found in them, and the most documents to read."""
 
     sources: tuple[Source, ...]
     text_field: str = "text"
@@ -27,9 +27,7 @@ class Text:
 
     @property
     def name(self) -> str:
-        """What it is called in a card: the names of the files, or of the argument that found
-        many.
-        """
+        """The text's name in a card: names of files, or the argument that matched several."""
         return ", ".join(
             source.paths[0].name if len(source.paths) == 1 else public(source.text)
             for source in self.sources
@@ -46,10 +44,8 @@ class Text:
     def batches(
         self, skipped: dict[str, int], on_bytes: Callable[[int], object]
     ) -> Iterator[list[str]]:
-        """The documents in order, some at a time; `on_bytes` is told how many bytes of the files
-        were read.
-
-        What is left out is counted in `skipped`, by reason.
+        """The documents in order, in batches. `on_bytes` is called with the bytes read since the
+        last call. Lines and documents left out are counted in `skipped`, by reason.
         """
         batch: list[str] = []
         size = 0
@@ -67,10 +63,10 @@ class Text:
     ) -> Iterator[str]:
         count = 0
         for path in (path for source in self.sources for path in source.paths):
-            tally, position, size = ReadCounts(skipped=skipped), 0, path.stat().st_size
-            for text in documents(path, self.text_field, self.on_bad_line, tally):
+            counts, position, size = ReadCounts(skipped=skipped), 0, path.stat().st_size
+            for text in documents(path, self.text_field, self.on_bad_line, counts):
                 yield text
-                reached = min(tally.position, size)
+                reached = min(counts.position, size)
                 on_bytes(reached - position)
                 position = reached
                 count += 1
@@ -79,18 +75,18 @@ class Text:
             on_bytes(size - position)
 
 
-def open_text(options: TextOptions, spool: Path) -> Text:
-    """The text behind `--data`. Standard input is kept in the folder `spool`, for every model reads
-    it.
+def open_text(options: TextOptions, spool: Path) -> EvaluationText:
+    """The text of `--data`. Standard input is copied to the folder `spool`, because every model
+    reads it.
 
     Raises:
-        DataError: nothing there, nothing that is text, or weights, which are for training.
+        DataError: there are no files or no text in them, or a file has a weight.
     """
     sources = parse_sources(options.data, spool, options.text_field)
     for source in sources:
         if source.weight is not None:
             raise DataError(
-                f"{shown(source.text)} has a weight, and every document counts once; leave out "
+                f"{shown(source.text)} has a weight, but every document counts once; leave out "
                 "the weight"
             )
-    return Text(sources, options.text_field, options.on_bad_line, options.max_documents)
+    return EvaluationText(sources, options.text_field, options.on_bad_line, options.max_documents)

@@ -1,5 +1,5 @@
-"""The verb: every model over the same text, one after the other, in memory that does not grow
-with the text.
+"""The verb: evaluate every model on the same text, one after the other, in memory that does not
+grow with the text.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from typing import Any
 from dus_cli.common.reference import ModelRef
 from dus_cli.data.tokeniser import pieces_of
 from dus_cli.errors import DataError, EvaluationError, shown
-from dus_cli.evaluation.candidates import Candidate, base_layers, check_there, find_candidates
+from dus_cli.evaluation.candidates import (
+    EvaluationCandidate,
+    base_layers,
+    check_there,
+    find_candidates,
+)
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import LossReport, ModelResult
 from dus_cli.evaluation.scores import Scores
 from dus_cli.evaluation.tasks import Harness, TaskReport, TaskResult
-from dus_cli.evaluation.text import Text, open_text
+from dus_cli.evaluation.text import EvaluationText, open_text
 from dus_cli.evaluation.windows import Window, batches, windows
 from dus_cli.progress import Progress
 
 _LONGEST_WINDOW = 2048
 
-# Tokens run at once, where nothing was asked for.
+# Tokens run at once without --batch-tokens, by device type.
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_ELSEWHERE = 16_384
 
@@ -42,16 +47,16 @@ def evaluate(
     with_base: bool = False,
     quiet: bool = True,
 ) -> tuple[LossReport | None, TaskReport | None]:
-    """Losses on the text, and scores in the tasks, of each model; the first is what the others are
-    held against.
+    """Measure each model's losses on the text and its scores in the tasks; the first model is the
+    baseline.
 
     Models are loaded one after the other, each once. With `with_base` the first is an up-scaled
-    model, and the base inside it comes before it among the losses.
+    model, and the base inside it comes before it in the losses.
 
     Raises:
         DusError: any known failure; see `errors`.
     """
-    check_there(refs)  # what is known without torch is said before it is loaded
+    check_there(refs)  # errors that need no torch come before torch is imported
     with tempfile.TemporaryDirectory(prefix="dus-eval-") as spool:
         text = None if text_options is None else open_text(text_options, Path(spool))
         model = import_model()
@@ -82,7 +87,7 @@ def evaluate(
                     del scorer
                 if harness is not None:
                     scored.append(harness.run(loaded, candidate, options))
-                del loaded  # before the next one is there
+                del loaded  # free it before the next one is loaded
     losses = None if passes is None else passes.report(str(device))
     return losses, None if tasks is None or harness is None else TaskReport(
         tasks, harness.version, tuple(scored)
@@ -90,21 +95,21 @@ def evaluate(
 
 
 def import_model() -> Any:
-    """`dus_cli.evaluation.scorer`, with torch below it: imported once it is needed."""
+    """Import `dus_cli.evaluation.scorer`, which imports torch, once it is needed."""
     model = import_module("dus_cli.evaluation.scorer")
     model.quiet_libraries()
     return model
 
 
 def resolved(
-    options: ScoringOptions, candidates: Sequence[Candidate], device_type: str
+    options: ScoringOptions, candidates: Sequence[EvaluationCandidate], device_type: str
 ) -> ScoringOptions:
-    """The options with every number filled in: one window for all models, which each of them can
-    see.
+    """The options with every default filled in. All models have the same window, which fits the
+    context length of each.
 
     Raises:
-        EvaluationError: a window longer than a model knows positions, or a stride longer than the
-            window.
+        EvaluationError: the window is longer than a model's context length, or the stride longer
+            than the window.
     """
     known = [
         (candidate.max_length, candidate.name)
@@ -115,20 +120,21 @@ def resolved(
     length = options.seq_length or min(_LONGEST_WINDOW, shortest)
     if known and length > shortest:
         raise EvaluationError(
-            f"--seq-length {length} is longer than the {shortest} positions that {shown(name)} "
-            "knows"
+            f"--seq-length {length} is longer than the context length of {shown(name)}, "
+            f"{shortest}; choose at most that"
         )
     for candidate in candidates:
         if len(candidate.tokeniser.before) > length:
             raise EvaluationError(
-                f"--seq-length {length} has no place behind the {len(candidate.tokeniser.before)} "
+                f"--seq-length {length} has no place after the {len(candidate.tokeniser.before)} "
                 f"tokens with which {shown(candidate.name)} begins a text; choose a larger one, or "
                 "--no-special-tokens"
             )
     stride = options.stride or max(1, length // 2)
     if stride > length:
         raise EvaluationError(
-            f"--stride {stride} is longer than the window of {length} tokens, and would skip text"
+            f"--stride {stride} is longer than the window of {length} tokens and would skip text; "
+            "choose at most the window's length"
         )
     batch = options.batch_tokens or _BATCH_TOKENS.get(device_type, _BATCH_TOKENS_ELSEWHERE)
     precision = options.precision.on(device_type)
@@ -138,18 +144,22 @@ def resolved(
 
 
 class Passes:
-    """The passes over the text, of one model after the other."""
+    """The passes over the text, for one model after the other."""
 
     def __init__(
-        self, text: Text, text_options: TextOptions, options: ScoringOptions, progress: Progress
+        self,
+        text: EvaluationText,
+        text_options: TextOptions,
+        options: ScoringOptions,
+        progress: Progress,
     ) -> None:
         self._text, self._text_options = text, text_options
         self._options, self._progress = options, progress
         self._first: Scores | None = None
         self._results: list[ModelResult] = []
 
-    def run(self, scorer: Any, candidate: Candidate, *, is_base: bool = False) -> None:
-        """One more model. The first decides by its tokens how many documents there are for all."""
+    def run(self, scorer: Any, candidate: EvaluationCandidate, *, is_base: bool = False) -> None:
+        """Evaluate one more model. The first decides by its tokens how many documents all read."""
         name = f"base of {candidate.name}" if is_base else candidate.name
         budget = self._text_options.max_tokens if self._first is None else None
         scores = _pass(
@@ -189,14 +199,14 @@ class Passes:
 
 def _pass(
     scorer: Any,
-    candidate: Candidate,
+    candidate: EvaluationCandidate,
     name: str,
-    text: Text,
+    text: EvaluationText,
     options: ScoringOptions,
     budget: int | None,
     progress: Progress,
 ) -> Scores:
-    """One model over the text."""
+    """Evaluate one model on the text."""
     assert options.batch_tokens is not None
     scores, started = Scores(scorer.vocab_size), time.monotonic()
     progress.start(f"evaluating {shown(name)}", text.num_file_bytes)
@@ -205,13 +215,13 @@ def _pass(
         for window, nats in zip(batch, scorer.losses(batch), strict=True):
             if not math.isfinite(nats):
                 raise EvaluationError(
-                    f"{shown(name)}: its loss on document {window.document + 1} is {nats}; the "
-                    "weights are damaged, or overflow in bf16 (--precision fp32); dus verify "
-                    "--base finds tensors that differ from a base's"
+                    f"{shown(name)}: its loss on document {window.document + 1} is {nats}; its "
+                    "weights are damaged (dus verify --base finds tensors that differ from the "
+                    "base's) or it overflows in bf16 (try --precision fp32)"
                 )
             scores.nats.add(window.document, nats)
     if not scores.tokens.total:
-        what = "no document of two tokens" if scores.guessed.total else "no text"
+        what = "no document of two or more tokens" if scores.guessed.total else "no text"
         raise DataError(f"--data holds {what}; check the files, and --text-field")
     scores.seconds = time.monotonic() - started
     return scores
@@ -219,20 +229,19 @@ def _pass(
 
 def _windows(
     scores: Scores,
-    candidate: Candidate,
-    text: Text,
+    candidate: EvaluationCandidate,
+    text: EvaluationText,
     options: ScoringOptions,
     budget: int | None,
     on_bytes: Callable[[int], object],
 ) -> Iterator[Window]:
-    """The windows of all documents, up to the document with which the budget of tokens is
-    reached.
-    """
+    """The windows of all documents, up to the one with which the token budget is reached."""
     assert options.seq_length is not None
     assert options.stride is not None
     num_tokens, tokeniser = 0, candidate.tokeniser
-    is_behind = bool(tokeniser.before)
-    span = options.seq_length + 1 - len(tokeniser.before)  # the last token of a window is no input
+    is_first_scored = bool(tokeniser.before)
+    # the last token of a window is a label only, not an input
+    span = options.seq_length + 1 - len(tokeniser.before)
     stride = min(options.stride, span)
     for documents in text.batches(scores.skipped, on_bytes):
         parts = [[piece for piece, _ in pieces_of(document)] for document in documents]
@@ -241,9 +250,9 @@ def _windows(
             ids = [token for _ in own for token in next(encoded)]
             tokeniser.check_ids(max(ids, default=0))
             number = scores.add_document(
-                document.encode(), ids, tokeniser.unknown, is_first_scored=is_behind
+                document.encode(), ids, tokeniser.unknown, is_first_scored=is_first_scored
             )
-            yield from windows(number, ids, span, stride, is_first_scored=is_behind)
+            yield from windows(number, ids, span, stride, is_first_scored=is_first_scored)
             num_tokens += len(ids)
             if budget is not None and num_tokens >= budget:
                 return

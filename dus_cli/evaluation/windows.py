@@ -1,13 +1,12 @@
-"""Documents cut into windows that a model can see at once, and windows gathered into batches. Pure,
-no torch.
+"""Documents cut into windows of the context length, and windows gathered into batches.
 
-Every token of a document is predicted exactly once, its first one too where the tokenizer puts a
-token before a text: every window stands behind it, those that begin within a document as well, for
-a model that was trained behind `<s>` knows little without it. Where nothing stands before a text
-nothing predicts its first token. A document's first window predicts `length` tokens. Each further
-one begins `stride` tokens later and predicts what no window before it did, so that a token has the
-document's last `length` − `stride` tokens before it at least, as far as there are so many
-(transformers' guide "Perplexity of fixed-length models").
+Every token of a document is predicted exactly once. If the tokenizer puts tokens before a text,
+they come before every window, also before one that begins within a document, because a model
+trained with `<s>` predicts badly without it; else a document's first token is not predicted. A
+document's first window predicts `length` tokens. Each further window begins `stride` tokens later
+and predicts the tokens that no earlier window did. So every token has at least `length` − `stride`
+tokens of context, as far as the document has so many before it (transformers' guide "Perplexity of
+fixed-length models").
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-# Windows of so many batches are sorted by their length before they are batched: little is padded
-# then.
+# The windows of this many batches are sorted by length before they are batched, so that little is
+# padded.
 _BATCHES_AHEAD = 16
 
 
 @dataclass(frozen=True)
 class Window:
-    """A run of a document's tokens, of which the last `num_scored` count."""
+    """Consecutive tokens of a document, of which the last `num_scored` are predicted."""
 
     document: int
     ids: Sequence[int]
@@ -32,7 +31,7 @@ class Window:
 def windows(
     document: int, ids: Sequence[int], length: int, stride: int, *, is_first_scored: bool = True
 ) -> Iterator[Window]:
-    """The windows of a document of these token ids, of which the first counts or does not.
+    """The windows of a document. `is_first_scored` says whether its first token is predicted.
 
     >>> cut = windows(0, range(7), length=4, stride=2)
     >>> [(list(window.ids), window.num_scored) for window in cut]
@@ -50,24 +49,24 @@ def windows(
 
 
 def batches(source: Iterable[Window], max_tokens: int) -> Iterator[list[Window]]:
-    """Windows of similar length together: at most `max_tokens` of them once padded, or one
+    """Batches of windows of similar length: at most `max_tokens` tokens with padding, or a single
     window.
     """
-    held: list[Window] = []
+    pending: list[Window] = []
     size = 0
     for window in source:
-        held.append(window)
+        pending.append(window)
         size += len(window.ids)
         if size >= _BATCHES_AHEAD * max_tokens:
-            yield from _batched(held, max_tokens)
-            held, size = [], 0
-    yield from _batched(held, max_tokens)
+            yield from _batched(pending, max_tokens)
+            pending, size = [], 0
+    yield from _batched(pending, max_tokens)
 
 
-def _batched(held: list[Window], max_tokens: int) -> Iterator[list[Window]]:
+def _batched(pending: list[Window], max_tokens: int) -> Iterator[list[Window]]:
     batch: list[Window] = []
-    # the first is the longest of its batch
-    for window in sorted(held, key=lambda window: -len(window.ids)):
+    # the first window of a batch is its longest
+    for window in sorted(pending, key=lambda window: -len(window.ids)):
         if batch and (len(batch) + 1) * len(batch[0].ids) > max_tokens:
             yield batch
             batch = []

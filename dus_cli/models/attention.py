@@ -1,8 +1,8 @@
-"""Attention of packed rows on a CPU: document by document, without a mask.
+"""Attention over packed rows on a CPU, document by document and without a mask.
 
-SDPA's CPU kernel pays for every pair of tokens of a row once it is given a mask. A mask that only
-keeps documents apart is therefore taken for what it says: each document attends to itself,
-causally, which costs the sum of their lengths' squares, halved (docs/healing.md has figures).
+Given a mask, SDPA's CPU kernel computes every pair of tokens in a row. If the mask only keeps
+documents apart, causal attention within each document gives the same result for half the sum of
+their squared lengths (docs/healing.md has figures).
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Where a mask's documents are remembered: each layer is handed the same mask.
-_REMEMBERED = "_dus_documents"
+# The attribute of a mask that caches its documents: every layer gets the same mask.
+_CACHE = "_dus_documents"
 
 
 def attend_by_document() -> None:
-    """Put it in the place of "sdpa" in transformers, for this process. Any other mask goes the
-    way that it went.
-    """
+    """Replace "sdpa" in transformers, for this process. Other masks are computed as before."""
     AttentionInterface.register("sdpa", _attention)
 
 
@@ -33,15 +31,15 @@ def _attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention (rows, length, heads, head size) of queries, keys and values (rows, heads,
+    """Attention, (rows, length, heads, head size), of queries, keys and values, each (rows, heads,
     length, head size).
     """
     documents = None if attention_mask is None else _documents(attention_mask, query, key)
     if documents is None or options.get("position_bias") is not None:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
+        result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options
         )
-        return found
+        return result
     options["is_causal"] = True
     rows = []
     for row, lengths in enumerate(documents):
@@ -55,8 +53,8 @@ def _attention(
 
 
 def _documents(mask: Tensor, query: Tensor, key: Tensor) -> list[list[int]] | None:
-    """The lengths of each row's documents, where the mask keeps documents apart and does nothing
-    else.
+    """The lengths of each row's documents if the mask is causal within documents and nothing else;
+    otherwise None.
     """
     rows, length = query.shape[0], query.shape[2]
     if (
@@ -65,15 +63,16 @@ def _documents(mask: Tensor, query: Tensor, key: Tensor) -> list[list[int]] | No
         or key.shape[2] != length
     ):
         return None
-    if not hasattr(mask, _REMEMBERED):
-        setattr(mask, _REMEMBERED, _read(mask))
-    found: list[list[int]] | None = getattr(mask, _REMEMBERED)
-    return found
+    if not hasattr(mask, _CACHE):
+        setattr(mask, _CACHE, _read(mask))
+    lengths: list[list[int]] | None = getattr(mask, _CACHE)
+    return lengths
 
 
 def _read(mask: Tensor) -> list[list[int]] | None:
-    goes_on = mask.diagonal(-1, 2, 3)[:, 0]  # (rows, length - 1): each token sees the one before it
-    # of its document, (rows, length)
+    # whether a token continues the document of the token before it, (rows, length - 1)
+    goes_on = mask.diagonal(-1, 2, 3)[:, 0]
+    # the number of each token's document, (rows, length)
     number = torch.nn.functional.pad((~goes_on).cumsum(1), (1, 0))
     if not torch.equal(mask[:, 0], (number[:, :, None] == number[:, None, :]).tril()):
         return None

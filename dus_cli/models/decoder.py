@@ -1,5 +1,5 @@
-"""The model under training: loaded in shards by transformers, run without full logits, run in
-part as its base.
+"""The model under training: run for its hidden states, without full logits, or with some of its
+layers only.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from dus_cli.errors import HealError, ReplayError, shown
 from dus_cli.models.losses import Head, check_head, head_of
 from dus_cli.models.stopping import Brake
 
-# Of a norm: what two orders of the same sums may differ by in bf16.
+# Relative tolerance between hidden states that differ only in the order of bf16 sums.
 _ROUNDING = 0.01
 
 
 class Decoder:
-    """A causal language model of transformers, asked for hidden states instead of logits.
+    """A causal language model of transformers that returns hidden states instead of logits.
 
-    The output embedding's forward is replaced by one that hands its input on, so that every hook of
-    FSDP still runs in its order; the loss then multiplies by the embedding chunk by chunk.
+    The output embedding's forward is replaced by one that keeps its input, so that all hooks of
+    FSDP still run in their order. The loss multiplies by the embedding chunk by chunk.
+
+    Args:
+        model: the model.
+        num_layers: the number of its decoder layers.
+        packs_rows: whether a batch's rows are passed to the model as a single row.
     """
 
     def __init__(self, model: Any, num_layers: int, *, packs_rows: bool = False) -> None:
@@ -36,8 +41,7 @@ class Decoder:
         self._packs_rows = packs_rows
         self._name = stack_name(self.inner, num_layers)
         self._hidden: Tensor | None = None
-        # By name before the first forward: afterwards FSDP may show the gathered parameters
-        # instead.
+        # Read before the first forward: after it FSDP may give the gathered parameters instead.
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._project = self.output.forward
 
@@ -47,10 +51,10 @@ class Decoder:
         return layers
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """The last hidden states, (rows, length, width), of token ids and positions (rows, length).
+        """The last hidden states, (rows, length, width), for ids and positions (rows, length).
 
-        Attention is masked per document where positions start again (transformers reads it from
-        them). Without positions each row is one document, from its first token on.
+        A document begins wherever positions restart; transformers masks attention accordingly.
+        Without positions each row is one document.
         """
         rows, length = input_ids.shape
         positions = {} if position_ids is None else {"position_ids": position_ids}
@@ -70,18 +74,16 @@ class Decoder:
 
     def _keep(self, hidden: Tensor) -> Tensor:
         self._hidden = hidden
-        return hidden[
-            ..., :1
-        ].clone()  # what follows is for logits; a view would upset FSDP's hooks
+        # the rest of the model's forward expects logits; FSDP's hooks do not work on a view
+        return hidden[..., :1].clone()
 
     def brake_at_layers(self, brake: Brake, num_tokens: int) -> None:
-        """Let a signal end a pass at a layer, forwards and backwards. A micro-batch has
-        `num_tokens` tokens at most.
+        """Let a signal end a forward or backward pass after any layer.
 
-        Every worker counts the same FLOPs, whatever rows it has: they are only to come to the same
-        place.
+        Every worker counts the FLOPs of `num_tokens` tokens, the most that a micro-batch has,
+        whatever rows it has, so that all workers check for signals at the same layer.
         """
-        whole = [
+        layer_flops = [
             2.0 * num_tokens * sum(p.numel() for p in layer.parameters()) for layer in self.layers
         ]
 
@@ -91,18 +93,18 @@ class Decoder:
             if isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(lambda _: brake.passed(2 * flops))  # type: ignore[no-untyped-call]
 
-        for layer, flops in zip(self.layers, whole, strict=True):
+        for layer, flops in zip(self.layers, layer_flops, strict=True):
             layer.register_forward_hook(
                 lambda _layer, _input, output, flops=flops: after(flops, output)
             )
 
     def check_loss(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """Hold our way to the loss against the model's own, on a few tokens.
+        """Check that our loss equals the model's own, on a few tokens.
 
-        It is the first forward of all, in full: FSDP gathers its groups then.
+        This must be the first forward and a complete one: FSDP sets up its groups in it.
 
         Raises:
-            HealError: they differ.
+            HealError: the losses differ.
         """
         from dus_cli.models.losses import loss_sums
 
@@ -120,10 +122,10 @@ class Decoder:
         check_head(float(total) / labels.numel(), float(theirs), self.model.config.model_type)
 
     def check_documents(self, input_ids: Tensor) -> None:
-        """Check that a document in a packed row is as it is alone.
+        """Check that a document in a packed row has the same hidden states as alone.
 
         Raises:
-            HealError: the architecture sees other documents, or other positions.
+            HealError: the architecture attends to other documents or ignores positions.
         """
         half = input_ids.shape[1] // 2
         own = torch.arange(input_ids.shape[1] - half, device=input_ids.device)
@@ -148,8 +150,8 @@ class Decoder:
             )
 
     def reshard(self) -> None:
-        """Let go of gathered weights. FSDP keeps some from a forward, and would not see what
-        changes after it.
+        """Free gathered weights. FSDP keeps some after a forward, and these would go stale if the
+        parameters change.
         """
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -157,37 +159,37 @@ class Decoder:
 
     @contextmanager
     def only(self, layers: Sequence[int]) -> Iterator[None]:
-        """Run with these layers alone, each keeping its kind. At step 0 the base's layers give
-        the base's loss.
+        """Run with these layers only; per-layer fields of the config follow. With the layers of the
+        base, the model at step 0 has the base's loss.
         """
-        whole, config = self.layers, self.inner.config
-        lists = _by_layer(config, len(whole))
+        all_layers, config = self.layers, self.inner.config
+        lists = _by_layer(config, len(all_layers))
         try:
-            self._cut(layers)
+            self._select(layers)
             yield
         finally:
-            setattr(self.inner, self._name, whole)
-            config.num_hidden_layers = len(whole)
+            setattr(self.inner, self._name, all_layers)
+            config.num_hidden_layers = len(all_layers)
             for key, value in lists.items():
                 setattr(config, key, value)
 
-    def _cut(self, layers: Sequence[int]) -> None:
-        whole, config = self.layers, self.inner.config
-        setattr(self.inner, self._name, nn.ModuleList([whole[i] for i in layers]))
-        for key, value in _by_layer(config, len(whole)).items():
+    def _select(self, layers: Sequence[int]) -> None:
+        all_layers, config = self.layers, self.inner.config
+        setattr(self.inner, self._name, nn.ModuleList([all_layers[i] for i in layers]))
+        for key, value in _by_layer(config, len(all_layers)).items():
             setattr(config, key, [value[i] for i in layers])
         config.num_hidden_layers = len(layers)
 
     def keep_only(self, layers: Sequence[int]) -> None:
-        """Become the model of these layers, for good: the rest is freed."""
-        self._cut(layers)
+        """Drop all other layers for good and free them."""
+        self._select(layers)
         self.parameters = dict(self.model.named_parameters())
 
     def train_only(self, layers: Sequence[int] | None, frozen: Collection[str] = ()) -> None:
-        """Let these layers learn, and nothing else; None is everything. Parameters whose names are
-        `frozen` do not.
+        """Train the parameters of these layers only (None: all parameters), except those whose
+        names are in `frozen`.
         """
-        self.reshard()  # FSDP asks what learns when it gathers
+        self.reshard()  # FSDP reads requires_grad when it gathers
         learning = (
             None if layers is None else {id(p) for i in layers for p in self.layers[i].parameters()}
         )
@@ -197,7 +199,7 @@ class Decoder:
 
 
 def _by_layer(config: Any, num_layers: int) -> dict[str, Sequence[Any]]:
-    """A config's fields with an entry for each layer."""
+    """The config's fields that have an entry for each layer."""
     fields = vars(config).items()
     return {
         key: value
@@ -211,17 +213,17 @@ def stack_name(inner: nn.Module, num_layers: int) -> str:
         if isinstance(child, nn.ModuleList) and len(child) == num_layers:
             return name
     raise HealError(
-        f"{shown(type(inner).__name__)} has no list of {num_layers} layers; dus heal does not "
-        "know it"
+        f"{shown(type(inner).__name__)} has no list of {num_layers} layers, so dus heal cannot "
+        "train this architecture"
     )
 
 
 def _join_tied(model: nn.Module) -> None:
-    """Give a tied weight one storage, after the first forward.
+    """Give a tied weight a single storage, after the first forward.
 
-    transformers ties after `fully_shard`, so FSDP manages the weight twice. Where its rows do not
-    divide by the workers FSDP pads each of the two into a copy of its own then, and the optimizer
-    would update one only.
+    transformers ties after `fully_shard`, so FSDP manages the weight twice. If the number of rows
+    is not a multiple of the number of workers, FSDP pads each of the two into a copy of its own in
+    the first forward, and the optimizer would update only one of them.
     """
     managed: dict[int, list[Any]] = {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What a device can do: its peak for MFU, and how many rows of a batch it takes at once."""
+"""What a device can do: whether it computes in bf16, and its peak memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def computes_in_bf16(device_type: str | None = None) -> bool:
-    """Whether a device has instructions for bf16: any accelerator, or a CPU for which oneDNN has
+    """Whether a device computes bf16 fast: any accelerator, or a CPU for which oneDNN has bf16
     kernels.
 
-    Without them, as on x86 before AVX-512, torch computes bf16 many times slower than fp32
+    Without these, as on x86 before AVX-512, torch computes bf16 many times slower than fp32
     (docs/healing.md).
 
     Args:
-        device_type: "cpu", "cuda" and so on; the one that torch finds by default.
+        device_type: "cpu", "cuda" and so on; None for torch's default device.
     """
     on_accelerator = (
         torch.accelerator.is_available() if device_type is None else device_type != "cpu"
@@ -25,7 +25,9 @@ def computes_in_bf16(device_type: str | None = None) -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: of the accelerator, or resident where there is none."""
+    """The peak memory so far, in bytes: allocated on a CUDA device, else the process's resident
+    memory.
+    """
     if device.type == "cuda":
         return int(torch.accelerator.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

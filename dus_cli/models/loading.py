@@ -1,5 +1,5 @@
-"""Models as transformers loads them: from local files, quietly, and none of the checkpoint's
-code is run.
+"""Models loaded by transformers: from local files, quietly, without running the checkpoint's
+code.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from dus_cli.errors import LoadError, reason_of, shown, shown_list
 
-# By the names of the safetensors format: the types that torch computes in, or casts from without a
-# scale.
+# By their safetensors names: the types that torch computes in, or casts from without a scale.
 STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -25,30 +24,29 @@ STORED_DTYPES = {
     "F64": torch.float64,
 }
 
-# What transformers raises for a checkpoint that it does not take; it has no exception of its own
-# for that.
+# The exceptions of transformers for a checkpoint that it cannot load; it has none of its own.
 _REFUSALS = (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError)
 
 
 def load_config(folder: str | Path) -> Any:
-    """A model's config as transformers reads it."""
+    """The config that transformers reads from a model's folder."""
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_model(folder: str | Path, name: object, dtype: torch.dtype, **options: Any) -> Any:
-    """A causal language model with all its weights.
+    """Load a causal language model with all its weights.
 
     Args:
-        folder: of the checkpoint.
-        name: what to call it in an error.
-        dtype: of its weights in memory.
-        options: more of `from_pretrained`'s.
+        folder: the checkpoint.
+        name: the model's name in an error.
+        dtype: of the weights in memory.
+        options: further arguments of `from_pretrained`.
 
     Raises:
-        LoadError: transformers cannot load it, or would make up weights that the files lack.
+        LoadError: transformers cannot load it, or would initialise weights that the files lack.
     """
     with refusals_told(name):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -56,19 +54,18 @@ def load_model(folder: str | Path, name: object, dtype: torch.dtype, **options: 
             output_loading_info=True,
             **options,
         )
-    missing = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if missing:
-        raise no_weights(name, missing)
+        raise missing_weights(name, missing)
     return model
 
 
 @contextmanager
 def refusals_told(name: object) -> Iterator[None]:
-    """Let transformers work on a checkpoint: its bars and remarks are not shown, and a refusal is
-    one line.
+    """Silence transformers, and translate its errors about a checkpoint into one line.
 
     Raises:
-        LoadError: it refuses. An allocator's error passes as it is.
+        LoadError: transformers raised an error. torch.OutOfMemoryError is not translated.
     """
     level, has_bars = (
         transformers_logging.get_verbosity(),
@@ -88,9 +85,9 @@ def refusals_told(name: object) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def no_weights(name: object, parameters: Iterable[str]) -> LoadError:
-    """What to say of parameters that the files have no tensors for."""
+def missing_weights(name: object, parameters: Iterable[str]) -> LoadError:
+    """The error for parameters that the files have no tensors for."""
     return LoadError(
         f"{shown(name)}: transformers finds no weights for {shown_list(sorted(parameters))} and "
-        "would make them up; dus verify tells what the files hold"
+        "would make them up; see what the files hold with dus verify"
     )

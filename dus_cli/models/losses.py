@@ -1,11 +1,11 @@
-"""The loss, without the logits of a whole batch: cross-entropy, and the KL divergence from a
+"""The loss without the logits of a whole batch: cross-entropy, and the KL divergence from a
 teacher.
 
-At 49,152 words and 8 × 512 tokens full logits are 800 MB in fp32, and as much again for their
-gradient. Here a chunk of rows is multiplied, its loss is taken, its gradient takes the place of its
-logits, and both are forgotten, as in Liger (arXiv:2410.10989). Both terms have the gradient "what
-the model says − what it should say", so they cost one pass. On a CPU that pass goes over a few rows
-at a time, which stay in its cache.
+For a vocabulary of 49,152 and 8 × 512 tokens, full logits are 800 MB in fp32, and their gradient as
+much again. Here logits are computed for a chunk of rows, overwritten by their gradient, and freed,
+as in Liger (arXiv:2410.10989). The gradient of both terms is "model's probability − target
+probability", so they share one pass. On a CPU that pass takes a few rows at a time, which stay in
+its cache.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from dus_cli.models.chunks import block_rows, block_words, chunk_rows
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: z = scale · (h Wᵀ + b), then cap · tanh(z / cap) where there
-    is a cap.
+    """From hidden states to logits: z = scale · (h Wᵀ + b), then cap · tanh(z / cap) if cap is not
+    None.
     """
 
     scale: float = 1.0
     cap: float | None = None
 
     def logits(self, products: Tensor) -> Tensor:
-        """Logits in fp32, (tokens, vocabulary), of h Wᵀ + b. They may take the place of products
-        that are fp32.
+        """Logits in fp32 from products h Wᵀ + b, both (tokens, vocabulary). fp32 products may be
+        overwritten.
         """
         logits = products.float()
         if self.scale != 1.0:
@@ -43,22 +43,22 @@ class Head:
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient before scale and cap, in place."""
+        """The gradient by the products, in place, from that by the logits."""
         if self.cap is not None:
             gradient *= 1 - (logits / self.cap) ** 2
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 def head_of(config: Any) -> Head:
-    """How this architecture scales its logits: Cohere multiplies, Granite divides, Gemma caps."""
+    """The head of a config: Cohere multiplies logits, Granite divides them, Gemma caps them."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     divisor = float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 class _Loss(torch.autograd.Function):
-    """Sums over tokens of scale · ((1 − w) · CE + w · KL), and of CE and KL. Gradients flow from
-    the first only.
+    """Sums over tokens: scale · ((1 − w) · CE + w · KL), CE, and KL. Only the first has a
+    gradient.
     """
 
     @staticmethod
@@ -91,7 +91,8 @@ class _Loss(torch.autograd.Function):
             if hidden_gradient is not None:
                 hidden_gradient[rows] = products @ weight
             if needs_weight:
-                # One chunk's is rounded once, as any layer's; those of several are summed in fp32.
+                # A single chunk's product is rounded once, like any layer's gradient; the products
+                # of several chunks are summed in fp32.
                 product = products.mT @ hidden[rows]
                 weight_gradient = (
                     product if weight_gradient is None else weight_gradient.float().add_(product)
@@ -112,9 +113,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        # In place: a head's gradient is large, and a second backward pass would raise.
-        found = (None if saved is None else saved.mul_(gradients[0]) for saved in ctx.saved_tensors)
-        return *found, None, None, None, None, None
+        # In place, because a head's gradient is large. A second backward pass raises anyway.
+        scaled = (None if each is None else each.mul_(gradients[0]) for each in ctx.saved_tensors)
+        return *scaled, None, None, None, None, None
 
 
 def _to_gradient(
@@ -125,8 +126,8 @@ def _to_gradient(
     teacher: Teaching | None,
     theirs: Tensor | None,
 ) -> Tensor:
-    """Sums of CE and KL over the rows of h Wᵀ + b, (rows, vocabulary), which becomes its own
-    gradient in place.
+    """The sums of CE and KL over the rows of products h Wᵀ + b, (rows, vocabulary), which are
+    overwritten by their gradient.
     """
     share = teacher.weight if teacher is not None else 0.0
     sums = products.new_zeros(2, dtype=torch.float32)
@@ -143,7 +144,7 @@ def _to_gradient(
             other = teacher.head.logits(theirs[rows])
             other_total = other.logsumexp(-1, keepdim=True)
             q = (other - other_total).exp_()
-            # KL = Σ q · (log q − log p), without a log-softmax of either kept
+            # KL = Σ q · (log q − log p), without storing a log-softmax of either
             each = other.sub_(logits).mul_(q).sum(-1) + (total - other_total)[:, 0]
             sums[1] += (each * counted).sum()
         capped = logits.clone() if head.cap is not None else logits
@@ -158,8 +159,8 @@ def _to_gradient(
 
 @dataclass(frozen=True)
 class Teaching:
-    """The teacher's hidden states (tokens, width) for the same rows, its head, and the weight of
-    the KL term.
+    """The teacher's hidden states, (tokens, width), for the same rows, its output embedding and
+    head, and the weight of the KL term.
     """
 
     hidden: Tensor
@@ -185,24 +186,24 @@ def loss_sums(
     scale: float = 1.0,
     between: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the labelled tokens: what is minimised, cross-entropy, KL(teacher ‖ model), in
-    nats, fp32.
+    """Sums over the labelled tokens, in nats, fp32: the loss to minimise, the cross-entropy, and
+    KL(teacher ‖ model).
 
     Args:
         hidden: the decoder's output, (rows, length, width).
         output: the output embedding; its weight is (vocabulary, width).
-        labels: next tokens, (rows, length); -100 where none counts.
+        labels: next tokens, (rows, length); -100 is ignored.
         head: how logits are scaled.
-        teaching: the teacher's view of the same rows; without it the KL term is 0.
-        scale: of what is minimised: 1 / tokens makes the sum a mean.
-        between: called before each chunk of rows; what it raises ends the work.
+        teaching: the teacher on the same rows; without it the KL term is 0.
+        scale: factor of the loss to minimise; 1 / tokens makes the sum a mean.
+        between: called before each chunk of rows; may raise to stop.
     """
     parts: tuple[Any, ...] = (
         hidden.reshape(-1, hidden.shape[-1]),
         output.weight,
         getattr(output, "bias", None),
     )
-    if not torch.is_grad_enabled():  # which a Function is not told: it asks the tensors
+    if not torch.is_grad_enabled():  # a Function looks at requires_grad, not at no_grad()
         parts = tuple(part if part is None else part.detach() for part in parts)
     loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
         *parts,
@@ -217,10 +218,8 @@ def loss_sums(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
-    """Cross-entropy of each token in nats, fp32, (tokens,): of hidden states (tokens, width) and
-    next tokens (tokens,).
-
-    Without a gradient, and like the sums without the logits of all tokens at once.
+    """The cross-entropy of each token in nats, fp32, (tokens,), from hidden states (tokens, width)
+    and next tokens (tokens,); without a gradient, and without the logits of all tokens at once.
     """
     weight: Tensor = output.weight  # type: ignore[assignment]
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -234,8 +233,8 @@ def token_losses(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) 
 
 
 def cross_entropies(products: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Of each token, fp32, (tokens,): from h Wᵀ + b, (tokens, vocabulary), which may be
-    overwritten.
+    """The cross-entropy of each token in nats, fp32, (tokens,), from products h Wᵀ + b, (tokens,
+    vocabulary), which may be overwritten.
     """
     losses = torch.empty(len(products), dtype=torch.float32, device=products.device)
     at_once = block_rows(products.device.type, products.shape[1])
@@ -247,12 +246,11 @@ def cross_entropies(products: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def cross_entropy(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head) -> Tensor:
-    """The sum over the labelled tokens of cross-entropy in nats, without a gradient: what a
-    measurement needs.
+    """The sum of cross-entropy over the labelled tokens, in nats, without a gradient.
 
     The vocabulary is taken in blocks with a running log-sum-exp (online softmax, arXiv:1805.02867):
-    each weight is read once, and no more logits exist at a time than a CPU's cache holds. Arguments
-    as of `loss_sums`.
+    each weight is read once, and the logits of a block fit a CPU's cache. Arguments as in
+    `loss_sums`.
     """
     weight: Tensor = output.weight  # type: ignore[assignment]
     bias: Tensor | None = getattr(output, "bias", None)
@@ -271,11 +269,11 @@ def cross_entropy(hidden: Tensor, output: nn.Module, labels: Tensor, head: Head)
 
 
 def check_head(ours: float, theirs: float, model_type: str) -> None:
-    """Check that our loss is the model's own.
+    """Check that our loss equals the model's own.
 
     Raises:
-        HealError: the architecture does something between hidden states and logits that we do not
-            know, or the weights are damaged.
+        HealError: the weights are damaged, or the architecture changes its logits in an unknown
+            way.
     """
     if not math.isfinite(theirs):
         raise HealError(

@@ -1,4 +1,4 @@
-"""The precision that a model is run in."""
+"""The precision in which a model is run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class Precision(DtypeChoice):
-    """The dtype of the weights in forward and backward; auto is bf16 where the device has
-    instructions for it.
+    """The dtype of weights and activations; auto is bf16 if the device computes it fast, else
+    fp32.
     """
 
     auto = "auto"
@@ -21,8 +21,8 @@ class Precision(DtypeChoice):
     fp32 = "fp32"
 
     def on(self, device_type: str | None = None) -> Precision:
-        """What is computed in on such a device ("cpu", "cuda" and so on), or on the one that
-        torch finds by default.
+        """The precision on a device type ("cpu", "cuda" and so on; None for torch's default), with
+        auto resolved.
         """
         if self is not Precision.auto:
             return self
@@ -43,7 +43,7 @@ def precision_option(panel: str) -> Option:
 
 
 def torch_dtype(precision: str) -> torch.dtype:
-    """What weights are computed in, of "bf16" or "fp32"."""
+    """The torch dtype of "bf16" or "fp32"."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

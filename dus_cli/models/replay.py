@@ -1,12 +1,11 @@
-"""A model's layers called one by one, each as the model calls it in its own place.
+"""A model's layers called one by one, each with the arguments that the model itself passes to it.
 
-The model's own forward says what a layer is handed besides the hidden states: masks, rotary angles,
-its kind. That is written down once for each batch of rows; then any layer can be called on any
-hidden states. What comes before the layers and behind them is left to the model's forward as well,
-with stand-ins for the layers.
+The arguments besides the hidden states (masks, rotary angles, the layer's kind) are recorded from
+the model's own forward once per batch; then any layer can be called on any hidden states. What
+comes before and after the layers is computed by the model's forward, with stand-ins for the layers.
 
-Two things must hold for that to mean anything, and are held at run time: between two layers nothing
-happens to the hidden states, and nothing else passes from layer to layer.
+That is correct only if nothing happens to the hidden states between two layers, and nothing else
+passes from layer to layer. Both are checked at run time.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from dus_cli.errors import ProbeError, ReplayError, reason_of, shown, shown_list
 from dus_cli.models.decoder import layers_of
 from dus_cli.models.residual import scaled_residual
 
-# Positions of a row on which ways to the same loss are compared.
+# The last positions of a row, on which two computations of the same loss are compared.
 COMPARED = 64
 
-# A context in which the numbered layer has its weights.
+# A context in which the layer of this number has its weights.
 Ready = Callable[[int], AbstractContextManager[object]]
 
-# A context in which the numbered layer, which has its weights, adds so much times what it adds.
+# A context in which the layer of this number, which has its weights, adds a factor times as much.
 Scaled = Callable[[int, float], AbstractContextManager[object]]
 
-# The model that everything is measured against, in an error about it.
+# The base in an error about it.
 _BASE = "the base itself, with no map,"
 
-# What may stand in a call and says nothing of tensors.
+# Types of arguments that are compared by ==.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
 class Call:
-    """How a layer is called, its hidden states aside: they are the first argument, or
+    """The arguments of a layer except its hidden states, which are the first argument or
     `hidden_states`.
     """
 
@@ -57,7 +56,7 @@ class Call:
         return cls(_snapshot(args[1:]), _snapshot(named), bool(args))
 
     def on(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
-        """What the layer returns. It gets copies of dicts, for it may put something into them."""
+        """Call the layer. It gets copies of dicts, because it may write into them."""
         kwargs = _snapshot(self.kwargs)
         if self.is_positional:
             return forward(hidden, *_snapshot(self.args), **kwargs)
@@ -66,25 +65,24 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """One layer of the model as it ran on the example, told while it has its weights.
+    """One layer as it ran on the example; passed to `on_layer` while the layer has its weights.
 
     Attributes:
         number: of the layer.
-        before: the hidden states that it was given, (rows, length, width).
-        behind: those that it returned.
-        run: what it returns for others, called in the same way and adding a factor times what it
-            would add.
+        before: its input hidden states, (rows, length, width).
+        after: its output hidden states.
+        run: calls it on other hidden states, with a factor on what it adds to them.
     """
 
     number: int
     before: Tensor
-    behind: Tensor
+    after: Tensor
     run: Callable[[Tensor, float], Tensor]
 
 
 @dataclass
 class _Interned:
-    """Tensors, each kept once however many batches and layers are handed an equal one."""
+    """Keeps one of all equal tensors among the arguments of batches and layers."""
 
     known: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
 
@@ -110,21 +108,20 @@ class Replay:
     Args:
         model: in evaluation mode.
         num_layers: of the decoder.
-        example: token ids (rows, length); every batch has this shape.
-        ready: a context in which the numbered layer has its weights.
-        on_layer: told of each layer of the model as it is, on the example.
-        called: what the model is called in an error about itself.
+        example: token ids, (rows, length); every batch has this shape.
+        ready: a context in which the layer of a number has its weights.
+        on_layer: called with each layer's Step while the model runs on the example.
+        called: the model's name in an error about it.
 
     Attributes:
-        start: of the example, the hidden states before the first layer.
-        behind: of the example, the hidden states behind the last layer.
-        logits: of the example, as the model gives them for the last positions.
-        starts: of each batch that was taken, the hidden states before the first layer.
+        start: the example's hidden states before the first layer.
+        after: the example's hidden states after the last layer.
+        logits: the model's logits at the example's last positions.
+        starts: for each batch passed to `take`, the hidden states before the first layer.
 
     Raises:
-        ReplayError: the model cannot be taken apart like this. Nothing wrong is ever computed
-            instead.
-        ProbeError: transformers cannot run it, or it computes NaN.
+        ReplayError: the layers cannot be called one by one with the same result.
+        ProbeError: transformers cannot run the model, or it computes NaN.
     """
 
     def __init__(
@@ -150,12 +147,14 @@ class Replay:
         self._batches: list[Tensor] = []
         self._calls: list[list[Call | None]] = []
         self.starts: list[Tensor | None] = []
-        calls, self.behind, self.logits = self._watch(example, ready, on_layer)
+        calls, self.after, self.logits = self._watch(example, ready, on_layer)
         self.start, without = self._stand_in(example)
-        self._hold_apart(example, ready, calls, without)
+        self._check_independent(example, ready, calls, without)
 
     def take(self, batches: Sequence[Tensor]) -> None:
-        """Go over to other rows: where each batch starts, and how layers are called on it."""
+        """Record, for other batches, the hidden states before the first layer and the arguments of
+        each layer.
+        """
         intern = _Interned()
         self._batches, self.starts, self._calls = list(batches), [], []
         for batch in batches:
@@ -170,23 +169,21 @@ class Replay:
         return shown(self.model.config.get_text_config().model_type)
 
     def layer(self, number: int, batch: int, hidden: Tensor, factor: float = 1.0) -> Tensor:
-        """The hidden states behind layer `number`, called as it is in the model, on hidden
-        states of that batch.
-
-        It adds `factor` times what it would add to them.
+        """The hidden states after layer `number`, called as in the model on hidden states of that
+        batch, with `factor` on what it adds to them.
         """
         call = self._calls[batch][number]
         return hidden if call is None else self.run(number, call, hidden, factor)
 
     def run(self, number: int, call: Call, hidden: Tensor, factor: float = 1.0) -> Tensor:
-        """The hidden states behind layer `number`, called like this."""
+        """The hidden states after layer `number`, called with these arguments."""
         if number in self._works_in_place:
             hidden = hidden.clone()
         with scaled_residual(hidden, factor):
             return _hidden_of(call.on(self._forwards[number], hidden))
 
     def finish(self, ids: Tensor, hidden: Tensor) -> Any:
-        """The model's own output for these ids, with these hidden states behind the last layer."""
+        """The model's own output for these ids, with these hidden states after the last layer."""
 
         def standing(number: int) -> Callable[..., Any]:
             return lambda *_args, **_kwargs: self._output(number, hidden)
@@ -195,21 +192,17 @@ class Replay:
             return self._run(ids)
 
     def finish_last(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The logits of the last positions, as `logits`, with these hidden states behind the last
-        layer.
-        """
+        """The logits at the last positions, with these hidden states after the last layer."""
         with last_positions(self.model):
-            found: Tensor = self.finish(ids, hidden).logits
-        return found
+            logits: Tensor = self.finish(ids, hidden).logits
+        return logits
 
     @property
     def _numbers(self) -> range:
         return range(len(self.layers))
 
     def _output(self, number: int, hidden: Tensor) -> Any:
-        """What a layer returns, with these hidden states in it. All else that it would return is
-        zeros.
-        """
+        """A layer's return value with these hidden states in it, and zeros for everything else."""
         returned = self._returns[number]
         if returned is None:
             return hidden
@@ -237,38 +230,34 @@ class Replay:
     def _watch(
         self, ids: Tensor, ready: Ready, on_layer: Callable[[Step], object]
     ) -> tuple[list[Call | None], Tensor, Tensor]:
-        """The model as it is, on one batch: how each layer was called, what is behind the last
-        one, logits.
+        """Run the model on one batch: the call of each layer, the hidden states after the last
+        layer, and the logits.
         """
         calls: list[Call | None] = [None] * len(self.layers)
-        behind: list[Tensor] = []
+        after: list[Tensor] = []
 
         def watched(number: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 hidden = args[0] if args else kwargs.get("hidden_states")
                 if not isinstance(hidden, Tensor):
-                    raise self._refusal(f"layer {number} is not handed hidden states alone")
-                if behind and not torch.equal(behind[-1], hidden):
-                    raise self._refusal(
-                        f"something happens to the hidden states before layer {number}"
-                    )
+                    raise self._refusal(f"layer {number} does not take hidden states as a tensor")
+                if after and not torch.equal(after[-1], hidden):
+                    raise self._refusal(f"the hidden states change before layer {number}")
                 if any(calls[number:]):
-                    raise self._refusal(f"layer {number} is not called once and in its turn")
+                    raise self._refusal(f"layer {number} is not called once and in order")
                 mine, before = Call.of(args, kwargs), hidden.clone()
                 calls[number] = mine
                 with ready(number):
                     output = self._forwards[number](*args, **kwargs)
                     states = _hidden_of(output)
-                    self._hold_finite(number, before, states)
+                    self._check_finite(number, before, states)
                     if not isinstance(states, Tensor) or type(output) not in (Tensor, tuple, list):
-                        raise self._refusal(
-                            f"layer {number} returns something else than hidden states"
-                        )
+                        raise self._refusal(f"layer {number} does not return hidden states")
                     if not torch.equal(before, hidden):
                         self._works_in_place.add(number)
                     on_layer(Step(number, before, states, partial(self.run, number, mine)))
                 self._returns[number] = None if isinstance(output, Tensor) else output
-                behind[:] = [states]
+                after[:] = [states]
                 return output
 
             return call
@@ -278,13 +267,13 @@ class Replay:
             last_positions(self.model),
         ):
             logits: Tensor = self._run(ids).logits
-        if not behind:
+        if not after:
             raise self._refusal("its layers are not called")
-        return calls, behind[0], logits
+        return calls, after[0], logits
 
     def _stand_in(self, ids: Tensor) -> tuple[Tensor, list[Call | None]]:
-        """The model without its layers: what stands before the first, and how each would be
-        called.
+        """Run the model with stand-ins for its layers: the hidden states before the first layer,
+        and the call of each.
         """
         calls: list[Call | None] = [None] * len(self.layers)
         start: list[Tensor] = []
@@ -305,15 +294,15 @@ class Replay:
             self._run(ids)
         return start[0], calls
 
-    def _hold_apart(
+    def _check_independent(
         self,
         ids: Tensor,
         ready: Ready,
         real: Sequence[Call | None],
         without: Sequence[Call | None],
     ) -> None:
-        """Check that layers get nothing from other layers but hidden states, or make nothing of
-        it: a layer called as `without` the others returns the same.
+        """Check that layers use nothing of other layers but hidden states: a layer called with the
+        arguments `without` real layers must return the same as with the `real` ones.
         """
         other_calls: dict[int, Call] = {}
         for number, (mine, other) in enumerate(zip(real, without, strict=True)):
@@ -326,34 +315,34 @@ class Replay:
             ):
                 other_calls[number] = other
 
-        def hold(step: Step) -> None:
+        def check(step: Step) -> None:
             if step.number in other_calls and not self._ignores(step, other_calls[step.number]):
                 raise self._refusal(
-                    f"layer {step.number} is handed more from other layers than hidden states"
+                    f"layer {step.number} gets more from other layers than hidden states"
                 )
 
         if other_calls:
-            self._watch(ids, ready, hold)
+            self._watch(ids, ready, check)
 
     def _ignores(self, step: Step, other: Call) -> bool:
-        """Whether a layer returns the same when it is called like this."""
+        """Whether a layer returns the same if it is called with other arguments."""
         try:
-            behind = self.run(step.number, other, step.before)
+            after = self.run(step.number, other, step.before)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
-            return False  # what it was not handed, it needs
-        return torch.equal(behind, step.behind)
+            return False  # it needs an argument that came from another layer
+        return torch.equal(after, step.after)
 
-    def _hold_finite(self, number: int, before: Tensor, behind: Any) -> None:
-        """Check that numbers of the base stay numbers: what is NaN equals nothing, not even itself.
+    def _check_finite(self, number: int, before: Tensor, after: Any) -> None:
+        """Check that hidden states are finite, because NaN would fail every comparison.
 
         Raises:
-            ProbeError: they do not, before this layer or in it.
+            ProbeError: they are not, before or after this layer.
         """
         if not torch.isfinite(before).all():
             raise damaged(f"before layer {number}", self.model, called=self._called)
-        if isinstance(behind, Tensor) and not torch.isfinite(behind).all():
+        if isinstance(after, Tensor) and not torch.isfinite(after).all():
             raise damaged(
-                f"behind layer {number}",
+                f"after layer {number}",
                 self.layers[number],
                 f"layer {number}: ",
                 called=self._called,
@@ -364,8 +353,8 @@ class Replay:
 
 
 def damaged(where: str, module: nn.Module, prefix: str = "", *, called: str = _BASE) -> ProbeError:
-    """An error about a model itself, by default the base, whatever the map: which of this module's
-    weights is NaN or infinite.
+    """The error for a model, by default the base, that computes NaN; it names the weights of the
+    module that are NaN or infinite.
     """
     names = [
         f"{prefix}{name}"
@@ -387,7 +376,9 @@ def damaged(where: str, module: nn.Module, prefix: str = "", *, called: str = _B
 
 @contextmanager
 def last_positions(model: Any) -> Iterator[None]:
-    """The model gives logits for its last few positions only: those of all would be gigabytes."""
+    """A context in which the model gives logits for its last `COMPARED` positions only, because
+    those of all positions would take gigabytes.
+    """
     output = model.get_output_embeddings()
     if output is None:
         yield
@@ -401,20 +392,20 @@ def last_positions(model: Any) -> Iterator[None]:
 
 
 def _hidden_of(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return found
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
 
 
 def _snapshot(value: Any) -> Any:
-    """The same arguments with their own dicts, which a layer may write into."""
+    """The same arguments with copied dicts, because a layer may write into them."""
     if type(value) is dict:
         return {key: _snapshot(entry) for key, entry in value.items()}
     return tuple(map(_snapshot, value)) if type(value) is tuple else value
 
 
 def _zeros(value: Any) -> Any:
-    """The same shape of things, all tensors zero: what a map's layers may not hand on must not
-    go unnoticed.
+    """The same structure with zeros in all tensors, so that a layer that uses them computes
+    something else and is noticed.
     """
     if isinstance(value, Tensor):
         return torch.zeros_like(value)
@@ -424,7 +415,7 @@ def _zeros(value: Any) -> Any:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Whether two arguments say the same. Objects of which nothing is known do not."""
+    """Whether two arguments are equal. Objects of unknown types are never equal."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict) and isinstance(right, dict):

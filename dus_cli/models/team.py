@@ -1,4 +1,4 @@
-"""The workers together: torch.distributed on whatever device there is. One worker is a team too."""
+"""The workers of a run, by torch.distributed on any device. A single worker is a team, too."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# Longer than any step or save, shorter than a night: a lost peer is an error, not a hang.
+# Longer than any step or save, shorter than a night, so that a lost worker becomes an error.
 _TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
 class Team:
-    """A worker's place. One worker has no groups, and needs no port.
+    """A worker's rank and device, and the team's process groups.
 
-    `saving` is a group of its own: a checkpoint is saved while training goes on. So is `talking`,
-    which is gloo's on every device: what the workers tell each other needs no GPU, and a lost one
-    is an error there at once.
+    Attributes:
+        rank: of this worker.
+        size: the number of workers.
+        num_local: the number of workers on this node.
+        device: of this worker.
+        saving: the group for checkpoints, which are saved while training goes on.
+        control: the group for small values. It is gloo's on every device: it needs no GPU, and a
+            lost worker is an error at once. Both groups are None if the worker is alone.
     """
 
     rank: int
@@ -29,50 +34,49 @@ class Team:
     num_local: int
     device: torch.device
     saving: dist.ProcessGroup | None
-    talking: dist.ProcessGroup | None
+    control: dist.ProcessGroup | None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values summed over the workers, in float64."""
+        """The sums of the values over the workers, in float64."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.talking)
+        dist.all_reduce(total, group=self.control)
         return [float(value) for value in total.tolist()]
 
     def max(self, value: float) -> float:
         if self.size == 1:
             return value
         total = torch.tensor([value], dtype=torch.float32)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.talking)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.control)
         return float(total.item())
 
     def any(self, flag: bool) -> bool:
-        """Whether any worker says so; all get the same answer."""
+        """Whether the flag is set on any worker; the same on all workers."""
         return self.max(float(flag)) > 0
 
     def first_says(self, flag: bool) -> bool:
-        """What the first worker says."""
+        """The flag of the first worker, on all workers."""
         return self.any(flag and self.is_first)
 
     def wait(self) -> None:
         if self.size > 1:
-            dist.barrier(group=self.talking)
+            dist.barrier(group=self.control)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next is honest."""
+        """Wait until the device has finished its queue, before a clock is read."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
 
 @contextmanager
 def gathered() -> Iterator[Team]:
-    """Join the workers that torchrun started (its environment variables), and leave at the end.
-
-    Without them it is a team of one.
+    """Join the team by torchrun's environment variables, and leave it at the end. Without these
+    variables the worker is alone.
     """
     for name, value in (
         ("RANK", "0"),
@@ -91,12 +95,12 @@ def gathered() -> Iterator[Team]:
         torch.accelerator.set_device_index(device.index)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size == 1:
-        yield Team(rank, size, num_local, device, saving=None, talking=None)
+        yield Team(rank, size, num_local, device, saving=None, control=None)
         return
     backend = dist.get_default_backend_for_device(device.type)
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
-        saving, talking = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
-        yield Team(rank, size, num_local, device, saving, talking)
+        saving, control = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
+        yield Team(rank, size, num_local, device, saving, control)
     finally:
         dist.destroy_process_group()

@@ -1,5 +1,5 @@
-"""A model in memory, or one whose layers' weights are read from disk when their turn comes and
-let go after it; and a layer whose output is scaled for a while, as `dus upscale --start` writes it.
+"""A model in memory, or one whose layers are read from disk one at a time; and layers scaled in
+memory as `dus upscale --start` scales them on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from dus_cli.errors import CheckpointError, ProbeError, ReplayError, shown, show
 from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.models.decoder import layers_of
-from dus_cli.models.loading import STORED_DTYPES, load_config, load_model, no_weights, refusals_told
+from dus_cli.models.loading import (
+    STORED_DTYPES,
+    load_config,
+    load_model,
+    missing_weights,
+    refusals_told,
+)
 from dus_cli.models.replay import Ready, Scaled
 from dus_cli.planning.projections import pattern
 from dus_cli.planning.scaling import Scale
@@ -35,10 +41,11 @@ def load(
     device: torch.device,
     stored: torch.dtype | None = None,
 ) -> tuple[Any, Ready]:
-    """The whole model as transformers loads it, in evaluation mode. Arguments as of `stream`.
+    """The whole model in memory, in evaluation mode, and a context for its layers that does
+    nothing. Arguments as in `stream`.
 
     Raises:
-        LoadError: transformers cannot load it, or would make up weights that the files lack.
+        LoadError: transformers cannot load it, or would initialise weights that the files lack.
     """
     model = load_model(checkpoint.folder, checkpoint.folder, dtype).to(device).eval()
     if stored is not None:
@@ -54,25 +61,25 @@ def stream(
     device: torch.device,
     stored: torch.dtype | None = None,
 ) -> tuple[Any, Ready]:
-    """The model with all but its layers' weights, and a way to give a layer its own for a while.
+    """The model without its layers' weights, and a context in which a layer has its weights.
 
     Args:
-        checkpoint: where its weights lie.
-        stack: its layers.
+        checkpoint: the files.
+        stack: the model's layers.
         dtype: of the weights in memory.
-        device: where they are.
-        stored: a dtype that they are cast to first, as if the files had them so.
+        device: of the weights in memory.
+        stored: a dtype that the weights are cast to first, as if they were stored in it.
 
     Raises:
-        LoadError: as `load`.
+        LoadError: as in `load`.
         ReplayError: the weights are pickled or quantised.
     """
     from transformers import AutoModelForCausalLM
 
     if checkpoint.is_pickled:
-        raise ReplayError("layers are read from safetensors alone, and these weights are pickled")
+        raise ReplayError("layers are read from safetensors only, and these weights are pickled")
     if "quantization_config" in checkpoint.config:
-        raise ReplayError("layers with quantised weights are not read")
+        raise ReplayError("layers with quantised weights cannot be read one at a time")
     with refusals_told(checkpoint.folder):
         config = load_config(checkpoint.folder)
         with _parameters_on_meta():
@@ -89,20 +96,19 @@ def scaling(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Scaled:
-    """A way to have a layer add so many times what it adds, for a while.
+    """A context in which a layer adds a factor times what it adds.
 
-    Its tensors are read from the files again, each number multiplied and rounded in the dtype that
-    it is stored in, and put into the model by transformers' own loading: what `dus upscale` writes,
-    loaded as that will be.
+    The layer's tensors are read from the files again, multiplied and rounded in their stored dtype,
+    and loaded by transformers: the same numbers as if `dus upscale` had written them.
 
     Args:
-        checkpoint: of the base.
+        checkpoint: the base.
         stack: its layers.
-        model: of transformers, all of it in memory or layer by layer.
-        tensors: what is scaled in each layer, as `planning.post_norms.scaled_tensors` has it;
-            looked up when the layer's turn comes.
+        model: the model, in memory or layer by layer.
+        tensors: for each layer, what is scaled, from `planning.post_norms.scaled_tensors`; read
+            when a layer is scaled.
         dtype: of the model's weights.
-        device: where they are.
+        device: of the model's weights.
     """
     stored: list[list[tuple[str, Shard, TensorInfo]]] = [[] for _ in range(stack.num_layers)]
     for shard, tensor in checkpoint.tensors():
@@ -115,17 +121,17 @@ def scaling(
     @contextmanager
     def scaled(number: int, factor: float) -> Iterator[None]:
         offsets = tensors[number]
-        made = {
+        changed_tensors = {
             tensor.name: _Stored(shard, tensor, Scale(tensor.dtype, factor, offsets[kind]))
             for kind, shard, tensor in stored[number]
             if kind in offsets
         }
-        with _own_again(layers[number]) as changed:
-            places.put(made)
-            if made and not changed():
+        with _parameters_restored(layers[number]) as num_changed:
+            places.put(changed_tensors)
+            if changed_tensors and not num_changed():
                 raise ProbeError(
-                    f"transformers keeps {shown_list(sorted(made))} somewhere else than in layer "
-                    f"{number}: dus probe cannot scale it; write the models with dus upscale "
+                    f"transformers keeps {shown_list(sorted(changed_tensors))} outside of layer "
+                    f"{number}, so dus probe cannot scale it; write the models with dus upscale "
                     "--start and measure those"
                 )
             yield
@@ -135,7 +141,7 @@ def scaling(
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in a file, read when it is asked for its content."""
+    """A tensor in a file, read when it is indexed, as transformers does."""
 
     shard: Shard
     tensor: TensorInfo
@@ -145,7 +151,9 @@ class _Stored:
     def __getitem__(self, _whole: object) -> Tensor:
         dtype = STORED_DTYPES.get(self.tensor.dtype)
         if dtype is None:
-            raise ReplayError(f"{shown(self.tensor.name)} is {self.tensor.dtype}: not a float")
+            raise ReplayError(
+                f"{shown(self.tensor.name)} is {self.tensor.dtype}, not a floating-point type"
+            )
         if self.scale is not None:
             return self._scaled(self.scale, dtype)
         content = bytearray(self.tensor.num_bytes)
@@ -156,13 +164,13 @@ class _Stored:
                 count = cast("FileIO", file).readinto(view)
                 if not count:
                     raise CheckpointError(
-                        f"{shown(self.shard.name)} was cut short while it was read; fetch it again"
+                        f"{shown(self.shard.name)} was truncated while it was read; fetch it again"
                     )
                 view = view[count:]
         if not content:
             return torch.empty(0)
-        found = torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape)
-        return found if self.cast is None else found.to(self.cast)
+        weights = torch.frombuffer(content, dtype=dtype).reshape(self.tensor.shape)
+        return weights if self.cast is None else weights.to(self.cast)
 
     def _scaled(self, scale: Scale, dtype: torch.dtype) -> Tensor:
         content = bytearray()
@@ -175,8 +183,8 @@ class _Stored:
 
 
 class _Places:
-    """Stored tensors put into a model by transformers' own loading, which renames and merges them
-    as the architecture wants it.
+    """Puts stored tensors into a model by transformers' own loading, which renames and merges them
+    for the architecture.
     """
 
     def __init__(
@@ -188,7 +196,7 @@ class _Places:
         self._mapping = get_model_conversion_mapping(model)
 
     def put(self, stored: Mapping[str, _Stored]) -> set[str]:
-        """Put tensors in their places; the names that have none yet."""
+        """Put tensors into the model; return the names of parameters that still lack one."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -200,17 +208,21 @@ class _Places:
             weight_mapping=self._mapping,
         )
         with refusals_told(self._checkpoint.folder):
-            found, _ = convert_and_load_state_dict_in_model(self._model, dict(stored), settings)
-        wrong = [*(name for name, *_ in found.mismatched_keys), *found.conversion_errors]
+            info, _ = convert_and_load_state_dict_in_model(self._model, dict(stored), settings)
+        wrong = [*(name for name, *_ in info.mismatched_keys), *info.conversion_errors]
         if wrong:
-            raise ReplayError(f"transformers cannot place {shown_list(sorted(wrong))} by itself")
-        missing: set[str] = found.missing_keys
+            raise ReplayError(
+                f"transformers cannot load {shown_list(sorted(wrong))} one layer at a time"
+            )
+        missing: set[str] = info.missing_keys
         return missing
 
 
 @contextmanager
-def _own_again(layer: nn.Module) -> Iterator[Callable[[], int]]:
-    """Behind this the layer has the parameters that it has now; within it, how many are others."""
+def _parameters_restored(layer: nn.Module) -> Iterator[Callable[[], int]]:
+    """Restore the layer's present parameters at the end. Gives a function that counts how many of
+    them have been replaced.
+    """
     own = [
         (module, name, p)
         for module in layer.modules()
@@ -224,7 +236,7 @@ def _own_again(layer: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 class _Streamed:
-    """Tensors by layer."""
+    """A model whose layers get their weights from the files, one at a time."""
 
     def __init__(
         self,
@@ -257,20 +269,20 @@ class _Streamed:
             n for n, p in self._model.named_parameters() if p.is_meta and id(p) not in of_layers
         ]
         if lacking:
-            raise no_weights(self._checkpoint.folder, lacking)
+            raise missing_weights(self._checkpoint.folder, lacking)
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
-        """Layer `number` has its weights."""
+        """A context in which layer `number` has its weights."""
         layer = self._layers[number]
-        with _own_again(layer):
+        with _parameters_restored(layer):
             self._places.put(self._stored[number])
             lacking = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
             if lacking:
-                raise no_weights(
+                raise missing_weights(
                     self._checkpoint.folder, [f"layer {number}: {name}" for name in lacking]
                 )
             yield
@@ -278,7 +290,7 @@ class _Streamed:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made here have parameters without memory. Buffers are made as ever: they are
+    """A context in which new modules have parameters without memory. Buffers keep theirs: they are
     computed, not loaded.
     """
     original = nn.Module.register_parameter

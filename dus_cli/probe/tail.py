@@ -38,7 +38,7 @@ class Tail:
         self._replay = replay
         self._output: nn.Module | None = replay.model.get_output_embeddings()
         self._head = head_of(replay.model.config.get_text_config())
-        self._rounding = _ROUNDING.get(replay.behind.dtype, _ROUNDING_ELSE)
+        self._rounding = _ROUNDING.get(replay.after.dtype, _ROUNDING_ELSE)
         self._example = ids, labels
         logits = replay.logits
         if logits.shape[:1] != labels.shape[:1] or logits.ndim != 3:
@@ -52,7 +52,7 @@ class Tail:
             raise damaged("behind its last layer", replay.model)
         self._some = torch.full_like(labels, IGNORED)
         self._some[:, -logits.shape[1] :] = some
-        if not self._agrees(self.loss(ids, self._some, replay.behind)):
+        if not self._agrees(self.loss(ids, self._some, replay.after)):
             self._output = None
 
     def loss(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> float:

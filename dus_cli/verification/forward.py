@@ -127,7 +127,7 @@ def _run_output(
 
     model, ready = _loaded(output, stack)
     replay = Replay(model, stack.num_layers, ids, ready, on_layer=keep, called="the model")
-    found = _Run(layers, [*states, replay.behind], replay.start, replay.logits)
+    found = _Run(layers, [*states, replay.after], replay.start, replay.logits)
     del model, ready, replay
     gc.collect()  # modules refer to themselves, and two embeddings need not fit
     return found
@@ -200,7 +200,7 @@ class _Comparison:
         """Compare a layer of the output with the base's, which has its weights now."""
         layer, before = self._mine.layers[place], self._mine.states[place]
         if layer.factor == 1 and torch.equal(before, step.before):
-            expected = step.behind
+            expected = step.after
         else:
             expected = step.run(before, layer.factor)
         added = float((expected - before).abs().max())
