@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,18 @@ RECIPE = (
     "--seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 10% --eval-every 9 --precision fp32 "
     "--schedule constant --warmup 0 --micro-batch 2"
 ).split()
+
+# A worker that is sent a signal as it begins a step, counted from 0.
+SIGNALLED = """
+import os
+import dus_cli.heal.train.loop as training
+cut = training.micro_batches
+def sent(rows, step, *rest):
+    if step == {step}:
+        os.kill(os.getpid(), {signum})
+    return cut(rows, step, *rest)
+training.micro_batches = sent
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +84,30 @@ def test_the_mean_of_the_last_checkpoints_stands_beside_the_last_model(home: Pat
     shutil.rmtree(mean)
     gone = forked_dus("heal", home / "scaled", "-o", last, *data, *arguments)
     gone.assert_one_line_error("its checkpoints are gone")
+
+
+def test_a_run_that_was_stopped_and_killed_has_the_mean_of_one_that_was_not(home: Path) -> None:
+    """SIGTERM leaves a checkpoint of step 5, which is not due; SIGKILL leaves none."""
+    arguments = "--steps 7 --save-every 2 --keep 1 --average 3".split()
+    straight, out = heal(home, "straight", *arguments), home / "signalled"
+    data: tuple[str | Path, ...] = ("--data", home / "corpus.jsonl", *RECIPE, *arguments)
+    assert forked_dus("heal", home / "scaled", "-o", out, *data, "--print-command").returncode == 0
+    for step, signum, code in ((5, signal.SIGTERM, 143), (6, signal.SIGKILL, -signal.SIGKILL)):
+        first = SIGNALLED.format(step=step, signum=int(signum))
+        ((worker, _),) = tiny.start_workers(out, first=first)
+        assert tiny.wait(worker) == code
+        if signum is signal.SIGTERM:
+            assert (out / "checkpoints/step-00000005").is_dir()
+    assert not (out / "config.json").exists()
+    heal(home, "signalled", *arguments)
+    mean, expected = home / "signalled-average", home / "straight-average"
+    assert tiny.curve(out) == tiny.curve(straight)
+    ours, theirs = tiny.digests(mean), tiny.digests(expected)
+    shards = {name for name in theirs if name.endswith(".safetensors")}
+    assert {name: ours[name] for name in shards} == {name: theirs[name] for name in shards}
+    for folder in (mean, expected):
+        record = json.loads((folder / "dus.json").read_text())["healing"][-1]
+        assert record["averaged_steps"] == [4, 6, 7]
 
 
 @pytest.mark.parametrize(
