@@ -37,6 +37,9 @@ from dus_cli.writing.outputs import Outputs, Tally, create_shards, open_twice
 # Four readers keep a disk busy; more changed nothing on two cores (docs/benchmarks.md).
 DEFAULT_JOBS = 4
 
+# Bytes that a thread reads at a time where a start scales: numpy takes 20 MB, these give back 8.
+_SCALED_PIECE = PIECE // 2
+
 # Longer moves are cut, so that one long run of layers is shared among the workers.
 _MOVE = 64 << 20
 
@@ -116,8 +119,8 @@ def transfer(
 ) -> Tally:
     """Write every shard of the plan into `folder` and see it on the disk (fsync).
 
-    Memory is `jobs` pieces of 4 MiB, a few for each job where it casts, whatever the size of the
-    model. One source shard is open at a time.
+    Memory is `jobs` pieces of 4 MiB (2 MiB where a start scales), a few for each job where it
+    casts, whatever the size of the model. One source shard is open at a time.
 
     Args:
         plan: what to write.
@@ -136,9 +139,10 @@ def transfer(
     plan.check_libraries()
     create_shards(plan, folder)
     tally = Tally()
+    piece = _SCALED_PIECE if plan.treatment.scaled else PIECE
     for shard, shard_moves in moves(plan):
         if shard_moves:
-            worker = ShardMover(shard, folder, clone, must_clone, on_bytes, tally)
+            worker = ShardMover(shard, folder, clone, must_clone, on_bytes, tally, piece=piece)
             worker.run(shard_moves, jobs)
         check_unchanged(shard)
     tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
@@ -171,8 +175,10 @@ class ShardMover:
         must_clone: bool,
         on_bytes: Callable[[int], object],
         tally: Tally,
+        *,
+        piece: int = PIECE,
     ) -> None:
-        self.shard, self.folder = shard, folder
+        self.shard, self.folder, self.piece = shard, folder, piece
         self.clone, self.must_clone = clone, must_clone
         self.on_bytes, self.tally = on_bytes, tally
         self.lock = threading.Lock()
@@ -265,7 +271,7 @@ class ShardMover:
             start = move.source_start + position
             # Up to the next whole block first: from there on direct I/O is possible.
             head = move.to_block(position)
-            size = min(head or PIECE, move.length - position)
+            size = min(head or self.piece, move.length - position)
             whole_blocks = start % BLOCK == 0 and size >= BLOCK
             if whole_blocks:
                 size -= size % BLOCK
