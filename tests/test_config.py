@@ -247,7 +247,7 @@ def test_what_is_not_understood_is_refused_by_name(fields: dict[str, Any], name:
         deepen(**fields)
 
 
-@pytest.mark.parametrize("model_type", ["diffllama", "zamba2", "beam", "gemma3n_text"])
+@pytest.mark.parametrize("model_type", ["diffllama", "zamba2", "beam"])
 def test_types_that_copying_cannot_deepen_are_refused(model_type: str) -> None:
     with pytest.raises(ConfigError, match=f"'{model_type}' cannot be deepened"):
         deepen(model_type=model_type)

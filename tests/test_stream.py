@@ -276,7 +276,7 @@ def test_a_run_with_a_cast_goes_on_too_and_says_what_was_not_checked(
     assert done["checked"] == [SHARDS[2]]
     assert (
         list(done["unchecked"].values())
-        == ["parts of it were fetched by an earlier run and cast or scaled"] * 2
+        == ["parts of it were fetched by an earlier run and changed on the way"] * 2
     )
     assert (
         dus("upscale", folder, "--trim", "1", "--dtype", "float32", "-o", "local", "-q").returncode

@@ -35,7 +35,6 @@ REFUSED = {
     "diffusion_gemma": "it denoises blocks of text, with an encoder and a decoder that share one stack of layers",
     "evolla": "its adapters stand in every (depth / aligner_num_add_layers)-th layer",
     "florence2": ENCODER_DECODER,
-    "gemma3n": "its layers share keys and values counted from the last one, and take embeddings from one table",
     "idefics": "its cross-attention stands in a stack of its own, found by the layer's number",
     "pi0": "it is two models, a language model and an action expert",
     "pix2struct": ENCODER_DECODER,
@@ -44,7 +43,10 @@ REFUSED = {
     "udop": ENCODER_DECODER,
     "vision-encoder-decoder": ENCODER_DECODER,
 }
-NOT_TRIED = {"inkling_mm_model": "its vision tower needs scipy; its decoder is inkling_text above"}
+NOT_TRIED = {
+    "gemma3n": "its vision tower needs timm; its decoder is gemma3n_text above",
+    "inkling_mm_model": "its vision tower needs scipy; its decoder is inkling_text above",
+}
 EQUAL = sorted(zoo.WRAPPERS.keys() - REFUSED.keys() - NOT_TRIED.keys())
 
 # Types whose base generates otherwise with the cache than without (qwen3_vl_moe), or not at all on

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import llama_tensors, write_checkpoint
@@ -62,14 +63,15 @@ def test_what_no_map_can_deepen_is_refused_by_name(model_type: str, tmp_path: Pa
 
 
 def test_the_table_in_the_docs_is_what_was_found() -> None:
-    if not OUTCOMES.keys() >= set(zoo.CAUSAL_TYPES):
+    if not OUTCOMES.keys() | zoo.NOT_TRIED.keys() >= set(zoo.CAUSAL_TYPES):
         pytest.skip("needs the whole zoo in one run")
     if zoo.NEWER & set(zoo.CAUSAL_TYPES):
         pytest.skip("the table is of the version in tests/constraints.txt")
     rows = []
     for name in zoo.CAUSAL_TYPES:
         outcome = f"refused: {zoo.REFUSED[name]}" if name in zoo.REFUSED else "equal"
-        rows.append(f"| {name} | {outcome} | {OUTCOMES[name]} |")
+        outcome = f"not tried: {zoo.NOT_TRIED[name]}" if name in zoo.NOT_TRIED else outcome
+        rows.append(f"| {name} | {outcome} | {OUTCOMES.get(name, '')} |")
     hold_table("the zoo", rows)
     assert len(zoo.EQUAL) >= 135
 
@@ -119,3 +121,33 @@ def test_every_trim_is_equal_or_refused_by_name(model_type: str, trim: int, tmp_
     else:
         field = {"jamba": "_layer_period", "deepseek_v3": "first_k_dense_replace"}[model_type]
         run.assert_one_line_error(field)
+
+
+# --- layers that share keys and values ------------------------------------------------------------
+
+SHARING: dict[str, Any] = {
+    "num_kv_shared_layers": 2,
+    "layer_types": [
+        *["sliding_attention"] * 2,
+        "full_attention",
+        *["sliding_attention"] * 3,
+        "full_attention",
+    ],
+}
+
+
+@pytest.mark.parametrize("trim", [1, 3])
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text", "gemma4_unified_text"])
+def test_layers_that_share_keys_are_equal_or_refused_by_name(
+    model_type: str, trim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {} if model_type == "gemma3n_text" else {"use_double_wide_mlp": True}
+    monkeypatch.setitem(zoo.SPECIAL, model_type, zoo.SPECIAL[model_type] | SHARING | wide)
+    base = save_base(model_type, tmp_path)
+    if trim < SHARING["num_kv_shared_layers"]:
+        run = dus("upscale", base, "-t", str(trim), "-o", tmp_path / "out", "-q")
+        run.assert_one_line_error("num_kv_shared_layers is 2", "--trim 2 or 3 would keep it")
+        return
+    report = check_equality(model_type, tmp_path, trim)
+    assert report["kinds"]["num_kv_shared_layers"] == ["own"] * 6 + ["shared"] * 2
+    assert zoo.generates_alike_without_cache(zoo.load(model_type, tmp_path / "out")[0])

@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 
 from dus_cli.common.files import sync_file, writing
 from dus_cli.common.reference import ModelRef
-from dus_cli.common.workers import workers
+from dus_cli.common.workers import PIECE, workers
 from dus_cli.errors import (
     CheckpointError,
     ModelNotFoundError,
@@ -38,6 +38,8 @@ from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making
 from dus_cli.source.checkpoint import Shard
+from dus_cli.source.headers import Blocks
+from dus_cli.source.strided import made_of_blocks
 from dus_cli.writing.journal import Journal
 from dus_cli.writing.moves import Move, moves
 from dus_cli.writing.outputs import KEPT, Outputs, Tally
@@ -294,7 +296,7 @@ class _ShardStreamer:
             self._is_here(piece) and any(part.is_changed for part in piece.parts)
             for piece in wanted
         ):
-            return "parts of it were fetched by an earlier run and cast or scaled"
+            return "parts of it were fetched by an earlier run and changed on the way"
         return None
 
     def _is_here(self, piece: Piece) -> bool:
@@ -347,6 +349,9 @@ class _ShardStreamer:
         self._sync()
 
     def _deliver(self, part: Move, view: memoryview, room: memoryview) -> None:
+        if part.blocks is not None:
+            self._deliver_rows(part, view, part.blocks, room)
+            return
         # a copy, because numbers in memory start at multiples of their size
         if part.cast is not None:
             numbers = room[: len(view)]
@@ -358,6 +363,15 @@ class _ShardStreamer:
         for start, end in ((0, head), (head, head + body), (head + body, part.length)):
             if end > start:
                 self.outputs.deliver(part, start, view[start:end], room, direct=start == head)
+
+    def _deliver_rows(self, part: Move, view: memoryview, blocks: Blocks, room: memoryview) -> None:
+        made = part._replace(blocks=None)
+        step = max(PIECE // blocks.row, 1) * blocks.stored_row
+        position = 0
+        for at in range(0, len(view), step):
+            rows = made_of_blocks(view[at : at + step], blocks)
+            self.outputs.deliver(made, position, rows, room)
+            position += len(rows)
 
     def _read_back(self, piece: Piece, view: memoryview) -> None:
         """What an earlier run wrote, out of the output; needed for the file's sum alone."""

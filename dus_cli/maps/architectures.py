@@ -36,6 +36,7 @@ from dus_cli.maps.rules import (
     Places,
     Refused,
     Rule,
+    SharedKeys,
     SparseStep,
     Spelled,
     Stretch,
@@ -399,9 +400,27 @@ def _smollm3(fields: Fields, num_layers: int) -> list[str]:
     ]
 
 
+def _gemma3n_sparsity(_fields: Fields, num_layers: int) -> list[float]:
+    sparse = 10 if num_layers > 10 else 0
+    return [0.95] * sparse + [0.0] * (num_layers - sparse)
+
+
 _gemma4 = every(6, "full_attention", "sliding_attention", last=True)
 
 # --- the table ------------------------------------------------------------------------------------
+
+
+class Tables(NamedTuple):
+    """Modules outside the layers whose tensors have a block for each layer, and the axis along
+    which these lie.
+
+    The field `width_key` says how long a block is, 0 that there are none; `default_width` is what
+    the class takes where the file is silent.
+    """
+
+    axes: Mapping[str, int]
+    width_key: str
+    default_width: int
 
 
 class Architecture(NamedTuple):
@@ -412,7 +431,8 @@ class Architecture(NamedTuple):
     names lists (or texts) whose length is the depth instead. `needs` are tensors that the layers'
     file must bring, as the class would make them up from the layer's number. `beside` are endings
     of prefixes under which a tensor stands for each layer, outside the layers, and the layer that
-    is number 0 there; `apart` are prefixes of numbered tensors that have nothing to do with layers.
+    is number 0 there; `tables` are tensors outside the layers with a block for each. `apart` are
+    prefixes of numbered tensors that have nothing to do with layers.
     `refused` is why it cannot be deepened at all. `wrapper` are rules for the whole config.json of
     a multimodal model of this type, whose decoder has an entry of its own.
     """
@@ -425,6 +445,7 @@ class Architecture(NamedTuple):
     apart: tuple[str, ...] = ()
     refused: str | None = None
     wrapper: tuple[Rule, ...] = ()
+    tables: Tables | None = None
 
 
 def _refused(why: str) -> Architecture:
@@ -446,16 +467,14 @@ _GEMMA4 = Architecture(
         Derived("layer_types", _gemma4),
         LastLayerIs("layer_types", "full_attention", _gemma4),
         ByLayer("per_layer_config"),
-        Refused(
-            "num_kv_shared_layers",
-            "the last layers take keys and values from an earlier one, counted from the end",
-        ),
-        Refused(
-            "hidden_size_per_layer_input",
-            "its per-layer embeddings stand in one table outside the layers",
-            256,
-        ),
+        SharedKeys("num_kv_shared_layers", 0, _gemma4),
     )
+)
+# In the modeling code: get_per_layer_inputs and project_per_layer_inputs.
+_PER_LAYER_EMBEDDINGS = Tables(
+    {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0},
+    "hidden_size_per_layer_input",
+    256,
 )
 _QWEN2_VL = Architecture(rules=(_windows_from("max_window_layers", 80),))
 _DEEPSTACK = FirstStay(
@@ -584,12 +603,24 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3_text": Architecture(
         rules=(_full_and_sliding("sliding_window_pattern", 6), Kept(("_sliding_window_pattern",)))
     ),
-    "gemma3n_text": _refused(
-        "its layers share keys and values counted from the last one, and take embeddings from one "
-        "table outside them"
+    "gemma3n_text": Architecture(
+        rules=(
+            _full_and_sliding(period=5),
+            Derived("activation_sparsity_pattern", _gemma3n_sparsity),
+            SharedKeys("num_kv_shared_layers", 15, every(5, "full_attention", "sliding_attention")),
+            Kept(("hidden_size_per_layer_input", "altup_active_idx")),
+        ),
+        tables=_PER_LAYER_EMBEDDINGS,
+        apart=tuple(
+            f"{prefix}altup_{kind}"
+            for prefix in ("", "model.", "language_model.", "model.language_model.")
+            for kind in ("projections", "unembed_projections")
+        ),
     ),
     "gemma4_assistant": _refused("its layers read the keys and values of another model"),
-    "gemma4_text": _GEMMA4,
+    "gemma4_text": _GEMMA4._replace(
+        rules=(*_GEMMA4.rules, Kept(("hidden_size_per_layer_input",))), tables=_PER_LAYER_EMBEDDINGS
+    ),
     "gemma4_unified_assistant": _refused("its layers read the keys and values of another model"),
     "gemma4_unified_text": _GEMMA4,
     "glm4_moe": Architecture(rules=(Threshold("first_k_dense_replace", default=1),)),

@@ -347,6 +347,31 @@ def _baichuan(told: Told) -> bool:
     return told.num_layers == (40 if told.fields.get("hidden_size") == 5120 else 32)
 
 
+def _takes_keys_of_two(told: Told) -> bool:
+    """Layers that share keys take those of the two before the first of them: where their layer
+    slides of the one, else of the other. So these must be the last of their kinds.
+    """
+    first, kinds = _first_sharing(told), told.kinds.get("layer_types") or []
+    before, behind = kinds[:first], set(kinds[first:])
+    if not behind:
+        return True
+    if first < 2 or ("sliding_attention" in behind and before[-1] == "sliding_attention"):
+        return False
+    takes = {"sliding_attention": before[-2], "full_attention": before[-1]}
+    return all(takes.get(kind) == kind for kind in behind)
+
+
+def _first_sharing(told: Told) -> int:
+    shared = told.kinds.get("num_kv_shared_layers") or []
+    return shared.index("shared") if "shared" in shared else told.num_layers
+
+
+def _gemma3n(told: Told) -> bool:
+    """It has layers from number 20 on take the keys of 18 and 19, whatever the file says."""
+    first = _first_sharing(told)
+    return first == min(20, told.num_layers) and _takes_keys_of_two(told)
+
+
 def _full_every(period: int, source: str, *, key: str | None = None, is_run: bool = True) -> Counts:
     return Counts(
         field="layer_types",
@@ -425,6 +450,14 @@ _LITE = ByDepth(
     source="src/models/deepseek2.cpp:8",
 )
 
+_KEYS_OF_TWO = ByDepth(
+    field="num_kv_shared_layers",
+    why="has layers that share keys and values take them from the two before the first of them",
+    is_right=_takes_keys_of_two,
+    source="src/llama-model.cpp:2784",
+    is_run=False,
+)
+
 _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
     "afmoe": (_full_every(4, "src/models/afmoe.cpp:17,134; conversion/afmoe.py:38"),),
     "baichuan": (
@@ -472,6 +505,23 @@ _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
             source="src/models/gemma3.cpp:22,29",
         ),
     ),
+    "gemma3n_text": (
+        ByDepth(
+            field="num_kv_shared_layers",
+            why="has the layers from number 20 on take keys and values from 18 and 19",
+            is_right=_gemma3n,
+            source="src/models/gemma3n.cpp:7; src/llama-model.cpp:2784",
+            is_run=False,
+        ),
+    ),
+    "gemma4_text": (
+        Reads(source="conversion/gemma.py:674,682"),
+        _KEYS_OF_TWO,
+    ),
+    "gemma4_unified_text": (
+        Reads(source="conversion/gemma.py:674,682", is_run=False),
+        _KEYS_OF_TWO,
+    ),
     "gpt_oss": (_full_every(2, "src/models/openai-moe.cpp:9; conversion/gpt_oss.py:130"),),
     "laguna": (
         Counts(
@@ -504,7 +554,7 @@ _LLAMA_CPP: Mapping[str, tuple[Way, ...]] = {
     ),
     **_reads(
         "conversion/: an array for each layer",
-        "olmo3 exaone_moe gemma4_text lfm2 lfm2_moe granitemoehybrid",
+        "olmo3 exaone_moe lfm2 lfm2_moe granitemoehybrid",
     ),
     **_reads("conversion/", "glm4_moe qwen3_next qwen3_5_text falcon_h1 jamba"),
     **_reads(
@@ -540,7 +590,7 @@ _MLX: Mapping[str, tuple[Way, ...]] = {
     ),
     **_reads(
         "models/*.py: layer_types",
-        "ministral3 mellum olmo_hybrid muse_glimmer_text laguna step3p5 nemotron_h",
+        "gemma3n ministral3 mellum olmo_hybrid muse_glimmer_text laguna step3p5 nemotron_h",
         is_run=False,
     ),
     **_one_window(
@@ -579,8 +629,8 @@ _OLD_TRANSFORMERS: Mapping[str, tuple[Way, ...]] = {
     **_one_window("models/qwen2/modeling_qwen2.py:617", "qwen2 qwen3", all_slide=True),
     **_absent(
         "models/auto/configuration_auto.py",
-        "afmoe dots1 exaone4 exaone_moe gemma4_text glm4_moe gpt_oss lfm2 lfm2_moe mellum "
-        "minicpm3 olmo3 qwen3_5_text qwen3_next smollm3",
+        "afmoe dots1 exaone4 exaone_moe gemma3n_text gemma4_text gemma4_unified_text glm4_moe "
+        "gpt_oss lfm2 lfm2_moe mellum minicpm3 olmo3 qwen3_5_text qwen3_next smollm3",
     ),
 }
 

@@ -776,6 +776,85 @@ class OwnSource(_OneField):
 
 
 @dataclass(frozen=True)
+class SharedKeys:
+    """The last k layers take keys and values from the last layer of their kind before them
+    (gemma3n, gemma4).
+
+    So a map must end in such layers, have no others, and have just before them, of each kind, the
+    layer from which they take what they do in the base. k becomes the number of them in the map.
+    `default` is what the class takes where the file is silent, `kinds_of` what it makes of a
+    missing `layer_types`.
+    """
+
+    key: str
+    default: int
+    kinds_of: Derivation
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
+        n = layer_map.num_base_layers
+        count = self._count(fields, n)
+        if not count:
+            return {}
+        first, kinds = n - count, fields.get("layer_types") or list(self.kinds_of(fields, n))
+        givers = {kinds[layer]: layer for layer in range(first)}
+        lacking = {kinds[layer] for layer in range(first, n)} - givers.keys()
+        if lacking:
+            raise ConfigError(
+                f"config.json: {self.key} is {count}, and none of the {first} layers before those "
+                f"is a {shown(min(lacking))} layer like one of them; the config disagrees with "
+                "itself"
+            )
+        if not self._fits(layer_map, first, kinds):
+            raise ConfigError(self._refusal(layer_map, first, kinds))
+        sharing = sum(base >= first for base in layer_map.sources)
+        return {} if sharing == count else {self.key: sharing}
+
+    def kinds(self, fields: Fields, num_layers: int) -> Kinds:
+        first = num_layers - self._count(fields, num_layers)
+        return {self.key: ["own" if layer < first else "shared" for layer in range(num_layers)]}
+
+    def _count(self, fields: Fields, num_layers: int) -> int:
+        value = fields.get(self.key)
+        if value is None:
+            value = self.default
+        if type(value) is not int or not 0 <= value < num_layers:
+            raise ConfigError(
+                f"config.json: {self.key} is {described(value)}, not a number of some of the "
+                f"{num_layers} layers"
+            )
+        return value
+
+    @staticmethod
+    def _fits(layer_map: LayerMap, first: int, kinds: Sequence[str]) -> bool:
+        sources = layer_map.sources
+        sharing = [base for base in sources if base >= first]
+        before = sources[: len(sources) - len(sharing)]
+        if any(base >= first for base in before):
+            return False
+        wanted = {kinds[layer]: layer for layer in range(first)}
+        nearest = {kinds[base]: base for base in before}
+        return all(nearest.get(kinds[base]) == wanted[kinds[base]] for base in sharing)
+
+    def _refusal(self, layer_map: LayerMap, first: int, kinds: Sequence[str]) -> str:
+        n = layer_map.num_base_layers
+        would = trims_that_would(layer_map, lambda other: self._fits(other, first, kinds))
+        trim = first // 4
+        layers = f"0:{first - trim},{trim}:"
+        other = LayerMap((*range(first - trim), *range(trim, n)), n)
+        if self._fits(other, first, kinds):
+            would += f"; or use --layers {layers}, which repeats only layers before those"
+        return (
+            f"config.json: {self.key} is {n - first}: layers {first} to {n - 1} take keys and "
+            f"values from the last layers before them, and this map separates or drops "
+            f"some of these{would}"
+        )
+
+
+@dataclass(frozen=True)
 class Refused(_OneField):
     """A field that cannot follow a map, whatever the map, unless it is off (absent, null, false,
     0, empty).

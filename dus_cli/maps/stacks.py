@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dus_cli.errors import CheckpointError, shown, shown_list
+from dus_cli.errors import CheckpointError, described, shown, shown_list
 from dus_cli.maps import architectures as arch
 from dus_cli.maps.layers import LayerMap, number_span, split_name
 from dus_cli.maps.model_config import DecoderConfig
@@ -32,7 +32,9 @@ class LayerStack:
 
     `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3). `beside`
     are other prefixes that hold a tensor for each layer from some layer on, which is number 0 there
-    (inkling2). `others` are all numbered prefixes but the layers'.
+    (inkling2). `tables` are tensors outside the layers with a block for each of them, and the axis
+    along which the blocks lie; each is `table_width` long (gemma3n). `others` are all numbered
+    prefixes but the layers'.
     """
 
     prefix: str
@@ -40,6 +42,8 @@ class LayerStack:
     num_extra: int = 0
     beside: tuple[tuple[str, int], ...] = ()
     others: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    tables: Mapping[str, int] = field(default_factory=dict)
+    table_width: int = 0
 
     @property
     def names(self) -> NumberedNames:
@@ -125,9 +129,47 @@ def find_stack(
             "from the layers' numbers, which change; load and save the base once with a current "
             "transformers, which writes them"
         )
+    tables, width = _tables(names, decoder)
     return LayerStack(
-        prefix, depth, num_extra, beside, frozenset(indices.keys() - {prefix})
+        prefix,
+        depth,
+        num_extra,
+        beside,
+        frozenset(indices.keys() - {prefix}),
+        tables=tables,
+        table_width=width,
     ), tuple(warnings)
+
+
+def _tables(names: Iterable[str], decoder: DecoderConfig) -> tuple[dict[str, int], int]:
+    """The tensors outside the layers that have a block for each, with its axis; and how long a
+    block is.
+
+    Raises:
+        CheckpointError: config.json says that there are some, and there are none.
+    """
+    known = arch.architecture(decoder.model_type).tables
+    if known is None:
+        return {}, 0
+    width = decoder.fields.get(known.width_key)
+    width = known.default_width if width is None else width
+    if width == 0 or width is False:
+        return {}, 0
+    if type(width) is not int or width < 0:
+        raise CheckpointError(f"config.json: {known.width_key} is {described(width)}, not a width")
+    found = {
+        name: axis
+        for module, axis in known.axes.items()
+        for name in names
+        if f".{name}".rpartition(".")[0].endswith(f".{module}")
+    }
+    for module in known.axes:
+        if not any(f".{name}".rpartition(".")[0].endswith(f".{module}") for name in found):
+            raise CheckpointError(
+                f"config.json: {known.width_key} is {width}, and there is no tensor of {module}; "
+                "shards are missing, download the checkpoint again"
+            )
+    return found, width
 
 
 def _assumed_beside(

@@ -33,6 +33,7 @@ from dus_cli.errors import CheckpointError
 from dus_cli.maps.layers import LayerMap, number_span
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.planning.scaling import Scale
+from dus_cli.planning.tables import followed
 from dus_cli.planning.treatment import UNSCALED, Making, Treatment, making_of
 from dus_cli.source.checkpoint import Checkpoint, Shard
 from dus_cli.source.headers import (
@@ -217,7 +218,7 @@ class ShardLayout:
             tensor = placement.tensor
             if (
                 placement.making is not Making.copied
-                or tensor.strides is not None
+                or not tensor.lies_in_order
                 or not tensor.num_bytes
             ):
                 continue
@@ -304,7 +305,8 @@ def _origins(
     there is no number.
     """
     kinds: dict[tuple[object, ...], Kind] = {}
-    for tensor in shard.header.tensors:
+    for stored in shard.header.tensors:
+        tensor = followed(stored, stack, layer_map)
         name, zeroed, scales = tensor.name, _NOWHERE, UNSCALED
         start = end = 0
         numbers: tuple[int, ...] = (0,)
@@ -318,7 +320,7 @@ def _origins(
                 treatment.scales(prefix, suffix, tensor),
             )
             numbers = stack.output_numbers(prefix, int(name[start:end]), layer_map)
-        key = (tensor.dtype, tensor.shape, tensor.strides is None, zeroed, id(scales))
+        key = (tensor.dtype, tensor.shape, tensor.lies_in_order, zeroed, id(scales))
         kind = kinds.get(key)
         if kind is None:
             kind = kinds[key] = _kind(tensor, shard, treatment, zeroed, scales)
@@ -335,7 +337,7 @@ def _kind(
     dtype = treatment.dtype_of(tensor)
     num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8
     return Kind(
-        shard, dtype, num_bytes, zeroed, scales, dtype == tensor.dtype and tensor.strides is None
+        shard, dtype, num_bytes, zeroed, scales, dtype == tensor.dtype and tensor.lies_in_order
     )
 
 

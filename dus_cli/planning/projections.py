@@ -54,6 +54,7 @@ NOT_IDENTITIES: Mapping[str, str] = {
     "beam": "its residual is scaled by the layer's number",
     "deepseek_v4": "it mixes several residual streams",
     "doge": "it scales the residual",
+    "gemma3n_text": "it mixes several residual streams",
     "gemma4_text": "it scales the stream behind each layer",
     "gemma4_unified_text": "it scales the stream behind each layer",
     "glm_moe_dsa": "a layer hands on which tokens the next ones attend to",

@@ -50,10 +50,22 @@ def engines_record(plan: UpscalePlan) -> list[dict[str, Any]]:
 
 
 def starts_record(plan: UpscalePlan) -> dict[str, Any]:
-    """What else the report says of map and start. dus.json says it where there is something to
-    say.
+    """What else the report says of map, start and tables. dus.json says it where there is something
+    to say.
     """
-    return {"double": plan.request.double, "scaled": _scaled_record(plan)}
+    return {
+        "double": plan.request.double,
+        "scaled": _scaled_record(plan),
+        "tables": _tables_record(plan),
+    }
+
+
+def _tables_record(plan: UpscalePlan) -> dict[str, Any] | None:
+    """The tensors outside the layers that have a block for each, and how long it is; None where
+    there are none. In the output each layer has the block of its source.
+    """
+    stack = plan.stack
+    return {"width": stack.table_width, "tensors": sorted(stack.tables)} if stack.tables else None
 
 
 def _scaled_record(plan: UpscalePlan) -> dict[str, Any] | None:

@@ -60,12 +60,52 @@ DTYPE_BITS: Mapping[str, int] = {
 }
 
 
+class Blocks(NamedTuple):
+    """A tensor made of blocks of another one that lies in a file: for each of its rows one block
+    for every entry of `order`, the number of a block in the same row there.
+
+    There a row has `num_stored` blocks, each of `num_bytes` bytes. A row is as many dimensions as
+    lie behind those before the blocks; what has its blocks in front is one row.
+    """
+
+    num_rows: int
+    num_stored: int
+    num_bytes: int
+    order: tuple[int, ...]
+
+    @property
+    def stored_row(self) -> int:
+        """Bytes of a row in the file."""
+        return self.num_stored * self.num_bytes
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row that is made."""
+        return len(self.order) * self.num_bytes
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The bytes of a stored row that follow each other in a made one, as (start, end).
+
+        >>> Blocks(1, 4, 10, (0, 1, 2, 1, 2, 3)).runs()
+        [(0, 30), (10, 40)]
+        """
+        runs: list[tuple[int, int]] = []
+        for block in self.order:
+            start = block * self.num_bytes
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], start + self.num_bytes)
+            else:
+                runs.append((start, start + self.num_bytes))
+        return runs
+
+
 class TensorInfo(NamedTuple):
     """A tensor as its header describes it. `start` and `end` are byte positions in the file.
 
     `strides`, in elements, are those of a tensor whose bytes do not lie in row-major order, which
     only a pickled checkpoint has (see `strided`): its first element is at `start`, and `end` is
-    where it would end if they did.
+    where it would end if they did. So it is where `blocks` say of which parts of a tensor in the
+    file this one is made.
     """
 
     name: str
@@ -74,6 +114,12 @@ class TensorInfo(NamedTuple):
     start: int
     end: int
     strides: tuple[int, ...] | None = None
+    blocks: Blocks | None = None
+
+    @property
+    def lies_in_order(self) -> bool:
+        """Whether its bytes are those of the file from `start` to `end`."""
+        return self.strides is None and self.blocks is None
 
     @property
     def num_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """The bytes of a tensor in row-major order, also where they do not lie so in the file.
 
+A tensor may be made of blocks of one in the file: a few rows at a time are read and put together.
 safetensors holds tensors row by row. A pickled checkpoint may hold a view of a storage instead:
 transposed, strided, expanded (stride 0). Such a tensor is gathered in pieces, so memory does not
 grow with it; what lies far apart is read in windows, some of it several times.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dus_cli.common.workers import PIECE
 from dus_cli.errors import CheckpointError, shown
-from dus_cli.source.headers import DTYPE_BITS, TensorInfo
+from dus_cli.source.headers import DTYPE_BITS, Blocks, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +57,11 @@ def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: a strided tensor lies beyond the end of the file.
+        CheckpointError: a tensor whose bytes do not lie in order lies beyond the end of the file.
     """
+    if tensor.blocks is not None:
+        yield from _pieces_of_blocks(file, tensor, tensor.blocks)
+        return
     if tensor.strides is not None:
         yield from _gathered_pieces(file, tensor, tensor.strides)
         return
@@ -74,6 +78,39 @@ def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]
             return
         yield piece
         position += len(piece)
+
+
+def _pieces_of_blocks(file: int, tensor: TensorInfo, blocks: Blocks) -> Iterator[memoryview]:
+    """A few rows at a time; of a row that is more than a piece, a part of a block at a time."""
+    if max(blocks.row, blocks.stored_row) > PIECE:
+        for row in range(blocks.num_rows):
+            start = tensor.start + row * blocks.stored_row
+            for first, end in blocks.runs():
+                for at in range(first, end, PIECE):
+                    yield memoryview(_read(file, start + at, min(PIECE, end - at), tensor.name))
+        return
+    step = PIECE // max(blocks.row, blocks.stored_row)
+    for row in range(0, blocks.num_rows, step):
+        count = min(step, blocks.num_rows - row)
+        start = tensor.start + row * blocks.stored_row
+        rows = _read(file, start, count * blocks.stored_row, tensor.name)
+        yield made_of_blocks(memoryview(rows), blocks)
+
+
+def made_of_blocks(rows: memoryview, blocks: Blocks) -> memoryview:
+    """What whole rows of a file become.
+
+    >>> bytes(made_of_blocks(memoryview(b"abcd" b"ABCD"), Blocks(2, 4, 1, (0, 1, 2, 1, 2, 3))))
+    b'abcbcdABCBCD'
+    """
+    runs, count = blocks.runs(), len(rows) // blocks.stored_row
+    made = memoryview(bytearray(count * blocks.row))
+    for row in range(count):
+        source, at = row * blocks.stored_row, row * blocks.row
+        for start, end in runs:
+            made[at : at + end - start] = rows[source + start : source + end]
+            at += end - start
+    return made
 
 
 def _gathered_pieces(

@@ -177,6 +177,9 @@ def upscale_text(report: UpscaleReport) -> str:
         ),
         ("tensor data", f"{plan.num_data_bytes:,} bytes ({human_bytes(plan.num_data_bytes)})"),
     ]
+    if plan.stack.tables:
+        names = shown_list(sorted(plan.stack.tables))
+        rows.append(("tables", f"{names}: {plan.stack.table_width} of each layer, by the map"))
     if plan.checkpoint.unread:
         rows += [
             ("weights read", shown_list(plan.checkpoint.weight_files)),

@@ -14,6 +14,7 @@ from dus_cli.maps.naming import Assumption
 from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning import judging
 from dus_cli.planning.dtypes import output_config
+from dus_cli.planning.tables import followed
 from dus_cli.planning.treatment import Making, Treatment
 from dus_cli.progress import Progress
 from dus_cli.release import card, lineage
@@ -281,7 +282,8 @@ def _against_base(output: Output, origin: Origin | None) -> tuple[list[Compariso
     pairs: list[Comparison] = []
     problems: list[str] = []
     expected: set[str] = set()
-    for shard, tensor in base.tensors():
+    for shard, stored in base.tensors():
+        tensor = followed(stored, stack, layer_map)
         for name in stack.output_names(tensor.name, layer_map):
             expected.add(name)
             if name in tensors:

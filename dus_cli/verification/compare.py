@@ -141,7 +141,7 @@ class _Comparer:
         alike = [pair for pair in pairs if found[id(pair)] is None]
         if alike:
             first = alike[0]
-            is_plain = first.making is Making.copied and first.right.tensor.strides is None
+            is_plain = first.making is Making.copied and first.right.tensor.lies_in_order
             step = self._read_plain if is_plain else self._read_made
             try:
                 step(alike, found)

@@ -281,8 +281,10 @@ class ShardMover:
             position += size
 
     def _gather(self, move: Move, tensor: TensorInfo, view: memoryview) -> None:
-        """Write a strided tensor, or what a cast makes of it, row by row to every target."""
-        position = 0
+        """Write a tensor whose bytes do not lie in order, or what a cast makes of it, piece by
+        piece to every target.
+        """
+        position, move = 0, move._replace(blocks=None)  # the pieces are made of them already
         try:
             for piece in tensor_pieces(self.source.buffered, tensor):
                 if self.stop.is_set():

@@ -1,0 +1,45 @@
+"""Tensors outside the layers that have a block for each of them, such as the per-layer embeddings
+of Gemma 3n and Gemma 4, [vocabulary, layers × width], and their projection, [layers × width,
+hidden].
+
+In the output they have the block of each layer's source. `maps.architectures` names their modules.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from dus_cli.errors import CheckpointError, shown
+from dus_cli.maps.layers import LayerMap
+from dus_cli.maps.stacks import LayerStack
+from dus_cli.source.headers import DTYPE_BITS, Blocks, TensorInfo
+
+
+def followed(tensor: TensorInfo, stack: LayerStack, layer_map: LayerMap) -> TensorInfo:
+    """A base tensor as it stands in the output: itself, unless it has a block for each layer.
+
+    Raises:
+        CheckpointError: it should be made of such blocks, and its shape is another.
+    """
+    axis = stack.tables.get(tensor.name)
+    if axis is None or tensor.num_elements == 1:  # one scale for all of a table
+        return tensor
+    width, expected = stack.table_width, stack.num_layers * stack.table_width
+    bits = DTYPE_BITS[tensor.dtype] * prod(tensor.shape[axis + 1 :]) * width
+    if len(tensor.shape) <= axis or tensor.shape[axis] != expected or bits % 8:
+        raise CheckpointError(
+            f"tensor {shown(tensor.name)} is {tensor.dtype} {list(tensor.shape)}, and not "
+            f"{expected} along axis {axis}, {width} for each of {stack.num_layers} layers: dus "
+            "does not know which part of it is which layer's; start from the checkpoint that is "
+            "not quantised"
+        )
+    if tensor.strides is not None:
+        raise CheckpointError(
+            f"tensor {shown(tensor.name)} has a part for each layer, and does not lie row by row "
+            "in its file; load and save the base once with a current transformers"
+        )
+    order = layer_map.sources
+    shape = (*tensor.shape[:axis], len(order) * width, *tensor.shape[axis + 1 :])
+    blocks = Blocks(prod(tensor.shape[:axis]), stack.num_layers, bits // 8, order)
+    end = tensor.start + blocks.num_rows * blocks.row
+    return tensor._replace(shape=shape, end=end, blocks=blocks)
