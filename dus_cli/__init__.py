@@ -2,8 +2,7 @@
 
     from dus_cli import upscale, plan, verify, push, heal, probe, evaluate
 
-These and their results are loaded when they are first asked for (PEP 562), so that importing the
-package costs nothing.
+Each name is imported on first use (PEP 562), so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _MODULES = {
 }
 
 
-# Verbs whose room has their name: the room can be called (common/rooms.py).
+# Verbs that share their name with a subpackage, which is therefore callable (common/rooms.py).
 _ROOMS = ("heal", "probe", "push")
 
 

@@ -1,4 +1,4 @@
-# The package's names for type checkers; __init__.py loads each when it is first asked for.
+# The package's names for type checkers; __init__.py imports each on first use.
 from dus_cli.api import plan, upscale, verify
 from dus_cli.errors import DusError, UsageError
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions

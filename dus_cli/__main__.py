@@ -7,8 +7,8 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """The entry point. It imports inside, so that Ctrl-C ends a command that is still loading in
-    one line too.
+    """The entry point. The import is inside, so that Ctrl-C during it is one line, not a
+    traceback.
     """
     try:
         from dus_cli.cli import main as run

@@ -1,9 +1,8 @@
-"""The Python API: `from dus_cli import upscale, plan, verify`. The commands of the same names call
-exactly these.
+"""The Python API: `from dus_cli import upscale, plan, verify`. The commands call these functions.
 
-They take what a person types, return what `--json` prints as typed objects, and raise `DusError`
-with one line for each known failure. They print nothing, ask nothing, and set no signal handlers: a
-KeyboardInterrupt leaves nothing behind. docs/api.md describes the results.
+They take the values that a user types, return what `--json` prints as typed objects, and raise
+`DusError` with one line for each known failure. They print nothing, prompt for nothing, and set no
+signal handlers: a KeyboardInterrupt leaves nothing behind. docs/api.md describes the results.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dus_cli.progress import NoProgress, Progress
 from dus_cli.upscaling import verb as upscaling
 from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
-from dus_cli.upscaling.wanted import Wanted
+from dus_cli.upscaling.request import UpscaleRequest
 from dus_cli.verification.options import VerifyOptions
 from dus_cli.verification.planned import VerifyMode
 
@@ -40,8 +39,8 @@ def upscale(
     progress: Progress | None = None,
     **fields: Any,
 ) -> UpscaleReport:
-    """Write a deeper model: two copies of the base's layers, trimmed where they meet, or any other
-    map.
+    """Write a deeper model: two copies of the base's layers, trimmed where they meet (SOLAR,
+    arXiv:2312.15166), or any other layer map.
 
     `output` appears whole and verified, or not at all. If it is already what this call would
     write, the report's `status` is "unchanged" and nothing is done.
@@ -51,29 +50,31 @@ def upscale(
             directory. None: the base that `lineage` records.
         output: the directory to write; it must not exist, or be empty.
         options: the layer map, and how the output is written and pushed.
-        progress: told what happens while it happens, from several threads.
-        fields: fields of `options` by keyword, each a value or what a person would type for it.
+        progress: receives the progress, from several threads.
+        fields: fields of `options` by keyword, each a value or the text that a user would type.
 
     Raises:
-        UsageError: an argument that no model could make right.
+        UsageError: an argument is wrong for any model.
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
-    told, folder = progress or NoProgress(), user_path(output)
-    given = options_of(UpscaleOptions, options, fields)
-    wanted = Wanted.of(model, given)
-    target = _target(given)
-    if target is not None and given.verify is VerifyMode.none:
+    progress, folder = progress or NoProgress(), user_path(output)
+    options = options_of(UpscaleOptions, options, fields)
+    request = UpscaleRequest.of(model, options)
+    target = _target(options)
+    if target is not None and options.verify is VerifyMode.none:
         raise UsageError("--push-to pushes what was verified: leave out --verify none")
     if target is not None:
         from dus_cli.push.target import look
 
-        look(target)  # what is in the way is said before gigabytes are written
-    report = upscaling.upscale(wanted, folder, given, quiet=not told.is_live, progress=told)
+        look(target)  # report what would stop the push before gigabytes are written
+    report = upscaling.upscale(
+        request, folder, options, quiet=not progress.is_live, progress=progress
+    )
     if target is None:
         return report
     from dus_cli.push import verb as pushing
 
-    pushed = pushing.send(folder, target, jobs=given.jobs, progress=told, is_verified=True)
+    pushed = pushing.send(folder, target, jobs=options.jobs, progress=progress, is_verified=True)
     return replace(report, push=pushed)
 
 
@@ -84,27 +85,27 @@ def plan(
     options: UpscaleOptions | None = None,
     **fields: Any,
 ) -> UpscaleReport:
-    """What `upscale` with the same arguments would write, as its dry run: nothing is written, no
-    weights are read.
+    """Plan what `upscale` would write with the same arguments (its dry run). Write nothing, and
+    read no weights.
 
-    The report's `status` is "planned"; its `plan` has every tensor, and its warnings what would
-    stop the run.
+    The report's `status` is "planned"; its `plan` has every tensor, and its `warnings` say what
+    would stop the run.
 
     Raises:
-        UsageError: an argument that no model could make right.
+        UsageError: an argument is wrong for any model.
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
-    given = options_of(UpscaleOptions, options, fields)
-    wanted = Wanted.of(model, given)
-    target = _target(given)
+    options = options_of(UpscaleOptions, options, fields)
+    request = UpscaleRequest.of(model, options)
+    target = _target(options)
     if target is None:
-        return upscaling.preview(wanted, user_path(output), given)
+        return upscaling.preview(request, user_path(output), options)
     from dus_cli.push import verb as pushing
     from dus_cli.push.target import look
 
     remote = look(target)
-    report = upscaling.preview(wanted, user_path(output), given)
-    pushed = pushing.preview(report.plan, target, remote, with_checksums=given.checksums)
+    report = upscaling.preview(request, user_path(output), options)
+    pushed = pushing.preview(report.plan, target, remote, with_checksums=options.checksums)
     return replace(report, push=pushed)
 
 
@@ -118,40 +119,40 @@ def verify(
 ) -> Verification:
     """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
 
-    Problems are no exceptions: the result lists every one, and `is_sound` is true if there is none.
+    Problems do not raise: the result lists every one, and `is_sound` is true if there is none.
 
     Args:
         folder: the directory to check.
-        options: what it is held against, and how bytes are read.
-        progress: told what happens while it happens, from several threads.
+        options: the base to compare with, and how bytes are read.
+        progress: receives the progress, from several threads.
         fields: fields of `options` by keyword.
 
     Raises:
-        UsageError: an argument that no model could make right.
-        DusError: the folder is not there, or the base cannot be read; a library is missing.
+        UsageError: an argument is wrong for any model.
+        DusError: the folder does not exist, the base cannot be read, or a library is missing.
     """
     from dus_cli.verification import verb as verification
 
-    told, folder = progress or NoProgress(), user_path(folder)
-    given = options_of(VerifyOptions, options, fields)
-    if given.forward and given.base is None:
+    progress, folder = progress or NoProgress(), user_path(folder)
+    options = options_of(VerifyOptions, options, fields)
+    if options.forward and options.base is None:
         raise UsageError("--forward compares with the base; give --base")
-    if given.data and not given.forward:
+    if options.data and not options.forward:
         raise UsageError("--data is the text of --forward; give it too")
-    if given.forward:
+    if options.forward:
         require("--forward", "numpy", "torch", "transformers")
     if not folder.is_dir():
         raise DusError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
-    ref = None if given.base is None else ModelRef.parse(given.base, token=given.token)
-    base = None if ref is None else open_base(ref, quiet=not told.is_live, progress=told)
-    return verification.verify(folder, base, given, progress=told)
+    ref = None if options.base is None else ModelRef.parse(options.base, token=options.token)
+    base = None if ref is None else open_base(ref, quiet=not progress.is_live, progress=progress)
+    return verification.verify(folder, base, options, progress=progress)
 
 
 def _target(options: UpscaleOptions) -> Target | None:
-    """Where to push; None for nowhere."""
+    """Where to push; None if nothing is pushed."""
     if options.push_to is None:
         if options.private or options.branch is not None:
-            raise UsageError("--private and --branch are of --push-to; say where to push")
+            raise UsageError("--private and --branch need --push-to; give it, or leave them out")
         return None
     from dus_cli.push.target import Target
 

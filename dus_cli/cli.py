@@ -1,6 +1,6 @@
-"""The command line: parse, call, print. The one place that knows the terminal and exit codes.
+"""The program `dus`: load the named command, run it, and turn its outcome into an exit code.
 
-Exit codes: 0 done, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143
+Exit codes: 0 success, 1 a known failure (one line on stderr), 2 a usage error, 130 SIGINT, 143
 SIGTERM, 129 SIGHUP, 141 a closed pipe on stdout. stdout carries results only.
 """
 
@@ -25,9 +25,9 @@ from dus_cli.console import events
 from dus_cli.console.terminal import say, silence
 from dus_cli.errors import StoppedError, UsageError
 
-# Every command: the function in dus_cli.commands that it is, and what `dus --help` says of it.
-# Importing all of them takes longer than most of them run, so each is imported when it is named; a
-# test holds the texts to the functions'.
+# Every command: its function, as MODULE.FUNCTION in dus_cli.commands, and its line in `dus --help`.
+# Importing all of them takes longer than most of them run, so a command is imported when it is
+# named. A test checks that each line is the first of the function's docstring.
 COMMANDS = {
     "upscale": ("upscale.upscale", "Write a deeper model: base layers 0…n−m−1, then m…n−1."),
     "verify": (
@@ -51,10 +51,7 @@ COMMANDS = {
     ),
     "push": (
         "push.push_command",
-        (
-            "Push a finished model to the Hub, once it is verified, and compare what the Hub then "
-            "holds."
-        ),
+        ("Verify a finished model, push it to the Hub, and compare what the Hub holds afterwards."),
     ),
 }
 
@@ -62,7 +59,7 @@ _HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 
 def load_command(name: str) -> TyperCommand:
-    """A command with its options, its module imported."""
+    """Import a command's module, and return the command with its options."""
     module, _, function = COMMANDS[name][0].partition(".")
     callback = getattr(import_module(f"dus_cli.commands.{module}"), function)
     alone = typer.Typer(
@@ -73,8 +70,8 @@ def load_command(name: str) -> TyperCommand:
 
 
 def _unbroken(text: str) -> str:
-    """A docstring's paragraphs without their line ends, which --help would keep: a terminal
-    breaks them for itself.
+    """A docstring with one line per paragraph: --help would keep its line ends, which do not fit
+    every terminal.
     """
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
@@ -86,8 +83,8 @@ class _Command(TyperCommand):
 
 
 class _Unloaded(TyperCommand):
-    """A command's name and summary; the command itself takes its place as soon as there are
-    arguments to parse.
+    """A command's name and summary, for `dus --help`; it loads the command when there are arguments
+    to parse.
     """
 
     def make_context(
@@ -144,7 +141,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def main() -> NoReturn:
-    """The entry point of `dus`: turns outcomes into exit codes. DUS_DEBUG=1 shows tracebacks."""
+    """Run the command line and exit with its code. DUS_DEBUG=1 shows tracebacks."""
     _open_streams()
     signals = EndingSignals()
     try:
@@ -153,7 +150,7 @@ def main() -> NoReturn:
         if signals.signum is None or os.environ.get("DUS_DEBUG"):
             raise
         code, message = 1, None
-    # a library made another error of it, in the middle of an import
+    # a library turned the signal's exception into another error, in the middle of an import
     if code == 1 and signals.signum is not None:
         code, message = ended_by(signals.signum)
     if events.are_wanted(sys.argv[1:]):
@@ -162,31 +159,31 @@ def main() -> NoReturn:
         say(f"error: {message}")
     try:
         sys.stdout.flush()
-    except OSError:  # was told already; Python would tell it again
+    except OSError:  # reported already; Python would report it again on exit
         silence(sys.stdout.fileno())
-    # a signal came, and a library still has threads at work
+    # after a signal, a library's threads may still run and would delay the exit
     if code > 128 and threading.active_count() > 1:
         os._exit(code)
     sys.exit(code)
 
 
 def _open_streams() -> None:
-    """Standard streams that can be written to: what `>&-` closed becomes /dev/null, before a
-    file gets its number.
+    """Replace a standard stream that was closed (`>&-`) by /dev/null, before a file that is opened
+    gets its descriptor.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
             setattr(sys, name, open(os.devnull, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
-    # a terminal without Unicode gets question marks, no traceback
+    # a terminal without Unicode shows question marks instead of a traceback
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def _run() -> tuple[int, str | None]:
-    """Run the command line: its exit code, and the one line that says what went wrong."""
+    """Run the command line; return its exit code, and its error as one line or None."""
     try:
         code = app(prog_name="dus", standalone_mode=False)
         sys.stdout.flush()
@@ -213,6 +210,6 @@ def _run() -> tuple[int, str | None]:
 
 
 def _closed_pipe() -> tuple[int, None]:
-    """The end of `dus … | head`: quiet, and with the code that a shell gives to SIGPIPE."""
+    """End `dus … | head` silently, with the code that a shell gives to SIGPIPE."""
     silence(sys.stdout.fileno())
     return 128 + signal.SIGPIPE, None

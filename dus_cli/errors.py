@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 _LONGEST_SHOWN = 120
 
-# A library's own words end where they end, but an essay or a log is no reason.
+# A library's message is shown whole unless it is longer than this: some hold a page of advice.
 _LONGEST_REASON = 600
 
 
@@ -18,13 +18,13 @@ class DusError(Exception):
 
 
 class UsageError(DusError):
-    """What was asked for contradicts itself, whatever the model is. `cli` exits 2, as for an
+    """Options that are wrong for any model, or contradict each other. `cli` exits 2, as for an
     unknown option.
     """
 
 
 class ModelNotFoundError(DusError):
-    """MODEL names neither a directory nor a Hub id, or the Hub cannot serve it."""
+    """MODEL is neither a directory nor a Hub id, or the Hub does not provide it."""
 
 
 class CheckpointError(DusError):
@@ -38,15 +38,17 @@ class LayerMapError(DusError):
 
 
 class ConfigError(DusError):
-    """A field of config.json cannot be carried to the new depth, or is not understood."""
+    """A field of config.json is unknown to dus, or has no valid value at the new depth."""
 
 
 class EngineError(DusError):
-    """An engine that was named with --for would not compute what the model's config says."""
+    """An inference engine named with --for would not compute what the model's config says."""
 
 
 class OutputError(DusError):
-    """The output cannot be written: taken, no room, no permission, or the disk failed."""
+    """The output cannot be written: it exists, or there is no space or permission, or the disk
+    failed.
+    """
 
 
 class VerificationError(DusError):
@@ -54,43 +56,41 @@ class VerificationError(DusError):
 
 
 class PushError(DusError):
-    """The Hub does not take the output, or holds something else afterwards."""
+    """The Hub refuses the output, or holds other bytes after the push."""
 
 
 class MissingExtraError(DusError):
-    """A library that comes with an extra is not installed, or cannot be imported."""
+    """A library that an extra installs is missing, or cannot be imported."""
 
 
 class HealError(DusError):
-    """A run cannot start, cannot go on, or is taken."""
+    """A run of `dus heal` cannot start or continue, or another process is running it."""
 
 
 class LoadError(DusError):
-    """transformers cannot load a model, or would make up some of its weights."""
+    """transformers cannot load a model, or would initialise some of its weights at random."""
 
 
 class EvaluationError(DusError):
-    """A model cannot be evaluated, or its result cannot be kept."""
+    """A model cannot be evaluated, or its result cannot be written."""
 
 
 class GateError(EvaluationError):
-    """A model was evaluated and misses what was asked of it."""
+    """A model was evaluated and misses a limit, such as --max-loss."""
 
 
 class ReplayError(DusError):
-    """A model's layers cannot be called one by one, or not read from disk one at a time. Its text
-    is the reason alone: who asked says what to do instead.
+    """A model's layers cannot be called one by one, or cannot be read from disk one at a time. Its
+    text is the reason only: the caller adds what to do instead.
     """
 
 
 class ProbeError(DusError):
-    """A model cannot be measured in parts, or not on this machine."""
+    """A model cannot be measured layer by layer, or does not fit this machine."""
 
 
 class StoppedError(DusError):
-    """A signal ended a run in good order; what it had done is saved. `cli` exits with 128 + the
-    signal.
-    """
+    """A signal ended a run, and its work was saved. `cli` exits with 128 + the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -98,7 +98,7 @@ class StoppedError(DusError):
 
 
 def shown(text: object, *, limit: int = _LONGEST_SHOWN) -> str:
-    r"""Text from a checkpoint, made fit for one line of a terminal.
+    r"""Text from a checkpoint as one printable line of at most `limit` characters.
 
     Names in a hostile file may hold escape sequences or be megabytes long.
 
@@ -114,7 +114,7 @@ def shown(text: object, *, limit: int = _LONGEST_SHOWN) -> str:
 
 
 def encodable(text: str) -> str:
-    r"""Text that any file can hold: bytes of a path that are no UTF-8 (PEP 383) are spelled out.
+    r"""Text that UTF-8 can encode: bytes of a path that are not UTF-8 (PEP 383) become escapes.
 
     >>> encodable("caf" + chr(0xDCE9))
     'caf\\udce9'
@@ -123,8 +123,7 @@ def encodable(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    r"""What another library says of a failure, on one line; of an essay its first sentences, at
-    least one.
+    r"""Another library's message on one line; of a long one the first sentences, at least one.
 
     >>> reason_of(ValueError("no such\n  layer"))
     'no such layer'
@@ -141,7 +140,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def described(value: object) -> str:
-    """A value of JSON where another kind was wanted: text says that it is text.
+    """A JSON value of the wrong type, for a message: a string is called a text.
 
     >>> described("4"), described(4.5), described(None)
     ('the text "4"', '4.5', 'null')
@@ -154,7 +153,7 @@ def described(value: object) -> str:
 
 
 def shown_list(items: list[str] | tuple[str, ...], limit: int = 3) -> str:
-    """The first few of several names, and how many more there are.
+    """The first `limit` names, and how many more there are.
 
     >>> shown_list(["a", "b", "c", "d"], limit=2)
     'a, b and 2 more'
@@ -168,7 +167,7 @@ class DataError(DusError):
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:
-    """Words as a sentence lists them.
+    """Words joined as in a sentence; there is at least one.
 
     >>> listed(["4", "7", "10"], "or")
     '4, 7 or 10'

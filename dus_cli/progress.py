@@ -1,5 +1,5 @@
-"""What a verb tells while it works. The core knows no terminal: `terminal` and `events`
-implement this.
+"""Progress of a verb. The verbs report to these protocols; `console/terminal.py` and
+`console/events.py` implement them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class ProgressMode(str, Enum):
-    """How `--progress` shows it on stderr: a bar, lines for logs, JSON Lines, or not at all."""
+    """What `--progress` shows on stderr: a bar or lines, lines for logs, JSON Lines, or nothing."""
 
     auto = "auto"
     plain = "plain"
@@ -29,7 +29,7 @@ class PlannedLayers(Protocol):
 
 
 class Named(Protocol):
-    """A model as it was asked for, `text`: a path or a Hub id."""
+    """A model as the user typed it: `text` is a path or a Hub id."""
 
     @property
     def text(self) -> str: ...
@@ -46,7 +46,7 @@ class PlannedBase(Protocol):
 
 
 class PlannedUpscale(Protocol):
-    """What a view may read of an upscale's plan before the first byte is written."""
+    """The part of an upscale's plan that a view shows before the first byte is written."""
 
     @property
     def base(self) -> PlannedBase: ...
@@ -59,12 +59,12 @@ class PlannedUpscale(Protocol):
 
 
 class Progress(Protocol):
-    """Told what happens while it happens; `advance` is called from several threads.
+    """Receives the progress of a verb; `advance` is called from several threads.
 
-    A stage runs from its `start` to the next one's, or to the end. `total` and what `advance` adds
-    are counted in `unit`: bytes where bytes move, else a plural such as "tokens"; `total` is None
-    where it is not known. `is_live`: it draws on a terminal, where huggingface_hub may draw its own
-    bars too.
+    A stage runs from its `start` to the next one's, or to the end. `total` and the amounts of
+    `advance` are counted in `unit`, a plural such as "bytes" or "tokens"; `total` is None if it is
+    not known. If `is_live`, it draws on a terminal, and huggingface_hub may draw its bars there
+    too.
     """
 
     @property
@@ -77,14 +77,14 @@ class Progress(Protocol):
     def advance(self, amount: int) -> None: ...
 
     def note(self, text: str) -> None:
-        """Something worth a line of its own, such as a retry."""
+        """Show a line of text, such as a retry."""
 
     def rest(self) -> None:
-        """The stage is over, and another program draws: nothing is until the next `start`."""
+        """End the stage; draw nothing until the next `start`, because another program draws."""
 
 
 class NoProgress:
-    """Says nothing."""
+    """Shows nothing."""
 
     is_live = False
 
@@ -106,7 +106,7 @@ class NoProgress:
 
 @dataclass
 class Stage:
-    """How far a stage is. Its rate is the mean since its start."""
+    """How far a stage has come. Its rate is the mean since its start."""
 
     name: str
     total: int | None
@@ -127,8 +127,6 @@ class Stage:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds left at this rate; None before the first step, and where the total is not
-        known.
-        """
+        """Seconds left at this rate; None before the first step, or if the total is not known."""
         rate = self.per_second
         return None if rate is None or self.total is None else max(0, self.total - self.done) / rate

@@ -68,23 +68,23 @@ def probe(
         model: a Hub id (`org/name`, `org/name@revision`) or a directory. A `Path` is always a
             directory.
         options: the text, the maps, and how they are measured.
-        revision: of a Hub id: a branch, tag or commit.
+        revision: branch, tag or commit of a Hub id.
         token: Hub access token; HF_TOKEN or the stored login by default.
         dry_run: measure nothing, and return the plan: which maps would be measured, and what that
             takes.
-        progress: told what happens while it happens.
+        progress: receives the progress.
 
     Raises:
-        UsageError: an option that no model could make right.
+        UsageError: an option is wrong for any model.
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
     from dus_cli.probe import verb
 
-    told, given = progress or NoProgress(), settled(options)
+    progress, options = progress or NoProgress(), settled(options)
     ref = ModelRef.parse(model_text(model), revision=revision, token=token)
     if dry_run:
-        return verb.plan_probe(ref, given, quiet=not told.is_live)
-    return verb.probe(ref, given, told, quiet=not told.is_live)
+        return verb.plan_probe(ref, options, quiet=not progress.is_live)
+    return verb.probe(ref, options, progress, quiet=not progress.is_live)
 
 
 def evaluate(
@@ -100,48 +100,50 @@ def evaluate(
 ) -> EvalReport:
     """Compare models on the same held-out text, on tasks, or on both.
 
-    What a model misses of `gates` is no exception: the report's `missed` lists it.
+    A missed gate does not raise: the report's `missed` lists it.
 
     Args:
-        models: Hub ids or directories; the first is the baseline that the others are held against.
+        models: Hub ids or directories; the others are compared with the first, the baseline.
         text: the held-out text, and how much of it is read.
-        tasks: tasks of lm-evaluation-harness (takes the eval extra).
-        scoring: how text is cut, and how the models are run.
-        gates: what every model but the baseline must reach.
-        with_base: the first model is an up-scaled one, and the base inside it is the baseline of
-            the text.
+        tasks: tasks of lm-evaluation-harness (needs the eval extra).
+        scoring: how text is cut into windows, and how the models are run.
+        gates: limits that every model but the baseline must meet.
+        with_base: also evaluate the base inside the first model, an up-scaled one, on the text,
+            and take it as the baseline.
         token: Hub access token; HF_TOKEN or the stored login by default.
-        progress: told what happens while it happens.
+        progress: receives the progress.
 
     Raises:
-        UsageError: options that no model could make right, or that do not go together.
+        UsageError: options are wrong for any model, or do not go together.
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
     from dus_cli.evaluation.report import EvalReport, Gates
 
-    told, kept = progress or NoProgress(), settled(gates or Gates())
-    read, run = settled(text or TextOptions()), settled(tasks or TaskOptions())
+    progress, gates = progress or NoProgress(), settled(gates or Gates())
+    text, tasks = settled(text or TextOptions()), settled(tasks or TaskOptions())
     refs = [ModelRef.parse(model_text(model), token=token) for model in models]
     if not refs:
         raise UsageError("models: there is none; give a directory or a Hub id")
-    found = kept.misfit(len(refs) + with_base, has_data=bool(read.data), has_tasks=bool(run.tasks))
-    if found is None and with_base and not read.data:
-        found = "--with-base", "it is the baseline of --data; give --data"
-    if found is not None:
-        raise UsageError(f"{found[0]}: {found[1]}")
+    misfit = gates.misfit(
+        len(refs) + with_base, has_data=bool(text.data), has_tasks=bool(tasks.tasks)
+    )
+    if misfit is None and with_base and not text.data:
+        misfit = "--with-base", "it is the baseline of --data; give --data"
+    if misfit is not None:
+        raise UsageError(f"{misfit[0]}: {misfit[1]}")
     require("dus eval", "numpy", "torch", "transformers")
     from dus_cli.evaluation.verb import evaluate as verb
 
     losses, scores = verb(
         refs,
-        read if read.data else None,
+        text if text.data else None,
         settled(scoring or ScoringOptions()),
-        told,
-        tasks=run if run.tasks else None,
+        progress,
+        tasks=tasks if tasks.tasks else None,
         with_base=with_base,
-        quiet=not told.is_live,
+        quiet=not progress.is_live,
     )
-    return EvalReport(losses, scores, kept)
+    return EvalReport(losses, scores, gates)
 
 
 def push(
@@ -152,27 +154,27 @@ def push(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PushReport:
-    """Push a finished model to the Hub, once it is verified, and compare what the Hub then holds.
+    """Verify a finished model, push it to the Hub, and compare what the Hub holds afterwards.
 
     Args:
         output: the directory that `upscale` or `heal` wrote.
         repo: `org/name` on the Hub.
-        options: which kind of repo and branch, whose token, how many parallel reads.
-        dry_run: say what would be pushed, and where; push nothing.
-        progress: told what happens while it happens, from several threads.
+        options: a private repo or not, the branch, the token, and the number of parallel reads.
+        dry_run: report what would be pushed, and where; push nothing.
+        progress: receives the progress, from several threads.
 
     Raises:
-        UsageError: an option that no model could make right.
+        UsageError: an option is wrong for any model.
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
     from dus_cli.push.target import Target
     from dus_cli.push.verb import preview_folder, send
 
-    given, folder = settled(options or PushOptions()), user_path(output)
-    target = Target.parse(repo, branch=given.branch, private=given.private, token=given.token)
+    options, folder = settled(options or PushOptions()), user_path(output)
+    target = Target.parse(repo, branch=options.branch, private=options.private, token=options.token)
     if dry_run:
         return preview_folder(folder, target)
-    return send(folder, target, jobs=given.jobs, progress=progress or NoProgress())
+    return send(folder, target, jobs=options.jobs, progress=progress or NoProgress())
 
 
 def heal(
@@ -190,27 +192,26 @@ def heal(
 ) -> dict[str, Any]:
     """Heal an up-scaled model by continued pretraining, and prove that it healed.
 
-    The same call again goes on where a run was. While the workers run, a signal that would end the
-    process makes them save a checkpoint first, and the call ends with a `StoppedError`.
+    The same call again continues an interrupted run. While the workers run, a signal that would
+    end the process makes them save a checkpoint first, and the call raises `StoppedError`.
 
     Args:
         model: the directory of the model to heal.
-        output: where the healed model goes; MODEL-healed by default.
-        data: the text.
-        budget: how long; one epoch by default.
-        recipe: how it learns.
-        fit: how it fits the devices.
-        launch: the workers.
-        keeping: what is measured and kept on the way.
+        output: the directory to write; MODEL-healed by default.
+        data: the training text and the held-out text.
+        budget: how many tokens, steps or epochs to train; one epoch by default.
+        recipe: batch size, learning rates and what is trained.
+        fit: how the run fits the devices: precision, sharding, micro-batch.
+        launch: how many workers, on how many nodes.
+        keeping: how often the model is measured, saved and exported.
         dry_run: count tokens and steps, estimate memory and FLOPs; write nothing.
-        view: told what happens while it happens; `dus_cli.heal.watch.views.NoView` has all its
-            methods.
+        view: receives the progress; `dus_cli.heal.watch.views.NoView` has all its methods.
 
     Returns:
         The report, as `--json` prints it: report.json, or the dry run's.
 
     Raises:
-        UsageError: an option that no model could make right.
+        UsageError: an option is wrong for any model.
         DusError: any other known failure, in one line; its kinds are in `dus_cli.errors`.
     """
     options = heal_options(
@@ -228,11 +229,11 @@ def heal(
     from dus_cli.heal.launch.report import dry_run_json
     from dus_cli.heal.watch.views import NoView
 
-    with view or NoView() as told:
+    with view or NoView() as shown_view:
         if dry_run:
-            run, shape = verb.preview(options, told)
+            run, shape = verb.preview(options, shown_view)
             return dry_run_json(run, shape, options)
-        return verb.heal(options, told)
+        return verb.heal(options, shown_view)
 
 
 def heal_options(
@@ -246,10 +247,10 @@ def heal_options(
     launch: Launch | None = None,
     keeping: Keeping | None = None,
 ) -> HealOptions:
-    """The options of a healing, checked each by itself. Arguments as of `heal`.
+    """The options of a run, each one checked. The arguments are those of `heal`.
 
     Raises:
-        UsageError: a value that an option does not take.
+        UsageError: an option does not take its value.
     """
     folder = user_path(model)
     return HealOptions(

@@ -91,7 +91,7 @@ FIELDS: dict[Any, dict[str, str]] = {
         "output": "Path",
         "status": "Literal['written', 'planned', 'unchanged']",
         "space": "Space",
-        "tally": "Tally",
+        "tally": "ByteCounts",
         "verified": "str",
         "seconds": "float",
         "notes": "tuple[str, ...]",
@@ -320,7 +320,7 @@ def test_a_verb_with_the_name_of_its_room_is_both(order: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    assert "no id" in done.stdout
+    assert "no id is not a valid id of a repo" in done.stdout
 
 
 def test_options_from_python_may_be_values_or_what_would_be_typed() -> None:

@@ -26,8 +26,8 @@ from dus_cli.planning.plan import MapRequest
 from dus_cli.source.base_card import BaseCard, parse_base_card, read_base_card
 from dus_cli.source.belonging import carried_files
 from dus_cli.upscaling.options import UpscaleOptions
+from dus_cli.upscaling.request import UpscaleRequest
 from dus_cli.upscaling.verb import upscale
-from dus_cli.upscaling.wanted import Wanted
 
 LLAMA = """---
 license: other
@@ -58,7 +58,7 @@ def fields(card: ModelCard) -> dict[str, Any]:
 def card_of(base: Path, output: Path, *, trim: int = 2, with_checksums: bool = False) -> ModelCard:
     """The card of an upscale, loaded by huggingface_hub, which refuses what is no card."""
     upscale(
-        Wanted(ModelRef(str(base), path=base), MapRequest(trim)),
+        UpscaleRequest(ModelRef(str(base), path=base), MapRequest(trim)),
         output,
         UpscaleOptions(checksums=with_checksums),
     )

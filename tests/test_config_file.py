@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[str | bytes | None, str]] = {
     "q.yaml": ("trim: 1\ntrim: 2", "trim is there twice; leave one out"),
     "r.yaml": ("trim: [", "it is no YAML ("),
     "s.yaml": ("trim: 2026-01-01", 'trim: "2026-01-01" is no value'),
-    "t.json": ('{"trim": 1, "trim": 2}', "the name 'trim' stands twice"),
+    "t.json": ('{"trim": 1, "trim": 2}', "the name 'trim' occurs twice"),
     "u.json": ("[1]", "the file"),
     "v.ini": ("trim = 1", "its name must end in .toml, .yaml, .yml or .json"),
     "w.toml": (b"#" * 1_000_001, "it is larger than 1,000,000 bytes"),
@@ -137,7 +137,7 @@ def test_a_file_may_hold_what_from_records_no_more_than_the_command_line(tmp_pat
     run = dus(
         "upscale", "--from", "dus.json", "-o", "out", "--config", "options.yaml", cwd=tmp_path
     )
-    run.assert_one_line_error("--from says --trim already", code=2)
+    run.assert_one_line_error("--from gives --trim as recorded", code=2)
 
 
 def test_events_that_a_file_asks_for_are_written_to_the_last(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from dus_cli.planning.plan import MapRequest
 from dus_cli.progress import NoProgress, PlannedUpscale, Progress
 from dus_cli.upscaling import space, verb
 from dus_cli.upscaling.options import UpscaleOptions
-from dus_cli.upscaling.wanted import Wanted
+from dus_cli.upscaling.request import UpscaleRequest
 from dus_cli.verification.planned import VerifyMode
 from dus_cli.writing import staging, transfer
 from dus_cli.writing.staging import Staging
@@ -204,7 +204,7 @@ def run_verb(
     **options: Any,
 ) -> None:
     verb.upscale(
-        Wanted(ModelRef(str(base), path=base), MapRequest(trim)),
+        UpscaleRequest(ModelRef(str(base), path=base), MapRequest(trim)),
         out,
         UpscaleOptions(**options),
         progress=progress,
@@ -265,7 +265,7 @@ def test_the_output_is_apart_from_the_model_and_the_current_directory(
     )
     (tmp_path / "here").mkdir()
     dus("upscale", base, "-o", ".", "-q", cwd=tmp_path / "here").assert_one_line_error(
-        "directory you stand in"
+        "holds the current directory"
     )
     assert len(list(base.iterdir())) == 2
 
@@ -427,7 +427,7 @@ def test_json_nested_deeper_than_any_config_is_refused(base: Path) -> None:
     for _ in range(400):  # the parser takes this much, a writer that recurses does not
         nested = [nested]
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"x": nested}}))
-    refuse(base, "config.json is nested too deeply")
+    refuse(base, "config.json is nested more deeply")
 
 
 def test_an_index_may_not_lead_outside_the_folder(sharded: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "invalid UTF-8": (struct.pack("<Q", 8) + b'{"\xff": 1}'[:8], "not UTF-8"),
     "deep nesting": (
         struct.pack("<Q", 200_005) + b'{"a":' + b"[" * 200_000,
-        "nested too deeply|not valid JSON",
+        "nested more deeply|not valid JSON",
     ),
     "half a surrogate pair": (
         header_bytes({"\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
@@ -135,7 +135,7 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     text = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
     path = tmp_path / "x"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
-    with pytest.raises(CheckpointError, match="'a' stands twice"):
+    with pytest.raises(CheckpointError, match="'a' occurs twice"):
         read_header(path)
 
 

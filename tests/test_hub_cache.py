@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import DusError
 from dus_cli.planning.plan import MapRequest
-from dus_cli.upscaling.wanted import Wanted, plan
+from dus_cli.upscaling.request import UpscaleRequest, plan_for
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -34,7 +34,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(model: str = "org/tiny") -> str:
     with pytest.raises(DusError) as caught:
-        plan(Wanted(ModelRef.parse(model), MapRequest(1)))
+        plan_for(UpscaleRequest(ModelRef.parse(model), MapRequest(1)))
     message = str(caught.value)
     assert message.startswith(f"{model} is not (wholly) in the cache: ")
     assert "HF_HUB_OFFLINE is set" in message
@@ -42,7 +42,10 @@ def refused(model: str = "org/tiny") -> str:
 
 
 def test_a_cached_model_needs_no_list_of_its_files(repo: Path) -> None:
-    assert plan(Wanted(ModelRef.parse("org/tiny"), MapRequest(1))).checkpoint.folder.name == COMMIT
+    assert (
+        plan_for(UpscaleRequest(ModelRef.parse("org/tiny"), MapRequest(1))).checkpoint.folder.name
+        == COMMIT
+    )
 
 
 def test_a_model_that_was_never_fetched(repo: Path) -> None:
@@ -54,8 +57,8 @@ def test_a_ref_that_is_missing_is_named_and_so_is_a_commit_that_is_there(repo: P
     assert "there is no refs/v2" in refused("org/tiny@v2")
     (repo / "refs/main").unlink()
     assert (
-        "there is no refs/main, which says what commit that is; a commit can be named in its "
-        f"stead: org/tiny@{COMMIT}" in refused()
+        f"there is no refs/main, which names the commit; give a commit instead: org/tiny@{COMMIT}"
+        in refused()
     )
 
 
@@ -63,12 +66,12 @@ def test_a_ref_with_a_newline_or_without_a_commit(repo: Path) -> None:
     (repo / "refs/main").write_text(f"{COMMIT}\n")
     assert "refs/main has white space around the commit" in refused()
     (repo / "refs/main").write_text("")
-    assert "refs/main holds '', which is no commit" in refused()
+    assert "refs/main holds '', which is not a commit" in refused()
 
 
 def test_a_snapshot_that_is_missing(repo: Path) -> None:
     (repo / "refs/main").write_text("f" * 40)
-    assert f"there is no snapshots/{'f' * 40}, its revision main" in refused()
+    assert f"there is no snapshots/{'f' * 40}, the commit of revision main" in refused()
 
 
 def test_weights_that_are_missing(repo: Path) -> None:
@@ -79,8 +82,7 @@ def test_weights_that_are_missing(repo: Path) -> None:
         path.unlink()
     (repo / "blobs/abc.incomplete").write_bytes(bytes(1234))
     assert (
-        "it lacks model.safetensors (of a download that was cut off 1,234 bytes are there)"
-        in refused()
+        "it lacks model.safetensors (1,234 bytes of an interrupted download are there)" in refused()
     )
 
 
@@ -88,4 +90,4 @@ def test_a_blob_behind_a_link_that_is_gone(repo: Path) -> None:
     shard = repo / "snapshots" / COMMIT / "model-00001-of-00002.safetensors"
     shard.unlink()
     shard.symlink_to("../../blobs/abc")
-    assert "the blob of model-00001-of-00002.safetensors is gone (blobs/abc)" in refused()
+    assert "the blob of model-00001-of-00002.safetensors is missing (blobs/abc)" in refused()

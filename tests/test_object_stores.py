@@ -39,7 +39,7 @@ from dus_cli.source.checkpoint import fingerprint, open_checkpoint
 from dus_cli.upscaling import verb
 from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
-from dus_cli.upscaling.wanted import Wanted
+from dus_cli.upscaling.request import UpscaleRequest
 from dus_cli.verification.planned import VerifyMode
 from dus_cli.verification.verb import verify
 from dus_cli.writing import in_place
@@ -100,7 +100,9 @@ def run(
     progress: Progress | None = None,
     **options: Any,
 ) -> UpscaleReport:
-    wanted = Wanted(ModelRef(str(base), path=base), MapRequest(trim), max_shard_bytes=200_000)
+    wanted = UpscaleRequest(
+        ModelRef(str(base), path=base), MapRequest(trim), max_shard_bytes=200_000
+    )
     return verb.upscale(wanted, out, UpscaleOptions(**options), progress=progress)
 
 
@@ -160,7 +162,8 @@ def test_zeros_and_casts_are_written_in_order_too(
     request = MapRequest(None, "0:8,4:8", identity=True)
     ref, dtype = ModelRef(str(base), path=base), Dtype.float32
     reports = [
-        verb.upscale(Wanted(ref, request, dtype=dtype), out / "out") for out in (tmp_path, mount)
+        verb.upscale(UpscaleRequest(ref, request, dtype=dtype), out / "out")
+        for out in (tmp_path, mount)
     ]
     assert contents(tmp_path / "out") == contents(mount / "out")
     assert reports[0].tally == reports[1].tally
@@ -481,7 +484,7 @@ def test_a_number_beyond_the_dtype_is_found_where_shards_are_written_in_order(
     mount = mounted(IN_PLACE)
     with pytest.raises(CheckpointError, match="beyond float16's range"):
         verb.upscale(
-            Wanted(ModelRef(str(base), path=base), MapRequest(1), dtype=Dtype.float16),
+            UpscaleRequest(ModelRef(str(base), path=base), MapRequest(1), dtype=Dtype.float16),
             mount / "out",
         )
     assert list(mount.iterdir()) == []

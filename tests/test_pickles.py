@@ -449,7 +449,7 @@ def test_bare_pickles_and_old_formats_are_refused(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(llama_config(4)))
     (folder / NAME).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    refuse(folder, "no zip archive as torch.save writes it")
+    refuse(folder, "is not a zip archive as torch.save writes it")
     (folder / NAME).write_text("version https://git-lfs.github.com/spec/v1\n")
     refuse_file(folder / NAME, "is a Git LFS pointer, not the file itself")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder / NAME)
@@ -548,7 +548,7 @@ def test_damage_to_the_archive_is_named(state: dict[str, torch.Tensor], tmp_path
     damage("without data.pkl")(lambda name, raw: None if name.endswith("data.pkl") else raw)
     damage("weights_only")(lambda name, raw: None if name.endswith("data/7") else raw)
     damage("beyond its storage")(lambda name, raw: raw[:-2] if name.endswith("data/7") else raw)
-    damage("data.pkl is no pickle")(
+    damage("data.pkl is not a pickle")(
         lambda name, raw: raw[:-1] if name.endswith("data.pkl") else raw
     )
     damage("data.pkl has", "more than any state dict")(
@@ -695,7 +695,7 @@ def test_index_and_shards_must_agree(state: dict[str, torch.Tensor], tmp_path: P
         ({"model.layers.4.mlp.up_proj.weight": first}, "which no shard holds and the model needs"),
         ({"lm_head.weight": "pytorch_model-9.bin"}, "missing from"),
         ({"lm_head.weight": "../pytorch_model.bin"}, "points outside"),
-        ({"lm_head.weight": "model.safetensors"}, "no pickled file"),
+        ({"lm_head.weight": "model.safetensors"}, "not a pickled file"),
     ):
         (base / INDEX).write_text(json.dumps({"weight_map": weight_map | change}))
         refuse(base, part)

@@ -38,8 +38,8 @@ from dus_cli.probe.measure import Batch, Meter  # noqa: E402
 from dus_cli.probe.report import probe_json, probe_text  # noqa: E402
 from dus_cli.probe.tree import as_they_are  # noqa: E402
 from dus_cli.source.checkpoint import open_checkpoint  # noqa: E402
+from dus_cli.upscaling.request import UpscaleRequest, plan_for  # noqa: E402
 from dus_cli.upscaling.verb import upscale  # noqa: E402
-from dus_cli.upscaling.wanted import Wanted, plan  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
 
@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_checkpoint_that_upscale_writes(
 ) -> None:
     base = write_model(tmp_path / "base", model_type)
     found = measured(base, corpus)
-    upscale(Wanted(ModelRef.parse(str(base)), MapRequest(trim=2)), tmp_path / "out")
+    upscale(UpscaleRequest(ModelRef.parse(str(base)), MapRequest(trim=2)), tmp_path / "out")
     assert found.base_loss is not None
     assert found.maps[0].loss is not None
     assert found.base_loss == pytest.approx(own_loss(base, corpus), abs=1e-4)
@@ -100,7 +100,9 @@ def test_several_maps_at_once_are_what_each_is_alone(model: Path, corpus: Path) 
 
 def test_more_copies_are_measured(model: Path, corpus: Path, tmp_path: Path) -> None:
     (found,) = measured(model, corpus, trims=(2, 3), copies=3).maps
-    upscale(Wanted(ModelRef.parse(str(model)), MapRequest(trim=2, copies=3)), tmp_path / "out")
+    upscale(
+        UpscaleRequest(ModelRef.parse(str(model)), MapRequest(trim=2, copies=3)), tmp_path / "out"
+    )
     assert found.candidate.options == "--trim 2 --copies 3"
     assert found.loss == pytest.approx(own_loss(tmp_path / "out", corpus), abs=1e-4)
 
@@ -282,7 +284,7 @@ def test_streaming_reads_what_it_must_or_says_why_not(
 
 def test_one_layer_at_a_time_has_weights_where_they_are_streamed(model: Path) -> None:
     checkpoint = open_checkpoint(model)
-    stack = plan(Wanted(ModelRef.parse(str(model)), MapRequest(layers="0:"))).stack
+    stack = plan_for(UpscaleRequest(ModelRef.parse(str(model)), MapRequest(layers="0:"))).stack
     streamed, ready = stream(checkpoint, stack, torch.float32, torch.device("cpu"))
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
@@ -377,7 +379,7 @@ def test_a_dry_run_loads_nothing(corpus: Path, base: Path) -> None:
 def test_the_decoder_of_a_whole_multimodal_model_is_measured(corpus: Path, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "gemma3", whole=True)
     (found,) = measured(base, corpus).maps
-    upscale(Wanted(ModelRef.parse(str(base)), MapRequest(trim=2)), tmp_path / "out")
+    upscale(UpscaleRequest(ModelRef.parse(str(base)), MapRequest(trim=2)), tmp_path / "out")
     assert found.loss == pytest.approx(own_loss(tmp_path / "out", corpus), abs=1e-4)
 
 

@@ -218,9 +218,9 @@ def test_the_help_of_heal_begins_with_an_example_and_the_options_that_most_need(
     assert "Example: dus heal out/ --data corpus.jsonl --until base -o healed/" in beginning
     for option in ("--data", "-o", "--tokens", "--until", "--dry-run"):
         assert f"{option} " in beginning
-    assert (
-        "ends with a directory like any other, with its loss curve. The same command" in beginning
-    ), "one paragraph"
+    assert "an ordinary checkpoint with its loss curve. The same command run" in beginning, (
+        "one paragraph"
+    )
 
 
 def test_ctrl_c_while_the_command_still_loads_is_one_line() -> None:

@@ -21,8 +21,8 @@ from tiny import digests
 from dus_cli.common.reference import ModelRef
 from dus_cli.planning.plan import MapRequest
 from dus_cli.upscaling.options import UpscaleOptions
+from dus_cli.upscaling.request import UpscaleRequest
 from dus_cli.upscaling.verb import upscale
-from dus_cli.upscaling.wanted import Wanted
 
 # Retries without their waits: huggingface_hub's back-off takes half a minute.
 NO_WAIT = "import time; time.sleep = lambda _: None"
@@ -41,11 +41,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: [no]\n---\n")
     ref = ModelRef(str(base), path=base)
     upscale(
-        Wanted(ref, MapRequest(2), max_shard_bytes=250_000),
+        UpscaleRequest(ref, MapRequest(2), max_shard_bytes=250_000),
         root / "out",
         UpscaleOptions(checksums=True),
     )
-    upscale(Wanted(ref, MapRequest(1)), root / "single")
+    upscale(UpscaleRequest(ref, MapRequest(1)), root / "single")
     return {"base": base, "out": root / "out", "single": root / "single"}
 
 
@@ -119,7 +119,7 @@ def test_a_changed_card_alone_is_one_small_commit(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
+    upscale(UpscaleRequest(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     assert dus("push", out, "org/model", "-q").returncode == 0
     (out / "README.md").write_text((out / "README.md").read_text() + "\nMine.\n")
     count = len(hub.put)
@@ -177,7 +177,7 @@ def test_a_finished_output_goes_on_to_the_push_that_failed(
         "--json",
     )
     hub.failures["POST /*/batch whole"] = 503
-    dus(*command, first=NO_WAIT).assert_one_line_error("503", "it goes on")
+    dus(*command, first=NO_WAIT).assert_one_line_error("503", "it continues")
     assert hub.files("org/model") == {}
     hub.failures.clear()
     report = dus(*command).report
@@ -230,7 +230,7 @@ def test_a_connection_that_breaks_is_resumed_without_sending_an_object_twice(
 ) -> None:
     hub.uploads_left = 2
     dus("push", out, "org/model", "-q", first=NO_WAIT).assert_one_line_error(
-        "connection", "it goes on"
+        "connection", "it continues"
     )
     sent = list(hub.put)
     assert 2 <= len(sent) < len(shard_sums(out))
@@ -253,7 +253,7 @@ def test_a_push_that_is_ended_goes_on(signum: int, out: Path, hub: WritableHub) 
     if signum != signal.SIGKILL:
         assert process.returncode == 128 + signum
         assert said.startswith("error: ended by SIG")
-        assert "the same command goes on" in said
+        assert "the same command continues" in said
         assert said.count("\n") == 1
     hub.gate.set()
     assert hub.files("org/model") == {}
@@ -284,7 +284,7 @@ UNSOUND: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a byte is another": (lambda o: spoil(o, tokenizer="[]"), "does not match its sum"),
     "no config": (lambda o: spoil(o, config=None), "does not verify"),
-    "a run of dus heal": (lambda o: spoil(o, config=None, run="{}"), "has not ended"),
+    "a run of dus heal": (lambda o: spoil(o, config=None, run="{}"), "unfinished run of dus heal"),
     "a link to elsewhere": (
         lambda o: link(o / "tokenizer.json", Path("/etc/hostname")),
         "leaves the model's folder",
@@ -299,7 +299,9 @@ def test_what_does_not_verify_is_not_pushed(
     out = tmp_path / "out"
     ref = ModelRef("b", path=folders["base"])
     upscale(
-        Wanted(ref, MapRequest(2), max_shard_bytes=250_000), out, UpscaleOptions(checksums=True)
+        UpscaleRequest(ref, MapRequest(2), max_shard_bytes=250_000),
+        out,
+        UpscaleOptions(checksums=True),
     )
     change, message = UNSOUND[what]
     change(out)
@@ -314,7 +316,7 @@ def test_a_healed_model_goes_with_its_proof(
     is_named: bool, folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "healed"
-    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
+    upscale(UpscaleRequest(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     proof = (
         "run.json",
         "report.json",
@@ -349,7 +351,7 @@ def test_what_is_not_the_models_stays_here_and_is_named(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
+    upscale(UpscaleRequest(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     expected = content(out)
     strangers = (
         ".cache/huggingface/download/x.metadata", ".env", ".git/config", ".gitignore", "__pycache__/x", "a [note].txt",
@@ -370,7 +372,7 @@ def test_what_is_not_the_models_stays_here_and_is_named(
     assert (set(planned["left_out"]), planned["files"]) == (left, len(expected))
     assert (set(done["left_out"]), done["files"]) == (left, len(expected))
     assert digests(out) == before
-    assert "left here: .cache/, .env, " in dus("push", out, "org/model").stdout
+    assert "not pushed, not dus's: .cache/, .env, " in dus("push", out, "org/model").stdout
 
 
 @pytest.mark.parametrize(
@@ -429,7 +431,7 @@ def test_upscale_asks_before_it_writes(folders: dict[str, Path], tmp_path: Path)
     ["model", "./org/model", "org/a--b", "org/model.git", "org/model.", "a/b/c", "org/" + "x" * 96],
 )
 def test_an_id_that_no_repo_can_have_is_a_usage_error(repo: str, out: Path) -> None:
-    dus("push", out, repo).assert_one_line_error("no id", code=2)
+    dus("push", out, repo).assert_one_line_error("is not a valid id of a repo", code=2)
 
 
 def test_a_branch_that_git_does_not_allow_is_a_usage_error(out: Path) -> None:
@@ -440,12 +442,12 @@ def test_a_branch_that_git_does_not_allow_is_a_usage_error(out: Path) -> None:
 @pytest.mark.parametrize(
     ("request_pattern", "status", "parts"),
     [
-        ("GET /api/whoami-v2 *", 500, ("500", "it goes on")),
+        ("GET /api/whoami-v2 *", 500, ("500", "it continues")),
         ("POST /api/repos/create *", 403, ("may not write to org/model",)),
         ("POST /api/repos/create *", 404, ("owner is not on the Hub",)),
-        ("POST */preupload/* *", 503, ("503", "it goes on")),
-        ("PUT /lfs/* *", 500, ("500", "it goes on")),
-        ("POST */commit/* *", 500, ("500", "it goes on")),
+        ("POST */preupload/* *", 503, ("503", "it continues")),
+        ("PUT /lfs/* *", 500, ("500", "it continues")),
+        ("POST */commit/* *", 500, ("500", "it continues")),
         ("POST */commit/* *", HANG_UP, ("connection to the Hub failed",)),
     ],
 )
@@ -477,7 +479,7 @@ def test_a_card_that_the_hub_refuses_is_told(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
+    upscale(UpscaleRequest(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     (out / "README.md").write_text("---\nlicense: [mit\n---\n")
     dus("push", out, "org/model", "-q").assert_one_line_error("README.md", "metadata")
     assert hub.files("org/model") == {}
@@ -492,7 +494,7 @@ def test_a_folder_that_changes_while_it_is_pushed_is_told(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
+    upscale(UpscaleRequest(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     change = f"""
 import time; time.sleep = lambda _: None
 from dus_cli.push import verb
@@ -503,7 +505,7 @@ def changed(self):
 verb.Push._upload = changed
 """
     dus("push", out, "org/model", "-q", first=change).assert_one_line_error(
-        "config.json changed while it was pushed"
+        "config.json changed during the push"
     )
 
 
@@ -511,7 +513,7 @@ def test_a_file_too_large_for_the_hub_is_refused_with_the_cure(
     folders: dict[str, Path], hub: WritableHub, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    upscale(Wanted(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
+    upscale(UpscaleRequest(ModelRef("b", path=folders["base"]), MapRequest(2)), out)
     os.truncate(out / "tokenizer.json", 50_000_000_001)  # a hole
     dus("push", out, "org/model").assert_one_line_error("50.00 GB", "--max-shard-size")
     assert hub.repos == {}
@@ -529,7 +531,7 @@ def test_without_quiet_a_log_gets_lines_and_stdout_the_result(out: Path, hub: Wr
     assert [line.split()[0] for line in again.stderr.splitlines()] == ["summing"]
     assert "already holds these" in again.stdout
     dry = dus("push", out, "org/model", "--dry-run")
-    assert "the repo is there" in dry.stdout
+    assert "the repo exists" in dry.stdout
 
 
 def test_a_base_that_was_pushed_is_remade_from_its_commit_when_main_has_moved_on(

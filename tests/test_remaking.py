@@ -24,8 +24,8 @@ from dus_cli.planning.plan import DEFAULT_SHARD_BYTES, MapRequest
 from dus_cli.release.remaking import read_remaking
 from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
+from dus_cli.upscaling.request import UpscaleRequest
 from dus_cli.upscaling.verb import upscale
-from dus_cli.upscaling.wanted import Wanted
 
 
 def release(
@@ -36,14 +36,14 @@ def release(
     size: int = DEFAULT_SHARD_BYTES,
     dtype: Dtype | None = None,
 ) -> Path:
-    wanted = Wanted(ModelRef(str(base), path=base), request, size, dtype)
+    wanted = UpscaleRequest(ModelRef(str(base), path=base), request, size, dtype)
     upscale(wanted, output, UpscaleOptions(checksums=True))
     return output
 
 
 def remake(lineage: Path, output: Path, model: str | None = None) -> UpscaleReport:
     remaking = read_remaking(lineage, model)
-    return upscale(Wanted(*remaking.parts, remaking), output)
+    return upscale(UpscaleRequest(*remaking.parts, remaking), output)
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def test_a_bit_lost_on_the_way_is_noticed_and_that_file_alone_fetched_again(
     hub.faults.flipped = {SHARDS[1]: 1_000_000}
     run = dus(*COMMAND, first=SMALL)
     run.assert_one_line_error(
-        SHARDS[1], "another sha256 than the Hub says", "the same command goes on"
+        SHARDS[1], "another sha256 than the Hub gives", "the same command continues"
     )
     assert not Path("out").exists()
     hub.faults.flipped = {}
@@ -247,7 +247,7 @@ def test_a_signal_keeps_all_that_was_written_and_says_so(
     assert stderr.count("\n") == 1
     assert (
         f"ended by {signal.Signals(signum).name}; what was fetched is kept, and the same command "
-        "goes on" in stderr
+        "continues" in stderr
     )
     hub.faults.bytes_per_second, served, hub.num_served = None, hub.num_served, 0
     done = dus(*COMMAND, "--overwrite", first=SMALL).report["streamed"]
@@ -435,9 +435,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(total: int, hub: StandInHub)
 
 def test_a_server_without_ranges_is_told_so(hub: StandInHub) -> None:
     hub.faults.ranges = False
-    dus(*COMMAND).assert_one_line_error(
-        "does not send the part of a file that is asked for", "hf download"
-    )
+    dus(*COMMAND).assert_one_line_error("does not support range requests", "hf download")
 
 
 def test_what_is_in_the_cache_is_taken_from_there(total: int, hub: StandInHub) -> None:

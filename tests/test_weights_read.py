@@ -121,7 +121,7 @@ def test_a_file_that_the_config_names_is_read_and_the_output_has_no_such_field(
     assert plan.checkpoint.weight_files == ["mine.safetensors"]
     assert "transformers_weights" not in plan.config
     edit_config(base, transformers_weights="other.safetensors")
-    assert "names other.safetensors, which is not there" in refused(base)
+    assert "names other.safetensors, which does not exist" in refused(base)
     edit_config(base, transformers_weights="mine.bin")
     assert "*.safetensors.index.json file there" in refused(base)
 
@@ -129,7 +129,7 @@ def test_a_file_that_the_config_names_is_read_and_the_output_has_no_such_field(
 def test_a_variant_and_the_parts_of_workers_are_named(base: Path) -> None:
     single = base / "model.safetensors"
     single.rename(base / "model.fp16.safetensors")
-    assert "weights of a variant alone (fp16)" in refused(base)
+    assert "only weights of a variant (fp16)" in refused(base)
     (base / "model.fp16.safetensors").rename(base / "shard-00000-model-00001-of-00001.safetensors")
     assert "consolidate_distributed_checkpoint" in refused(base)
 
@@ -283,11 +283,11 @@ def test_a_servers_answer_in_the_place_of_the_config_is_named(base: Path) -> Non
         (b"{", b"{ // mine\n", "a comment in line 1 (// mine)"),
         (b'"vocab_size": 256\n}', b'"vocab_size": 256,\n}', "a comma before the closing }"),
         (b'"silu"', b"'silu'", "a text in single quotes in line"),
-        (b"false", b"False", "a word of Python's in line"),
+        (b"false", b"False", "a Python constant in line"),
         (
             b"{",
             b'{"vocab_size": 7,',
-            "the name 'vocab_size' stands twice (7, then 256); readers differ",
+            "the name 'vocab_size' occurs twice (7, then 256); readers differ",
         ),
         (b'"vocab_size": 256\n}', b"", "ends in the middle"),
         (

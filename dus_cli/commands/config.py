@@ -1,6 +1,4 @@
-"""`--config`: options out of a TOML, YAML or JSON file, below those that stand on the command
-line.
-"""
+"""`--config`: options from a TOML, YAML or JSON file; the command line takes precedence."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ _MOST_BYTES = 1_000_000
 # Parameters that a file cannot give.
 _NOT_IN_A_FILE = frozenset({"config", "help", "print_config"})
 
-# Turns the content of a file that is none of options into options; None if it is not such a file.
+# Turns the content of another kind of file, such as run.json, into options; None if it is not one.
 Converter = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
@@ -34,15 +32,15 @@ def config_option(kinds: Mapping[str, Any], convert: Converter | None) -> Any:
     """The annotation of a command's `--config`.
 
     Args:
-        kinds: what the annotations of the command's parameters say that their values are, by name.
-        convert: makes options of another kind of file that the command knows.
+        kinds: the types of the command's parameters, by name.
+        convert: turns another kind of file that the command knows into options.
     """
 
     def read(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None and not context.resilient_parsing:
-            found = _texts(path, context, kinds, convert)
-            context.default_map = found
-            events.EventsWanted.by_a_file = found.get("progress") == ProgressMode.json.value
+            values = _texts(path, context, kinds, convert)
+            context.default_map = values
+            events.EventsWanted.by_a_file = values.get("progress") == ProgressMode.json.value
         return path
 
     return Annotated[
@@ -66,11 +64,10 @@ def _path(text: str | Path) -> Path:
 def _texts(
     path: Path, context: typer.Context, kinds: Mapping[str, Any], convert: Converter | None
 ) -> dict[str, Any]:
-    """What a file gives, by the names of parameters and as a command line would have it.
+    """The values in a file, by parameter name, in the form that a command line would give.
 
     Raises:
-        UsageError: the file cannot be read, or holds what is no option of the command, or no value
-            of its option.
+        UsageError: the file cannot be read, or holds an unknown option or an invalid value.
     """
     name, command = f"--config {shown(path)}", str(context.command.name)
     content = read_file(path)
@@ -89,67 +86,65 @@ def _texts(
         near = get_close_matches(unknown[0].replace("_", "-"), parameters, 1)
         hint = f"; do you mean {near[0]}?" if near else f"; see dus {command} --help"
         raise UsageError(f"{name}: dus {command} has no option {shown_list(unknown)}{hint}")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         parameter = parameters[str(key).replace("_", "-")]
         if value is None:  # YAML's way of leaving an option unset
             continue
-        if parameter.name in found:
+        if parameter.name in values:
             raise UsageError(
                 f"{name}: {key} is there twice, with a dash and with an underscore; leave one out"
             )
         try:
-            found[str(parameter.name)] = _text(value, kinds[str(parameter.name)])
-            parameter.process_value(context, found[str(parameter.name)])
+            values[str(parameter.name)] = _text(value, kinds[str(parameter.name)])
+            parameter.process_value(context, values[str(parameter.name)])
         except TypeError as error:
             raise UsageError(f"{name}: {key}: {error}") from None
         except typer.BadParameter as error:
             raise UsageError(f"{name}: {key}: {error.message.rstrip('.')}") from None
-    return found
+    return values
 
 
 def _keys(parameter: Any) -> list[str]:
-    """The names of a parameter in a file: of an option without dashes, of an argument as --help
-    has it.
-    """
+    """The names of a parameter in a file: an option's without leading dashes, an argument's own."""
     if parameter.param_type_name == "argument":
         return [str(parameter.name).replace("_", "-")]
     return [spelling[2:] for spelling in parameter.opts if spelling.startswith("--")]
 
 
 def _text(value: Any, kind: Any) -> Any:
-    """A value as a command line has it: text, a truth value for a flag, or a list of texts.
+    """A value as on a command line: text, a boolean for a flag, or a list of texts.
 
     Raises:
-        TypeError: it is of no type that the option takes.
+        TypeError: the option does not take a value of this type.
     """
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         return [_text(item, *get_args(kind)) for item in items]
     if kind is bool:
         if not isinstance(value, bool):
-            raise TypeError(f"{_said(value)} is neither true nor false")
+            raise TypeError(f"{_json_text(value)} is neither true nor false")
         return value
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{_said(value)} is no value of this option; write a text or a number")
-    # 1e3 or 007 would be read as another text than the one that was written
+        raise TypeError(f"{_json_text(value)} is no value of this option; write a text or a number")
+    # 1e3 or 007 has become a number, and its text is lost
     if kind in (str, Path):
         raise TypeError(
-            f"{_said(value)} is a number, and this option takes a text; write it in quotes"
+            f"{_json_text(value)} is a number, and this option takes a text; write it in quotes"
         )
     from decimal import Decimal
 
     return format(Decimal(repr(value)), "f")
 
 
-def _said(value: Any) -> str:
+def _json_text(value: Any) -> str:
     return shown(json.dumps(value, default=str, ensure_ascii=False))
 
 
 def kind_of(annotation: Any) -> Any:
-    """What the values of a parameter are, without what typer is told of it and without None."""
+    """The type of a parameter's values, without its annotation for typer and without None."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
@@ -161,10 +156,10 @@ def kind_of(annotation: Any) -> Any:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The mapping in a file, which is TOML, YAML or JSON by its name.
+    """The mapping in a file; its suffix says whether that is TOML, YAML or JSON.
 
     Raises:
-        UsageError: it cannot be read, or is no such mapping.
+        UsageError: the file cannot be read, or is not such a mapping.
     """
     name = f"--config {shown(path)}"
     readers = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
@@ -191,7 +186,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    # tomllib is in Python from 3.11 on; tomli is the same for an older one, if it is installed.
+    # tomllib is part of Python 3.11 and later; tomli is the same for older ones, if installed.
     for module in ("tomllib", "tomli"):
         try:
             tomllib = import_module(module)
@@ -203,10 +198,10 @@ def _toml(text: str) -> dict[str, Any]:
             "reading TOML takes Python 3.11 or tomli (pip install tomli); or write YAML"
         )
     try:
-        found: dict[str, Any] = tomllib.loads(text)
+        content: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"it is no TOML ({error})") from None
-    return found
+    return content
 
 
 def _yaml(text: str) -> dict[str, Any]:
@@ -214,18 +209,18 @@ def _yaml(text: str) -> dict[str, Any]:
 
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"it is no YAML ({error})") from None
-    if found is None:
+    if content is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise TypeError("it is no list of options; write a line such as seq-length: 512 for each")
     keys = [key.value for key, _ in root.value]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"{shown_list(twice)} is there twice; leave one out")
-    return found
+    return content
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -251,5 +246,5 @@ def toml_text(options: Mapping[str, Any]) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
-    # JSON's text is TOML's, but for DEL, which TOML wants escaped.
+    # A JSON string is a TOML string, except that TOML requires DEL to be escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""`dus eval`: parse, call, print."""
+"""The command `dus eval`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dus_cli.pictures.files import check_picture, write_pictures
 from dus_cli.progress import ProgressMode
 
 
-# --help lists all options about the text together, whichever dataclass holds them.
+# --help lists all options about the text together, although two dataclasses hold them.
 @takes_options(
     "models",
     *(
@@ -55,7 +55,7 @@ def evaluate(
         typer.Option(
             "--baseline",
             metavar="MODEL",
-            help="Compare the others with this one instead of the first.",
+            help="Compare the models with this one instead of the first.",
         ),
     ] = None,
     with_base: Annotated[
@@ -112,8 +112,8 @@ def evaluate(
             card.check_card(ref)
     if plot is not None:
         check_picture(plot)
-    says = not (quiet or as_json)
-    with progress_for(progress, quiet=not says) as told:
+    prints_text = not (quiet or as_json)
+    with progress_for(progress, quiet=not prints_text) as view:
         report = verbs.evaluate(
             [ref.text for ref in refs],
             text=text,
@@ -122,7 +122,7 @@ def evaluate(
             gates=gates,
             with_base=with_base,
             token=token,
-            progress=told,
+            progress=view,
         )
     if plot is not None:
         write_pictures(plot, lambda dark: eval_svg(report, dark=dark))
@@ -130,7 +130,7 @@ def evaluate(
         report = replace(report, cards=_updated_cards(report, judged))
     if as_json:
         sys.stdout.write(json.dumps(report.to_json()) + "\n")
-    elif says:
+    elif prints_text:
         sys.stdout.write(fitted(report.text(shutil.get_terminal_size().columns)) + "\n")
     sys.stdout.flush()
     if report.missed:
@@ -138,7 +138,7 @@ def evaluate(
 
 
 def _updated_cards(report: EvalReport, refs: list[ModelRef]) -> tuple[str, ...]:
-    """The cards that have the results now."""
+    """Write the results into the cards of the models; return their paths."""
     from dus_cli.evaluation import card
 
     paths = []
@@ -150,7 +150,7 @@ def _updated_cards(report: EvalReport, refs: list[ModelRef]) -> tuple[str, ...]:
 
 
 def _in_order(models: list[str], baseline: str | None, token: str | None) -> list[ModelRef]:
-    """The baseline first: one of the models, or one more."""
+    """The models with the baseline first: one of them, or another one."""
     if baseline is not None:
         models = [baseline, *(text for text in models if text != baseline)]
     return [ModelRef.parse(text, token=token) for text in models]

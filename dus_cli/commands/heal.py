@@ -56,7 +56,7 @@ def heal(
             "-o",
             metavar="OUT",
             parser=path_parser,
-            help="Where the healed model goes. Default: MODEL-healed.",
+            help="Directory for the healed model. Default: MODEL-healed.",
         ),
     ] = None,
     data: DataOptions,
@@ -101,12 +101,12 @@ def heal(
 
     Example: dus heal out/ --data corpus.jsonl --until base -o healed/
 
-    Most need five options: --data (the text), -o (where the model goes), --tokens (how long; one
-    epoch if left out), --until base (or until it is as good as its base) and --dry-run (what that
-    takes).
+    Five options are enough for most runs: --data (the text), -o (the directory to write), --tokens
+    (how long; one epoch by default), --until base (stop once the loss is the base's) and --dry-run
+    (estimate time and memory).
 
-    Measures the base's loss and the scaled model's, trains under torchrun, and ends with a
-    directory like any other, with its loss curve. The same command run again goes on where it was.
+    Measures the loss of the base and of the scaled model, trains under torchrun, and writes an
+    ordinary checkpoint with its loss curve. The same command run again continues a run.
     """
     data = replace(data, files=(*data.files, *(more_data or ())))
     options = verbs.heal_options(
@@ -127,30 +127,32 @@ def heal(
         job = job_text(print_job, replace(options, output=output or _beside(model)))
         sys.stdout.write(json.dumps({"job": job}) + "\n" if as_json else job)
         return
-    # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
+    # Imported here, because they import torch.
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb as launcher
     from dus_cli.heal.launch.report import command_json, dry_run_json, dry_run_text, heal_text
     from dus_cli.heal.watch.views import view_for
 
-    says = not (quiet or as_json)
-    with view_for(effective_mode(progress, quiet=not says)) as view:
+    prints_text = not (quiet or as_json)
+    with view_for(effective_mode(progress, quiet=not prints_text)) as view:
         if dry_run:
             run, model_shape = launcher.preview(options, view)
-            shown = (
+            output_text = (
                 json.dumps(dry_run_json(run, model_shape, options))
                 if as_json
                 else dry_run_text(run, model_shape, options)
             )
         elif print_command:
             command = launcher.prepared_command(options, view)
-            shown = json.dumps(command_json(command, options)) if as_json else shlex.join(command)
+            output_text = (
+                json.dumps(command_json(command, options)) if as_json else shlex.join(command)
+            )
         else:
             report = launcher.heal(options, view)
-            shown = json.dumps(report) if as_json else heal_text(report)
-    if as_json or says or print_command:
+            output_text = json.dumps(report) if as_json else heal_text(report)
+    if as_json or prints_text or print_command:
         is_exact = as_json or (print_command and not dry_run)
-        sys.stdout.write((shown if is_exact else fitted(shown)) + "\n")
+        sys.stdout.write((output_text if is_exact else fitted(output_text)) + "\n")
 
 
 def _beside(model: Path) -> Path:

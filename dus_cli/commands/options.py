@@ -1,6 +1,4 @@
-"""Options that several commands share, by the names that they have everywhere, and what follows
-from them.
-"""
+"""Options that several commands share, and the progress view that follows from them."""
 
 from __future__ import annotations
 
@@ -20,10 +18,10 @@ from dus_cli.upscaling.report import plan_text
 
 _T = TypeVar("_T")
 
-# Files behind the first one of --data.
+# Files after the first one of --data, which a shell's glob adds.
 MoreData = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(metavar="[FILE]...", help="More --data, as a shell makes of --data *.jsonl."),
+    typer.Argument(metavar="[FILE]...", help="More files of --data, so that --data *.jsonl works."),
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
@@ -41,18 +39,16 @@ ShowProgress = Annotated[
 
 
 def effective_mode(mode: ProgressMode, *, quiet: bool) -> ProgressMode:
-    """What `--progress` comes to: auto is none with --json or -q; what was asked for by name
-    stays.
-    """
+    """The mode that `--progress` stands for: with --json or -q, auto is none."""
     return ProgressMode.none if quiet and mode is ProgressMode.auto else mode
 
 
 def progress_for(mode: ProgressMode, *, quiet: bool) -> AbstractContextManager[Progress]:
-    """What a command tells while it works. `quiet` is `-q` or `--json`.
+    """The progress view of a command, as a context manager. `quiet` is `-q` or `--json`.
 
-    >>> with progress_for(ProgressMode.auto, quiet=True) as told:
-    ...     told.start("writing", 8)
-    ...     told.advance(8)
+    >>> with progress_for(ProgressMode.auto, quiet=True) as view:
+    ...     view.start("writing", 8)
+    ...     view.advance(8)
     """
     mode = effective_mode(mode, quiet=quiet)
     if mode is ProgressMode.json:
@@ -64,8 +60,9 @@ def progress_for(mode: ProgressMode, *, quiet: bool) -> AbstractContextManager[P
 
 
 def parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[str], _T]:
-    """A typer parser: a value that is not understood is a usage error. Outside of typer it must
-    name its option.
+    """A typer parser, which turns an invalid value into a usage error.
+
+    typer adds the option's name to the error; a call from elsewhere passes it as `option`.
     """
 
     def run(text: str) -> _T:
@@ -80,9 +77,9 @@ def parser(parse: Callable[[str], _T], option: str | None = None) -> Callable[[s
 
 
 def number(name: str, parse: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
-    """A typer parser of an option's number, which must be within its bounds in `bounds`."""
+    """A typer parser of an option's number, which must be within its `BOUNDS`."""
     return parser(lambda text: parse_number(name, text, parse))
 
 
-# Of every option and argument that is a path.
+# The parser of every option and argument that is a path.
 path_parser = parser(user_path)

@@ -62,29 +62,29 @@ def probe(
 ) -> None:
     """Measure what loss layer maps would have right after scaling, and write no model.
 
-    The layers of one model are called in the order of each map, all on the same text. Recommends a
-    map and prints the line for dus upscale.
+    Calls the layers of one model in the order of each map, on the same text. Recommends a map and
+    prints the command line of dus upscale for it.
     """
-    # Imported here, like torch below it: what `dus --help` and `dus upscale` do not need.
+    # Imported here, because they import torch.
     from dus_cli.probe.found import ProbePlan
     from dus_cli.probe.picture import probe_svg
     from dus_cli.probe.report import plan_json, plan_text, probe_json, probe_text
 
     options = replace(options, data=(*options.data, *(more_data or ())))
-    says = not (quiet or as_json)
+    prints_text = not (quiet or as_json)
     if plot is not None:
         check_picture(plot)
-    with progress_for(progress, quiet=not says) as told:
-        found = verbs.probe(
-            model, options, revision=revision, token=token, dry_run=dry_run, progress=told
+    with progress_for(progress, quiet=not prints_text) as view:
+        result = verbs.probe(
+            model, options, revision=revision, token=token, dry_run=dry_run, progress=view
         )
-    if isinstance(found, ProbePlan):
-        record, text = plan_json(found), plan_text(found)
+    if isinstance(result, ProbePlan):
+        record, text = plan_json(result), plan_text(result)
     else:
-        record, text = probe_json(found), probe_text(found)
+        record, text = probe_json(result), probe_text(result)
         if plot is not None:
-            write_pictures(plot, lambda dark: probe_svg(found, dark=dark))
+            write_pictures(plot, lambda dark: probe_svg(result, dark=dark))
     if as_json:
         sys.stdout.write(json.dumps(record) + "\n")
-    elif says:
+    elif prints_text:
         sys.stdout.write(fitted(text) + "\n")

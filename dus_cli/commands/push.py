@@ -1,4 +1,4 @@
-"""`dus push`: the typer command. Parses, calls, prints."""
+"""The command `dus push`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -33,25 +33,27 @@ def push_command(
     *,
     options: PushOptions,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be pushed, and where; push nothing.")
+        bool,
+        typer.Option("--dry-run", help="Report what would be pushed, and where; push nothing."),
     ] = False,
     progress: ShowProgress = ProgressMode.auto,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Push a finished model to the Hub, once it is verified, and compare what the Hub then holds.
+    """Verify a finished model, push it to the Hub, and compare what the Hub holds afterwards.
 
-    The same command again goes on with a push that was cut off, and leaves a finished one as it is.
+    The same command run again continues an interrupted push, and changes nothing after a finished
+    one.
     """
-    says = not (quiet or as_json)
+    prints_text = not (quiet or as_json)
     if dry_run:
         report = verbs.push(output, repo, options, dry_run=True)
     else:
-        with progress_for(progress, quiet=not says) as told:
-            report = verbs.push(output, repo, options, progress=told)
+        with progress_for(progress, quiet=not prints_text) as view:
+            report = verbs.push(output, repo, options, progress=view)
     if as_json:
         print(json.dumps(folder_push_json(output, report)))
-    elif says:
+    elif prints_text:
         print(fitted(push_text(report)))
         for warning in report.warnings:
             print(fitted(f"warning: {warning}"))

@@ -1,4 +1,4 @@
-"""Signals that end a command."""
+"""The signals that end a command: SIGINT, SIGTERM and SIGHUP."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from types import FrameType
 
 
 class Terminated(BaseException):
-    """A signal that ends the run. It unwinds, so that context managers clean up; typer does not
-    know it.
+    """A signal ends the run. An exception, so that context managers clean up; one that typer does
+    not catch.
     """
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
 
 
-# Seconds that a clean-up has before another signal ends the process in the middle of it.
+# Seconds for the clean-up, before another signal ends the process at once.
 _CLEAN_UP = 5.0
 
 
 class EndingSignals:
-    """The signals that end a run: the first unwinds it, another one ends what does not unwind."""
+    """Raises `Terminated` at the first signal, and ends the process at a later one."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -35,10 +35,11 @@ class EndingSignals:
         if self.signum is None:
             self.signum, self._came = signum, time.monotonic()
             raise Terminated(signum)
-        # an impatient Ctrl-C does not interrupt the clean-up
+        # a second Ctrl-C right after the first does not interrupt the clean-up
         if time.monotonic() - self._came > _CLEAN_UP:
             os._exit(128 + signum)
 
 
 def ended_by(signum: int) -> tuple[int, str]:
+    """The exit code and the message of a run that a signal ended."""
     return 128 + signum, f"ended by {signal.Signals(signum).name}; nothing was left behind"

@@ -1,6 +1,4 @@
-"""A command's signature for typer, made from the options that stand beside the fields of its
-dataclasses.
-"""
+"""A command's signature for typer, made from the options in the annotations of its dataclasses."""
 
 from __future__ import annotations
 
@@ -18,23 +16,22 @@ from dus_cli.commands.config import Converter, config_option, kind_of
 from dus_cli.commands.options import parser
 from dus_cli.common.options import OptionField, option_field, option_fields
 
-# What typer reads and checks by the type alone; of anything else a parser makes the value.
+# Types that typer parses itself; any other needs a parser.
 _PLAIN = (bool, int, float, str, Path)
 
 Command = Callable[..., None]
 
 
 def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Command], Command]:
-    """Make of a function with dataclasses among its parameters a command whose options are their
-    fields.
+    """Turn a function that takes dataclasses into a command whose options are their fields.
 
-    A parameter whose type is a dataclass becomes the options of its fields, in its place; the
+    A parameter whose type is a dataclass is replaced by one parameter for each of its options; the
     function is called with the dataclass. A parameter annotated with an `Option` becomes that
-    option. Others stay as they are. `--config`, a file of options, comes behind them all.
+    option. Others stay as they are. `--config` is added as the last.
 
     Args:
         first: fields and parameters that come before all others in --help, in this order.
-        convert: makes options of another kind of file that is given as --config.
+        convert: turns another kind of file that is given as --config into options.
     """
 
     def decorate(function: Command) -> Command:
@@ -59,13 +56,15 @@ def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Co
 
         @functools.wraps(function)
         def command(**values: Any) -> None:
-            given: dict[str, Any] = {}
+            arguments: dict[str, Any] = {}
             for name, (kind, options) in groups.items():
-                given[name] = kind(**{option.field: _taken(option, values) for option in options})
+                arguments[name] = kind(
+                    **{option.field: _pop_value(option, values) for option in options}
+                )
             for name, option in singles.items():
-                given[name] = _taken(option, values)
+                arguments[name] = _pop_value(option, values)
             values.pop("config")
-            function(**given, **values)
+            function(**arguments, **values)
 
         parameters.sort(key=lambda parameter: _place(parameter.name, first))
         kinds = {parameter.name: kind_of(parameter.annotation) for parameter in parameters}
@@ -75,7 +74,7 @@ def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Co
                 "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config
             )
         )
-        del command.__wrapped__  # the function has other parameters
+        del command.__wrapped__  # its signature differs from the command's
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
@@ -87,8 +86,8 @@ def _place(name: str, first: tuple[str, ...]) -> int:
     return first.index(name) if name in first else len(first)
 
 
-def _taken(option: OptionField, values: dict[str, Any]) -> Any:
-    """The value of an option for its field, taken out of what typer found."""
+def _pop_value(option: OptionField, values: dict[str, Any]) -> Any:
+    """Take an option's value out of what typer parsed, in the form that its field has."""
     value = values.pop(option.field)
     if not option.repeats:
         return value
@@ -98,7 +97,7 @@ def _taken(option: OptionField, values: dict[str, Any]) -> Any:
 
 
 def _parameter(option: OptionField) -> inspect.Parameter:
-    """The parameter that typer makes an option of."""
+    """The parameter from which typer makes the option."""
     is_required = option.default is dataclasses.MISSING
     default = inspect.Parameter.empty if is_required else option.typed_default
     annotation: Any = Annotated[_kind(option, is_required=is_required), _typer_option(option)]
@@ -117,14 +116,19 @@ def _kind(option: OptionField, *, is_required: bool) -> Any:
 
 
 def _typer_option(option: OptionField) -> Any:
-    said = option.option
+    """The option in typer's form. A flag that is on by default gets a --no- spelling."""
+    annotation = option.option
     spellings = [
         f"--{option.name}/--no-{option.name}" if option.default is True else f"--{option.name}"
     ]
-    spellings += [said.short] if said.short else []
+    spellings += [annotation.short] if annotation.short else []
     more: dict[str, Any] = {} if option.parse is None else {"parser": parser(option.parse)}
-    if said.choices:
-        more["autocompletion"] = lambda: list(said.choices)
+    if annotation.choices:
+        more["autocompletion"] = lambda: list(annotation.choices)
     return typer.Option(
-        *spellings, help=said.help, metavar=said.metavar, rich_help_panel=said.panel, **more
+        *spellings,
+        help=annotation.help,
+        metavar=annotation.metavar,
+        rich_help_panel=annotation.panel,
+        **more,
     )

@@ -19,18 +19,18 @@ from dus_cli.console.terminal import fitted
 from dus_cli.errors import StoppedError, UsageError
 from dus_cli.progress import ProgressMode
 from dus_cli.upscaling.options import RECORDED, UpscaleOptions
-from dus_cli.upscaling.wanted import refuse_recorded
+from dus_cli.upscaling.request import refuse_recorded
 from dus_cli.writing.outputs import KEPT
 from dus_cli.writing.staging import has_kept
 
 
 def _typed(context: typer.Context) -> list[str]:
-    """Fields that a lineage records and that were given, also if they were given their defaults,
-    which the API does not tell from none.
+    """The fields in `RECORDED` that were typed, even with their default values, which the API
+    cannot see.
     """
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in RECORDED}
-    given = {"COMMANDLINE", "DEFAULT_MAP"}  # the second is --config
-    return [name for name, source in sources.items() if source in given]
+    typed = {"COMMANDLINE", "DEFAULT_MAP"}  # the second is --config
+    return [name for name, source in sources.items() if source in typed]
 
 
 @takes_options()
@@ -43,7 +43,7 @@ def upscale(
             "-o",
             metavar="OUT",
             parser=path_parser,
-            help="Directory to write; must not exist, or be empty.",
+            help="Directory to write; it must be empty or not exist.",
         ),
     ],
     model: Annotated[
@@ -69,24 +69,26 @@ def upscale(
     if options.lineage is not None:
         refuse_recorded(_typed(context))
     elif model is None:
-        raise UsageError("which model? give MODEL, a directory or a Hub id; see dus upscale --help")
-    says = not (quiet or as_json)
+        raise UsageError(
+            "no model is given; give MODEL, a directory or a Hub id; see dus upscale --help"
+        )
+    prints_text = not (quiet or as_json)
     keeping = _kept_if_streamed(output, stream=options.stream)
-    with keeping, progress_for(progress, quiet=not says) as told:
+    with keeping, progress_for(progress, quiet=not prints_text) as view:
         if dry_run:
             report = api.plan(model, output, options)
-            told.planned(report.plan)
+            view.planned(report.plan)
         else:
-            report = api.upscale(model, output, options, progress=told)
+            report = api.upscale(model, output, options, progress=view)
     if as_json:
         print(json.dumps(report.to_json()))
-    elif says:
+    elif prints_text:
         print(fitted(report))
 
 
 @contextlib.contextmanager
 def _kept_if_streamed(output: Path, *, stream: bool) -> Iterator[None]:
-    """Say of a streamed run that a signal ended that nothing is lost."""
+    """Report for a streamed run that a signal ended that its bytes are kept."""
     try:
         yield
     except Terminated as ended:

@@ -1,8 +1,8 @@
-"""The values of a command's options, without the import of pydantic.
+"""Parse the values of a command's options without importing pydantic.
 
 typer 0.29 builds a pydantic adapter for every parameter of a command, given or not. Importing
-pydantic and building them takes as long as planning a 7B model. Our options need none: they are
-text, an enum's member by its value, or have a parser of their own.
+pydantic and building the adapters takes as long as planning a 7B model. The options of dus need
+none: they are text, an enum member's value, or have a parser of their own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class _Value:
-    """What `get_runtime_param` of typer 0.29 returns: makes a parameter's value of its text.
+    """Stands in for what `get_runtime_param` of typer 0.29 returns: parses a parameter's text.
 
     Attributes:
-        parse: makes the value of one text; a parser also gets a default, and returns it.
-        choices: an enum's members by what a person types for them.
-        typers_own: typer's own, which says in its words what is no choice.
+        parse: parses one text; it also receives a default, and returns it as it is.
+        choices: an enum's members by the text that a user types for them.
+        typers_own: typer's own parser, for its error message about an invalid choice.
     """
 
     parse: Callable[[Any], Any] | None
@@ -41,8 +41,9 @@ class _Value:
 
 
 def read_without_pydantic(parameters: Iterable[Any]) -> None:
-    """Let parameters of a command make their values themselves. Another typer, which does not ask
-    `get_runtime_param` for them, makes the same values in its own way.
+    """Let a command's parameters parse their text themselves.
+
+    A typer that does not call `get_runtime_param` makes the same values in its own way.
     """
     for parameter in parameters:
         kind = getattr(parameter, "type_descriptor", None)

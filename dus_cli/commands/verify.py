@@ -29,14 +29,14 @@ def verify(
 ) -> None:
     """Check a checkpoint: headers, index, config, duplicated layers byte by byte, checksums.
 
-    Lists every problem it finds, and exits 1 if there is any.
+    Lists every problem, and exits 1 if there is one.
     """
-    says = not (quiet or as_json)
-    with progress_for(progress, quiet=not says) as told:
-        found = api.verify(model, options, progress=told)
+    prints_text = not (quiet or as_json)
+    with progress_for(progress, quiet=not prints_text) as view:
+        result = api.verify(model, options, progress=view)
     if as_json:
-        print(json.dumps(found.to_json()))
-    elif says or not found.is_sound:
-        print(fitted(found))
-    if not found.is_sound:
+        print(json.dumps(result.to_json()))
+    elif prints_text or not result.is_sound:
+        print(fitted(result))
+    if not result.is_sound:
         raise typer.Exit(1)

@@ -1,1 +1,1 @@
-"""What every room may use."""
+"""Helpers that know nothing of models; every room may use them."""

@@ -1,4 +1,4 @@
-"""The bounds of every number that a command takes, in one table, and what is said of a number
+"""The bounds of every number that a command takes, in one table, and the error for a number
 outside of them.
 """
 
@@ -13,17 +13,18 @@ from dus_cli.errors import UsageError, shown
 
 _BILLION, _TRILLION, _QUADRILLION = 10**9, 10**12, 10**15
 
-# A row of tokens: longer than any context in use.
+# Tokens in a row: longer than any context in use.
 _LONGEST_ROW = 1 << 24
 
-# As many layers as an output may have (`maps.layers`).
+# The most layers that an output may have (`maps.layers`).
 _MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that an option takes: `least` (or what is above it) to `most`, whole ones or
-    any.
+    """The numbers that an option takes, from `least` to `most`.
+
+    If `is_whole`, only integers; if `is_above`, not `least` itself.
     """
 
     least: float
@@ -37,7 +38,7 @@ class Bounds:
         return f"{kind} {first} {self.most:,}"
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is within them; NaN and infinity are within none."""
+        """Whether a value is a number within the bounds; NaN and infinity never are."""
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
             return False
         return bool(
@@ -45,8 +46,8 @@ class Bounds:
         )
 
 
-# By the names of options, which mean the same in every command. Sizes in bytes, shares of 1, losses
-# in nats per token.
+# By option name; a name means the same in every command. Sizes are in bytes, losses in nats per
+# token, shares between 0 and 1.
 BOUNDS = {
     "average": Bounds(2, 1000),
     "batch-tokens": Bounds(1, _BILLION),
@@ -90,19 +91,18 @@ BOUNDS = {
 
 
 def parse_number(name: str, text: str, parse: Callable[[str], Any] | None = None) -> Any:
-    """An option's number, of its text.
+    """Parse an option's number and check its bounds.
 
     >>> parse_number("jobs", "8"), parse_number("lr", "1e-4")
     (8, 0.0001)
 
     Args:
-        name: the option's, without dashes.
-        text: as it was typed.
-        parse: reads what is not written as a plain number, such as 10M; raises ValueError.
+        name: the option's name, without leading dashes.
+        text: the text that was typed.
+        parse: parses a number that is not a plain one, such as 10M; raises ValueError.
 
     Raises:
-        ValueError: it is no number, or not within the option's bounds; the text says which they
-            are.
+        ValueError: the text is not a number within the option's bounds, which the message gives.
     """
     bounds = BOUNDS[name]
     if parse is None:
@@ -118,13 +118,14 @@ def parse_number(name: str, text: str, parse: Callable[[str], Any] | None = None
 
 
 def check_numbers(**numbers: Any) -> None:
-    """Check that numbers are within their bounds, each by its option's name with underscores; None
-    is none given.
+    """Check that numbers are within their bounds.
+
+    Each is passed by its option's name, with underscores; None stands for no number.
 
     >>> check_numbers(jobs=8, trim=None)
 
     Raises:
-        UsageError: one is not.
+        UsageError: a number is out of bounds.
     """
     for name, value in numbers.items():
         bounds = BOUNDS.get(name.replace("_", "-"))
@@ -133,10 +134,10 @@ def check_numbers(**numbers: Any) -> None:
 
 
 def check_fields(options: Any) -> None:
-    """The same for a dataclass whose fields are named like options.
+    """Check the numbers in a dataclass whose fields are named like options.
 
     Raises:
-        UsageError: a number is not within its bounds.
+        UsageError: a number is out of bounds.
     """
     check_numbers(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)}

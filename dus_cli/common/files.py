@@ -16,8 +16,11 @@ CLEARED = "nothing was left behind"
 
 @contextlib.contextmanager
 def writing(name: str, left: str = CLEARED) -> Iterator[None]:
-    """Turn a failure to write into one line. `left` says what becomes of what was written so
-    far.
+    """Turn an OSError while writing `name` into one line, which ends with `left`: what remains of
+    the bytes written so far.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     try:
         yield
@@ -32,10 +35,10 @@ def writing(name: str, left: str = CLEARED) -> Iterator[None]:
 
 
 def sync_file(path: Path) -> None:
-    """See a file's content on the disk.
+    """Flush a file to the disk (fsync).
 
     Raises:
-        OutputError: the disk failed, or was full after all.
+        OutputError: the disk failed, or turned out to be full.
     """
     with writing(path.name):
         file = os.open(path, os.O_RDONLY)

@@ -1,8 +1,7 @@
-"""Libraries that an extra brings: asked for here before they are imported, so that one line says
-what to install.
+"""Optional libraries: check that they are installed before they are imported, so that the error is
+one line that says what to install.
 
-They are imported inside functions, where they are needed: `dus --help` and `dus upscale` do without
-them.
+They are imported inside the functions that use them, because `dus --help` and `dus upscale` do not.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dus_cli.errors import MissingExtraError, listed, reason_of
 
 _HEAL, _EVAL, _STORES = "'dus-cli[heal]'", "'dus-cli[eval]'", "'dus-cli[stores]'"
 
-# What to install for a module; one that is not listed comes in a package of its own name.
-_BROUGHT_BY = {
+# The argument of `pip install` for a module; any other module has a package of the same name.
+_PACKAGES = {
     "accelerate": _HEAL,
     "gcsfs": _STORES,
     "lm_eval": _EVAL,
@@ -33,11 +32,11 @@ def require(what: str, *modules: str) -> None:
     >>> require("dus upscale", "json", "pathlib")
 
     Args:
-        what: the command, option or file that needs them, as a user knows it.
-        modules: by the names that `import` knows them by.
+        what: the command, option or file that needs them, for the message.
+        modules: their import names.
 
     Raises:
-        MissingExtraError: some are not; it names them and what to install.
+        MissingExtraError: some are missing; the message names them and what to install.
     """
     missing = [module for module in modules if not _is_installed(module)]
     if missing:
@@ -45,8 +44,8 @@ def require(what: str, *modules: str) -> None:
 
 
 def broken_import(error: ImportError) -> MissingExtraError:
-    """What to say of an import that failed all the same: a library that is incomplete, too old,
-    or was not foreseen.
+    """The error for a failed import that `require` did not prevent: the library is incomplete, too
+    old, or not listed there.
     """
     module = (error.name or "").partition(".")[0]
     if not module:
@@ -63,12 +62,12 @@ def broken_import(error: ImportError) -> MissingExtraError:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # a module that is half there
+    except (ImportError, ValueError):  # a partly installed module
         return False
 
 
 def _version(module: str) -> str:
-    # it reads the parser of e-mails, which is a quarter of what `dus --version` imports
+    # imported here: it imports the e-mail parser, a quarter of what `dus --version` would import
     import importlib.metadata
 
     try:
@@ -78,5 +77,5 @@ def _version(module: str) -> str:
 
 
 def _packages(modules: list[str]) -> str:
-    """The arguments of pip: each extra or package once."""
-    return " ".join(dict.fromkeys(_BROUGHT_BY.get(module, module) for module in modules))
+    """The arguments of `pip install`, each extra or package once."""
+    return " ".join(dict.fromkeys(_PACKAGES.get(module, module) for module in modules))

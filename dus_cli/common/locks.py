@@ -1,5 +1,5 @@
-"""Who holds a lock: flock(2) itself tells only that somebody does. It ends with its process,
-however that ends.
+"""Which process holds a lock, for messages: flock(2) itself says only that one does. A lock ends
+with its process, however that ends.
 """
 
 from __future__ import annotations
@@ -14,29 +14,28 @@ from dus_cli.errors import shown
 
 
 def this_process() -> str:
-    """What whoever finds a lock of this process is to read: its number, its host, and since
-    when.
-    """
+    """The current process in words, for a lock file: its id, its host and its start time."""
     return _described(os.getpid())
 
 
 def holder(descriptor: int) -> str:
-    """Who holds the flock of an open file or folder, in words; what to say where the system does
-    not tell.
+    """The process that holds the flock of an open file or folder, in words.
+
+    If /proc/locks does not list it, the holder is on another machine or in another container.
     """
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    found: dict[str, int] = {}
+    pids: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
             # proc_locks(5): number, FLOCK, ADVISORY, WRITE, pid, major:minor:inode, …
             fields = line.split()
             place, _, inode = fields[5].rpartition(":")
             if fields[1] == "FLOCK" and inode == str(status.st_ino):
-                found[place] = int(fields[4])
-    # Some file systems tell stat(2) another device; a lock of the only file with this number is
-    # meant then.
-    pid = found.get(device, next(iter(found.values())) if len(found) == 1 else 0)
+                pids[place] = int(fields[4])
+    # On some file systems stat(2) gives another device than /proc/locks; then the only lock on this
+    # inode number is taken.
+    pid = pids.get(device, next(iter(pids.values())) if len(pids) == 1 else 0)
     return _described(pid) if pid > 0 else "on another machine, or in another container"
 
 
@@ -48,7 +47,7 @@ def _described(pid: int) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, by the clock of the wall; None where the system does not tell."""
+    """When a process started, in local time; None if /proc does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
         ticks = (
             Path(f"/proc/{pid}/stat")

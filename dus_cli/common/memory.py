@@ -1,4 +1,4 @@
-"""How much memory this machine has to give."""
+"""How much memory this machine has available."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
-# Of what is free: the rest is for buffers that no formula knows, and for others.
+# The share of free memory that is used: the rest is for buffers that no estimate includes, and for
+# other programs.
 _USABLE = 0.85
 
-# Seconds that a driver may take to answer.
-_PATIENCE = 20
+# Seconds to wait for nvidia-smi.
+_TIMEOUT = 20
 
 
 def available_bytes() -> int:
-    """Bytes that a new process can use: what the kernel calls available, within the container's
+    """Bytes that a new process can use: 85% of the kernel's MemAvailable, within the container's
     limit.
     """
     free = 1 << 62
@@ -25,7 +26,7 @@ def available_bytes() -> int:
             int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
         )
     with contextlib.suppress(OSError, ValueError):
-        # "max" is no number
+        # "max", for no limit, raises ValueError
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
         free = min(free, max(0, limit - used))
@@ -33,11 +34,9 @@ def available_bytes() -> int:
 
 
 def smallest_gpu() -> tuple[str, int] | None:
-    """Name and usable bytes of the NVIDIA GPU here that has the least memory; None where none can
-    be asked.
+    """Name and usable bytes of this machine's NVIDIA GPU with the least memory; None without one.
 
-    Its driver's own tool is asked, for torch would keep a context on the GPU in a process that only
-    plans.
+    nvidia-smi gives them: torch would keep a context on the GPU in a process that only plans.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -45,10 +44,10 @@ def smallest_gpu() -> tuple[str, int] | None:
     command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
         answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE, check=True
+            command, capture_output=True, text=True, timeout=_TIMEOUT, check=True
         ).stdout
-        found = [line.rpartition(",") for line in answer.splitlines() if line.strip()]
-        sizes = [(int(size), name.strip()) for name, _, size in found]
+        rows = [line.rpartition(",") for line in answer.splitlines() if line.strip()]
+        sizes = [(int(size), name.strip()) for name, _, size in rows]
         if sizes:
             size, name = min(sizes)
             return name, int(size * 1024 * 1024 * _USABLE)

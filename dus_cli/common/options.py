@@ -1,13 +1,11 @@
-"""An option, said once: beside the field of the dataclass that a verb takes. No command line is
-needed for it.
+"""An option, defined once: as the annotation of a field of the dataclass that a verb takes.
 
     @dataclass(frozen=True, kw_only=True)
     class Budget:
         steps: Annotated[int | None, Option("Budget in steps.", metavar="N", panel="Budget")] = None
 
-`commands/signature.py` makes `--steps N` of this field, with its help, its default and its bounds
-(`bounds.py` has them by the option's name). Whoever calls the verb from Python gives
-`Budget(steps=8)`.
+`commands/signature.py` makes the option `--steps N` from this field, with its help, its default and
+its bounds (by the option's name in `bounds.py`). From Python the same is `Budget(steps=8)`.
 """
 
 from __future__ import annotations
@@ -31,22 +29,22 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Option:
-    """What a field's option is called, and how it is explained and read.
+    """The name, the help and the parser of a field's option.
 
     Attributes:
-        help: what --help says of it.
-        name: of the option, without dashes. The field's name, with dashes for underscores, if
-            empty.
+        help: its text in --help.
+        name: its name without leading dashes; if empty, the field's name with dashes for
+            underscores.
         short: a second spelling, such as "-o".
-        metavar: what stands for the value in --help.
+        metavar: the placeholder of its value in --help.
         panel: the group in which --help lists it.
-        parse: makes the value of its text; raises ValueError or DusError if the text is not
-            understood. From Python a field of text may be given a path, which goes through it too.
-            Plain numbers, paths, enums and text need none.
-        show: makes of the value what a person types for it, if that is not the value itself.
+        parse: turns its text into the value; raises ValueError or DusError for an invalid text. A
+            `Path` given from Python for a text field is parsed too. Plain numbers, paths, enums and
+            text need no parser.
+        show: turns the value into what a user would type, if that is not the value itself.
         auto: "auto" may be typed for None, and is the default.
-        splits: of an option that repeats: `parse` makes a tuple of values of one text.
-        choices: what a shell proposes for it.
+        splits: for an option that repeats: `parse` turns one text into a tuple of values.
+        choices: what shell completion proposes.
     """
 
     help: str
@@ -68,10 +66,11 @@ class OptionField:
     Attributes:
         field: the field's name.
         name: the option's name, without dashes.
-        kind: the type of the value without None; of one of its items if it `repeats`.
+        kind: the type of the value, without None; the type of one item if the option `repeats`.
         is_optional: the value may be None.
         repeats: the option may be given several times, and the field is a tuple.
         default: the field's default; `dataclasses.MISSING` if it has none.
+        option: its name, help and parser as annotated.
     """
 
     field: str
@@ -84,8 +83,8 @@ class OptionField:
 
     @property
     def parse(self) -> Callable[[Any], Any] | None:
-        """What makes the value of its text; None if nothing but the type does. It raises
-        ValueError or DusError.
+        """The parser of its text, which raises ValueError or DusError; None if the type alone
+        decides.
         """
         parse = self.option.parse
         if self.name in BOUNDS:
@@ -99,21 +98,22 @@ class OptionField:
             return None
         return parse_number(self.name, text, self.option.parse)
 
-    def taken(self, value: Any) -> Any:
-        """The field's value, of what a caller from Python gave: the value itself, or what a person
-        would type.
+    def checked(self, value: Any) -> Any:
+        """The field's value, from what a Python caller gave: a value, or the text that a user would
+        type.
 
         Raises:
-            UsageError: it is neither, or a number out of its bounds.
+            UsageError: it is neither, or a number out of bounds.
         """
         if value is None and self.is_optional:
             return None
         if not self.repeats:
-            return self._taken(value)
+            return self._checked_item(value)
         if isinstance(value, Mapping):
             value = value.items()
         items = [
-            self._taken(item) for item in ([value] if isinstance(value, (str, Path)) else value)
+            self._checked_item(item)
+            for item in ([value] if isinstance(value, (str, Path)) else value)
         ]
         if self.option.splits:
             items = [
@@ -121,7 +121,7 @@ class OptionField:
             ]
         return tuple(items)
 
-    def _taken(self, value: Any) -> Any:
+    def _checked_item(self, value: Any) -> Any:
         parse, kind = self.parse, self.kind
         if value is None:
             raise UsageError(f"{self.field}: None is no value of it; leave it out for the default")
@@ -140,8 +140,8 @@ class OptionField:
         return value
 
     def typed(self, value: Any) -> Any:
-        """What a person types for a value: text, a number, a truth value, or a list of them;
-        None for nothing.
+        """A value as a user types it: text, a number, a boolean, or a list of them; None for
+        nothing.
         """
         if value is None:
             return "auto" if self.option.auto else None
@@ -158,16 +158,14 @@ class OptionField:
 
     @property
     def typed_default(self) -> Any:
-        """The default for a command line: an enum's choice, or as it is typed; None if there is
-        none.
-        """
+        """The default on the command line: an enum member, or as `typed`; None for none."""
         if self.default is dataclasses.MISSING or self.default == ():
             return None
         return self.default if isinstance(self.default, Enum) else self.typed(self.default)
 
 
 def _choice(kind: EnumMeta, value: Any) -> Any:
-    """The member of an enum that has a value.
+    """The enum's member with this value.
 
     Raises:
         ValueError: there is none.
@@ -180,67 +178,66 @@ def _choice(kind: EnumMeta, value: Any) -> Any:
 
 
 def option_field(field: str, annotation: Any, default: Any) -> OptionField | None:
-    """The option of an annotated field; None if its annotation holds none."""
+    """The option in a field's annotation; None if there is none."""
     if get_origin(annotation) is not Annotated:
         return None
     kind, *notes = get_args(annotation)
-    found = [note for note in notes if isinstance(note, Option)]
-    if not found:
+    options = [note for note in notes if isinstance(note, Option)]
+    if not options:
         return None
     choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     (kind,) = (choice for choice in choices if choice is not type(None))
     repeats = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
     return OptionField(
         field=field,
-        name=found[0].name or field.replace("_", "-"),
+        name=options[0].name or field.replace("_", "-"),
         kind=get_args(kind)[0] if repeats else kind,
         is_optional=type(None) in choices,
         repeats=repeats,
         default=default,
-        option=found[0],
+        option=options[0],
     )
 
 
 def option_fields(kind: type) -> list[OptionField]:
     """The options of a dataclass, in the order of its fields."""
     hints = get_type_hints(kind, include_extras=True)
-    found = [
+    options = [
         option_field(field.name, hints[field.name], field.default)
         for field in dataclasses.fields(kind)
     ]
-    return [option for option in found if option is not None]
+    return [option for option in options if option is not None]
 
 
 def settled(options: _T) -> _T:
-    """Options from Python, checked as those of a command line are; a text stands for what it would
-    mean there.
+    """Options from Python, checked and parsed as on the command line.
 
     Raises:
-        UsageError: a value that the option does not take.
+        UsageError: an option does not take its value.
     """
-    given: Any = options
-    taken = {
-        option.field: option.taken(getattr(given, option.field))
-        for option in option_fields(type(given))
+    dataclass_object: Any = options
+    values = {
+        option.field: option.checked(getattr(dataclass_object, option.field))
+        for option in option_fields(type(dataclass_object))
     }
-    return dataclasses.replace(given, **taken)  # type: ignore[no-any-return]
+    return dataclasses.replace(dataclass_object, **values)  # type: ignore[no-any-return]
 
 
 def options_of(kind: type[_T], options: _T | None, fields: Mapping[str, Any]) -> _T:
-    """The options that a caller from Python gave: as an object, as its fields by keyword, or as an
-    object with some fields replaced.
+    """The options of a Python call: an object, its fields by keyword, or an object with some fields
+    replaced.
 
     Raises:
-        TypeError: a keyword is no field.
-        UsageError: a value that the option does not take.
+        TypeError: a keyword is not a field.
+        UsageError: an option does not take its value.
     """
-    given: Any = kind() if options is None else options
-    return settled(dataclasses.replace(given, **fields))  # type: ignore[no-any-return]
+    start: Any = kind() if options is None else options
+    return settled(dataclasses.replace(start, **fields))  # type: ignore[no-any-return]
 
 
 def takes_fields(kind: type) -> Callable[[_F], _F]:
-    """Show of a function that ends in `**fields` which keywords these are: the fields of a
-    dataclass.
+    """Give a function that takes `**fields` a signature with the fields of a dataclass in their
+    place, for `help` and `inspect.signature`.
     """
 
     def decorate(function: _F) -> _F:

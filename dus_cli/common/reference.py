@@ -12,21 +12,19 @@ from dus_cli.errors import ModelNotFoundError, UsageError, encodable, shown
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w./+%-]+))?", re.ASCII)
 
-# How huggingface_hub writes places on the Hub (utils/_hf_uris.py); of its types only models are of
-# use here.
+# huggingface_hub's URIs (utils/_hf_uris.py); of their types only models matter here.
 _URI, _URI_OF_A_MODEL = "hf://", "models/"
 
-# git-check-ref-format(1): what no branch, tag or commit has in its name. The name becomes a path in
-# the Hub's cache.
+# What no branch, tag or commit has in its name (git-check-ref-format(1)). The name becomes a path
+# in the Hub's cache.
 _NO_REVISION = re.compile(r"[\0-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[/-]|[/.]$|^$")
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as it was typed, with `~` and `~name` as a shell has them: it leaves them alone in
-    --output=~/out.
+    """A typed path, with `~` and `~name` expanded: a shell does not expand them in --output=~/out.
 
     Raises:
-        UsageError: it cannot be a path, or there is no such user.
+        UsageError: the text cannot be a path, or there is no such user.
     """
     if not str(text) or "\0" in str(text):
         raise UsageError(f"{shown(str(text))!r} is no path; give one, or ./ for this folder")
@@ -39,8 +37,8 @@ def user_path(text: str | Path) -> Path:
 
 
 def model_text(model: str | Path) -> str:
-    """What a person types for a model; of a path, text that means a directory too wherever it is
-    repeated.
+    """The text that a user would type for a model. A relative path gets "./", so that it is not
+    read as a Hub id.
     """
     return str(model) if isinstance(model, str) or model.is_absolute() else f"./{model}"
 
@@ -49,9 +47,9 @@ def model_text(model: str | Path) -> str:
 class ModelRef:
     """Where a model is: exactly one of `path` and `repo_id` is set.
 
-    `text` is what the user typed, with bytes that are no UTF-8 spelled out; reports and lineage
-    repeat it. `token` is the one given for this model, which nothing prints; without it
-    huggingface_hub takes HF_TOKEN or the stored login.
+    `text` is what the user typed, with bytes that are not UTF-8 as escapes; reports and lineage
+    repeat it. `token` is the Hub access token for this model, which is never printed; without one
+    huggingface_hub uses HF_TOKEN or the stored login.
     """
 
     text: str
@@ -62,10 +60,10 @@ class ModelRef:
 
     @classmethod
     def parse(cls, text: str, *, revision: str | None = None, token: str | None = None) -> ModelRef:
-        """Tell a Hub id from a directory by its form alone, so that a pipeline means the same
-        everywhere.
+        """Tell a Hub id from a directory by its form alone, so that a command means the same on
+        every machine.
 
-        `org/name`, `org/name@revision` and either behind `hf://` are Hub ids, also where a
+        `org/name`, `org/name@revision` and either of them after `hf://` are Hub ids, even if a
         directory of that name exists: write `./org/name` for the directory. Everything else is a
         directory.
 
@@ -78,14 +76,13 @@ class ModelRef:
 
         Args:
             text: what the user typed.
-            revision: a branch, tag or commit, where `text` has none.
-            token: of the Hub.
+            revision: branch, tag or commit, if `text` has none.
+            token: Hub access token.
 
         Raises:
-            ModelNotFoundError: the text is empty, cannot be a path, or is an address of something
-                else.
-            UsageError: a revision of a directory, a second one, or one that git does not allow; no
-                token's characters.
+            ModelNotFoundError: the text is empty, cannot be a path, or is another kind of address.
+            UsageError: a directory has a revision, or a Hub id has two or one that git does not
+                allow; the token has characters that no token has.
         """
         if token is not None and re.fullmatch(r"[!-~]+", token) is None:
             raise UsageError(
@@ -96,13 +93,13 @@ class ModelRef:
         )
         match = _HUB_ID.fullmatch(id_text)
         if match is not None:
-            given = match["revision"]
-            if given is not None and revision is not None:
+            own_revision = match["revision"]
+            if own_revision is not None and revision is not None:
                 raise UsageError(
                     f"--revision {shown(revision)}: {shown(text)} names a revision already; give "
                     "one"
                 )
-            revision = unquote(given) if given is not None else revision
+            revision = unquote(own_revision) if own_revision is not None else revision
             if revision is not None and _NO_REVISION.search(revision):
                 raise UsageError(
                     f"{shown(revision)!r} cannot be a revision; give a branch, a tag or a commit"
@@ -125,14 +122,14 @@ class ModelRef:
 
     @property
     def name(self) -> str:
-        """The model's own name, without owner or folders: Mistral-7B-v0.1."""
+        """The model's name without owner or folders, such as Mistral-7B-v0.1."""
         if self.repo_id is not None:
             return self.repo_id.split("/")[1]
         assert self.path is not None
         return encodable(self.path.resolve().name)
 
     def __str__(self) -> str:
-        """In messages: a directory as typed, org/name or org/name@revision."""
+        """For messages: a directory as typed, org/name or org/name@revision."""
         if self.repo_id is None:
             return self.text
         return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"

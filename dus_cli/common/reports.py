@@ -1,4 +1,4 @@
-"""What the reports of all verbs share."""
+"""Helpers for the reports of all verbs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-# An absolute path, alone or as a held-out set's behind its name; and a web address, with what is
-# perhaps secret: a password, a query with a signature.
+# An absolute path, and a web address with its possible secrets (a password, a query with a
+# signature); either may follow a held-out set's name and "=".
 _PATH = re.compile(r"((?:\w[\w.-]*=)?)[/~]", re.ASCII)
 _WEB = re.compile(
     r"((?:\w[\w.-]*=)?https?://)(?:[^/@\s]*@)?([^?\s]*)(?:\?\S*?)?(:[\d.]+)?", re.ASCII
@@ -15,8 +15,8 @@ _WEB = re.compile(
 
 
 def public(value: Any) -> Any:
-    """JSON as it goes into a release: of absolute paths the last name, for the rest is about the
-    maker's machine; of web addresses no query and no password.
+    """JSON without what a release must not show: an absolute path is cut to its last name, a web
+    address loses its query and password.
 
     >>> files = ["/data/*.jsonl:0.7", "more.txt"]
     >>> public({"model": "/home/me/models/out", "files": files, "steps": 3})
@@ -42,5 +42,5 @@ SCHEMA = 1
 
 
 def table_lines(rows: list[tuple[str, str]]) -> list[str]:
-    """Labels in one column; further lines of a value are indented to the second."""
+    """Labels and values in two columns; further lines of a value are indented to the second."""
     return [f"{label:<13}{value}".replace("\n", "\n" + " " * 13) for label, value in rows]

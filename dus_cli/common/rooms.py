@@ -1,4 +1,4 @@
-"""A room that has the name of a function of the package."""
+"""A subpackage that has the same name as a function of the package."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class Verb(ModuleType):
-    """A room of the package that can also be called, as the verb of its name.
+    """A subpackage that can also be called, as the verb of its name.
 
-    `dus_cli.probe` is the folder as soon as anything in it is imported, and `from dus_cli import
-    probe` is meant to give the function. So it is both.
+    `dus_cli.probe` is the subpackage as soon as anything in it is imported, and `from dus_cli
+    import probe` should give the function. So it is both.
     """
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The function, which `inspect.signature` and `help` look at."""
+        """The function; `inspect.signature` and `help` show it."""
         package, _, name = self.__name__.rpartition(".")
         function: Callable[..., Any] = getattr(import_module(f"{package}.verbs"), name)
         return function

@@ -1,6 +1,6 @@
-"""What a file system can do, asked of it before gigabytes are written.
+"""What a file system can do, tried before gigabytes are written.
 
-Object stores that are mounted refuse what a disk does, each something else: docs/storage.md has the
+Mounted object stores lack operations that a disk has, each of them others: docs/storage.md has the
 table and its sources.
 """
 
@@ -17,17 +17,19 @@ from typing import NamedTuple
 
 from dus_cli.errors import OutputError, shown
 
-# fsync(2) where there is nothing to sync with. Any other error is the disk's, or the store's.
+# Errors of fsync(2) on a file system that does not have it. Any other error is a failure of the
+# disk or the store.
 _CANNOT_SYNC = frozenset([errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP])
 
-# Then nothing can be written at all, in whatever order.
-_NO_PLACE = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES])
+# Errors after which nothing can be written at all, in any order.
+_UNWRITABLE = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES])
 
-# Object stores by the names of their mounts. They refuse to rename a folder, or do it object by
-# object: for some that is as slow as writing it again, and it is half there for as long.
+# Object stores by the names of their mounts. They refuse to rename a folder, or rename it object by
+# object, which can take as long as writing it again, with half of it under each name meanwhile.
 _STORES = frozenset(["s3fs", "gcsfuse", "goofys", "rclone", "blobfuse2", "mountpoint-s3"])
 
-_TRIED = 8192
+# Length of the file that `_writes_anywhere` tries, in bytes.
+_TRIAL_BYTES = 8192
 
 
 class Mount(NamedTuple):
@@ -42,17 +44,16 @@ class Mount(NamedTuple):
 
     @property
     def store(self) -> str | None:
-        """The object store's name, where it is known as one: the type's, or the source's where
-        that is only "fuse".
+        """The name of the object store, or None if this is not a known one.
+
+        It is part of the mount's type, or the source if the type is only "fuse".
         """
         name = self.source if self.kind == "fuse" else self.kind.removeprefix("fuse.")
         return name if self.is_fuse and name in _STORES else None
 
 
 def mount_of(device: int) -> Mount | None:
-    """The mount whose files have this `st_dev`; None where the system does not tell
-    (proc_pid_mountinfo(5)).
-    """
+    """The mount whose files have this `st_dev` (proc_pid_mountinfo(5)); None if not listed."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with (
         contextlib.suppress(OSError, ValueError, IndexError),
@@ -68,12 +69,12 @@ def mount_of(device: int) -> Mount | None:
 
 
 def is_mount_point(folder: Path) -> bool:
-    """Whether something is mounted at a folder, also another folder of the same file system
+    """Whether something is mounted at a folder, even another folder of the same file system
     (mount --bind).
     """
     if os.path.ismount(folder):
         return True
-    # The spaces and backslashes of a path stand there in octal (proc_pid_mountinfo(5)).
+    # mountinfo writes the spaces and backslashes of a path in octal (proc_pid_mountinfo(5)).
     name = re.sub(
         rb"[ \t\n\\]", lambda match: b"\\%03o" % ord(match[0]), os.fsencode(folder.resolve())
     )
@@ -84,11 +85,12 @@ def is_mount_point(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Storage:
-    """What a file system can do. `no_rename` says why a folder cannot be renamed in one step; None
-    where it can.
+    """What a file system can do.
 
-    `writes_anywhere`: a file may be lengthened first and written in any order. Nobody should, where
-    no folder can be renamed: files are objects there, and uploaded while they are written.
+    Attributes:
+        no_rename: why a folder cannot be renamed in one step; None if it can.
+        writes_anywhere: a file can be lengthened first and written in any order. False if a folder
+            cannot be renamed: files are objects there, uploaded while they are written.
     """
 
     no_rename: str | None = None
@@ -96,8 +98,8 @@ class Storage:
 
 
 def known(folder: Path) -> Storage | None:
-    """What is known of a folder's file system without touching it: None but for a mounted object
-    store.
+    """What a folder's file system can do, without trying: known for mounted object stores, else
+    None.
     """
     mount = mount_of(folder.stat().st_dev)
     if mount is None or mount.store is None:
@@ -105,28 +107,28 @@ def known(folder: Path) -> Storage | None:
     return Storage(f"{mount.store} cannot rename a folder in one step", writes_anywhere=False)
 
 
-def ask(folder: Path) -> Storage:
-    """Try what writing an output takes, in a folder below this one that is gone afterwards.
+def try_storage(folder: Path) -> Storage:
+    """Try what writing an output takes, in a folder below this one that is removed afterwards.
 
-    A folder with a file in it is renamed: goofys renames empty ones.
+    The folder that is renamed holds a file, because goofys renames empty folders only.
 
     Raises:
-        OutputError: nothing can be written there, or nothing removed.
+        OutputError: nothing can be written or removed there.
     """
     probe, renamed = folder / "probe", folder / "renamed"
-    found = known(folder) or Storage(writes_anywhere=True)
-    if probe.exists():  # of a run before, and it could not be removed
+    storage = known(folder) or Storage(writes_anywhere=True)
+    if probe.exists():  # an earlier run could not remove it
         raise not_removed(probe, errno.EPERM)
     try:
         probe.mkdir()
         with (probe / "in-order").open("xb") as file:
             file.write(b"x")
-        if found.no_rename is None:
-            found = Storage(writes_anywhere=_writes_anywhere(probe / "anywhere"))
+        if storage.no_rename is None:
+            storage = Storage(writes_anywhere=_writes_anywhere(probe / "anywhere"))
             try:
                 probe.rename(renamed)
             except OSError as error:
-                found = Storage(
+                storage = Storage(
                     f"folders cannot be renamed there ({error.strerror})", writes_anywhere=False
                 )
     except OSError as error:
@@ -138,11 +140,11 @@ def ask(folder: Path) -> Storage:
         codes = [code for code in map(_remove_probe, (probe, renamed)) if code is not None]
     if codes:
         raise not_removed(probe, codes[0])
-    return found
+    return storage
 
 
 def not_removed(path: Path, code: int) -> OutputError:
-    """The error where what dus wrote cannot be removed again. `code` is the system's errno."""
+    """The error if what dus wrote cannot be removed again. `code` is the system's errno."""
     return OutputError(
         f"{shown(path)} cannot be removed ({os.strerror(code)}), and a run that fails must take "
         "away what it wrote; mount the store with deletion allowed (mount-s3 --allow-delete), or "
@@ -151,24 +153,25 @@ def not_removed(path: Path, code: int) -> OutputError:
 
 
 def _writes_anywhere(path: Path) -> bool:
-    """Whether a file can be lengthened and then written from its middle on."""
+    """Whether a file can be lengthened and then written in the middle."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            os.ftruncate(file, _TRIED)
-            os.pwrite(file, b"x", _TRIED // 2)
+            os.ftruncate(file, _TRIAL_BYTES)
+            os.pwrite(file, b"x", _TRIAL_BYTES // 2)
         finally:
             os.close(file)
     except OSError as error:
-        if error.errno in _NO_PLACE:
+        if error.errno in _UNWRITABLE:
             raise
         return False
     return True
 
 
 def _remove_probe(folder: Path) -> int | None:
-    """The error for which a folder of ours cannot be removed. Where folders vanish with their
-    last file it is gone.
+    """Remove a folder that dus made; return the errno if that fails.
+
+    In some object stores a folder vanishes with its last file.
     """
     try:
         for path in folder.iterdir() if folder.exists() else ():
@@ -181,10 +184,10 @@ def _remove_probe(folder: Path) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it, as far as that can be done.
+    """Remove a file, or a folder with everything in it, as far as possible.
 
-    shutil.rmtree holds a folder's inode number against what it opened, and gcsfuse may tell two.
-    Then a plain walk does it, which follows no links either.
+    shutil.rmtree stops if a folder's inode number changes, and gcsfuse may report two. Then a plain
+    walk removes the rest; it follows no links either.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -202,7 +205,7 @@ def remove(path: Path) -> None:
 
 
 def sync(file: int) -> None:
-    """fsync(2), where the file system has it.
+    """fsync(2), if the file system has it.
 
     Raises:
         OSError: the disk or the store failed.
@@ -215,9 +218,7 @@ def sync(file: int) -> None:
 
 
 def sync_refusal(folder: Path) -> str | None:
-    """Why a file below this folder cannot be synced; None where it can. The file is removed
-    again.
-    """
+    """Try to sync a file below this folder, and remove it; return why that fails, or None."""
     path = folder / "synced"
     try:
         with path.open("xb") as file:
@@ -232,8 +233,6 @@ def sync_refusal(folder: Path) -> str | None:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that an ordinary user may still write to this folder's file system; None where it
-    does not say.
-    """
+    """Bytes that an ordinary user may still write to a folder's file system; None if not known."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize if status.f_blocks else None

@@ -1,6 +1,4 @@
-"""What to say, in one line, of an exception: a known failure's own words, or the cause of what
-no module foresaw.
-"""
+"""One line for any exception: the message of a known failure, or the likely cause of another."""
 
 from __future__ import annotations
 
@@ -13,16 +11,15 @@ from collections.abc import Iterator
 from dus_cli.common.libraries import broken_import
 from dus_cli.errors import DusError, reason_of, shown
 
-# How Python says that a text is no number.
-_NO_NUMBER = re.compile(
+# Python's message for a text that is not a number.
+_NOT_A_NUMBER = re.compile(
     r"(?:invalid literal for int\(\) with base \d+|could not convert string to float): (.*)",
     re.DOTALL,
 )
 
 _QUOTED_NAME = re.compile(r"""["']([A-Za-z_][A-Za-z0-9_]*)["']""")
 
-# Addresses and files that the libraries of the network take from the environment, and what they
-# must be.
+# Variables with an address or a file that network libraries read, and the forms they must have.
 _ENDPOINT = re.compile(r"https?://[^/:\s]+(:\d+)?(/.*)?")
 _PROXY = re.compile(
     r"((https?|socks5h?)://)?([^@/\s]*@)?([^/:\s]+|\[[^\]\s]+\])(:\d+)?/?", re.IGNORECASE
@@ -33,9 +30,7 @@ _NETWORK = ("httpx", "httpcore", "ssl")
 
 
 def explained(error: Exception) -> str:
-    """The line: what is missing or set wrong where that can be told, else that dus did not
-    foresee it.
-    """
+    """What is missing or set wrong, if that can be found out; else that dus did not foresee it."""
     blame = blamed_variable(error)
     if blame is not None:
         return blame
@@ -55,23 +50,23 @@ def explained(error: Exception) -> str:
 
 
 def blamed_variable(error: BaseException | None) -> str | None:
-    """What to say where the environment is to blame for an exception: a variable that a library
-    cannot use.
+    """The message if an exception comes from an environment variable with a bad value; else None.
 
-    A number, which libraries read as they are imported, is told by the line that failed, where the
-    variable has its name, or else by its value; an address or a file of the network's libraries is
-    looked at once they fail.
+    A bad number, which a library reads at import, is traced to its variable by the source line that
+    failed, or else by its value. Addresses and files are checked after a network library failed.
     """
     for cause in _causes(error):
-        match = _NO_NUMBER.search(str(cause))
+        match = _NOT_A_NUMBER.search(str(cause))
         if match is None:
             blame = _unusable_address() if _is_of_the_network(cause) else None
             if blame is not None:
                 return blame
             continue
-        named = [name for name in _names_in_lines(cause) if repr(os.environ.get(name)) == match[1]]
-        valued = [name for name, value in os.environ.items() if value and repr(value) == match[1]]
-        names = named or valued
+        by_name = [
+            name for name in _names_in_lines(cause) if repr(os.environ.get(name)) == match[1]
+        ]
+        by_value = [name for name, value in os.environ.items() if value and repr(value) == match[1]]
+        names = by_name or by_value
         if names:
             return (
                 f"the environment variable {' or '.join(names)} is {shown(match[1])}, and a "
@@ -94,7 +89,7 @@ def _is_of_the_network(error: BaseException) -> bool:
 
 
 def _unusable_address() -> str | None:
-    """The first variable that names no address, no proxy or no file."""
+    """The message for the first variable that holds no valid address, proxy or file; else None."""
     environment = os.environ
     endpoint = environment.get("HF_ENDPOINT")
     if endpoint and not _ENDPOINT.fullmatch(endpoint):
@@ -104,7 +99,7 @@ def _unusable_address() -> str | None:
         )
     for name in _PROXIES:
         if environment.get(name) and not _PROXY.fullmatch(environment[name]):
-            return (  # without its value, which may hold a password
+            return (  # the value is not shown: it may hold a password
                 f"the environment variable {name} is no address of a proxy, such as "
                 "http://host:3128 or socks5://host:1080; correct it, or unset it"
             )
@@ -118,7 +113,7 @@ def _unusable_address() -> str | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and those behind it, the last one first."""
+    """An exception and its causes, the first cause first."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -127,9 +122,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _names_in_lines(error: BaseException) -> list[str]:
-    """Environment variables whose names stand in the statements that an exception came through,
-    innermost first.
-    """
+    """Environment variables named in the statements of a traceback, innermost first."""
     names: list[str] = []
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         first = frame.lineno or 1

@@ -40,7 +40,7 @@ def parse_share(text: str) -> float:
 
 
 def share_text(share: float) -> str:
-    """A share as a person types it, read back as the same number.
+    """A share as a user would type it; `parse_share` reads the same number back.
 
     >>> share_text(0.005), share_text(0.2), share_text(0.7 / 100)
     ('0.5%', '20%', '0.7%')
@@ -71,7 +71,7 @@ def parse_size(text: str) -> int:
 
 
 def size_text(num_bytes: int) -> str:
-    """A size as people type it; `parse_size` reads it.
+    """A size in bytes as a user would type it; `parse_size` reads it back.
 
     >>> size_text(5_000_000_000), size_text(1_500_000), size_text(300)
     ('5GB', '1500KB', '300')
@@ -81,7 +81,7 @@ def size_text(num_bytes: int) -> str:
 
 
 def human_count(count: float) -> str:
-    """A count with a decimal unit, as --tokens takes it, to three digits.
+    """A count to three digits with a decimal unit, as --tokens takes it.
 
     >>> human_count(1_843_200), human_count(950), human_count(999_999), human_count(15e12)
     ('1.84M', '950', '1M', '15T')
@@ -103,7 +103,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """Decimal units, as --max-shard-size counts.
+    """A size in decimal units, as --max-shard-size takes it.
 
     >>> human_bytes(21_463_048_192)
     '21.46 GB'
@@ -116,7 +116,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Seconds in words, rounded.
 
     >>> human_time(42.0), human_time(3900.0), human_time(200_000)
     ('42 s', '1 h 5 min', '2 d 8 h')

@@ -1,4 +1,4 @@
-"""Threads that end when their work is done, failed or interrupted."""
+"""Thread pools that end when their work is done, fails or is interrupted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import NamedTuple, TypeVar
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# Bytes that a worker holds at a time, whatever it does with them.
+# Bytes that a worker holds at a time.
 PIECE = 4 << 20
 
 
 class Workers(NamedTuple):
-    """A pool, and the flag that long tasks look at between two pieces of work."""
+    """A pool, and the event that long tasks check between two pieces."""
 
     pool: ThreadPoolExecutor
     stop: threading.Event
@@ -25,8 +25,8 @@ class Workers(NamedTuple):
 
 @contextmanager
 def workers(jobs: int) -> Iterator[Workers]:
-    """A pool of `jobs` threads. On leaving, also by Ctrl-C, waiting tasks are dropped and
-    running ones told.
+    """A pool of `jobs` threads. On exit, also by Ctrl-C, waiting tasks are cancelled and `stop` is
+    set for running ones.
     """
     stop = threading.Event()
     pool = ThreadPoolExecutor(jobs)
@@ -43,11 +43,11 @@ def ahead(
     items: Iterable[_Item],
     window: int = 32,
 ) -> Iterator[_Result]:
-    """Like `pool.map`, but at most `window` results wait for whoever takes them: memory does not
-    grow with the items.
+    """Like `pool.map`, but at most `window` results are pending, so that memory does not grow with
+    the number of items.
 
     Raises:
-        Exception: the function's, at the result's turn.
+        Exception: what the function raised, when its result is due.
     """
     waiting: deque[Future[_Result]] = deque()
     for item in items:

@@ -1,1 +1,1 @@
-"""The Hub, read: ids to commits, small files, headers and weights, by range request."""
+"""Read from the Hub: resolve ids to commits, fetch files, headers and weights by range request."""

@@ -1,5 +1,5 @@
-"""What of a model is missing from huggingface_hub's cache, where the Hub cannot be asked: the file
-or the ref, by name.
+"""Which file or ref of a model huggingface_hub's cache lacks, for errors if the Hub cannot be
+reached.
 
 The cache's layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache. A ref names a
 commit, its snapshot holds links to blobs, and a blob that is being fetched ends in `.incomplete`.
@@ -19,15 +19,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 
 def not_cached(ref: ModelRef, folder: Path, names: Sequence[str]) -> ModelNotFoundError:
-    """The error for files of a snapshot's folder that are not there and cannot be fetched."""
-    what = _broken_links(folder) or f"it lacks {shown_list(list(names))}"
-    what += _cut_off(folder.parent.parent)
-    return ModelNotFoundError(f"{ref} is not (wholly) in the cache: {what}; {way_out()}")
+    """The error for files that a snapshot lacks and that cannot be fetched."""
+    problem = _broken_links(folder) or f"it lacks {shown_list(list(names))}"
+    problem += _cut_off(folder.parent.parent)
+    return ModelNotFoundError(f"{ref} is not (wholly) in the cache: {problem}; {way_out()}")
 
 
 def check_snapshot(ref: ModelRef, folder: Path) -> None:
-    """Check that a snapshot's folder is a commit's: of an empty ref huggingface_hub makes the
-    folder of them all.
+    """Check that a snapshot's folder is named after a commit: for an empty ref huggingface_hub
+    returns the parent folder of all snapshots.
 
     Raises:
         ModelNotFoundError: it is not.
@@ -37,9 +37,7 @@ def check_snapshot(ref: ModelRef, folder: Path) -> None:
 
 
 def missing(ref: ModelRef) -> str:
-    """What the cache lacks of a model, as far as its ref, its snapshot and the list of its files
-    tell.
-    """
+    """Which part of a model the cache lacks, by its ref, its snapshot and the list of its files."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -60,22 +58,22 @@ def _missing(ref: ModelRef, cache: Path, repo: Path) -> str:
     if commit is None:
         path = repo / "refs" / revision
         if not path.is_file():
-            there = sorted(snapshot.name for snapshot in (repo / "snapshots").glob("*"))
-            way = f"; a commit can be named in its stead: {ref.repo_id}@{there[0]}" if there else ""
-            return f"there is no refs/{shown(revision)}, which says what commit that is{way}"
+            commits = sorted(snapshot.name for snapshot in (repo / "snapshots").glob("*"))
+            advice = f"; give a commit instead: {ref.repo_id}@{commits[0]}" if commits else ""
+            return f"there is no refs/{shown(revision)}, which names the commit{advice}"
         text = path.read_text(encoding="utf-8", errors="replace")
         if text != text.strip() and _COMMIT.fullmatch(text.strip()):
             return (
                 f"refs/{shown(revision)} has white space around the commit, which huggingface_hub "
-                "takes for a part of "
-                f"it (mend it: printf %s {text.strip()} > {shlex.quote(str(path))})"
+                "takes as part of "
+                f"it (correct it: printf %s {text.strip()} > {shlex.quote(str(path))})"
             )
         if not _COMMIT.fullmatch(text):
-            return f"refs/{shown(revision)} holds {shown(text)!r}, which is no commit"
+            return f"refs/{shown(revision)} holds {shown(text)!r}, which is not a commit"
         commit = text
     snapshot = repo / "snapshots" / commit
     if not snapshot.is_dir():
-        return f"there is no snapshots/{commit}, its revision {shown(revision)}"
+        return f"there is no snapshots/{commit}, the commit of revision {shown(revision)}"
     if (broken := _broken_links(snapshot)) is not None:
         return broken + _cut_off(repo)
     if lacking := _lacking_by_list(ref, commit, snapshot):
@@ -84,9 +82,7 @@ def _missing(ref: ModelRef, cache: Path, repo: Path) -> str:
 
 
 def _lacking_by_list(ref: ModelRef, commit: str, snapshot: Path) -> list[str]:
-    """Files of a commit that its snapshot does not hold, by the list in the cache; [] where
-    there is no list.
-    """
+    """Files of a commit that its snapshot lacks, by the list in the cache; [] without a list."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -103,17 +99,17 @@ def _broken_links(snapshot: Path) -> str | None:
     if not broken:
         return None
     names = [path.relative_to(snapshot).as_posix() for path in broken]
-    return f"the blob of {shown_list(names)} is gone (blobs/{shown(broken[0].readlink().name)})"
+    return f"the blob of {shown_list(names)} is missing (blobs/{shown(broken[0].readlink().name)})"
 
 
 def _cut_off(repo: Path) -> str:
-    """How much of a download that was cut off is there."""
+    """How many bytes of an interrupted download the cache has, in words."""
     sizes = [path.stat().st_size for path in (repo / "blobs").glob("*.incomplete")]
-    return f" (of a download that was cut off {sum(sizes):,} bytes are there)" if sizes else ""
+    return f" ({sum(sizes):,} bytes of an interrupted download are there)" if sizes else ""
 
 
 def way_out(tried: str = "") -> str:
-    """What to do where the Hub is not asked, or does not answer. `tried`: for how long it was."""
+    """What to do if the Hub is not used or does not answer. `tried`: for how long it was tried."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

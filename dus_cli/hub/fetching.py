@@ -1,4 +1,4 @@
-"""Fetch a model from the Hub with huggingface_hub, into its own cache.
+"""Fetch a model from the Hub into huggingface_hub's cache.
 
 huggingface_hub is imported only when a Hub id is used: it takes longer to import than a reflinked
 upscale takes to run. It reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE
@@ -20,7 +20,7 @@ from dus_cli.common.workers import workers
 from dus_cli.errors import CheckpointError, DusError, shown, shown_list
 from dus_cli.hub.cache import check_snapshot, not_cached
 from dus_cli.hub.errors import LIBRARY, answered, hub_errors, prepare
-from dus_cli.hub.remote import RemoteFile, pause, wait_before
+from dus_cli.hub.remote import HubFile, pause, wait_before
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.source.base_card import NAME as CARD_NAME
 from dus_cli.source.belonging import DECIDING
@@ -42,13 +42,13 @@ from dus_cli.source.weights import (
 _FIRST_BYTES = 100_000
 _HEADERS_AT_ONCE = 8
 
-# Tries of a snapshot, with waits of up to 1, 2, 4 and 8 seconds: for its lists huggingface_hub
-# waits 23 s each time.
+# Attempts to fetch a snapshot, with waits of up to 1, 2, 4 and 8 seconds in between:
+# huggingface_hub itself waits 23 s each time for its lists.
 _ATTEMPTS = 5
 
 
 class Fetch(Enum):
-    """What of a model comes into the cache: all; all but weights; or what a plan is made from."""
+    """Which files of a model are fetched: all; all but weights; or those that a plan needs."""
 
     weights = "weights"
     files = "files"
@@ -58,15 +58,19 @@ class Fetch(Enum):
 def fetch_small_files(
     ref: ModelRef, *, fetch: Fetch = Fetch.files, quiet: bool = False
 ) -> tuple[Path, str]:
-    """Everything but weights, and the weights' index: the snapshot's folder and its commit.
+    """Fetch all files but the weights, and the index of the weights.
 
-    The index of pickled weights comes only where there are no safetensors. With `Fetch.headers`
-    config, card, index and what says which others go along: a tokenizer may have 30 MB.
+    The index of pickled weights is fetched only if there are no safetensors. With `Fetch.headers`,
+    only config, card, index and the files that decide which others are carried over: a tokenizer
+    may have 30 MB.
 
-    The revision is resolved here, once; the snapshot's folder is named after the commit.
+    The revision is resolved here, once.
+
+    Returns:
+        The snapshot's folder, and the commit.
 
     Raises:
-        ModelNotFoundError: the Hub cannot serve it; one line for each reason.
+        ModelNotFoundError: the Hub does not provide the model; each reason has its own message.
     """
     silence(quiet=quiet)
     ignored = [
@@ -74,8 +78,8 @@ def fetch_small_files(
     ]
     ignored += [f"{folder}/*" for folder in OTHER_FORMAT_FOLDERS]
     only = [CONFIG_NAME, CARD_NAME, INDEX_NAME, *DECIDING] if fetch is Fetch.headers else None
-    # also where HF_HUB_DISABLE_PROGRESS_BARS=0 asks for bars
-    bar = _told_of(NoProgress()) if quiet else None
+    # no bars, even if HF_HUB_DISABLE_PROGRESS_BARS=0
+    bar = _silent_bar(NoProgress()) if quiet else None
     folder = _snapshot(ref, ref.revision, only=only, ignored=ignored, bar=bar)
     check_snapshot(ref, folder)
     config, _ = read_config(folder)
@@ -88,16 +92,16 @@ def fetch_small_files(
 
 
 def absent_files(ref: ModelRef, commit: str, folder: Path) -> dict[str, int]:
-    """The repo's files that are not in the cache: paths and sizes, by the list of that commit."""
+    """Paths and sizes in bytes of the commit's files that are not in the cache."""
     listed = listed_files(ref, commit) or {}
     return {name: size for name, size in listed.items() if not (folder / name).exists()}
 
 
 def listed_files(ref: ModelRef, commit: str) -> dict[str, int] | None:
-    """Paths and sizes of a commit's files, by the list that the cache has; None where it has none.
+    """Paths and sizes in bytes of a commit's files, by the list in the cache; None without a list.
 
-    huggingface_hub brings the list whenever it looks at the Hub: without one another program filled
-    the cache, and the Hub cannot be reached.
+    huggingface_hub fetches the list whenever it reaches the Hub. If there is none, another program
+    filled the cache, and the Hub cannot be reached.
     """
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -110,9 +114,7 @@ def listed_files(ref: ModelRef, commit: str) -> dict[str, int] | None:
 
 
 def _names(ref: ModelRef, commit: str, folder: Path) -> set[str]:
-    """The files among which the weights are chosen: the commit's, or those in the cache where no
-    others can come.
-    """
+    """The files among which the weights are chosen: the commit's; offline, those in the cache."""
     from huggingface_hub import constants
 
     listed = None if constants.HF_HUB_OFFLINE else listed_files(ref, commit)
@@ -127,18 +129,17 @@ def _snapshot(
     ignored: list[str] | None = None,
     bar: type[Any] | None = None,
 ) -> Path:
-    """Bring the files that match into the cache; the snapshot's folder. `bar` draws in the place of
-    the library's.
+    """Fetch the matching files into the cache, and return the snapshot's folder. `bar` replaces
+    the library's progress bar.
 
-    huggingface_hub asks for a commit and for a file once, whatever the answer: here it is asked
-    some more times.
+    huggingface_hub does not retry its requests for a commit and for a file; this does.
     """
     from huggingface_hub import errors, snapshot_download
 
     assert ref.repo_id is not None
     failures = 0
     with hub_errors(ref), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a disk may be too small; whether it is shows
+        warnings.simplefilter("ignore")  # about a disk that may be too small; if it is, that raises
         while True:
             prepare(ref)
             try:
@@ -161,17 +162,17 @@ def _snapshot(
                 pause(wait_before(answer, failures, _ATTEMPTS))
 
 
-def _told_of(progress: Progress, total: int = 0) -> type[Any]:
-    """A bar that draws nothing and tells of the bytes that reach the disk, up to `total`: a retry's
-    are not all new.
+def _silent_bar(progress: Progress, total: int = 0) -> type[Any]:
+    """A tqdm class that draws nothing and reports the bytes written to `progress`.
 
-    snapshot_download makes three: of bytes that come in, of bytes that are written, of files.
+    It reports at most `total` bytes, because a retry may write some of them again.
+    snapshot_download makes three bars: of bytes received, of bytes written, and of files.
     """
     from tqdm import tqdm
 
     left, lock = total, threading.Lock()
 
-    class Told(tqdm):  # type: ignore[misc]  # tqdm has no types
+    class SilentBar(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *arguments: Any, **options: Any) -> None:
             self._counts = options.get("unit") == "B" and str(options.get("desc")).startswith(
                 "Reconstructing"
@@ -182,18 +183,16 @@ def _told_of(progress: Progress, total: int = 0) -> type[Any]:
             nonlocal left
             if self._counts and n:
                 with lock:
-                    known = min(int(n), left)
-                    left -= known
-                progress.advance(known)
+                    num_bytes = min(int(n), left)
+                    left -= num_bytes
+                progress.advance(num_bytes)
             return None
 
-    return Told
+    return SilentBar
 
 
 def _lacking_bytes(ref: ModelRef, commit: str, folder: Path, names: list[str]) -> int:
-    """Bytes of these files that the cache does not hold, by the list of that commit; 0 where
-    that is not known.
-    """
+    """Bytes of these files that the cache lacks, by the commit's list; 0 without a list."""
     listed = listed_files(ref, commit) or {}
     return sum(listed.get(name, 0) for name in set(names) if not (folder / name).exists())
 
@@ -201,50 +200,50 @@ def _lacking_bytes(ref: ModelRef, commit: str, folder: Path, names: list[str]) -
 def fetch_weights(
     ref: ModelRef, folder: Path, commit: str, progress: Progress | None = None
 ) -> None:
-    """The shards that the index names, or the one file of weights. Cached ones are not fetched
-    again.
+    """Fetch the shards that the index names, or the single file of weights, unless they are cached.
 
-    Told to `progress`, unless that is live: then huggingface_hub draws it itself.
+    `progress` receives the bytes, unless it is live: then huggingface_hub draws its own bars.
 
-    No other pickle is fetched: not training_args.bin, not the optimizer's state.
+    No other pickle is fetched, such as training_args.bin or an optimizer's state.
 
     Raises:
-        ModelNotFoundError: the Hub cannot serve them.
+        ModelNotFoundError: the Hub does not provide them.
         CheckpointError: the repo has neither safetensors nor pickled weights.
     """
-    # says what it is where it is no decoder, before gigabytes are moved
+    # raises if this is not a decoder, before gigabytes are fetched
     config, _ = read_config(folder)
     chosen = choose_weights(_names(ref, commit, folder), config)
     if chosen is None:
         raise _no_weights(ref, commit, folder)
     names = read_index(folder, chosen).shard_names if is_index(chosen) else [chosen]
-    _snapshot(ref, commit, only=names, bar=_begun(ref, commit, folder, names, progress))
+    _snapshot(ref, commit, only=names, bar=_weights_bar(ref, commit, folder, names, progress))
     if lacking := [name for name in names if not (folder / name).exists()]:
         raise _not_there(ref, commit, folder, lacking, chosen)
 
 
-def _begun(
+def _weights_bar(
     ref: ModelRef, commit: str, folder: Path, names: list[str], progress: Progress | None
 ) -> type[Any] | None:
-    """The bar for a fetch that `progress` is told of, if anything is lacking; None where
-    huggingface_hub may draw.
+    """The bar that reports to `progress`, whose stage it starts if weights must be fetched; None
+    if huggingface_hub draws its own.
     """
     if progress is None or progress.is_live:
         return None
     lacking = _lacking_bytes(ref, commit, folder, names)
     if not lacking:
-        return _told_of(NoProgress())
+        return _silent_bar(NoProgress())
     progress.start("fetching", lacking)
-    return _told_of(progress, lacking)
+    return _silent_bar(progress, lacking)
 
 
 def _not_there(
     ref: ModelRef, commit: str, folder: Path, lacking: list[str], chosen: str
 ) -> DusError:
     listed = listed_files(ref, commit)
-    if listed is not None and (gone := [name for name in lacking if name not in listed]):
+    if listed is not None and (unlisted := [name for name in lacking if name not in listed]):
         return CheckpointError(
-            f"{ref} has no {shown_list(gone)} on the Hub, which its {chosen} names; tell its owner"
+            f"{ref} has no {shown_list(unlisted)} on the Hub, which its {chosen} names; report it "
+            "to its owner"
         )
     return not_cached(ref, folder, lacking)
 
@@ -257,15 +256,16 @@ def _no_weights(ref: ModelRef, commit: str, folder: Path) -> DusError:
     return CheckpointError(
         f"{ref} has neither {IN_ORDER[0]} nor {IN_ORDER[2]} nor an index of either on the Hub; "
         "dus reads no other "
-        "weights, look for a conversion (the repo's refs/pr branches often hold one)"
+        "weights; look for a conversion (the repo's refs/pr branches often hold one)"
     )
 
 
 class RemoteHeaders:
-    """The headers of a repo's weights, by range request: at most some 100 kB a shard.
+    """The headers of a repo's weights, by range request: usually at most 100 kB per shard.
 
-    The first call fetches those of all shards that the index names and `folder` lacks, several at a
-    time. Of a pickled shard it fetches the zip's directory and the pickle, about as much.
+    The first call fetches the headers of all shards that the index names and `folder` lacks,
+    several at a time. For a pickled shard these are the zip's directory and the pickle, about as
+    many bytes.
     """
 
     def __init__(self, ref: ModelRef, commit: str, folder: Path) -> None:
@@ -288,20 +288,20 @@ class RemoteHeaders:
         from huggingface_hub import constants
 
         chosen = self._chosen
-        assert chosen is not None  # whoever asks for a header has chosen
+        assert chosen is not None  # `open_checkpoint` has chosen before it reads a header
         names = read_index(self._folder, chosen).shard_names if is_index(chosen) else [chosen]
         absent = [name for name in names if not (self._folder / name).exists()]
         if constants.HF_HUB_OFFLINE:
             raise not_cached(self._ref, self._folder, absent)
         with workers(_HEADERS_AT_ONCE) as (pool, _):
-            found = pool.map(lambda name: _read_remote(self._ref, self._commit, name), absent)
-            self._fetched.update(zip(absent, found, strict=True))
+            headers = pool.map(lambda name: _read_remote(self._ref, self._commit, name), absent)
+            self._fetched.update(zip(absent, headers, strict=True))
 
 
 def _read_remote(ref: ModelRef, commit: str, name: str) -> Header | None:
     if is_pickled(name):
         return _read_remote_pickle(ref, commit, name)
-    file = RemoteFile.open(ref, commit, name)
+    file = HubFile.open(ref, commit, name)
     if file is None:
         return None
     first = file.read(0, min(file.size, _FIRST_BYTES))
@@ -327,14 +327,14 @@ def _read_remote_pickle(ref: ModelRef, commit: str, name: str) -> Header | None:
 
 
 def silence(*, quiet: bool) -> None:
-    """No chatter from huggingface_hub; its progress bars only for a person who did not ask for
-    quiet.
+    """Silence huggingface_hub's log messages; also its progress bars, if `quiet` or if stderr is
+    not a terminal.
     """
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if quiet or not sys.stderr.isatty():
-        # where the environment has asked for bars they stay, and need no warning
+        # if the environment asks for bars they stay; huggingface_hub's warning about that is hidden
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             disable_progress_bars()

@@ -1,4 +1,4 @@
-"""A base opened, wherever it lies."""
+"""Open a base, from a directory or from the Hub."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
 
 
 def open_base(ref: ModelRef, *, quiet: bool = True, progress: Progress | None = None) -> Checkpoint:
-    """A base with its weights, from its directory or by way of the Hub's cache. Arguments as of
-    `plan`.
+    """Open a base with its weights, which are fetched into the Hub's cache if necessary.
+
+    Args:
+        ref: the base.
+        quiet: no progress bars from huggingface_hub.
+        progress: receives the progress of fetching weights, if huggingface_hub draws nothing.
 
     Raises:
-        DusError: as `plan`.
+        DusError: the base cannot be found, fetched or read.
     """
     if ref.path is not None:
         return open_checkpoint(ref.path)

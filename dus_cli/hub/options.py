@@ -1,4 +1,4 @@
-"""Options about the Hub that several commands have."""
+"""Options about the Hub that several commands share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Annotated
 
 from dus_cli.common.options import Option
 
-# The group in which --help lists them.
+# The group of these options in --help.
 HUB = "The Hub"
 
 Revision = Annotated[
     str | None,
-    Option("Branch, tag or commit of a Hub id, as org/name@REV says it.", metavar="REV", panel=HUB),
+    Option(
+        "Branch, tag or commit of a Hub id, the same as org/name@REV.", metavar="REV", panel=HUB
+    ),
 ]
 
 Token = Annotated[
@@ -22,7 +24,7 @@ Token = Annotated[
 ]
 
 Private = Annotated[
-    bool, Option("Create the repo as a private one; refused if a public one is there.", panel=HUB)
+    bool, Option("Create the repo as a private one; fail if a public one exists.", panel=HUB)
 ]
 
 Branch = Annotated[

@@ -1,12 +1,13 @@
-"""A file on the Hub, read by range request: asked again when it fails, from where a connection
+"""Read a file on the Hub by range requests; after a failure, continue from where the connection
 broke.
 
-huggingface_hub's session, headers and errors, and not its downloads: those are of whole files into
-its cache. Files of weights are served from another origin, at an address that is signed for some
-time; the token goes to the Hub alone.
+This uses huggingface_hub's session, headers and errors, but not its downloads, which fetch whole
+files into its cache. Weights are served from another origin, at a signed address that expires; the
+token is sent to the Hub only.
 
-Many bytes are first asked for on one of `connections`, which takes a fifth of the session's CPU
-time. What does not come that way, for whatever reason, the session asks for, and says why.
+Large ranges are first requested on one of `connections`, which takes a fifth of the session's CPU
+time. Bytes that do not arrive that way, for whatever reason, are requested by the session, whose
+errors say why.
 """
 
 from __future__ import annotations
@@ -29,31 +30,32 @@ from dus_cli.hub.errors import LIBRARY, hub_errors, prepare
 if TYPE_CHECKING:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
-# Tries without a byte in between; waits of 1, 2, 4, … seconds, or half of that at the least: one to
-# two minutes.
+# Attempts without receiving a byte in between. The waits are between half of and all of 1, 2, 4, …
+# seconds: one to two minutes in all.
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 
-# A server that asks for more patience than this is not waited for.
+# The longest Retry-After that is waited for, in seconds.
 LONGEST_ASKED = 600.0
 
-# What passes: time-outs, too many requests, and a server in trouble.
-_PASSING = frozenset([408, 425, 429, 500, 502, 503, 504])
+# HTTP statuses after which a retry may succeed: time-outs, too many requests, server errors.
+_RETRIED = frozenset([408, 425, 429, 500, 502, 503, 504])
 
-# How a signed address says that its time is over. The Hub itself says so once more, if that is not
-# the reason.
+# HTTP statuses of a signed address that may have expired: then the Hub is asked for a new one, so
+# many times. If the cause is another, the Hub's own answer says so.
 _EXPIRED = frozenset([400, 401, 403, 404, 410])
-_SIGNED_ANEW = 3
+_MAX_SIGNATURES = 3
 
-_HUB = "https://huggingface.co"  # where mirrors may send for files that are not under LFS
+_HUB = "https://huggingface.co"  # mirrors may redirect to it for files that are not under LFS
 
 _random = SystemRandom()
 
 
-class RemoteFile:
-    """A file of a repo at a commit. Threads may share it.
+class HubFile:
+    """A file of a repo at a commit, safe to share between threads.
 
-    `size` in bytes; `sha256` as the Hub has it, None for a file that is not under LFS.
+    `size` is in bytes; `sha256` is the Hub's, hexadecimal, or None for a file that is not under
+    LFS.
     """
 
     def __init__(self, ref: ModelRef, commit: str, name: str) -> None:
@@ -65,11 +67,11 @@ class RemoteFile:
         self._connections = Connections()
 
     @classmethod
-    def open(cls, ref: ModelRef, commit: str, name: str) -> RemoteFile | None:
-        """Ask for the file's size and where it is served; None where the repo has no such file.
+    def open(cls, ref: ModelRef, commit: str, name: str) -> HubFile | None:
+        """Ask the Hub for the file's size and address; None if the repo has no such file.
 
         Raises:
-            ModelNotFoundError: the Hub cannot serve it, after several tries.
+            ModelNotFoundError: the Hub does not provide it, after several attempts.
         """
         file, failures, never = cls(ref, commit, name), 0, threading.Event()
         with hub_errors(ref):
@@ -86,20 +88,20 @@ class RemoteFile:
         return file
 
     def read(self, start: int, end: int) -> bytes:
-        """The bytes from `start` up to `end`, in memory.
+        """The bytes from `start` up to `end`, exclusive.
 
         Raises:
-            ModelNotFoundError: the Hub cannot serve them.
+            ModelNotFoundError: the Hub does not provide them, after several attempts.
         """
         raw = bytearray(end - start)
         self._fill(start, memoryview(raw), threading.Event(), 0)
         return bytes(raw)
 
     def read_into(self, start: int, view: memoryview, stop: threading.Event) -> None:
-        """Fill `view` with the bytes from `start` on. It is left unfinished once `stop` is set.
+        """Fill `view` with the bytes from `start`. Once `stop` is set, it returns early.
 
         Raises:
-            ModelNotFoundError: the Hub cannot serve them, after several tries.
+            ModelNotFoundError: the Hub does not provide them, after several attempts.
         """
         with hub_errors(self.ref):
             url = self._address()
@@ -127,13 +129,15 @@ class RemoteFile:
                         if stop.is_set():
                             return
                     if filled == before:
-                        raise ValueError(f"none of the bytes {start}-{start + len(view) - 1} came")
+                        raise ValueError(
+                            f"none of the bytes {start}-{start + len(view) - 1} arrived"
+                        )
                 except _http_error() as error:
                     failures += 1
                     self._wait(error, url, failures, stop)
 
     def _address(self) -> str:
-        """Where the file is served at present."""
+        """The file's address; a new one if it has expired."""
         with self._lock:
             return self._url or self._resolve()
 
@@ -143,22 +147,22 @@ class RemoteFile:
         prepare(self.ref)
         assert self.ref.repo_id is not None
         url = hf_hub_url(self.ref.repo_id, self.name, revision=self.commit)
-        found = get_hf_file_metadata(
+        metadata = get_hf_file_metadata(
             url,
             token=self.ref.token,
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
             library_name=LIBRARY,
             library_version=__version__,
         )
-        if found.size is None or found.commit_hash not in (None, self.commit):
+        if metadata.size is None or metadata.commit_hash not in (None, self.commit):
             raise ValueError(f"it has no size, or is of another commit: {self.name}")
-        self.size = found.size
-        self.sha256 = found.etag if re.fullmatch(r"[0-9a-f]{64}", found.etag or "") else None
-        self._url = found.location
+        self.size = metadata.size
+        self.sha256 = metadata.etag if re.fullmatch(r"[0-9a-f]{64}", metadata.etag or "") else None
+        self._url = metadata.location
         return self._url
 
     def _chunks(self, url: str, start: int, end: int) -> Iterator[bytes]:
-        """What a server sends of a range, as it comes."""
+        """The bytes of a range, as they arrive."""
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -172,73 +176,75 @@ class RemoteFile:
             "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         ) as response:
             hf_raise_for_status(response)
-            said = re.fullmatch(
+            content_range = re.fullmatch(
                 r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "")
             )
             if (
                 response.status_code != 206
-                or said is None
+                or content_range is None
                 or "Content-Encoding" in response.headers
             ):
                 raise ModelNotFoundError(
-                    f"the server of {shown(self.name)} does not send the part of a file that is "
-                    "asked for (no range requests); use another HF_ENDPOINT, or fetch the model "
-                    "with `hf download` and give its directory"
+                    f"the server of {shown(self.name)} does not support range requests; use "
+                    "another HF_ENDPOINT, or fetch the model with `hf download` and give its "
+                    "directory"
                 )
-            if int(said[1]) != start or int(said[2]) >= end:
-                raise ValueError(f"bytes {start}-{end - 1} were asked for and {said[0]} came")
+            if int(content_range[1]) != start or int(content_range[2]) >= end:
+                raise ValueError(
+                    f"bytes {start}-{end - 1} were requested and {content_range[0]} arrived"
+                )
             yield from response.iter_raw()
 
     def _wait(
         self, error: HTTPError, url: str | None, failures: int, stop: threading.Event
     ) -> None:
-        """Wait for the next try; raise the error where none makes sense."""
+        """Wait before the next attempt; raise the error if another attempt cannot succeed."""
         response = getattr(error, "response", None)
         status = None if response is None else response.status_code
         if (
             url is not None
             and not is_the_hubs(url)
             and status in _EXPIRED
-            and failures < _SIGNED_ANEW
+            and failures < _MAX_SIGNATURES
         ):
             with self._lock:
-                if self._url == url:  # else another thread has it signed anew
+                if self._url == url:  # else another thread has already got a new address
                     self._url = None
             return
         pause(wait_before(error, failures, ATTEMPTS), stop)
 
 
 def wait_before(error: Exception, failures: int, attempts: int) -> float:
-    """Seconds to wait before the next try, after so many failures; raises the error where none
-    makes sense.
+    """Seconds to wait before the next attempt, after so many failures.
+
+    Raises:
+        Exception: `error` itself, if another attempt cannot succeed.
     """
     response = getattr(error, "response", None)
-    if (response is not None and response.status_code not in _PASSING) or failures >= attempts:
+    if (response is not None and response.status_code not in _RETRIED) or failures >= attempts:
         raise error
-    asked = 0.0 if response is None else _asked_to_wait(response.headers)
-    if asked > LONGEST_ASKED:
+    requested = 0.0 if response is None else _requested_wait(response.headers)
+    if requested > LONGEST_ASKED:
         raise error
     return max(
-        asked, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (failures - 1)) * _random.uniform(0.5, 1)
+        requested, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (failures - 1)) * _random.uniform(0.5, 1)
     )
 
 
 def pause(seconds: float, stop: threading.Event | None = None) -> None:
-    """Wait, but no longer than until `stop` is set."""
+    """Wait, at most until `stop` is set."""
     (stop or threading.Event()).wait(seconds)
 
 
 def _http_error() -> type[HTTPError]:
-    """What every failed request raises: httpx's error, under the name that huggingface_hub gives
-    it.
-    """
+    """The error of httpx that every failed request raises, by its name in huggingface_hub."""
     from huggingface_hub import errors
 
     return errors.HTTPError  # type: ignore[attr-defined]
 
 
 def is_the_hubs(url: str) -> bool:
-    """Whether the token may go there: to HF_ENDPOINT and to the Hub, by scheme, host and port."""
+    """Whether the token may be sent there: to HF_ENDPOINT and the Hub, by scheme, host and port."""
     from huggingface_hub import constants
 
     return _origin(url) in (_origin(constants.ENDPOINT), _origin(_HUB))
@@ -249,16 +255,16 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _asked_to_wait(headers: dict[str, str]) -> float:
-    """Seconds that an answer asks for: in Retry-After, as a number or a date, or in the Hub's
-    RateLimit.
+def _requested_wait(headers: dict[str, str]) -> float:
+    """Seconds that a server asks to wait: in Retry-After, as a number or a date, or in the Hub's
+    RateLimit header.
     """
-    said = headers.get("Retry-After", "").strip()
-    if said.isdecimal():
-        return float(said)
-    if said:
+    retry_after = headers.get("Retry-After", "").strip()
+    if retry_after.isdecimal():
+        return float(retry_after)
+    if retry_after:
         try:
-            return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+            return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
         except ValueError:
             return 0.0
     limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))

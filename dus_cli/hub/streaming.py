@@ -1,14 +1,14 @@
-"""Move tensor bytes from the Hub straight into the output, by range requests, without a copy in the
-cache.
+"""Write tensor bytes from the Hub straight into the output, by range requests, without a copy in
+the cache.
 
-A source shard is cut into pieces, which threads fetch in the file's order: each piece is one
-request, however many tensors it holds parts of, and is written to every place that wants it. Where
-all of a file passes by, the pieces are hashed in the file's order and the sum is held against the
-Hub's: a thread waits with its piece until those before it have been hashed, so memory is one piece
-for each thread.
+A source shard is cut into pieces, which threads fetch in the file's order. Each piece is one
+request, with parts of any number of tensors, and is written to all its places in the output. If all
+of a file is fetched, the pieces are hashed in the file's order and the SHA-256 is compared with the
+Hub's: a thread waits with its piece until those before it are hashed, so each thread holds one
+piece in memory.
 
-Every second or so what has arrived is synced and noted in the journal. The next run reads it back
-from the output, for the sum, and fetches the rest.
+About every second, the bytes that have arrived are synced and recorded in the journal. The next run
+reads them back from the output, for the SHA-256, and fetches the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dus_cli.errors import (
     VerificationError,
     shown,
 )
-from dus_cli.hub.remote import RemoteFile
+from dus_cli.hub.remote import HubFile
 from dus_cli.planning.layout import BLOCK
 from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making
@@ -42,24 +42,27 @@ from dus_cli.source.headers import Blocks
 from dus_cli.source.strided import made_of_blocks
 from dus_cli.writing.journal import Journal
 from dus_cli.writing.moves import Move, moves
-from dus_cli.writing.outputs import KEPT, Outputs, Tally
+from dus_cli.writing.outputs import KEPT, ByteCounts, Outputs
 from dus_cli.writing.transfer import ShardMover, check_unchanged
 
-# What one request asks for, at the most. Larger ones wait less for answers; each thread holds one,
-# and all of them together no more than `_HELD`.
+# Largest request in bytes, of which each thread holds one. Larger ones spend less time waiting for
+# answers; all threads together hold at most `_HELD` bytes.
 REQUEST = 8 << 20
 _HELD = 32 << 20
 
-# Seconds between two syncs of what has arrived: what a kill may cost.
+# Seconds between two syncs of what has arrived; a kill loses at most these.
 SYNC_EVERY = 1.0
 
 
 @dataclass
 class Streamed:
-    """What came over the network, and which of the base's files were held against the Hub's sha256.
+    """What was fetched, and which files of the base were compared with the Hub's SHA-256.
 
-    `fetched` are bytes of this run, `resumed` bytes that were on the disk when it began. `checked`
-    are the files whose sum is the Hub's; `unchecked` the others, with the reason.
+    Attributes:
+        fetched: bytes that this run fetched.
+        resumed: bytes that were on the disk when it began.
+        checked: the files whose SHA-256 is the Hub's.
+        unchecked: the other files, each with the reason.
     """
 
     fetched: int = 0
@@ -69,8 +72,8 @@ class Streamed:
 
 
 class Piece(NamedTuple):
-    """The bytes of a source shard from `start` to `end`, and the parts of moves that they are;
-    none of a header.
+    """The bytes of a source shard from `start` to `end`, and the moves that they are parts of; a
+    header has none.
     """
 
     start: int
@@ -79,8 +82,8 @@ class Piece(NamedTuple):
 
 
 def pieces(shard_moves: Sequence[Move], limit: int) -> Iterator[Piece]:
-    """Cut moves, in their order, into pieces of at most `limit` bytes without gaps. Numbers to
-    be cast stay whole.
+    """Cut moves, in their order, into pieces of at most `limit` contiguous bytes, without cutting
+    a number that is cast or scaled.
     """
     parts: list[Move] = []
     start = end = 0
@@ -94,7 +97,7 @@ def pieces(shard_moves: Sequence[Move], limit: int) -> Iterator[Piece]:
                 start = end = move.source_start + position
             size = min(limit - (end - start), move.length - position)
             size -= size % move.number_size
-            if size == 0:  # no whole number has room any more
+            if size == 0:  # not even one whole number fits
                 yield Piece(start, end, tuple(parts))
                 parts = []
                 continue
@@ -113,31 +116,30 @@ def stream_weights(
     *,
     jobs: int,
     on_bytes: Callable[[int], object] = lambda _: None,
-) -> tuple[Tally, Streamed]:
-    """Write every shard of the plan into `folder` from the Hub, and see it on the disk (fsync).
+) -> tuple[ByteCounts, Streamed]:
+    """Write every shard of the plan into `folder` from the Hub, and flush it to the disk (fsync).
 
-    Memory is `jobs` pieces of 8 MiB, together 32 MiB at the most, a few times as much where it
-    casts, whatever the size of the model.
+    Each job takes 8 MiB of memory, together at most 32 MiB, or a few times that for a cast, whatever
+    the size of the model.
 
     Args:
         plan: what to write. Shards of its base that are in the cache are copied from there.
-        ref: where the others are.
-        folder: where; files of a run that was killed may be there, and `journal` says what is in
-            them.
-        journal: of this plan.
-        jobs: threads, each with one request at a time.
-        on_bytes: told the number of bytes of tensor data done, from several threads.
+        ref: the base on the Hub, for the other shards.
+        folder: where to write; it may hold files of a killed run, if `journal` describes them.
+        journal: the journal of this plan.
+        jobs: number of threads, each with one request at a time.
+        on_bytes: called with numbers of bytes of tensor data written, from several threads.
 
     Raises:
-        ModelNotFoundError: the Hub cannot serve the bytes, after several tries, or a file's sum is
-            not the Hub's.
-        CheckpointError: a finite number is beyond the dtype that it is cast to.
+        ModelNotFoundError: the Hub does not provide the bytes, after several attempts, or a file's
+            SHA-256 is not the Hub's.
+        CheckpointError: a finite number is out of the range of the dtype that it is cast to.
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
     plan.check_libraries()
     _make_shards(plan, folder)
-    tally, streamed = Tally(), Streamed()
+    tally, streamed = ByteCounts(), Streamed()
     for shard, shard_moves in moves(plan):
         if not shard_moves:
             continue
@@ -162,8 +164,8 @@ def stream_weights(
         if not is_the_hubs:
             journal.forget(shard.name)
             raise ModelNotFoundError(
-                f"{shown(shard.name)} came with another sha256 than the Hub says it has: a bit was "
-                f"lost on the way or on this disk; {KEPT}, fetching that file again"
+                f"{shown(shard.name)} arrived with another sha256 than the Hub gives: a bit "
+                f"changed on the way or on this disk; {KEPT}, fetching that file again"
             )
     tally.zeros = sum(p.num_bytes for p in plan.placements if p.making is Making.zeros)
     on_bytes(tally.zeros)
@@ -173,14 +175,14 @@ def stream_weights(
 
 
 def check_against_hub(plan: UpscalePlan, ref: ModelRef, folder: Path, *, jobs: int) -> None:
-    """Hold what stands in the output against the Hub's sha256, file by file: for those that are
-    wholly in it, uncast.
+    """Compare the bytes in the output with the Hub's SHA-256, for each file of the base that is in
+    it completely and not cast.
 
-    Of the base's weights nothing is fetched but headers.
+    Only headers of the base's weights are fetched.
 
     Raises:
-        ModelNotFoundError: the Hub cannot be asked.
-        VerificationError: a file's sum is not the Hub's.
+        ModelNotFoundError: the Hub cannot be reached.
+        VerificationError: a file's SHA-256 is not the Hub's.
     """
     for shard, shard_moves in moves(plan):
         if shard_moves and shard.fingerprint is None:
@@ -189,20 +191,20 @@ def check_against_hub(plan: UpscalePlan, ref: ModelRef, folder: Path, *, jobs: i
                 ref,
                 shard,
                 folder=folder,
-                journal=_Everything(),
+                journal=_WholeOutput(),
                 on_bytes=lambda _: None,
-                tally=Tally(),
+                tally=ByteCounts(),
                 streamed=Streamed(),
             )
             if not one.run(shard_moves, jobs):
                 raise VerificationError(
-                    f"the output holds {shown(shard.name)} with another sha256 than the Hub says "
-                    "it has; the disk or its driver failed, nothing was published"
+                    f"the output holds {shown(shard.name)} with another sha256 than the Hub "
+                    "gives; the disk or its driver failed, nothing was published"
                 )
 
 
 def _make_shards(plan: UpscalePlan, folder: Path) -> None:
-    """Every shard's file, as long as planned, its header written; what is in it already stays."""
+    """Create each shard's file in its full length, with its header; existing bytes stay."""
     for name, layout in plan.shards.items():
         with writing(name, KEPT):
             (folder / name).touch()
@@ -212,14 +214,14 @@ def _make_shards(plan: UpscalePlan, folder: Path) -> None:
 
 
 class _Journal(Protocol):
-    """What a streamer asks of a journal."""
+    """The part of a journal that a streamer uses."""
 
     def holds(self, shard: str, start: int, end: int) -> bool: ...
 
     def add(self, shard: str, ranges: list[tuple[int, int]]) -> None: ...
 
 
-class _Everything:
+class _WholeOutput:
     """The journal of an output that is whole."""
 
     def holds(self, shard: str, start: int, end: int) -> bool:  # noqa: ARG002  (the protocol's names)
@@ -230,7 +232,7 @@ class _Everything:
 
 
 class _ShardStreamer:
-    """Fetches what is wanted of one source shard, with several threads."""
+    """Fetches the bytes of one source shard that the output needs, with several threads."""
 
     def __init__(
         self,
@@ -240,17 +242,15 @@ class _ShardStreamer:
         folder: Path,
         journal: _Journal,
         on_bytes: Callable[[int], object],
-        tally: Tally,
+        tally: ByteCounts,
         streamed: Streamed,
     ) -> None:
         self.shard, self.folder, self.journal = shard, folder, journal
         self.on_bytes, self.tally, self.streamed = on_bytes, tally, streamed
         # a snapshot's folder is its commit
-        remote = RemoteFile.open(ref, plan.checkpoint.folder.name, shard.name)
+        remote = HubFile.open(ref, plan.checkpoint.folder.name, shard.name)
         if remote is None or remote.size != shard.header.end:
-            raise CheckpointError(
-                f"{shown(shard.name)} is not on the Hub as it was a moment ago; start again"
-            )
+            raise CheckpointError(f"{shown(shard.name)} changed on the Hub meanwhile; start again")
         self.remote = remote
         self.lock = threading.Lock()
         self.arrived: list[tuple[int, int]] = []  # written, and not yet in the journal
@@ -258,18 +258,18 @@ class _ShardStreamer:
         self.syncing = threading.Lock()
 
     def run(self, shard_moves: Sequence[Move], jobs: int) -> bool:
-        """Fetch and write. False where all of the file passed by and its sum is not the Hub's."""
+        """Fetch and write; False if the whole file was fetched and its SHA-256 is not the Hub's."""
         self.request = min(REQUEST, _HELD // jobs // BLOCK * BLOCK)
-        wanted = list(pieces(shard_moves, self.request))
-        unchecked = self._why_unchecked(wanted)
+        to_fetch = list(pieces(shard_moves, self.request))
+        unchecked = self._why_unchecked(to_fetch)
         self.digest = _Digest() if unchecked is None else None
         if self.digest is not None:
             start = shard_moves[0].source_start
             head = [
                 Piece(at, min(at + self.request, start), ()) for at in range(0, start, self.request)
             ]
-            wanted = [*head, *wanted]
-        queue = iter(wanted)
+            to_fetch = [*head, *to_fetch]
+        queue = iter(to_fetch)
         with contextlib.ExitStack() as closing:
             closing.callback(self.remote.close)
             names = (name for move in shard_moves for name, _ in move.targets)
@@ -285,16 +285,16 @@ class _ShardStreamer:
         self.streamed.checked.append(self.shard.name)
         return self.digest.hexdigest() == self.remote.sha256
 
-    def _why_unchecked(self, wanted: Sequence[Piece]) -> str | None:
-        """Why the sum of this file cannot be known; None where it can."""
+    def _why_unchecked(self, to_fetch: Sequence[Piece]) -> str | None:
+        """Why the file's SHA-256 cannot be computed; None if it can."""
         header = self.shard.header
         if self.remote.sha256 is None:
             return "the Hub has no sha256 of it"
-        if sum(piece.end - piece.start for piece in wanted) != header.end - header.data_start:
+        if sum(piece.end - piece.start for piece in to_fetch) != header.end - header.data_start:
             return "parts of it are not in the output, and were not fetched"
         if any(
             self._is_here(piece) and any(part.is_changed for part in piece.parts)
-            for piece in wanted
+            for piece in to_fetch
         ):
             return "parts of it were fetched by an earlier run and changed on the way"
         return None
@@ -303,8 +303,8 @@ class _ShardStreamer:
         return bool(piece.parts) and self.journal.holds(self.shard.name, piece.start, piece.end)
 
     def _work(self, queue: Iterator[Piece]) -> None:
-        # Page-aligned, for direct I/O: a piece, and room for a copy of a part and for what a cast
-        # makes of it.
+        # A piece, and room for a copy of a part and for the result of a cast; page-aligned, for
+        # direct I/O.
         buffer = memoryview(mmap.mmap(-1, BLOCK + 4 * self.request))
         try:
             while not self.stop.is_set():
@@ -321,12 +321,12 @@ class _ShardStreamer:
                 self.digest.abandon()
 
     def _move(self, piece: Piece, buffer: memoryview) -> None:
-        # Whole blocks of the source are whole pages of memory: positions of source and output agree
-        # modulo a block.
+        # The piece is placed so that blocks of the source are pages of memory, as direct I/O needs:
+        # positions of source and output agree modulo a block.
         at = piece.start % BLOCK
         view = buffer[at : at + piece.end - piece.start]
-        here = self._is_here(piece)
-        if here:
+        is_here = self._is_here(piece)
+        if is_here:
             self._read_back(piece, view)
         else:
             self.remote.read_into(piece.start, view, self.stop)
@@ -340,9 +340,9 @@ class _ShardStreamer:
                 )
         with self.lock:
             count = piece.end - piece.start
-            self.streamed.resumed += count if here else 0
-            self.streamed.fetched += 0 if here else count
-            if piece.parts and not here:
+            self.streamed.resumed += count if is_here else 0
+            self.streamed.fetched += 0 if is_here else count
+            if piece.parts and not is_here:
                 self.arrived.append((piece.start, piece.end))
         if self.digest is not None:
             self.digest.update(piece.start, view)
@@ -352,7 +352,7 @@ class _ShardStreamer:
         if part.blocks is not None:
             self._deliver_rows(part, view, part.blocks, room)
             return
-        # a copy, because numbers in memory start at multiples of their size
+        # a copy, because numbers must start at multiples of their size in memory
         if part.cast is not None:
             numbers = room[: len(view)]
             numbers[:] = view
@@ -374,26 +374,26 @@ class _ShardStreamer:
             position += len(rows)
 
     def _read_back(self, piece: Piece, view: memoryview) -> None:
-        """What an earlier run wrote, out of the output; needed for the file's sum alone."""
+        """Read what an earlier run wrote from the output, for the file's SHA-256."""
         for part in piece.parts:
             for scale, targets in part.by_scale().items():
                 way = "scaled" if scale is not None else "copied" if part.cast is None else "cast"
-                self.outputs.done(**{way: part.written(part.length) * len(targets)})
+                self.outputs.count(**{way: part.written(part.length) * len(targets)})
             if self.digest is None:
                 continue
             at = part.source_start - piece.start
             (name, start), *_ = part.targets
             try:
-                whole = self.outputs.read(name, start, view[at : at + part.length])
+                is_complete = self.outputs.read(name, start, view[at : at + part.length])
             except OSError as error:
                 raise OutputError(
                     f"cannot read {shown(name)}: {error.strerror}; check the disk"
                 ) from error
-            assert whole  # it was made as long as planned
+            assert is_complete  # the file was created in its full length
 
     def _sync(self, *, at_once: bool = False) -> None:
-        """See what has arrived on the disk, and note it: one thread now and then, while the
-        others go on.
+        """Flush what has arrived to the disk, and record it; one thread at a time does this while
+        the others continue.
         """
         if not self.syncing.acquire(blocking=at_once):
             return
@@ -410,7 +410,7 @@ class _ShardStreamer:
 
 
 class _Digest:
-    """SHA-256 of pieces that arrive in any order, hashed in the file's."""
+    """SHA-256 of pieces that arrive in any order and are hashed in the file's order."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -419,19 +419,20 @@ class _Digest:
         self._turn = threading.Condition()
 
     def update(self, start: int, view: memoryview) -> None:
-        """Hash a piece, once all before it are hashed."""
+        """Wait until all pieces before this one are hashed, then hash it."""
         with self._turn:
             self._turn.wait_for(lambda: self._position == start or self._abandoned)
             if self._abandoned:
                 return
-        # outside: nobody else's turn is before this one ends, and it takes no lock of Python's
+        # outside the lock: no other thread has its turn before this ends, and hashing releases the
+        # GIL
         self._hash.update(view)
         with self._turn:
             self._position += len(view)
             self._turn.notify_all()
 
     def abandon(self) -> None:
-        """Let nobody wait any longer: the pieces before theirs will not come."""
+        """Wake all waiting threads: the pieces before theirs will not arrive."""
         with self._turn:
             self._abandoned = True
             self._turn.notify_all()

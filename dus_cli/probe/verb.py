@@ -28,8 +28,8 @@ from dus_cli.probe.rounds import Rounds
 from dus_cli.probe.tree import Step, as_they_are, count_nodes, grow, most_states
 from dus_cli.progress import Progress
 from dus_cli.source.checkpoint import Checkpoint
-from dus_cli.upscaling.wanted import Wanted
-from dus_cli.upscaling.wanted import plan as run_plan
+from dus_cli.upscaling.request import UpscaleRequest
+from dus_cli.upscaling.request import plan_for as run_plan
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def probe(ref: ModelRef, options: ProbeOptions, progress: Progress, *, quiet: bo
     """
     task = _task(ref, options, quiet=quiet)
     if ref.repo_id is not None:
-        task = replace(task, of_base=run_plan(Wanted(ref, _WHOLE), quiet=quiet))
+        task = replace(task, of_base=run_plan(UpscaleRequest(ref, _WHOLE), quiet=quiet))
     return _measure(task, options, progress)
 
 
@@ -90,7 +90,7 @@ def _task(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> _Task:
             "--search has nothing to find with --start identity: whatever the map, the model "
             "computes what its base does; leave one of them out"
         )
-    of_base = run_plan(Wanted(ref, _WHOLE), fetch=Fetch.files, quiet=quiet)
+    of_base = run_plan(UpscaleRequest(ref, _WHOLE), fetch=Fetch.files, quiet=quiet)
     seq_length = _seq_length(of_base.checkpoint, options)
     requests = wanted.wanted_requests(options, len(of_base.layer_map))
     candidates = [wanted.check(of_base, request, seq_length) for request in requests]

@@ -1,4 +1,4 @@
-"""An output to the Hub: the verb, its command, and the Hub as a place to write to."""
+"""Push an output to the Hub: the verb, its options, and the target."""
 
 from __future__ import annotations
 

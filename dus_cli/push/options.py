@@ -1,4 +1,4 @@
-"""What is asked of `dus push`, with its options."""
+"""The options of `dus push`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from dus_cli.writing.transfer import DEFAULT_JOBS
 
 @dataclass(frozen=True, kw_only=True)
 class PushOptions:
-    """To which kind of repo and which branch, with whose token, and by how many parallel reads."""
+    """How an output is pushed.
+
+    Attributes:
+        private: create the repo as a private one.
+        branch: branch to push to; created if it does not exist, main by default.
+        token: Hub access token; HF_TOKEN or the stored login by default.
+        jobs: parallel reads, 1 to 64.
+    """
 
     private: Private = False
     branch: Branch = None

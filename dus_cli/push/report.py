@@ -1,4 +1,4 @@
-"""The report of a push, as text and JSON."""
+"""The report of a push, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,19 @@ from dus_cli.push.target import Remote, Target
 class PushReport:
     """The result of a push, or of its dry run.
 
-    `status` is "pushed", "planned", or "unchanged": the branch already held every file. `removed`
-    are files of an earlier model. `uploaded` counts the files that the branch did not hold.
+    Attributes:
+        target: the repo and branch.
+        status: "pushed", "planned" (a dry run), or "unchanged" (the branch already held every
+            file).
+        remote: what the Hub held before.
+        num_files: files of the output that are pushed.
+        num_bytes: their bytes.
+        commit: the branch's commit afterwards; None for a dry run.
+        uploaded: how many files the branch did not hold; None for a dry run.
+        removed: files of an earlier model that were removed.
+        left_out: files in the directory that are not pushed.
+        warnings: what huggingface_hub warned of.
+        seconds: time of the push.
     """
 
     target: Target
@@ -58,27 +69,29 @@ class PushReport:
 def push_text(report: PushReport) -> str:
     """What was pushed, or would be, for a person."""
     target, remote = report.target, report.remote
-    what = f"{report.num_files} files, {human_bytes(report.num_bytes)}"
-    here = f"; not dus's, and left here: {shown_list(report.left_out)}" if report.left_out else ""
+    files = f"{report.num_files} files, {human_bytes(report.num_bytes)}"
+    not_pushed = (
+        f"; not pushed, not dus's: {shown_list(report.left_out)}" if report.left_out else ""
+    )
     if report.status == "planned":
         kind = "private " if (remote.private if remote.exists else target.private) else ""
-        repo = f"the {kind}repo is there" if remote.exists else f"the {kind}repo would be created"
+        repo = f"the {kind}repo exists" if remote.exists else f"the {kind}repo would be created"
         branch = f", branch {target.branch}{'' if remote.head else ' would be created'}" * (
             target.branch != "main"
         )
         token = (
             "the token may write"
             if remote.can_write
-            else "whether the token may write shows when it is tried"
+            else "the push will show whether the token may write"
         )
-        return f"{target.url}: {what}; {repo}{branch}; {token}{here}"
+        return f"{target.url}: {files}; {repo}{branch}; {token}{not_pushed}"
     commit = (report.commit or "")[:12]
     if report.status == "unchanged":
-        return f"{target.url} already holds these {what}, at commit {commit}{here}"
+        return f"{target.url} already holds these {files}, at commit {commit}{not_pushed}"
     removed = f"; {len(report.removed)} of an earlier model removed" if report.removed else ""
     return (
-        f"{target.url} holds {what}, at commit {commit}, each compared with what was "
-        f"verified{removed}{here}"
+        f"{target.url} holds {files}, at commit {commit}, each compared with what was "
+        f"verified{removed}{not_pushed}"
     )
 
 

@@ -1,6 +1,4 @@
-"""The Hub as a place to write to: what is in the way, what a commit holds, and every refusal in
-one line.
-"""
+"""The Hub as the target of a push: what would stop it, what a commit holds, errors in one line."""
 
 from __future__ import annotations
 
@@ -21,11 +19,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-# Seconds that a request may wait for an answer: a commit of many files takes the Hub minutes.
+# Seconds to wait for an answer: the Hub takes minutes for a commit of many files.
 _LONGEST_WAIT = 300.0
 
-# Answers that say "not now", and seconds between the times that something is tried again.
-_PASSING = (408, 429, 500, 502, 503, 504)
+# HTTP statuses of a Hub that is busy, and the seconds to wait before each retry.
+_RETRIED = (408, 429, 500, 502, 503, 504)
 _WAITS = (1.0, 3.0, 10.0)
 
 _Result = TypeVar("_Result")
@@ -33,8 +31,8 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Target:
-    """Where to push: a repo and a branch of it. `private` is asked for, and refused where the
-    repo is public.
+    """Where to push: a repo and its branch. With `private` the repo is created as a private one;
+    an existing public one is refused.
     """
 
     repo_id: str
@@ -51,10 +49,10 @@ class Target:
         private: bool = False,
         token: str | None = None,
     ) -> Target:
-        """`org/name`, also behind hf:// or before @branch.
+        """Parse `org/name` or `org/name@branch`, also after hf://.
 
         Raises:
-            UsageError: no Hub id, or a branch that git does not allow.
+            UsageError: the text is not a Hub id, or git does not allow the branch.
         """
         try:
             ref = ModelRef.parse(text, revision=branch, token=token)
@@ -71,9 +69,7 @@ class Target:
             or re.search(r"--|\.\.|[-.]$|\.git$|\.ipynb$", name)
             or len(ref.repo_id) > 96
         ):
-            raise UsageError(
-                f"{shown(text)} is no id that a repo on the Hub can have; give org/name"
-            )
+            raise UsageError(f"{shown(text)} is not a valid id of a repo on the Hub; give org/name")
         return cls(ref.repo_id, ref.revision or "main", private, token)
 
     @property
@@ -86,12 +82,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Remote:
-    """What the Hub says before a push. `head` is the branch's commit; None without a branch or a
-    repo.
+    """The state of the target before a push.
 
-    `parent` is the commit that a push adds to: the head, or for a branch that is not there the one
-    of main. `can_write`: whether the token may push there; None where the Hub does not say
-    beforehand.
+    Attributes:
+        exists: the repo exists.
+        private: it is private; None if it does not exist.
+        head: the branch's commit; None if there is no such branch or repo.
+        parent: the commit that a push adds to: `head`, or main's if the branch does not exist.
+        can_write: whether the token may push there; None if the Hub does not say.
     """
 
     exists: bool
@@ -105,11 +103,11 @@ class Remote:
 
 
 def look(target: Target) -> Remote:
-    """Ask the Hub what would be in the way, before gigabytes are written, summed or sent.
+    """Check with the Hub that a push is possible, before gigabytes are written, summed or sent.
 
     Raises:
-        PushError: no token, one that may not write there, a public repo where a private one was
-            asked for, no Hub.
+        PushError: there is no token, or it may not write there; the repo is public and `private`
+            is set; the Hub cannot be reached.
     """
     from huggingface_hub import get_token
 
@@ -122,11 +120,11 @@ def look(target: Target) -> Remote:
             )
         hub_errors.check_token(target.token)
         user = patiently(lambda: _user(client(target)))
-        remote = patiently(lambda: _found(client(target), user, target))
+        remote = patiently(lambda: _remote(client(target), user, target))
     if target.private and remote.private is False:
         raise PushError(
-            f"{target.repo_id} exists and is public, and --private makes no repo private; change "
-            "it in its settings, or choose another name"
+            f"{target.repo_id} exists and is public, and --private is for new repos; change it in "
+            "its settings, or choose another name"
         )
     if remote.can_write is False:
         raise PushError(
@@ -138,9 +136,7 @@ def look(target: Target) -> Remote:
 
 
 def _user(api: HfApi) -> dict[str, Any]:
-    """What /whoami-v2 says of the token; nothing where it is asked too often, as by many jobs of
-    one token.
-    """
+    """The Hub's /whoami-v2 for the token; empty after a 429, as when many jobs share a token."""
     from huggingface_hub import errors
 
     try:
@@ -151,7 +147,7 @@ def _user(api: HfApi) -> dict[str, Any]:
         raise
 
 
-def _found(api: HfApi, user: Mapping[str, Any], target: Target) -> Remote:
+def _remote(api: HfApi, user: Mapping[str, Any], target: Target) -> Remote:
     from huggingface_hub import errors
 
     try:
@@ -165,7 +161,7 @@ def _found(api: HfApi, user: Mapping[str, Any], target: Target) -> Remote:
 
 
 def _may_create(user: Mapping[str, Any], target: Target) -> bool | None:
-    """Whether a token may make a repo in this name's space, as far as /whoami-v2 says."""
+    """Whether the token may create a repo under this owner; None if /whoami-v2 does not say."""
     space = target.repo_id.partition("/")[0]
     role = _role(user)
     if role == "fineGrained":
@@ -180,15 +176,15 @@ def _may_create(user: Mapping[str, Any], target: Target) -> bool | None:
 
 
 def _may_write(api: HfApi, user: Mapping[str, Any], target: Target) -> bool | None:
-    """Whether a token may push to a repo that is there."""
+    """Whether the token may push to an existing repo; None if the Hub does not say."""
     from huggingface_hub import errors
 
     try:
         api.auth_check(target.repo_id, write=True)
-    except errors.HfHubHTTPError as error:  # a Hub that does not know the question says 404
+    except errors.HfHubHTTPError as error:  # 404 from a Hub without this endpoint
         if error.response.status_code in (401, 403):
             return False
-    except TypeError:  # a huggingface_hub that does not know it (1.0)
+    except TypeError:  # huggingface_hub 1.0 has no `write`
         pass
     else:
         return True
@@ -213,8 +209,8 @@ def _head(api: HfApi, target: Target) -> str | None:
 
 
 def client(target: Target) -> HfApi:
-    """huggingface_hub's client with the target's token, whose requests end some time. One for each
-    attempt: after a broken connection the library makes a new session.
+    """huggingface_hub's client with the target's token and a time limit for requests. Make one for
+    each attempt: after a broken connection the library makes a new session.
     """
     from huggingface_hub import HfApi, get_session
 
@@ -241,10 +237,9 @@ def listed(target: Target, commit: str) -> dict[str, RepoFile]:
 
 
 def patiently(work: Callable[[], _Result]) -> _Result:
-    """The work's result, tried again where the Hub is busy or the connection broke: all of it may
-    be done twice.
+    """Call `work` and return its result; call it again if the Hub is busy or the connection broke.
 
-    huggingface_hub itself tries again what it uploads, but neither questions nor commits.
+    huggingface_hub itself retries uploads, but neither queries nor commits.
     """
     from huggingface_hub import errors
 
@@ -252,29 +247,27 @@ def patiently(work: Callable[[], _Result]) -> _Result:
         try:
             return work()
         except (errors.HTTPError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]  # httpx's
-            if not _is_passing(error):
+            if not _may_pass(error):
                 raise
             time.sleep(wait)
     return work()
 
 
-def _is_passing(error: BaseException) -> bool:
-    """Whether it may be otherwise in a moment."""
+def _may_pass(error: BaseException) -> bool:
+    """Whether a retry may succeed: the Hub is busy, or the connection broke."""
     from huggingface_hub import errors
 
     causes = list(_causes(error))
     if (
         answer := next((e for e in causes if isinstance(e, errors.HfHubHTTPError)), None)
     ) is not None:
-        return answer.response.status_code in _PASSING
+        return answer.response.status_code in _RETRIED
     is_offline = any(isinstance(e, errors.OfflineModeIsEnabled) for e in causes)
     return not is_offline and any(isinstance(e, errors.HTTPError) for e in causes)  # type: ignore[attr-defined]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came from: huggingface_hub wraps a thread's in one without a
-    reason.
-    """
+    """An error and its causes: huggingface_hub wraps a thread's error in one without a message."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -282,7 +275,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def push_errors(target: Target) -> Iterator[None]:
-    """Turn huggingface_hub's errors into one line each."""
+    """Turn an error of huggingface_hub into one line.
+
+    Raises:
+        PushError: in place of it.
+    """
     from huggingface_hub import errors
 
     started = time.monotonic()
@@ -297,11 +294,11 @@ def push_errors(target: Target) -> Iterator[None]:
             )
         elif isinstance(error, ValueError) and "metadata" in str(error):
             message = (
-                f"the Hub does not take README.md: {shown(' '.join(str(error).split()))}; correct "
-                "its metadata"
+                f"the Hub refuses README.md: {shown(' '.join(str(error).split()))}; correct its "
+                "metadata"
             )
         elif answer is not None:
-            message = _answered(
+            message = _status_message(
                 target,
                 answer.response.status_code,
                 answer.server_message,
@@ -309,16 +306,16 @@ def push_errors(target: Target) -> Iterator[None]:
             )
         elif isinstance(error, FileNotFoundError):
             message = (
-                f"{shown(error.filename)} is gone while it was pushed; let nothing write to the "
+                f"{shown(error.filename)} vanished during the push; let nothing write to the "
                 "folder, and push again"
             )
         elif isinstance(error, errors.HFValidationError):
             message = (
-                f"{shown(target.repo_id)} is no id that a repo on the Hub can have: {shown(error)}"
+                f"{shown(target.repo_id)} is not a valid id of a repo on the Hub: {shown(error)}"
             )
         elif isinstance(error, (ValueError, KeyError)):
             message = (
-                f"the Hub's answer for {target.repo_id} makes no sense: {shown(repr(error))}; "
+                f"the Hub's answer for {target.repo_id} is not valid: {shown(repr(error))}; "
                 "check HF_ENDPOINT"
             )
         else:
@@ -326,13 +323,14 @@ def push_errors(target: Target) -> Iterator[None]:
             message = (
                 "the connection to the Hub failed for "
                 f"{target.repo_id}{hub_errors.tried(started)}: {reason}; check "
-                "the network and HF_ENDPOINT, and run the same command again: it goes on"
+                "the network and HF_ENDPOINT, and run the same command again: it continues"
             )
         raise PushError(message) from error
 
 
-def _answered(target: Target, status: int, said: str | None, tried: str) -> str:
-    reason = f" ({shown(' '.join(said.split()))})" if said else ""
+def _status_message(target: Target, status: int, server_message: str | None, tried: str) -> str:
+    """The message for an HTTP status, with the Hub's own message if there is one."""
+    reason = f" ({shown(' '.join(server_message.split()))})" if server_message else ""
     if status == 401:
         return (
             f"the Hub does not know this token{reason}; renew it: --token, HF_TOKEN or `hf auth "
@@ -348,9 +346,9 @@ def _answered(target: Target, status: int, said: str | None, tried: str) -> str:
             f"{target.repo_id} or its owner is not on the Hub, or the token may not see "
             f"it{reason}; check the name"
         )
-    if status in _PASSING:
+    if status in _RETRIED:
         return (
             f"the Hub answered {status} for {target.repo_id}{tried}{reason}; run the same command "
-            "later: it goes on"
+            "later: it continues"
         )
     return f"the Hub answered {status} for {target.repo_id}{reason}; nothing more was pushed"

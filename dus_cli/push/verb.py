@@ -1,10 +1,9 @@
-"""The verb `push`: a verified output to the Hub, by huggingface_hub's upload of large folders, and
-the proof.
+"""The verb push: upload a verified output with huggingface_hub, and compare what the Hub holds.
 
-Everything in the folder is summed before it goes, and afterwards the Hub's own list of files, one
-request, is held against these sums: what was pushed is what was verified. A push that was cut off
-goes on with the same command: what the Hub has already (files of the branch, and objects uploaded
-for a commit that never came) is not sent again.
+Every file is summed before the upload, and the Hub's list of files (one request) is compared with
+these sums afterwards: what was pushed is what was verified. The same command continues an
+interrupted push: files of the branch, and objects that were uploaded without a commit, are not sent
+again.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ from dus_cli.writing.transfer import DEFAULT_JOBS
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-# The Hub takes no larger file (huggingface.co/docs/hub/storage-limits).
+# The Hub's limit for one file (huggingface.co/docs/hub/storage-limits).
 LARGEST_FILE = 50_000_000_000
 
-# What an earlier push may have left that would be loaded beside this model's weights, or instead of
-# them (transformers takes model.safetensors before an index), or that records another model.
+# Weights of an earlier push that would be loaded beside this model's, or instead of them
+# (transformers prefers model.safetensors to an index).
 _OF_A_MODEL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
 _Result = TypeVar("_Result")
@@ -57,7 +56,7 @@ _Result = TypeVar("_Result")
 def preview(
     plan: UpscalePlan, target: Target, remote: Remote, *, with_checksums: bool = False
 ) -> PushReport:
-    """What `--push-to` would do with the output of a plan. Creates nothing.
+    """The report of what `--push-to` would do with the output of a plan. Creates nothing.
 
     Raises:
         PushError: a shard is too large.
@@ -72,10 +71,11 @@ def preview(
 
 
 def preview_folder(output: Path, target: Target) -> PushReport:
-    """What `dus push` would do with a directory, which is verified. Creates nothing.
+    """Verify a directory, and report what `dus push` would do with it. Creates nothing.
 
     Raises:
-        PushError: as `look`; VerificationError: it is not sound.
+        PushError: as `look`.
+        VerificationError: the directory is not sound.
     """
     started = time.monotonic()
     _verify(output)
@@ -96,8 +96,18 @@ def preview_folder(output: Path, target: Target) -> PushReport:
 
 @dataclass(frozen=True)
 class Push:
-    """A push that is ready to go: what is in the folder, and what of it the branch has otherwise
-    or not.
+    """A push that is ready to run.
+
+    Attributes:
+        output: the directory.
+        target: the repo and branch.
+        remote: what the Hub held when it was checked.
+        sizes: bytes of each file.
+        sums: SHA-256 of each file, hexadecimal.
+        fingerprints: size and times of each file when it was summed.
+        differing: files that the branch does not hold, or holds with other bytes.
+        stale: files of an earlier model on the branch.
+        started: `time.monotonic()` at the start.
     """
 
     output: Path
@@ -112,7 +122,7 @@ class Push:
 
     @property
     def num_lacking_bytes(self) -> int:
-        """Bytes of the files that the branch does not hold."""
+        """Bytes of the files that are to be uploaded."""
         return sum(self.sizes[name] for name in self.differing)
 
     @property
@@ -121,31 +131,34 @@ class Push:
         return self.remote.head is not None and not (self.differing or self.stale)
 
     def run(self) -> PushReport:
-        """Send what is lacking, and hold what the Hub then has against the sums.
+        """Upload what the branch lacks, and compare what the Hub then holds with the sums.
 
         Raises:
-            PushError: see `errors`; what was uploaded stays, and the same push goes on.
-            StoppedError: a signal came while bytes were sent.
+            PushError: the upload or the comparison failed; what was uploaded stays, and the same
+                push continues.
+            StoppedError: a signal came during the upload.
         """
         target, commit, remarks = self.target, self.remote.head, list[str]()
         with push_errors(target):
             if commit is None or not self.is_done:
                 commit, remarks = _until_signalled(lambda: patiently(self._upload))
-            there = listed(target, commit)
-        now = _fingerprints(self.output)
+            remote_files = listed(target, commit)
+        current = _fingerprints(self.output)
         if changed := sorted(
-            name for name in now | self.fingerprints if now.get(name) != self.fingerprints.get(name)
+            name
+            for name in current | self.fingerprints
+            if current.get(name) != self.fingerprints.get(name)
         ):
             raise PushError(
-                f"{shown_list(changed)} changed while it was pushed: commit {commit[:12]} of "
+                f"{shown_list(changed)} changed during the push: commit {commit[:12]} of "
                 f"{target.repo_id} is not "
                 "what was verified; let nothing write to the folder, and push again"
             )
-        if lacking := _differences(self.output, self.sums, there):
+        if lacking := _differences(self.output, self.sums, remote_files):
             raise PushError(
                 f"the Hub holds other bytes of {shown_list(lacking)} in commit {commit[:12]} of "
                 f"{target.repo_id} than "
-                "were verified here; push again, and tell the Hub if it stays so"
+                "were verified here; push again, and report it to the Hub if that does not help"
             )
         return PushReport(
             target,
@@ -162,7 +175,11 @@ class Push:
         )
 
     def _upload(self) -> tuple[str, list[str]]:
-        """Create what is lacking, upload and commit: the commit, and what the Hub remarked."""
+        """Create the repo and branch if needed, upload and commit.
+
+        Returns:
+            The commit, and the Hub's remarks.
+        """
         target, api = self.target, client(self.target)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -172,7 +189,7 @@ class Push:
                 api.create_branch(target.repo_id, branch=target.branch, exist_ok=True)
             if self.remote.parent is not None and not (self.differing or self.stale):
                 return self.remote.parent, []  # the new branch holds what main does
-            done = api.upload_folder(
+            commit = api.upload_folder(
                 repo_id=target.repo_id,
                 folder_path=self.output,
                 revision=target.branch,
@@ -180,9 +197,9 @@ class Push:
                 delete_patterns=[escape(name) for name in self.stale] or None,
                 commit_message=f"Upload {self.output.resolve().name} with dus {__version__}",
             )
-        # Those that huggingface_hub gives a user; libraries below it have others for each other.
+        # UserWarnings are huggingface_hub's messages to users; other classes come from libraries.
         remarks = [str(warning.message) for warning in caught if warning.category is UserWarning]
-        return done.oid, [shown(" ".join(remark.split())) for remark in remarks]
+        return commit.oid, [shown(" ".join(remark.split())) for remark in remarks]
 
 
 def send(
@@ -193,10 +210,17 @@ def send(
     progress: Progress,
     is_verified: bool = False,
 ) -> PushReport:
-    """Verify and sum, told by `progress`, then send: huggingface_hub draws that itself where
-    `progress` is live.
+    """Verify, sum and upload a directory.
 
-    A log or a program is told of the upload as of any stage.
+    If `progress` is live, huggingface_hub draws the upload; else the upload is a stage of
+    `progress`.
+
+    Args:
+        output: a directory that dus upscale or dus heal wrote, or any checkpoint.
+        target: the repo and branch.
+        jobs: parallel reads.
+        progress: receives the progress.
+        is_verified: the directory was verified just now.
 
     Raises:
         DusError: as `prepare` and `Push.run`.
@@ -227,19 +251,19 @@ def prepare(
     quiet: bool = True,
     is_verified: bool = False,
 ) -> Push:
-    """Look, verify and sum; nothing is changed yet, here or on the Hub.
+    """Check the target, verify and sum the directory; change nothing, here or on the Hub.
 
     Args:
         output: a directory that dus upscale or dus heal wrote, or any checkpoint.
         target: the repo and branch.
         jobs: parallel reads.
-        progress: told of the sums; huggingface_hub draws the upload itself.
+        progress: receives the progress of summing.
         quiet: no progress bars from huggingface_hub.
-        is_verified: it was a moment ago.
+        is_verified: the directory was verified just now.
 
     Raises:
-        VerificationError: not sound.
-        PushError: as `look`; the directory holds no model; a file is too large.
+        VerificationError: the directory is not sound.
+        PushError: as `look`; the directory holds no model, or a file is too large.
     """
     started = time.monotonic()
     progress = progress or NoProgress()
@@ -250,8 +274,8 @@ def prepare(
     sizes, fingerprints = _sizes(output), _fingerprints(output)
     sums = _sums(output, sizes, jobs, progress)
     with push_errors(target):
-        there = {} if remote.parent is None else listed(target, remote.parent)
-    differing, stale = _differences(output, sums, there), _stale(sums, there)
+        remote_files = {} if remote.parent is None else listed(target, remote.parent)
+    differing, stale = _differences(output, sums, remote_files), _stale(sums, remote_files)
     return Push(
         output,
         target,
@@ -272,28 +296,26 @@ def _verify(output: Path) -> None:
         )
     if is_unfinished_healing(output):
         raise PushError(
-            f"{shown(output)} is a run of dus heal that has not ended, and no model yet; the same "
-            "dus heal command goes on with it"
+            f"{shown(output)} is an unfinished run of dus heal, not a model; the same dus heal "
+            "command continues it"
         )
-    found = verify(output, deep=False)
-    if not found.is_sound:
-        more = len(found.problems) - 1
+    result = verify(output, deep=False)
+    if not result.is_sound:
+        more = len(result.problems) - 1
         rest = f" (and {more} more: dus verify lists them)" if more else ""
         raise VerificationError(
-            f"{shown(output)} does not verify: {found.problems[0]}{rest}; nothing was pushed"
+            f"{shown(output)} does not verify: {result.problems[0]}{rest}; nothing was pushed"
         )
 
 
 def _files(output: Path) -> list[str]:
-    """What is pushed: what dus.json says that dus wrote; of a folder without one, what a
-    checkpoint's files are.
-    """
+    """The files to push: those that dus.json lists; without it, the files of a checkpoint."""
     ours = {*model_files(output, read_record(output)), *indexed_weights(output), checksums.NAME}
     return [name for name in staged_files(output) if name in ours and inside(output, name)]
 
 
 def _left_here(output: Path) -> list[str]:
-    """Files that are not pushed; a folder of which none is ends with "/"."""
+    """The files that are not pushed; a folder without any pushed file is one entry, with "/"."""
     pushed = _files(output)
     folders = {name.split("/")[0] for name in pushed if "/" in name}
     others = (name for name in staged_files(output) if name not in pushed)
@@ -314,7 +336,7 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if size > LARGEST_FILE:
             raise PushError(
-                f"{shown(name)} has {human_bytes(size)} and the Hub takes no file over "
+                f"{shown(name)} has {human_bytes(size)}, and the Hub's limit is "
                 f"{human_bytes(LARGEST_FILE)}; "
                 "make the model again with a smaller --max-shard-size, such as 5GB"
             )
@@ -325,7 +347,11 @@ def _fingerprints(output: Path) -> dict[str, Fingerprint | None]:
 
 
 def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress) -> dict[str, str]:
-    """SHA-256 of every file, held against SHA256SUMS where there is one."""
+    """SHA-256 of every file, hexadecimal.
+
+    Raises:
+        VerificationError: SHA256SUMS, if there is one, has other sums or lacks a file.
+    """
     progress.start("summing", sum(sizes.values()))
     with workers(jobs) as (pool, stop):
 
@@ -345,25 +371,28 @@ def _sums(output: Path, sizes: Mapping[str, int], jobs: int, progress: Progress)
         problems.append(checksums.lacking(uncovered))
     wrong = [name for name, total in expected.items() if sums.get(name) != total]
     if wrong or problems:
-        what = (
+        problem = (
             f"{shown_list(wrong)} does not match its sum in {checksums.NAME}"
             if wrong
             else problems[0]
         )
-        raise VerificationError(f"{shown(output)} does not verify: {what}; nothing was pushed")
+        raise VerificationError(f"{shown(output)} does not verify: {problem}; nothing was pushed")
     return sums
 
 
 # --- what the Hub has ----------------------------------------------------------------------------
 
 
-def _differences(output: Path, sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
-    """The files that the Hub has otherwise, or not: by SHA-256 of large files, by git's own sum
-    of small ones.
+def _differences(
+    output: Path, sums: Mapping[str, str], remote_files: Mapping[str, RepoFile]
+) -> list[str]:
+    """The files that the Hub does not hold, or holds with other bytes.
+
+    The Hub gives the SHA-256 of a large file, and git's SHA-1 of a small one.
     """
 
-    def is_there(name: str) -> bool:
-        entry = there.get(name)
+    def is_held(name: str) -> bool:
+        entry = remote_files.get(name)
         if entry is None:
             return False
         return (
@@ -372,20 +401,18 @@ def _differences(output: Path, sums: Mapping[str, str], there: Mapping[str, Repo
             else entry.lfs.sha256 == sums[name]
         )
 
-    return [name for name in sums if not is_there(name)]
+    return [name for name in sums if not is_held(name)]
 
 
 def _git_sum(path: Path) -> str:
-    """What git calls a file of this content: a SHA-1 over its length and bytes
-    (git-hash-object(1)).
-    """
+    """Git's id of a file's content: a SHA-1 over its length and bytes (git-hash-object(1))."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     for piece in file_pieces(path, path.name):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _stale(sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
+def _stale(sums: Mapping[str, str], remote_files: Mapping[str, RepoFile]) -> list[str]:
     """Files of an earlier model on the branch: its weights, records and pictures. Files that dus
     did not write are left alone.
     """
@@ -394,15 +421,15 @@ def _stale(sums: Mapping[str, str], there: Mapping[str, RepoFile]) -> list[str]:
     def is_ours(name: str) -> bool:
         return any(fnmatch(PurePosixPath(name).parts[0], pattern) for pattern in ours)
 
-    return sorted(name for name in there if name not in sums and is_ours(name))
+    return sorted(name for name in remote_files if name not in sums and is_ours(name))
 
 
 def _until_signalled(work: Callable[[], _Result]) -> _Result:
-    """The work's result. A signal ends the wait at once, in whatever the library's threads are at
-    that moment.
+    """Call `work` in a thread and return its result. A signal ends the wait at once, whatever the
+    library's threads are doing.
 
     Raises:
-        StoppedError: a signal came. What the Hub has stays there.
+        StoppedError: a signal came. What was uploaded stays on the Hub.
     """
     results: list[_Result] = []
     failures: list[BaseException] = []
@@ -410,13 +437,13 @@ def _until_signalled(work: Callable[[], _Result]) -> _Result:
     def run() -> None:
         try:
             results.append(work())
-        except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
+        except BaseException as error:  # noqa: BLE001  (raised again below)
             failures.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        # not one long wait: a signal that another thread is given would not end it
+        # in short waits: a signal that another thread receives would not end a long one
         while thread.is_alive():
             thread.join(0.1)
     except BaseException as error:
@@ -425,7 +452,7 @@ def _until_signalled(work: Callable[[], _Result]) -> _Result:
             raise
         raise StoppedError(
             f"ended by {signal.Signals(signum).name}; what was sent stays on the Hub, and the "
-            "same command goes on",
+            "same command continues",
             signum,
         ) from None
     if failures:

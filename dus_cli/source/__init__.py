@@ -1,1 +1,1 @@
-"""A checkpoint as it is read: its files, its headers, where each tensor's bytes lie."""
+"""Read a checkpoint: its files, its headers, and where each tensor's bytes are."""

@@ -1,10 +1,10 @@
-"""What the base's own card (README.md) says that still holds for a deeper model: licence,
+"""The metadata of the base's model card (README.md) that still holds for a deeper model: licence,
 languages, task, tags.
 
-The card is a file from a stranger. Only the lines of the fields that are wanted are read as YAML,
-each a few kB, with a loader that makes nothing but text, lists and mappings; only values of a known
-form are taken. So a card of any size costs little, an alias or a tag of YAML's has nothing to
-expand into, and no text of the base's can end our own metadata or begin another field.
+The card is untrusted. Only the lines of these fields are parsed as YAML, each a few kB, with a
+loader that makes only text, lists and mappings, and only values of a known form are used. So a card
+of any size costs little, YAML aliases and tags have no effect, and no text in it can end the
+output's metadata or begin another field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dus_cli.source.reading import open_regular
 
 NAME = "README.md"
 
-# Front matter of embedding models lists hundreds of evaluations; more than this is no metadata.
+# The front matter of embedding models lists hundreds of evaluations; none is larger than this.
 _MAX_FRONT_BYTES = 4_000_000
 _MAX_FIELD_BYTES = 20_000
 
@@ -32,8 +32,7 @@ _FILE = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w./ -]{0,199}", re.ASCII)
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8}){0,3}|code|multilingual", re.ASCII)
 _TAG = re.compile(r"(?:arxiv:)?[A-Za-z0-9][\w .+-]{0,63}", re.ASCII)
 
-# Tasks of a model that reads and goes on writing; the Hub has dozens of others, which a deeper
-# decoder does not do.
+# Tasks of models that generate text; the Hub has dozens of others, which a decoder does not do.
 _TASKS = (
     "text-generation",
     "image-text-to-text",
@@ -45,7 +44,7 @@ _TASKS = (
     "feature-extraction",
 )
 
-# Of the base's files, its training, or what the Hub works out by itself.
+# Tags about the base's files or training, and those that the Hub sets itself: not carried over.
 _TAGS_OF_THE_BASE = frozenset(
     """gguf ggml llama.cpp onnx openvino mlx coreml safetensors pytorch tf jax tensorboard awq gptq
     exl2 quantized 4-bit 8-bit model-index eval-results generated_from_trainer
@@ -58,8 +57,8 @@ _MAX_LANGUAGES, _MAX_TAGS = 400, 40
 
 @dataclass(frozen=True)
 class BaseCard:
-    """What is taken from the base's card; `problem` says why nothing was, where there is a card
-    that cannot be read.
+    """The metadata of the base's card. If the card cannot be read, all is empty and `problem` says
+    why.
 
     `license_link` is an address, or the name of a file in the base's folder.
     """
@@ -74,8 +73,8 @@ class BaseCard:
 
 
 def read_base_card(folder: Path) -> BaseCard:
-    """The card of a base's folder. Whatever is wrong with it is no failure: then nothing is
-    taken, and it says so.
+    """Read the card in a base's folder. Nothing raises: a card that cannot be read is empty, with a
+    `problem`.
     """
     try:
         path = inside(folder, NAME)
@@ -91,7 +90,7 @@ def read_base_card(folder: Path) -> BaseCard:
 
 
 def parse_base_card(text: str) -> BaseCard:
-    r"""The wanted fields of a card's metadata.
+    r"""Parse the metadata at the beginning of a card.
 
     >>> front = "license: other\nlicense_name: llama3\nlanguage: [en, no]"
     >>> card = parse_base_card(f"---\n{front}\n---\n# Llama")
@@ -134,9 +133,9 @@ def parse_base_card(text: str) -> BaseCard:
 
 
 def _fields(lines: list[str]) -> dict[str, Any]:
-    """The wanted fields among the lines of a front matter; None for one that is no YAML.
+    """The used fields in the lines of a front matter; None for a field that is not valid YAML.
 
-    A field's lines are its own and the following ones that are indented, or items of a list.
+    A field's lines are its own and those after it that are indented or list items.
     """
     blocks: dict[str, list[str]] = {}
     block: list[str] = []
@@ -154,24 +153,22 @@ def _fields(lines: list[str]) -> dict[str, Any]:
             ):
                 blocks[name] = block
         block.append(line)
-    return {name: _value("\n".join(found), name) for name, found in blocks.items()}
+    return {name: _value("\n".join(block), name) for name, block in blocks.items()}
 
 
 def _value(text: str, name: str) -> Any:
-    """A field's value as text, lists and mappings; "" where it is empty, None where it cannot be
-    read.
-    """
-    import yaml  # comes with huggingface_hub; not at the top: most commands need none
+    """A field's value as text, lists and mappings; "" if it is empty, None if it is not valid."""
+    import yaml  # imported here: most commands do not need it
 
     if len(text) > _MAX_FIELD_BYTES:
         return None
     try:
-        # BaseLoader makes text of every scalar, so that Norwegian (`no`) is no boolean, and knows
-        # no other objects.
-        found = yaml.load(text, yaml.BaseLoader)  # noqa: S506  (safer than SafeLoader: it resolves no tag at all)
+        # BaseLoader reads every scalar as text, so that Norwegian (`no`) is not a boolean, and
+        # makes no other objects.
+        mapping = yaml.load(text, yaml.BaseLoader)  # noqa: S506  (safer than SafeLoader: it resolves no tag at all)
     except (yaml.YAMLError, RecursionError, ValueError):
         return None
-    return found.get(name) if isinstance(found, dict) else None
+    return mapping.get(name) if isinstance(mapping, dict) else None
 
 
 def _text(value: Any, form: re.Pattern[str]) -> str | None:
@@ -179,6 +176,6 @@ def _text(value: Any, form: re.Pattern[str]) -> str | None:
 
 
 def _texts(value: Any, form: re.Pattern[str], limit: int) -> tuple[str, ...]:
-    """A text or a list of them: those of the form, each once, at most `limit`."""
+    """The texts of the given form in a text or a list of texts: each once, at most `limit`."""
     values = value[: 10 * limit] if isinstance(value, list) else [value]
     return tuple(dict.fromkeys(text for text in values if _text(text, form) is not None))[:limit]

@@ -1,10 +1,9 @@
-"""Which files of a folder belong to the model in it. An allow-list: what nobody knows stays where
-it is.
+"""Which files in a folder belong to the model. An allow-list: any other file is left alone.
 
-A checkpoint's folder is also where people train, log in and keep keys. So a file goes along to a
-model made from this one, to the Hub, or makes place for another model, where its name is one that a
-model's files have, where a file that belongs names it (`auto_map`, and imports from there), or
-where dus.json says that dus wrote it.
+People also train, log in and keep keys in a checkpoint's folder. So a file is copied to a deeper
+model, pushed to the Hub, or removed for another model only if its name is one that a model's files
+have, if another file of the model names it (`auto_map`, and imports in its code), or if dus.json
+lists it as written by dus.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from dus_cli.source.files import (
 )
 from dus_cli.source.reading import unreadable
 
-# Names as they are on the Hub, in lower case. Each part of a path has its own pattern.
+# Names of files on the Hub, in lower case. Each part of a path has its own pattern.
 _NAMES = (
     # tokenizers: transformers' VOCAB_FILES_NAMES, tiktoken, mistral-common, sentencepiece, rwkv
     "tokenizer*.json",
@@ -80,7 +79,8 @@ _NAMES = (
     "licenses/*",
 )
 
-# How the weights were quantised, read by loaders: names of layers in it follow the map.
+# Files that say how the weights were quantised; loaders read them. Layer names in them follow the
+# layer map.
 SIDECARS = (
     "hf_quant_config.json",
     "quantize_config.json",
@@ -88,24 +88,23 @@ SIDECARS = (
     "quantization_config.json",
 )
 
-# Which files go along, and changed or not, is read in these.
+# The content of these files decides which files are carried over, and how they are changed.
 DECIDING = (*SIDECARS, "*.py", "*_config.json")
 
-# They tell of the base's layers, to loaders and tools that read other weights: untrue of the
-# output.
+# Files about the base's layers, for loaders and tools of other weights: wrong for the output.
 OF_OTHER_LAYERS = ("params.json", "mergekit_config.yml", "mergekit_config.yaml")
 
-# Terms under which a model is given, whatever the file is called.
+# Names of files with the terms of a model's use.
 _TERMS = re.compile(
     r"licen[cs]e|notice|copying|copyright|polic(y|ies)|agreement|terms[_ "
     r"-]?of|citation|^authors|^patents"
 )
 _TERMS_SUFFIXES = ("", ".md", ".txt", ".pdf", ".rst", ".html", ".cff")
 
-# Sources that custom code compiles (Qwen's kernels).
+# Source files that a model's code compiles (Qwen's kernels).
 _KERNELS = ("*.cpp", "*.cu", "*.cuh")
 
-# A tokenizer of 100 MB exists; a file of gigabytes under a tokenizer's name is something else.
+# Tokenizers reach 100 MB; a file of gigabytes with a tokenizer's name is something else.
 LARGEST_CARRIED_BYTES = 2_000_000_000
 _MAX_TEXT_BYTES = 16_000_000
 
@@ -119,7 +118,7 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
-# What `hf download --local-dir` and git leave in a folder. Nothing is lost with it.
+# Files that `hf download --local-dir` and git leave in a folder; they can be removed.
 _TRACES = (
     ".gitattributes",
     ".cache/huggingface/.gitignore",
@@ -139,7 +138,7 @@ _RELATIVE_IMPORT = re.compile(
 
 
 def fits(relative: str, patterns: Iterable[str]) -> bool:
-    """Whether a path (with "/") is one of these patterns', in whatever case, part by part.
+    """Whether a path (with "/") matches one of the patterns part by part, ignoring case.
 
     >>> fits("Tokenizer.json", ["tokenizer*.json"]), fits("a/tokenizer.json", ["tokenizer*.json"])
     (True, False)
@@ -153,7 +152,7 @@ def fits(relative: str, patterns: Iterable[str]) -> bool:
 
 
 def belongs_by_name(relative: str) -> bool:
-    """Whether a file of this name goes along with a model, whatever is in it.
+    """Whether a file of this name is carried over to a deeper model, whatever its content.
 
     >>> belongs_by_name("tokenizer.json"), belongs_by_name("LICENSE"), belongs_by_name(".env")
     (True, True, False)
@@ -176,11 +175,12 @@ def _is_of_terms(relative: str) -> bool:
 
 @dataclass(frozen=True)
 class Carried:
-    """The files of a folder that go along, as (path with "/", file), sorted so that two runs write
-    the same.
+    """The files of a folder that are carried over.
 
-    `left_out` names every other file, but for weights that were read, indices, and what is written
-    anew; a folder of which nothing goes along ends with "/".
+    Attributes:
+        files: (path with "/", file), sorted, so that every run writes the same.
+        left_out: every other file, except weights that were read, indices, and files that dus
+            writes itself; a folder that is left out as a whole is one entry, with "/" at its end.
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -188,26 +188,25 @@ class Carried:
 
 
 def carried_files(folder: Path, weights: Collection[str] = ()) -> Carried:
-    """What goes along from a folder, and what does not. `weights` are the files of weights that
-    were read.
+    """Which files of a folder are carried over. `weights` are the files of weights that were read.
 
     Raises:
-        CheckpointError: what goes along is a link that leaves the folder, no regular file, or far
-            too large.
+        CheckpointError: a file that would be carried over is a link that leaves the folder, is not
+            a regular file, or is far too large.
     """
-    found = _found(folder)
-    files = tuple((name, _checked(folder, name)) for name in sorted(found, key=walk_order))
-    left_out = tuple(name for name in _others(folder, set(found)) if name not in weights)
+    carried = _carried_names(folder)
+    files = tuple((name, _checked(folder, name)) for name in sorted(carried, key=walk_order))
+    left_out = tuple(name for name in _others(folder, set(carried)) if name not in weights)
     return Carried(files, left_out)
 
 
-def _found(folder: Path) -> list[str]:
-    found = [name for name in _candidates(folder) if belongs_by_name(name)]
-    return found + [name for name in code_files(folder, found) if name not in found]
+def _carried_names(folder: Path) -> list[str]:
+    by_name = [name for name in _candidates(folder) if belongs_by_name(name)]
+    return by_name + [name for name in code_files(folder, by_name) if name not in by_name]
 
 
 def _candidates(folder: Path) -> Iterator[str]:
-    """Files and links at the top, and those in folders that a pattern names."""
+    """Files and links at the top level, and those in folders that a pattern names."""
     for entry in _entries(folder):
         is_folder = entry.is_dir(follow_symlinks=False)
         if not is_folder:
@@ -226,21 +225,21 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise CheckpointError(f"{shown(folder)} cannot be read: {error.strerror}") from error
 
 
-def _others(folder: Path, taken: set[str]) -> Iterator[str]:
+def _others(folder: Path, carried: set[str]) -> Iterator[str]:
     for entry in _entries(folder):
         if not entry.is_dir(follow_symlinks=False):
             if (
-                entry.name not in taken
+                entry.name not in carried
                 and entry.name not in WRITTEN_ANEW
                 and not is_index(entry.name)
             ):
                 yield entry.name
-        elif any(name.startswith(f"{entry.name}/") for name in taken):
+        elif any(name.startswith(f"{entry.name}/") for name in carried):
             for root, _, names in os.walk(folder / entry.name):
                 inner = (
                     (Path(root) / name).relative_to(folder).as_posix() for name in sorted(names)
                 )
-                yield from (name for name in inner if name not in taken)
+                yield from (name for name in inner if name not in carried)
         else:
             yield f"{entry.name}/"
 
@@ -255,7 +254,7 @@ def _checked(folder: Path, relative: str) -> Path:
         raise CheckpointError(f"{shown(relative)} is not a regular file; remove it from the folder")
     if status.st_size > LARGEST_CARRIED_BYTES:
         raise CheckpointError(
-            f"{shown(relative)} has {status.st_size} bytes, too many for what its name says; move "
+            f"{shown(relative)} has {status.st_size} bytes, too many for a file of that name; move "
             "it out of the model's folder"
         )
     check_fetched(relative, path)
@@ -266,33 +265,33 @@ def _checked(folder: Path, relative: str) -> Path:
 
 
 def code_files(folder: Path, names: Collection[str]) -> list[str]:
-    """The files of code that a model needs: what `auto_map` names in its JSON files, and what those
-    import from beside.
+    """The code files of a model: those that `auto_map` names in its JSON files, and those that
+    these import relatively.
 
-    Nothing is run: the text is searched, as transformers does before it copies such files
+    No code is run: the text is searched, as transformers does before it copies such files
     (dynamic_module_utils).
     """
     waiting = [name for name in names if name.endswith(".py")]
     settings = ["config.json", *(name for name in names if name.endswith("_config.json"))]
     waiting += [module for name in settings for module in _mapped_modules(_text(folder, name))]
-    found: list[str] = []
+    code: list[str] = []
     while waiting:
         name = waiting.pop()
-        if name in found or (text := _text(folder, name)) is None:
+        if name in code or (text := _text(folder, name)) is None:
             continue
-        found.append(name)
-        waiting += _imported_from_beside(name, text)
-    if found:
-        found += [
+        code.append(name)
+        waiting += _relative_imports(name, text)
+    if code:
+        code += [
             entry.name
             for entry in _entries(folder)
             if entry.is_file() and fits(entry.name, _KERNELS)
         ]
-    return found
+    return code
 
 
 def _text(folder: Path, name: str) -> str | None:
-    """A small file's text; None where there is no such file that could be read."""
+    """A small file's text; None if there is no such file or it cannot be read."""
     try:
         path = inside(folder, name)
         if not path.is_file() or path.stat().st_size > _MAX_TEXT_BYTES:
@@ -314,8 +313,8 @@ def _mapped_modules(text: str | None) -> Iterator[str]:
                 yield reference.rpartition(".")[0].replace(".", "/") + ".py"
 
 
-def _imported_from_beside(name: str, text: str) -> Iterator[str]:
-    """Paths that the relative imports of a file may mean; many of them are not there."""
+def _relative_imports(name: str, text: str) -> Iterator[str]:
+    """Paths that the relative imports in a file may mean; most of them do not exist."""
     folders = PurePosixPath(name).parts[:-1]
     for match in _RELATIVE_IMPORT.finditer(text):
         up = len(match["dots"] or ".") - 1
@@ -330,13 +329,11 @@ def _imported_from_beside(name: str, text: str) -> Iterator[str]:
             yield "/".join([*at, f"{imported}.py"])
 
 
-# --- what stands in a folder ----------------------------------------------------------------------
+# --- what a folder holds --------------------------------------------------------------------------
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's dus.json as far as it can be read; None where dus has written
-    none.
-    """
+    """The content of a folder's dus.json; None if there is none, or it cannot be read."""
     try:
         record = json.loads(_text(folder, "dus.json") or "null")
     except (ValueError, RecursionError):
@@ -345,7 +342,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def recorded_files(record: Mapping[str, Any] | None) -> set[str] | None:
-    """The files that dus wrote, by the content of a dus.json; None where it does not say."""
+    """The files that dus wrote, by the content of a dus.json; None if it does not list them."""
     files = (record or {}).get("files")
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         return None
@@ -353,21 +350,21 @@ def recorded_files(record: Mapping[str, Any] | None) -> set[str] | None:
 
 
 def model_files(folder: Path, record: Mapping[str, Any] | None) -> set[str]:
-    """The files of the model in a folder: those that its dus.json names, else those that are called
-    as such files are.
+    """The names of the files of the model in a folder: those that its dus.json lists, else those
+    that have the name of a model's file.
 
-    Some of them may not be there. `record` is the content of dus.json, None where there is none.
+    Some may not exist. `record` is the content of dus.json; None if there is none.
     """
     recorded = recorded_files(record)
     if recorded is not None:
         return recorded
-    files = {*_found(folder), *WRITTEN_ANEW, *indexed_weights(folder)}
+    files = {*_carried_names(folder), *WRITTEN_ANEW, *indexed_weights(folder)}
     files |= {entry.name for entry in _entries(folder) if fits(entry.name, _WEIGHTS)}
     return files | _healing_files(folder) if record is not None else files
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint's: config.json says so, and weights are there."""
+    """Whether a folder looks like a checkpoint: it has a model's config.json, and weights."""
     try:
         config = json.loads(_text(folder, "config.json") or "null")
     except (ValueError, RecursionError):
@@ -377,7 +374,7 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def is_trace(relative: str) -> bool:
-    """Whether a file is one that fetching a repo leaves in the folder beside what was fetched."""
+    """Whether a file is one that git or `hf download` leaves beside what it fetched."""
     return fits(relative, _TRACES)
 
 
@@ -395,7 +392,7 @@ def indexed_weights(folder: Path) -> set[str]:
 
 
 def _healing_files(folder: Path) -> set[str]:
-    """The record of a healing, as versions wrote it that did not name it in dus.json."""
+    """The files of a healing, for models of versions that did not list them in dus.json."""
     names = {
         entry.name
         for entry in _entries(folder)

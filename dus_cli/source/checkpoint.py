@@ -1,5 +1,5 @@
-"""A checkpoint opened for reading: config, headers, and where each tensor's bytes lie. No
-weights are read.
+"""Open a checkpoint: its config, its headers, and where each tensor's bytes are. No weights are
+read.
 """
 
 from __future__ import annotations
@@ -44,28 +44,27 @@ from dus_cli.source.weights import (
 
 CONFIG_NAME = "config.json"
 
-# The output embedding in architectures that can tie it to the input's (`_tied_weights_keys` in
-# transformers).
+# Names of the output embedding in architectures that can tie it to the input embedding
+# (`_tied_weights_keys` in transformers).
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight", "proj_out.weight")
 
-# Larger than any real one by a factor of a hundred: a spike of memory is a denial of service.
+# A hundred times any real config: a limit, so that a hostile file cannot fill the memory.
 _MAX_CONFIG_BYTES = 16_000_000
 
-# Shards whose headers are read at once: a disk answers several requests in the time of one, a
-# network more.
+# Shards whose headers are read at once: a disk, and even more a network, answers several requests
+# in the time of one.
 _HEADERS_AT_ONCE = 16
 
-# Device, inode, bytes, and nanoseconds of the last modification.
+# Device, inode, size in bytes, and time of the last modification in nanoseconds.
 Fingerprint = tuple[int, int, int, int]
 
 
 def fingerprint(path: Path) -> Fingerprint | None:
-    """What changes when a file is replaced or written to; None where there is no such file.
+    """Values of stat(2) that change if a file is replaced or written to; None if it does not exist.
 
-    On FUSE that is its size and the second of its last modification: object stores give a file
-    another inode number whenever they like (Mountpoint for Amazon S3, gcsfuse), and a list of
-    objects tells times finer than a request for one of them does. What is written to an object
-    later than a second after its last change has another second.
+    On FUSE these are only the size and the second of the last modification: object stores may
+    change a file's inode number at any time (Mountpoint for Amazon S3, gcsfuse), and give finer
+    times in a list of objects than for one of them.
     """
     try:
         status = path.stat()
@@ -79,9 +78,10 @@ def fingerprint(path: Path) -> Fingerprint | None:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of weights, safetensors or pickled. `name` is its path in the folder, with "/".
+    """One file of weights, safetensors or pickled.
 
-    `fingerprint` was taken before the header was read: see the function.
+    `name` is its path in the folder, with "/". `fingerprint` was taken before the header was read;
+    it is None if the file is not on this machine.
     """
 
     name: str
@@ -96,12 +96,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoder checkpoint, all headers checked and held against the index.
+    """A decoder checkpoint whose headers are checked, also against the index.
 
-    Tensors have distinct names over all shards. `config_sha256` and `index_sha256` are hexadecimal;
-    the latter is None where the weights are one file. `index_name` is the index that was read,
-    `unread` are the paths of other weights that are there. `warnings` say where index and headers
-    differ.
+    Attributes:
+        folder: its directory.
+        config: config.json.
+        shards: the files of weights; tensor names are distinct over all of them.
+        config_sha256: SHA-256 of config.json, hexadecimal.
+        index_sha256: SHA-256 of the index; None if the weights are one file.
+        index_name: the index that was read; None if the weights are one file.
+        unread: paths of other weights in the folder.
+        warnings: differences between index and headers.
     """
 
     folder: Path
@@ -123,9 +128,7 @@ class Checkpoint:
 
     @property
     def rivals(self) -> list[str]:
-        """Other files from which the model could be loaded, and from which transformers does
-        not.
-        """
+        """Other files from which the model could be loaded; transformers does not read them."""
         return rivals(self.unread, self.shards[0].name)
 
     @property
@@ -134,7 +137,7 @@ class Checkpoint:
 
     @property
     def format(self) -> str:
-        """Of the weights, as lineage and reports call it: "safetensors" or "pickle"."""
+        """The format of the weights, as in lineage and reports: "safetensors" or "pickle"."""
         return "pickle" if self.is_pickled else "safetensors"
 
     @property
@@ -147,7 +150,7 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of tensor data, headers not counted."""
+        """Bytes of tensor data, without headers."""
         return sum(tensor.num_bytes for shard in self.shards for tensor in shard.header.tensors)
 
     def tensors(self) -> Iterable[tuple[Shard, TensorInfo]]:
@@ -157,16 +160,14 @@ class Checkpoint:
 
 
 class Elsewhere(Protocol):
-    """Files that are not in the folder: a repo on the Hub, planned before its weights are
-    fetched.
-    """
+    """Files that are not in the folder: a repo on the Hub whose weights are not fetched yet."""
 
     @property
     def names(self) -> Iterable[str]:
         """Paths of all its files, with "/"."""
 
     def header(self, name: str) -> Header | None:
-        """The header of a file of weights; None where there is no such file."""
+        """The header of a file of weights; None if there is no such file."""
 
 
 def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpoint:
@@ -174,26 +175,26 @@ def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpo
 
     Args:
         folder: the directory.
-        elsewhere: where the files are that are not in the folder; without it every shard must be
-            there.
+        elsewhere: a source of files that are not in the folder; without it, every shard must be in
+            the folder.
 
     Raises:
-        CheckpointError: not a folder, not a decoder checkpoint, or not sound.
+        CheckpointError: the folder does not exist, is not a decoder checkpoint, or is not sound.
         ConfigError: config.json does not give the number of layers.
     """
     if not folder.is_dir():
-        what = "is not a directory" if folder.exists() else "does not exist"
+        problem = "is not a directory" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"{shown(folder)} {what}; give a checkpoint's directory, or a Hub id of the form "
+            f"{shown(folder)} {problem}; give a checkpoint's directory, or a Hub id of the form "
             "org/name"
         )
     check_whole(folder)
     config, config_sha256 = read_config(folder)
     if elsewhere is None:
         chosen = find_weights(folder, config)
-        there = files_below(folder)
+        all_files = files_below(folder)
     else:
-        there = files_below(folder) | set(elsewhere.names)
+        all_files = files_below(folder) | set(elsewhere.names)
         chosen = choose_weights(regular_files(folder) | set(elsewhere.names), config)
     if chosen is None:
         raise CheckpointError(_no_weights(folder))
@@ -208,16 +209,16 @@ def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpo
         config_sha256=config_sha256,
         index_sha256=None if index is None else index.sha256,
         index_name=None if index is None else index.name,
-        unread=tuple(name for name in weight_files(there) if name not in {chosen, *names}),
+        unread=tuple(name for name in weight_files(all_files) if name not in {chosen, *names}),
         warnings=tuple(warnings),
     )
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """config.json of a decoder, and its sha256.
+    """config.json of a decoder, and its SHA-256, hexadecimal.
 
     Raises:
-        CheckpointError: missing, damaged, or of something else than a decoder.
+        CheckpointError: it is missing or damaged, or is not a decoder's.
     """
     path = inside(folder, CONFIG_NAME)
     if not os.path.lexists(path):
@@ -250,7 +251,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
 def _open_shards(
     folder: Path, names: list[str], chosen: str, elsewhere: Elsewhere | None
 ) -> tuple[Shard, ...]:
-    """The files of weights, their headers read; `chosen` is what names them."""
+    """Read the headers of the files of weights; `chosen` is the file that names them."""
     paths = {name: inside(folder, name) for name in names}
     missing = [name for name, path in paths.items() if not os.path.lexists(path)]
     if missing and elsewhere is None:
@@ -278,11 +279,9 @@ def _open_shards(
 def _read(
     name: str, path: Path, *, is_elsewhere: bool
 ) -> tuple[Fingerprint | None, tuple[bytes, int] | None]:
-    """What a shard's file was before its header was read, and the header, where it is one of
-    safetensors and here.
+    """A shard's fingerprint, and its raw header if it is a safetensors file on this machine.
 
-    This is what waits for a disk or a network, and several do it at once; to understand headers is
-    one thread's work.
+    Several threads do this at once, because it waits for a disk or a network. One thread parses.
     """
     before = fingerprint(path)
     if is_pickled(name) or (before is None and is_elsewhere):
@@ -308,15 +307,16 @@ def _refuse_twice(shards: Iterable[Shard]) -> None:
             other = holder.setdefault(tensor.name, shard.name)
             if other != shard.name:
                 raise CheckpointError(
-                    f"tensor {shown(tensor.name)} stands in two shards, {shown(other)} and "
+                    f"tensor {shown(tensor.name)} is in two shards, {shown(other)} and "
                     f"{shown(shard.name)}; "
-                    "loaders differ in which one counts, download the checkpoint again"
+                    "loaders differ in which one they use, download the checkpoint again"
                 )
 
 
 def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]) -> list[str]:
-    """Where an index says otherwise than the headers, which count: loaders take the shards' names
-    alone from it.
+    """Warnings about differences between an index and the headers.
+
+    The headers count: loaders use only the shard names of an index.
 
     Raises:
         CheckpointError: the index names a tensor that the model needs, and no shard holds it.
@@ -324,12 +324,12 @@ def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]
     unnamed, moved, num_named = list[str](), list[str](), 0
     for shard in shards:
         for tensor in shard.header.tensors:
-            said_shard = index.weight_map.get(tensor.name)
-            if said_shard is None:
+            indexed_shard = index.weight_map.get(tensor.name)
+            if indexed_shard is None:
                 unnamed.append(tensor.name)
                 continue
             num_named += 1
-            if said_shard != shard.name:
+            if indexed_shard != shard.name:
                 moved.append(tensor.name)
     absent: list[str] = []
     if num_named != len(index.weight_map):
@@ -340,12 +340,14 @@ def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]
             f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs "
             "(transformers would fill it with random numbers); download the checkpoint again"
         )
-    said = {
+    reasons = {
         "which no shard holds: transformers loads the model without": absent,
         "in other shards than those that hold them: the shards' headers count": moved,
     }
     warnings = [
-        f"{index.name} names {shown_list(names)}, {what}" for what, names in said.items() if names
+        f"{index.name} names {shown_list(names)}, {reason}"
+        for reason, names in reasons.items()
+        if names
     ]
     if unnamed:
         warnings.append(
@@ -355,19 +357,18 @@ def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]
     return warnings
 
 
-# Parts of a decoder that every one has, beside its layers: embeddings and norms, as architectures
-# call them.
+# Names of embeddings and norms, which every decoder has beside its layers.
 _ESSENTIAL = re.compile(r"embed|norm|^(?:wte|wpe|ln_\w+)$")
 
 
 def _needed(
     absent: Sequence[str], index: Index, held: Iterable[str], config: dict[str, Any]
 ) -> list[str]:
-    """Those of the absent tensors that a model lacks.
+    """The absent tensors without which the model would be incomplete.
 
-    That is what has its like in other layers, or should be in every one; embeddings and norms; and
-    an output embedding that is not the input's, where config.json says so (if it is silent, the
-    model's class decides).
+    These are tensors that other layers have, or that the index lists for every layer; embeddings
+    and norms; and the output embedding if config.json says that it is not tied to the input's (if
+    it does not say, the model's class decides).
     """
     layers: dict[str, set[int]] = {}
     kinds: set[tuple[str, str]] = set()
@@ -393,18 +394,20 @@ def _needed(
                 and _ESSENTIAL.search(module.rpartition(".")[2]) is not None
             )
         kind = split.prefix, split.suffix
-        is_of_each = leaf == "weight" and listed[kind] >= len(layers.get(split.prefix, ())) > 0
-        return kind in kinds or is_of_each
+        is_in_every_layer = (
+            leaf == "weight" and listed[kind] >= len(layers.get(split.prefix, ())) > 0
+        )
+        return kind in kinds or is_in_every_layer
 
     return [name for name in absent if is_needed(name)]
 
 
 def _without_tied_heads(shards: tuple[Shard, ...], config: dict[str, Any]) -> tuple[Shard, ...]:
-    """Leave out an output embedding that is the input's, where config.json ties the two.
+    """Leave out an output embedding that config.json ties to the input embedding.
 
-    torch.save keeps such a tensor under both names, with one storage; safetensors has no way to say
-    so, and transformers' save_pretrained leaves the output's out. Where the config is silent both
-    are written.
+    torch.save keeps such a tensor under both names, with one storage; safetensors cannot share
+    storage, and transformers' save_pretrained leaves the output embedding out. If the config does
+    not say, both are written.
     """
     sections = [config, config.get("text_config")]
     if not any(
@@ -417,8 +420,10 @@ def _without_tied_heads(shards: tuple[Shard, ...], config: dict[str, Any]) -> tu
 
 def _without_tied_head(shard: Shard) -> Shard:
     tensors = shard.header.tensors
-    others = {_place(t) for t in tensors if not t.name.endswith(_TIED_HEADS)}
-    kept = tuple(t for t in tensors if not (t.name.endswith(_TIED_HEADS) and _place(t) in others))
+    untied_places = {_place(t) for t in tensors if not t.name.endswith(_TIED_HEADS)}
+    kept = tuple(
+        t for t in tensors if not (t.name.endswith(_TIED_HEADS) and _place(t) in untied_places)
+    )
     return replace(shard, header=replace(shard.header, tensors=kept))
 
 
@@ -443,7 +448,7 @@ def _no_config(folder: Path) -> str:
     return f"{shown(folder)} has no config.json; give the directory of a Hugging Face checkpoint"
 
 
-# How save_pretrained(variant="fp16") names its files.
+# Names of the files of save_pretrained(variant="fp16").
 _VARIANT = re.compile(r"model\.(\w+)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -454,9 +459,9 @@ def _no_weights(folder: Path) -> str:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
         if variants := {match[1] for match in map(_VARIANT.match, names) if match}:
             return (
-                f"{shown(folder)} holds weights of a variant alone "
-                f"({shown_list(sorted(variants))}), which transformers loads only when asked for "
-                f"it; give them the names without it ({SINGLE_NAME})"
+                f"{shown(folder)} holds only weights of a variant "
+                f"({shown_list(sorted(variants))}), which transformers loads only with variant=; "
+                f"rename them to the names without it ({SINGLE_NAME})"
             )
         return (
             f"{shown(folder)} holds {shown_list(names)} but neither {SINGLE_NAME} nor "
@@ -468,21 +473,21 @@ def _no_weights(folder: Path) -> str:
             f"{shown(folder)} holds {shown_list(names)} but neither {PICKLED_NAME} nor "
             f"{PICKLED_INDEX_NAME}; the index is missing, download the checkpoint again"
         )
-    found = _other_weights(folder)
+    other_weights = _other_weights(folder)
     advice = (
         "dus reads safetensors and pytorch_model*.bin; load the model in transformers and "
         "save_pretrained it"
     )
-    return f"{shown(folder)} holds {found or 'no weights'}; {advice}"
+    return f"{shown(folder)} holds {other_weights or 'no weights'}; {advice}"
 
 
 def _other_weights(folder: Path) -> str | None:
-    for what, patterns in {
+    for description, patterns in {
         "GGUF weights": ("*.gguf", "*.ggml"),
         "pickled weights": ("*.bin", "*.pt", "*.pth", "*.ckpt"),
         "TensorFlow or Flax weights": ("*.h5", "*.msgpack"),
     }.items():
         for pattern in patterns:
             if any(folder.glob(pattern)):
-                return f"{what} ({pattern})"
+                return f"{description} ({pattern})"
     return None

@@ -1,5 +1,5 @@
-"""Files read past the page cache, where the file system allows: what is read once need not push
-out what others use.
+"""Read files with direct I/O if the file system allows: data that is read only once should not
+evict other data from the page cache.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dus_cli.source.reading import open_descriptor
 
-# What direct I/O asks of addresses, positions and lengths. Devices of larger sectors refuse, and
-# are read otherwise.
+# Direct I/O needs addresses, positions and lengths that are multiples of this. A device with larger
+# sectors refuses, and is read through the page cache.
 _BLOCK = 4096
 
 
@@ -21,10 +21,10 @@ class DirectFile:
     """A file that is open for reading, for one thread."""
 
     def __init__(self, path: Path, room: memoryview) -> None:
-        """Open it. `room` is page-aligned (`aligned_room`), and takes what is read.
+        """Open the file. `room` is the page-aligned buffer (`aligned_room`) that reads go into.
 
         Raises:
-            OSError: it cannot be opened, or is no regular file.
+            OSError: it cannot be opened, or is not a regular file.
         """
         self._room = room
         self._buffered = open_descriptor(path, os.O_RDONLY)
@@ -34,28 +34,27 @@ class DirectFile:
             self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
 
     def read(self, start: int, length: int) -> memoryview:
-        """Bytes from `start` on, fewer where the file ends before. They are valid until the next
-        call.
+        """`length` bytes from `start`, fewer at the file's end. They are valid until the next call.
 
         Raises:
             OSError: they cannot be read.
         """
         first = start - start % _BLOCK
-        wanted = self._room[: -(-(start + length - first) // _BLOCK) * _BLOCK]
+        blocks = self._room[: -(-(start + length - first) // _BLOCK) * _BLOCK]
         filled = 0
-        while filled < len(wanted):
+        while filled < len(blocks):
             file = self._buffered if self._direct is None or filled % _BLOCK else self._direct
             try:
-                count = os.preadv(file, [wanted[filled:]], first + filled)
+                count = os.preadv(file, [blocks[filled:]], first + filled)
             except OSError as error:
                 if file == self._buffered or error.errno != errno.EINVAL:
                     raise
-                self.close_direct()  # opened, but not for blocks of this size
+                self.close_direct()  # it could be opened, but refuses blocks of this size
                 continue
             if count == 0:
                 break
             filled += count
-        return wanted[start - first : max(start - first, min(filled, start + length - first))]
+        return blocks[start - first : max(start - first, min(filled, start + length - first))]
 
     def close_direct(self) -> None:
         if self._direct is not None:
@@ -68,7 +67,7 @@ class DirectFile:
 
 
 def aligned_room(num_bytes: int) -> memoryview:
-    """Room for any `num_bytes` of a file, with the blocks at both ends that are only partly
-    wanted.
+    """A page-aligned buffer for any `num_bytes` of a file, with the rest of the blocks at both
+    ends.
     """
     return memoryview(mmap.mmap(-1, -(-num_bytes // _BLOCK) * _BLOCK + _BLOCK))

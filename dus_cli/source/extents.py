@@ -1,9 +1,9 @@
-"""Which bytes of two files lie in the same blocks of the disk, asked of the file system: FIEMAP.
+"""Which bytes of two files are in the same blocks of the disk, by the FIEMAP ioctl.
 
-Sources: Documentation/filesystems/fiemap.rst and include/uapi/linux/fiemap.h of Linux. XFS and
-btrfs alone are asked. There an address means the same for all files with the same device number, if
-none is on a realtime device; of other file systems that share blocks (overlayfs, bcachefs, NFS,
-OCFS2) that is not so, or not known.
+Sources: Documentation/filesystems/fiemap.rst and include/uapi/linux/fiemap.h of Linux. Only XFS and
+btrfs are supported: on them an address means the same for all files with the same device number,
+except on XFS's realtime device. On other file systems that share blocks (overlayfs, bcachefs, NFS,
+OCFS2) it does not, or that is not known.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _FS_IOC_FSGETXATTR = 0x801C581F
 # fiemap_extent for each: logical, physical, length, 16 bytes reserved, flags, 12 bytes reserved.
 _REQUEST = struct.Struct("=QQLLLL")
 _EXTENT = struct.Struct("=QQQ16xL12x")
-_AT_ONCE = 500
+_EXTENTS_PER_CALL = 500
 
-_SYNC = 1  # what is in the page cache is written first, so that it has blocks
+_SYNC = 1  # flush the page cache first, so that all data has blocks
 _LAST = 0x1
 
-# Of an extent that lies in blocks as it is: the last one, several merged into one, shared. Any
-# other flag says that the bytes are not (yet) in these blocks, or not as they are: not known,
-# delayed, compressed, encrypted, in the inode, in part of a block, or never written.
+# Flags of an extent whose bytes are in its blocks as they are: last, merged, shared. Any other flag
+# means that they are not (yet) there, or in another form: unknown, delayed, compressed, encrypted,
+# in the inode, in part of a block, or never written.
 _PLAIN = _LAST | 0x1000 | 0x2000
 
 _REALTIME = 1
@@ -44,7 +44,7 @@ _KINDS = frozenset([0x58465342, 0x9123683E])
 
 
 class Extent(NamedTuple):
-    """`length` bytes of a file from `start` on, which lie at `physical` on the disk."""
+    """`length` bytes of a file from `start`, which are at `physical` on the disk."""
 
     start: int
     physical: int
@@ -52,9 +52,9 @@ class Extent(NamedTuple):
 
 
 class Blocks:
-    """Where the bytes of files lie, asked once for each file. Threads may share it.
+    """The blocks of files, looked up once per file; safe to share between threads.
 
-    A file that is written to meanwhile may have other blocks than those that are told.
+    A file that is written to afterwards may have other blocks.
     """
 
     def __init__(self) -> None:
@@ -64,8 +64,10 @@ class Blocks:
     def not_shared(
         self, left: Path, left_start: int, right: Path, right_start: int, length: int
     ) -> Iterator[tuple[int, int]]:
-        """The parts of two ranges of `length` bytes that do not lie in the same blocks, as
-        (offset, length).
+        """The parts of two ranges of `length` bytes that are not in the same blocks.
+
+        Yields:
+            (offset in the range, length), in order.
         """
         device, extents = self._extents(left)
         other_device, others = self._extents(right)
@@ -108,11 +110,11 @@ def _shared(
 
 
 def _extents_of(path: Path) -> tuple[int, list[Extent]]:
-    """The device of a file, and its plain extents; none where the file system does not tell."""
+    """A file's device number, and its plain extents; none if the file system does not give them."""
     try:
         file = open_descriptor(path, os.O_RDONLY)
     except OSError:
-        return 0, []  # whoever reads it says why
+        return 0, []  # the error is raised when the file is read
     try:
         device = os.fstat(file).st_dev
         if _kind_of(file) not in _KINDS or _is_realtime(file):
@@ -125,8 +127,9 @@ def _extents_of(path: Path) -> tuple[int, list[Extent]]:
 
 
 def _kind_of(file: int) -> int:
-    """The number of a file system's kind: the first word of struct statfs. The table of mounts has
-    btrfs by another device number than its files.
+    """The magic number of a file's file system: the first word of struct statfs.
+
+    The table of mounts would not do: it lists btrfs with another device number than its files have.
     """
     status = (ctypes.c_long * 512)()  # more than any system's
     fstatfs = getattr(ctypes.CDLL(None), "fstatfs", None)
@@ -142,8 +145,8 @@ def _is_realtime(file: int) -> bool:
 def _mapped(file: int) -> Iterator[Extent]:
     start, size = 0, os.fstat(file).st_size
     while start < size:
-        request = bytearray(_REQUEST.size + _AT_ONCE * _EXTENT.size)
-        _REQUEST.pack_into(request, 0, start, size - start, _SYNC, 0, _AT_ONCE, 0)
+        request = bytearray(_REQUEST.size + _EXTENTS_PER_CALL * _EXTENT.size)
+        _REQUEST.pack_into(request, 0, start, size - start, _SYNC, 0, _EXTENTS_PER_CALL, 0)
         fcntl.ioctl(file, _FS_IOC_FIEMAP, request)
         count = _REQUEST.unpack_from(request)[3]
         if count == 0:

@@ -1,5 +1,5 @@
-"""Names of a checkpoint's files: weights, what is written anew, what a healing leaves; and paths
-within the folder.
+"""Names of a checkpoint's files (weights, files that dus writes itself, files of a healing), and
+paths that must stay inside the folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.mistaken import NUM_BYTES, not_fetched
 from dus_cli.source.reading import open_regular, reading
 
-# Weights in any format, and what belongs to them. `.bin` is a pickle wherever it occurs on the Hub.
+# Weights in any format, and their indices. On the Hub, a `.bin` file is always a pickle.
 WEIGHT_PATTERNS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -56,7 +56,7 @@ OTHER_FORMAT_FOLDERS = (
     "*.mlmodelc",
 )
 
-# Written anew for the deeper model; README.md is the card, and shows the pictures.
+# Files that dus writes for the deeper model, rather than copies; README.md is the model card.
 WRITTEN_ANEW = (
     "README.md",
     "layer-map-light.svg",
@@ -66,7 +66,7 @@ WRITTEN_ANEW = (
     "config.json",
 )
 
-# The record of a healing (`dus heal`): of that model, not of one made from it.
+# Files of a run of `dus heal`: they describe that model, not one made from it.
 OF_A_HEALING = (
     "run.json",
     "metrics.jsonl",
@@ -77,10 +77,10 @@ OF_A_HEALING = (
     "checkpoints",
 )
 
-# Nobody's but the base's own, at any depth.
+# Files and folders, at any depth, that are never part of a model.
 LEFT_BEHIND = (".git*", ".cache", "__pycache__", ".DS_Store", "lost+found")
 
-# What may begin as a web page, be compressed, or begin with zeros, and is what it should be.
+# Suffixes of files that may rightly begin as a web page, be compressed, or begin with zeros.
 _PAGES = (".html", ".htm", ".xml", ".svg", ".gz", ".zip", ".xz", ".zst", ".bz2", ".npy")
 
 
@@ -96,21 +96,21 @@ def is_weights(relative: str) -> bool:
 
 
 def is_index(relative: str) -> bool:
-    """Whether a file at the top is an index of weights, by its name."""
+    """Whether a file at the top level is an index of weights, by its name."""
     return "/" not in relative and relative.endswith(".index.json")
 
 
 def inside(folder: Path, relative: str) -> Path:
-    """The file at this path under the folder, refused where it leaves the folder.
+    """The path of a file in a folder, if it does not lead out of the folder.
 
-    A link inside a snapshot of the Hub's cache into the `blobs` beside it is fine: that is how the
-    cache stores files (huggingface_hub, "Understand caching").
+    Links from a snapshot in the Hub's cache into its `blobs` are allowed: that is how the cache
+    stores files (huggingface_hub, "Understand caching").
 
     Raises:
-        CheckpointError: absolute, with "..", or a link to somewhere else.
+        CheckpointError: the path is absolute, has "..", or is a link that leaves the folder.
     """
     pure = PurePosixPath(relative)
-    # no name that a terminal or a sums file must escape
+    # such a name would need escaping in a terminal and in SHA256SUMS
     if not relative.isprintable() or "\\" in relative:
         raise CheckpointError(
             f"the file name {shown(relative)!r} has control characters or a backslash; rename it"
@@ -123,12 +123,11 @@ def inside(folder: Path, relative: str) -> Path:
     try:
         real, root = path.resolve(strict=True), folder.resolve(strict=True)
     except (OSError, RuntimeError):
-        return path  # missing or unreadable: whoever opens it says so
+        return path  # missing or unreadable: opening it raises
     allowed = [root]
     if root.parent.name == "snapshots":
         repo = root.parent.parent
-        # The repo's own blobs, and those that huggingface_hub 2 shares between repos (files stored
-        # by Xet).
+        # The repo's own blobs, and those that huggingface_hub 2 shares between repos (Xet).
         allowed += [repo / "blobs", repo.parent / "blobs"]
     if not any(real.is_relative_to(place) for place in allowed):
         raise CheckpointError(
@@ -139,8 +138,7 @@ def inside(folder: Path, relative: str) -> Path:
 
 
 def walk_order(relative: str) -> list[tuple[bool, str]]:
-    """Sorts paths as a person lists them: by name, a folder's own files before those in folders
-    below it.
+    """A sort key for paths: by name, a folder's own files before those in its subfolders.
 
     >>> sorted(["b/c", "a/d", "z"], key=walk_order)
     ['z', 'a/d', 'b/c']
@@ -150,16 +148,16 @@ def walk_order(relative: str) -> list[tuple[bool, str]]:
 
 
 def check_fetched(relative: str, path: Path) -> None:
-    """Check that a file can be read, and is not what a clone or a download left in its place.
+    """Check that a file can be read, and is not the remains of a failed clone or download.
 
-    An empty file is fine: some tokenizers have an empty merges.txt.
+    An empty file is allowed: some tokenizers have an empty merges.txt.
 
     Raises:
-        CheckpointError: it cannot be read, or was never fetched.
+        CheckpointError: it cannot be read, or is a Git LFS pointer, a web page or the like.
     """
     with reading(relative), open_regular(path) as file:
         head = file.read(NUM_BYTES)
         num_bytes = os.fstat(file.fileno()).st_size
-    what = not_fetched(head, num_bytes) if num_bytes and not relative.endswith(_PAGES) else None
-    if what is not None:
-        raise CheckpointError(f"{shown(relative)} {what}")
+    problem = not_fetched(head, num_bytes) if num_bytes and not relative.endswith(_PAGES) else None
+    if problem is not None:
+        raise CheckpointError(f"{shown(relative)} {problem}")

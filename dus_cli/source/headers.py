@@ -1,4 +1,4 @@
-"""The safetensors file format: read a header strictly, write one that lets the data be cloned.
+"""The safetensors file format: read a header strictly, and write one that lets the data be cloned.
 
 Format (https://huggingface.co/docs/safetensors, and `validate` in the library's tensor.rs):
 
@@ -7,7 +7,7 @@ Format (https://huggingface.co/docs/safetensors, and `validate` in the library's
   it may be padded at its end with spaces
 - the rest: the tensors' data, without holes or overlaps, `data_offsets` counting from its start
 
-Whatever this reader accepts, the library accepts; the tests hold that on thousands of mutants.
+Whatever this reader accepts, the library accepts; the tests check that on thousands of mutants.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_HEADER_BYTES = 100_000_000
 # The library counts with 64-bit machine words and refuses what overflows them.
 _MAX_COUNT = 2**64 - 1
 
-# Bits per element. F4 and F6 are packed: two, or four, elements share bytes.
+# Bits per element. F4 and F6 are packed: two or four elements share bytes.
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
     "F4": 4,
@@ -102,10 +102,10 @@ class Blocks(NamedTuple):
 class TensorInfo(NamedTuple):
     """A tensor as its header describes it. `start` and `end` are byte positions in the file.
 
-    `strides`, in elements, are those of a tensor whose bytes do not lie in row-major order, which
-    only a pickled checkpoint has (see `strided`): its first element is at `start`, and `end` is
-    where it would end if they did. So it is where `blocks` say of which parts of a tensor in the
-    file this one is made.
+    `strides`, in elements, are None for a tensor in row-major order. Only a pickled checkpoint has
+    others (see `strided`): then the first element is at `start`, and `end` is where the tensor
+    would end in row-major order. The same holds with `blocks`, the parts of a tensor in the file
+    that this one is made of.
     """
 
     name: str
@@ -132,9 +132,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header: where the data starts, the file's size and, in file order, which tensors lie
-    there.
-    """
+    """A header: where the data starts, the file's size (`end`), and the tensors in file order."""
 
     data_start: int
     end: int
@@ -147,20 +145,20 @@ def read_header(path: Path, where: str | None = None) -> Header:
 
     Args:
         path: the file.
-        where: what to call it in messages; its name by default.
+        where: the file's name in messages; by default its own.
 
     Raises:
-        CheckpointError: the file is not sound; one message for each way it can be unsound.
+        CheckpointError: the file is not sound; each kind of damage has its own message.
     """
     where = where or shown(path.name)
     return parse_header(*header_bytes(path, where), where)
 
 
 def header_bytes(path: Path, where: str) -> tuple[bytes, int]:
-    """The JSON of a safetensors file's header, called `where` in messages, and the file's size.
+    """The JSON of a safetensors file's header, and the file's size in bytes.
 
     Raises:
-        CheckpointError: the file cannot be read, or has no room for a header.
+        CheckpointError: the file cannot be read, or is too short for a header.
     """
     with reading(where), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -176,15 +174,15 @@ def header_bytes(path: Path, where: str) -> tuple[bytes, int]:
 
 
 def header_length(head: bytes, file_size: int, where: str) -> int:
-    """N of a file of `file_size` bytes that starts with `head`: its first `mistaken.NUM_BYTES`, or
-    more.
+    """The length N of the header of a file of `file_size` bytes.
+
+    `head` is the first `mistaken.NUM_BYTES` of the file, or more.
 
     Raises:
-        CheckpointError: something else than safetensors; no room for a header; or a length beyond
-            the file or the format's limit.
+        CheckpointError: the file is not safetensors, or N is beyond the file or the format's limit.
     """
-    if head[8:9] != b"{" and (what := not_weights(head[:NUM_BYTES], file_size)) is not None:
-        raise CheckpointError(f"{where} {what}")
+    if head[8:9] != b"{" and (problem := not_weights(head[:NUM_BYTES], file_size)) is not None:
+        raise CheckpointError(f"{where} {problem}")
     if len(head) < 8:
         raise CheckpointError(
             f"{where} has {file_size} bytes, too few for a safetensors file; copy or download it "
@@ -205,8 +203,15 @@ def header_length(head: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:
-    """Check the JSON of a header against the file's size: see the module's text for what must
-    hold.
+    """Parse the JSON of a header, and check it against the format (see the module's docstring).
+
+    Args:
+        raw: the JSON, with its padding.
+        file_size: in bytes.
+        where: the file's name in messages.
+
+    Raises:
+        CheckpointError: the header is not sound, or does not fit the file's size.
     """
     data_start = 8 + len(raw)
     if not raw.startswith(b"{"):
@@ -226,13 +231,13 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     position = data_start
     for start, end, kind, name in described:
         if data_start + start != position:
-            where_it_is = (
+            problem = (
                 "overlaps the one before it"
                 if data_start + start < position
                 else "leaves a gap before it"
             )
             raise CheckpointError(
-                f"{where}: tensor {shown(name)} {where_it_is} (starts at {start}, "
+                f"{where}: tensor {shown(name)} {problem} (starts at {start}, "
                 f"expected {position - data_start}); the file is damaged, fetch it again"
             )
         first, position = position, data_start + end
@@ -247,25 +252,24 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
 
 
 class _Kind(NamedTuple):
-    """What many tensors share: a dtype and a shape, and the bytes that they come to."""
+    """A dtype and a shape, which many tensors share, and the size in bytes that follows."""
 
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
 
 
-# A sound entry: where it starts and ends in the data, and what it is.
+# A sound entry: its start and end in the data, and its kind.
 _Entry = tuple[int, int, _Kind]
 
 _KEYS = ["dtype", "shape", "data_offsets"]
 
 
 class _Entries:
-    """Takes the entries of a header as the JSON parser meets them, so that what tensors share is
-    kept once.
+    """Converts each entry of a header while the JSON is parsed, so that a kind is kept once.
 
-    A header of 100,000 tensors has a hundred kinds of them. An entry that is not as the library
-    writes it stays what it was, for `_checked` to judge.
+    A header of 100,000 tensors has about a hundred kinds. An entry that is not in the form that the
+    library writes is left as it is, for `_checked`.
     """
 
     def __init__(self) -> None:
@@ -334,7 +338,7 @@ def _checked(name: str, entry: object, where: str) -> _Entry:
 
 
 def _total_bits(shape: list[int], bits: int) -> int | None:
-    """The bits of a tensor; None where they are more than the library can count."""
+    """The bits of a tensor; None if they are more than the library can count."""
     num_elements = 1
     for size in shape:
         num_elements *= size
@@ -349,12 +353,16 @@ def encode_header(
     block: int = 8,
     phase: int = 0,
 ) -> bytes:
-    """The bytes before the data: length, JSON, and spaces up to a data start of `phase` modulo
-    `block`.
+    """The bytes before the data: the length, the JSON, and spaces up to the start of the data.
 
-    Tensors are (name, dtype, shape, number of bytes) in the order of their data. A data start that
-    agrees with the source's modulo the file system's block is what lets the data be cloned.
-    `block` and `phase` must be multiples of 8, the alignment that the format asks for.
+    The data starts at `phase` modulo `block`: it can be cloned only if this agrees with the source,
+    modulo the file system's block.
+
+    Args:
+        metadata: text to text.
+        tensors: (name, dtype, shape, number of bytes), in the order of their data.
+        block: a multiple of 8, the alignment that the format requires.
+        phase: likewise.
     """
     text = "".join(_header_text(metadata, tensors)).encode("utf-8")
     padding = _padding(len(text), block, phase)
@@ -367,9 +375,7 @@ def header_size(
     block: int = 8,
     phase: int = 0,
 ) -> int:
-    """How many bytes `encode_header` makes of the same, in memory that does not grow with the
-    tensors.
-    """
+    """The length of `encode_header`'s result, in memory that does not grow with the tensors."""
     length = sum(
         len(t) if t.isascii() else len(t.encode("utf-8")) for t in _header_text(metadata, tensors)
     )
@@ -401,11 +407,10 @@ def _header_text(
 
 
 def is_aligned(tensors: Iterable[tuple[str, int]]) -> bool:
-    """Whether each of these (dtype, number of bytes), laid end to end, starts at a multiple of its
-    element.
+    """Whether each tensor, (dtype, number of bytes), starts at a multiple of its element size if
+    they are laid end to end.
 
-    The library sorts by falling element size so that this holds; torch cannot view a tensor
-    otherwise.
+    torch cannot view a tensor otherwise; the library sorts by falling element size for that reason.
     """
     offset = 0
     for dtype, num_bytes in tensors:

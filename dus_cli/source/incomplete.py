@@ -1,5 +1,5 @@
-"""INCOMPLETE: the file that says of a folder that an output is being written in it, in place,
-and is not whole.
+"""INCOMPLETE: the file that marks a folder in which an output is written in place, until it is
+whole.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ _MAX_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that writes. `key` is a digest of what it writes, `token` tells this run from any
-    other.
+    """The run that writes the output.
 
-    `files` names all that it writes; None where an older dus did not say. `started` tells its
-    process from a later one of the same number: clock ticks after the system's start.
+    Attributes:
+        key: digest of what it writes.
+        host: its host name.
+        pid: its process id.
+        started: when its process started, in clock ticks after boot, to tell it from a later
+            process with the same id; "" if not known.
+        token: random, to tell this run from any other.
+        about: an explanation for a person who finds the file.
+        files: names of the files that it writes; None if an older dus did not list them.
     """
 
     key: str
@@ -50,9 +56,7 @@ class Owner:
 
     @property
     def is_running_here(self) -> bool:
-        """Whether that very process runs on this host. Where the system does not tell its start
-        it counts as gone.
-        """
+        """Whether that process runs on this host; False if its start time is not known."""
         return self.is_of_this_host and bool(self.started) and _started(self.pid) == self.started
 
     def __str__(self) -> str:
@@ -60,14 +64,12 @@ class Owner:
 
 
 def is_unfinished_healing(folder: Path) -> bool:
-    """Whether a run of `dus heal` has begun in this folder and not written its model yet."""
+    """Whether a run of `dus heal` has started in this folder and not written its model yet."""
     return (folder / "run.json").is_file() and not (folder / "config.json").exists()
 
 
 def _started(pid: int) -> str:
-    """When a process began, as proc_pid_stat(5) has it in field 22; "" where there is none, or
-    no /proc.
-    """
+    """When a process started: field 22 of proc_pid_stat(5); "" if there is none, or no /proc."""
     with contextlib.suppress(OSError, IndexError):
         return (
             Path(f"/proc/{pid}/stat")
@@ -79,11 +81,12 @@ def _started(pid: int) -> str:
 
 
 def owner(folder: Path) -> Owner | None:
-    """Who says that this folder is incomplete; None where nobody does. A damaged file is nobody's,
-    of no key.
+    """The run that marked a folder as incomplete; None if it is not marked.
+
+    If the mark is damaged, the owner is one with an empty `key` and `token`.
 
     Raises:
-        CheckpointError: the file is there and cannot be read.
+        CheckpointError: the mark cannot be read.
     """
     path = folder / NAME
     try:
@@ -104,14 +107,14 @@ def owner(folder: Path) -> Owner | None:
 
 
 def check_whole(folder: Path) -> None:
-    """Check that a folder is not one that a run writes into, or left half-written.
+    """Check that no run is writing a folder, or left it half-written.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: one is, or did.
     """
-    found = owner(folder)
-    if found is not None:
+    run = owner(folder)
+    if run is not None:
         raise CheckpointError(
             f"{shown(folder)} is not whole: its file {NAME} names the run that writes it, or left "
-            f"it ({found}); run the same dus upscale again, which starts over, or remove the folder"
+            f"it ({run}); run the same dus upscale again, which starts over, or remove the folder"
         )

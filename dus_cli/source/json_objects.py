@@ -1,6 +1,4 @@
-"""JSON objects read strictly: what is wrong with one is said in the words of whoever has to mend
-it.
-"""
+"""Read JSON objects strictly, with errors that help a person who edited the file."""
 
 from __future__ import annotations
 
@@ -13,17 +11,17 @@ from typing import Any
 from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.mistaken import NUM_BYTES, not_fetched
 
-# A real config has four levels.
+# A real config has about four levels.
 _MAX_NESTING = 64
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-# What a person, or another language's printer, writes and JSON does not have; where the parser
-# stops before it.
+# Text that people or programs write although JSON does not have it, at the place where the parser
+# stops.
 _FOREIGN = (
     (re.compile(r"//|/\*|#"), "a comment"),
     (re.compile(r"'"), "a text in single quotes"),
-    (re.compile(r"True\b|False\b|None\b"), "a word of Python's"),
+    (re.compile(r"True\b|False\b|None\b"), "a Python constant"),
     (re.compile(r"[A-Za-z_]\w*"), "a word without quotes"),
 )
 
@@ -39,7 +37,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key in first:
                 raise _DuplicateKeyError(
-                    f"the name {shown(key)!r} stands twice ({_short(first[key])}, then "
+                    f"the name {shown(key)!r} occurs twice ({_short(first[key])}, then "
                     f"{_short(value)})"
                 )
             first[key] = value
@@ -53,8 +51,8 @@ def _hook(
         return _without_duplicates
 
     def hook(pairs: list[tuple[str, Any]]) -> Any:
-        found = on_object(pairs)
-        return _without_duplicates(pairs) if found is None else found
+        result = on_object(pairs)
+        return _without_duplicates(pairs) if result is None else result
 
     return hook
 
@@ -70,35 +68,35 @@ def parse_json_object(
     is_header: bool = False,
     on_object: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> dict[str, Any]:
-    """A JSON object with distinct names and encodable text.
+    """Parse a JSON object with distinct names and encodable text.
 
-    A name that stands twice is refused: transformers takes the last value, others the first. NaN
-    and infinities are read, as transformers reads them.
+    A name that occurs twice is refused: transformers uses the last value, other readers the first.
+    NaN and infinities are accepted, as transformers does.
 
     Args:
         raw: the file's bytes.
-        where: what to call it in messages.
-        is_header: it is a safetensors header, which no person edits.
-        on_object: told the names and values of each object, the innermost first; what it returns
-            stands for the object, unless that is None.
+        where: the file's name in messages.
+        is_header: the text is a safetensors header, which people do not edit.
+        on_object: called with the names and values of each object, the innermost first; a result
+            other than None replaces the object.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, not an object, a name twice, nested too deep, or text
-            that is no Unicode (half a surrogate pair).
+        CheckpointError: the text is not UTF-8, not JSON or not an object, has a name twice, is
+            nested too deeply, or is not Unicode (half a surrogate pair).
     """
-    if not is_header and (what := not_fetched(raw[:NUM_BYTES], len(raw))) is not None:
-        raise CheckpointError(f"{where} {what}")
+    if not is_header and (problem := not_fetched(raw[:NUM_BYTES], len(raw))) is not None:
+        raise CheckpointError(f"{where} {problem}")
     try:
         value = json.loads(_decoded(raw, where), object_pairs_hook=_hook(on_object))
     except RecursionError:
         raise CheckpointError(
-            f"{where} is nested too deeply to be what it claims; refusing it"
+            f"{where} is nested more deeply than any real one; refusing it"
         ) from None
     except _DuplicateKeyError as error:
         advice = (
             "the file is damaged, download it again"
             if is_header
-            else "readers differ in which counts; keep one"
+            else "readers differ in which one they use; keep one"
         )
         raise CheckpointError(f"{where}: {error}; {advice}") from None
     except json.JSONDecodeError as error:
@@ -106,7 +104,7 @@ def parse_json_object(
         advice = (
             "the file is damaged, download it again"
             if is_header or _is_cut(error)
-            else "mend the file"
+            else "correct the file"
         )
         raise CheckpointError(f"{where} is not valid JSON: {why}; {advice}") from None
     except ValueError as error:  # an integer of thousands of digits
@@ -152,12 +150,12 @@ def _is_cut(error: json.JSONDecodeError) -> bool:
 
 
 def _explained(error: json.JSONDecodeError) -> str:
-    """What stands where the parser stopped, and in which line."""
+    """What the parser stopped at, and in which line."""
     text, at = error.doc, error.pos
     if _is_cut(error):
         return f"it ends in the middle, in line {error.lineno}"
     before, after = text[:at].rstrip(), text[at:].lstrip()
-    # Python 3.13 points at the comma itself, older ones behind it.
+    # Python 3.13 points at the comma itself, older versions after it.
     comma = before.endswith(",") or after.startswith(",")
     if comma and after.lstrip(", \t\r\n").startswith(("}", "]")):
         return (
@@ -166,18 +164,17 @@ def _explained(error: json.JSONDecodeError) -> str:
         )
     line = text.count("\n", 0, len(text) - len(after)) + 1
     for pattern, name in _FOREIGN:
-        if (found := pattern.match(after)) is not None:
-            rest = after[found.start() : found.start() + 40].splitlines()[0]
+        if (match := pattern.match(after)) is not None:
+            rest = after[match.start() : match.start() + 40].splitlines()[0]
             return f"{name} in line {line} ({shown(rest)})"
     return f"{error.msg} in line {error.lineno}, column {error.colno}"
 
 
 def limit_nesting(value: object, where: str) -> None:
-    """Check that JSON is nested no deeper than a real config, so that what walks or writes it may
-    recurse.
+    """Check that JSON is not nested much more deeply than a real config, so that code may recurse.
 
     Raises:
-        CheckpointError: deeper than that.
+        CheckpointError: it is.
     """
     level: list[object] = [value]
     for _ in range(_MAX_NESTING):
@@ -188,4 +185,4 @@ def limit_nesting(value: object, where: str) -> None:
         ]
         if not level:
             return
-    raise CheckpointError(f"{where} is nested too deeply to be what it claims; refusing it")
+    raise CheckpointError(f"{where} is nested more deeply than any real one; refusing it")

@@ -1,6 +1,4 @@
-"""What stands in the place of a file that was never fetched, or is of another format: told by
-its first bytes.
-"""
+"""Recognise, by its first bytes, a file that was never fetched or has another format."""
 
 from __future__ import annotations
 
@@ -8,13 +6,13 @@ import re
 
 from dus_cli.errors import shown
 
-# Bytes by which a file is told; a Git LFS pointer has some 130.
+# How many bytes are looked at; a Git LFS pointer has about 130.
 NUM_BYTES = 512
 
 _AGAIN = "download the file again"
 
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second is what it was before its
-# first release.
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second is from before its first
+# release.
 _LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 
 _PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|\?xml|error)", re.IGNORECASE)
@@ -30,20 +28,23 @@ _COMPRESSED = {
 _OTHER_FORMATS = {
     b"GGUF": "a GGUF file",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (TensorFlow's or Keras')",
-    b"PK\3\4": "a zip archive (torch.save writes such: then its name is pytorch_model.bin)",
-    b"\x80\2": "a pickle (torch.save wrote such: then its name is pytorch_model.bin)",
+    b"PK\3\4": "a zip archive (if torch.save wrote it, its name must be pytorch_model.bin)",
+    b"\x80\2": "a pickle (if torch.save wrote it, its name must be pytorch_model.bin)",
     b"7z\xbc\xaf": "a 7z archive",
     b"%PDF": "a PDF",
 }
 
 
 def not_fetched(head: bytes, num_bytes: int) -> str | None:
-    """What a file's first bytes show that a download or a clone left in its place, and what to do;
-    None if nothing.
+    """What is wrong with a file that a clone or a download did not fetch, and what to do; None if
+    nothing is.
 
     Args:
-        head: the first `NUM_BYTES`, or all there are.
-        num_bytes: of the whole file.
+        head: its first `NUM_BYTES`, or all of it.
+        num_bytes: the size of the whole file.
+
+    Returns:
+        A phrase that follows the file's name, such as "is empty; download the file again".
     """
     if num_bytes == 0:
         return f"is empty; {_AGAIN}"
@@ -66,11 +67,9 @@ def not_fetched(head: bytes, num_bytes: int) -> str | None:
 
 
 def not_weights(head: bytes, num_bytes: int) -> str | None:
-    """The same of a file that should hold weights: also what a server answered, and other
-    formats.
-    """
-    if (found := not_fetched(head, num_bytes)) is not None:
-        return found
+    """The same for a file that should hold weights: also a server's answer, and other formats."""
+    if (problem := not_fetched(head, num_bytes)) is not None:
+        return problem
     if _ANSWER.match(head):
         return f"is a server's answer ({_beginning(head)}), not the file itself; {_AGAIN}"
     for magic, name in _OTHER_FORMATS.items():
@@ -84,7 +83,7 @@ def not_weights(head: bytes, num_bytes: int) -> str | None:
 
 
 def is_answer(head: bytes) -> bool:
-    """Whether JSON begins as a server's error does."""
+    """Whether JSON begins like a server's error message."""
     return _ANSWER.match(head) is not None
 
 

@@ -1,6 +1,6 @@
-"""The files that torch.save writes: a pickle that describes tensors, and where their storages lie.
+"""The files that torch.save writes: a pickle that describes tensors, and where their storages are.
 
-Since torch 1.6 (torch/serialization.py, `_save`) a zip archive whose members lie in one folder,
+Since torch 1.6 (torch/serialization.py, `_save`) a zip archive whose members are in one folder,
 stored and not compressed:
 
 - `data.pkl`: the pickle; it names a tensor's storage by a key
@@ -11,7 +11,7 @@ Before that, and with `_use_new_zipfile_serialization=False` (`_legacy_save`), f
 row: a magic number, a version, the machine's byte order, the pickle, the storages' keys; then for
 each key, in that order, its number of elements in 8 bytes, and its bytes.
 
-Nothing is unpickled here: pickles are looked through with `pickletools`.
+Nothing is unpickled here: `pickletools` reads the opcodes of a pickle without running it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dus_cli.errors import CheckpointError, shown
 from dus_cli.source.headers import MAX_HEADER_BYTES
 from dus_cli.source.mistaken import NUM_BYTES, not_weights
 
-# Of the zip's directory and of a pickle: each holds some 150 bytes a tensor. Reading takes about 30
-# times that.
+# Limit of the zip's directory, and of a pickle: each has about 150 bytes per tensor, and reading
+# takes about 30 times that.
 _MAX_BYTES = 16_000_000
 
 # torch/serialization.py, MAGIC_NUMBER, pickled.
@@ -43,12 +43,15 @@ Places = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class PickledFile:
-    """What a file holds: the pickle as torch writes it today, the storages' keys, and the file's
-    size.
+    """The content of a file around its tensor data.
 
-    `places` tells where the storages lie. The older format says so only to those who know the
-    storages' sizes, which stand in the pickle: there it is None and `data_start` is where the first
-    record starts.
+    Attributes:
+        pickle: the pickle, in the form that torch writes today.
+        keys: the storages' keys.
+        num_bytes: the file's size.
+        places: where the storages are; None in the older format, where that follows from the
+            storages' sizes in the pickle (`legacy_places`).
+        data_start: in the older format, where the first record starts.
     """
 
     pickle: bytes
@@ -59,10 +62,10 @@ class PickledFile:
 
 
 def read_pickled_file(file: IO[bytes], where: str, *, at_hand: bool) -> PickledFile:
-    """Read what stands around the data of an open file, without touching the data.
+    """Read everything but the tensor data of an open file. `at_hand` as in `parse_pickled`.
 
     Raises:
-        CheckpointError: not a file that torch.save wrote, damaged, or hostile.
+        CheckpointError: the file is not one that torch.save wrote, or is damaged or hostile.
         OSError: the file cannot be read.
     """
     num_bytes = file.seek(0, io.SEEK_END)
@@ -70,8 +73,11 @@ def read_pickled_file(file: IO[bytes], where: str, *, at_hand: bool) -> PickledF
     head = file.read(NUM_BYTES)
     if head.startswith(_LEGACY_START):
         return _read_legacy(file, where, num_bytes)
-    if not head.startswith((b"PK", b"\x80")) and (what := not_weights(head, num_bytes)) is not None:
-        raise CheckpointError(f"{where} {what}")
+    if (
+        not head.startswith((b"PK", b"\x80"))
+        and (problem := not_weights(head, num_bytes)) is not None
+    ):
+        raise CheckpointError(f"{where} {problem}")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{where} is a safetensors file under the name of a pickled one; name it *.safetensors"
@@ -80,8 +86,8 @@ def read_pickled_file(file: IO[bytes], where: str, *, at_hand: bool) -> PickledF
 
 
 class _Bounded:
-    """A file that gives no more than `_MAX_BYTES` at once: zipfile and pickletools believe any
-    size they read.
+    """A file that returns at most `_MAX_BYTES` at once: zipfile and pickletools trust the sizes in
+    a file.
     """
 
     def __init__(self, file: IO[bytes], where: str) -> None:
@@ -97,8 +103,8 @@ class _Bounded:
         return self._file.read(size if size >= 0 else _MAX_BYTES)
 
     def readline(self) -> bytes:
-        """At most 4096 bytes of a line: pickletools asks for names so, and files of fsspec take
-        no limit.
+        """Read a line, at most 4096 bytes of it: pickletools reads names so, and fsspec's files
+        have no limit.
         """
         start = self.tell()
         raw = self._file.read(4096)
@@ -117,7 +123,7 @@ def _read_archive(file: IO[bytes], where: str, num_bytes: int, *, at_hand: bool)
         raise CheckpointError(
             f"{where} is a zip archive, but not one that torch.save wrote; {REMEDY}"
         )
-    found: dict[str, tuple[int, int]] = {}
+    extents: dict[str, tuple[int, int]] = {}
     for member in members:
         name = member.filename.partition("/")[2]
         if name == "constants.pkl":
@@ -126,33 +132,33 @@ def _read_archive(file: IO[bytes], where: str, num_bytes: int, *, at_hand: bool)
             )
         if name not in ("data.pkl", "byteorder") and not name.startswith("data/"):
             continue
-        if name in found:
+        if name in extents:
             raise CheckpointError(
-                f"{where} holds {shown(name)} twice; which one counts is not defined, refusing it"
+                f"{where} holds {shown(name)} twice, and readers may use either; refusing it"
             )
-        found[name] = _extent(file, member, directory_start, where, at_hand=at_hand)
-    _check_apart(found, where)
-    if "data.pkl" not in found:
+        extents[name] = _extent(file, member, directory_start, where, at_hand=at_hand)
+    _check_apart(extents, where)
+    if "data.pkl" not in extents:
         raise CheckpointError(
             f"{where} is a zip archive without data.pkl, not what torch.save writes; {REMEDY}"
         )
-    order = _content(file, found, "byteorder", where) if "byteorder" in found else b"little"
+    order = _content(file, extents, "byteorder", where) if "byteorder" in extents else b"little"
     if order != b"little":
         raise CheckpointError(
             f"{where} was saved on a machine of other byte order ({shown(order)}); {REMEDY}"
         )
     storages = {
         name.removeprefix("data/"): place
-        for name, place in found.items()
+        for name, place in extents.items()
         if name.startswith("data/")
     }
     return PickledFile(
-        _content(file, found, "data.pkl", where), tuple(storages), num_bytes, storages, 0
+        _content(file, extents, "data.pkl", where), tuple(storages), num_bytes, storages, 0
     )
 
 
 def _members(file: IO[bytes], where: str) -> tuple[list[zipfile.ZipInfo], int]:
-    """The members, and where the directory starts."""
+    """The members of the archive, and where its directory starts."""
     try:
         with zipfile.ZipFile(cast("IO[bytes]", _Bounded(file, where))) as archive:
             return archive.infolist(), archive.start_dir
@@ -165,8 +171,8 @@ def _members(file: IO[bytes], where: str) -> tuple[list[zipfile.ZipInfo], int]:
         IndexError,
     ) as error:
         raise CheckpointError(
-            f"{where} is no zip archive as torch.save writes it ({shown(error)}); it is truncated "
-            "or damaged, copy or download it again"
+            f"{where} is not a zip archive as torch.save writes it ({shown(error)}); it is "
+            "truncated or damaged, copy or download it again"
         ) from None
 
 
@@ -204,19 +210,19 @@ def _extent(
 
 
 def _usual_start(member: zipfile.ZipInfo) -> int:
-    """Where torch.save lets a member's content start: at a multiple of 64 (`getPadding` in
+    """Where torch.save makes a member's content start: at a multiple of 64 (`getPadding` in
     caffe2/serialize).
     """
     start = member.header_offset + 30 + len(member.filename.encode()) + 4
-    limit = 0xFFFFFFFF  # from here on zip needs 64-bit fields, which stand before the padding
+    limit = 0xFFFFFFFF  # from here on zip needs 64-bit fields, which come before the padding
     if member.file_size >= limit or member.header_offset >= limit:
         start += 4 + 16 * (member.file_size >= limit) + 8 * (member.header_offset >= limit)
     return -(-start // 64) * 64
 
 
-def _check_apart(found: Places, where: str) -> None:
+def _check_apart(extents: Places, where: str) -> None:
     end = 0
-    for name, (start, size) in sorted(found.items(), key=lambda item: (item[1], item[0])):
+    for name, (start, size) in sorted(extents.items(), key=lambda item: (item[1], item[0])):
         if start < end:
             raise CheckpointError(
                 f"{where}: {shown(name)} overlaps the member before it; refusing it"
@@ -224,8 +230,8 @@ def _check_apart(found: Places, where: str) -> None:
         end = start + size
 
 
-def _content(file: IO[bytes], found: Places, name: str, where: str) -> bytes:
-    start, size = found[name]
+def _content(file: IO[bytes], extents: Places, name: str, where: str) -> bytes:
+    start, size = extents[name]
     if size > _MAX_BYTES:
         raise CheckpointError(
             f"{where}: {name} has {size} bytes, more than any state dict needs; refusing it"
@@ -243,9 +249,7 @@ def _content(file: IO[bytes], found: Places, name: str, where: str) -> bytes:
 
 
 class _Skipped(NamedTuple):
-    """A pickle that was looked through: where it stands, its opcodes' names, and the texts in
-    it.
-    """
+    """A pickle whose opcodes were read: its place, the opcodes' names, and the texts in it."""
 
     start: int
     end: int
@@ -286,14 +290,14 @@ def _skip_pickle(file: _Bounded, where: str) -> _Skipped:
 
 
 def _as_today(raw: bytes, where: str) -> bytes:
-    """The pickle as torch writes it today: the tuple that names a storage without its last part.
+    """The pickle in the form that torch writes today: without the last item of the tuple that
+    names a storage.
 
-    That part was for views of storages and has been None since torch 0.4.
+    That item was for views of storages, and has been None since torch 0.4.
     """
     kept, position = [], 0
-    last: list[
-        tuple[str, int]
-    ] = []  # the last opcodes and their positions, those that only remember left out
+    # the last two opcodes and their positions, without those that only memoise
+    last: list[tuple[str, int]] = []
     for opcode, _, at in pickletools.genops(raw):
         assert at is not None
         if opcode.name == "BINPERSID":
@@ -311,13 +315,13 @@ def _as_today(raw: bytes, where: str) -> bytes:
 def legacy_places(
     file: IO[bytes] | None, saved: PickledFile, sizes: Mapping[str, int], where: str
 ) -> Places:
-    """Where the storages of a file of the older format lie.
+    """Where the storages of a file in the older format are.
 
     Args:
-        file: the file, to hold each record's length against the pickle; None to do without.
-        saved: what it holds.
+        file: the file, to check each record's length against the pickle; None to skip the check.
+        saved: the file's content around the data.
         sizes: bytes of each storage, by the pickle.
-        where: what to call the file in messages.
+        where: the file's name in messages.
 
     Raises:
         CheckpointError: the records are not those that the pickle describes.

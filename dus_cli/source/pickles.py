@@ -1,14 +1,15 @@
-"""`pytorch_model*.bin`, the pickled checkpoints of torch.save: where each tensor's bytes lie. No
+"""`pytorch_model*.bin`, the pickled checkpoints of torch.save: where each tensor's bytes are. No
 weights are read.
 
-A storage's bytes stand in the file as they are (see `pickled_files`), so a contiguous tensor is a
-range of the file, like in safetensors, and is moved by the same code.
+A storage's bytes are in the file as they are (see `pickled_files`), so a contiguous tensor is a
+range of the file, as in safetensors, and the same code copies it.
 
-A pickle is a program. This one is never run: its imports are read first and held against the few
-that plain weights need, then torch unpickles it `weights_only`, onto the meta device, which holds
-no data. What torch gets is an archive made here, with an empty member for each storage; the offset
-that torch notes for a storage (`_checkpoint_offset`, see `torch.load` under FakeTensorMode in its
-notes on serialization) then tells its key, and nothing else of a hostile file reaches torch.
+A pickle is a program, which must not run. So its imports are read first and checked against the few
+that plain weights need; then torch unpickles it with `weights_only`, onto the meta device, which
+holds no data. torch receives an archive made here, with an empty member for each storage: the
+offset that torch records for a storage (`_checkpoint_offset`, see `torch.load` under FakeTensorMode
+in its notes on serialization) then gives its key, and no other part of a hostile file reaches
+torch.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ _DTYPES = {
     "uint64": "U64",
 }
 
-# All that a pickled state dict of plain tensors imports, storage classes and dtypes of torch aside.
+# Everything that a pickled state dict of plain tensors imports, besides torch's storage classes and
+# dtypes.
 _NAMES = frozenset(
     {
         ("collections", "OrderedDict"),
@@ -81,13 +83,13 @@ _NAMES = frozenset(
     }
 )
 
-# What torch's weights_only objects to. Around it torch says how to run the file all the same, and
-# where to read on (`_get_wo_message` in torch/serialization.py).
+# The objection in an error of torch's weights_only. The rest of that message says how to run the
+# file nevertheless (`_get_wo_message` in torch/serialization.py).
 _OBJECTION = re.compile(r"WeightsUnpickler error:\s*(.+?)(?:\. |\n|$)")
 
 
 class _Described(NamedTuple):
-    """A tensor as the pickle describes it: on the meta device, and the key of its storage."""
+    """A tensor as the pickle describes it, on the meta device, and the key of its storage."""
 
     name: str
     tensor: Tensor
@@ -95,30 +97,30 @@ class _Described(NamedTuple):
 
 
 def read_pickled(path: Path, where: str) -> Header:
-    """Where each tensor of a torch.save file lies, without touching the data.
+    """Where each tensor of a torch.save file is, without reading the data.
 
     Raises:
-        CheckpointError: the file is not sound, not a plain state dict or hostile, or torch is not
-            installed.
+        CheckpointError: the file is not sound, not a plain state dict, or hostile.
+        MissingExtraError: torch is not installed.
     """
     with reading(where), open_regular(path) as file:
         return parse_pickled(file, where)
 
 
 def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Header:
-    """The same of an open file.
+    """The same for an open file.
 
     Args:
-        file: opened for reading; it must seek.
-        where: what to call it in messages.
-        at_hand: look where each storage starts. Without, its start is taken to be where torch.save
-            puts it, which saves a request for each storage of a file on the Hub.
+        file: opened for reading; it must be seekable.
+        where: the file's name in messages.
+        at_hand: read where each storage starts. If False, the start is computed as torch.save does
+            it, which saves a request per storage for a file on the Hub.
 
     Raises:
         CheckpointError: as `read_pickled`.
         OSError: the file cannot be read.
     """
-    # of torch, of odd text in a hostile pickle: what matters is an error
+    # torch and Python may warn of odd text in a hostile pickle; only errors matter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = read_pickled_file(file, where, at_hand=at_hand)
@@ -135,10 +137,10 @@ def parse_pickled(file: IO[bytes], where: str, *, at_hand: bool = True) -> Heade
 
 
 def _check_imports(raw: bytes, where: str) -> None:
-    """Check that the pickle imports nothing but what plain tensors need. It is read, not run.
+    """Check that a pickle imports only what plain tensors need. It is read, not run.
 
     Raises:
-        CheckpointError: it does, or it is no pickle, or of a protocol that hides what it imports.
+        CheckpointError: it imports more, is not a pickle, or has a protocol that hides its imports.
     """
     try:
         for opcode, argument, _ in pickletools.genops(raw):
@@ -153,30 +155,31 @@ def _check_imports(raw: bytes, where: str) -> None:
                 )
     except (ValueError, IndexError, struct.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{where}: data.pkl is no pickle ({shown(error)}); the file is damaged, fetch it again"
+            f"{where}: data.pkl is not a pickle ({shown(error)}); the file is damaged, fetch it "
+            "again"
         ) from None
 
 
 def _is_plain(module: str, name: str) -> bool:
     if (module, name) in _NAMES:
         return True
-    # A storage class such as FloatStorage, which torch replaces with its dtype; or a dtype, refused
-    # later by tensor.
+    # A storage class such as FloatStorage, which torch replaces with its dtype; or a dtype, which
+    # is checked later for each tensor.
     return module == "torch" and (
         name in _DTYPES or name.endswith("Storage") or name.startswith(("float", "complex"))
     )
 
 
 def _foreign(module: str, name: str, where: str) -> CheckpointError:
-    what = shown(f"{module}.{name}")
+    import_name = shown(f"{module}.{name}")
     if module.split(".", maxsplit=1)[0] == "torch":
         return CheckpointError(
-            f"{where} holds more than plain tensors ({what}), which safetensors has no place for; "
-            f"{REMEDY}"
+            f"{where} holds more than plain tensors ({import_name}), which safetensors cannot "
+            f"store; {REMEDY}"
         )
     return CheckpointError(
-        f"{where} is a pickle that imports {what}, which weights have no need of: refused, and "
-        "none of it was run; do not load this file elsewhere unless you trust whoever made it"
+        f"{where} is a pickle that imports {import_name}, which weights do not need: refused, and "
+        "none of it was run; do not load this file elsewhere unless you trust its author"
     )
 
 
@@ -203,7 +206,7 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
     except Exception as error:
         raise CheckpointError(
             f"{where} cannot be unpickled by torch's weights_only ({_objection(error)}); it is "
-            f"damaged, or no plain state dict: fetch it again, or {REMEDY}"
+            f"damaged, or not a plain state dict: fetch it again, or {REMEDY}"
         ) from error
     return [
         _Described(name, tensor, _storage_key(name, tensor, keys, where))
@@ -212,9 +215,7 @@ def _unpickle(saved: PickledFile, where: str) -> list[_Described]:
 
 
 def _objection(error: Exception) -> str:
-    """The first sentence of what torch objects to, or all of it where that is no objection of
-    weights_only.
-    """
+    """The first sentence of weights_only's objection; the whole message of any other error."""
     match = _OBJECTION.search(str(error))
     return reason_of(error) if match is None else shown(match[1])
 
@@ -233,7 +234,11 @@ def _storage_key(name: str, tensor: Tensor, keys: Mapping[int, str], where: str)
 
 
 def _state_dict(state: object, where: str) -> dict[str, Tensor]:
-    """The dict of names and tensors, refused where it is anything else."""
+    """Check that an unpickled object is a dict of names and tensors.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     import torch
 
     if not isinstance(state, dict):
@@ -251,7 +256,7 @@ def _state_dict(state: object, where: str) -> dict[str, Tensor]:
             f"training checkpoint; {REMEDY}"
         )
     for name, value in state.items():
-        if not isinstance(name, str):  # a hostile one may be too long, or too deep, to be shown
+        if not isinstance(name, str):  # not shown: a hostile one may be too long or too deep
             raise CheckpointError(
                 f"{where} names a tensor with a {type(name).__name__}, not with text; {REMEDY}"
             )
@@ -268,7 +273,7 @@ def _state_dict(state: object, where: str) -> dict[str, Tensor]:
             ) from None
         if name == "__metadata__":
             raise CheckpointError(
-                f"{where} has a tensor named __metadata__, a name that safetensors keeps to itself"
+                f"{where} has a tensor named __metadata__, a name that safetensors reserves"
             )
     return state
 

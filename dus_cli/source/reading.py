@@ -1,7 +1,7 @@
-"""Files opened and read: regular ones alone, and an error that names the file.
+"""Open and read regular files only, with errors that name the file.
 
-Whoever opens a named pipe waits until somebody writes to it, perhaps for ever; a device has no end.
-So each file of a checkpoint, and each that a person names, is opened here.
+Opening a named pipe blocks until another process writes to it, and a device has no end. So every
+file of a checkpoint, and every file that a user names, is opened here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS = {
     stat.S_IFDIR: "a directory",
 }
 
-_OF_THE_DISK = frozenset(
+_DISK_FAILURES = frozenset(
     [errno.EIO, errno.ESTALE, errno.ENXIO, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODATA]
 )
 
@@ -34,18 +34,18 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading.
 
     Raises:
-        OSError: it cannot be opened, or it is no regular file; `strerror` says which.
+        OSError: it cannot be opened, or is not a regular file; `strerror` says which.
     """
     return open(path, "rb", buffering, opener=open_descriptor)
 
 
 def open_descriptor(path: str | Path, flags: int) -> int:
-    """The same, as a file descriptor of the operating system's.
+    """The same, but returns a file descriptor.
 
     Raises:
         OSError: as `open_regular`.
     """
-    # before it is opened: opening some devices does something
+    # checked before the open too: opening a device may have an effect
     _check_regular(Path(path).stat(), path)
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -66,7 +66,7 @@ def unreadable(name: str, error: OSError) -> CheckpointError:
     """The error for a file that the operating system cannot read, called `name`."""
     if error.errno in (errno.EACCES, errno.EPERM):
         advice = "; check its owner and its mode"
-    elif error.errno in _OF_THE_DISK:
+    elif error.errno in _DISK_FAILURES:
         advice = "; check the disk or the network mount"
     elif error.errno == errno.EINVAL:
         advice = "; put the file itself in its place"
@@ -77,7 +77,11 @@ def unreadable(name: str, error: OSError) -> CheckpointError:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn a failure to read into one line."""
+    """Turn an OSError while reading `name` into one line.
+
+    Raises:
+        CheckpointError: in place of it.
+    """
     try:
         yield
     except OSError as error:
@@ -85,7 +89,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def file_pieces(path: Path, name: str) -> Iterator[bytes]:
-    """A file's content, piece by piece: a failure to read is none of whoever writes it elsewhere.
+    """A file's content, piece by piece. An error says that the read failed, not the write.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -99,10 +103,12 @@ def read_small_file(path: Path, name: str, limit: int) -> bytes:
     """A file of at most `limit` bytes.
 
     Raises:
-        CheckpointError: unreadable, no regular file, or larger.
+        CheckpointError: it cannot be read, is not a regular file, or is larger.
     """
     with reading(name), open_regular(path) as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
-        raise CheckpointError(f"{name} is larger than {limit} bytes; it is damaged or no {name}")
+        raise CheckpointError(
+            f"{name} is larger than {limit} bytes; it is damaged, or not a {name}"
+        )
     return raw

@@ -1,9 +1,9 @@
-"""The bytes of a tensor in row-major order, also where they do not lie so in the file.
+"""The bytes of a tensor in row-major order, whatever their order in the file.
 
-A tensor may be made of blocks of one in the file: a few rows at a time are read and put together.
-safetensors holds tensors row by row. A pickled checkpoint may hold a view of a storage instead:
-transposed, strided, expanded (stride 0). Such a tensor is gathered in pieces, so memory does not
-grow with it; what lies far apart is read in windows, some of it several times.
+safetensors stores tensors in row-major order. A pickled checkpoint may hold a view of a storage
+instead: transposed, strided, expanded (stride 0). Such a tensor is gathered in pieces, so that
+memory does not grow with it; elements that are far apart are read in windows, some several times.
+A tensor may also be made of blocks of one in the file: a few rows at a time are read and joined.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dus_cli.source.headers import DTYPE_BITS, Blocks, TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Elements from `offset` on, in a box of this shape and these strides; all three count elements.
+# (offset, shape, strides) of a box of elements, all counted in elements.
 Box = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements lie one after another, the last axis fastest. Strides count elements.
+    """Whether elements are contiguous with the last axis fastest. Strides count elements.
 
     >>> is_row_major((2, 3), (3, 1)), is_row_major((3, 2), (1, 3)), is_row_major((1, 3), (99, 1))
     (True, False, True)
@@ -39,7 +39,7 @@ def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last, both counted; 0 where there are none.
+    """Elements of storage from the first to the last one, both included; 0 if there are none.
 
     >>> span((3, 2), (1, 3)), span((5, 5), (0, 0)), span((0, 3), (3, 1))
     (6, 1, 0)
@@ -51,9 +51,9 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]:
     """The tensor's bytes in row-major order, at most 4 MiB at a time. A piece is valid until the
-    next is asked for.
+    next one.
 
-    Pieces of a dense tensor end early where the file does.
+    The pieces of a dense tensor end early if the file does.
 
     Raises:
         OSError: the file cannot be read.
@@ -69,7 +69,7 @@ def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]
     while position < tensor.num_bytes:
         start, length = tensor.start + position, min(PIECE, tensor.num_bytes - position)
         piece = os.pread(file, length, start)
-        # A mount may give less than was asked for, and whoever casts needs whole numbers.
+        # A mount may return less than requested, and a cast needs whole numbers.
         while len(piece) < length and (
             more := os.pread(file, length - len(piece), start + len(piece))
         ):
@@ -119,7 +119,7 @@ def _gathered_pieces(
     import torch
 
     size = DTYPE_BITS[tensor.dtype] // 8
-    # Elements are only moved: integers of their size keep every bit, NaNs too.
+    # Elements are copied as integers of their size, which keeps every bit, also of NaNs.
     dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     buffer = bytearray(PIECE)
     for offset, shape, box_strides in _boxes((0, tensor.shape, strides), PIECE // size):
@@ -130,7 +130,7 @@ def _gathered_pieces(
 
 
 def _boxes(box: Box, limit: int) -> Iterator[Box]:
-    """A box cut into boxes of at most `limit` elements that follow each other in row-major order.
+    """Cut a box into boxes of at most `limit` elements, in row-major order.
 
     >>> list(_boxes((0, (3, 2), (1, 3)), limit=4))
     [(0, (2, 2), (1, 3)), (2, (1, 2), (1, 3))]
@@ -150,10 +150,10 @@ def _boxes(box: Box, limit: int) -> Iterator[Box]:
 
 
 def _fill(piece: Tensor, strides: tuple[int, ...], file: int, start: int, name: str) -> None:
-    """Fill a tensor with elements that lie `strides` apart, from byte `start` on.
+    """Fill a tensor with elements that are `strides` apart, from byte `start`.
 
-    The window that holds them all is read at once; where it is wider than a piece, each half by
-    itself.
+    The window that holds them all is read at once; if it is wider than a piece, each half
+    separately.
     """
     import torch
 

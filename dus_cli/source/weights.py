@@ -1,9 +1,9 @@
-"""Which files of a folder hold its weights: the choice that transformers makes, and what it leaves
-unread.
+"""Which files of a folder hold its weights: the choice that transformers makes, and the files that
+it does not read.
 
-`_get_resolved_checkpoint_files` in transformers' modeling_utils.py: the file that config.json's
-`transformers_weights` names; else the first that is there of one file, then an index, in
-safetensors, then in torch.save's format.
+By `_get_resolved_checkpoint_files` in transformers' modeling_utils.py: the file that config.json's
+`transformers_weights` names; else the first that exists of a single safetensors file, a safetensors
+index, a single torch.save file and its index.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ INDEX_NAME = "model.safetensors.index.json"
 PICKLED_NAME = "pytorch_model.bin"
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 
-# As transformers looks for them.
+# In the order in which transformers looks for them.
 IN_ORDER = (SINGLE_NAME, INDEX_NAME, PICKLED_NAME, PICKLED_INDEX_NAME)
 
-# The field of config.json that names the file of weights, or their index. It is not written:
-# save_pretrained drops it.
+# The field of config.json that names the file of weights, or their index. The output does not have
+# it, as with save_pretrained.
 EXPLICIT_KEY = "transformers_weights"
 
 _MAX_INDEX_BYTES = 256_000_000
 
-# What workers of transformers write each for itself (is_sharded_checkpoint in its
-# distributed/checkpoint.py).
-_OF_WORKERS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
+# The parts of a distributed checkpoint of transformers, one per worker (is_sharded_checkpoint in
+# its distributed/checkpoint.py).
+_WORKER_PART = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 
 
 def is_pickled(name: str) -> bool:
-    """Whether a file of weights, or an index, is of torch.save's files, by its name."""
+    """Whether a file of weights, or an index, is in torch.save's format, by its name."""
     return name.endswith((".bin", ".bin.index.json"))
 
 
@@ -52,16 +52,16 @@ def is_index(name: str) -> bool:
 
 
 def choose_weights(names: Collection[str], config: dict[str, Any]) -> str | None:
-    """The file among `names` that transformers takes: of weights, or an index of them. None where
-    there is none.
+    """The file among `names` that transformers loads, weights or their index; None if there is
+    none.
 
     Raises:
-        CheckpointError: config.json names a file that is not there or none of safetensors, or the
-            weights are of workers, each its own part.
+        CheckpointError: config.json names a file that does not exist or is not safetensors, or the
+            weights are the parts of a distributed checkpoint.
     """
-    if of_workers := sorted(name for name in names if _OF_WORKERS.fullmatch(name)):
+    if parts := sorted(name for name in names if _WORKER_PART.fullmatch(name)):
         raise CheckpointError(
-            f"{shown_list(of_workers)}: each worker of a distributed run wrote its own part; join "
+            f"{shown_list(parts)}: each worker of a distributed run wrote its own part; join "
             "them first, with "
             "transformers' consolidate_distributed_checkpoint, in a folder of their own"
         )
@@ -77,15 +77,15 @@ def choose_weights(names: Collection[str], config: dict[str, Any]) -> str | None
         )
     if explicit not in names:
         raise CheckpointError(
-            f"config.json: {EXPLICIT_KEY} names {shown(explicit)}, which is not there; download "
-            "it, or take the field out"
+            f"config.json: {EXPLICIT_KEY} names {shown(explicit)}, which does not exist; download "
+            "it, or remove the field"
         )
     return explicit
 
 
 def rivals(names: Collection[str], chosen: str) -> list[str]:
-    """Other files of the same format from which the model could be loaded, and from which
-    transformers does not.
+    """Other files of the same format from which the model could be loaded; transformers does not
+    read them.
     """
     return [
         name
@@ -95,8 +95,7 @@ def rivals(names: Collection[str], chosen: str) -> list[str]:
 
 
 def regular_files(folder: Path) -> set[str]:
-    """The files at the top of a folder, by name; links to files count, what is no regular file does
-    not.
+    """The names of the regular files at the top level of a folder, and of links to such files.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -112,7 +111,7 @@ def find_weights(folder: Path, config: dict[str, Any]) -> str | None:
     """`choose_weights` among the files of a folder.
 
     Raises:
-        CheckpointError: as `choose_weights`; or what stands under a name of weights is no file.
+        CheckpointError: as `choose_weights`; or an entry with a name of weights is not a file.
     """
     names = regular_files(folder)
     explicit = config.get(EXPLICIT_KEY)
@@ -122,20 +121,18 @@ def find_weights(folder: Path, config: dict[str, Any]) -> str | None:
     if chosen is None:
         for name in IN_ORDER:
             if os.path.lexists(folder / name):
-                raise CheckpointError(
-                    f"{name} is no file that can be read{_why(inside(folder, name))}"
-                )
+                raise CheckpointError(f"{name} is not a readable file{_why(inside(folder, name))}")
     return chosen
 
 
 def _why(path: Path) -> str:
     if path.is_symlink() and not path.exists():
-        return f" (a link to {shown(path.readlink())}, which is not there); download it again"
+        return f" (a link to {shown(path.readlink())}, which does not exist); download it again"
     return " (a directory, pipe, socket or device); put the file itself in its place"
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """Those among paths that are weights in any format, or belong to them."""
+    """The paths that are weights in any format, or their indices, sorted."""
     return sorted(name for name in names if _is_weights(name))
 
 
@@ -147,20 +144,25 @@ def _is_weights(relative: str) -> bool:
 
 
 def files_below(folder: Path) -> set[str]:
-    """Paths, with "/", of all that is below a folder and no folder itself."""
-    found = set()
+    """Paths, with "/", of all files below a folder."""
+    paths = set()
     for root, folders, names in os.walk(folder):
         folders[:] = [
             name for name in folders if not any(fnmatch(name, pattern) for pattern in LEFT_BEHIND)
         ]
-        found |= {(Path(root) / name).relative_to(folder).as_posix() for name in names}
-    return found
+        paths |= {(Path(root) / name).relative_to(folder).as_posix() for name in names}
+    return paths
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index file, by `name`: tensor name to shard name; what it says of the size; its own
-    sha256.
+    """The index of a sharded checkpoint.
+
+    Attributes:
+        name: its file name.
+        weight_map: tensor name to shard name.
+        total_size: its `total_size`, unchecked; None if it has none.
+        sha256: SHA-256 of the file, hexadecimal.
     """
 
     name: str
@@ -177,25 +179,25 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
     """The index of a sharded checkpoint.
 
     Raises:
-        CheckpointError: damaged, empty, or naming a file outside the folder.
+        CheckpointError: it is damaged or empty, or names a file outside the folder.
     """
     raw = read_small_file(inside(folder, name), name, _MAX_INDEX_BYTES)
     index = parse_json_object(raw, name)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
-        what = "is a server's answer, not an index" if is_answer(raw) else "has no weight_map"
-        raise CheckpointError(f"{name} {what}; download it again")
+        problem = "is a server's answer, not an index" if is_answer(raw) else "has no weight_map"
+        raise CheckpointError(f"{name} {problem}; download it again")
     kind, suffix = ("pickled", ".bin") if is_pickled(name) else ("safetensors", ".safetensors")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{name}: weight_map must map text to text; download it again")
     shards = {shard: shard for shard in weight_map.values()}
     for name_of_tensor, shard in weight_map.items():
-        # one text for all tensors of a shard, not one for each
+        # one string object per shard, instead of one per tensor
         weight_map[name_of_tensor] = shards[shard]
     for shard in shards:
         if not shard.endswith(suffix):
             raise CheckpointError(
-                f"{name} names {shown(shard)}, which is no {kind} file; download it again"
+                f"{name} names {shown(shard)}, which is not a {kind} file; download it again"
             )
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Index(name, weight_map, total_size, hashlib.sha256(raw).hexdigest())

@@ -1,4 +1,4 @@
-"""What is asked of `dus upscale`, with its options."""
+"""The options of `dus upscale`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dus_cli.writing.transfer import DEFAULT_JOBS, CopyMode
 # The groups in which --help lists the options; the Hub's is in `hub.options`.
 _MAP, _WRITING = "Layer map", "Writing"
 
-# Fields that a lineage records.
+# The fields whose values a lineage records.
 RECORDED = (
     "revision",
     "trim",
@@ -38,13 +38,13 @@ RECORDED = (
 
 
 def check_recipe(text: str) -> str:
-    """The name of a published map, as it was typed.
+    """Check the name of a published map, and return it.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no such map.
     """
     if text not in RECIPES:
-        raise ValueError(f"there is no recipe {shown(text)!r}; there are {', '.join(RECIPES)}")
+        raise ValueError(f"there is no recipe {shown(text)!r}; use one of {', '.join(RECIPES)}")
     return text
 
 
@@ -53,29 +53,34 @@ class UpscaleOptions:
     """The layer map and its start, what is cast, and how the output is written and pushed.
 
     Attributes:
-        lineage: a release's dus.json, to make it again as it was; MODEL then says where the base
-            is now, and none of `RECORDED` may be given.
+        lineage: the dus.json of a release that is to be made again. The model is then the base's
+            place now, and no field in `RECORDED` may be given.
+        revision: branch, tag or commit of a Hub id.
+        token: Hub access token; HF_TOKEN or the stored login by default.
         trim: layers trimmed from each copy; a quarter of the base's by default.
         layers: any other map, as half-open ranges of base layers, such as "0:24,8:32".
         double: the base with the layers of these ranges twice in a row, such as "2:29".
-        recipe: a published map by name. It excludes `trim`, `layers`, `double` and `copies`, as
-            `layers` and `double` exclude the others.
-        assume: for fields of config.json that dus does not know, "keep" or "map".
+        copies: copies to stack.
+        recipe: a published map by name. `recipe`, `layers` and `double` exclude each other, `trim`
+            and `copies`.
+        assume: "keep" or "map" for fields of config.json that dus does not know.
         identity: new layers start as identities, so that the model computes what its base does.
-        start: how loudly layers speak at first: "copy" (the default), "identity", "half", "fade",
-            "fade:cosine" or "scale:C" (`dus_cli.maps.starts`).
+        start: the factor on what layers add to the residual stream: "copy" (1, the default),
+            "identity", "half", "fade", "fade:cosine" or "scale:C" (`dus_cli.maps.starts`).
         engines: names of inference engines, such as "llama.cpp", that must compute the output as
-            config.json says; "all" for every one that dus knows. Without `trim` it is then the
-            nearest to a quarter that is right for them.
-        dtype: what floating-point tensors are cast to (takes the heal extra).
-        max_shard_size: of the largest file of weights, in bytes.
-        stream: weights come from the Hub straight into the output, without a copy in the cache.
-            What a killed run has fetched is kept beside it, and the same call goes on from there.
-        jobs: parallel copies, 1 to 64.
-        push_to: a repo on the Hub, to push the verified output to; created if it does not exist.
-        private: that repo is a private one.
-        branch: of that repo; created if it does not exist, main by default.
+            config.json says; "all" for every one that dus knows. Without `trim`, the nearest to a
+            quarter with which they do is taken.
+        dtype: what floating-point tensors are cast to (needs the heal extra).
+        max_shard_size: size of the largest shard, in bytes.
+        copy_mode: whether bytes are cloned (reflinks) or copied.
+        stream: weights go from the Hub straight into the output, without a copy in the cache. What
+            a killed run has fetched stays beside the output, and the same call continues.
+        jobs: parallel copies, 1 to 64; with `stream`, parallel requests.
+        push_to: a repo on the Hub to push the verified output to; created if it does not exist.
+        private: create that repo as a private one.
+        branch: branch of that repo; created if it does not exist, main by default.
         verify: what is checked before publishing.
+        checksums: also write SHA256SUMS.
         overwrite: replace an existing output, once the new one is whole.
     """
 
@@ -83,7 +88,7 @@ class UpscaleOptions:
         Path | None,
         Option(
             "Make a release again from its dus.json, and compare with the SHA256SUMS beside it. "
-            "MODEL then says where the base is now.",
+            "Give MODEL if the base has moved.",
             name="from",
             metavar="DUS.JSON",
         ),
@@ -93,8 +98,8 @@ class UpscaleOptions:
     trim: Annotated[
         int | None,
         Option(
-            "Layers trimmed from each copy. Default: a quarter, or the nearest to it that every "
-            "inference engine computes as it should.",
+            "Layers trimmed from each copy. Default: a quarter, or the nearest to it with which "
+            "every inference engine computes what config.json says.",
             short="-t",
             metavar="M",
             panel=_MAP,
@@ -113,7 +118,7 @@ class UpscaleOptions:
     double: Annotated[
         str | None,
         Option(
-            "The base with its layers A to B - 1 each twice in a row; several stretches: "
+            "The base with each of its layers A to B - 1 twice in a row; several ranges: "
             "2:8,20:29. Excludes --trim, --layers and --copies.",
             metavar="A:B",
             panel=_MAP,
@@ -144,9 +149,9 @@ class UpscaleOptions:
     start: Annotated[
         str | None,
         Option(
-            "How loudly layers speak at first: copy (as in MODEL), identity, half (copies of a "
-            "layer in equal parts), fade (overlapping copies cross-fade; fade:linear or "
-            "fade:cosine), scale:C (new layers times C). Default: copy.",
+            "Factor on what layers add at first: copy (1), identity (0 for new layers), half "
+            "(equal parts for the copies of a layer), fade (overlapping copies cross-fade; "
+            "fade:linear or fade:cosine), scale:C (C for new layers). Default: copy.",
             metavar="START",
             panel=_MAP,
             parse=check_start,
@@ -156,8 +161,8 @@ class UpscaleOptions:
     engines: Annotated[
         tuple[str, ...],
         engines_option(
-            "Refuse what an inference engine would not compute as config.json says; without "
-            "--trim, take the nearest to a quarter that is right for it.",
+            "Refuse a map that an inference engine would not compute as config.json says; without "
+            "--trim, take the nearest to a quarter that it does.",
             _MAP,
         ),
     ] = ()
@@ -184,7 +189,8 @@ class UpscaleOptions:
     copy_mode: Annotated[
         CopyMode,
         Option(
-            "How to move bytes: auto clones them (reflinks) if the file system can.",
+            "How to write the weights: clone (reflinks), copy, or auto, which clones if the file "
+            "system can.",
             panel=_WRITING,
         ),
     ] = CopyMode.auto
@@ -192,7 +198,7 @@ class UpscaleOptions:
         bool,
         Option(
             "Stream the weights from the Hub straight into OUT, without a copy in the cache. "
-            "After a kill the same command goes on.",
+            "After a kill, the same command continues.",
             panel=HUB,
         ),
     ] = False
@@ -213,9 +219,9 @@ class UpscaleOptions:
     verify: Annotated[
         VerifyMode,
         Option(
-            "What to check before publishing: structure, full (every byte; with --stream copies "
-            "against each other, and whole files against the Hub's sha256), or forward (structure, "
-            "and each layer run beside the base's).",
+            "What to check before publishing: structure, full (every byte; with --stream, copies "
+            "against each other and whole files against the Hub's sha256), forward (structure, "
+            "and each layer run beside the base's), or none.",
             panel=_WRITING,
         ),
     ] = VerifyMode.structure

@@ -1,4 +1,4 @@
-"""What an upscale has to say: as JSON with a documented schema, and for a person."""
+"""The report of an upscale, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dus_cli.release.lineage import engines_record, map_record, seam_record, sta
 from dus_cli.release.remaking import Remaking
 from dus_cli.source.checkpoint import Checkpoint
 from dus_cli.upscaling.space import Space
-from dus_cli.writing.outputs import Tally
+from dus_cli.writing.outputs import ByteCounts
 
 if TYPE_CHECKING:
     from dus_cli.hub.streaming import Streamed
@@ -34,7 +34,7 @@ _VERIFIED_STREAM = "structure, what stands twice, whole files by sha256"
 
 _STATE = {
     Start.seams: "It is not healed yet: {seams} it worse than its base.",
-    Start.scaled: "It is not healed yet: its copies speak lower or louder than in its base.",
+    Start.scaled: "It is not healed yet: some of its layers add less or more than in its base.",
     Start.identity: "It computes what its base does, until its new layers are trained.",
     Start.base: "It has its base's layers, all and in order: there is nothing to heal.",
     Start.part: "It is not healed yet: the layers that it leaves out make it worse than its base.",
@@ -43,20 +43,30 @@ _STATE = {
 
 @dataclass(frozen=True)
 class UpscaleReport:
-    """The result of an upscale, or of its dry run (then nothing was moved and `seconds` is the
-    planning).
+    """The result of an upscale or of its dry run; `str` gives the summary for a person.
 
-    `status` is "written", "planned" (a dry run), or "unchanged": the output was already what would
-    be written. `verified` is the `--verify` that it passed. `published` is how it got its name:
-    "rename", or "index last"; None where nothing was written. As text it is the summary for a
-    person.
+    Attributes:
+        plan: the layer map, and every tensor and file of the output.
+        output: the directory, as given.
+        status: "written", "planned" (a dry run), or "unchanged" (the output was already what would
+            be written).
+        space: bytes of disk that are needed and free.
+        tally: bytes written, by how: cloned, copied, cast, zeros, scaled.
+        verified: the `--verify` that the output passed.
+        seconds: time of the run; of a dry run, the time of planning.
+        notes: warnings of this run, beside those of the plan.
+        remaking: the lineage that was followed (--from), or None.
+        published: how the output got its name, "rename" or "index last"; None if nothing was
+            written.
+        push: the report of --push-to, or None.
+        streamed: what --stream fetched, or None.
     """
 
-    plan: UpscalePlan = field(repr=False)  # every tensor of the output
+    plan: UpscalePlan = field(repr=False)
     output: Path
     status: Literal["written", "planned", "unchanged"]
     space: Space
-    tally: Tally
+    tally: ByteCounts
     verified: str
     seconds: float
     notes: tuple[str, ...] = ()
@@ -67,7 +77,7 @@ class UpscaleReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Those of the plan, which the card repeats, and those of this run."""
+        """The plan's warnings, which the model card repeats, and those of this run."""
         of_the_push = self.push.warnings if self.push else ()
         return (
             *self.plan.warnings,
@@ -78,8 +88,8 @@ class UpscaleReport:
 
     @property
     def reproduced(self) -> bool | None:
-        """True: every file is what the sums beside --from's lineage say. None where nothing was
-        compared.
+        """True if every file has the sum in the SHA256SUMS beside --from's lineage; None if nothing
+        was compared.
         """
         return (
             True if self.remaking and self.remaking.sums is not None and not self.dry_run else None
@@ -145,7 +155,7 @@ class UpscaleReport:
 
 
 def plan_text(plan: UpscalePlan, width: int) -> str:
-    """The drawing of copies and seams, under a line that names the model."""
+    """A line that names the model, and a drawing of its copies and seams, `width` columns wide."""
     layer_map = plan.layer_map
     trim = "" if layer_map.trim is None else f", trim {layer_map.trim}"
     recipe = "" if plan.request.recipe is None else f", recipe {plan.request.recipe}"
@@ -165,7 +175,7 @@ def plan_text(plan: UpscalePlan, width: int) -> str:
 
 
 def upscale_text(report: UpscaleReport) -> str:
-    """The closing summary for a person; of a dry run, the plan."""
+    """The summary for a person; for a dry run, the plan."""
     plan, tally, space = report.plan, report.tally, report.space
     base, output = plan.checkpoint.num_parameters, plan.num_parameters
     rows = [
@@ -188,13 +198,13 @@ def upscale_text(report: UpscaleReport) -> str:
     if plan.checkpoint.is_pickled:
         rows.append(("format", "safetensors (the base's weights are pickled)"))
     if report.dry_run:
-        how = (
+        reflinks = (
             "reflinks share the rest with the base"
             if space.can_clone
             else "this file system has no reflinks"
         )
         rows += [
-            ("disk needed", f"{human_bytes(space.needed)} ({how})"),
+            ("disk needed", f"{human_bytes(space.needed)} ({reflinks})"),
             ("disk free", "not known" if space.free is None else human_bytes(space.free)),
             (
                 "shards",
@@ -241,7 +251,7 @@ def upscale_text(report: UpscaleReport) -> str:
 
 
 def _unread_warnings(checkpoint: Checkpoint) -> list[str]:
-    """Where the base has its weights twice, in the same format."""
+    """The warning if the base has its weights twice, in the same format."""
     if not checkpoint.rivals:
         return []
     read = checkpoint.weight_files[0]

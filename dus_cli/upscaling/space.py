@@ -16,8 +16,8 @@ from dus_cli.writing.transfer import CopyMode, can_clone
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes of disk that the output needs, reflinks counted, and that are free: None where that
-    is not known.
+    """Bytes of disk: `needed` for the output beside what reflinks share, and `free`, None if not
+    known.
     """
 
     needed: int
@@ -25,29 +25,35 @@ class Space:
     can_clone: bool
 
 
-def space_for(made: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: bool) -> Space:
+def space_for(plan: UpscalePlan, folder: Path, copy_mode: CopyMode, *, may_create: bool) -> Space:
+    """The disk space for an output below `folder`. `may_create` allows trying a clone there."""
     clones = copy_mode is not CopyMode.copy and can_clone(
-        _sample(made), folder, may_create=may_create
+        _sample(plan), folder, may_create=may_create
     )
-    # Config, index, card and lineage are counted with one flat mebibyte.
-    needed = sum(layout.num_bytes for layout in made.shards.values()) + made.num_file_bytes
+    # One mebibyte is added for config, index, card and lineage.
+    needed = sum(layout.num_bytes for layout in plan.shards.values()) + plan.num_file_bytes
     if clones:
-        needed -= made.num_clonable_bytes
-    if journal.is_in(folder):  # what a streamed run has left here has its room already
+        needed -= plan.num_clonable_bytes
+    if journal.is_in(folder):  # an earlier streamed run's bytes take up their space already
         needed -= sum(
-            path.stat().st_blocks * 512 for name in made.shards if (path := folder / name).exists()
+            path.stat().st_blocks * 512 for name in plan.shards if (path := folder / name).exists()
         )
     return Space(needed + (1 << 20), free_bytes(folder), clones)
 
 
-def _sample(made: UpscalePlan) -> Path:
-    """A file of the base to try a clone with. The dry run of a Hub model has small files only."""
-    shards = [shard.path for shard in made.checkpoint.shards]
-    others = [path for _, path in made.files if path.exists() and path.stat().st_size >= BLOCK]
+def _sample(plan: UpscalePlan) -> Path:
+    """A file of the base to try a clone with. The dry run of a Hub model has only small files."""
+    shards = [shard.path for shard in plan.checkpoint.shards]
+    others = [path for _, path in plan.files if path.exists() and path.stat().st_size >= BLOCK]
     return next((path for path in [shards[0], *others] if path.exists()), shards[0])
 
 
 def check_space(space: Space, copy_mode: CopyMode, output: Path) -> None:
+    """Check that the output fits on the disk, and that it can be cloned if that is required.
+
+    Raises:
+        OutputError: it does not, or cannot.
+    """
     if copy_mode is CopyMode.clone and not space.can_clone:
         raise OutputError(
             f"--copy-mode clone: the file system of {shown(output)} cannot share blocks with the "

@@ -1,1 +1,1 @@
-"""Bytes to a directory that is whole or not there."""
+"""Write an output directory that is whole or does not exist."""

@@ -1,9 +1,9 @@
-"""An output where no folder can be renamed: under its own name, in an order in which nothing takes
-it for whole.
+"""Write an output under its final name, on a file system that cannot rename folders, so that an
+unfinished one is never taken for a model.
 
-The exception to "the final name means finished". INCOMPLETE is written first and removed last; the
-index and config.json come after all else, so that before them no loader finds a model: transformers
-asks for config.json first, and a model of one file has no index.
+This is the exception to "the final name means finished". INCOMPLETE is written first and removed
+last. The index and config.json are written after everything else: without them no loader finds a
+model. transformers reads config.json first, and a model of one file has no index.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from dus_cli.source.incomplete import Owner
 from dus_cli.source.weights import INDEX_NAME
 from dus_cli.writing.replacing import Claim, claim_by_names, claim_model, others, remove_claimed
 
-# Written after all else, in this order.
+# Written after everything else, in this order.
 LAST = (INDEX_NAME, CONFIG_NAME)
 
-# The folder in which a run works where OUT is a mount point: within OUT, for OUT's own name cannot
-# be given anew.
+# The folder within OUT in which a run works if OUT itself cannot be renamed, such as a mount point.
 WITHIN = ".dus.partial"
 
-# What an output may hold from the start: that, and what mke2fs makes in every new file system.
+# What an output may hold from the start; mke2fs makes lost+found in every new file system.
 _ALWAYS = (WITHIN, "lost+found", incomplete.NAME)
 
 
 def check_left(output: Path, key: str, *, overwrite: bool) -> Owner | None:
-    """Who has left `output` half-written; None where it was not.
+    """The run that left `output` half-written; None if it is not half-written.
 
     Raises:
-        OutputError: that run still runs on this host, or it wrote something else than `key`.
+        OutputError: that run is still running on this host, or its key is not `key`.
     """
     left = incomplete.owner(output)
     if left is None:
@@ -55,8 +54,10 @@ def check_left(output: Path, key: str, *, overwrite: bool) -> Owner | None:
 
 
 def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
-    """Clear what a run that wrote in place has left under `output`; a note where it may still run
-    elsewhere.
+    """Remove what an earlier run in place left under `output`.
+
+    Returns:
+        A warning if that run may still be running on another host; else None.
 
     Raises:
         OutputError: as `check_left`, or its files cannot be removed.
@@ -65,10 +66,10 @@ def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
     if left is None:
         return None
     claim = claim_model(output) if left.files is None else claim_by_names(left.files)
-    if found := others(output, claim, _ALWAYS):
+    if foreign := others(output, claim, _ALWAYS):
         raise OutputError(
-            f"{shown(output)} was left half-written ({left}) and holds {shown_list(found)}, which "
-            "dus did not write; move that away, or choose another -o"
+            f"{shown(output)} was left half-written ({left}) and holds {shown_list(foreign)}, "
+            "which dus did not write; move that away, or choose another -o"
         )
     remaining = _clear(output, claim)
     if remaining:
@@ -78,43 +79,39 @@ def clear_left(output: Path, key: str, *, overwrite: bool) -> str | None:
     if left.is_of_this_host:
         return None
     return (
-        f"{shown(output)} was begun by {left}: if that run still works, it will find this one and "
-        "fail"
+        f"{shown(output)} was begun by {left}: if that run is still running, it will notice this "
+        "one and fail"
     )
 
 
 def check_empty(output: Path, why: str) -> None:
-    """Check that nothing would be replaced.
+    """Check that nothing would be replaced. `why` says why that cannot be done in one step.
 
     Raises:
-        OutputError: `output` holds something.
+        OutputError: `output` is not empty.
     """
     if holds_something(output):
         raise OutputError(
-            f"{shown(output)} cannot be replaced in one step, because {why}: the old model could "
-            "not stay until the new one is whole; remove it first, or choose another -o"
+            f"{shown(output)} cannot be replaced in one step, because {why}: the old model would "
+            "be lost before the new one is whole; remove it first, or choose another -o"
         )
 
 
 def holds_something(output: Path) -> bool:
-    """Whether a folder holds more than what a disk has from its making, and a run within it from
-    its beginning.
-    """
+    """Whether a folder holds more than a new file system does, and a run that has just started."""
     return output.is_dir() and any(path.name not in _ALWAYS for path in output.iterdir())
 
 
 def in_place_warning(output: Path, why: str) -> str:
-    """What a person should know of an output that is written in place."""
+    """The warning about an output that is written in place."""
     return (
-        f"{shown(output)}: written in place, because {why}; whole once {CONFIG_NAME} is there and "
-        f"{incomplete.NAME} is gone"
+        f"{shown(output)} is written in place, because {why}; it is whole once {CONFIG_NAME} is "
+        f"there and {incomplete.NAME} is gone"
     )
 
 
 class InPlace:
-    """OUT while it is written in place. A run that finds its mark replaced by another's leaves
-    everything to it.
-    """
+    """OUT while it is written in place. If another run replaces the mark, OUT is left to it."""
 
     def __init__(self, output: Path, key: str, files: Collection[str] | None = None) -> None:
         self.output = output
@@ -122,11 +119,11 @@ class InPlace:
         self._owner = Owner(key, files=None if files is None else tuple(sorted(files)))
 
     def claim(self, why: str) -> None:
-        """Mark the folder as ours and incomplete. Two hosts may both get so far; `check_ours` then
-        tells one of them.
+        """Mark the folder as incomplete, and as this run's. If two hosts do so at the same time,
+        `check_ours` fails on one of them.
 
         Raises:
-            OutputError: it holds something, or another run is as quick.
+            OutputError: the folder is not empty, or another run has marked it.
         """
         check_empty(self.output, why)
         with writing(incomplete.NAME):
@@ -147,21 +144,21 @@ class InPlace:
             raise self._taken()
 
     def _is_ours(self) -> bool:
-        found = incomplete.owner(self.output)
-        return found is not None and found.token == self._owner.token
+        owner = incomplete.owner(self.output)
+        return owner is not None and owner.token == self._owner.token
 
     def _taken(self) -> OutputError:
-        found = None
+        """The error if another run has the folder."""
+        owner = None
         with contextlib.suppress(CheckpointError):
-            found = incomplete.owner(self.output)
-        who = f"another run ({found})" if found is not None else "someone who removed its mark"
+            owner = incomplete.owner(self.output)
+        taker = f"another run ({owner})" if owner is not None else "someone who removed its mark"
         return OutputError(
-            f"{shown(self.output)} was taken meanwhile by {who}; what is in it now was left to "
-            "that run"
+            f"{shown(self.output)} was taken meanwhile by {taker}; its files were left to that run"
         )
 
     def finish(self, texts: Mapping[str, str]) -> None:
-        """Write the files of LAST, and remove the mark. From there on the output is whole.
+        """Write the files of LAST, and remove the mark. Then the output is whole.
 
         Raises:
             OutputError: another run has taken the folder, or the store failed.
@@ -184,9 +181,8 @@ class InPlace:
             if self._is_ours():
                 files = self._owner.files
                 _clear(self.output, (lambda _: True) if files is None else claim_by_names(files))
-            elif (
-                incomplete.owner(self.output) is None
-            ):  # not even marked, or finished: then it is not empty
+            elif incomplete.owner(self.output) is None:
+                # not marked yet; or finished, and then it is not empty and rmdir fails
                 self.output.rmdir()
 
 
@@ -198,8 +194,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _clear(folder: Path, claim: Claim) -> str | None:
-    """Remove the claimed files of a folder, its mark last: what cannot be removed stays marked,
-    and is named.
+    """Remove the claimed files of a folder, and its mark last.
+
+    Returns:
+        The name of an entry that cannot be removed (then the mark stays), or None.
     """
     for name in LAST:
         if claim(name):

@@ -1,8 +1,9 @@
-"""What a streamed run has on the disk, written beside it: after a kill the same command goes on
-from there.
+"""The journal of a streamed run: which bytes are on the disk, so that the same command can continue
+after a kill.
 
-A line of JSON for the plan's key, then one for each range of a base's shard whose bytes stand in
-the output. A line is written once the output's files are synced, and is believed once it is whole.
+The first line of JSON has the plan's key; each later one has ranges of a base's shard whose bytes
+are in the output. A line is written after the output's files are synced; an incomplete line is
+ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dus_cli.common.files import writing
 from dus_cli.common.storage import sync
 from dus_cli.writing.outputs import KEPT
 
-NAME = ".dus-journal"  # in the staged folder; never published, and no part of SHA256SUMS
+NAME = ".dus-journal"  # in the staged folder; it is not published, and not in SHA256SUMS
 
 _NEW = f"{NAME}.new"
 
@@ -28,7 +29,7 @@ class Journal:
     """The ranges of the base's shards that need not be fetched again. Use as a context manager."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Read what is there for this key; anything else is no journal of ours, and is replaced.
+        """Read the journal in a folder; one of another key is replaced.
 
         Raises:
             OutputError: it cannot be written.
@@ -38,8 +39,8 @@ class Journal:
             shard: _joined(ranges) for shard, ranges in (_read(self.path, key) or {}).items()
         }
         with writing(NAME, KEPT):
-            # Written anew, for the last line of a killed run may be half a line; and put in its
-            # place when it is whole.
+            # Write a new journal, because the last line of a killed run may be incomplete, and
+            # rename it once it is whole.
             new = folder / _NEW
             self._file = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             lines = [_line(key=key)]
@@ -55,7 +56,7 @@ class Journal:
 
     @property
     def num_bytes(self) -> int:
-        """Of the base, on the disk when the run began."""
+        """Bytes of the base that were on the disk when the run began."""
         return sum(end - start for ranges in self._ranges.values() for start, end in ranges)
 
     def holds(self, shard: str, start: int, end: int) -> bool:
@@ -67,7 +68,7 @@ class Journal:
         return at >= 0 and ranges[at][0] <= start and end <= ranges[at][1]
 
     def add(self, shard: str, ranges: list[Range]) -> None:
-        """Note ranges whose bytes are on the disk.
+        """Record ranges whose bytes are on the disk.
 
         Raises:
             OutputError: the disk failed.
@@ -76,7 +77,7 @@ class Journal:
             self._append(_line(shard=shard, ranges=ranges))
 
     def forget(self, shard: str) -> None:
-        """Believe nothing of a shard any more.
+        """Drop all ranges of a shard.
 
         Raises:
             OutputError: the disk failed.
@@ -92,12 +93,12 @@ class Journal:
 
 
 def is_in(folder: Path) -> bool:
-    """Whether a streamed run works in a folder, or left it."""
+    """Whether a streamed run works in a folder, or has left it."""
     return (folder / NAME).exists()
 
 
 def remove(folder: Path) -> None:
-    """Remove a journal, if there is one: the output is whole and has no need of it."""
+    """Remove the journal of a finished output, if there is one."""
     with writing(NAME, KEPT):
         for name in (NAME, _NEW):
             (folder / name).unlink(missing_ok=True)
@@ -113,30 +114,30 @@ def _line(**fields: Any) -> str:
 
 
 def _read(path: Path, key: str) -> dict[str, list[Range]] | None:
-    """The ranges by shard; None where the journal is not there, or of another plan."""
+    """The ranges by shard; None if there is no journal, or it is of another plan."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         if not lines or json.loads(lines[0]).get("key") != key:
             return None
     except (OSError, ValueError, AttributeError):
         return None
-    found: dict[str, list[Range]] = {}
+    ranges: dict[str, list[Range]] = {}
     for line in lines[1:]:
         try:
             entry = json.loads(line)
             if entry["ranges"] is None:
-                found.pop(entry["shard"], None)
+                ranges.pop(entry["shard"], None)
             else:
-                found.setdefault(entry["shard"], []).extend(
+                ranges.setdefault(entry["shard"], []).extend(
                     (int(start), int(end)) for start, end in entry["ranges"]
                 )
         except (ValueError, KeyError, TypeError):
-            break  # the line during which the run was killed
-    return found
+            break  # the run was killed while it wrote this line
+    return ranges
 
 
 def _joined(ranges: list[Range]) -> list[Range]:
-    """Sorted, neighbours made one.
+    """Sort ranges, and join adjacent ones.
 
     >>> _joined([(4, 8), (0, 4), (9, 10)])
     [(0, 8), (9, 10)]

@@ -1,4 +1,4 @@
-"""What each source shard has to give, and where in the output it is wanted."""
+"""The plan by source shard: which bytes of each go where in the output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from dus_cli.source.headers import Blocks, TensorInfo
 
 
 class Move(NamedTuple):
-    """`length` bytes at `source_start`, wanted at each of `targets`: (output file's name,
-    position).
+    """`length` bytes of a source shard that go to one or more places in the output.
 
-    They are copied as they are, or with `cast` as other numbers, and for each target times what
-    `scales` has at its place, if anything; then they are those of the tensor `name`. `strided` is
-    the tensor whose bytes they are where these do not lie in order. With `blocks` they are whole
-    rows, of which the blocks are wanted.
+    Attributes:
+        source_start: position of the first byte in the source shard.
+        length: in bytes.
+        targets: (name of the output shard, position) of each copy.
+        cast: the conversion of their numbers, or None.
+        name: the tensor, if the bytes are cast or scaled.
+        strided: the tensor, if its bytes are not in row-major order.
+        scales: for each target its factor, or None; empty if no target has one.
+        blocks: the parts of each row that are copied, if the bytes are whole rows; else None.
     """
 
     source_start: int
@@ -36,13 +40,13 @@ class Move(NamedTuple):
 
     @property
     def is_changed(self) -> bool:
-        """Whether some target gets other bytes than the source has."""
+        """Whether some target gets other bytes than the source's."""
         return self.cast is not None or bool(self.scales) or self.blocks is not None
 
     @property
     def number_size(self) -> int:
-        """Bytes of the source's numbers, or rows, which stay whole; 1 where bytes are moved as they
-        are.
+        """Bytes of one of the source's numbers or rows, which must not be cut; 1 for a plain
+        copy.
         """
         if self.blocks is not None:
             return self.blocks.stored_row
@@ -51,18 +55,16 @@ class Move(NamedTuple):
         return next((scale.size for scale in self.scales if scale is not None), 1)
 
     def by_scale(self) -> dict[Scale | None, list[tuple[str, int]]]:
-        """The targets that get the same numbers."""
-        found: dict[Scale | None, list[tuple[str, int]]] = {}
+        """The targets, grouped by their factor."""
+        groups: dict[Scale | None, list[tuple[str, int]]] = {}
         for target, scale in zip(
             self.targets, self.scales or (None,) * len(self.targets), strict=True
         ):
-            found.setdefault(scale, []).append(target)
-        return found
+            groups.setdefault(scale, []).append(target)
+        return groups
 
     def to(self, as_they_are: Sequence[tuple[str, int]]) -> Move:
-        """The move to these of the targets that get the bytes as they are, and to all that get
-        them scaled.
-        """
+        """The same move, but of the targets without a factor only to those in `as_they_are`."""
         pairs = [
             (target, scale)
             for target, scale in zip(self.targets, self.scales, strict=False)
@@ -73,7 +75,7 @@ class Move(NamedTuple):
         return self._replace(targets=targets, scales=scales)
 
     def written(self, length: int) -> int:
-        """How many bytes the first `length` ones are in the output."""
+        """How many bytes of output `length` bytes of the source become."""
         if self.blocks is not None:
             length = length // self.blocks.stored_row * self.blocks.row
         return (
@@ -81,18 +83,17 @@ class Move(NamedTuple):
         )
 
     def part(self, position: int, length: int) -> Move:
-        """The move of `length` of its bytes from `position` on."""
+        """The move of `length` of its bytes, from `position`."""
         targets = tuple((name, start + self.written(position)) for name, start in self.targets)
         return self._replace(
             source_start=self.source_start + position, length=length, targets=targets
         )
 
     def to_block(self, position: int) -> int:
-        """Bytes from `position` on up to the next whole block of the source, where direct I/O is
-        possible.
+        """Bytes from `position` to the next block of the source, from which direct I/O is possible.
 
-        0 also where numbers do not start at multiples of their size: no block begins with a whole
-        one then.
+        Also 0 if the numbers do not start at multiples of their size: then no block begins with a
+        whole number.
         """
         if self.source_start % self.number_size:
             return 0
@@ -100,13 +101,13 @@ class Move(NamedTuple):
 
 
 def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
-    """What each source shard has to give, in its own order; neighbours that stay neighbours are one
-    move.
+    """The moves of each source shard, in the shard's order.
 
-    Zeros need no move: a file is as long as planned, and zeros, before anything is moved into it.
+    Tensors that are adjacent in the source and in every target are one move. Zeros need no move:
+    the output's files have their full length, and are zeros, from the start.
     """
     tensors: dict[str, TensorInfo] = {}
-    wanted: dict[str, list[tuple[str, int]]] = {}
+    targets_of: dict[str, list[tuple[str, int]]] = {}
     scales: dict[str, list[Scale | None]] = {}
     casts: dict[str, Cast] = {}
     for file_name, layout in plan.shards.items():
@@ -114,7 +115,7 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
             if placement.making is Making.zeros:
                 continue
             tensors[placement.tensor.name] = placement.tensor
-            wanted.setdefault(placement.tensor.name, []).append((file_name, start))
+            targets_of.setdefault(placement.tensor.name, []).append((file_name, start))
             scales.setdefault(placement.tensor.name, []).append(placement.scale)
             if placement.dtype != placement.tensor.dtype:
                 casts[placement.tensor.name] = Cast(placement.tensor.dtype, placement.dtype)
@@ -122,7 +123,7 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
         joined: list[Move] = []
         for stored in shard.header.tensors:
             tensor = tensors.get(stored.name, stored)
-            targets = tuple(wanted.get(tensor.name, ()))
+            targets = tuple(targets_of.get(tensor.name, ()))
             if not targets or not tensor.num_bytes:
                 continue
             cast, strided = casts.get(tensor.name), None if tensor.lies_in_order else tensor

@@ -1,7 +1,6 @@
-"""The output's shards, open for writing: the base's bytes, or what a cast makes of them, to every
-place for them.
+"""The output's shards, open for writing: copy, cast or scale bytes of the base into them.
 
-Each file is open twice: through the page cache, and past it where the file system allows.
+Each file is open twice: through the page cache, and for direct I/O if the file system allows.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from dus_cli.planning.scaling import Scale
 from dus_cli.source.reading import open_descriptor
 from dus_cli.writing.moves import Move
 
-# Of a piece, bytes that are scaled at a time: whole blocks, and little room for what they become.
+# Bytes of a piece that are scaled at a time: whole blocks, with a small buffer for the result.
 _SCALED_AT_ONCE = 512 << 10
 
 
 @dataclass
-class Tally:
-    """Bytes of tensor data that were cloned, copied, cast, or scaled, and that are zeros."""
+class ByteCounts:
+    """Bytes of tensor data that were cloned, copied, cast or scaled, or are zeros."""
 
     cloned: int = 0
     copied: int = 0
@@ -38,11 +37,11 @@ class Tally:
     scaled: int = 0
 
 
-KEPT = "what was fetched is kept, and the same command goes on from there"
+KEPT = "what was fetched is kept, and the same command continues from there"
 
 
 def create_shards(plan: UpscalePlan, folder: Path) -> None:
-    """Make every shard's file, as long as planned and zeros behind its header.
+    """Create every shard's file in its full length, with its header and then zeros.
 
     Raises:
         OutputError: writing failed.
@@ -55,7 +54,7 @@ def create_shards(plan: UpscalePlan, folder: Path) -> None:
 
 @dataclass
 class Files:
-    """A file opened twice: through the page cache, and past it where the file system allows."""
+    """Two descriptors of one file: through the page cache, and for direct I/O if possible."""
 
     buffered: int
     direct: int | None
@@ -70,21 +69,22 @@ def open_twice(path: Path, flags: int, closing: contextlib.ExitStack) -> Files:
     buffered = open_descriptor(path, flags)
     closing.callback(_close, buffered, path.name)
     direct = None
-    with contextlib.suppress(OSError, AttributeError):  # tmpfs, some network file systems, macOS
+    # fails on tmpfs, on some network file systems and on macOS
+    with contextlib.suppress(OSError, AttributeError):
         direct = os.open(path, flags | os.O_DIRECT)
         closing.callback(_close, direct, path.name)
     return Files(buffered, direct)
 
 
 def _close(file: int, name: str) -> None:
-    """A mount's last word on what was written to a file may come here."""
+    """Close a file, and raise its errors: a mount may report a failed write only here."""
     with writing(name):
         os.close(file)
 
 
 class Outputs:
-    """Some of the output's shards. Threads share it; `on_bytes` is told of tensor data that was
-    written.
+    """Some of the output's shards, shared by threads. `on_bytes` receives the number of bytes of
+    tensor data after each write.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Outputs:
         names: Iterable[str],
         closing: contextlib.ExitStack,
         on_bytes: Callable[[int], object],
-        tally: Tally,
+        tally: ByteCounts,
         left: str = CLEARED,
     ) -> None:
-        """Open the files of these names until `closing` ends. `left` as in `writing`.
+        """Open these files until `closing` ends. `left` as in `common.files.writing`.
 
         Raises:
-            OutputError: one cannot be opened.
+            OutputError: a file cannot be opened.
         """
         self.on_bytes, self.tally, self.left = on_bytes, tally, left
         self.files: dict[str, Files] = {}
@@ -117,34 +117,33 @@ class Outputs:
         *,
         direct: bool = False,
     ) -> None:
-        """Write the bytes of a move from `position` on, or what its cast makes of them in `room`,
-        to every target.
+        """Write a piece of a move to every target, cast and scaled as the move says.
 
         Args:
-            move: what the bytes belong to.
-            position: where in it they start; a multiple of the cast's numbers.
-            piece: the bytes.
-            room: as many bytes as the cast makes of them.
-            direct: `piece` is whole blocks of memory, and may go past the page cache.
+            move: the move that the bytes belong to.
+            position: the piece's position in the move; a multiple of the size of its numbers.
+            piece: the source's bytes.
+            room: a buffer for the result of a cast or a factor.
+            direct: `piece` is whole blocks of memory, and may be written with direct I/O.
 
         Raises:
-            CheckpointError: a finite number is beyond the dtype that it is cast to.
+            CheckpointError: a finite number is out of the range of the dtype that it is cast to.
             OutputError: writing failed.
         """
         for scale, targets in move.by_scale().items():
             way = "scaled" if scale is not None else "copied" if move.cast is None else "cast"
             step = len(piece) if scale is None or move.cast is not None else _SCALED_AT_ONCE
             for at in range(0, len(piece), step or 1):
-                made = _made(move, piece[at : at + step], room, scale)
+                result = _converted(move, piece[at : at + step], room, scale)
                 for name, start in targets:
                     target = start + move.written(position + at)
                     self.write(
                         name,
                         target,
-                        made,
-                        direct=direct and target % BLOCK == 0 and len(made) % BLOCK == 0,
+                        result,
+                        direct=direct and target % BLOCK == 0 and len(result) % BLOCK == 0,
                     )
-                self.done(**{way: len(made) * len(targets)})
+                self.count(**{way: len(result) * len(targets)})
 
     def write(self, name: str, start: int, piece: memoryview, *, direct: bool) -> None:
         written = 0
@@ -155,7 +154,7 @@ class Outputs:
                 written += os.pwrite(file, piece[written:], start + written)
             except OSError as error:
                 if error.errno == errno.EINVAL and file == files.direct:
-                    # opened, but not for blocks of 4096
+                    # it could be opened, but refuses blocks of 4096 bytes
                     self.files[name] = replace(files, direct=None)
                     continue
                 with writing(name, self.left):
@@ -163,7 +162,7 @@ class Outputs:
             direct = direct and written % BLOCK == 0
 
     def read(self, name: str, start: int, view: memoryview) -> bool:
-        """Fill `view` with what was written from `start` on; False where the file ends before."""
+        """Fill `view` with the file's bytes from `start`; False if the file ends before."""
         filled = 0
         while filled < len(view):
             count = os.preadv(self.files[name].buffered, [view[filled:]], start + filled)
@@ -173,16 +172,17 @@ class Outputs:
         return True
 
     def sync(self) -> None:
-        """See what was written on the disk.
+        """Flush all files to the disk.
 
         Raises:
-            OutputError: the disk failed, or was full after all.
+            OutputError: the disk failed, or turned out to be full.
         """
         for name, files in self.files.items():
             with writing(name, self.left):
                 sync(files.buffered)
 
-    def done(self, cloned: int = 0, copied: int = 0, cast: int = 0, scaled: int = 0) -> None:
+    def count(self, cloned: int = 0, copied: int = 0, cast: int = 0, scaled: int = 0) -> None:
+        """Add bytes that were written to the tally, and report them."""
         with self._lock:
             self.tally.cloned += cloned
             self.tally.copied += copied
@@ -191,20 +191,19 @@ class Outputs:
         self.on_bytes(cloned + copied + cast + scaled)
 
 
-def _made(move: Move, piece: memoryview, room: memoryview, scale: Scale | None) -> memoryview:
-    """What a target gets for these bytes: themselves, or what a cast and a factor make of them, in
-    `room`.
+def _converted(move: Move, piece: memoryview, room: memoryview, scale: Scale | None) -> memoryview:
+    """The bytes for a target: `piece` itself, or its cast and scaled numbers, in `room`.
 
     Raises:
-        CheckpointError: a finite number is beyond its dtype then.
+        CheckpointError: a finite number is out of its dtype's range.
     """
     if move.cast is None and scale is None:
         return piece
-    made = room[: move.written(len(piece))]
+    result = room[: move.written(len(piece))]
     if move.cast is None:
-        made[:] = piece
-    elif move.cast(piece, made):
+        result[:] = piece
+    elif move.cast(piece, result):
         raise overflow(move.name, move.cast)
     if scale is not None:
-        scale.apply(made, move.name)
-    return made
+        scale.apply(result, move.name)
+    return result

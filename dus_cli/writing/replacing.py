@@ -1,8 +1,8 @@
-"""What may be deleted for a new output: files that dus wrote, or that a checkpoint's files are
-called. Nothing else.
+"""What may be deleted to replace an output: files that dus wrote, or that have the name of a
+checkpoint's file. Nothing else.
 
-A `Claim` tells whether a file, by its path in the folder with "/", is one of these; of a folder
-without files the path ends with "/".
+A `Claim` says whether a path in the folder (with "/") is one of these; the path of a folder without
+files ends with "/".
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ Claim = Callable[[str], bool]
 
 
 def claim_by_names(names: Collection[str]) -> Claim:
-    """The files of these names, and the folders that they lie in."""
+    """Claim the files of these names, and the folders that hold them."""
     folders = {f"{parent}/" for name in names for parent in _parents(name)}
     return lambda relative: relative in names or relative in folders or is_trace(relative)
 
 
 def claim_model(folder: Path) -> Claim:
-    """The files of the model in a folder: as its dus.json names them, else as the files of a
-    checkpoint are called.
+    """Claim the files of the model in a folder: those that its dus.json lists, else those that have
+    the name of a checkpoint's file.
     """
     return claim_by_names(model_files(folder, read_record(folder)))
 
 
 def check_replaceable(folder: Path) -> None:
-    """Check that a folder has nothing but a model that dus wrote, or an ordinary checkpoint, and
-    that it can be removed.
+    """Check that a folder holds only a model that dus wrote, or an ordinary checkpoint, and that it
+    can be removed.
 
     Raises:
-        OutputError: it has something else, which is named, or one of its folders cannot be written
-            to.
+        OutputError: it holds something else, which the message names, or one of its folders cannot
+            be written to.
     """
     if not any(folder.iterdir()):
         return
     record = read_record(folder)
     try:
-        found = others(folder, claim_model(folder))
+        foreign = others(folder, claim_model(folder))
         is_model = record is not None or holds_checkpoint(folder)
     except CheckpointError as error:
         raise OutputError(f"{shown(folder)} cannot be replaced: {error}") from error
-    if found or not is_model:
-        what = f"holds {shown_list(found)}" if found else "holds no checkpoint"
+    if foreign or not is_model:
+        content = f"holds {shown_list(foreign)}" if foreign else "holds no checkpoint"
         raise OutputError(
-            f"{shown(folder)} {what}, and --overwrite replaces only what dus wrote, or the files "
-            "of a checkpoint; move that away, or choose another -o"
+            f"{shown(folder)} {content}, and --overwrite replaces only what dus wrote, or the "
+            "files of a checkpoint; move that away, or choose another -o"
         )
     for root, _, _ in os.walk(folder):
         if not os.access(root, os.W_OK | os.X_OK):
@@ -63,9 +63,9 @@ def check_replaceable(folder: Path) -> None:
 
 
 def others(folder: Path, claim: Claim, ignored: Collection[str] = ()) -> list[str]:
-    """What a folder holds besides the claimed files, sorted; a folder without files ends with "/".
+    """The paths in a folder that are not claimed, sorted; a folder without files ends with "/".
 
-    Of `ignored` names at the top nothing is told.
+    Entries at the top level with a name in `ignored` are left out.
     """
     return sorted(_others(folder, folder, claim, ignored))
 
@@ -77,9 +77,9 @@ def _others(folder: Path, root: Path, claim: Claim, ignored: Collection[str] = (
         relative = path.relative_to(root).as_posix()
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
-            found = list(_others(path, root, claim))
-            yield from found
-            if not found and not claim(f"{relative}/") and not _has_files(path):
+            inner = list(_others(path, root, claim))
+            yield from inner
+            if not inner and not claim(f"{relative}/") and not _has_files(path):
                 yield f"{relative}/"
         elif not claim(relative) or not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             yield relative
@@ -90,10 +90,12 @@ def _has_files(folder: Path) -> bool:
 
 
 def remove_claimed(folder: Path, claim: Claim) -> list[str]:
-    """Remove the claimed files of a folder, the folders that are empty then, and itself: what is
-    left of it.
+    """Remove the claimed files of a folder, the folders that are then empty, and the folder itself.
 
-    Links are removed, and not followed.
+    Links are removed, not followed.
+
+    Returns:
+        The paths that are left, as `others` lists them.
     """
     for root, folders, names in os.walk(folder, topdown=False):
         for name in names:
@@ -113,11 +115,11 @@ def remove_claimed(folder: Path, claim: Claim) -> list[str]:
 
 
 def move_others(source: Path, target: Path, claim: Claim) -> None:
-    """Move what is not claimed to the same place in another folder; where that is taken, with
-    ".before" at its name.
+    """Move what is not claimed to the same place in another folder. If that exists, ".before" is
+    appended to the name.
 
     Raises:
-        OSError: it cannot be moved.
+        OSError: something cannot be moved.
     """
     for relative in others(source, claim):
         place = target / relative

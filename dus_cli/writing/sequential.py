@@ -1,8 +1,8 @@
-"""Writing shards from their first byte to their last: where nothing else is taken, and to sum them
-meanwhile.
+"""Write shards from their first byte to their last: for file systems that allow nothing else, and
+to compute their SHA-256 meanwhile.
 
-Each shard is one writer's. What stands twice in the output is read twice: `transfer` reads it once,
-but writes in the source's order, in which no sum of a file can be made.
+One thread writes a shard. A tensor that is in the output twice is read twice. `transfer` reads it
+once, but writes in the source's order, in which a file's SHA-256 cannot be computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dus_cli.planning.treatment import made_pieces
 from dus_cli.source.checkpoint import Shard
 from dus_cli.source.reading import open_descriptor, unreadable
 from dus_cli.writing.ordered import OrderedFile
-from dus_cli.writing.outputs import Tally
+from dus_cli.writing.outputs import ByteCounts
 from dus_cli.writing.transfer import DEFAULT_JOBS, check_unchanged
 
 
@@ -34,24 +34,24 @@ def transfer_in_order(
     on_bytes: Callable[[int], object] = lambda _: None,
     sums: dict[str, str] | None = None,
     direct: bool = False,
-) -> Tally:
+) -> ByteCounts:
     """Write every shard of the plan into `folder`, `jobs` at a time, each in order.
 
-    Memory is two pieces of 4 MiB, and two buffers of 1 MiB, for each job. A store's last word on a
-    file is what close(2) says: it is heard.
+    Each job takes two pieces of 4 MiB and two buffers of 1 MiB of memory. Errors of close(2) are
+    raised, because a store may report a failed write only there.
 
     Args:
         plan: what to write.
-        folder: where; the files must not exist.
-        jobs: files that are written at the same time.
-        before_shard: called before each file, from several threads; what it raises ends the run.
-        on_bytes: told the number of bytes of tensor data done, from several threads.
-        sums: given the sha256 of each file by its name, hexadecimal, where it is not None.
-        direct: write past the page cache, where the file system allows.
+        folder: where to write; the files must not exist.
+        jobs: number of files that are written at the same time.
+        before_shard: called before each file, from several threads; an exception ends the run.
+        on_bytes: called with numbers of bytes of tensor data written, from several threads.
+        sums: receives the SHA-256 of each file by its name, hexadecimal; None computes none.
+        direct: use direct I/O if the file system allows.
 
     Raises:
-        CheckpointError: a source shard is unreadable, or changed since its header was read; a
-            finite number is beyond the dtype that it is cast to.
+        CheckpointError: a source shard is unreadable, or changed since its header was read; or a
+            finite number is out of the range of the dtype that it is cast to.
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
@@ -70,10 +70,10 @@ def transfer_in_order(
         list(team.pool.map(write, plan.shards))
     for shard in plan.checkpoint.shards:
         check_unchanged(shard)
-    tally = Tally()
+    tally = ByteCounts()
     for placement in plan.placements:
-        moved = placement.making.value
-        setattr(tally, moved, getattr(tally, moved) + placement.num_bytes)
+        way = placement.making.value
+        setattr(tally, way, getattr(tally, way) + placement.num_bytes)
     return tally
 
 
@@ -86,7 +86,7 @@ def _write_shard(
     *,
     direct: bool,
 ) -> str:
-    """Write one file; returns its sha256, which is of no use once the team was told to stop."""
+    """Write one file; return its SHA-256, which is not valid after `team.stop` was set."""
     with writing(name), contextlib.ExitStack() as closing:
         source: Shard | None = None
         file = -1
@@ -94,7 +94,7 @@ def _write_shard(
             target.write(layout.header)
             for placement in layout.placements:
                 if placement.shard is not source:
-                    closing.close()  # one source at a time: a file may draw on a thousand
+                    closing.close()  # one source at a time: a file may need a thousand
                     source, file = placement.shard, _open(placement.shard, closing)
                 for piece in _pieces(placement, file):
                     if team.stop.is_set():
@@ -102,7 +102,7 @@ def _write_shard(
                     target.write(piece)
                     on_bytes(len(piece))
             return target.finish()
-    raise AssertionError  # `writing` lets every error through
+    raise AssertionError  # not reached: `writing` suppresses no error
 
 
 def _open(shard: Shard, closing: contextlib.ExitStack) -> int:
@@ -115,7 +115,7 @@ def _open(shard: Shard, closing: contextlib.ExitStack) -> int:
 
 
 def _pieces(placement: Placement, file: int) -> Iterator[bytes | memoryview]:
-    """An output tensor's bytes, all of them."""
+    """The bytes of an output tensor, complete."""
     num_bytes = 0
     try:
         making = placement.making

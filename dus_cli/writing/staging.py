@@ -1,13 +1,14 @@
-"""The output directory: whole or not there. Work happens beside it, one rename publishes it.
+"""The output directory is whole or does not exist: it is written beside OUT, and one rename
+publishes it.
 
-`.<name>.partial` beside OUT holds the work. A run locks it (flock, released by the kernel however
-the process ends), so a second run with the same OUT is told at once, and what a killed run left is
-recognised, by a file that marks it as dus's own, and cleared. Where no folder can be renamed
-(`storage`) the work is done in OUT itself: see `in_place`. Where OUT alone can have no new name,
-for something is mounted there or the folder above it cannot be written to, it is done in a folder
-within OUT, and its files move up at the end, config.json last.
+The work is in `.<name>.partial` beside OUT. A run locks that folder (flock, which the kernel
+releases however the process ends), so a second run with the same OUT fails at once. What a killed
+run left there is recognised by a mark file, and removed. If the file system cannot rename folders
+(`common.storage`), the work is done in OUT itself: see `in_place`. If only OUT cannot be renamed,
+because it is a mount point or its parent is not writable, the work is done in a folder within OUT,
+and the files move up at the end, config.json last.
 
-Nothing is deleted that dus did not write: see `replacing`.
+Files that dus did not write are not deleted: see `replacing`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from dus_cli.common.files import sync_file, writing
 from dus_cli.common.locks import holder
-from dus_cli.common.storage import Storage, ask, is_mount_point, known, not_removed, remove
+from dus_cli.common.storage import Storage, is_mount_point, known, not_removed, remove, try_storage
 from dus_cli.errors import (
     CheckpointError,
     OutputError,
@@ -56,19 +57,19 @@ from dus_cli.writing.replacing import (
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-# Tries to lock a folder that is another one by the time it is locked. After that many its inode
-# numbers change by themselves, as in some object stores.
-_TRIES = 20
+# Attempts to lock the folder, if each time it is another folder once the lock is held. After that
+# many, its inode number must change by itself, as in some object stores.
+_ATTEMPTS = 20
 
 # Linux's renameat2(2): exchange two names in one step.
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-# In the folder in which a run works: all that is in there is dus's.
+# The file that marks a folder in which a run works: everything in it is dus's.
 MARK = ".dus-partial"
 
-# Of `storage.ask` and `transfer.can_clone`, which a kill may leave.
+# Files of `storage.try_storage` and `transfer.can_clone` that a kill may leave.
 _PROBES = {
     ".dus-probe",
     *(
@@ -80,20 +81,21 @@ _PROBES = {
 
 
 def check_output(output: Path, *, overwrite: bool) -> Path:
-    """The real path of OUT, once everything that can be known before planning is in order.
+    """Check everything about OUT that can be checked before planning, and return its real path.
 
     Raises:
-        OutputError: taken, the current or home directory, no parent directory, no permission, or
-            something in it that may not be deleted.
+        OutputError: OUT exists, is or holds the current or home directory, has no parent directory,
+            is not writable, or holds something that may not be deleted.
     """
     real = output.resolve()
-    for folder, what in (
-        (Path.cwd(), "the directory you stand in"),
+    for folder, description in (
+        (Path.cwd(), "the current directory"),
         (_home(), "your home directory"),
     ):
         if folder is not None and folder.is_relative_to(real):
             raise OutputError(
-                f"the output {shown(output)} is or holds {what}; name a new one, such as -o out"
+                f"the output {shown(output)} is or holds {description}; give a new one, such as "
+                "-o out"
             )
     parent = real.parent
     if not parent.is_dir():
@@ -107,11 +109,10 @@ def check_output(output: Path, *, overwrite: bool) -> Path:
 
 
 def check_apart(output: Path, source: Path) -> None:
-    """Check that neither of the two directories lies in the other, nor is the other by another
-    name.
+    """Check that two directories are different, and that neither is inside the other.
 
     Raises:
-        OutputError: one does.
+        OutputError: they are not.
     """
     real, base = output.resolve(), source.resolve()
     if (
@@ -121,14 +122,12 @@ def check_apart(output: Path, source: Path) -> None:
     ):
         raise OutputError(
             f"the output {shown(output)} and the model {shown(source)} contain each other; choose "
-            "apart"
+            "another -o"
         )
 
 
 def why_within(output: Path) -> str | None:
-    """Why a run works within OUT and not beside it; None where OUT can be given its name by one
-    rename.
-    """
+    """Why a run must work within OUT and not beside it; None if OUT can be renamed."""
     if not output.is_dir():
         return None
     if is_mount_point(output):
@@ -137,7 +136,7 @@ def why_within(output: Path) -> str | None:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where a run works until its output is whole. `output` is resolved."""
+    """The folder in which a run works until its output is whole. `output` is resolved."""
     return (
         output / WITHIN
         if why_within(output) is not None
@@ -164,7 +163,7 @@ def _check_free_name(output: Path, *, overwrite: bool) -> None:
             f"{shown(output)} exists and is not a directory; choose another name for -o"
         )
     if incomplete.owner(output) is not None:
-        return  # whether it may be cleared is decided under the lock
+        return  # under the lock, `clear_left` decides whether it may be cleared
     why = within = why_within(output)
     storage = known(output if within is not None else output.parent)
     if storage is not None and storage.no_rename is not None:
@@ -181,18 +180,23 @@ def _check_free_name(output: Path, *, overwrite: bool) -> None:
 
 
 class Staging:
-    """The locked directory beside OUT in which an output is made. Use as a context manager.
+    """The locked directory beside OUT in which an output is written. Use as a context manager.
 
-    `folder` is gone when the context ends, unless `publish` gave it the final name. It is OUT
-    itself where no folder can be renamed; then `held` has the texts that are to be written last,
-    and `warnings` says what that means. `key` is a digest of what is written: only for the same one
-    is a half-written OUT cleared without `overwrite`. Where `resumes`, what a run with a journal of
-    that key has left is not cleared; and while `keeps` is set, what this one has written stays when
-    the context ends. `files` names all that will be written, where that is known.
-
-    An output that is replaced must hold nothing but a model (`replacing`). Where another `claim` is
-    given, that tells what of it may be deleted, and whatever else is found there moves to the new
-    one.
+    Attributes:
+        output: OUT, resolved.
+        overwrite: an existing OUT is replaced. It must hold only a model (`replacing`), unless
+            there is a `claim`.
+        key: digest of what is written. A half-written OUT of another key is cleared only with
+            `overwrite`.
+        resumes: what a run with a journal of the same key left is kept.
+        files: names of everything that will be written; None if not known.
+        claim: which files of a replaced OUT may be deleted; the others move to the new one.
+        keeps: what this run writes stays when the context ends without `publish`.
+        folder: where the files are written; removed when the context ends, unless it was published
+            or `keeps` is set. On a file system that cannot rename folders it is OUT itself.
+        storage: what the file system can do.
+        held: texts that are written last, if `folder` is OUT itself.
+        warnings: what a person should know of this output.
     """
 
     def __init__(
@@ -225,8 +229,8 @@ class Staging:
 
     @property
     def published(self) -> str:
-        """How the output gets its final name: "rename", or "index last" where it has it from the
-        start.
+        """How the output is published: by "rename", or, if it is written under its final name,
+        "index last".
         """
         return "rename" if self._in_place is None and self._why_within is None else "index last"
 
@@ -243,32 +247,32 @@ class Staging:
         return self
 
     def _drop_unclaimed(self) -> None:
-        """Remove the folder if it is empty and nobody's: a run that was about to take it makes
-        it anew.
+        """Remove the folder if it is empty and not locked; a run that is about to lock it will
+        create it again.
         """
         with contextlib.suppress(OSError, OutputError):
             self._lock(self._partial)
-            if self._bears_the_name():
+            if self._is_locked_folder():
                 self._partial.rmdir()
         while self._locks:
             os.close(self._locks.pop())
 
     def _claim(self) -> None:
-        for _ in range(_TRIES):
+        for _ in range(_ATTEMPTS):
             with writing(self.folder.name):
                 self.folder.mkdir(exist_ok=True)
                 try:
                     self._lock(self.folder)
                 except FileNotFoundError:
-                    continue  # the run that had it just ended
-            if self._bears_the_name():
+                    continue  # the run that had locked it just ended
+            if self._is_locked_folder():
                 break
         else:
             with writing(self.folder.name):
                 self.folder.mkdir(exist_ok=True)
                 self._lock(self.folder)
         self._is_ours = True
-        # a killed run was replacing OUT on a file system that cannot exchange names
+        # left by a killed run that replaced OUT on a file system that cannot exchange names
         if self._aside.exists():
             if self.output.exists():
                 self._clear_aside()
@@ -283,16 +287,16 @@ class Staging:
         note = clear_left(self.output, self.key, overwrite=self.overwrite)
         self.warnings += [] if note is None else [note]
         if self.claim is None:
-            # the run that had the lock may have published
+            # a run that held the lock may have published meanwhile
             _check_free_name(self.output, overwrite=self.overwrite)
-        self.storage = ask(self.folder)
+        self.storage = try_storage(self.folder)
         if self.storage.no_rename is not None:
             self._go_in_place(self.storage.no_rename)
         elif self._why_within is not None:
             self.warnings.append(in_place_warning(self.output, self._why_within))
 
     def _clear_aside(self) -> None:
-        """Remove what a killed run has replaced already."""
+        """Remove the old output that a killed run had already replaced."""
         if left := remove_claimed(self._aside, self._claim_of(self._aside)):
             raise OutputError(
                 f"{shown(self._aside)} holds {shown_list(left)}, which dus did not write, or "
@@ -300,11 +304,11 @@ class Staging:
             )
 
     def _clear_partial(self) -> None:
-        """Remove what a killed run has left in the folder, if it is dus's own."""
+        """Remove what a killed run left in the folder, if it is dus's."""
         entries = list(self.folder.iterdir())
         if entries and not (self.folder / MARK).exists() and not journal.is_in(self.folder):
             of_model, of_caller = claim_model(self.folder), self.claim or (lambda _: False)
-            if found := others(
+            if foreign := others(
                 self.folder,
                 lambda name: (
                     name in _PROBES or name == ".dus-probe" or of_model(name) or of_caller(name)
@@ -312,23 +316,23 @@ class Staging:
             ):
                 self._is_ours = False
                 raise OutputError(
-                    f"{shown(self.folder)}, where the work for {shown(self.output)} is done, holds "
-                    f"{shown_list(found)}, which dus did not write; move it away, or choose "
+                    f"{shown(self.folder)}, in which {shown(self.output)} is prepared, holds "
+                    f"{shown_list(foreign)}, which dus did not write; move it away, or choose "
                     "another -o"
                 )
-        for left in entries:
-            if left.name == MARK and left.is_file() and not left.is_symlink():
-                continue  # it is needed again at once, and says whose the rest is meanwhile
+        for entry in entries:
+            if entry.name == MARK and entry.is_file() and not entry.is_symlink():
+                continue  # if this run is killed now, the mark shows that the rest is dus's
             try:
-                remove(left)
+                remove(entry)
             except OSError as error:
-                raise not_removed(left, error.errno or errno.EIO) from error
+                raise not_removed(entry, error.errno or errno.EIO) from error
 
     def _claim_of(self, folder: Path) -> Claim:
         return claim_model(folder) if self.claim is None else self.claim
 
     def _go_in_place(self, why: str) -> None:
-        # OUT is a store's own mount: no folder within it is of use
+        # OUT is the mount point of a store: a folder within it cannot be renamed either
         if self._why_within is not None:
             remove(self._partial)
             self._is_ours = False
@@ -342,19 +346,17 @@ class Staging:
         try:
             fcntl.flock(self._locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            who = holder(self._locks[-1])
+            run = holder(self._locks[-1])
             raise OutputError(
-                f"another run is writing {shown(self.output)} at this moment ({who}); wait for "
+                f"another run is writing {shown(self.output)} at this moment ({run}); wait for "
                 "it, or choose another -o"
             ) from None
         except OSError:
-            # no locks on this file system: a second run is then noticed only when it publishes
+            # this file system has no locks: a second run is noticed only when it publishes
             pass
 
-    def _bears_the_name(self) -> bool:
-        """Whether the locked directory is still the one at `folder`; the lock is released where
-        it is not.
-        """
+    def _is_locked_folder(self) -> bool:
+        """Whether the locked directory is still the one at `folder`; if not, release the lock."""
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self._partial.stat(), os.fstat(self._locks[-1])):
                 return True
@@ -365,7 +367,7 @@ class Staging:
         self, _kind: object = None, error: BaseException | None = None, *_: object
     ) -> None:
         if isinstance(error, (CheckpointError, VerificationError)):
-            self.keeps = False  # it would be as wrong the next time
+            self.keeps = False  # continuing from these bytes would fail again
         if self._in_place is not None:
             self._in_place.abandon()
         if self._is_ours and not self.keeps:
@@ -374,7 +376,7 @@ class Staging:
             os.close(self._locks.pop())
 
     def check_ours(self) -> None:
-        """Check that no run on another host has taken OUT, which only a run in place need ask.
+        """Check that no run on another host has taken OUT; that can happen only in place.
 
         Raises:
             OutputError: one has.
@@ -406,11 +408,10 @@ class Staging:
         sync_file(target)
 
     def publish(self) -> None:
-        """Give the finished directory its final name, in one step; in place, write what makes it a
-        model.
+        """Give the finished directory its final name in one step; in place, write its last files.
 
         Raises:
-            OutputError: the name was taken meanwhile, or the file system refuses the rename.
+            OutputError: OUT was created meanwhile, or the file system refuses the rename.
         """
         if self._in_place is not None:
             self._in_place.finish(self.held)
@@ -431,7 +432,7 @@ class Staging:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise OutputError(
-                    f"{shown(self.output)} was made by someone else meanwhile; nothing of it was "
+                    f"{shown(self.output)} was created by another program meanwhile; it was not "
                     "changed"
                 ) from error
             raise OutputError(
@@ -441,7 +442,9 @@ class Staging:
             _sync_folder(self.output.parent)
 
     def _move_up(self) -> None:
-        """Out of the folder within OUT, config.json last; marked as incomplete meanwhile."""
+        """Move the files from the folder within OUT to OUT, config.json last. Meanwhile OUT is
+        marked as incomplete.
+        """
         place = InPlace(self.output, self.key, self.files or list(staged_files(self.folder)))
         place.claim(self._why_within or "")
         try:
@@ -460,14 +463,15 @@ class Staging:
         self._is_ours = False
 
     def _replace(self) -> None:
-        """Let the new output and the old one change places, and remove the old one's files.
+        """Exchange the new output with the old one, and remove the old one's files.
 
         Raises:
-            OutputError: something came into the old one that is not dus's, or it cannot be removed.
+            OutputError: the old output now holds a file that dus did not write, or cannot be
+                removed.
         """
         if self.claim is None and holds_something(self.output):
             check_replaceable(self.output)
-        # it is about to bear our name: nobody may take it before it is gone
+        # the old output is about to be at `folder`: no other run may lock it before it is removed
         self._lock(self.output)
         (self._partial / MARK).unlink(missing_ok=True)
         old = self._partial
@@ -478,16 +482,15 @@ class Staging:
         claim = self._claim_of(old)
         if self.claim is not None:
             move_others(old, self.output, claim)
-        elif found := others(old, claim):
+        elif foreign := others(old, claim):
             self._restore(old)
             raise OutputError(
-                f"{shown(self.output)} has {shown_list(found)} since a moment ago; nothing was "
+                f"{shown_list(foreign)} appeared in {shown(self.output)} meanwhile; nothing was "
                 "replaced"
             )
         if old == self._partial:
-            (
-                old / MARK
-            ).touch()  # were this run killed now, the next one would know whose the rest is
+            # if this run is killed now, the mark shows the next one that the rest is dus's
+            (old / MARK).touch()
         if left := remove_claimed(old, lambda name: name == MARK or claim(name)):
             raise OutputError(
                 f"{shown(self.output)} is the new model, but {shown_list(left)} of the old one "
@@ -495,7 +498,9 @@ class Staging:
             )
 
     def _rename_twice(self) -> None:
-        """Where names cannot be exchanged. A run killed between the two is undone by the next."""
+        """Replace the old output without an exchange. If this run is killed between the renames,
+        the next one undoes the first.
+        """
         self.output.rename(self._aside)
         try:
             self.folder.rename(self.output)
@@ -504,7 +509,7 @@ class Staging:
             raise
 
     def _restore(self, old: Path) -> None:
-        """Give the old output its name back, and remove the new one."""
+        """Give the old output its name again, and remove the new one."""
         if not _exchange(old, self.output):
             self.output.rename(self._partial)
             old.rename(self.output)
@@ -512,7 +517,7 @@ class Staging:
 
 
 def _exchange(new: Path, old: Path) -> bool:
-    """Swap two directories' names in one step; False where the kernel or file system cannot."""
+    """Exchange the names of two directories in one step; False if the system cannot."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None, use_errno=True)
         return bool(
@@ -534,14 +539,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def has_kept(output: Path) -> bool:
-    """Whether a streamed run has left something with which the same command goes on."""
+    """Whether a streamed run has left bytes from which the same command continues."""
     return journal.is_in(partial_folder(output.resolve()))
 
 
 def staged_files(folder: Path) -> Iterator[str]:
-    """The files below a folder, as sorted paths with "/"; what a run needs while it works is
-    none of the output's.
-    """
+    """The files of an output in a folder, as sorted paths with "/", without the run's own files."""
     of_the_run = (folder / journal.NAME, folder / MARK)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path not in of_the_run:

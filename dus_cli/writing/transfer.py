@@ -1,10 +1,9 @@
-"""Move tensor bytes from source shards to output shards: clone blocks where possible, else copy
-them.
+"""Move tensor bytes from source shards to output shards: clone blocks if possible, else copy them.
 
-What was measured, and what lost, is in docs/benchmarks.md. In short: cloning costs no time and no
-space; where it cannot be, direct I/O takes a tenth of the CPU time of a read/write loop and at
-least its speed, and bytes that stand twice in the output are read once. Both ask that positions in
-source and output agree modulo the block, which is what `planning.layout` arranges.
+docs/benchmarks.md has the measurements. In short: cloning takes no time and no space; otherwise
+direct I/O is at least as fast as a read/write loop and takes a tenth of its CPU time, and bytes
+that are in the output twice are read once. Both need positions in source and output that agree
+modulo the block, which `planning.layout` arranges.
 """
 
 from __future__ import annotations
@@ -32,21 +31,22 @@ from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import unreadable
 from dus_cli.source.strided import tensor_pieces
 from dus_cli.writing.moves import Move, moves
-from dus_cli.writing.outputs import Outputs, Tally, create_shards, open_twice
+from dus_cli.writing.outputs import ByteCounts, Outputs, create_shards, open_twice
 
-# Four readers keep a disk busy; more changed nothing on two cores (docs/benchmarks.md).
+# Four readers keep a disk busy; more were not faster on two cores (docs/benchmarks.md).
 DEFAULT_JOBS = 4
 
-# Bytes that a thread reads at a time where a start scales: numpy takes 20 MB, these give back 8.
+# Bytes that a thread reads at a time if a start scales: numpy takes 20 MB of memory, and this saves
+# 8 of them.
 _SCALED_PIECE = PIECE // 2
 
-# Longer moves are cut, so that one long run of layers is shared among the workers.
+# Longer moves are cut, so that the workers share a long run of layers.
 _MOVE = 64 << 20
 
 # Linux's FICLONERANGE (ioctl_ficlonerange(2)): source fd, source offset, length, target offset.
 _FICLONERANGE = 0x4020940D
 
-# A file system answers with these where it cannot clone at all, or not these two files or blocks.
+# Errors of a file system that cannot clone at all, or not these two files or blocks.
 _CANNOT_CLONE = frozenset(
     [
         errno.EOPNOTSUPP,
@@ -61,7 +61,7 @@ _CANNOT_CLONE = frozenset(
 
 
 class CopyMode(str, Enum):
-    """How bytes move: `auto` clones where the file system can, `clone` fails where it cannot."""
+    """How bytes are written: `auto` clones if the file system can, `clone` fails if it cannot."""
 
     auto = "auto"
     clone = "clone"
@@ -69,33 +69,32 @@ class CopyMode(str, Enum):
 
 
 def clone_range(source: int, source_start: int, target: int, start: int, length: int) -> None:
-    """Let the target's blocks share the source's. All positions are multiples of the block.
+    """Make the target share the source's blocks. All positions are multiples of the block.
 
     Raises:
-        OSError: the file system cannot; see _CANNOT_CLONE.
+        OSError: the file system cannot (_CANNOT_CLONE), or failed.
     """
     fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, source_start, length, start))
 
 
 def can_clone(source: Path, folder: Path, *, may_create: bool) -> bool:
-    """Whether files in `folder` can share blocks of `source`: asked of the file system, not
-    guessed.
+    """Whether files in `folder` can share blocks of `source`, found out by trying.
 
-    The file it tries with has no name. Where a file system has no nameless files and `may_create`
-    is set, it has one for a moment.
+    The file that is tried has no name. If the file system has no unnamed files and `may_create` is
+    set, it has a name for a moment.
     """
     with contextlib.ExitStack() as closing:
         try:
             reader = os.open(source, os.O_RDONLY)
             closing.callback(os.close, reader)
-            probe = _nameless_file(folder, closing, may_create=may_create)
+            probe = _unnamed_file(folder, closing, may_create=may_create)
             clone_range(reader, 0, probe, 0, BLOCK)
         except (OSError, AttributeError):
             return False
     return True
 
 
-def _nameless_file(folder: Path, closing: contextlib.ExitStack, *, may_create: bool) -> int:
+def _unnamed_file(folder: Path, closing: contextlib.ExitStack, *, may_create: bool) -> int:
     try:
         file = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
     except OSError:
@@ -116,29 +115,29 @@ def transfer(
     must_clone: bool = False,
     jobs: int = DEFAULT_JOBS,
     on_bytes: Callable[[int], object] = lambda _: None,
-) -> Tally:
-    """Write every shard of the plan into `folder` and see it on the disk (fsync).
+) -> ByteCounts:
+    """Write every shard of the plan into `folder`, and flush it to the disk (fsync).
 
-    Memory is `jobs` pieces of 4 MiB (2 MiB where a start scales), a few for each job where it
-    casts, whatever the size of the model. One source shard is open at a time.
+    Each job takes 4 MiB of memory (2 MiB if a start scales), or a few times that for a cast,
+    whatever the size of the model. One source shard is open at a time.
 
     Args:
         plan: what to write.
-        folder: where; the files must not exist.
-        clone: share blocks with the source where positions agree.
-        must_clone: fail where the file system refuses, instead of copying.
-        jobs: threads that move bytes.
-        on_bytes: told the number of bytes of tensor data done, from several threads.
+        folder: where to write; the files must not exist.
+        clone: share blocks with the source if positions agree.
+        must_clone: fail if the file system refuses a clone, instead of copying.
+        jobs: number of threads.
+        on_bytes: called with numbers of bytes of tensor data written, from several threads.
 
     Raises:
-        CheckpointError: a source shard is unreadable, or changed since its header was read; a
-            finite number is beyond the dtype that it is cast to.
+        CheckpointError: a source shard is unreadable, or changed since its header was read; or a
+            finite number is out of the range of the dtype that it is cast to.
         MissingExtraError: a cast needs torch, and it is not installed.
         OutputError: writing failed.
     """
     plan.check_libraries()
     create_shards(plan, folder)
-    tally = Tally()
+    tally = ByteCounts()
     piece = _SCALED_PIECE if plan.treatment.scaled else PIECE
     for shard, shard_moves in moves(plan):
         if shard_moves:
@@ -153,14 +152,15 @@ def transfer(
 
 
 def check_unchanged(shard: Shard) -> None:
-    """Check that a source shard is still the one whose header was read.
+    """Check that a source shard has not changed since its header was read.
 
     Raises:
         CheckpointError: it was written to or replaced.
     """
     if fingerprint(shard.path) != shard.fingerprint:
         raise CheckpointError(
-            f"{shown(shard.name)} changed while it was read; start again when nobody writes to it"
+            f"{shown(shard.name)} changed while it was read; start again when no program writes to "
+            "it"
         )
 
 
@@ -174,7 +174,7 @@ class ShardMover:
         clone: bool,
         must_clone: bool,
         on_bytes: Callable[[int], object],
-        tally: Tally,
+        tally: ByteCounts,
         *,
         piece: int = PIECE,
     ) -> None:
@@ -191,7 +191,7 @@ class ShardMover:
                 raise unreadable(self.shard.name, error) from error
             names = (name for move in shard_moves for name, _ in move.targets)
             self.outputs = Outputs(self.folder, names, closing, self.on_bytes, self.tally)
-            # Cloning is work for the file system's metadata alone: threads only contend for it.
+            # Cloning only changes the file system's metadata: more threads would contend for it.
             casts = any(move.is_changed for move in shard_moves)
             pieces = [
                 p for move in shard_moves for p in ([move] if self._clones(move) else _cut(move))
@@ -205,9 +205,8 @@ class ShardMover:
         return self.clone and move.cast is None and move.strided is None
 
     def _work(self, queue: Iterator[Move]) -> None:
-        # Page-aligned, for direct I/O. Never closed by hand: the traceback of an error still holds
-        # views of it. A piece, and room for what a cast makes of it; pages that nobody touches take
-        # no memory.
+        # A piece, and room for the result of a cast; page-aligned, for direct I/O. Pages that are
+        # not touched take no memory. Not closed explicitly: an error's traceback holds views of it.
         buffer = memoryview(mmap.mmap(-1, 3 * PIECE))
         while not self.stop.is_set():
             with self.lock:
@@ -222,7 +221,7 @@ class ShardMover:
             self._copy(move, buffer)
 
     def _clone(self, move: Move, view: memoryview) -> Move:
-        """Clone to every target that agrees with the source; return what is left to copy."""
+        """Clone to every target whose position allows; return the move that is left to copy."""
         left: list[tuple[str, int]] = []
         for name, start in move.by_scale().pop(None, []):
             head = -start % BLOCK
@@ -250,11 +249,11 @@ class ShardMover:
             self._copy(
                 Move(move.source_start + head + body, tail, ((name, start + head + body),)), view
             )
-            self.outputs.done(cloned=body)
+            self.outputs.count(cloned=body)
         return move.to(left)
 
     def _not_cloned(self, name: str, error: OSError) -> OutputError:
-        """Of an error that may be the source's or the output's."""
+        """The error of a failed clone; the source or the output may be the cause."""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space or choose another place" if full else "check the disk"
         return OutputError(
@@ -263,13 +262,13 @@ class ShardMover:
         )
 
     def _copy(self, move: Move, view: memoryview) -> None:
-        """Read each piece once, write it, or what a cast makes of it, to every target."""
+        """Read each piece once, and write it, cast or scaled as the move says, to every target."""
         if not move.targets:
             return
         position = 0
         while position < move.length and not self.stop.is_set():
             start = move.source_start + position
-            # Up to the next whole block first: from there on direct I/O is possible.
+            # First up to the next block: from there on direct I/O is possible.
             head = move.to_block(position)
             size = min(head or self.piece, move.length - position)
             whole_blocks = start % BLOCK == 0 and size >= BLOCK
@@ -281,10 +280,10 @@ class ShardMover:
             position += size
 
     def _gather(self, move: Move, tensor: TensorInfo, view: memoryview) -> None:
-        """Write a tensor whose bytes do not lie in order, or what a cast makes of it, piece by
-        piece to every target.
+        """Write a tensor that is strided or made of blocks, cast or scaled as the move says, in
+        row-major order.
         """
-        position, move = 0, move._replace(blocks=None)  # the pieces are made of them already
+        position, move = 0, move._replace(blocks=None)  # the pieces are joined from blocks already
         try:
             for piece in tensor_pieces(self.source.buffered, tensor):
                 if self.stop.is_set():
@@ -293,7 +292,7 @@ class ShardMover:
                 gathered[:] = piece
                 self.outputs.deliver(move, position, gathered, view[PIECE:])
                 position += len(piece)
-        except OSError as error:  # of reading: writing has its own
+        except OSError as error:  # of a read; failed writes raise OutputError
             raise unreadable(self.shard.name, error) from error
 
     def _read(self, start: int, piece: memoryview, *, direct: bool) -> None:
@@ -308,7 +307,7 @@ class ShardMover:
                 count = os.preadv(file, [piece[filled:]], start + filled)
             except OSError as error:
                 if error.errno == errno.EINVAL and file == self.source.direct:
-                    # opened, but not for blocks of 4096
+                    # it could be opened, but refuses blocks of 4096 bytes
                     self.source = replace(self.source, direct=None)
                     continue
                 raise unreadable(self.shard.name, error) from error
@@ -322,7 +321,7 @@ class ShardMover:
 
 
 def _cut(move: Move) -> Iterator[Move]:
-    """Pieces of at most _MOVE bytes that start at whole blocks of the source, but for the first."""
+    """Cut a move into parts of at most _MOVE bytes; all but the first start at a source block."""
     if move.strided is not None:
         yield move
         return

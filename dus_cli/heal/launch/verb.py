@@ -14,7 +14,7 @@ from typing import Any
 
 from dus_cli.common.libraries import require
 from dus_cli.common.reports import public
-from dus_cli.common.storage import Storage, ask, known, remove, sync_refusal
+from dus_cli.common.storage import Storage, known, remove, sync_refusal, try_storage
 from dus_cli.data.sources import Source, parse_heldout, parse_sources
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
@@ -234,7 +234,7 @@ def prepare_run(wishes: HealOptions, model: Model, view: View) -> Run:
     output = wishes.output.resolve()
     probe = Path(tempfile.mkdtemp(prefix=f".{output.name}.probe-", dir=output.parent))
     try:
-        check_renames(wishes.output, ask(probe))
+        check_renames(wishes.output, try_storage(probe))
         if (refusal := sync_refusal(probe)) is not None:  # torch's checkpoints insist on it
             raise OutputError(
                 f"{shown(wishes.output)} cannot be healed into, because files cannot be synced "

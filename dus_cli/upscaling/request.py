@@ -1,4 +1,4 @@
-"""What is asked of upscale, and the plan made from it."""
+"""What upscale is to write: the request from its options, and the plan made from it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from dus_cli.upscaling.options import RECORDED, UpscaleOptions
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What decides the bytes that are written: the base, the layer map, the largest shard, the
-    cast.
+class UpscaleRequest:
+    """Everything that decides the bytes of the output.
 
-    `remaking` is the lineage that these come from, where one is followed again: what it records of
-    the base is recorded again.
+    Attributes:
+        ref: the base.
+        request: the layer map and its start.
+        max_shard_bytes: size of the largest shard.
+        dtype: what floating-point tensors are cast to; None for no cast.
+        remaking: the lineage that the rest comes from (--from), or None. What it records of the
+            base is recorded again.
     """
 
     ref: ModelRef
@@ -37,23 +41,25 @@ class Wanted:
     remaking: Remaking | None = None
 
     @classmethod
-    def of(cls, model: str | Path | None, options: UpscaleOptions) -> Wanted:
-        """What these options ask of a model; None stands for the base of `options.lineage`.
+    def of(cls, model: str | Path | None, options: UpscaleOptions) -> UpscaleRequest:
+        """The request of some options. If `model` is None it is the base of `options.lineage`.
 
         Raises:
-            UsageError: options that exclude each other, or no model.
-            DusError: the lineage cannot be followed.
+            UsageError: the options exclude each other, or there is no model.
+            DusError: the lineage cannot be used.
         """
         if options.lineage is not None:
-            return cls._again(options.lineage, model, options)
+            return cls._from_lineage(options.lineage, model, options)
         if model is None:
-            raise UsageError("which model? give a directory or a Hub id, or lineage")
+            raise UsageError("no model is given; give a directory or a Hub id, or lineage")
         ref = ModelRef.parse(model_text(model), revision=options.revision, token=options.token)
         return cls(ref, _request(options), options.max_shard_size, options.dtype)
 
     @classmethod
-    def _again(cls, path: Path, model: str | Path | None, options: UpscaleOptions) -> Wanted:
-        """What a lineage records."""
+    def _from_lineage(
+        cls, path: Path, model: str | Path | None, options: UpscaleOptions
+    ) -> UpscaleRequest:
+        """The request that a lineage records."""
         differing = [
             field.name
             for field in dataclasses.fields(options)
@@ -67,40 +73,44 @@ class Wanted:
         return cls(*remaking.parts, remaking)
 
     def base(self, commit: str | None = None) -> Base:
+        """The base as the lineage will record it; `commit` is None for a directory."""
         return Base(self.ref, commit) if self.remaking is None else self.remaking.base()
 
     def plan(
         self, base: Base, checkpoint: Checkpoint, absent: Mapping[str, int] | None = None
     ) -> UpscalePlan:
-        """The plan for a base that is open, held against the lineage where there is one. Arguments
-        as of `make_plan`.
+        """The plan for an open base, checked against the lineage if there is one.
+
+        The arguments are those of `make_plan`.
 
         Raises:
             LayerMapError, ConfigError, CheckpointError: as `make_plan`.
             VerificationError: as `Remaking.check`.
         """
-        made = make_plan(base, checkpoint, self.request, self.max_shard_bytes, self.dtype, absent)
+        new_plan = make_plan(
+            base, checkpoint, self.request, self.max_shard_bytes, self.dtype, absent
+        )
         if self.remaking is not None:
-            self.remaking.check(made)
-        return made
+            self.remaking.check(new_plan)
+        return new_plan
 
 
 def refuse_recorded(fields: Collection[str]) -> None:
-    """Check that nothing is given that a lineage records.
+    """Refuse options beside --from that its lineage records.
 
     Args:
-        fields: those of `RECORDED` that were given.
+        fields: the fields of `RECORDED` that were given.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is at least one.
     """
     if fields:
         names = [f"--{name.replace('_', '-')}" for name in RECORDED if name in fields]
-        raise UsageError(f"--from says {' and '.join(names)} already, as it was; leave it out")
+        raise UsageError(f"--from gives {' and '.join(names)} as recorded; leave it out")
 
 
 def _request(options: UpscaleOptions) -> MapRequest:
-    """The layer map and its start; `identity` and a start of that name are one."""
+    """The layer map and its start; --identity and --start identity are the same."""
     identity, start, recipe = options.identity, StartRule(), options.recipe
     if options.start is not None:
         start = StartRule.parse(options.start)
@@ -109,8 +119,8 @@ def _request(options: UpscaleOptions) -> MapRequest:
     elif options.start is not None and (
         identity or (recipe is not None and RECIPES[recipe].identity)
     ):
-        what = "--identity" if identity else f"--recipe {recipe}"
-        raise UsageError(f"{what} says how new layers start; leave out --start")
+        option = "--identity" if identity else f"--recipe {recipe}"
+        raise UsageError(f"{option} decides how new layers start; leave out --start")
     return MapRequest(
         trim=options.trim,
         layers=options.layers,
@@ -124,39 +134,38 @@ def _request(options: UpscaleOptions) -> MapRequest:
     )
 
 
-def plan(
-    wanted: Wanted,
+def plan_for(
+    request: UpscaleRequest,
     *,
     fetch: Fetch = Fetch.weights,
     quiet: bool = True,
     progress: Progress | None = None,
 ) -> UpscalePlan:
-    """Find the model and decide everything that will be written. Nothing is written but the Hub's
-    cache.
+    """Open the base and decide everything that will be written. Only the Hub's cache is written to.
 
     Args:
-        wanted: base, map, and what else decides the bytes.
-        fetch: what of a Hub model comes into the cache; of weights that do not, the headers are
-            read.
+        request: base, map, and what else decides the bytes.
+        fetch: which files of a Hub model are fetched into the cache; of weights that are not, the
+            headers are read.
         quiet: no progress bars from huggingface_hub.
-        progress: told of weights that are fetched, where huggingface_hub draws nothing.
+        progress: receives the progress of fetching weights, if huggingface_hub draws nothing.
 
     Raises:
         DusError: any known failure; see `errors`.
     """
-    ref = wanted.ref
+    ref = request.ref
     if ref.path is not None:
-        return wanted.plan(wanted.base(), open_checkpoint(ref.path))
+        return request.plan(request.base(), open_checkpoint(ref.path))
     folder, commit = fetching.fetch_small_files(ref, fetch=fetch, quiet=quiet)
-    base = wanted.base(commit)
-    # The plan from the headers alone says whether the map and the model fit, before gigabytes are
-    # fetched.
+    base = request.base(commit)
+    # Plan from the headers alone first: if the map does not fit the model, the error comes before
+    # gigabytes are fetched.
     remote = fetching.RemoteHeaders(ref, commit, folder)
     absent = fetching.absent_files(ref, commit, folder)
-    made = wanted.plan(base, open_checkpoint(folder, remote), absent)
+    plan = request.plan(base, open_checkpoint(folder, remote), absent)
     if fetch is not Fetch.weights:
-        return made
+        return plan
     fetching.fetch_weights(ref, folder, commit, progress)
-    return wanted.plan(
+    return request.plan(
         base, open_checkpoint(folder, remote), fetching.absent_files(ref, commit, folder)
     )
