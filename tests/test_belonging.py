@@ -344,7 +344,7 @@ def test_a_failure_leaves_a_mount_point_as_it_was(base: Path, mounted: Path) -> 
         (lambda lines: [*lines, "0" * 64 + "  config.json"], "two sums of config.json"),
         (lambda lines: [*lines, "0" * 64 + "  ../base/config.json"], "points outside"),
         (lambda lines: [*lines, "0" * 64 + "  gone.txt"], "gone.txt is in SHA256SUMS"),
-        (lambda lines: [*lines, "abc  config.json"], "a line that is no sum"),
+        (lambda lines: [*lines, "abc  config.json"], "a line that is not a sum"),
         (
             lambda lines: [line.upper().replace("README.MD", "README.md") for line in lines[:1]],
             "no sum of config.json",

@@ -234,7 +234,7 @@ def test_the_pictures_belong_to_the_output_and_not_to_its_base(base: Path, tmp_p
     dus("upscale", base, "-o", once, "-q").assert_one_line_error("not empty")
     verified = dus("verify", once).stdout
     assert "problem: layer-map-dark.svg is in SHA256SUMS" in verified
-    assert "warning: README.md shows layer-map-dark.svg, which is not there" in verified
+    assert "warning: README.md shows layer-map-dark.svg, which does not exist" in verified
 
 
 # --- the picture --------------------------------------------------------------------------------

@@ -121,8 +121,7 @@ def test_what_stands_beside_the_layers_is_compared_too(tmp_path: Path) -> None:
     tensors["model.norm.weight"] *= 2
     save_file(tensors, path, {"format": "pt"})
     assert (
-        "what stands behind the last layer computes something else"
-        in forward(tmp_path)["problems"][-1]
+        "the part after the last layer computes something else" in forward(tmp_path)["problems"][-1]
     )
 
 

@@ -545,7 +545,7 @@ def test_the_new_layers_are_those_that_dus_json_names(home: Path, tmp_path: Path
     (folder / "dus.json").write_text(json.dumps(record))
     assert open_model(folder).new_layers == (3, 4)
     (folder / "dus.json").write_text(json.dumps(record | {"new_layers": [6]}))
-    with pytest.raises(CheckpointError, match="new_layers is no list of output layers"):
+    with pytest.raises(CheckpointError, match="new_layers is not a list of output layers"):
         open_model(folder)
 
 

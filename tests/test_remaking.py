@@ -139,7 +139,7 @@ def test_a_base_that_moved_is_given_beside_the_lineage(
     here = shutil.copytree(base, tmp_path / "here")
     out = release(here, tmp_path / "out", MapRequest(2))
     here.rename(tmp_path / "elsewhere")
-    with pytest.raises(DusError, match="where no directory is; say where it is now"):
+    with pytest.raises(DusError, match="where there is no directory; give its place now"):
         read_remaking(out / "dus.json")
     assert remake(out, tmp_path / "again", str(tmp_path / "elsewhere")).reproduced
     assert digests(tmp_path / "again") == digests(out)
@@ -208,7 +208,7 @@ def test_without_sums_nothing_is_compared_and_nothing_claimed(base: Path, tmp_pa
 def test_sums_that_are_damaged_are_no_sums(base: Path, tmp_path: Path) -> None:
     out = release(base, tmp_path / "out", MapRequest(2))
     (out / "SHA256SUMS").write_text("nonsense\n")
-    with pytest.raises(DusError, match="a line that is no sum: nonsense"):
+    with pytest.raises(DusError, match="a line that is not a sum: nonsense"):
         read_remaking(out)
 
 

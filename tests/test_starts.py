@@ -245,7 +245,7 @@ def test_a_faded_tensor_is_held_against_the_base_and_without_it_a_warning_says_s
     report = dus("verify", tmp_path / "out", "--json").report
     assert (report["problems"], len(report["warnings"])) == ([], 1)
     assert report["warnings"][0].startswith(
-        "8 tensors were scaled otherwise than their twins: only --base"
+        "8 tensors have another factor than their twins: only --base"
     )
     (problem,) = problems(tmp_path / "out", "--base", random_base)
     assert "model.layers.7.mlp.down_proj.weight differs from the base's" in problem

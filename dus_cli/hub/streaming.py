@@ -119,8 +119,8 @@ def stream_weights(
 ) -> tuple[ByteCounts, Streamed]:
     """Write every shard of the plan into `folder` from the Hub, and flush it to the disk (fsync).
 
-    Each job takes 8 MiB of memory, together at most 32 MiB, or a few times that for a cast, whatever
-    the size of the model.
+    Each job takes 8 MiB of memory, all together at most 32 MiB, or a few times that for a cast,
+    whatever the size of the model.
 
     Args:
         plan: what to write. Shards of its base that are in the cache are copied from there.

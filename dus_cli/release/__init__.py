@@ -1,3 +1,3 @@
-"""What stands beside the weights: the card and its pictures, dus.json, SHA256SUMS, and following
-them again.
+"""The files beside the weights (model card, pictures, dus.json, SHA256SUMS), and making a release
+again from them.
 """

@@ -18,7 +18,7 @@ from dus_cli.release.lineage import base_chain
 
 NAME = "README.md"
 
-# What `dus heal` replaces in the card: one of these.
+# The notes about the model's state in the card; `dus heal` replaces them.
 NOT_HEALED = """\
 > **This model is not healed.** Its layers are copies of the base's, stacked by depthwise scaling; at the
 > seam layers meet that never met before, so it is worse than its base until it has had continued
@@ -50,7 +50,7 @@ STATES = {
     Start.part: LAYERS_LEFT_OUT,
 }
 
-# How to heal it stands between these; a healed model's card has no need of it.
+# The section on healing is between these marks; `dus heal` removes it.
 HEAL_START, HEAL_END = "<!-- dus: heal it -->", "<!-- /dus: heal it -->"
 
 # The Hub knows adapter, finetune, quantized and merge (huggingface.co/docs/hub/model-cards,
@@ -71,8 +71,8 @@ _CITATION = """\
 
 
 def command_line(plan: UpscalePlan) -> str:
-    """The command that makes this model again. OUT stands for the directory, so that any two
-    runs agree.
+    """The command that makes this model again. It names OUT instead of the directory, so that the
+    card does not depend on it.
     """
     ref = plan.base.ref
     model = (
@@ -93,8 +93,8 @@ def pictures(plan: UpscalePlan) -> dict[str, str]:
 
 
 def model_card(plan: UpscalePlan) -> str:
-    """Markdown with the Hub's metadata in front. Like dus.json it has no times and no output
-    path.
+    """The model card: Markdown with the Hub's metadata at its beginning. Like dus.json, it has no
+    times and no output path.
     """
     layer_map, base_parameters, chain = (
         plan.layer_map,
@@ -159,7 +159,7 @@ It is an ordinary checkpoint; OUT is its directory, or its id on the Hub.
 
 
 def _healing(plan: UpscalePlan) -> str:
-    """How to heal it, with an empty line behind; nothing where there is nothing to heal."""
+    """The section on healing, with an empty line after it; "" if there is nothing to heal."""
     if plan.start is Start.base:
         return ""
     train = " --train new" if plan.start is Start.identity else ""
@@ -182,8 +182,8 @@ OUT must be a directory here.
 
 
 def _metadata(plan: UpscalePlan, chain: list[Any]) -> str:
-    """The Hub's fields as YAML. A text is plain, or as JSON writes it: YAML that nothing breaks
-    out of.
+    """The Hub's fields as YAML. Texts that are not plainly safe are quoted as JSON, so that none
+    can end its field.
     """
     base, config = plan.base_card, plan.checkpoint.config
     fields: dict[str, Any] = {}
@@ -193,7 +193,7 @@ def _metadata(plan: UpscalePlan, chain: list[Any]) -> str:
     fields["pipeline_tag"] = base.task or _task(config)
     if base.license:
         fields["license"] = base.license[0] if len(base.license) == 1 else list(base.license)
-    if "other" in base.license:  # the Hub reads the other two with this one only
+    if "other" in base.license:  # the Hub reads name and link only for the licence "other"
         fields["license_name"], fields["license_link"] = base.license_name, _license_link(plan)
     fields["language"] = list(base.languages)
     fields["tags"] = ["depth-up-scaling", *(tag for tag in base.tags if tag != "depth-up-scaling")]
@@ -210,7 +210,7 @@ def _yaml(name: str, value: str | list[str]) -> list[str]:
 
 
 def _scalar(text: str) -> str:
-    """Plain where YAML, of whichever version, reads nothing but a text in it; else quoted.
+    """A text as YAML: plain if every version of YAML reads it as text, else quoted.
 
     >>> _scalar("apache-2.0"), _scalar("no"), _scalar("1e3")
     ('apache-2.0', '"no"', '"1e3"')
@@ -223,28 +223,30 @@ _YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
 def _base_model(plan: UpscalePlan, chain: list[Any]) -> str | None:
-    """The base's id, or of the model on the Hub that a base which dus made here came from; None
-    where there is none.
+    """The Hub id of the base; for a base that dus made from a model on the Hub, that model's id;
+    else None.
     """
     if plan.base.ref.repo_id is not None:
         return plan.base.ref.repo_id
     for record in reversed(chain):
         base = record.get("base") if isinstance(record, dict) else None
         repo_id = base.get("repo_id") if isinstance(base, dict) else None
-        if isinstance(repo_id, str):  # from a file: it counts where it has the form of an id
+        if isinstance(repo_id, str):  # from a file: used only if it has the form of an id
             return repo_id if ModelRef.parse(repo_id or ".").repo_id == repo_id else None
     return None
 
 
 def _task(config: dict[str, Any]) -> str:
-    """By what the config wraps; a language model alone generates text."""
+    """The Hub's task of the model, by the other models that the config wraps."""
     if "vision_config" in config:
         return "image-text-to-text"
     return "audio-text-to-text" if "audio_config" in config else "text-generation"
 
 
 def _license_link(plan: UpscalePlan) -> str | None:
-    """An address as it is; a file where it comes along, else its address in the base's repo."""
+    """The licence's link: an address or a file of the output as it is; for another file, its
+    address in the base's repo.
+    """
     link, ref = plan.base_card.license_link, plan.base.ref
     if link is None or link.startswith(("https://", "http://")) or link in dict(plan.files):
         return link
@@ -288,7 +290,7 @@ def _seams(layer_map: LayerMap) -> str:
         f"{seam.base_layers[0]} feeds base layer {seam.base_layers[1]}, distance {seam.distance}"
         for seam in layer_map.seams
     ]
-    if len(lines) > 40:  # nobody reads more, and dus.json has them all
+    if len(lines) > 40:  # dus.json has them all
         lines = [*lines[:40], f"- {len(lines) - 40} seams more"]
     return "\n".join(lines) or "No seam: every layer follows its neighbour in the base."
 
@@ -302,11 +304,11 @@ _LOADERS = {
 
 
 def _loading(plan: UpscalePlan) -> str:
-    """Python that loads the model and what prepares its input."""
+    """Python code that loads the model and its tokenizer or processor."""
     config, task = plan.checkpoint.config, _task(plan.checkpoint.config)
     model = _LOADERS[task]
     tool = "AutoTokenizer" if task == "text-generation" else "AutoProcessor"
-    # The code is the base's, and its `.py` files came along.
+    # The base's code is used, and its `.py` files are in the output.
     trust = ", trust_remote_code=True" if "auto_map" in config else ""
     return f"""from transformers import {model}, {tool}
 
@@ -321,13 +323,13 @@ def _lineage(plan: UpscalePlan, count: int) -> str:
         base = f"[{ref.repo_id}](https://huggingface.co/{ref.repo_id}){at}"
     else:
         base = f"`{shown(plan.base.name)}`, a directory"
-    made = (
+    origin = (
         f", itself made by dus in {count} step{'s' * (count != 1)} (`chain` in `dus.json`)"
         if count
         else ""
     )
     pickled = "\n\nThe base's weights were pickled; these are safetensors, the same numbers."
     return (
-        f"Base: {base}{made}.{pickled if plan.checkpoint.is_pickled else ''}\n\n"
+        f"Base: {base}{origin}.{pickled if plan.checkpoint.is_pickled else ''}\n\n"
         "Made by [dus](https://pypi.org/project/dus-cli/) with"
     )

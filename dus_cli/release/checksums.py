@@ -1,4 +1,4 @@
-"""SHA256SUMS, in the format of `sha256sum`: written on request, checked where it is."""
+"""SHA256SUMS, in the format of `sha256sum`: written on request, and checked if it exists."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _TAGGED_LINE = re.compile(r"SHA256 \((?P<name>.+)\) = (?P<sum>[0-9a-fA-F]{64})\r
 def file_sum(
     path: Path, stop: threading.Event, on_bytes: Callable[[int], object] = lambda _: None
 ) -> str:
-    """SHA-256 of a file, hexadecimal, in memory that does not grow. Of no use once `stop` is
-    set.
+    """SHA-256 of a file, hexadecimal; not valid once `stop` is set. Memory does not grow with the
+    file.
     """
     digest = hashlib.sha256()
     with open_regular(path, 0) as file:
@@ -45,20 +45,22 @@ def folder_sums(
     held: Mapping[str, str] | None = None,
     known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The sum of every file in a folder, by its path with "/", and of the `held` texts that are yet
-    to be written.
+    """The SHA-256 of every file in a folder but SHA256SUMS, by its path with "/".
 
-    Of SHA256SUMS itself there is none. `known` are sums of files that were made while these were
-    written.
+    Args:
+        folder: the directory.
+        jobs: number of threads.
+        held: texts by file name that are not written yet.
+        known: sums by file name that were computed while the files were written.
     """
-    made = known or {}
+    sums = known or {}
     texts = held or {}
-    there = [name for name in staged_files(folder) if name not in (NAME, incomplete.NAME)]
-    names = sorted({*there, *texts}, key=PurePosixPath)
+    files = [name for name in staged_files(folder) if name not in (NAME, incomplete.NAME)]
+    names = sorted({*files, *texts}, key=PurePosixPath)
 
     def sum_of(name: str) -> str:
-        if name in made:
-            return made[name]
+        if name in sums:
+            return sums[name]
         if name in texts:
             return hashlib.sha256(texts[name].encode()).hexdigest()
         with reading(name):
@@ -69,15 +71,16 @@ def folder_sums(
 
 
 def sums_text(sums: Mapping[str, str]) -> str:
-    """The content of SHA256SUMS. `inside` admits no name that needs escaping."""
+    """The content of SHA256SUMS. No name needs escaping: `source.files.inside` refuses such."""
     return "".join(f"{total}  {name}\n" for name, total in sums.items())
 
 
 def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """What a folder's SHA256SUMS says, by file name, where it has one; and problems.
+    """The sums in a folder's SHA256SUMS by file name, and its problems; both empty without the
+    file.
 
-    It is read as sha256sum reads it: a "*" before a name, Windows' line ends, upper case, "./", and
-    the lines of `sha256sum --tag`.
+    It is read as sha256sum reads it: with "*" before a name, Windows' line ends, upper case, "./",
+    and the lines of `sha256sum --tag`.
     """
     problems: list[str] = []
     expected: dict[str, str] = {}
@@ -91,7 +94,7 @@ def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
             continue
         match = _LINE.fullmatch(line) or _TAGGED_LINE.fullmatch(line)
         if match is None:
-            problems.append(f"{NAME} has a line that is no sum: {shown(line)}")
+            problems.append(f"{NAME} has a line that is not a sum: {shown(line)}")
             continue
         name, total = match["name"].removeprefix("./"), match["sum"].lower()
         if expected.setdefault(name, total) != total:
@@ -100,13 +103,13 @@ def expected_sums(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def are_in(folder: Path) -> bool:
-    """Whether a folder has sums, be they none."""
+    """Whether a folder has a SHA256SUMS, even an empty one."""
     return os.path.lexists(folder / NAME)
 
 
 def not_covered(folder: Path, expected: Mapping[str, str]) -> list[str]:
-    """The files of a folder of which its SHA256SUMS has no sum; what git and the Hub's tools
-    leave there aside.
+    """The files of a folder that are not in its SHA256SUMS, except those that git and the Hub's
+    tools leave there.
     """
 
     def is_left(name: str) -> bool:
@@ -123,7 +126,7 @@ def not_covered(folder: Path, expected: Mapping[str, str]) -> list[str]:
 
 
 def lacking(names: list[str]) -> str:
-    """The problem of files without a sum."""
+    """The problem if files have no sum."""
     return f"{NAME} has no sum of {shown_list(names)}"
 
 
@@ -135,15 +138,17 @@ def different_files(sums: Mapping[str, str], expected: Mapping[str, str]) -> lis
 
 
 def check_sums(folder: Path, jobs: int) -> tuple[int, list[str]]:
-    """Hold a folder against its SHA256SUMS, where it has one: the number of files summed, and
-    problems.
+    """Compare the files of a folder with its SHA256SUMS, if it has one.
 
-    A file that it has no sum of is a problem too.
+    A file that is not in SHA256SUMS is a problem too.
+
+    Returns:
+        The number of files summed, and problems.
     """
     expected, problems = expected_sums(folder)
     with workers(jobs) as (pool, stop):
-        found = pool.map(lambda item: _problem(folder, item[0], item[1], stop), expected.items())
-        problems += [problem for problem in found if problem]
+        results = pool.map(lambda item: _problem(folder, item[0], item[1], stop), expected.items())
+        problems += [problem for problem in results if problem]
     if are_in(folder) and (uncovered := not_covered(folder, expected)):
         problems.append(lacking(uncovered))
     return len(expected), problems

@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dus_cli.maps.layers import LayerMap
 
-# More runs than this do not help a person see the map.
+# More rows than this do not help to see the map.
 _MAX_ROWS = 12
 
 
 def draw_map(layer_map: LayerMap, width: int = 80) -> str:
-    """A bar for the base and one for each run of the map, over the base's layers from left to
-    right.
+    """Draw a bar for the base and one for each run of the map. The horizontal axis is the base's
+    layers.
 
     >>> from dus_cli.maps.layers import stack
     >>> print(draw_map(stack(8, trim=2), width=60))
@@ -61,8 +61,8 @@ def draw_map(layer_map: LayerMap, width: int = 80) -> str:
 def draw_kinds(
     kinds: Mapping[str, Sequence[str]], layer_map: LayerMap, width: int = 80
 ) -> list[str]:
-    """What the output's layers are, a letter for each, with a bar at every seam; lines at most
-    `width` wide.
+    """The kinds of the output's layers, a letter each, with a bar at every seam; lines of at most
+    `width` columns.
 
     >>> from dus_cli.maps.layers import stack
     >>> kinds = ["sliding_attention"] * 5 + ["full_attention"]
@@ -72,12 +72,12 @@ def draw_kinds(
     """
     above = {seam.output_layers[1] for seam in layer_map.seams}
     lines = []
-    for name, found in kinds.items():
-        letters = _letters(found)
+    for name, kinds_by_layer in kinds.items():
+        letters = _letters(kinds_by_layer)
         legend = ", ".join(f"{letter} {kind}" for kind, letter in letters.items())
         lines.append(_cut(f"{name}: {legend}", width))
         row, first = "", 0
-        for layer, kind in enumerate(found):
+        for layer, kind in enumerate(kinds_by_layer):
             mark = ("|" if layer in above else "") + letters[kind]
             if len(row) + len(mark) > width - 9:
                 lines.append(f"{first:8} {row}")
@@ -102,12 +102,14 @@ def describe_scales(factors: Sequence[float], names: Collection[str]) -> str:
 
 
 def _letters(kinds: Sequence[str]) -> dict[str, str]:
-    """A letter for each kind: one of its own while there is one, then any."""
+    """A letter for each kind: one from its name if one is free, else any other."""
     letters: dict[str, str] = {}
     for kind in dict.fromkeys(kinds):
-        own = [c for c in f"{kind.lower()}{kind.upper()}" if c.isalnum()]
+        own_letters = [c for c in f"{kind.lower()}{kind.upper()}" if c.isalnum()]
         free = (
-            c for c in (*own, *string.ascii_letters, *string.digits) if c not in letters.values()
+            c
+            for c in (*own_letters, *string.ascii_letters, *string.digits)
+            if c not in letters.values()
         )
         letters[kind] = next(free, "?")
     return letters

@@ -1,6 +1,6 @@
-"""A model card's metadata as it stands in the text: where it is, and where a field's lines are.
+"""A model card's metadata (front matter) as text: where it is, and where the lines of a field are.
 
-Only what is asked for is touched, so that a card which a person edited keeps every other byte.
+A field is replaced in the text, so that an edited card keeps every other byte.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FRONT = re.compile(
 
 
 def field_span(front: str, name: str) -> tuple[int, int]:
-    r"""Where the lines of a field are in the front matter; its end, where it has none.
+    r"""The start and end of a field's lines in the front matter; its end twice without the field.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not valid YAML.
 
     >>> front = "license: mit\nmodel-index:\n- name: x\n# of tags\ntags: [a]\n"
     >>> front[slice(*field_span(front, "model-index"))]
@@ -33,16 +33,15 @@ def field_span(front: str, name: str) -> tuple[int, int]:
     if not pairs:
         return len(front), len(front)
     key, value = pairs[0]
-    # A block's own end mark is where the next field begins: comments between them are not the
-    # field's.
+    # A block's end mark is where the next field begins, but comments between them are not part of
+    # the field: so the end of its last item is used.
     last = max([key.end_mark.index, *_ends(value)])
     end = front.find("\n", last)
     return key.start_mark.index, len(front) if end < 0 else end + 1
 
 
 def without_results(card: str) -> str:
-    r"""A card without its evaluation results. One whose metadata cannot be read is returned as it
-    is.
+    r"""A card without its evaluation results. A card with invalid metadata is returned unchanged.
 
     >>> without_results("---\nlicense: mit\nmodel-index:\n- name: x\n---\n# A model\n")
     '---\nlicense: mit\n---\n# A model\n'

@@ -1,4 +1,4 @@
-"""dus.json: where a model came from, so that it can be verified and made again."""
+"""dus.json: the base of a model and how it was made, so that it can be verified and made again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MAX_BYTES = 16_000_000
 
 
 def map_record(plan: UpscalePlan) -> dict[str, Any]:
-    """What `dus.json` and the report say of the map, and of what becomes of its layers' tensors."""
+    """The fields of `dus.json` and the report about the layer map, and how tensors were made."""
     layer_map, treatment = plan.layer_map, plan.treatment
     return {
         "num_layers": {"base": layer_map.num_base_layers, "output": len(layer_map)},
@@ -45,14 +45,12 @@ def map_record(plan: UpscalePlan) -> dict[str, Any]:
 
 
 def engines_record(plan: UpscalePlan) -> list[dict[str, Any]]:
-    """What `dus.json` and the report say of each inference engine."""
+    """The field of `dus.json` and the report about each inference engine."""
     return [judged.to_json() for judged in plan.engines]
 
 
 def starts_record(plan: UpscalePlan) -> dict[str, Any]:
-    """What else the report says of map, start and tables. dus.json says it where there is something
-    to say.
-    """
+    """More fields of the report; dus.json has those that are not None."""
     return {
         "double": plan.request.double,
         "scaled": _scaled_record(plan),
@@ -61,7 +59,7 @@ def starts_record(plan: UpscalePlan) -> dict[str, Any]:
 
 
 def _tables_record(plan: UpscalePlan) -> dict[str, Any] | None:
-    """The tensors outside the layers that have a block for each, and how long it is; None where
+    """The tensors outside the layers with a block for each layer, and a block's width; None if
     there are none. In the output each layer has the block of its source.
     """
     stack = plan.stack
@@ -69,10 +67,10 @@ def _tables_record(plan: UpscalePlan) -> dict[str, Any] | None:
 
 
 def _scaled_record(plan: UpscalePlan) -> dict[str, Any] | None:
-    """The start, its factor for each output layer, and the tensors that were multiplied; None where
+    """The start, its factor for each output layer, and the tensors that were multiplied; None if
     none was.
 
-    `one_plus` are those of them that multiply by 1 + w, which is what was scaled.
+    `one_plus` lists the tensors w of which 1 + w was multiplied, because the model uses 1 + w.
     """
     treatment = plan.treatment
     if not treatment.scaled:
@@ -96,7 +94,7 @@ def seam_record(seam: Seam) -> dict[str, Any]:
 def lineage(plan: UpscalePlan) -> dict[str, Any]:
     """The content of dus.json. It has no times and no output path, so two runs write the same.
 
-    `chain` holds the lineage of the base, oldest first, where the base is itself a product of dus.
+    `chain` holds the lineage of the base, oldest first, if dus made it.
     """
     ref, checkpoint, layer_map = plan.base.ref, plan.checkpoint, plan.layer_map
     base: dict[str, Any] = {"name": plan.base.name}
@@ -127,8 +125,8 @@ def lineage(plan: UpscalePlan) -> dict[str, Any]:
 
 
 def output_files(plan: UpscalePlan) -> list[str]:
-    """Every file that is written but dus.json itself and SHA256SUMS: what may be pushed, or
-    replaced, later.
+    """Every file that is written except dus.json and SHA256SUMS: these may later be pushed, or
+    replaced.
     """
     return sorted({*plan.shards, *plan.text_names, *plan.along, *CARD_FILES})
 
@@ -139,10 +137,10 @@ def digest(record: dict[str, Any]) -> str:
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
-    """The dus.json of a checkpoint's folder, None where it has none.
+    """The content of the dus.json in a folder; None if there is none.
 
     Raises:
-        CheckpointError: damaged, or written by a newer dus.
+        CheckpointError: it is damaged, or of a newer dus.
     """
     path = inside(folder, NAME)
     if not os.path.lexists(path):
@@ -151,7 +149,7 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
 
 
 def parse_lineage(raw: bytes, name: str) -> dict[str, Any]:
-    """The content of a dus.json, called `name` in messages.
+    """Parse a dus.json, which is called `name` in messages.
 
     Raises:
         CheckpointError: as `read_lineage`.
@@ -166,11 +164,10 @@ def parse_lineage(raw: bytes, name: str) -> dict[str, Any]:
 
 
 def recorded_layers(record: dict[str, Any], layer_map: LayerMap) -> tuple[int, ...]:
-    """The output layers that dus.json calls new; where an older dus wrote none down, those of the
-    map.
+    """The new output layers that dus.json lists; if it is of an older dus, those of the map.
 
     Raises:
-        CheckpointError: not rising numbers of output layers.
+        CheckpointError: they are not ascending numbers of output layers.
     """
     layers = record.get("new_layers", list(layer_map.new_layers))
     if (
@@ -179,21 +176,21 @@ def recorded_layers(record: dict[str, Any], layer_map: LayerMap) -> tuple[int, .
         or layers != sorted(set(layers))
     ):
         raise CheckpointError(
-            f"{NAME}: new_layers is no list of output layers; it was damaged or edited"
+            f"{NAME}: new_layers is not a list of output layers; it was damaged or edited"
         )
     return tuple(layers)
 
 
 def recorded_treatment(record: dict[str, Any], layer_map: LayerMap) -> Treatment:
-    """What dus.json says about how the output's bytes came to be from the base's.
+    """How tensors were made from the base's, by dus.json.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: dus.json is damaged.
     """
     zeros = record.get("identity") or []
     if not isinstance(zeros, list) or not all(isinstance(name, str) for name in zeros):
         raise CheckpointError(
-            f"{NAME}: identity is no list of tensor names; it was damaged or edited"
+            f"{NAME}: identity is not a list of tensor names; it was damaged or edited"
         )
     dtype = record.get("dtype")
     if dtype is not None and dtype not in [choice.value for choice in Dtype]:
@@ -207,16 +204,15 @@ def recorded_treatment(record: dict[str, Any], layer_map: LayerMap) -> Treatment
 def _recorded_scales(
     record: dict[str, Any], num_layers: int
 ) -> tuple[tuple[float, ...], dict[str, int]]:
-    """The factor of each output layer, and what is scaled; nothing where dus.json says that nothing
-    was.
+    """The factor of each output layer, and the scaled tensors; empty if nothing was scaled.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: dus.json is damaged.
     """
-    said = record.get("scaled")
-    if said is None:
+    scaled = record.get("scaled")
+    if scaled is None:
         return (), {}
-    fields: dict[str, Any] = said if isinstance(said, dict) else {}
+    fields: dict[str, Any] = scaled if isinstance(scaled, dict) else {}
     by_layer, names, one_plus = (fields.get(key, 0) for key in ("factors", "tensors", "one_plus"))
     if (
         not isinstance(by_layer, list)
@@ -236,16 +232,16 @@ def _are_names(value: Any) -> bool:
 
 
 def recorded_start(record: dict[str, Any]) -> StartRule:
-    """How dus.json says that new layers start, where no identity is what they are.
+    """The start that dus.json records; the default one for an identity.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: dus.json is damaged.
     """
-    said = record.get("scaled")
-    if said is None:
+    scaled = record.get("scaled")
+    if scaled is None:
         return StartRule()
     try:
-        return StartRule.parse(said["start"])
+        return StartRule.parse(scaled["start"])
     except (TypeError, KeyError, AttributeError, ValueError):
         raise CheckpointError(
             f"{NAME}: scaled is not what dus writes; it was damaged or edited"
@@ -253,23 +249,23 @@ def recorded_start(record: dict[str, Any]) -> StartRule:
 
 
 def recorded_assumptions(record: dict[str, Any]) -> dict[str, Assumption]:
-    """What a person decided about fields that dus does not know, when this was made.
+    """The decisions (--assume) about fields that dus did not know, by dus.json.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: dus.json is damaged.
     """
     assume = record.get("assume", {})
     if not isinstance(assume, dict) or not all(
         value in ("keep", "map") for value in assume.values()
     ):
         raise CheckpointError(
-            f"{NAME}: assume is no mapping of fields to keep or map; it was damaged or edited"
+            f"{NAME}: assume is not a mapping of fields to keep or map; it was damaged or edited"
         )
     return assume
 
 
 def base_chain(checkpoint: Checkpoint) -> list[Any]:
-    """The lineage of a base, oldest first; empty where dus did not make it.
+    """The lineage of a base, oldest first; empty if dus did not make it.
 
     Raises:
         CheckpointError: as `read_lineage`.

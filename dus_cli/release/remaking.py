@@ -1,6 +1,4 @@
-"""`--from dus.json`: what was done, read back, so that a release can be made again and held
-against its sums.
-"""
+"""`--from dus.json`: read how a release was made, make it again, and compare it with its sums."""
 
 from __future__ import annotations
 
@@ -27,26 +25,32 @@ from dus_cli.source.reading import read_small_file
 
 _MAX_BYTES = 16_000_000
 
-# What of the base's record is made from its bytes, and what a base has where it differs.
-_OF_THE_BASE = {
+# The fields of a base's record that depend on its bytes, each with what a different base has.
+_BASE_FIELDS = {
     "config_sha256": "another config.json",
     "index_sha256": "another index of its weights",
     "format": "weights in another format",
     "shards": "shards of other names or sizes",
 }
 
-# Files that bear the version of dus, or are drawn by it: those of another version need not be the
-# same.
-_OF_THE_VERSION = (card.NAME, *PICTURES, lineage.NAME)
+# Files that depend on the version of dus: those of another version may differ.
+_VERSION_FILES = (card.NAME, *PICTURES, lineage.NAME)
 
 
 @dataclass(frozen=True)
 class Remaking:
-    """A lineage to be followed again: `ref` is where the base is fetched or read, the rest is as it
-    was.
+    """A release that is to be made again.
 
-    `sums` are those of the SHA256SUMS beside the lineage, None where there are none or the model
-    was healed since.
+    Attributes:
+        path: its dus.json.
+        record: the content of dus.json.
+        ref: where the base is now.
+        request: the layer map and start, as recorded.
+        max_shard_bytes: size of the largest shard, as recorded.
+        dtype: the cast, as recorded.
+        sums: the sums in the SHA256SUMS beside it; None without them, or if the model was healed
+            since.
+        warnings: why the result may differ.
     """
 
     path: Path
@@ -60,11 +64,11 @@ class Remaking:
 
     @property
     def parts(self) -> tuple[ModelRef, MapRequest, int, Dtype | None]:
-        """What a plan is made of: base, map, largest shard, cast."""
+        """The arguments of an `UpscaleRequest`: base, map, largest shard, cast."""
         return self.ref, self.request, self.max_shard_bytes, self.dtype
 
     def base(self) -> Base:
-        """The base as it was recorded, wherever it is now, so that the same is recorded again."""
+        """The base as recorded, wherever it is now, so that the new record is the same."""
         base = self.record["base"]
         repo_id, name = base.get("repo_id"), str(base.get("name"))
         if repo_id is None:
@@ -75,74 +79,78 @@ class Remaking:
             ModelRef(text, repo_id=repo_id, revision=revision), base["commit"], recorded_name=name
         )
 
-    def check(self, made: UpscalePlan) -> None:
-        """Hold a plan's lineage against the one to be followed: the base's digests, then every
-        other field.
+    def check(self, plan: UpscalePlan) -> None:
+        """Check that a plan's lineage is the recorded one: the base's digests, then the other
+        fields.
 
         Raises:
             VerificationError: the base is another one, or this dus plans something else.
         """
-        planned = json.loads(dump_json(lineage.lineage(made)))
+        planned = json.loads(dump_json(lineage.lineage(plan)))
         then, now = self.record["base"], planned["base"]
         other = [
-            what for key, what in _OF_THE_BASE.items() if key in then and then[key] != now[key]
+            difference
+            for key, difference in _BASE_FIELDS.items()
+            if key in then and then[key] != now[key]
         ]
         recorded = then.get("shards")
         if (
             other
             and isinstance(recorded, dict)
             and recorded
-            and recorded.keys() <= set(made.checkpoint.unread)
+            and recorded.keys() <= set(plan.checkpoint.unread)
         ):
-            read = made.checkpoint.weight_files[0]
+            read = plan.checkpoint.weight_files[0]
             raise VerificationError(
-                f"{shown(self.path)} was made from {shown_list(sorted(recorded))}, and beside them "
-                f"{read} counts, as for transformers; move {read} away to make the same again"
+                f"{shown(self.path)} was made from {shown_list(sorted(recorded))}, but dus, like "
+                f"transformers, now reads {read} beside them; move {read} away to make the same "
+                "again"
             )
         if other:
             raise VerificationError(
                 f"{shown(self.ref)} is not the base that {shown(self.path)} records: it has "
                 f"{' and '.join(other)}; give the right one as MODEL"
             )
-        # An older dus recorded fewer fields; those of both must agree. Of files that differ their
-        # sums tell more, and what engines make of the model is another dus's to judge.
+        # An older dus recorded fewer fields; the common ones must agree. `files` is left to the
+        # sums, and another version of dus may judge engines differently.
         fields = self.record.keys() & planned.keys() - {"base", "dus_version", "files", "engines"}
         if differing := sorted(key for key in fields if self.record[key] != planned[key]):
             raise VerificationError(
-                f"dus {__version__} would make something else than {shown(self.path)} records: "
+                f"dus {__version__} would not make what {shown(self.path)} records: "
                 f"{shown_list(differing)} "
                 f"differ; it was made by dus {shown(self.record.get('dus_version'))}, or edited"
             )
 
     def check_sums(self, sums: dict[str, str]) -> None:
-        """Hold the sums of what was made against the recorded ones, where there are any.
+        """Compare the sums of the new files with those of the release, if there are any.
 
         Raises:
-            VerificationError: a file differs, is missing, or is one too many.
+            VerificationError: a file differs, is missing or is new.
         """
         if self.sums is None:
             return
         differing = different_files(sums, self.sums)
         if self.record.get("dus_version") != __version__:
-            differing = [name for name in differing if name not in _OF_THE_VERSION]
+            differing = [name for name in differing if name not in _VERSION_FILES]
         if differing:
             raise VerificationError(
                 f"not reproduced: {shown_list(differing)} differ from the {SUMS} beside "
                 f"{shown(self.path)}; nothing "
-                "was published. Has the base's folder other small files than it had?"
+                "was published. Check whether small files in the base's folder have changed"
             )
 
 
 def read_remaking(path: Path, model: str | None = None, *, token: str | None = None) -> Remaking:
-    """What a dus.json says was done. `path` may also be the directory that holds it.
+    """Read how a release was made.
 
     Args:
-        path: the lineage.
-        model: where the base is now, where that is another place than the recorded one.
-        token: of the Hub.
+        path: its dus.json, or the directory that holds it.
+        model: where the base is now; None if it is where dus.json says.
+        token: Hub access token.
 
     Raises:
-        CheckpointError: no lineage of an upscale, damaged, or of a newer dus.
+        CheckpointError: the file is not the dus.json of an upscale, is damaged, or is of a newer
+            dus.
         UsageError, ModelNotFoundError: as `ModelRef.parse`.
     """
     path = path / lineage.NAME if path.is_dir() else path
@@ -168,27 +176,27 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
             f"{shown(path)} is of dus {shown(record.get('dus_version'))} and this is dus "
             f"{__version__}: the card, its pictures and dus.json may differ"
         )
-    found, problems = expected_sums(path.parent)
+    recorded_sums, problems = expected_sums(path.parent)
     if problems:
         raise CheckpointError(
-            f"beside {shown(path)}: {problems[0]}; restore it, or take it away to compare nothing"
+            f"beside {shown(path)}: {problems[0]}; restore it, or remove it to compare nothing"
         )
-    if not found and are_in(path.parent):
+    if not recorded_sums and are_in(path.parent):
         raise CheckpointError(
-            f"{SUMS} beside {shown(path)} is empty; restore it, or take it away to compare nothing"
+            f"{SUMS} beside {shown(path)} is empty; restore it, or remove it to compare nothing"
         )
-    sums = found or None
+    sums = recorded_sums or None
     if record.get("healing"):
         warnings.append(
-            f"the model of {shown(path)} was healed since: this makes it as it was before"
+            f"the model of {shown(path)} was healed since: this makes it as it was before healing"
         )
         sums = None
-    elif total := _sum_without_results(path.parent, found.get(card.NAME)):
+    elif total := _sum_without_results(path.parent, recorded_sums.get(card.NAME)):
         warnings.append(
             f"the {card.NAME} beside {shown(path)} has evaluation results: this makes it without "
             "them"
         )
-        sums = found | {card.NAME: total}
+        sums = recorded_sums | {card.NAME: total}
     return Remaking(
         path,
         record,
@@ -202,8 +210,8 @@ def read_remaking(path: Path, model: str | None = None, *, token: str | None = N
 
 
 def _sum_without_results(folder: Path, total: str | None) -> str | None:
-    """The sum that the card had before evaluation results were written into it; None where it
-    has none.
+    """The SHA-256 that the card had before `dus eval` wrote results into it; None if it has no
+    results.
     """
     if total is None:
         return None
@@ -211,7 +219,7 @@ def _sum_without_results(folder: Path, total: str | None) -> str | None:
         raw = read_small_file(inside(folder, card.NAME), card.NAME, _MAX_BYTES)
         text = raw.decode()
     except (CheckpointError, UnicodeDecodeError):
-        return None  # then it is held against the sum as it stands
+        return None  # the card is compared as it is
     if hashlib.sha256(raw).hexdigest() != total:
         return None
     from dus_cli.release.front_matter import without_results
@@ -221,7 +229,7 @@ def _sum_without_results(folder: Path, total: str | None) -> str | None:
 
 
 def _check_base(path: Path, base: dict[str, Any]) -> None:
-    """Hold the fields that say where the base is against the forms that dus gives them."""
+    """Check that the fields that say where the base is have the forms that dus writes."""
     repo_id, revision, commit = base.get("repo_id"), base.get("revision"), base.get("commit")
     if repo_id is None:
         if not isinstance(base.get("path"), str) or not base["path"] or "\0" in base["path"]:
@@ -236,22 +244,20 @@ def _check_base(path: Path, base: dict[str, Any]) -> None:
 
 
 def _recorded_ref(path: Path, base: dict[str, Any], token: str | None) -> ModelRef:
-    """Where the base was: a repo at its commit, whatever its branches name now; or a path as it
-    was typed.
-    """
+    """Where the base was: a repo at its commit, or a path as it was typed."""
     if base.get("repo_id") is not None:
         return ModelRef.parse(base["repo_id"], revision=base["commit"], token=token)
     ref = ModelRef(base["path"], path=user_path(base["path"]))
     if not user_path(base["path"]).is_dir():
         raise CheckpointError(
-            f"{shown(path)} records its base at {shown(ref)}, where no directory is; say where it "
-            "is now: dus upscale MODEL --from …"
+            f"{shown(path)} records its base at {shown(ref)}, where there is no directory; give "
+            "its place now: dus upscale MODEL --from …"
         )
     return ref
 
 
 def _request(path: Path, record: dict[str, Any]) -> MapRequest:
-    """The map as it was asked for: the shortest way that gives it."""
+    """The request for the recorded map: by recipe, --double, --trim or --layers."""
     recipe, trim, layers = record.get("recipe"), record.get("trim"), record.get("layers")
     assume = tuple(lineage.recorded_assumptions(record).items())
     identity, start = bool(record.get("identity")), lineage.recorded_start(record)

@@ -1,4 +1,4 @@
-"""Every file that is made up rather than copied."""
+"""All files of an output that dus composes rather than copies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dus_cli.planning.plan import UpscalePlan, dump_json
 from dus_cli.release import card, lineage
 
 
-def written_texts(made: UpscalePlan) -> dict[str, str]:
-    """Every file that is made up rather than copied, by name: config, index, card, pictures,
-    lineage.
-    """
-    records = {card.NAME: card.model_card(made), lineage.NAME: dump_json(lineage.lineage(made))}
-    texts = {**made.text_files(), **card.pictures(made), **records}
+def written_texts(plan: UpscalePlan) -> dict[str, str]:
+    """The texts of these files by name: config, index, card, pictures, lineage."""
+    records = {card.NAME: card.model_card(plan), lineage.NAME: dump_json(lineage.lineage(plan))}
+    texts = {**plan.text_files(), **card.pictures(plan), **records}
     return {name: encodable(text) for name, text in texts.items()}

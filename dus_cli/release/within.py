@@ -1,5 +1,5 @@
-"""The base of a deeper model, by its dus.json: which of its layers are the base's, or where the
-base itself is.
+"""The base of a deeper model, by its dus.json: the layers that are the base's, or the base's own
+folder.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from dus_cli.source.checkpoint import open_checkpoint
 
 @dataclass(frozen=True)
 class BasePlan:
-    """The base inside the model: `layers` are the output layers that, run alone, are the base.
+    """How to run the base of a model.
 
-    Where `folder` is one, the base does not stand in the model: it is there itself, and `layers`
-    are all of its own.
+    Attributes:
+        layers: the output layers that compute what the base does, if only they are run. With a
+            `folder`, all layers of the model there.
+        name: the base's name.
+        folder: the base's own directory, if the model does not contain the base; else None.
     """
 
     layers: tuple[int, ...]
@@ -31,10 +34,10 @@ class BasePlan:
 
 
 def base_within(folder: Path) -> BasePlan | None:
-    """The base inside the model in a folder, or None where it does not hold one.
+    """The base inside the model in a folder; None if the model does not contain its base.
 
     Raises:
-        DusError: it is no checkpoint of a decoder, or its dus.json is damaged.
+        DusError: the folder is not a decoder's checkpoint, or its dus.json is damaged.
     """
     num_layers = decoder_config(open_checkpoint(folder).config).num_layers
     record = lineage.read_lineage(folder)
@@ -42,8 +45,7 @@ def base_within(folder: Path) -> BasePlan | None:
 
 
 def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | None:
-    """The layer map that a dus.json records for a model of so many layers, or None where it records
-    none.
+    """The layer map that a dus.json records for a model of so many layers; None if it has none.
 
     Raises:
         HealError: the record does not fit the model.
@@ -68,9 +70,9 @@ def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | N
 
 
 def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
-    """The output layers that are the base (`LayerMap.base_outputs`).
+    """The output layers that are the base's own (`LayerMap.base_outputs`).
 
-    None where a layer of the base is left out or was scaled, and where the model was trained since.
+    None if a layer of the base is left out or was scaled, or if the model was trained since.
 
     Raises:
         CheckpointError: the record is damaged.
@@ -86,10 +88,10 @@ def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> 
 
 
 def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
-    """The base of a model whose start scaled the base's own layers: itself, where dus.json says
-    that it is.
+    """For a model whose start scaled the base's own layers: the base in the folder that dus.json
+    records.
 
-    None where another model is there now, or none, and for every other kind of output.
+    None if that folder holds another model or none, and for every other kind of output.
 
     Raises:
         CheckpointError: the record is damaged.
@@ -106,8 +108,7 @@ def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> Ba
 
 
 def scales_base(record: dict[str, Any], layer_map: LayerMap) -> bool:
-    """Whether layers of the base's own were scaled by the start, and the model was not trained
-    since.
+    """Whether the start scaled the base's own layers, and the model was not trained since.
 
     Raises:
         CheckpointError: the record is damaged.
@@ -117,7 +118,9 @@ def scales_base(record: dict[str, Any], layer_map: LayerMap) -> bool:
 
 
 def _recorded_folder(base: dict[str, Any]) -> Path | None:
-    """Where a base was: its directory, or its snapshot in the Hub's cache."""
+    """The recorded folder of a base: its directory, or its snapshot in the Hub's cache; None if it
+    does not exist.
+    """
     if isinstance(base.get("path"), str):
         folder = user_path(base["path"])
         return folder.resolve() if folder.is_dir() else None
@@ -139,12 +142,12 @@ def _recorded_folder(base: dict[str, Any]) -> Path | None:
 
 
 def _is_recorded(folder: Path, base: Any) -> bool:
-    """Whether the model in a folder is the one that was recorded, by its config and the sizes of
-    its weights.
+    """Whether the model in a folder is the recorded one, by its config and the sizes of its
+    weights.
     """
     try:
-        found = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
     except DusError:
         return False
-    shards = {shard.name: shard.header.end for shard in found.shards}
-    return (found.config_sha256, shards) == (base.get("config_sha256"), base.get("shards"))
+    shards = {shard.name: shard.header.end for shard in checkpoint.shards}
+    return (checkpoint.config_sha256, shards) == (base.get("config_sha256"), base.get("shards"))

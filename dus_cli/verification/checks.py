@@ -1,4 +1,4 @@
-"""The checks of `dus verify`: each a function that gives its finding."""
+"""The checks of `dus verify`: each is a function that returns a `Finding`."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ from dus_cli.source.files import inside
 from dus_cli.source.reading import read_small_file
 from dus_cli.verification.compare import Compared, Comparison, Place, compare
 from dus_cli.verification.options import VerifyOptions
-from dus_cli.verification.origin import Origin
+from dus_cli.verification.origin import OutputOrigin
 from dus_cli.verification.output import Output, gathered
 from dus_cli.verification.report import Finding
 
 _MAX_CARD_BYTES = 16_000_000
 
-# What a new layer's output projection is in an identity, in messages.
+# The name, in messages, of what a new layer's output projection must be in an identity.
 _ZEROS = "an identity's zeros"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What an output is held against.
+    """What an output is checked against.
 
     Attributes:
-        base: the checkpoint that `options.base` names, opened.
-        deep: data is read: of layers that stand twice, and for sums.
+        options: the options of the verb.
+        base: the checkpoint that `options.base` names, opened; None without one.
+        deep: read data, to compare copies of layers and to sum files.
+        progress: receives the progress.
     """
 
     options: VerifyOptions
@@ -53,7 +55,7 @@ Check = Callable[[Output, Request], Finding]
 
 
 def check_counts(output: Output, _request: Request) -> Finding:
-    """The numbers of tensors and parameters are those of dus.json."""
+    """Check that the numbers of tensors and parameters are those in dus.json."""
     finding = Finding()
     if not (output.has_map and output.all_readable) or output.record is None:
         return finding
@@ -68,7 +70,7 @@ def check_counts(output: Output, _request: Request) -> Finding:
 
 
 def check_depth(output: Output, _request: Request) -> Finding:
-    """The config has as many layers as the layer map, and a kind for each."""
+    """Check that the config has as many layers as the layer map, and a kind for each."""
     finding = Finding()
     decoder, layer_map = output.decoder, output.layer_map
     if decoder is None or layer_map is None:
@@ -86,20 +88,21 @@ def check_depth(output: Output, _request: Request) -> Finding:
 
 
 def check_twins(output: Output, request: Request) -> Finding:
-    """Layers that stand twice are the same, byte by byte; with a base only that each has its
-    twin's tensors, since what equals the base equals its twin.
+    """Check that the copies of a base layer are the same, byte by byte.
+
+    With a base, check only that they have the same tensors: `check_base` compares the bytes.
     """
     finding = Finding()
     if output.layer_map is None or output.is_healed:
         return finding
     pairs, problems, num_unlike = _twins(output.tensors, output.layer_map, output.treatment)
-    if output.all_readable:  # else one bad shard would be told once for each of its tensors
+    if output.all_readable:  # else each tensor of one bad shard would be a problem of its own
         finding.problems += problems
     if request.base is not None:
         return finding
     if num_unlike:
         finding.warnings.append(
-            f"{num_unlike} tensors were scaled otherwise than their twins: only --base can tell "
+            f"{num_unlike} tensors have another factor than their twins: only --base can show "
             "whether they are right"
         )
     if request.deep:
@@ -109,19 +112,22 @@ def check_twins(output: Output, request: Request) -> Finding:
 
 
 def check_base(output: Output, request: Request) -> Finding:
-    """Every tensor is the base's, byte by byte, and the config the base's at the new depth."""
+    """Check that every tensor is the base's, byte by byte, and that the config is the base's at the
+    new depth.
+    """
     finding = Finding()
     if request.base is None:
         return finding
     if output.is_healed:
         finding.problems.append(
-            f"{lineage.NAME} says the model was healed: its tensors are no base's; leave out --base"
+            f"{lineage.NAME} says the model was healed: its tensors are not the base's; leave out "
+            "--base"
         )
         return finding
     layer_map, assume = output.layer_map, _assumptions(output, finding)
     origin = None
     if layer_map is not None:
-        origin = Origin(request.base, layer_map, output.treatment, assume)
+        origin = OutputOrigin(request.base, layer_map, output.treatment, assume)
     pairs, problems = _against_base(output, origin)
     if output.all_readable:
         finding.problems += problems
@@ -133,43 +139,43 @@ def check_base(output: Output, request: Request) -> Finding:
 
 
 def check_forward(output: Output, request: Request) -> Finding:
-    """Run on tokens, every layer computes what the base's does."""
+    """Run the output on tokens, and check that every layer computes what the base's does."""
     finding, base, layer_map = Finding(), request.base, output.layer_map
     options = request.options
     if not options.forward or base is None or output.is_healed:
         return finding
     if layer_map is None or not output.all_readable:
-        return finding  # said by other checks
+        return finding  # other checks report that
     from dus_cli.verification.forward import run_forward
 
-    origin = Origin(base, layer_map, output.treatment, _assumptions(output, finding))
-    found = gathered(
+    origin = OutputOrigin(base, layer_map, output.treatment, _assumptions(output, finding))
+    forward = gathered(
         finding, lambda: run_forward(output.folder, origin, options.data, request.progress)
     )
-    if found is not None:
-        finding.forward = found
-        finding.problems += found.problems
-        finding.warnings += found.warnings
+    if forward is not None:
+        finding.forward = forward
+        finding.problems += forward.problems
+        finding.warnings += forward.warnings
     return finding
 
 
 def check_engines(output: Output, request: Request) -> Finding:
-    """The inference engines asked for compute what the config says."""
+    """Check that the engines named with --for compute what the config says."""
     finding, engines = Finding(), request.options.engines
     config = output.config
     if config is None or output.decoder is None or not engines:
         return finding
     assume = _assumptions(output, finding)
     judged = gathered(finding, lambda: judging.judge_config(config, assume))
-    of_these = [one for one in judged or () if one.engine.name in engines]
-    finding.engines = [one.to_json() for one in of_these]
-    finding.problems += judging.problems(of_these)
-    finding.warnings += judging.asides(of_these)
+    requested = [one for one in judged or () if one.engine.name in engines]
+    finding.engines = [one.to_json() for one in requested]
+    finding.problems += judging.problems(requested)
+    finding.warnings += judging.asides(requested)
     return finding
 
 
 def check_pictures(output: Output, _request: Request) -> Finding:
-    """The pictures that the card shows are there; without a card nothing is amiss."""
+    """Check that the pictures in the model card exist; without a card there is nothing to check."""
     finding, folder = Finding(), output.folder
     try:
         path = inside(folder, card.NAME)
@@ -182,24 +188,24 @@ def check_pictures(output: Output, _request: Request) -> Finding:
             name for name in PICTURES if f'"{name}"' in text and not inside(folder, name).is_file()
         ]
     except (DusError, OSError):
-        return finding  # other checks read every file that counts
+        return finding  # other checks report unreadable files
     if lacking:
         finding.warnings.append(
-            f"{card.NAME} shows {shown_list(lacking)}, which is not there; the command makes it "
-            "again"
+            f"{card.NAME} shows {shown_list(lacking)}, which does not exist; the command in the "
+            "card makes it again"
         )
     return finding
 
 
 def check_files(output: Output, request: Request) -> Finding:
-    """Every file has the sum that SHA256SUMS gives."""
+    """Check that every file has the sum in SHA256SUMS."""
     finding = Finding()
     if request.deep:
         finding.files_summed, finding.problems = check_sums(output.folder, request.options.jobs)
     return finding
 
 
-# In the order in which their findings are reported.
+# All checks, in the order in which their findings are reported.
 CHECKS: tuple[Check, ...] = (
     check_counts,
     check_depth,
@@ -213,19 +219,21 @@ CHECKS: tuple[Check, ...] = (
 
 
 def _assumptions(output: Output, finding: Finding) -> dict[str, Assumption]:
-    """What the record says was decided about fields that dus does not know."""
+    """The recorded decisions (--assume) about fields that dus does not know."""
     return gathered(finding, lambda: lineage.recorded_assumptions(output.record or {})) or {}
 
 
 def _twins(
     tensors: dict[str, Place], layer_map: LayerMap, treatment: Treatment
 ) -> tuple[list[Comparison], list[str], int]:
-    """Output layers with the same source: pairs to compare, tensors that only one of them has, and
-    how many differ.
+    """Compare output layers that come from the same base layer.
 
-    Each new layer is held against the base's own; in an identity, output projections against zeros.
-    Of two that were scaled by unlike factors neither tells what the other is, unless one was left
-    as it was in the base.
+    Each new layer is compared with the base's own copy; in an identity, its output projections with
+    zeros. Two tensors with different factors can be compared only if one has the factor 1.
+
+    Returns:
+        The pairs to compare, a problem for each tensor that only one of two layers has, and the
+        number of tensors that cannot be compared.
     """
     layer_prefix = treatment.layer_prefix
     layers: dict[int, dict[str, Place]] = {output: {} for output in range(len(layer_map))}
@@ -239,7 +247,7 @@ def _twins(
     base_outputs = layer_map.base_outputs
     for output in layer_map.new_layers:
         own = base_outputs[layer_map.sources[output]]
-        assert own is not None  # what has a new copy has one of its own
+        assert own is not None  # a base layer with a new copy also has its own
         first, other = layers[own], layers[output]
         for suffix in sorted(first.keys() ^ other.keys()):
             lacking = output if suffix in first else own
@@ -265,16 +273,20 @@ def _twins(
     return pairs, problems, num_unlike
 
 
-def _against_base(output: Output, origin: Origin | None) -> tuple[list[Comparison], list[str]]:
-    """Names and config held against the base's: pairs that remain to be compared, and problems."""
+def _against_base(
+    output: Output, origin: OutputOrigin | None
+) -> tuple[list[Comparison], list[str]]:
+    """Compare names and config with the base's; return the pairs of tensors to compare, and
+    problems.
+    """
     config, tensors = output.config, output.tensors
     if origin is None:
-        return [], [f"without a valid {lineage.NAME} the output cannot be held against a base"]
+        return [], [f"without a valid {lineage.NAME} the output cannot be compared with a base"]
     base, layer_map, treatment, assume = origin
     decoder = decoder_config(base.config)
     if decoder.num_layers != layer_map.num_base_layers:
         problem = (
-            f"the base has {decoder.num_layers} layers, {lineage.NAME} was made from "
+            f"the base has {decoder.num_layers} layers, and the base in {lineage.NAME} had "
             f"{layer_map.num_base_layers}"
         )
         return [], [problem]
@@ -316,7 +328,7 @@ def _against_base(output: Output, origin: Origin | None) -> tuple[list[Compariso
 
 
 def _text(value: object) -> str:
-    """A value of JSON as text, by which NaN is the same as NaN."""
+    """A JSON value as text, so that NaN equals NaN."""
     return json.dumps(value, sort_keys=True)
 
 

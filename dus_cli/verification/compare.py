@@ -1,6 +1,4 @@
-"""Tensors of two files compared byte by byte: by their blocks on the disk where they share them,
-else by reading.
-"""
+"""Compare tensors of two files byte by byte. Bytes in shared blocks of the disk are not read."""
 
 from __future__ import annotations
 
@@ -24,18 +22,22 @@ from dus_cli.source.reading import open_regular
 
 
 class Place(NamedTuple):
-    """Where a tensor's bytes lie."""
+    """A tensor in a file."""
 
     path: Path
     tensor: TensorInfo
 
 
 class Comparison(NamedTuple):
-    """A place, and one from which its bytes come: they must be the same, or what `making` makes of
-    them.
+    """A tensor and its source, to be compared.
 
-    `dtype` is the left one's where it is not the right one's, `scale` what the left one was
-    multiplied by since.
+    Attributes:
+        left: the tensor.
+        right: its source.
+        right_name: the source's name in messages.
+        making: how the tensor was made from the source: copied, cast, scaled or zeros.
+        dtype: the tensor's dtype if it is not the source's, else None.
+        scale: the factor that it was multiplied by, or None.
     """
 
     left: Place
@@ -47,7 +49,7 @@ class Comparison(NamedTuple):
 
     @property
     def other_kind(self) -> str | None:
-        """What is wrong where the two are of different dtypes or shapes."""
+        """The problem if the two have different dtypes or shapes; else None."""
         left, right, dtype = (
             self.left.tensor,
             self.right.tensor,
@@ -58,17 +60,18 @@ class Comparison(NamedTuple):
         theirs = f"{self.right_name} {dtype} {list(right.shape)}"
         return f"tensor {shown(left.name)} is {left.dtype} {list(left.shape)}, {theirs}"
 
-    def differs(self, position: int, what: str = "") -> str:
+    def differs(self, position: int, remark: str = "") -> str:
+        """The problem of a difference at this byte of the tensor."""
         return (
             f"tensor {shown(self.left.tensor.name)} differs from {self.right_name} at byte "
-            f"{position}{what}"
+            f"{position}{remark}"
         )
 
 
 @dataclass
 class Compared:
-    """How many bytes were found equal by reading both, and how many because they are the same
-    blocks of the disk.
+    """How many bytes were compared by reading them, and how many are in shared blocks of the
+    disk.
     """
 
     read: int = 0
@@ -89,17 +92,20 @@ def compare(
     *,
     reads_all: bool = False,
 ) -> Iterator[str]:
-    """Compare places byte by byte; yields one line for each pair that differs.
+    """Compare tensors byte by byte.
 
-    Bytes of a right place are read once for all that are compared with them. Memory grows with the
-    number of pairs alone.
+    A source is read once for all tensors that are compared with it. Memory grows only with the
+    number of pairs.
 
     Args:
         pairs: what to compare.
-        jobs: how many threads read.
-        on_bytes: told of the left places' bytes that were compared.
-        tally: what they are counted in.
-        reads_all: read also what both files share.
+        jobs: number of threads.
+        on_bytes: called with numbers of bytes of the left tensors that were compared.
+        tally: counts the bytes.
+        reads_all: also read bytes in shared blocks.
+
+    Yields:
+        A problem, in one line, for each pair that differs.
     """
     groups: dict[tuple[object, ...], list[Comparison]] = {}
     for pair in pairs:
@@ -124,7 +130,7 @@ def _bytes_to_read(group: Sequence[Comparison]) -> int:
 
 
 class _Comparer:
-    """Compares groups of pairs that have the right place in common."""
+    """Compares groups of pairs that have the source in common."""
 
     def __init__(
         self,
@@ -137,27 +143,27 @@ class _Comparer:
         self._rooms = threading.local()
 
     def problems(self, pairs: Sequence[Comparison]) -> list[str]:
-        found = {id(pair): pair.other_kind for pair in pairs}
-        alike = [pair for pair in pairs if found[id(pair)] is None]
+        problem_of = {id(pair): pair.other_kind for pair in pairs}
+        alike = [pair for pair in pairs if problem_of[id(pair)] is None]
         if alike:
             first = alike[0]
             is_plain = first.making is Making.copied and first.right.tensor.lies_in_order
             step = self._read_plain if is_plain else self._read_made
             try:
-                step(alike, found)
+                step(alike, problem_of)
             except OSError as error:
-                found[id(first)] = (
+                problem_of[id(first)] = (
                     f"tensor {shown(first.left.tensor.name)} cannot be read: "
                     f"{error.strerror or error}"
                 )
             except CheckpointError as error:
-                found[id(first)] = str(error)
-        return [problem for problem in found.values() if problem is not None]
+                problem_of[id(first)] = str(error)
+        return [problem for problem in problem_of.values() if problem is not None]
 
-    def _read_plain(self, pairs: Sequence[Comparison], found: dict[int, str | None]) -> None:
+    def _read_plain(self, pairs: Sequence[Comparison], problem_of: dict[int, str | None]) -> None:
         right = pairs[0].right
-        wanted = {id(pair): self._to_read(pair) for pair in pairs}
-        if not any(wanted.values()):
+        to_read = {id(pair): self._to_read(pair) for pair in pairs}
+        if not any(to_read.values()):
             return
         ours, theirs = self._buffers()
         with contextlib.ExitStack() as closing:
@@ -165,22 +171,22 @@ class _Comparer:
             left_files = {
                 path: _opened(path, ours, closing) for path in {pair.left.path for pair in pairs}
             }
-            for start, length in _pieces(wanted.values()):
+            for start, length in _pieces(to_read.values()):
                 if self.stop.is_set():
                     return
                 expected = right_file.read(right.tensor.start + start, length)
                 for pair in pairs:
-                    parts = wanted[id(pair)]
-                    if found[id(pair)] is None and _overlap(parts, start, length):
+                    parts = to_read[id(pair)]
+                    if problem_of[id(pair)] is None and _overlap(parts, start, length):
                         piece = left_files[pair.left.path].read(
                             pair.left.tensor.start + start, length
                         )
-                        found[id(pair)] = _difference(pair, start, length, piece, expected)
+                        problem_of[id(pair)] = _difference(pair, start, length, piece, expected)
                         self.tally.add(read=length)
                         self.on_bytes(length)
 
     def _to_read(self, pair: Comparison) -> list[tuple[int, int]]:
-        """The parts of a pair that are not the same blocks of the disk, as (offset, length)."""
+        """The parts of a pair that are not in shared blocks of the disk, as (offset, length)."""
         left, right = pair.left, pair.right
         num_bytes = right.tensor.num_bytes
         if self.blocks is None:
@@ -195,7 +201,7 @@ class _Comparer:
         self.on_bytes(shared)
         return parts
 
-    def _read_made(self, pairs: Sequence[Comparison], found: dict[int, str | None]) -> None:
+    def _read_made(self, pairs: Sequence[Comparison], problem_of: dict[int, str | None]) -> None:
         first = pairs[0]
         dtype = first.dtype or first.right.tensor.dtype
         position = 0
@@ -211,25 +217,25 @@ class _Comparer:
                 if self.stop.is_set():
                     return
                 for pair in pairs:
-                    if found[id(pair)] is None:
+                    if problem_of[id(pair)] is None:
                         file = left_files[pair.left.path].fileno()
                         piece = os.pread(file, len(expected), pair.left.tensor.start + position)
-                        found[id(pair)] = _difference(
+                        problem_of[id(pair)] = _difference(
                             pair, position, len(expected), piece, expected
                         )
                         self.tally.add(read=len(expected))
                         self.on_bytes(len(expected))
                 position += len(expected)
         for pair in pairs:
-            if found[id(pair)] is None and position != pair.left.tensor.num_bytes:
-                found[id(pair)] = pair.differs(position, _SHORTER)
+            if problem_of[id(pair)] is None and position != pair.left.tensor.num_bytes:
+                problem_of[id(pair)] = pair.differs(position, _SHORTER)
 
     def _buffers(self) -> tuple[memoryview, memoryview]:
-        """Room for a piece of both sides, one pair for each thread."""
+        """The calling thread's two buffers, each for one piece."""
         if not hasattr(self._rooms, "pair"):
             self._rooms.pair = aligned_room(PIECE), aligned_room(PIECE)
-        found: tuple[memoryview, memoryview] = self._rooms.pair
-        return found
+        pair: tuple[memoryview, memoryview] = self._rooms.pair
+        return pair
 
 
 _SHORTER = ": the file became shorter"
@@ -242,7 +248,7 @@ def _opened(path: Path, room: memoryview, closing: contextlib.ExitStack) -> Dire
 
 
 def _pieces(parts: Iterable[Sequence[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-    """All that is in any of these parts, once and in order, in pieces for which there is room."""
+    """The union of these parts, in order, cut into pieces of at most PIECE bytes."""
     position = 0
     for start, length in sorted(part for of_one in parts for part in of_one):
         position = max(position, start)
@@ -263,8 +269,8 @@ def _difference(
     piece: bytes | memoryview,
     expected: bytes | memoryview,
 ) -> str | None:
-    """What is wrong with a piece that begins at `start` in the tensor and should have `length`
-    bytes.
+    """The problem of a piece that begins at `start` in the tensor and should have `length` bytes;
+    None if it is equal.
     """
     if len(piece) == len(expected) == length and _are_same(piece, expected):
         return None
@@ -279,8 +285,8 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 def _are_same(left: bytes | memoryview, right: bytes | memoryview) -> bool:
-    """Whether two buffers of one length hold the same: a memoryview compares its items one by
-    one.
+    """Whether two buffers of the same length are equal. Comparing memoryviews directly is slow:
+    Python compares their items one by one.
     """
     if isinstance(left, bytes) and isinstance(right, bytes):
         return left == right

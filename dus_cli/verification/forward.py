@@ -1,10 +1,11 @@
-"""An output run on real tokens beside its base, layer by layer: no table of architectures is asked.
+"""Run an output on tokens and compare it with its base, layer by layer. This works for every
+architecture, without the tables of `maps`.
 
-Both are loaded by transformers, one after the other, with the weights of one layer at a time. The
-output runs first. Then the base does, and while a layer of it has its weights it is called as the
-base calls it on what each of its copies in the output was given: it must return what the copy did.
-Where every layer does so to the bit, the logits of the output are those of the base's layers
-called in the map's order; where one does not, these are called so, to tell how far the logits are.
+transformers loads both models, one after the other, with the weights of one layer at a time. The
+output runs first. Then the base runs, and each of its layers is also called on the input of each of
+its copies in the output: it must return what the copy returned. If every layer does so to the bit,
+the output's logits are those of the base's layers called in the map's order. If one does not, the
+layers are called in that order, to measure how far the logits differ.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from dus_cli.models import weights
 from dus_cli.models.replay import Ready, Replay, Step
 from dus_cli.progress import Progress
 from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
-from dus_cli.verification.origin import Origin
+from dus_cli.verification.origin import OutputOrigin
 from dus_cli.verification.report import Forward
 
-# What is read where no text is given, repeated where it is too short.
+# The text that is run without --data; it is repeated if it is too short.
 TEXT = """\
 In the spring the river rose above the lower road, and for nine days the only way into town was the
 railway bridge. People carried flour, letters and lamp oil across it in handcarts, 40 loads a day by
@@ -41,26 +42,26 @@ had come. "We should build the next road higher," the engineer said, "or the nex
 neither, as the minutes of the council show: 7 were for it, 8 against, and 2 had gone home early.
 """
 
-# Tokens that are run at least, where the model has positions for them, and the widest attention
-# window that is always outrun: of two layers that differ in nothing else, only more tokens than
-# the window has can tell which is which.
+# The least number of tokens, if the model has positions for them; and the widest attention window
+# that is always exceeded. Only more tokens than a window shows whether a layer has it.
 _TOKENS = 128
 _WIDEST = 1024
 
-# Fewer kinds of tokens tell little: what attends to the same value everywhere finds the same.
+# The least number of different tokens: attention over equal values shows no difference.
 _DIFFERENT = 16
 
 _WINDOW = re.compile(r"(window|chunk)(_size)?$")
 
-# Of the largest number among those that are compared: what fp32 may lose where another kernel sums.
+# The difference that is allowed for fp32 rounding in another kernel, relative to the largest number
+# compared.
 _ROUNDING = 1e-6
 
-# What a number of the output is rounded to, where it was multiplied: half of it, relative.
+# The relative spacing of the numbers of a dtype: a number that was multiplied is off by half of it.
 _EPSILON = {"BF16": 2**-8, "F16": 2**-11, "F32": 2**-23}
 
 
 class _Layer(NamedTuple):
-    """A layer of the output that ran: its number, and by what its base layer is scaled."""
+    """A layer of the output that ran: its number, its base layer, and the factor on that."""
 
     output: int
     source: int
@@ -68,9 +69,15 @@ class _Layer(NamedTuple):
 
 
 @dataclass
-class _Run:
-    """The output's own run: hidden states before each layer that ran, then those behind the last,
-    each (1, tokens, width); logits of the last positions.
+class _OutputRun:
+    """The run of the output.
+
+    Attributes:
+        layers: the layers that ran, in order.
+        states: the hidden states before each of them, and after the last; each has the shape
+            (1, tokens, width).
+        start: the hidden states before the first layer, as the model makes them.
+        logits: of the last positions.
     """
 
     layers: list[_Layer]
@@ -79,18 +86,20 @@ class _Run:
     logits: Tensor
 
 
-def run_forward(folder: Path, origin: Origin, data: Sequence[str], progress: Progress) -> Forward:
-    """Run the model in a folder, and its base's layers beside it.
+def run_forward(
+    folder: Path, origin: OutputOrigin, data: Sequence[str], progress: Progress
+) -> Forward:
+    """Run an output, and compare its layers with its base's.
 
     Args:
-        folder: of the output.
+        folder: the output.
         origin: its base, and how it was made.
-        data: files of text, as `--data` takes them; none: a short text of our own.
-        progress: told of each layer.
+        data: files of text, as `--data` takes them; empty for the built-in text.
+        progress: receives the number of layers done.
 
     Raises:
         VerificationError: the model's layers cannot be called one by one.
-        LoadError, ProbeError: transformers does not load or run one of the two.
+        LoadError, ProbeError: transformers cannot load or run one of the models.
         DataError: the data cannot be read.
     """
     output = open_checkpoint(folder)
@@ -106,7 +115,7 @@ def run_forward(folder: Path, origin: Origin, data: Sequence[str], progress: Pro
     try:
         with torch.no_grad():
             mine = _run_output(output, stack, origin, ids, progress)
-            return _Comparison(mine, origin, _least_dtype(output)).run(ids, progress)
+            return _BaseRun(mine, origin, _least_dtype(output)).run(ids, progress)
     except ReplayError as error:
         raise VerificationError(
             f"--forward cannot compare {error}; leave it out: the bytes and config.json are "
@@ -115,8 +124,8 @@ def run_forward(folder: Path, origin: Origin, data: Sequence[str], progress: Pro
 
 
 def _run_output(
-    output: Checkpoint, stack: LayerStack, origin: Origin, ids: Tensor, progress: Progress
-) -> _Run:
+    output: Checkpoint, stack: LayerStack, origin: OutputOrigin, ids: Tensor, progress: Progress
+) -> _OutputRun:
     layers, states = list[_Layer](), list[Tensor]()
 
     def keep(step: Step) -> None:
@@ -127,16 +136,16 @@ def _run_output(
 
     model, ready = _loaded(output, stack)
     replay = Replay(model, stack.num_layers, ids, ready, on_layer=keep, called="the model")
-    found = _Run(layers, [*states, replay.after], replay.start, replay.logits)
+    run = _OutputRun(layers, [*states, replay.after], replay.start, replay.logits)
     del model, ready, replay
     gc.collect()  # modules refer to themselves, and two embeddings need not fit
-    return found
+    return run
 
 
 def _loaded(
     checkpoint: Checkpoint, stack: LayerStack, stored: torch.dtype | None = None
 ) -> tuple[Any, Ready]:
-    """A model in fp32, by layers where that can be."""
+    """A model in fp32, with the weights of one layer at a time if possible."""
     device = torch.device("cpu")
     try:
         return weights.stream(checkpoint, stack, torch.float32, device, stored)
@@ -145,14 +154,14 @@ def _loaded(
 
 
 def _least_dtype(output: Checkpoint) -> float:
-    """The relative rounding of the output's least exact floats."""
+    """The relative spacing of the numbers of the output's least exact dtype."""
     return max((_EPSILON.get(tensor.dtype, 0.0) for _, tensor in output.tensors()), default=0.0)
 
 
-class _Comparison:
-    """The base beside a run of the output."""
+class _BaseRun:
+    """Runs the base, and compares its layers with a run of the output."""
 
-    def __init__(self, mine: _Run, origin: Origin, epsilon: float) -> None:
+    def __init__(self, mine: _OutputRun, origin: OutputOrigin, epsilon: float) -> None:
         self._mine, self._origin, self._epsilon = mine, origin, epsilon
         self._copies: dict[int, list[int]] = {}
         for place, layer in enumerate(mine.layers):
@@ -164,16 +173,18 @@ class _Comparison:
         stored = None if dtype is None else getattr(torch, dtype.value)
         model, ready = _loaded(self._origin.base, self._origin.stack(), stored)
 
-        def hold(step: Step) -> None:
+        def compare_copies(step: Step) -> None:
             for place in self._copies.get(step.number, ()):
-                self._hold(place, step)
+                self._compare(place, step)
             progress.advance(1)
 
-        base = Replay(model, self._origin.layer_map.num_base_layers, ids, ready, on_layer=hold)
+        base = Replay(
+            model, self._origin.layer_map.num_base_layers, ids, ready, on_layer=compare_copies
+        )
         tail = base.finish_last(ids, self._mine.states[-1])
         ends = {
-            "what stands before the first layer": (base.start, self._mine.start),
-            "what stands behind the last layer": (tail, self._mine.logits),
+            "the part before the first layer": (base.start, self._mine.start),
+            "the part after the last layer": (tail, self._mine.logits),
         }
         apart = [
             self._mine.layers[place] for place in sorted(self._compared) if self._compared[place][2]
@@ -196,8 +207,8 @@ class _Comparison:
             wider=_wider(self._origin.base, ids.shape[1]),
         )
 
-    def _hold(self, place: int, step: Step) -> None:
-        """Compare a layer of the output with the base's, which has its weights now."""
+    def _compare(self, place: int, step: Step) -> None:
+        """Compare a layer of the output with the base layer that has its weights now."""
         layer, before = self._mine.layers[place], self._mine.states[place]
         if layer.factor == 1 and torch.equal(before, step.before):
             expected = step.after
@@ -209,7 +220,7 @@ class _Comparison:
         self._compared[place] = size, added, is_apart
 
     def _logits_apart(self, base: Replay, ready: Ready, ids: Tensor) -> float:
-        """The largest difference of the output's logits from those of the base's layers, called
+        """The largest difference between the output's logits and those of the base's layers called
         in the map's order.
         """
         base.take([ids])
@@ -220,11 +231,13 @@ class _Comparison:
         return _apart(base.finish_last(ids, hidden), self._mine.logits)[0]
 
 
-def _apart(expected: Tensor, found: Tensor, allowed: float = 0.0) -> tuple[float, float, bool]:
-    """The largest difference, the largest number, and whether they differ by more than rounding."""
-    if expected.shape != found.shape:
+def _apart(expected: Tensor, actual: Tensor, allowed: float = 0.0) -> tuple[float, float, bool]:
+    """Compare two tensors: the largest difference, the largest expected number, and whether they
+    differ by more than rounding.
+    """
+    if expected.shape != actual.shape:
         return float("inf"), 0.0, True
-    size, largest = float((expected - found).abs().max()), float(expected.abs().max())
+    size, largest = float((expected - actual).abs().max()), float(expected.abs().max())
     return size, largest, not size <= allowed + _ROUNDING * largest
 
 
@@ -232,8 +245,8 @@ def _apart(expected: Tensor, found: Tensor, allowed: float = 0.0) -> tuple[float
 
 
 def _token_ids(base: Checkpoint, data: Sequence[str]) -> Tensor:
-    """One row of token ids, of the data or of a text of our own; made up where there is no
-    tokenizer. Shape (1, tokens).
+    """One row of token ids, of shape (1, tokens): of the data, or of the built-in text; without a
+    tokenizer, made up.
     """
     fields = decoder_config(base.config).fields
     words, length = vocab_size(base.config, fields), _num_tokens(fields)
@@ -241,16 +254,17 @@ def _token_ids(base: Checkpoint, data: Sequence[str]) -> Tensor:
         tokeniser = Tokeniser(base.folder, words)
         (ids,) = tokeniser.encode(["\n".join(read_sample(data, tokeniser, length).texts)])
         return torch.tensor([[*tokeniser.before, *ids][:length]])
-    ids = _ids_of_our_text(base, words)
+    ids = _built_in_ids(base, words)
     if len(set(ids)) < _DIFFERENT:
         ids = [(number * 7919 + 1) % (words or _DIFFERENT) for number in range(length)]
     return torch.tensor([(ids * (length // len(ids) + 1))[:length]])
 
 
-def _ids_of_our_text(base: Checkpoint, words: int | None) -> list[int]:
-    """None where there is no tokenizer."""
+def _built_in_ids(base: Checkpoint, words: int | None) -> list[int]:
+    """Token ids of the built-in text; [] if there is no tokenizer that fits the vocabulary."""
     try:
-        tokenizer_identity(base.folder)  # transformers makes up a tokenizer where there is no file
+        # raises without tokenizer files, from which transformers would make up a tokenizer
+        tokenizer_identity(base.folder)
         tokeniser = Tokeniser(base.folder, words)
     except DataError:
         return []
@@ -259,13 +273,15 @@ def _ids_of_our_text(base: Checkpoint, words: int | None) -> list[int]:
 
 
 def _num_tokens(fields: dict[str, Any]) -> int:
-    """Enough to outrun every window that is not too wide, within the model's positions."""
+    """The number of tokens: more than each attention window up to _WIDEST, within the model's
+    positions.
+    """
     narrow = max((width for width in _windows(fields) if width <= _WIDEST), default=0)
     return min(max(_TOKENS, narrow + narrow // 16 + 8), context_length(fields) or _WIDEST)
 
 
 def _wider(base: Checkpoint, num_tokens: int) -> int | None:
-    """A window that these tokens do not outrun, where layers differ in kind."""
+    """An attention window that is not narrower than these tokens, if layers differ in kind."""
     fields = decoder_config(base.config).fields
     kinds = fields.get("layer_types")
     differ = isinstance(kinds, list) and any(kind != kinds[0] for kind in kinds)

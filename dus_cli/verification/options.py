@@ -1,4 +1,4 @@
-"""What is asked of `dus verify`, with its options."""
+"""The options of `dus verify`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dus_cli.writing.transfer import DEFAULT_JOBS
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """What a checkpoint is held against, and how its bytes are read.
+    """What a checkpoint is compared with, and how its bytes are read.
 
     Attributes:
         base: also compare every tensor with this base, a Hub id or a directory.
-        engines: names of inference engines: what one of them would not compute as config.json says
-            is a problem.
+        engines: names of inference engines; it is a problem if one of them would not compute what
+            config.json says.
         token: Hub access token, for the base; HF_TOKEN or the stored login by default.
         jobs: parallel reads, 1 to 64.
-        read: read also what lies in the same blocks of the disk and cannot differ: for a disk that
-            is not trusted.
-        forward: also run the model beside the base's layers, with transformers; it needs `base`.
-        data: files of text for `forward`, as heal takes them; a short text of dus's own by default.
+        read: also read bytes in shared blocks of the disk, which cannot differ; for a disk that is
+            not trusted.
+        forward: also run the model and the base's layers with transformers; it needs `base`.
+        data: files of text for `forward`, as heal takes them; a built-in text by default.
     """
 
     base: Annotated[
@@ -39,7 +39,8 @@ class VerifyOptions:
     engines: Annotated[
         tuple[str, ...],
         engines_option(
-            "Also say whether inference engines compute what config.json says, whoever made OUT."
+            "Also check that inference engines compute what config.json says; OUT may be any "
+            "checkpoint."
         ),
     ] = ()
     token: Token = None
@@ -47,21 +48,21 @@ class VerifyOptions:
     read: Annotated[
         bool,
         Option(
-            "Read every byte, also where both files share blocks of the disk (reflinks) and so "
-            "cannot differ."
+            "Read every byte, even of files that share blocks of the disk (reflinks) and so cannot "
+            "differ."
         ),
     ] = False
     forward: Annotated[
         bool,
         Option(
-            "Also run OUT and the layers of --base side by side, on tokens, in transformers: "
-            "whether each computes the same, of any architecture. One layer at a time is in memory."
+            "Also run OUT and the layers of --base on tokens, with transformers, and check that "
+            "they compute the same; for any architecture. One layer at a time is in memory."
         ),
     ] = False
     data: Annotated[
         tuple[str, ...],
         Option(
-            "Text for --forward, as dus heal takes it. Default: a short text. Repeat for more.",
+            "Text for --forward, as dus heal takes it. Default: a built-in text. Repeat for more.",
             metavar="FILE",
         ),
     ] = ()

@@ -1,4 +1,4 @@
-"""What an output was made from, and how."""
+"""The base of an output, and how the output was made from it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from dus_cli.planning.treatment import Treatment
 from dus_cli.source.checkpoint import Checkpoint
 
 
-class Origin(NamedTuple):
-    """A base, where each layer of an output comes from, and what became of its tensors."""
+class OutputOrigin(NamedTuple):
+    """How an output was made.
+
+    Attributes:
+        base: the checkpoint.
+        layer_map: the base layer of each output layer.
+        treatment: how tensors were copied, cast, scaled or set to zero.
+        assume: the decisions (--assume) about fields that dus does not know.
+    """
 
     base: Checkpoint
     layer_map: LayerMap
@@ -21,16 +28,18 @@ class Origin(NamedTuple):
     assume: dict[str, Assumption]
 
     def stack(self) -> LayerStack:
-        """The base's layers.
+        """The stack of the base's layers.
 
         Raises:
-            CheckpointError: they are not found among its tensors.
+            CheckpointError: it is not found among the base's tensors.
         """
         names = (tensor.name for _, tensor in self.base.tensors())
         return find_stack(names, decoder_config(self.base.config), self.assume)[0]
 
     def factor(self, output: int) -> float:
-        """How many times an output layer adds what its base layer does."""
+        """The factor on what an output layer adds to the residual stream, relative to its base
+        layer.
+        """
         treatment = self.treatment
         if treatment.zeros and output in treatment.new_layers:
             return 0.0

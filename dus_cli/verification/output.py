@@ -1,4 +1,4 @@
-"""An output as far as it can be read, for the checks."""
+"""Read as much of an output as possible, for the checks."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ from dus_cli.verification.report import Finding
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """A checkpoint that is verified; None stands for what could not be read or is not there.
+    """A checkpoint that is verified. What could not be read, or does not exist, is None.
 
     Attributes:
-        decoder: the config, understood.
-        tensors: by name; those of shards that could be read.
+        folder: its directory.
+        config: config.json.
+        decoder: the decoder's part of the config.
+        tensors: the tensors of the shards that could be read, by name.
         all_readable: every shard could be read.
         record: its dus.json.
-        layer_map: by the record.
-        treatment: by the record; the plain one without a layer map.
+        layer_map: the layer map in dus.json.
+        treatment: how tensors were made, by dus.json; all copied if there is no layer map.
     """
 
     folder: Path
@@ -60,8 +62,8 @@ class Output:
 
     @property
     def has_map(self) -> bool:
-        """Whether the record should have a layer map: not that of a healed model of unknown
-        making.
+        """Whether dus.json should have a layer map: not if dus healed a model that it did not
+        make.
         """
         return self.record is not None and not (self.is_healed and "layer_map" not in self.record)
 
@@ -71,7 +73,7 @@ class Output:
 
 
 def read_output(folder: Path) -> tuple[Output, Finding]:
-    """Read config, headers and dus.json of a checkpoint, and gather what is wrong with them."""
+    """Read config, headers and dus.json of a checkpoint, and collect every problem."""
     finding = Finding()
     config = gathered(finding, lambda: read_config(folder)[0])
     tensors, all_readable = _open_tensors(folder, config or {}, finding)
@@ -92,18 +94,20 @@ def read_output(folder: Path) -> tuple[Output, Finding]:
         recorded_prefix = prefix if isinstance(prefix, str) else None
         gathered(finding, lambda: find_stack(tensors, decoder, recorded=recorded_prefix))
     if output.has_map:
-        found = gathered(finding, lambda: _recorded_map(record))
-        if found is not None:
-            output = replace(output, layer_map=found[0], treatment=found[1])
+        recorded = gathered(finding, lambda: _recorded_map(record))
+        if recorded is not None:
+            output = replace(output, layer_map=recorded[0], treatment=recorded[1])
     if record is None and not finding.problems:
         finding.warnings.append(
-            f"there is no {lineage.NAME}: which layers stand twice is not known, none were compared"
+            f"there is no {lineage.NAME}: which layers are copies is not known, none were compared"
         )
     return output, finding
 
 
 def gathered(finding: Finding, step: Callable[[], Any]) -> Any:
-    """The step's result; None, with its problem gathered, if it fails."""
+    """Call `step` and return its result; if it raises a DusError, add that to the problems and
+    return None.
+    """
     try:
         return step()
     except DusError as error:
@@ -114,8 +118,8 @@ def gathered(finding: Finding, step: Callable[[], Any]) -> Any:
 def _find_shards(
     folder: Path, config: dict[str, Any], finding: Finding
 ) -> tuple[Index | None, list[str]]:
-    """The index, where there is one, and the shards from which transformers would load; [] where
-    there are none.
+    """The index, or None, and the names of the shards that transformers would load; [] if there
+    are none.
     """
     chosen = gathered(finding, lambda: find_weights(folder, config) or PICKLED_NAME)
     if chosen is None:
@@ -138,7 +142,7 @@ def _open_tensors(
 ) -> tuple[dict[str, Place], bool]:
     """All tensors by name, and whether every shard could be read.
 
-    Unlike `open_checkpoint` it goes on past a bad shard, to find every problem.
+    Unlike `open_checkpoint` it continues after a bad shard, to find every problem.
     """
     index, shard_names = _find_shards(folder, config, finding)
     if not shard_names:
@@ -155,7 +159,7 @@ def _open_tensors(
             continue
         for tensor in header.tensors:
             if tensor.name in tensors:
-                finding.problems.append(f"tensor {shown(tensor.name)} stands in two shards")
+                finding.problems.append(f"tensor {shown(tensor.name)} is in two shards")
             if index is not None and index.weight_map.get(tensor.name) != name:
                 finding.problems.append(
                     f"{shown(name)} holds {shown(tensor.name)}, which the index does not place "

@@ -1,4 +1,4 @@
-"""An output checked against its plan."""
+"""Check an output against its plan, before it is published."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dus_cli.progress import Progress
 from dus_cli.release import card, lineage
 from dus_cli.source.headers import TensorInfo, read_header
 from dus_cli.verification.compare import Comparison, Place, compare
-from dus_cli.verification.origin import Origin
+from dus_cli.verification.origin import OutputOrigin
 from dus_cli.writing.staging import staged_files
 
 
@@ -29,14 +29,10 @@ class VerifyMode(str, Enum):
     forward = "forward"
 
 
-# --- before publishing: against the plan -------------------------------------------------------
-
-
 def check_against_plan(plan: UpscalePlan, folder: Path, held: Container[str] = ()) -> None:
-    """Headers, sizes, index and config of what was written, against what was planned. Reads no
-    data.
+    """Check that headers, sizes, index and config were written as planned. Reads no tensor data.
 
-    `held` are files that will be written, and read back, later.
+    `held` names files that are written, and read back, later.
 
     Raises:
         VerificationError: the first difference.
@@ -48,12 +44,12 @@ def check_against_plan(plan: UpscalePlan, folder: Path, held: Container[str] = (
             raise VerificationError(
                 f"{name} is not what was planned; the disk or the file system failed"
             )
-    records = (card.NAME, *PICTURES, lineage.NAME)  # their text may be edited later
+    records = (card.NAME, *PICTURES, lineage.NAME)  # must exist, but may have been edited since
     expected = {*plan.shards, *plan.text_files(), *records, *(name for name, _ in plan.files)}
     missing = sorted(name for name in expected - set(staged_files(folder)) if name not in held)
     if missing:
         raise VerificationError(
-            f"{shown_list(missing)} was written and is gone; does something clean this folder?"
+            f"{shown_list(missing)} was written and has vanished; let nothing clean this folder"
         )
 
 
@@ -79,8 +75,8 @@ def _check_shard(path: Path, name: str, layout: ShardLayout) -> None:
 def check_bytes_against_plan(
     plan: UpscalePlan, folder: Path, jobs: int, on_bytes: Callable[[int], object]
 ) -> None:
-    """Every byte that was written, against its source; where that is no file here, against the
-    first of its twins.
+    """Compare every byte that was written with its source; if that is not on this machine, compare
+    the tensor's copies with the first of them.
 
     Raises:
         VerificationError: the first difference.
@@ -95,7 +91,7 @@ def check_bytes_against_plan(
                     folder / name, TensorInfo(placement.name, placement.dtype, shape, start, end)
                 )
                 is_here = placement.shard.fingerprint is not None
-                if is_here or placement.making is Making.zeros:  # zeros have no need of a file
+                if is_here or placement.making is Making.zeros:  # zeros need no source
                     source = Place(
                         placement.shard.path if is_here else written.path, placement.tensor
                     )
@@ -111,15 +107,18 @@ def check_bytes_against_plan(
 
 
 def check_forward(plan: UpscalePlan, folder: Path, progress: Progress) -> None:
-    """What was written, run beside the base's layers on a short text.
+    """Run what was written on a short text, and compare it with the base's layers.
 
     Raises:
-        VerificationError: a layer of it computes something else, or it cannot be compared.
-        LoadError, ProbeError: transformers does not load or run one of the two.
+        VerificationError: a layer computes something else than the base's, or they cannot be
+            compared.
+        LoadError, ProbeError: transformers cannot load or run one of the models.
     """
     from dus_cli.verification.forward import run_forward
 
-    origin = Origin(plan.checkpoint, plan.layer_map, plan.treatment, dict(plan.request.assume))
-    found = run_forward(folder, origin, (), progress)
-    if found.problems:
-        raise VerificationError(f"{found.problems[0]}; nothing was published")
+    origin = OutputOrigin(
+        plan.checkpoint, plan.layer_map, plan.treatment, dict(plan.request.assume)
+    )
+    forward = run_forward(folder, origin, (), progress)
+    if forward.problems:
+        raise VerificationError(f"{forward.problems[0]}; nothing was published")

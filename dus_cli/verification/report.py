@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""The result of a verification, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dus_cli.common.units import human_bytes
 
 @dataclass(frozen=True)
 class Forward:
-    """An output run beside its base's layers (`verification.forward`).
+    """The result of running an output and its base's layers (`verification.forward`).
 
     Attributes:
-        tokens: that were run.
-        layers: of the output that ran.
-        is_exact: every layer, and the logits, are the base's to the bit.
-        num_apart: layers that differ by more than rounding.
-        first: the first of them: the output's layer, and the base's.
-        difference: the largest difference of the hidden states behind that one.
+        tokens: number of tokens.
+        layers: number of the output's layers that ran.
+        is_exact: every layer, and the logits, equal the base's to the bit.
+        num_apart: number of layers that differ by more than rounding.
+        first: the first such layer, as (output layer, base layer); None if there is none.
+        difference: the largest difference of the hidden states after that layer.
         added: the largest number that it should add to them.
-        ends: what beside the layers differs, in words.
-        logits: the largest difference of a logit, of the last positions.
-        wider: an attention window of the config that these tokens do not outrun, where layers
-            differ in kind.
+        ends: the parts before and after the layers that differ, in words.
+        logits: the largest difference of the logits of the last positions.
+        wider: an attention window that is not narrower than these tokens, if layers differ in
+            kind; else None.
     """
 
     tokens: int
@@ -43,25 +43,28 @@ class Forward:
     def warnings(self) -> list[str]:
         if self.wider is None:
             return []
-        said = f"--forward ran {self.tokens} tokens, which no window of {self.wider} cuts short"
-        return [f"{said}: which layers have it only a longer text tells"]
+        warning = (
+            f"--forward ran {self.tokens} tokens, no more than the attention window of "
+            f"{self.wider}: only a longer text shows which layers have it"
+        )
+        return [warning]
 
     @property
     def problems(self) -> list[str]:
-        found = [
-            f"--forward: {what} computes something else than in the base; the logits differ by "
+        problems = [
+            f"--forward: {part} computes something else than in the base; the logits differ by "
             f"up to {self.logits:.2g}"
-            for what in self.ends
+            for part in self.ends
         ]
         if self.first is not None:
             output, source = self.first
             others = "" if self.num_apart == 1 else f", and {self.num_apart - 1} more layers differ"
-            found.append(
+            problems.append(
                 f"--forward: layer {output} does not compute what the base's layer {source} does: "
-                f"the hidden states differ by up to {self.difference:.2g}, where it should add up "
+                f"the hidden states differ by up to {self.difference:.2g}, and it should add up "
                 f"to {self.added:.2g}{others}; the logits differ by up to {self.logits:.2g}"
             )
-        return found
+        return problems
 
     def to_json(self) -> dict[str, Any]:
         first = self.first
@@ -77,13 +80,15 @@ class Forward:
         }
 
     def __str__(self) -> str:
-        how = "to the bit" if self.is_exact else f"to rounding, logits to {self.logits:.1g}"
-        return f"{self.layers} layers compute what the base's do, {how}, on {self.tokens} tokens"
+        precision = "to the bit" if self.is_exact else f"to rounding, logits to {self.logits:.1g}"
+        return (
+            f"{self.layers} layers compute what the base's do, {precision}, on {self.tokens} tokens"
+        )
 
 
 @dataclass
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -96,8 +101,20 @@ class Finding:
 
 @dataclass
 class Verification:
-    """What `dus verify` found, a line for each of `problems` and `warnings`. As text it is the
-    summary for a person.
+    """The result of `dus verify`; `str` gives the summary for a person.
+
+    Attributes:
+        model: the directory, as given.
+        problems: one line each; the checkpoint is sound if there are none.
+        warnings: one line each.
+        num_tensors: number of tensors that could be read.
+        num_parameters: their number of elements.
+        num_layers: the config's number of layers; None if it cannot be read.
+        bytes_compared: bytes that were compared with the base or with copies.
+        bytes_shared: bytes of these that are in shared blocks of the disk and were not read.
+        files_summed: number of files whose SHA-256 was compared.
+        engines: what each engine of --for computes, as in `--json`.
+        forward: the result of --forward, or None.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Reopen an output and hold it against its plan, its base, its own duplicates and its checksums."""
+"""The verb verify: read an output, run every check, and collect the findings."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ def verify(
     deep: bool = True,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check a checkpoint and gather every problem.
+    """Check a checkpoint and collect every problem.
 
-    Every header, the index against the headers, the config against the tensors; then each of
-    `CHECKS`: with dus.json the layers that stand twice against each other, byte by byte; with
-    `base` every tensor against its source and the config against the base's; with SHA256SUMS every
-    file's sum.
+    Checks every header, the index against the headers, and the config against the tensors; then
+    runs `CHECKS`: with dus.json, copies of a layer are compared byte by byte; with `base`, every
+    tensor with its source, and the config with the base's; with SHA256SUMS, every file's sum.
 
     Args:
         folder: the checkpoint.
-        base: opened; `options.base` is not read.
-        options: the engines to judge for, and how bytes are read.
-        deep: if not, no data is read: neither layers that stand twice nor sums.
-        progress: told what is compared.
+        base: the open base, or None; `options.base` is ignored.
+        options: engines, and how bytes are read.
+        deep: read data, to compare copies of layers and to sum files.
+        progress: receives the progress.
 
     Raises:
-        CheckpointError: a run is writing it in place, or left it half-written.
+        CheckpointError: a run is writing the folder in place, or left it half-written.
     """
     check_whole(folder)
     request = Request(
