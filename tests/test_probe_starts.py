@@ -106,7 +106,7 @@ def test_every_map_is_measured_with_every_start(model: Path, corpus: Path) -> No
     maps = ["--trim 2", "--layers 0:4,2:7,0", "--double 1:3,5"]
     assert said == [
         f"{options}{start}"
-        for start in ("", " --start identity", " --start half", " --start fade:linear")
+        for start in ("", " --start identity", " --start half", " --start fade:cosine")
         for options in maps
     ]
     (plain,) = measured(model, corpus, trims=(2, 3)).maps
@@ -126,9 +126,9 @@ def test_the_report_has_starts_where_they_were_asked_for(
     options = ("--data", corpus, "--tokens", "100", "--seq-length", "24", "--precision", "fp32")
     search_too = ("--start", "half,fade", "--search", "--best", "2", "--within", "100%")
     report = forked_dus("probe", model, *options, *search_too, "--json").report
-    assert report["starts"] == ["half", "fade:linear"]
+    assert report["starts"] == ["half", "fade:cosine"]
     assert report["base_passes"] == round(report["layer_passes"] / 7, 2)
-    assert [one["start"] for one in report["doublings"]] == ["half", "fade:linear"]
+    assert [one["start"] for one in report["doublings"]] == ["half", "fade:cosine"]
     one = report["doublings"][0]
     alone = measured(model, corpus, double=("3",), starts=starts("half"))
     assert one["layers"][3]["loss"] == pytest.approx(alone.maps[0].loss, abs=1e-6)
@@ -152,7 +152,7 @@ def test_the_report_has_starts_where_they_were_asked_for(
     run = forked_dus("probe", model, *options, *search_too, "--plot", tmp_path / "p.svg")
     assert run.stdout.splitlines()[0].split()[:3] == ["map", "start", "layers"]
     text = check_labels((tmp_path / "p.svg").read_text())
-    assert {"half", "fade:linear", "Each layer doubled alone: loss above the base's"} <= set(text)
+    assert {"half", "fade:cosine", "Each layer doubled alone: loss above the base's"} <= set(text)
     paths = ET.parse(tmp_path / "p.svg").iter("{http://www.w3.org/2000/svg}path")  # noqa: S314
     assert sum(path.get("d", "").count("V") == 14 for path in paths) == 2  # seven bars a start
 

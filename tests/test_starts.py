@@ -56,7 +56,7 @@ def test_a_fade_falls_in_one_copy_as_it_rises_in_the_next(shape: str, layer_map:
 
 
 def test_a_linear_fade_takes_equal_steps_from_half_a_step_on() -> None:
-    assert of("fade", stack(6, 1)) == (
+    assert of("fade:linear", stack(6, 1)) == (
         1.0,
         0.875,
         0.625,
@@ -68,6 +68,12 @@ def test_a_linear_fade_takes_equal_steps_from_half_a_step_on() -> None:
         0.875,
         1.0,
     )
+
+
+def test_a_fade_is_slow_at_both_ends_unless_it_is_told_to_be_linear() -> None:
+    rising = (0.03806, 0.308658, 0.691342, 0.96194)  # (1 - cos(pi (k + 1/2) / 4)) / 2
+    assert of("fade", stack(6, 1)) == (1.0, *rising[::-1], *rising, 1.0)
+    assert of("fade", stack(6, 1)) == of("fade:cosine", stack(6, 1))
 
 
 def test_k_copies_in_half_are_a_kth_each_wherever_they_stand() -> None:
@@ -182,7 +188,7 @@ def scaled(data: bytes, factor: float) -> bytes:
 CASES: dict[str, tuple[list[str], dict[int, float]]] = {
     "half": (["--double", "2:5", "--start", "half"], dict.fromkeys(range(2, 8), 0.5)),
     "fade": (
-        ["-t", "2", "--start", "fade"],
+        ["-t", "2", "--start", "fade:linear"],
         dict(zip(range(2, 10), (0.875, 0.625, 0.375, 0.125) * 2, strict=True)),
     ),
     "scale": (["-t", "3", "--start", "scale:.125"], {5: 0.125, 6: 0.125}),

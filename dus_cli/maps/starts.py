@@ -10,8 +10,8 @@ checkpoint, without a tensor more:
 - `half`: a base layer that stands K times adds 1/K each time: a residual block as a step of an
   integrator, taken as K steps of a K-th of the size.
 - `fade`: where the end of one copy is the beginning of the next, the first fades out as the second
-  fades in. Each pair of factors comes to 1. `fade:cosine` stays longer at either end than
-  `fade:linear`, the default.
+  fades in. Each pair of factors comes to 1. `fade:cosine`, the default, stays longer at either
+  end than `fade:linear`.
 - `scale:C`: new layers add C times what they would.
 
 docs/starts.md has what each of them brings.
@@ -33,10 +33,11 @@ IDENTITY = "identity"
 # What --help and messages list.
 STARTS = ("copy", IDENTITY, "half", "fade", "scale:C")
 
-# The second copy's share of a pair, by how far the overlap has come: above 0, below 1.
+# The second copy's share of a pair, by how far the overlap has come: above 0, below 1. The first is
+# the default.
 _SHAPES: Mapping[str, Callable[[float], float]] = {
-    "linear": lambda way: way,
     "cosine": lambda way: (1 - math.cos(math.pi * way)) / 2,
+    "linear": lambda way: way,
 }
 
 LARGEST_FACTOR = 16.0
@@ -50,7 +51,7 @@ class StartRule:
     """A start by its name, with the shape of a fade or the factor of a scale.
 
     >>> StartRule.parse("fade"), str(StartRule.parse("scale:.25"))
-    (StartRule(name='fade', shape='linear', factor=1.0), 'scale:0.25')
+    (StartRule(name='fade', shape='cosine', factor=1.0), 'scale:0.25')
     """
 
     name: str = "copy"
@@ -68,7 +69,7 @@ class StartRule:
         if name == "scale":
             return cls(name, factor=_factor(value))
         if name == "fade" and (value in _SHAPES or not colon):
-            return cls(name, value or "linear")
+            return cls(name, value or next(iter(_SHAPES)))
         if name == "fade":
             raise ValueError(
                 f"{shown(text)!r} is no start: a fade is one of fade:{', fade:'.join(_SHAPES)}"
@@ -111,7 +112,7 @@ def factors(start: StartRule, layer_map: LayerMap) -> tuple[float, ...]:
     >>> from dus_cli.maps.layers import stack
     >>> factors(StartRule.parse("half"), stack(4, trim=1))
     (1.0, 0.5, 0.5, 0.5, 0.5, 1.0)
-    >>> factors(StartRule.parse("fade"), stack(4, trim=0))
+    >>> factors(StartRule.parse("fade:linear"), stack(4, trim=0))
     (0.875, 0.625, 0.375, 0.125, 0.125, 0.375, 0.625, 0.875)
 
     Raises:

@@ -66,7 +66,7 @@ class UpscaleOptions:
         assume: "keep" or "map" for fields of config.json that dus does not know.
         identity: new layers start as identities, so that the model computes what its base does.
         start: the factor on what layers add to the residual stream: "copy" (1, the default),
-            "identity", "half", "fade", "fade:cosine" or "scale:C" (`dus_cli.maps.starts`).
+            "identity", "half", "fade", "fade:linear" or "scale:C" (`dus_cli.maps.starts`).
         engines: names of inference engines, such as "llama.cpp", that must compute the output as
             config.json says; "all" for every one that dus knows. Without `trim`, the nearest to a
             quarter with which they do is taken.
@@ -151,7 +151,7 @@ class UpscaleOptions:
         Option(
             "Factor on what layers add at first: copy (1), identity (0 for new layers), half "
             "(equal parts for the copies of a layer), fade (overlapping copies cross-fade; "
-            "fade:linear or fade:cosine), scale:C (C for new layers). Default: copy.",
+            "fade:cosine, the default, or fade:linear), scale:C (C for new layers). Default: copy.",
             metavar="START",
             panel=_MAP,
             parse=check_start,

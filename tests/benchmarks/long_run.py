@@ -40,7 +40,7 @@ class Arm(NamedTuple):
 
 ARMS = {
     "copies": Arm(("--trim", "7")),
-    "fade": Arm(("--trim", "7", "--start", "fade")),
+    "fade": Arm(("--trim", "7", "--start", "fade:linear")),
     "half of 46": Arm(("--double", "7:23", "--start", "half")),
     "half of 57": Arm(("--double", "2:29", "--start", "half")),
     "identities": Arm(("--trim", "7", "--start", "identity")),

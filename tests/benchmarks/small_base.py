@@ -97,7 +97,7 @@ class Study:
         double = f"{trim}:{layers - trim}"
         self.starts: dict[str, tuple[str, ...]] = {
             "copies": ("--trim", str(trim)),
-            "fade": ("--trim", str(trim), "--start", "fade"),
+            "fade": ("--trim", str(trim), "--start", "fade:linear"),
             "half": ("--double", double, "--start", "half"),
             "identities": ("--trim", str(trim), "--start", "identity"),
         }
