@@ -185,6 +185,19 @@ def test_the_command_says_on_stderr_and_in_its_report_that_it_writes_in_place(
     assert report["published"] == "index last"
 
 
+def test_what_is_written_in_place_is_not_run_before_it_has_its_name(
+    base: Path, mounted: Mounting
+) -> None:
+    pytest.importorskip("transformers")
+    mount = mounted(IN_PLACE)
+    done = dus("upscale", base, "-o", mount / "out", "--verify", "forward", "-q")
+    done.assert_one_line_error(
+        "is written in place, and --verify forward runs a model before it has its name",
+        "run dus verify OUT --base MODEL --forward afterwards",
+    )
+    assert list(mount.iterdir()) == []
+
+
 def test_a_dry_run_foretells_it_of_a_known_store_and_writes_nothing(
     base: Path, mounted: Mounting
 ) -> None:

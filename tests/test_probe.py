@@ -365,6 +365,19 @@ def test_what_cannot_be_is_one_line(model: Path, corpus: Path, tmp_path: Path) -
         )
 
 
+def test_layers_that_cannot_be_read_one_by_one_are_refused_in_one_line(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model, pickled)
+    weights = pickled / "model.safetensors"
+    torch.save(load_file(weights), pickled / "pytorch_model.bin")
+    weights.unlink()
+    forked_dus("probe", pickled, "--data", corpus, "--stream-layers", "-q").assert_one_line_error(
+        "--stream-layers: layers are read from safetensors", "are pickled; leave it out"
+    )
+
+
 def test_a_dry_run_loads_nothing(corpus: Path, base: Path) -> None:
     """Of a checkpoint whose bytes are no sensible weights, and that has no tokenizer."""
     report = forked_dus(

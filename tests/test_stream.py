@@ -455,6 +455,9 @@ def test_what_is_in_the_cache_is_taken_from_there(total: int, hub: StandInHub) -
 def test_streaming_has_its_usage_errors(folder: Path, hub: StandInHub) -> None:
     dus("upscale", folder, "-o", "out", "--stream").assert_one_line_error("is a directory", code=2)
     dus(*COMMAND, "--copy-mode", "clone").assert_one_line_error("--copy-mode clone", code=2)
+    dus(*COMMAND, "--verify", "forward").assert_one_line_error(
+        "--verify forward runs the base too, and --stream keeps no copy of it", code=2
+    )
     assert hub.log == []
 
 
