@@ -3,7 +3,14 @@ from dus_cli.api import plan, upscale, verify
 from dus_cli.errors import DusError, UsageError
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import EvalReport, Gates
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe
+from dus_cli.heal.options import (
+    BudgetOptions,
+    DataOptions,
+    FitOptions,
+    LaunchOptions,
+    RecipeOptions,
+    SavingOptions,
+)
 from dus_cli.probe.found import Probe, ProbePlan
 from dus_cli.probe.options import ProbeOptions
 from dus_cli.progress import Progress
@@ -18,21 +25,21 @@ from dus_cli.verification.report import Verification
 __version__: str
 
 __all__ = [
-    "Budget",
+    "BudgetOptions",
     "DataOptions",
     "DusError",
     "EvalReport",
-    "Fit",
+    "FitOptions",
     "Gates",
-    "Keeping",
-    "Launch",
+    "LaunchOptions",
     "Probe",
     "ProbeOptions",
     "ProbePlan",
     "Progress",
     "PushOptions",
     "PushReport",
-    "Recipe",
+    "RecipeOptions",
+    "SavingOptions",
     "ScoringOptions",
     "TaskOptions",
     "TextOptions",

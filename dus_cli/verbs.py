@@ -17,7 +17,15 @@ from dus_cli.common.options import settled
 from dus_cli.common.reference import ModelRef, model_text, user_path
 from dus_cli.errors import UsageError
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
-from dus_cli.heal.options import Budget, DataOptions, Fit, HealOptions, Keeping, Launch, Recipe
+from dus_cli.heal.options import (
+    BudgetOptions,
+    DataOptions,
+    FitOptions,
+    HealOptions,
+    LaunchOptions,
+    RecipeOptions,
+    SavingOptions,
+)
 from dus_cli.probe.options import ProbeOptions
 from dus_cli.progress import NoProgress, Progress
 from dus_cli.push.options import PushOptions
@@ -182,11 +190,11 @@ def heal(
     output: str | Path | None = None,
     *,
     data: DataOptions,
-    budget: Budget | None = None,
-    recipe: Recipe | None = None,
-    fit: Fit | None = None,
-    launch: Launch | None = None,
-    keeping: Keeping | None = None,
+    budget: BudgetOptions | None = None,
+    recipe: RecipeOptions | None = None,
+    fit: FitOptions | None = None,
+    launch: LaunchOptions | None = None,
+    saving: SavingOptions | None = None,
     dry_run: bool = False,
     view: View | None = None,
 ) -> dict[str, Any]:
@@ -203,7 +211,7 @@ def heal(
         recipe: batch size, learning rates and what is trained.
         fit: how the run fits the devices: precision, sharding, micro-batch.
         launch: how many workers, on how many nodes.
-        keeping: how often the model is measured, saved and exported.
+        saving: how often the model is measured, saved and exported.
         dry_run: count tokens and steps, estimate memory and FLOPs; write nothing.
         view: receives the progress; `dus_cli.heal.watch.views.NoView` has all its methods.
 
@@ -222,7 +230,7 @@ def heal(
         recipe=recipe,
         fit=fit,
         launch=launch,
-        keeping=keeping,
+        saving=saving,
     )
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb
@@ -241,11 +249,11 @@ def heal_options(
     output: str | Path | None = None,
     *,
     data: DataOptions,
-    budget: Budget | None = None,
-    recipe: Recipe | None = None,
-    fit: Fit | None = None,
-    launch: Launch | None = None,
-    keeping: Keeping | None = None,
+    budget: BudgetOptions | None = None,
+    recipe: RecipeOptions | None = None,
+    fit: FitOptions | None = None,
+    launch: LaunchOptions | None = None,
+    saving: SavingOptions | None = None,
 ) -> HealOptions:
     """The options of a run, each one checked. The arguments are those of `heal`.
 
@@ -259,9 +267,9 @@ def heal_options(
         if output is None
         else user_path(output),
         data=settled(data),
-        budget=settled(budget or Budget()),
-        recipe=settled(recipe or Recipe()),
-        fit=settled(fit or Fit()),
-        launch=settled(launch or Launch()),
-        keeping=settled(keeping or Keeping()),
+        budget=settled(budget or BudgetOptions()),
+        recipe=settled(recipe or RecipeOptions()),
+        fit=settled(fit or FitOptions()),
+        launch=settled(launch or LaunchOptions()),
+        saving=settled(saving or SavingOptions()),
     )

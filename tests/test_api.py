@@ -20,14 +20,14 @@ from forked import dus
 
 import dus_cli
 from dus_cli import (
-    Budget,
+    BudgetOptions,
     DataOptions,
     DusError,
     Gates,
-    Keeping,
     ProbeOptions,
     PushOptions,
-    Recipe,
+    RecipeOptions,
+    SavingOptions,
     ScoringOptions,
     TextOptions,
     UpscaleOptions,
@@ -77,8 +77,8 @@ SIGNATURES: dict[Any, str] = {
     push: "(output: 'str | Path', repo: 'str', options: 'PushOptions | None' = None, *, dry_run: 'bool' = False, "
     "progress: 'Progress | None' = None) -> 'PushReport'",
     heal: "(model: 'str | Path', output: 'str | Path | None' = None, *, data: 'DataOptions', "
-    "budget: 'Budget | None' = None, recipe: 'Recipe | None' = None, fit: 'Fit | None' = None, "
-    "launch: 'Launch | None' = None, keeping: 'Keeping | None' = None, dry_run: 'bool' = False, "
+    "budget: 'BudgetOptions | None' = None, recipe: 'RecipeOptions | None' = None, fit: 'FitOptions | None' = None, "
+    "launch: 'LaunchOptions | None' = None, saving: 'SavingOptions | None' = None, dry_run: 'bool' = False, "
     "view: 'View | None' = None) -> 'dict[str, Any]'",
     verify: "(folder: 'str | Path', options: 'VerifyOptions | None' = None, *, "
     "progress: 'Progress | None' = None, "
@@ -118,11 +118,11 @@ FIELDS: dict[Any, dict[str, str]] = {
 
 def test_the_package_exports_these_names() -> None:
     options = (
-        "UpscaleOptions VerifyOptions ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions Budget "
-        "Recipe Fit Launch"
+        "UpscaleOptions VerifyOptions ProbeOptions TextOptions TaskOptions ScoringOptions Gates PushOptions DataOptions "
+        "BudgetOptions RecipeOptions FitOptions LaunchOptions SavingOptions"
     )
     reports = "UpscaleReport Verification Probe ProbePlan EvalReport PushReport"
-    names = f"{options} Keeping {reports} DusError UsageError Progress".split()
+    names = f"{options} {reports} DusError UsageError Progress".split()
     verbs = "evaluate heal plan probe push upscale verify".split()
     assert dus_cli.__all__ == [*sorted(names), "__version__", *verbs]
     assert set(dus_cli.__all__) <= set(dir(dus_cli))
@@ -333,8 +333,8 @@ def test_options_from_python_may_be_values_or_what_would_be_typed() -> None:
     found = heal_options(
         "~/out",
         data=DataOptions(files="a.jsonl", eval_files=[Path("b.txt")]),  # type: ignore[arg-type]
-        budget=Budget(tokens="10M", until="base"),  # type: ignore[arg-type]
-        recipe=Recipe(**typed),
+        budget=BudgetOptions(tokens="10M", until="base"),  # type: ignore[arg-type]
+        recipe=RecipeOptions(**typed),
     )
     assert found.model == Path("~/out").expanduser()
     assert found.output.name == "out-healed"
@@ -343,14 +343,17 @@ def test_options_from_python_may_be_values_or_what_would_be_typed() -> None:
     assert (found.recipe.warmup, found.recipe.betas) == (Span(share=0.1), (0.8, 0.9))
     assert found.recipe.distill == Distill(0.5, Span(share=0.8))
     same = heal_options(
-        Path("out"), "healed", data=DataOptions(files=("a",)), recipe=Recipe(warmup=Span(share=0.1))
+        Path("out"),
+        "healed",
+        data=DataOptions(files=("a",)),
+        recipe=RecipeOptions(warmup=Span(share=0.1)),
     )
     assert same.recipe.warmup == found.recipe.warmup
 
 
 WRONG: list[tuple[Any, str]] = [
     (
-        lambda: heal_options("out", data=DataOptions(files=("a",)), budget=Budget(steps=0)),
+        lambda: heal_options("out", data=DataOptions(files=("a",)), budget=BudgetOptions(steps=0)),
         "steps: 0 is not a whole",
     ),
     (
@@ -362,11 +365,15 @@ WRONG: list[tuple[Any, str]] = [
         "special_tokens: 1 is no bool",
     ),
     (
-        lambda: heal_options("out", data=DataOptions(files=("a",)), keeping=Keeping(track="x")),  # type: ignore[arg-type]
+        lambda: heal_options(
+            "out",
+            data=DataOptions(files=("a",)),
+            saving=SavingOptions(track="x"),  # type: ignore[arg-type]
+        ),
         "track: 'x' is not",
     ),
     (
-        lambda: heal_options("out", data=DataOptions(files=("a",)), recipe=Recipe(lr=None)),  # type: ignore[arg-type]
+        lambda: heal_options("out", data=DataOptions(files=("a",)), recipe=RecipeOptions(lr=None)),  # type: ignore[arg-type]
         "lr: None is no value",
     ),
     (lambda: probe("out", ProbeOptions(data=("a",), layers=("a:b",))), "layers: "),
@@ -420,10 +427,14 @@ def test_probe_evaluate_and_heal_return_what_the_commands_print(
     assert report.losses is not None
     assert [model.name for model in report.losses.models] == ["base", "scaled"]
     data = DataOptions(files=("text.jsonl",), seq_length=64)
-    planned = heal("scaled", data=data, budget=Budget(steps=3), dry_run=True)
+    planned = heal("scaled", data=data, budget=BudgetOptions(steps=3), dry_run=True)
     assert (planned["dry_run"], planned["steps"]) == (True, 3)
     done = heal(
-        "scaled", "healed", data=data, budget=Budget(steps=3), recipe=Recipe(batch_tokens=256)
+        "scaled",
+        "healed",
+        data=data,
+        budget=BudgetOptions(steps=3),
+        recipe=RecipeOptions(batch_tokens=256),
     )
     assert done["status"] in ("healed", "trained")
     assert done == json.loads((tmp_path / "healed/report.json").read_text()) | {

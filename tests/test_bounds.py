@@ -16,7 +16,13 @@ from forked import dus
 from dus_cli import UsageError, plan
 from dus_cli.cli import COMMANDS, app, load_command
 from dus_cli.common.bounds import BOUNDS, check_fields, check_numbers, parse_number
-from dus_cli.heal.options import Budget, Keeping, Recipe, parse_endpoint, parse_every
+from dus_cli.heal.options import (
+    BudgetOptions,
+    RecipeOptions,
+    SavingOptions,
+    parse_endpoint,
+    parse_every,
+)
 
 NO_NUMBERS = [
     "nan",
@@ -130,9 +136,14 @@ def test_the_api_holds_numbers_to_the_same_table(base: Path, tmp_path: Path) -> 
 
 
 def test_a_group_of_options_is_held_to_the_table_by_its_fields() -> None:
-    check_fields(Recipe())
+    check_fields(RecipeOptions())
     check_numbers(unheard_of=math.nan)
-    for options in (Budget(epochs=math.nan), Recipe(seed=-1), Recipe(lr=math.inf), Keeping(keep=0)):
+    for options in (
+        BudgetOptions(epochs=math.nan),
+        RecipeOptions(seed=-1),
+        RecipeOptions(lr=math.inf),
+        SavingOptions(keep=0),
+    ):
         with pytest.raises(UsageError):
             check_fields(options)
 

@@ -215,7 +215,7 @@ def test_a_healed_card_is_a_finetune_with_both_pictures_and_no_advice_to_heal(
     assert "## Heal it" not in healed
     assert "not healed" not in healed
     assert "## Lineage" in healed
-    assert "over 5 tokens of 1 documents of the 50 tokens held out" in healed
+    assert "over 5 tokens of 1 document of the 50 tokens held out" in healed
     assert "## Heal it" in healed_card(text, report(reached=False), "out")
 
 

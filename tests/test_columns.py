@@ -148,4 +148,6 @@ def test_heal_takes_one_of_them(tmp_path: Path) -> None:
     plan = dus("heal", base, *what, "--holdout", "20%", "--json").report
     assert plan["train_tokens"] == 41 * plan["train_documents"]
     refused = dus("heal", base, *what, "--chat-field", "messages", "-q")
-    refused.assert_one_line_error("--chat-field and --token-field both say what is read", code=2)
+    refused.assert_one_line_error(
+        "--chat-field and --token-field both name the field to read", code=2
+    )

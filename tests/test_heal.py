@@ -440,11 +440,11 @@ def test_norms_have_a_rate_of_their_own_wherever_they_stand(home: Path) -> None:
 @pytest.mark.parametrize(
     ("scales", "more", "said"),
     [
-        ("old=1", (), "'old=1' is no factor of a group; write new=1,base=0.1"),
-        ("new=-1", (), "'new=-1' is no factor from 0 to 1,000"),
-        ("new=nan", (), "'new=nan' is no factor"),
+        ("old=1", (), "'old=1' is not GROUP=FACTOR; write new=1,base=0.1"),
+        ("new=-1", (), "'new=-1': the factor is not a number from 0 to 1,000"),
+        ("new=nan", (), "'new=nan': the factor is not a number"),
         ("new=1,new=2", (), "names new twice"),
-        ("new=0,base=0,embeddings=0", (), "--lr-scale freezes all that would learn"),
+        ("new=0,base=0,embeddings=0", (), "--lr-scale freezes everything"),
         ("base=0.5", ("--train", "new"), "leave base and embeddings out of --lr-scale"),
     ],
 )
@@ -459,7 +459,7 @@ def test_rates_that_make_no_sense_are_refused_in_one_line(
 def test_new_and_base_need_a_dus_json(home: Path) -> None:
     data = ("--data", home / "corpus.jsonl", "--dry-run", "-q", "--seq-length", "64")
     refused = tiny.forked_dus("heal", home / "base", *data, "--lr-scale", "base=0.5")
-    refused.assert_one_line_error("cannot tell new from base")
+    refused.assert_one_line_error("cannot distinguish new and base")
     taken = tiny.forked_dus("heal", home / "base", *data, "--lr-scale", "embeddings=0")
     assert taken.returncode == 0, taken.stderr
 
@@ -518,7 +518,7 @@ def test_where_a_start_scaled_the_base_its_loss_is_measured_from_the_base(home: 
         "--json",
     )
     assert plan.report["base_folder"] is plan.report["base_layers"] is None
-    assert any("its loss is not known" in warning for warning in plan.report["warnings"])
+    assert any("its loss is unknown" in warning for warning in plan.report["warnings"])
     done = dus(
         "heal",
         home / "halves",
@@ -821,7 +821,12 @@ def test_what_cannot_be_healed_is_one_line(home: Path, tmp_path: Path) -> None:
     refuse(home, home, *data, parts=("no config.json",))
     refuse(home, scaled, "--data", home / "no.jsonl", parts=("no.jsonl",))
     refuse(
-        home, scaled, *data, "--seq-length", "4096", parts=("--seq-length 4096", "128 positions")
+        home,
+        scaled,
+        *data,
+        "--seq-length",
+        "4096",
+        parts=("--seq-length 4096", "context length, 128"),
     )
     refuse(
         home,
@@ -1000,7 +1005,7 @@ def test_report_card_and_summary_name_each_held_out_set(with_sets: Path) -> None
     ]
     assert docs["tokens"] + code["tokens"] == report["heldout_tokens"]
     assert (docs["base_loss"], docs["loss"]) == (report["base_loss"], report["loss"])
-    card, summary = (with_sets / "README.md").read_text(), heal_text(report)
+    card, summary = (with_sets / "README.md").read_text(), heal_text(report, with_sets)
     for each in (docs, code):
         assert f"{each['tokens']:,} tokens of {each['documents']} documents" in summary
         for field in ("base_loss", "scaled_loss", "loss"):
@@ -1072,7 +1077,7 @@ def test_what_stands_where_an_export_goes_is_kept(home: Path, tmp_path: Path) ->
         "-q",
     )
     refused = tiny.forked_dus("heal", home / "scaled", *arguments)
-    refused.assert_one_line_error("out-step-4 exists and is no model that dus wrote")
+    refused.assert_one_line_error("out-step-4 exists and dus did not write it")
     assert (tmp_path / "out-step-4/mine.txt").read_text() == "mine"
 
 

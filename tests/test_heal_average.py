@@ -83,7 +83,7 @@ def test_the_mean_of_the_last_checkpoints_stands_beside_the_last_model(home: Pat
     assert "is finished already" in again.stdout
     shutil.rmtree(mean)
     gone = forked_dus("heal", home / "scaled", "-o", last, *data, *arguments)
-    gone.assert_one_line_error("its checkpoints are gone")
+    gone.assert_one_line_error("its checkpoints are deleted")
 
 
 def test_a_run_that_was_stopped_and_killed_has_the_mean_of_one_that_was_not(home: Path) -> None:
@@ -132,7 +132,7 @@ def test_what_stands_in_the_place_of_the_mean_is_not_touched(home: Path) -> None
     data: tuple[str | Path, ...] = ("--data", home / "corpus.jsonl", *RECIPE)
     options = "--steps 8 --save-every 2 --average 2".split()
     run = forked_dus("heal", home / "scaled", "-o", home / "out2", *data, *options)
-    run.assert_one_line_error("out2-average, where the mean of the checkpoints would stand")
+    run.assert_one_line_error("out2-average, the folder for the mean of the checkpoints")
     assert (home / "out2-average/thesis.txt").read_text() == "mine"
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from dus_cli.errors import StoppedError
 from dus_cli.heal.metrics import MetricsFile
 from dus_cli.heal.watch.follower import MetricsFollower
-from dus_cli.heal.watch.standing import sparkline
+from dus_cli.heal.watch.run_state import sparkline
 from dus_cli.heal.watch.views import LiveView, NoView, PlainView, view_for
 from dus_cli.pictures.curves import MAX_SERIES, compare_curves, loss_curve
 from dus_cli.progress import ProgressMode

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from dus_cli.heal.launch import plan as planning
 from dus_cli.heal.launch.resolve import _measuring, _recipe
-from dus_cli.heal.options import Keeping, Recipe, Train
+from dus_cli.heal.options import RecipeOptions, SavingOptions, Train
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def measuring(
     class Model:
         new_layers, num_layers = (3,), 6
 
-    recipe = _recipe(Recipe(train=Train(train)), Model(), steps, tokens_per_step)  # type: ignore[arg-type]
-    return _measuring(Keeping(**keeping), recipe, steps, tokens_per_step, num_heldout)
+    recipe = _recipe(RecipeOptions(train=Train(train)), Model(), steps, tokens_per_step)  # type: ignore[arg-type]
+    return _measuring(SavingOptions(**keeping), recipe, steps, tokens_per_step, num_heldout)
 
 
 @pytest.mark.parametrize("train", ["all", "new"])
@@ -94,10 +94,12 @@ def test_a_thin_proof_is_warned_of(home: Path) -> None:
     plan = dry(home, "--steps", "4000", "--eval-tokens", "250K")
     assert plan["available_heldout_documents"] < 20
     thin, many = plan["warnings"]
-    assert "held out are too few to prove much; --holdout or --eval-data gives more" in thin
-    assert f"goes over the data {plan['epochs']:,.1f} times" in many
+    assert "held out are too few to prove much; give more with --holdout or --eval-data" in thin
+    assert f"the budget is {plan['epochs']:,.1f} epochs" in many
     few = dry(home, "--holdout", "30%", "--steps", "20")
-    assert ["--eval-tokens 250K measures more" in text for text in few["warnings"]] == [True]
+    assert ["measure more of it with --eval-tokens 250K" in text for text in few["warnings"]] == [
+        True
+    ]
 
 
 def test_memory_that_is_not_there_is_warned_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +153,8 @@ def test_text_has_the_same_and_a_run_tells_it_at_its_start(home: Path) -> None:
         f"`corpus.jsonl`: {report['train_tokens']:,} tokens of {report['train_documents']:,} "
         "documents" in card
     )
-    assert (
-        f"over {report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents"
-        in card
-    )
+    assert report["heldout_documents"] == 1
+    assert f"over {report['heldout_tokens']:,} tokens of 1 document " in card
 
 
 def test_a_run_begun_when_a_run_had_phases_goes_on_if_it_has_one(home: Path) -> None:
@@ -184,4 +184,4 @@ def test_a_run_begun_when_a_run_had_phases_goes_on_if_it_has_one(home: Path) -> 
     assert json.loads(path.read_text()) == now
     then["recipe"]["phases"].append({"start": 5, "layers": None})
     path.write_text(json.dumps(then))
-    tiny.forked_dus(*arguments).assert_one_line_error("several phases", "remove it")
+    tiny.forked_dus(*arguments).assert_one_line_error("several training phases", "remove it")

@@ -615,14 +615,14 @@ def test_healing_where_checkpoints_could_not_get_their_names_is_refused_at_once(
     done = dus("heal", tmp_path / "out", "--data", data, "-o", known / "healed", "--dry-run")
     done.assert_one_line_error("cannot be healed into", "s3fs", "heal on a disk")
     asked = mounted(IN_PLACE, "asked")
-    wishes = HealOptions(
+    options = HealOptions(
         model=tmp_path / "out", output=asked / "healed", data=DataOptions(files=(str(data),))
     )
     with pytest.raises(OutputError, match=r"cannot be healed into.*Function not implemented"):
-        launcher.prepare_run(wishes, open_model(tmp_path / "out"), NoView())
+        launcher.prepare_run(options, open_model(tmp_path / "out"), NoView())
     unsynced = mounted(Refusals(fsync="EINVAL"), "unsynced")
     with pytest.raises(OutputError, match=r"files cannot be synced there \(Invalid argument\)"):
         launcher.prepare_run(
-            replace(wishes, output=unsynced / "healed"), open_model(tmp_path / "out"), NoView()
+            replace(options, output=unsynced / "healed"), open_model(tmp_path / "out"), NoView()
         )
     assert [*known.iterdir(), *asked.iterdir(), *unsynced.iterdir()] == []

@@ -19,7 +19,14 @@ from dus_cli.common.options import Option, option_fields
 from dus_cli.common.units import parse_share, share_text
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import Gates
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe
+from dus_cli.heal.options import (
+    BudgetOptions,
+    DataOptions,
+    FitOptions,
+    LaunchOptions,
+    RecipeOptions,
+    SavingOptions,
+)
 from dus_cli.probe.options import ProbeOptions
 from dus_cli.push.options import PushOptions
 
@@ -41,7 +48,7 @@ TAKEN: dict[str, tuple[type, ...]] = {
     "probe": (ProbeOptions,),
     "eval": (TextOptions, ScoringOptions, TaskOptions, Gates),
     "push": (PushOptions,),
-    "heal": (DataOptions, Budget, Recipe, Fit, Launch, Keeping),
+    "heal": (DataOptions, BudgetOptions, RecipeOptions, FitOptions, LaunchOptions, SavingOptions),
 }
 
 FIELDS = [

@@ -25,7 +25,15 @@ from dus_cli.commands.signature import takes_options
 from dus_cli.common.libraries import require
 from dus_cli.console.terminal import fitted
 from dus_cli.heal.launch.jobs import JobKind, job_text
-from dus_cli.heal.options import Budget, DataOptions, Fit, Keeping, Launch, Recipe, typed_options
+from dus_cli.heal.options import (
+    BudgetOptions,
+    DataOptions,
+    FitOptions,
+    LaunchOptions,
+    RecipeOptions,
+    SavingOptions,
+    typed_options,
+)
 from dus_cli.heal.run import options_of_run
 from dus_cli.progress import ProgressMode
 
@@ -60,10 +68,10 @@ def heal(
         ),
     ] = None,
     data: DataOptions,
-    budget: Budget,
-    recipe: Recipe,
-    fit: Fit,
-    launch: Launch,
+    budget: BudgetOptions,
+    recipe: RecipeOptions,
+    fit: FitOptions,
+    launch: LaunchOptions,
     print_command: Annotated[
         bool,
         typer.Option(
@@ -82,7 +90,7 @@ def heal(
             rich_help_panel="Workers",
         ),
     ] = None,
-    keeping: Keeping,
+    saving: SavingOptions,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -117,10 +125,10 @@ def heal(
         recipe=recipe,
         fit=fit,
         launch=launch,
-        keeping=keeping,
+        saving=saving,
     )
     if print_config:
-        typed = typed_options(data, budget, recipe, fit, launch, keeping)
+        typed = typed_options(data, budget, recipe, fit, launch, saving)
         sys.stdout.write(toml_text({"model": str(model), "output": str(options.output), **typed}))
         return
     if print_job is not None:
@@ -149,7 +157,7 @@ def heal(
             )
         else:
             report = launcher.heal(options, view)
-            output_text = json.dumps(report) if as_json else heal_text(report)
+            output_text = json.dumps(report) if as_json else heal_text(report, options.output)
     if as_json or prints_text or print_command:
         is_exact = as_json or (print_command and not dry_run)
         sys.stdout.write((output_text if is_exact else fitted(output_text)) + "\n")

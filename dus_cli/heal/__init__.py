@@ -1,8 +1,7 @@
-"""Continued pretraining: the launcher (`dus heal`), the worker that torchrun starts, and what they
-share.
+"""Continued pretraining: the launcher (`dus heal`), the worker that torchrun starts, and the code
+that both use.
 
-`run.json` is all that passes between the two; torch and transformers are imported below this folder
-only.
+The launcher passes everything to the worker in `run.json`.
 """
 
 from __future__ import annotations

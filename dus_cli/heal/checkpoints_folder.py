@@ -1,6 +1,4 @@
-"""The folder of a run's checkpoints, for those who have no team: which are complete, and who is
-using them.
-"""
+"""The folder of a run's checkpoints: which are complete, and which process holds its lock."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from dus_cli.errors import HealError, shown
 
 
 def name(step: int) -> str:
-    """A checkpoint's folder."""
+    """The name of a checkpoint's folder."""
     return f"step-{step:08}"
 
 
@@ -28,8 +26,8 @@ def complete(folder: Path) -> list[int]:
 
 
 def averaged(steps: Sequence[int], count: int, every: int) -> list[int]:
-    """Of complete checkpoints those whose mean is taken: the last, and before it those that were
-    due, a stop's aside.
+    """The steps of the `count` checkpoints to average: the last, and before it those saved every
+    `every` steps, without those saved on a signal.
 
     >>> averaged([4, 8, 9, 12, 14], count=3, every=4)
     [8, 12, 14]
@@ -38,14 +36,14 @@ def averaged(steps: Sequence[int], count: int, every: int) -> list[int]:
 
 
 def newest(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint."""
+    """The step of the newest complete checkpoint; None if there is none."""
     steps = complete(folder)
     return steps[-1] if steps else None
 
 
 def disk_failure(folder: Path, reason: str, sizes: str = "") -> str:
-    """What to say where the disk of a run fails. `folder` has its checkpoints, `sizes` says what
-    was wanted of it.
+    """The message for a failure of a run's disk. `folder` has the checkpoints; `sizes` says how
+    much space was needed.
     """
     step = newest(folder)
     kept = (
@@ -57,10 +55,10 @@ def disk_failure(folder: Path, reason: str, sizes: str = "") -> str:
 
 
 def lock(folder: Path) -> int:
-    """Take the folder for this process; the file descriptor that holds the lock until it is closed.
+    """Lock the folder; returns the file descriptor that holds the lock until it is closed.
 
     Raises:
-        HealError: another run has it.
+        HealError: another run holds the lock.
     """
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -70,18 +68,18 @@ def lock(folder: Path) -> int:
         os.close(file)
         raise HealError(
             f"another run is healing into {shown(folder.parent)} at this moment ({who}); wait for "
-            "it, or end it"
+            "it, or stop it"
         ) from None
     except OSError:
-        pass  # no locks on this file system
+        pass  # this file system has no locks
     return file
 
 
 def check_unlocked(folder: Path) -> None:
-    """Check that no run is using these checkpoints at this moment.
+    """Check that no run holds the folder's lock.
 
     Raises:
-        HealError: one is.
+        HealError: one does.
     """
     if folder.is_dir():
         os.close(lock(folder))

@@ -1,6 +1,4 @@
-"""What a run costs, on paper: FLOPs per token, memory per device, time. Pure arithmetic with its
-sources.
-"""
+"""Estimates of a run's memory per device and of its checkpoints, with their sources."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ from dataclasses import dataclass
 from dus_cli.maps.shape import Shape
 from dus_cli.models.chunks import LOGITS_BYTES_ELSEWHERE
 
-# Dense bf16 peak in FLOP/s without sparsity, from the vendors' data sheets, by part of the device's
-# name. The longer name comes first where one contains the other.
+# Peak FLOP/s in dense bf16, from the vendors' data sheets, by a part of the device's name. If one
+# name contains another, it comes first.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -28,7 +26,7 @@ PEAK_FLOPS = {
 
 
 def num_shards(sharding: str, size: int, num_local: int) -> int:
-    """Over how many workers the weights are split; the rest of the team are replicas (HSDP)."""
+    """The number of workers that the weights are split over; with HSDP nodes are replicas."""
     if sharding == "none":
         return 1
     if sharding == "hsdp":
@@ -61,13 +59,16 @@ class MemoryEstimate:
         )
 
 
-# Bytes kept for the backward pass, per token, layer and unit of hidden size: 34 with flash
-# attention (Korthikanti et al., arXiv:2205.05198, equation 2 without its attention matrix).
+# Bytes kept for the backward pass per token, layer and unit of hidden size, by
+# --activation-checkpointing: 34 with flash attention (Korthikanti et al., arXiv:2205.05198,
+# equation 2 without its attention matrix).
 _ACTIVATION_BYTES = {"none": 34.0, "selective": 18.0, "full": 2.0}
 
 
 def num_learning(shape: Shape, num_layers: int, *, with_embeddings: bool) -> int:
-    """Parameters that learn: of so many layers, and of what stands outside of them or not."""
+    """The number of trained parameters: those of `num_layers` layers and, `with_embeddings`, those
+    outside of the layers.
+    """
     layers = shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size
     outside = shape.num_parameters - layers if with_embeddings else 0
     return layers * num_layers // max(1, shape.num_layers) + outside
@@ -76,14 +77,14 @@ def num_learning(shape: Shape, num_layers: int, *, with_embeddings: bool) -> int
 def checkpoint_bytes(
     shape: Shape, *, num_learning: int, weight_bytes: int, has_fp32_masters: bool
 ) -> int:
-    """Bytes of a checkpoint: of what learns the weight, two fp32 moments, and the fp32 master where
-    it is another one.
+    """Bytes of a checkpoint: for each trained parameter its weight, two fp32 moments, and its fp32
+    master if that is a copy.
 
     Args:
         shape: the model's.
-        num_learning: parameters that learn.
-        weight_bytes: of a parameter as it computes.
-        has_fp32_masters: whether bf16 weights are followed by fp32 ones.
+        num_learning: the number of trained parameters.
+        weight_bytes: bytes of a parameter in the forward pass.
+        has_fp32_masters: whether bf16 weights have fp32 master copies.
     """
     each = weight_bytes + 8 + (4 if has_fp32_masters and weight_bytes != 4 else 0)
     return min(num_learning, shape.num_parameters) * each
@@ -100,8 +101,8 @@ def memory_per_device(
     activation_checkpointing: str,
     teacher_layers: int,
 ) -> MemoryEstimate:
-    """Bytes that one device needs. Weights, and gradients, masters and moments of what learns (None
-    is all) are split `num_shards` ways.
+    """The bytes that one device needs. Weights, and the gradients, masters and moments of the
+    `num_learning` trained parameters (None: all), are split `num_shards` ways.
 
     Gradients are summed in fp32; Adam keeps two fp32 moments; one layer and the head are gathered
     at a time.

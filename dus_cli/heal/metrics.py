@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line for each step, no step twice, whatever was killed in between."""
+"""metrics.jsonl: one line for each step; no step occurs twice, even if workers are killed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 
 class MetricsFile:
-    """The file, open at its end, without the rows of steps after `last_step` (they will be run
-    again).
+    """The file, opened for appending. Rows of steps after `last_step` are removed, because these
+    steps run again.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
@@ -21,7 +21,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row, for others to read at once. JSON has no NaN: what is not finite is null."""
+        """Append a row and flush it for readers. NaN and infinity become null, as JSON needs."""
         self._file.write(json.dumps(_finite(row)) + "\n")
         self._file.flush()
 
@@ -36,7 +36,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line that was cut off in the middle is left out."""
+    """The rows of a metrics.jsonl, without a truncated last line."""
     if not path.exists():
         return []
     rows = []

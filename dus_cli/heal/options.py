@@ -1,6 +1,4 @@
-"""What is asked of `dus heal`, in groups, with its options. Pure: `dus heal --help` imports no
-torch for it.
-"""
+"""The options of `dus heal` in groups, without torch, so that `dus heal --help` is quick."""
 
 from __future__ import annotations
 
@@ -29,15 +27,17 @@ class Until(str, Enum):
 
 
 class Schedule(str, Enum):
-    """How the learning rate goes: warm-up, stable, decay (WSD, arXiv:2404.06395); or constant."""
+    """The learning-rate schedule: warm-up, stable, decay (WSD, arXiv:2404.06395); or constant after
+    the warm-up.
+    """
 
     wsd = "wsd"
     constant = "constant"
 
 
 class MasterWeights(DtypeChoice):
-    """What the optimizer updates: an fp32 copy, or the bf16 weights themselves by stochastic
-    rounding.
+    """What the optimizer updates: an fp32 copy of the weights, or the bf16 weights themselves with
+    stochastic rounding.
     """
 
     fp32 = "fp32"
@@ -45,8 +45,8 @@ class MasterWeights(DtypeChoice):
 
 
 class Checkpointing(str, Enum):
-    """Which activations are kept for the backward pass: all, the matrix products', or each
-    layer's input.
+    """Which activations are kept for the backward pass: all (none is recomputed), the results of
+    matrix products (selective), or each layer's input only (full).
     """
 
     none = "none"
@@ -55,8 +55,8 @@ class Checkpointing(str, Enum):
 
 
 class Sharding(str, Enum):
-    """Over which workers the weights are split: auto, all of them, those of a node (HSDP), or
-    nobody.
+    """Which workers the weights are split over: all (FSDP), those of a node (HSDP), or none. auto
+    is HSDP on several nodes, else FSDP.
     """
 
     auto = "auto"
@@ -66,16 +66,14 @@ class Sharding(str, Enum):
 
 
 class Train(str, Enum):
-    """Which layers learn: all, embeddings and norm included, or those alone that are not the
-    base's own.
-    """
+    """What is trained: all parameters, or only the layers that are not the base's own."""
 
     all = "all"
     new = "new"
 
 
 class Track(str, Enum):
-    """Where figures go besides metrics.jsonl."""
+    """The tracker that gets the figures of metrics.jsonl, too."""
 
     none = "none"
     tensorboard = "tensorboard"
@@ -85,8 +83,8 @@ class Track(str, Enum):
 
 @dataclass(frozen=True)
 class Span:
-    """A length of the run: a number of steps, of tokens, or a share of the whole. One of the
-    three is set.
+    """A part of the run: a number of steps, a number of tokens, or a share. One of the three is
+    set.
     """
 
     steps: int | None = None
@@ -94,9 +92,7 @@ class Span:
     share: float | None = None
 
     def in_steps(self, total_steps: int, tokens_per_step: int) -> int:
-        """Steps, at most the whole run's. A positive share or number of tokens is at least one
-        step.
-        """
+        """The length in steps, at most the run's; at least one step for a positive length."""
         if self.steps is not None:
             steps = self.steps
         elif self.tokens is not None:
@@ -107,7 +103,7 @@ class Span:
         return min(steps, total_steps)
 
     def __str__(self) -> str:
-        """As it is typed.
+        """As typed on the command line.
 
         >>> str(Span(steps=100)), str(Span(share=0.02)), str(Span(tokens=10_000_000))
         ('100', '2%', '10000000')
@@ -121,15 +117,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Distill:
-    """The weight of the KL term at the start, falling linearly to 0 at `until`; None is the end
-    of the run.
+    """The weight of the KL term at the start, which falls linearly to 0 at `until` (None: at the
+    end of the run).
     """
 
     weight: float
     until: Span | None = None
 
     def __str__(self) -> str:
-        """As it is typed.
+        """As typed on the command line.
 
         >>> str(Distill(0.5)), str(Distill(0.5, Span(share=0.8)))
         ('50%', '50%:80%')
@@ -151,7 +147,7 @@ class Every:
     seconds: float | None = None
 
     def __str__(self) -> str:
-        """As it is typed.
+        """As typed on the command line.
 
         >>> str(Every(steps=500)), str(Every(seconds=900.0))
         ('500', '15m')
@@ -167,13 +163,13 @@ class Every:
 
 
 def parse_span(text: str) -> Span:
-    """Steps, or a share of the run.
+    """Parse a number of steps, or a share of the run.
 
     >>> parse_span("100"), parse_span("10%")
     (Span(steps=100, tokens=None, share=None), Span(steps=None, tokens=None, share=0.1))
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is neither.
     """
     if re.fullmatch(r"\d{1,12}", text.strip(), re.ASCII):
         return Span(steps=int(text))
@@ -186,13 +182,13 @@ def parse_span(text: str) -> Span:
 
 
 def parse_every(text: str) -> Every:
-    """An interval: steps, or a time with a unit.
+    """Parse an interval: a number of steps, or a time with a unit.
 
     >>> parse_every("500"), parse_every("15m")
     (Every(steps=500, seconds=None), Every(steps=None, seconds=900.0))
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is neither, or out of bounds.
     """
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([smh]?)", text.strip().lower(), re.ASCII)
     if match is None or not (match[2] or match[1].isdigit()):
@@ -204,10 +200,11 @@ def parse_every(text: str) -> Every:
 
 
 def parse_distill(text: str) -> Distill:
-    """A weight in 0…1, and after a colon when it has fallen to 0: 0.5, 0.5:80%, 0.5:10M (tokens).
+    """Parse the KL term's weight in 0…1, with or without the point at which it has fallen to 0: a
+    share of the run or tokens (0.5, 0.5:80%, 0.5:10M).
 
     Raises:
-        ValueError: not understood.
+        ValueError: the text is not of this form.
     """
     weight, colon, until = text.partition(":")
     try:
@@ -226,13 +223,13 @@ def parse_distill(text: str) -> Distill:
 
 
 def parse_endpoint(text: str) -> str:
-    """A host with or without a port, as torchrun takes it.
+    """Check the address of torchrun's rendezvous: a host with or without a port.
 
     >>> parse_endpoint("node-1:29500"), parse_endpoint("[fe80::1]:29500"), parse_endpoint("node-1")
     ('node-1:29500', '[fe80::1]:29500', 'node-1')
 
     Raises:
-        ValueError: no host, or a port that none can have.
+        ValueError: there is no host, or the port is out of range.
     """
     match = re.fullmatch(r"([^\s:/]+|\[[^\s\]]+\])(?::(\d{1,5}))?", text, re.ASCII)
     if match is None or not 0 < int(match[2] or 1) < 1 << 16:
@@ -241,13 +238,13 @@ def parse_endpoint(text: str) -> str:
 
 
 def parse_betas(text: str) -> tuple[float, float]:
-    """AdamW's two decay rates.
+    """Parse AdamW's two betas.
 
     >>> parse_betas("0.9,0.95")
     (0.9, 0.95)
 
     Raises:
-        ValueError: not two numbers in 0…1.
+        ValueError: these are not two numbers from 0 to below 1.
     """
     try:
         first, second = (float(part) for part in text.split(","))
@@ -259,7 +256,7 @@ def parse_betas(text: str) -> tuple[float, float]:
 
 
 def betas_text(betas: tuple[float, float]) -> str:
-    """The same as it is typed.
+    """AdamW's betas as typed on the command line.
 
     >>> betas_text((0.9, 0.95))
     '0.9,0.95'
@@ -269,9 +266,13 @@ def betas_text(betas: tuple[float, float]) -> str:
 
 @dataclass(frozen=True)
 class RateScales:
-    """What learning rates are multiplied by: of new layers, of the base's own, of what stands
-    outside of the layers (embeddings, head, final norm), and of all norms. Norms of None go with
-    what they stand in. 0 freezes.
+    """Factors of the learning rates by group; 0 freezes.
+
+    Attributes:
+        new: new layers.
+        base: the base's own layers.
+        embeddings: parameters outside of the layers (embeddings, head, final norm).
+        norms: all norms; None is the factor of the layer, or of what is outside.
     """
 
     new: float = 1.0
@@ -280,7 +281,7 @@ class RateScales:
     norms: float | None = None
 
     def __str__(self) -> str:
-        """As it is typed.
+        """As typed on the command line.
 
         >>> str(RateScales(base=0.1, norms=1.0))
         'new=1,base=0.1,embeddings=1,norms=1'
@@ -294,21 +295,22 @@ _HIGHEST_SCALE = 1000.0
 
 
 def parse_rate_scales(text: str) -> RateScales:
-    """Factors of the learning rates, by group.
+    """Parse factors of the learning rates by group; groups that are not named keep the default.
 
     >>> parse_rate_scales("base=0.1,embeddings=0")
     RateScales(new=1.0, base=0.1, embeddings=0.0, norms=None)
 
     Raises:
-        ValueError: no such group, a group twice, or no number from 0 to 1,000.
+        ValueError: there is no such group, a group occurs twice, or a factor is not a number from 0
+            to 1,000.
     """
     scales: dict[str, float] = {}
     for part in text.split(","):
         name, equals, number = (word.strip() for word in part.partition("="))
         if name not in _RATE_GROUPS or not equals:
             raise ValueError(
-                f"{part!r} is no factor of a group; write new=1,base=0.1,embeddings=0,norms=1 or "
-                "some of these"
+                f"{part!r} is not GROUP=FACTOR; write new=1,base=0.1,embeddings=0,norms=1, or some "
+                "of these"
             )
         if name in scales:
             raise ValueError(f"{text!r} names {name} twice; leave one out")
@@ -317,24 +319,28 @@ def parse_rate_scales(text: str) -> RateScales:
         except ValueError:
             scales[name] = -1.0
         if not 0 <= scales[name] <= _HIGHEST_SCALE:
-            raise ValueError(f"{part!r} is no factor from 0 to {_HIGHEST_SCALE:,.0f}")
+            raise ValueError(
+                f"{part!r}: the factor is not a number from 0 to {_HIGHEST_SCALE:,.0f}"
+            )
     return RateScales(**scales)
 
 
-# The groups in which --help lists the options.
+# The panels of --help.
 _BUDGET, _RECIPE, _FIT = "Budget", "Recipe", "Memory and speed"
 _LAUNCH, _KEEP = "Workers", "Measuring and saving"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is read and how it is packed. `seq_length` in tokens; None is min(4096, the model's)."""
+    """The data, and how they are packed. `seq_length` is in tokens; None is 4,096, or the model's
+    context length if that is less.
+    """
 
     files: Annotated[
         tuple[str, ...],
         Option(
             f"Text: {DATA_KINDS}; files, globs, folders, hf://datasets/ORG/NAME, https://, s3://, "
-            "gs://, - for standard input; FILE:0.7 weighs a mixture. Repeat for more.",
+            "gs://, - for standard input; FILE:0.7 gives a weight in a mixture. Repeat for more.",
             name="data",
             metavar="FILE",
             panel=DATA,
@@ -367,8 +373,8 @@ class DataOptions:
     eval_files: Annotated[
         tuple[str, ...],
         Option(
-            "Separate held-out text, instead of a share of --data. NAME=FILE makes a set of that "
-            "name; --until base goes by the first set.",
+            "Held-out text of its own, instead of a share of --data. NAME=FILE makes a held-out "
+            "set of that name; --until base compares the first set.",
             name="eval-data",
             metavar="[NAME=]FILE",
             panel=DATA,
@@ -384,13 +390,15 @@ class DataOptions:
     ] = None
     document_mask: Annotated[
         bool,
-        Option("Attention stays within a document, or runs over the whole packed row.", panel=DATA),
+        Option(
+            "Keep attention within a document, or let it run over the whole packed row.", panel=DATA
+        ),
     ] = True
     special_tokens: UseSpecialTokens = True
 
     @property
     def field(self) -> tuple[str, Column]:
-        """The field that is read, and what it holds."""
+        """The name of the field that is read, and what the field holds."""
         if self.chat_field is not None:
             return self.chat_field, Column.chat
         if self.token_field is not None:
@@ -399,8 +407,8 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How long. At most one of tokens, steps and epochs; none is one epoch."""
+class BudgetOptions:
+    """The length of the run: at most one of tokens, steps and epochs. The default is one epoch."""
 
     tokens: Annotated[
         int | None,
@@ -416,7 +424,7 @@ class Budget:
     until: Annotated[
         Until | None,
         Option(
-            "base: stop once the held-out loss is at most the base's, twice in a row.",
+            "base: stop once the held-out loss is at most the base's in two measurements in a row.",
             metavar="base",
             panel=_BUDGET,
         ),
@@ -424,8 +432,8 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How it learns. The defaults are those that docs/healing.md has measured."""
+class RecipeOptions:
+    """How the model is trained. docs/healing.md has the measurements behind the defaults."""
 
     batch_tokens: Annotated[
         int | None,
@@ -441,15 +449,19 @@ class Recipe:
     gain_lr: Annotated[
         float,
         Option(
-            "Learning rate of the residual gains, one factor for each output projection; 0 leaves "
-            "them out.",
+            "Learning rate of the residual gains, one factor for each output projection; 0 trains "
+            "without them.",
             metavar="LR",
             panel=_RECIPE,
         ),
     ] = 0.06
     schedule: Annotated[
         Schedule,
-        Option("Warm-up, stable, decay to 0; or constant after the warm-up.", panel=_RECIPE),
+        Option(
+            "Learning-rate schedule: warm-up, stable, decay to 0 (wsd); or constant after the "
+            "warm-up.",
+            panel=_RECIPE,
+        ),
     ] = Schedule.wsd
     warmup: Annotated[
         Span,
@@ -470,7 +482,8 @@ class Recipe:
         ),
     ] = Span(share=0.2)
     weight_decay: Annotated[
-        float, Option("AdamW's weight decay; only matrices decay.", metavar="W", panel=_RECIPE)
+        float,
+        Option("AdamW's weight decay; applies to matrices only.", metavar="W", panel=_RECIPE),
     ] = 0.0
     betas: Annotated[
         tuple[float, float],
@@ -479,20 +492,22 @@ class Recipe:
         ),
     ] = (0.9, 0.95)
     grad_clip: Annotated[
-        float, Option("Clip gradients to this norm; 0 does not clip.", metavar="G", panel=_RECIPE)
+        float, Option("Clip gradients to this norm; 0: no clipping.", metavar="G", panel=_RECIPE)
     ] = 1.0
     seed: Annotated[int, Option("Seed of the data order.", metavar="S", panel=_RECIPE)] = 0
     train: Annotated[
         Train,
         Option(
-            "Which layers learn: all, or new (those that are not the base's own).", panel=_RECIPE
+            "What to train: all parameters, or the new layers only (those that are not the base's "
+            "own).",
+            panel=_RECIPE,
         ),
     ] = Train.all
     lr_scale: Annotated[
         RateScales | None,
         Option(
-            "Factors of --lr and --gain-lr by group: new layers, the base's own, embeddings (all "
-            "outside of the layers), norms; 0 freezes. Default: 1 each.",
+            "Factors of --lr and --gain-lr by group: new (layers), base (the base's own layers), "
+            "embeddings (everything outside of the layers), norms; 0 freezes. Default: 1 each.",
             metavar="GROUP=X,…",
             panel=_RECIPE,
             parse=parse_rate_scales,
@@ -508,13 +523,18 @@ class Recipe:
         ),
     ] = None
     max_skipped: Annotated[
-        int, Option("Bad steps in a row (NaN, spikes) that end a run.", metavar="N", panel=_RECIPE)
+        int,
+        Option(
+            "End the run after this many bad steps (NaN, spikes) in a row.",
+            metavar="N",
+            panel=_RECIPE,
+        ),
     ] = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """How it fits the devices. None of these changes what is learned, rounding aside."""
+class FitOptions:
+    """How the run fits the devices. These change what is learned by rounding at most."""
 
     micro_batch: Annotated[
         int | None,
@@ -529,7 +549,7 @@ class Fit:
     master_weights: Annotated[
         MasterWeights,
         Option(
-            "Keep fp32 master weights, or bf16 weights alone with stochastic rounding.",
+            "Keep fp32 master weights, or only bf16 weights, updated with stochastic rounding.",
             metavar="[fp32|bf16]",
             panel=_FIT,
             parse=MasterWeights.parse,
@@ -554,8 +574,10 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """torchrun. `nproc_per_node` None is one for each accelerator, or one where there is none."""
+class LaunchOptions:
+    """How torchrun starts the workers. `nproc_per_node` None is one for each accelerator, or one if
+    there is none.
+    """
 
     nproc_per_node: Annotated[
         int | None,
@@ -575,20 +597,21 @@ class Launch:
         ),
     ] = None
     max_restarts: Annotated[
-        int, Option("How often to restart after a worker dies.", metavar="N", panel=_LAUNCH)
+        int,
+        Option("How often to restart the workers after one dies.", metavar="N", panel=_LAUNCH),
     ] = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keeping:
-    """What is measured and kept on the way. None is as often and as much as a tenth of the run's
-    time allows.
+class SavingOptions:
+    """What is measured and saved during the run. By default measurements take at most a tenth of
+    the run's time.
     """
 
     eval_every: Annotated[
         int | None,
         Option(
-            "Steps between two held-out measurements. Default: a 20th of the run, or more: see "
+            "Steps between two held-out measurements. Default: a 20th of the run or more, see "
             "--eval-tokens.",
             metavar="STEPS",
             panel=_KEEP,
@@ -597,8 +620,8 @@ class Keeping:
     eval_tokens: Annotated[
         int | None,
         Option(
-            "Most held-out tokens in a measurement. Default: 250K, or what takes a tenth of the "
-            "run's time.",
+            "The most held-out tokens in a measurement. Default: 250K, or fewer, so that all "
+            "measurements take at most a tenth of the run's time.",
             metavar="N",
             panel=_KEEP,
             parse=parse_count,
@@ -619,7 +642,7 @@ class Keeping:
     export_every: Annotated[
         int | None,
         Option(
-            "Write the model as it is every N steps, whole and beside the output: OUT-step-N.",
+            "Every N steps, also write the whole model beside the output, to OUT-step-N.",
             metavar="N",
             panel=_KEEP,
         ),
@@ -627,8 +650,8 @@ class Keeping:
     average: Annotated[
         int | None,
         Option(
-            "Also write the mean of the last N checkpoints of --save-every STEPS, as a model "
-            "beside OUT: OUT-average.",
+            "Also write the mean of the last N checkpoints (with --save-every STEPS) as a model to "
+            "OUT-average.",
             metavar="N",
             panel=_KEEP,
         ),
@@ -640,23 +663,27 @@ class Keeping:
 
 @dataclass(frozen=True, kw_only=True)
 class HealOptions:
-    """All that a healing is asked for: which model, where to, and the options in their groups."""
+    """A model to heal, its output, and all options in their groups."""
 
     model: Path
     output: Path
     data: DataOptions
-    budget: Budget = field(default_factory=Budget)
-    recipe: Recipe = field(default_factory=Recipe)
-    fit: Fit = field(default_factory=Fit)
-    launch: Launch = field(default_factory=Launch)
-    keeping: Keeping = field(default_factory=Keeping)
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
+    recipe: RecipeOptions = field(default_factory=RecipeOptions)
+    fit: FitOptions = field(default_factory=FitOptions)
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
+    saving: SavingOptions = field(default_factory=SavingOptions)
 
     def to_json(self) -> dict[str, Any]:
-        """The options that make a run what it is, for run.json: how it is launched is another
-        matter.
+        """The options for run.json: all but those of the workers' launch, which may change when a
+        run is resumed.
         """
-        groups = {
-            name: getattr(self, name) for name in ("data", "budget", "recipe", "fit", "keeping")
+        groups: dict[str, Any] = {
+            "data": self.data,
+            "budget": self.budget,
+            "recipe": self.recipe,
+            "fit": self.fit,
+            "keeping": self.saving,
         }
         return {
             f"{name}.{key}": value
@@ -668,24 +695,24 @@ class HealOptions:
 # The groups by their names in run.json.
 GROUPS = {
     "data": DataOptions,
-    "budget": Budget,
-    "recipe": Recipe,
-    "fit": Fit,
-    "launch": Launch,
-    "keeping": Keeping,
+    "budget": BudgetOptions,
+    "recipe": RecipeOptions,
+    "fit": FitOptions,
+    "launch": LaunchOptions,
+    "keeping": SavingOptions,
 }
 
 
 def typed_options(*groups: Any) -> dict[str, Any]:
-    """Every option that has a value, by its name and as it is typed.
+    """Every option that has a value, by its name, with the value as typed.
 
-    >>> typed_options(Budget(tokens=1000, until=Until.base))
+    >>> typed_options(BudgetOptions(tokens=1000, until=Until.base))
     {'tokens': 1000, 'until': 'base'}
     """
-    found = [
+    pairs = [
         (option, getattr(group, option.field))
         for group in groups
         for option in option_fields(type(group))
     ]
-    typed = {option.name: option.typed(value) for option, value in found}
+    typed = {option.name: option.typed(value) for option, value in pairs}
     return {name: value for name, value in typed.items() if value is not None and value != []}

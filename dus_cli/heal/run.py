@@ -1,4 +1,4 @@
-"""`run.json`: all that passes from the launcher to the workers, every option resolved to numbers.
+"""`run.json`: everything that the launcher passes to the workers, with every option resolved.
 
 It is written once, before torchrun starts, and read by each worker. A worker needs nothing else, so
 it can be started by hand, by Slurm or by Kubernetes with the command that `--print-command` prints.
@@ -21,18 +21,18 @@ from dus_cli.source.reading import open_regular
 
 NAME = "run.json"
 
-# What a worker leaves beside it: a failure in one line, and at the end of the run the figures.
+# Files that a worker writes beside it: a failure in one line, and the report at the end of the run.
 FAILURE = "failure.json"
 REPORT = "report.json"
 
-# What a run that is under way writes into its folder; of checkpoints/ see `is_of_a_run`.
+# Files and folders that an unfinished run writes, besides checkpoints/ (see `is_of_a_run`).
 _FILES = (NAME, FAILURE, REPORT, "metrics.jsonl")
 _FOLDERS = ("tokens", "logs", "tensorboard")
 
 SCHEMA = 1
 
-# What may change between a run and its resumption: nothing here changes what is learned, rounding
-# aside. Files are compared by their content.
+# Options that may change when a run is resumed: they change what is learned by rounding at most.
+# Data are compared by content instead of by name.
 _FREE = frozenset(
     "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload "
     "keeping.eval_every keeping.save_every keeping.keep keeping.export_every keeping.average "
@@ -45,8 +45,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class RatesPlan:
-    """What learning rates are multiplied by: each output layer's, that of all outside of the
-    layers, and the norms' wherever they stand (None: as what they stand in). 0 freezes.
+    """Factors of the learning rates: for each output layer, for parameters outside of the layers,
+    and for all norms (None: the factor of the layer, or of what is outside). 0 freezes.
     """
 
     layers: tuple[float, ...]
@@ -56,11 +56,15 @@ class RatesPlan:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """How it learns, in steps. `warmup_steps` and `decay_steps` are at the two ends of the run.
+    """How the model is trained, with lengths in steps.
 
-    `train_layers` are the output layers that learn; None is the whole model. `distill_steps` is the
-    step at which the KL term's weight has fallen to 0. `rates` are factors of `lr` and `gain_lr`;
-    None is 1 throughout.
+    Attributes:
+        warmup_steps, decay_steps: lengths of the warm-up and of the decay.
+        train_layers: the output layers that are trained; None is the whole model.
+        distill_weight: the KL term's weight at the start.
+        distill_steps: the step at which the KL term's weight has fallen to 0.
+        max_skipped: bad steps in a row that end the run.
+        rates: factors of `lr` and `gain_lr`; None is 1 for all.
     """
 
     lr: float
@@ -79,7 +83,7 @@ class RecipePlan:
     rates: RatesPlan | None = None
 
     def learning_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The output layers of which more than norms learns."""
+        """The output layers of which more than the norms is trained."""
         layers = range(num_layers) if self.train_layers is None else self.train_layers
         return tuple(i for i in layers if self.rates is None or self.rates.layers[i])
 
@@ -90,7 +94,7 @@ class RecipePlan:
 
 @dataclass(frozen=True)
 class FitPlan:
-    """How it fits. `micro_batch_rows` None is decided by the worker."""
+    """How the run fits the devices. The worker chooses `micro_batch_rows` if it is None."""
 
     micro_batch_rows: int | None
     precision: str
@@ -102,9 +106,9 @@ class FitPlan:
 
 
 @dataclass(frozen=True)
-class KeepingPlan:
-    """What is measured and saved on the way. `average`: of how many checkpoints the mean is written
-    at the end; None is no mean.
+class SavingPlan:
+    """What is measured and saved during the run. `average` is the number of checkpoints whose mean
+    is written at the end; None writes none.
     """
 
     eval_every: int
@@ -119,16 +123,18 @@ class KeepingPlan:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run. `data` is `tokens.Prepared` as JSON; its paths are relative to `tokens/` beside
-    run.json.
+    """A whole run; docs/layout.md describes run.json.
 
-    `options` are the wishes behind the numbers, by group and name: a resumed run is held against
-    them. A step is `rows_per_step` sequences of `seq_length` tokens, over all workers. `model_key`
-    is a digest of the model's config and weights' headers: a resumed run must start from the same
-    model. `epochs` is how often the data is trained on; `heldout_documents` and `heldout_tokens`
-    are what each measurement predicts, and `heldout_sets` the `documents` and `tokens` of each set
-    that has a name. `notes` are what a person should know of the model and its
-    base.
+    Attributes:
+        model_key: a digest of the model's config and weights; a resumed run must have the same.
+        options: the options as given, by group and name; a resumed run must have the same.
+        data: `data.streams.Prepared` as JSON; the parts lie in `tokens/` beside run.json.
+        rows_per_step: rows of `seq_length` tokens in a step, over all workers.
+        keeping: measuring and saving; the group's name in run.json.
+        epochs: how often the run reads the training data.
+        heldout_documents, heldout_tokens: what each measurement predicts.
+        heldout_sets: `documents` and `tokens` of each held-out set that has a name.
+        notes: warnings about the model and its base.
     """
 
     schema: int
@@ -148,7 +154,7 @@ class Run:
     until: str | None
     recipe: RecipePlan
     fit: FitPlan
-    keeping: KeepingPlan
+    keeping: SavingPlan
     epochs: float = 0.0
     heldout_documents: int = 0
     heldout_tokens: int = 0
@@ -172,12 +178,12 @@ class Run:
         return self.folder / "checkpoints"
 
     def export_folder(self, step: int) -> Path:
-        """Where the model as it is after a step goes, beside the run."""
+        """The folder of the model exported after a step, beside the run's."""
         return self.folder.with_name(f"{self.folder.name}-step-{step}")
 
     @property
     def average_folder(self) -> Path:
-        """Where the mean of the last checkpoints is written."""
+        """The folder of the mean of the last checkpoints."""
         return average_folder(self.folder)
 
     @property
@@ -185,7 +191,7 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def write(self) -> None:
-        """Write run.json, whole or not at all."""
+        """Write run.json in one step."""
         path = self.folder / NAME
         partial = path.with_suffix(".json.partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -193,13 +199,13 @@ class Run:
 
 
 def average_folder(output: Path) -> Path:
-    """Where the mean of a run's checkpoints is written, by where its healed model is."""
+    """The folder of the mean of a run's checkpoints, beside the healed model's folder `output`."""
     return output.with_name(f"{output.name}-average")
 
 
 def is_of_a_run(relative: str) -> bool:
-    """Whether a file in the folder of a run is one that dus writes while it heals, by its path
-    with "/".
+    """Whether dus writes a file of this name while it heals. `relative` is a path in the run's
+    folder, with "/".
     """
     first, _, rest = relative.partition("/")
     if first == "checkpoints":
@@ -208,10 +214,11 @@ def is_of_a_run(relative: str) -> bool:
 
 
 def read_run(path: Path) -> Run:
-    """A run from its run.json. The output is the folder that holds the file, wherever that now is.
+    """Read a run.json. The run's output becomes the folder that holds the file, because it may have
+    been moved.
 
     Raises:
-        HealError: not there, damaged, or written by a newer dus.
+        HealError: the file is missing, damaged, or written by a newer dus.
     """
     try:
         record = parse_json_object(_content(path), NAME)
@@ -239,16 +246,16 @@ def _content(path: Path) -> bytes:
 
 
 def _without_phases(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of an older dus, which wrote what learns as a list of phases: nearly always one.
+    """The present form of a record that an older dus wrote, with a list of training phases.
 
     Raises:
-        ValueError: there were more.
+        ValueError: it has more than one phase.
     """
     recipe, options = record["recipe"], record["options"]
     if "phases" not in recipe:
         return record
     if len(recipe["phases"]) > 1:
-        raise ValueError("it has several phases of training, which dus heal no longer knows")
+        raise ValueError("it has several training phases, which dus heal no longer supports")
     recipe = recipe | {"train_layers": recipe["phases"][0]["layers"]}
     options = options | {"recipe.train": options["recipe.phases"][0]["train"]}
     del recipe["phases"], options["recipe.phases"]
@@ -256,19 +263,19 @@ def _without_phases(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(kind: type[_T], record: dict[str, Any]) -> _T:
-    """A dataclass from JSON: nested ones from objects, tuples from lists."""
+    """Build a dataclass from JSON: nested ones from objects, tuples from lists."""
     nested: dict[str, Any] = {
         "recipe": RecipePlan,
         "rates": RatesPlan,
         "fit": FitPlan,
-        "keeping": KeepingPlan,
+        "keeping": SavingPlan,
         "base": BasePlan,
     }
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         missing = field.default is field.default_factory is dataclasses.MISSING
         if field.name not in record and not missing:
-            continue  # of an older dus
+            continue  # the record is of an older dus
         value = record[field.name]
         if field.name in nested and value is not None:
             value = _build(nested[field.name], value)
@@ -279,11 +286,11 @@ def _build(kind: type[_T], record: dict[str, Any]) -> _T:
 
 
 def check_same(old: Run, new: Run) -> None:
-    """Check that a run that goes on is the same run: what was learned and what will be fit
-    together.
+    """Check that a resumed run has the same options, model and data, except options that may
+    change.
 
     Raises:
-        HealError: an option that matters, the model or the data changed; names each.
+        HealError: something changed; the message names each change.
     """
     changed = changed_options(old, new.options)
     changed += [
@@ -298,7 +305,7 @@ def check_same(old: Run, new: Run) -> None:
 
 
 def changed_options(old: Run, options: dict[str, Any]) -> list[str]:
-    """Options that matter and are not what they were, each as "lr 0.0001 → 0.0003"."""
+    """The options that must not change and did, each as "lr 0.0001 → 0.0003"."""
     names = [name for name in {**old.options, **options} if name not in _FREE]
     return [
         f"{name.split('.')[1].replace('_', '-')} {json.dumps(old.options.get(name))} → "
@@ -309,21 +316,19 @@ def changed_options(old: Run, options: dict[str, Any]) -> list[str]:
 
 
 def other_options(old: Run, changed: list[str]) -> HealError:
-    """The refusal to go on with a run that would not be the same."""
+    """The error for resuming a run with other options, model or data."""
     return HealError(
         f"{shown(old.folder)} holds a run with other options ({shown_list(changed)}); "
-        "give the same ones to go on, or another -o to start anew"
+        "give the same ones to go on, or another -o to start a new run"
     )
 
 
 def options_of_run(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The options of a run, of its run.json, as they are typed; None of what is no run.json.
-
-    The model is the run's; where the output goes and how the workers are launched is another
-    matter.
+    """The options in a run.json, as they are typed, with the model but without the output and the
+    workers' options; None if the record is not a run.json.
 
     Raises:
-        HealError: it is damaged, or was written by a newer dus.
+        HealError: the record is damaged, or was written by a newer dus.
     """
     if not {"schema", "options", "recipe"} <= record.keys():
         return None
@@ -337,12 +342,12 @@ def options_of_run(record: dict[str, Any]) -> dict[str, Any] | None:
         return {"model": str(record["model"]), **typed_options(*values)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise HealError(
-            f"its options are damaged or of another dus ({error}); give another file"
+            f"its options are damaged or of another version of dus ({error}); give another file"
         ) from None
 
 
 def _restored(kind: type[_T], fields: dict[str, Any]) -> _T:
-    """A group of options, of what JSON has of its fields."""
+    """Build a group of options from the JSON of its fields."""
     values = dict(fields)
     for option in option_fields(kind):
         value = fields.get(option.field)
@@ -354,5 +359,5 @@ def _restored(kind: type[_T], fields: dict[str, Any]) -> _T:
         elif isinstance(value, list):
             values[option.field] = tuple(value)
         elif isinstance(value, str):
-            values[option.field] = option.kind(value)  # of an enum, or the text itself
+            values[option.field] = option.kind(value)  # an enum or str
     return kind(**values)

@@ -1,4 +1,4 @@
-"""The same figures to a tracker, where one was asked for. metrics.jsonl is written in any case."""
+"""Trackers that log the same figures as metrics.jsonl: TensorBoard, wandb and trackio."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dus_cli.common.libraries import require
 
 
 class Tracker(Protocol):
-    """Told every row of metrics.jsonl."""
+    """Gets every row of metrics.jsonl."""
 
     def log(self, row: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
 
 
-class _Nothing:
+class _NoTracker:
     def log(self, row: dict[str, Any]) -> None:
         pass
 
@@ -38,8 +38,8 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Run:
-    """wandb and trackio have the same interface."""
+class _LibraryRun:
+    """A run of wandb or trackio, which have the same interface."""
 
     def __init__(self, library: str, folder: Path, config: dict[str, Any]) -> None:
         module: Any = __import__(library)
@@ -55,25 +55,25 @@ class _Run:
 
 
 def check_tracker(name: str) -> None:
-    """Check that a tracker's package is there, before anything is done.
+    """Check that a tracker's package is installed.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: it is not.
     """
     if name != "none":
         require(f"--track {name}", name)
 
 
 def open_tracker(name: str, folder: Path, config: dict[str, Any]) -> Tracker:
-    """A tracker for a run; what it writes itself lies in the run's folder."""
+    """Open the tracker of a run; its own files go into the run's folder."""
     if name == "none":
-        return _Nothing()
+        return _NoTracker()
     check_tracker(name)
-    return _TensorBoard(folder) if name == "tensorboard" else _Run(name, folder, config)
+    return _TensorBoard(folder) if name == "tensorboard" else _LibraryRun(name, folder, config)
 
 
 def figures(row: dict[str, Any]) -> dict[str, float]:
-    """A row's numbers by flat names.
+    """The numbers of a row, by flat names.
 
     >>> figures({"step": 3, "loss": 2.5, "seconds": {"data": 0.1}})
     {'loss': 2.5, 'seconds/data': 0.1}

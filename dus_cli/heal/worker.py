@@ -1,9 +1,10 @@
-"""The worker: `torchrun … -m dus_cli.heal.worker OUT/run.json`. One of these runs for each device.
+"""The worker: `torchrun … -m dus_cli.heal.worker OUT/run.json`, one process for each device.
 
-It loads its part of the model, measures base and scaled loss, goes on from the newest checkpoint,
-trains, and with its team writes the healed model. It exits 0 when the run is finished; 1 on a
-failure, which it leaves in one line in `failure.json`; and with 128 + the signal when one asked it
-to stop and a checkpoint is saved, under torchrun with 0, because torchrun starts again what failed.
+It loads its part of the model, measures the losses of base and scaled model, resumes from the
+newest checkpoint, trains, and writes the healed model with its team. It exits with 0 when the run
+is finished; with 1 on a failure, which it writes to `failure.json` in one line; and with 128 + the
+signal after a signal, once a checkpoint is saved. Under torchrun it then exits with 0, because
+torchrun restarts workers that fail.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from dus_cli.heal.checkpoints_folder import disk_failure
 from dus_cli.heal.run import FAILURE, read_run
 from dus_cli.models.stopping import Signals, StopRequested, end_with_torchrun
 
-# What a disk does that no restart mends.
+# Errors of the disk that a restart would not mend.
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def work(path: Path, signals: Signals) -> int:
-    """Be a worker of the run in this file; the exit code.
+    """Run a worker of the run in this file; return its exit code.
 
     Raises:
         DusError: any known failure.
     """
     run = read_run(path)
-    # Imported here: a known failure that torchrun restarts is told again without loading torch
-    # first.
+    # Imported here, so that an error in run.json is reported without loading torch.
     from dus_cli.heal.train.setup import set_up
     from dus_cli.models.team import gathered
 
@@ -51,7 +51,7 @@ def work(path: Path, signals: Signals) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and advice have no reader here."""
+    """Silence the libraries' progress bars and warnings, which would only fill logs."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
         failure.exists()
         and json.loads(failure.read_text(encoding="utf-8")).get("launch") == launch != ""
     ):
-        return 1  # torchrun restarts workers, a known failure stays what it is
+        return 1  # torchrun restarted this worker, but the failure would repeat
     _quiet_libraries()
     try:
         return work(path, signals)
@@ -91,15 +91,13 @@ def main(arguments: list[str]) -> int:
         _leave(failure, launch, text)
         sys.stderr.write(f"error: {text}\n")
         sys.stderr.flush()
-        # others may wait for this worker in a collective: no clean-up that waits for them
+        # not sys.exit: cleaning up would wait for workers that wait for this one in a collective
         os._exit(1)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a restart may help: the network's failures and a device's are RuntimeErrors of torch,
-    or OSErrors.
-
-    A library that is missing, a config that is wrong and a fault of dus stay what they are.
+    """Whether a restart may help. Failures of network and devices are torch's RuntimeErrors or
+    OSErrors. A missing library, a wrong config or a bug in dus would fail again.
     """
     if isinstance(error, OSError):
         return error.errno not in _OF_THE_DISK
@@ -109,8 +107,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _leave(path: Path, launch: str, error: str) -> None:
-    """Leave a failure for the launcher; the first one counts."""
-    # stderr has it in any case
+    """Write failure.json for the launcher, unless another worker has written it."""
+    # if this fails, stderr has the error
     with (
         contextlib.suppress(OSError),
         path.open("x", encoding="utf-8") as file,
@@ -118,7 +116,7 @@ def _leave(path: Path, launch: str, error: str) -> None:
         try:
             file.write(json.dumps({"launch": launch, "error": error}))
             file.flush()
-        except OSError:  # a full disk: half a line would be worse than none
+        except OSError:  # a full disk; half a line would be worse than no file
             path.unlink()
             raise
 

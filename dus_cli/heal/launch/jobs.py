@@ -15,7 +15,7 @@ from typing import Any
 from dus_cli import __version__
 from dus_cli.common.options import option_fields
 from dus_cli.errors import UsageError, shown
-from dus_cli.heal.options import HealOptions, Launch
+from dus_cli.heal.options import HealOptions, LaunchOptions
 
 # Where the volume or the bucket with the model, the text and the output is.
 _MOUNT = "/work"
@@ -69,10 +69,10 @@ def heal_command(options: HealOptions) -> list[str]:
     job fills in.
     """
     words = ["dus", "heal", str(options.model), "-o", str(options.output)]
-    launch = Launch(
+    launch = LaunchOptions(
         nproc_per_node=options.launch.nproc_per_node, max_restarts=options.launch.max_restarts
     )
-    groups = (options.data, options.budget, options.recipe, options.fit, launch, options.keeping)
+    groups = (options.data, options.budget, options.recipe, options.fit, launch, options.saving)
     for group in groups:
         for option in option_fields(type(group)):
             value = getattr(group, option.field)

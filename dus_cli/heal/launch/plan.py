@@ -1,6 +1,4 @@
-"""What a run will do and what it needs, before it does it: for the dry run and for the start of
-a run.
-"""
+"""The plan of a run: what it will do and need, shown by a dry run and at the start of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.memory import available_bytes, smallest_gpu
 from dus_cli.common.reports import public
-from dus_cli.common.units import human_bytes, human_time
+from dus_cli.common.units import counted, human_bytes, human_time
 from dus_cli.heal import estimate
 from dus_cli.heal.estimate import MemoryEstimate, num_shards
-from dus_cli.heal.options import Launch
+from dus_cli.heal.options import LaunchOptions
 from dus_cli.heal.run import Run
 from dus_cli.maps.shape import Shape, flops_per_token
 from dus_cli.models.precision import torch_dtype
@@ -21,24 +19,24 @@ from dus_cli.models.precision import torch_dtype
 if TYPE_CHECKING:
     from dus_cli.data.streams import Prepared
 
-# What a well-tuned run in bf16 reaches of a device's peak. Published for the H100: 34% and,
-# compiled, 39% (torchtitan, Llama 3.1 8B, December 2024), 39% to 41% (NeMo AutoModel, Llama 3 70B).
-# Times are told for it.
+# The share of a device's peak FLOP/s that a well-tuned run in bf16 reaches. Published for the H100:
+# 34% and, compiled, 39% (torchtitan, Llama 3.1 8B, December 2024), 39% to 41% (NeMo AutoModel,
+# Llama 3 70B). Times are estimated with it.
 TYPICAL_MFU = 0.40
 REFERENCE_GPU = "H100"
 
-# Below this a held-out loss says little: differences of some hundredths of a nat are noise.
+# With less held-out text, differences of some hundredths of a nat are noise.
 _FEW_DOCUMENTS, _FEW_TOKENS = 20, 10_000
 
-# Beyond this, text that comes again teaches less and less (arXiv:2305.16264, section 6).
+# With more epochs, repeated text teaches less and less (arXiv:2305.16264, section 6).
 _MANY_EPOCHS = 4
 
-# A worker's Python, torch and transformers.
+# Bytes of a worker's Python, torch and transformers.
 _LIBRARIES = 500_000_000
 
 
-def num_processes(launch: Launch) -> int:
-    """Workers of this node: as asked, or one for each accelerator, or one."""
+def num_processes(launch: LaunchOptions) -> int:
+    """The number of workers on this node: --nproc-per-node, or one for each accelerator, or one."""
     if launch.nproc_per_node is not None:
         return launch.nproc_per_node
     import torch
@@ -47,20 +45,18 @@ def num_processes(launch: Launch) -> int:
 
 
 def source_name(text: str) -> str:
-    """What a source is called where others read it: its last name, without a query, which may hold
-    a signature.
+    """The name of a source in published files: the last part of its path, without a query, which
+    may hold a signature.
 
     >>> source_name("/data/*.jsonl"), source_name("https://host/a.jsonl?signature=1")
     ('*.jsonl', 'a.jsonl')
     """
-    said = str(public(text))
-    return Path(said).name or said
+    path = str(public(text))
+    return Path(path).name or path
 
 
 def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
-    """What a run trains and measures on, as the plan and the proof record it. Paths are left out
-    of names.
-    """
+    """What a run trains and measures on, as the plan and the proof record it, without paths."""
     record = {
         "data": [source_name(source.name) for source in data.sources],
         "epochs": epochs,
@@ -75,7 +71,7 @@ def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
     return record | ({"heldout_sets": sets} if sets else {})
 
 
-def plan_of(run: Run, shape: Shape, launch: Launch) -> dict[str, Any]:
+def plan_of(run: Run, shape: Shape, launch: LaunchOptions) -> dict[str, Any]:
     """The plan as JSON; docs/layout.md describes each field."""
     import torch
 
@@ -96,44 +92,44 @@ def plan_of(run: Run, shape: Shape, launch: Launch) -> dict[str, Any]:
         "steps": run.num_steps,
         "tokens": tokens,
         "eval_every": run.keeping.eval_every,
-        "evaluation_share": measured
-        / (measured + 3 * tokens),  # a forward pass is a third of a step
+        # a forward pass takes a third of a training step
+        "evaluation_share": measured / (measured + 3 * tokens),
         "num_workers": workers,
         "memory_per_device": {
             key: int(value) for key, value in (asdict(memory) | {"total": memory.total}).items()
         },
     }
-    plan |= _place(run, memory, local, on_cpu=on_cpu)
+    plan |= _device(run, memory, local, on_cpu=on_cpu)
     plan |= _time(run, tokens * flops + measured * flops / 3, workers, launch.nnodes, on_cpu=on_cpu)
     return plan | {"warnings": [*run.notes, *_warnings(plan)]}
 
 
-def _place(run: Run, memory: MemoryEstimate, num_local: int, *, on_cpu: bool) -> dict[str, Any]:
-    """What there is of memory on this node. None where it cannot be asked."""
+def _device(run: Run, memory: MemoryEstimate, num_local: int, *, on_cpu: bool) -> dict[str, Any]:
+    """The device and the memory of this node; None for what is unknown."""
     host = run.num_parameters * (2 if run.fit.precision == "bf16" else 4) + num_local * _LIBRARIES
     gpu = None if on_cpu else smallest_gpu()
     if on_cpu:
         host = num_local * (int(memory.total) + _LIBRARIES)
     elif run.fit.offload:
         host += num_local * int(memory.weights + memory.gradients + memory.optimizer)
-    there = available_bytes()
-    device = there // num_local if on_cpu else None if gpu is None else gpu[1]
-    fits = host <= there and (device is None or memory.total <= device)
+    available = available_bytes()
+    device = available // num_local if on_cpu else None if gpu is None else gpu[1]
+    fits = host <= available and (device is None or memory.total <= device)
     return {
         "device": "cpu" if on_cpu else "accelerator" if gpu is None else gpu[0],
         "memory_available_per_device": device,
         "host_memory": host,
-        "host_memory_available": there,
+        "host_memory_available": available,
         "fits": fits,
     }
 
 
 def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool) -> dict[str, Any]:
-    """Seconds by the clock: on these workers, for a CPU by a measured product, else for H100s at
-    the usual MFU.
+    """The run's seconds on these workers: by a measured matrix product on a CPU, else as if they
+    were H100s at the typical MFU.
     """
     peak, units = estimate.PEAK_FLOPS[REFERENCE_GPU], workers
-    if on_cpu:  # workers of a node share its cores
+    if on_cpu:  # the workers of a node share its cores
         import torch
 
         from dus_cli.heal.train.fitting import peak_flops
@@ -147,7 +143,7 @@ def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool)
 
 
 def num_learning(run: Run, shape: Shape) -> int:
-    """Parameters that learn, norms of frozen layers aside."""
+    """The number of trained parameters, without the norms of frozen layers."""
     layers = len(run.recipe.learning_layers(run.num_layers))
     return estimate.num_learning(shape, layers, with_embeddings=run.recipe.embeddings_learn)
 
@@ -166,87 +162,88 @@ def _memory(run: Run, shape: Shape, workers: int, num_local: int) -> MemoryEstim
 
 
 def _warnings(plan: dict[str, Any]) -> list[str]:
-    """Where the proof would be thin, or the run would not get through."""
-    found = []
+    """Warnings about too little held-out text, too many epochs, or too little memory."""
+    warnings = []
     whole = {"name": "", "documents": plan["heldout_documents"], "tokens": plan["heldout_tokens"]}
     for each in plan.get("heldout_sets", [whole]):
         documents, tokens = each["documents"], each["tokens"]
         if documents >= _FEW_DOCUMENTS and tokens >= _FEW_TOKENS:
             continue
-        more = "--holdout or --eval-data gives more"
+        more = "give more with --holdout or --eval-data"
         if plan["available_heldout_tokens"] >= 2 * max(1, plan["heldout_tokens"]):
-            more = "--eval-tokens 250K measures more, and takes longer"
-        where = f"{each['name']}: " * bool(each["name"])
-        few = f"{_counted(tokens, documents)} held out are too few to prove much"
-        found.append(f"{where}{few}; {more}")
+            more = "measure more of it with --eval-tokens 250K, which takes longer"
+        name = f"{each['name']}: " if each["name"] else ""
+        warnings.append(
+            f"{name}{text_size(tokens, documents)} held out are too few to prove much; {more}"
+        )
     if plan["epochs"] > _MANY_EPOCHS:
-        found.append(
-            f"the budget goes over the data {plan['epochs']:,.1f} times, so the model learns "
-            f"{plan['train_documents']:,} documents by heart rather than heals; give more text, "
-            "or a smaller budget"
+        warnings.append(
+            f"the budget is {plan['epochs']:,.1f} epochs, so the model memorises "
+            f"{counted(plan['train_documents'], 'document')} rather than heals; give more text, or "
+            "a smaller budget"
         )
     if not plan["fits"]:
-        found.append(_not_fitting(plan))
-    return found
+        warnings.append(_not_fitting(plan))
+    return warnings
 
 
 def _not_fitting(plan: dict[str, Any]) -> str:
-    needs, there = plan["memory_per_device"]["total"], plan["memory_available_per_device"]
+    needed, available = plan["memory_per_device"]["total"], plan["memory_available_per_device"]
     where = "worker"
-    if there is None or needs <= there:
-        needs, there, where = plan["host_memory"], plan["host_memory_available"], "node"
+    if available is None or needed <= available:
+        needed, available, where = plan["host_memory"], plan["host_memory_available"], "node"
     return (
-        f"a {where} needs {human_bytes(needs)} of memory and has {human_bytes(there)} here "
-        f"({plan['device']}): it will "
-        "not fit; more workers, --activation-checkpointing full or a smaller --seq-length take less"
+        f"a {where} needs {human_bytes(needed)} of memory and has {human_bytes(available)} here "
+        f"({plan['device']}): the run will not fit; use more workers, --activation-checkpointing "
+        "full or a smaller --seq-length"
     )
 
 
-def _counted(tokens: int, documents: int) -> str:
-    return f"{tokens:,} tokens of {documents:,} document{'s' * (documents != 1)}"
+def text_size(tokens: int, documents: int) -> str:
+    """The size of some text.
+
+    >>> text_size(5, 1)
+    '5 tokens of 1 document'
+    """
+    return f"{counted(tokens, 'token')} of {counted(documents, 'document')}"
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """The plan for a person, warnings last."""
-    there = plan["available_heldout_tokens"]
-    of = f" of {there:,} tokens held out" if there > plan["heldout_tokens"] * 1.05 else ""
+    held_out = plan["available_heldout_tokens"]
+    is_part = held_out > plan["heldout_tokens"] * 1.05
+    of = f" of {counted(held_out, 'token')} held out" if is_part else ""
     available = plan["memory_available_per_device"]
     memory = human_bytes(plan["memory_per_device"]["total"])
-    workers = f"{plan['num_workers']} worker{'s' * (plan['num_workers'] != 1)}"
+    has = "an unknown amount" if available is None else human_bytes(available)
     time = (
-        f"about {human_time(plan['seconds'])} for {workers} ({plan['seconds_on']} at "
-        f"{TYPICAL_MFU:.0%} MFU)"
+        f"about {human_time(plan['seconds'])} for {counted(plan['num_workers'], 'worker')} "
+        f"({plan['seconds_on']} at {TYPICAL_MFU:.0%} MFU)"
     )
     rows = [
         (
             "data",
             (
-                f"{_counted(plan['train_tokens'], plan['train_documents'])}, gone over "
+                f"{text_size(plan['train_tokens'], plan['train_documents'])}, read "
                 f"{_times(plan['epochs'])}"
             ),
         ),
         (
             "held out",
-            f"{_counted(plan['heldout_tokens'], plan['heldout_documents'])} are measured{of}",
+            f"{text_size(plan['heldout_tokens'], plan['heldout_documents'])} are measured{of}",
         ),
         *(
-            ("", f"{each['name']}: {_counted(each['tokens'], each['documents'])}")
+            ("", f"{each['name']}: {text_size(each['tokens'], each['documents'])}")
             for each in plan.get("heldout_sets", [])
         ),
         (
             "measured",
-            f"every {plan['eval_every']:,} steps, about {plan['evaluation_share']:.0%} of the run",
+            (
+                f"every {counted(plan['eval_every'], 'step')}, about "
+                f"{plan['evaluation_share']:.0%} of the run"
+            ),
         ),
-        (
-            "needed",
-            f"{memory} a worker, "
-            + (
-                "not known what there is"
-                if available is None
-                else f"{human_bytes(available)} there"
-            )
-            + f" ({plan['device']})",
-        ),
+        ("memory", f"{memory} needed per worker, {has} available ({plan['device']})"),
         ("time", time),
     ]
     return [

@@ -1,4 +1,4 @@
-"""What a healing has to say at its end, and its dry run before it: for a person and as JSON."""
+"""The reports of a healing and of its dry run, for a person and as JSON."""
 
 from __future__ import annotations
 
@@ -9,36 +9,41 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.common.storage import free_bytes
-from dus_cli.common.units import human_bytes, human_time
+from dus_cli.common.units import counted, human_bytes, human_time
 from dus_cli.data.sources import Unread
 from dus_cli.heal import estimate
-from dus_cli.heal.launch.plan import REFERENCE_GPU, TYPICAL_MFU, num_learning, plan_lines, plan_of
-from dus_cli.heal.options import HealOptions
-from dus_cli.heal.run import (
-    REPORT,
-    SCHEMA,
-    Run,
+from dus_cli.heal.launch.plan import (
+    REFERENCE_GPU,
+    TYPICAL_MFU,
+    num_learning,
+    plan_lines,
+    plan_of,
+    text_size,
 )
+from dus_cli.heal.options import HealOptions
+from dus_cli.heal.run import REPORT, SCHEMA, Run
 from dus_cli.maps.shape import Shape, flops_per_token, pretraining_flops
 
 
-def heal_text(report: dict[str, Any]) -> str:
-    """The closing summary."""
+def heal_text(report: dict[str, Any], output: Path) -> str:
+    """The summary at the end, with `output` as the user typed it."""
     base = report["base_loss"]
     rows = [
         *_heldout_rows(report),
-        ("tokens", f"{report['tokens']:,} in {report['steps']:,} steps"),
+        ("tokens", f"{report['tokens']:,} in {counted(report['steps'], 'step')}"),
         ("cost", f"{report['flops']:.3g} FLOPs, {human_time(report['seconds'])}"),
     ]
     if report["tokens_per_second"] is not None:
         memory = human_bytes(report["peak_memory_bytes"])
         rows.append(
-            ("speed", f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {memory} a worker")
+            (
+                "speed",
+                f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {memory} per worker",
+            )
         )
     if report["skipped_steps"]:
-        rows.append(
-            ("skipped", f"{report['skipped_steps']} steps with a loss or gradient out of bounds")
-        )
+        skipped = counted(report["skipped_steps"], "step")
+        rows.append(("skipped", f"{skipped} with a loss or gradient out of bounds"))
     if report["skipped_lines"]:
         reasons = ", ".join(
             f"{count:,} {reason}" for reason, count in report["skipped_lines"].items()
@@ -46,40 +51,49 @@ def heal_text(report: dict[str, Any]) -> str:
         rows.append(("left out", reasons))
     rows += _unread_row(report)
     lines = [f"{label:<13}{value}" for label, value in rows]
-    output = shlex.quote(report["output"])
+    folder = shlex.quote(str(output))
     if report["status"] == "unchanged":
-        lines.append(f"{output} is finished already, with these options; nothing was done.")
+        lines.append(f"{folder} is finished already, with these options; nothing was done.")
     elif base is None:
-        lines.append(f"Wrote {output}. No base stands in this model to compare it with.")
+        lines.append(f"Wrote {folder}. The model does not hold its base to compare it with.")
     elif report["tokens_to_base"] == 0:
-        lines.append(f"Wrote {output}. It was no worse than its base to begin with.")
+        lines.append(f"Wrote {folder}. It was no worse than its base from the start.")
     elif report["reached_base"]:
         lines.append(
-            f"Wrote {output}. It reached its base after {report['tokens_to_base']:,} tokens, "
+            f"Wrote {folder}. It reached its base after "
+            f"{counted(report['tokens_to_base'], 'token')}, "
             f"{report['fraction_of_pretraining']:.2g} of pretraining."
         )
     else:
         lines.append(
-            f"Wrote {output}. It has not reached its base yet: give it more tokens (--tokens, "
+            f"Wrote {folder}. It has not reached its base yet: give it more tokens (--tokens, "
             "--until base)."
         )
     if report.get("average"):
         steps = ", ".join(map(str, report["average"]["steps"]))
-        folder = shlex.quote(str(Path(report["output"]).with_name(report["average"]["folder"])))
-        lines.append(f"Wrote {folder}, the mean of the checkpoints of steps {steps}.")
+        average = shlex.quote(str(output.with_name(report["average"]["folder"])))
+        lines.append(f"Wrote {average}, the mean of the checkpoints of steps {steps}.")
     return "\n".join(lines)
 
 
 def _heldout_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The losses, and what they are of: a row for each held-out set that has a name, or two."""
+    """The losses and the size of their text: a row for each held-out set that has a name, else two
+    rows.
+    """
     sets = report.get("heldout_sets", [])
     if sets:
-        texts = [f"{each['name']} {_losses_text(each)} over {_measured(each)}" for each in sets]
+        texts = [
+            (
+                f"{each['name']} {_losses_text(each)} over "
+                f"{text_size(each['tokens'], each['documents'])}"
+            )
+            for each in sets
+        ]
         return [("held-out", texts[0]), *(("", text) for text in texts[1:])]
     rows = [("held-out", _losses_text(report))]
-    if "heldout_documents" in report:  # not of an older dus
-        counts = {name: report[f"heldout_{name}"] for name in ("tokens", "documents")}
-        rows.append(("", f"over {_measured(counts)}"))
+    if "heldout_documents" in report:  # an older dus did not write it
+        size = text_size(report["heldout_tokens"], report["heldout_documents"])
+        rows.append(("", f"over {size}"))
     return rows
 
 
@@ -90,31 +104,27 @@ def _losses_text(losses: dict[str, Any]) -> str:
     return f"{now:.4f} (base {base:.4f}, right after scaling {scaled:.4f})"
 
 
-def _measured(counts: dict[str, int]) -> str:
-    return f"{counts['tokens']:,} tokens of {counts['documents']:,} documents"
-
-
 def _unread_row(report: dict[str, Any]) -> list[tuple[str, str]]:
-    # no report of an older dus has them
-    unread = report.get("unread_files") or {"count": 0, "names": []}
-    found = Unread(unread["count"], tuple(unread["names"]))
-    return [("not read", str(found))] if found.count else []
+    # an older dus did not write unread_files
+    record = report.get("unread_files") or {"count": 0, "names": []}
+    unread = Unread(record["count"], tuple(record["names"]))
+    return [("not read", str(unread))] if unread.count else []
 
 
-def command_json(command: list[str], wishes: HealOptions) -> dict[str, Any]:
+def command_json(command: list[str], options: HealOptions) -> dict[str, Any]:
     """The report of `--print-command --json`; docs/layout.md describes each field."""
     return {
         "schema": SCHEMA,
         "version": __version__,
-        "model": str(wishes.model.resolve()),
-        "output": str(wishes.output.resolve()),
+        "model": str(options.model.resolve()),
+        "output": str(options.output.resolve()),
         "command": command,
     }
 
 
-def dry_run_json(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, Any]:
+def dry_run_json(run: Run, shape: Shape, options: HealOptions) -> dict[str, Any]:
     """The report of a dry run; docs/layout.md describes each field."""
-    plan = plan_of(run, shape, wishes.launch)
+    plan = plan_of(run, shape, options.launch)
     flops = plan["tokens"] * flops_per_token(shape, run.seq_length)
     per_device = (
         TYPICAL_MFU * estimate.PEAK_FLOPS[REFERENCE_GPU] / flops_per_token(shape, run.seq_length)
@@ -137,16 +147,16 @@ def dry_run_json(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, Any]:
         "tokens_per_step": run.tokens_per_step,
         "flops": flops,
         "fraction_of_pretraining": flops / pretraining_flops(shape, run.seq_length),
-        "disk": _disk(run, shape, wishes),
+        "disk": _disk(run, shape, options),
         "h100_tokens_per_second": round(per_device, 1),
         "h100_hours": round(plan["tokens"] / per_device / 3600, 4),
         **plan,
     }
 
 
-def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
-    """The same for a person."""
-    report = dry_run_json(run, shape, wishes)
+def dry_run_text(run: Run, shape: Shape, options: HealOptions) -> str:
+    """The report of a dry run for a person."""
+    report = dry_run_json(run, shape, options)
     memory = report["memory_per_device"]
     parts = ", ".join(
         f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "total" and size
@@ -154,22 +164,23 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
     recipe, disk = run.recipe, report["disk"]
     free = "" if disk["free"] is None else f", {human_bytes(disk['free'])} free"
     checkpoint, written = human_bytes(disk["checkpoint"]), human_bytes(disk["model"])
-    times = disk["num_exports"]
-    exports = f" and {times:,} export{'s' * (times != 1)} of it" if times else ""
+    num_exports = disk["num_exports"]
+    exports = f" and {counted(num_exports, 'export')} of it" if num_exports else ""
     speed = (
-        f"{report['h100_tokens_per_second']:,.0f} tokens/s a {REFERENCE_GPU} at {TYPICAL_MFU:.0%} "
-        "MFU"
+        f"{report['h100_tokens_per_second']:,.0f} tokens/s per {REFERENCE_GPU} at "
+        f"{TYPICAL_MFU:.0%} MFU"
     )
     gpus = f"{speed}, {report['h100_hours']:,.3g} GPU hours"
     rows = [
         ("model", f"{run.num_parameters:,} parameters, {run.num_layers} layers"),
-        ("base", _where_base(run)),
+        ("base", _base_text(run)),
         *_unread_row(report),
         (
             "budget",
             (
-                f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens: "
-                f"{report['tokens']:,} tokens"
+                f"{counted(report['steps'], 'step')} of "
+                f"{counted(report['tokens_per_step'], 'token')}: "
+                f"{counted(report['tokens'], 'token')}"
             ),
         ),
         (
@@ -179,37 +190,36 @@ def dry_run_text(run: Run, shape: Shape, wishes: HealOptions) -> str:
                 f"{recipe.decay_steps} steps"
             ),
         ),
-        *([("", f"times {scales}")] if (scales := wishes.recipe.lr_scale) else []),
+        *([("", f"times {scales}")] if (scales := options.recipe.lr_scale) else []),
         (
             "cost",
             f"{report['flops']:.3g} FLOPs, {report['fraction_of_pretraining']:.2g} of pretraining",
         ),
         ("", gpus),
-        ("memory", parts),
+        ("per worker", parts),
         ("disk", f"{human_bytes(disk['total'])} at most{free}"),
         (
             "",
-            f"{disk['num_checkpoints']} checkpoints of {checkpoint}, the model {written}{exports}",
+            (
+                f"{counted(disk['num_checkpoints'], 'checkpoint')} of {checkpoint}, the model "
+                f"{written}{exports}"
+            ),
         ),
     ]
     lines = [f"{label:<13}{value}" for label, value in rows]
-    done = f"Dry run: nothing was written to {shlex.quote(run.output)}."
+    done = f"Dry run: nothing was written to {shlex.quote(str(options.output))}."
     return "\n".join([*lines, *plan_lines(report), done])
 
 
-def _where_base(run: Run) -> str:
+def _base_text(run: Run) -> str:
     if run.base is None:
-        return "none in this model: its loss is not known"
-    return (
-        "its layers stand in the model"
-        if run.base.folder is None
-        else f"itself, in {run.base.folder}"
-    )
+        return "not in the model, so its loss is unknown"
+    return "inside the model" if run.base.folder is None else f"in {run.base.folder}"
 
 
-def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:
-    """Bytes that the run takes at most at a time, token files aside: those kept, the one being
-    written, the model.
+def _disk(run: Run, shape: Shape, options: HealOptions) -> dict[str, int | None]:
+    """The most bytes that the run takes on the disk, without token files: the checkpoints kept, the
+    one being written, and the models.
     """
     checkpoint = estimate.checkpoint_bytes(
         shape,
@@ -227,11 +237,11 @@ def _disk(run: Run, shape: Shape, wishes: HealOptions) -> dict[str, int | None]:
         "checkpoint": checkpoint,
         "model": model,
         "num_exports": exports,
-        "free": free_bytes(wishes.output.resolve().parent),
+        "free": free_bytes(options.output.resolve().parent),
     }
 
 
 def read_report(folder: Path, model: Path) -> dict[str, Any]:
-    """report.json of a folder, with the places that it keeps to itself."""
+    """The report.json of a folder, with the paths that the published file leaves out."""
     report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     return report | {"model": str(model), "output": str(folder)}

@@ -1,4 +1,4 @@
-"""From what was asked to a `Run` with every number filled in, or one line that says why not."""
+"""Resolve the options of a healing to a `Run`, with every default filled in."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.common.bounds import check_fields
+from dus_cli.common.units import counted
 from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
 from dus_cli.heal.options import (
-    Budget,
-    Fit,
+    BudgetOptions,
+    FitOptions,
     HealOptions,
-    Keeping,
-    Launch,
+    LaunchOptions,
     RateScales,
-    Recipe,
+    RecipeOptions,
+    SavingOptions,
     Train,
 )
-from dus_cli.heal.run import FitPlan, KeepingPlan, RatesPlan, RecipePlan, Run
+from dus_cli.heal.run import FitPlan, RatesPlan, RecipePlan, Run, SavingPlan
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
 from dus_cli.release import lineage
@@ -33,36 +34,41 @@ _LONGEST_SEQUENCE = 4096
 
 _SMALL_BATCH, _LARGE_BATCH, _LARGE_MODEL = 512, 262_144, 1_000_000_000
 
-# Held-out measurements in a run where no interval was given, and the fewest, where each would else
-# be too thin.
+# Held-out measurements in a run without --eval-every: the most, and the fewest if each would
+# otherwise have too few tokens.
 _EVALS, _FEWEST_EVALS = 20, 5
 
-# Held-out tokens of a measurement where none were asked for: the most, and with less it is better
-# to measure seldom.
+# Held-out tokens of a measurement without --eval-tokens: the most, and the number below which it is
+# better to measure less often.
 _EVAL_TOKENS, _THIN_EVAL_TOKENS = 250_000, 16_384
 
-# Of a run's time, what measurements may take where nothing was asked for.
+# The share of a run's time that measurements may take without --eval-tokens.
 _EVAL_SHARE = 0.1
 
-# The time of a forward pass, in steps of as many tokens: forward and twice as much backward, or
-# where few layers learn little more than a backward pass through them.
+# The time of a forward pass in training steps of as many tokens. A backward pass takes twice the
+# time of a forward pass, or half of it if only few layers are trained.
 _FORWARD_SHARE, _FORWARD_SHARE_OF_FEW = 1 / 3, 2 / 3
 
-# At the start two are measured, the base and the scaled model.
+# Measurements at the start: of the base and of the scaled model.
 _AT_START = 2
 
-# Of a shard, how many bytes after its header go into the model's digest: the header has names and
-# sizes.
+# Bytes after each shard's header (which has names and sizes) that go into the model's digest.
 _SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model to heal: its checkpoint, and where its base stands in it.
+    """The model to heal.
 
-    `max_length` and `vocab_size` are None where config.json does not say. `new_layers` are the
-    output layers that are none of the base's own: () where dus.json tells of none.
-    `is_base_scaled`: the base's own were scaled, so that it does not stand in the model.
+    Attributes:
+        checkpoint: its files.
+        num_layers: the number of its layers.
+        max_length: the context length in tokens; None if config.json gives none.
+        vocab_size: None if config.json gives none.
+        base: where the base is; None if that is unknown.
+        new_layers: the layers that are not the base's own; () if dus.json names none.
+        is_base_scaled: whether the base's own layers were scaled, so that the model does not hold
+            the base.
     """
 
     checkpoint: Checkpoint
@@ -75,19 +81,19 @@ class Model:
 
 
 def open_model(folder: Path) -> Model:
-    """A model's directory, with what its dus.json says about the base.
+    """Open a model's directory, and read in its dus.json where the base is.
 
     Raises:
-        DusError: not a checkpoint of a decoder.
+        DusError: the directory is not a checkpoint of a decoder.
     """
     if not folder.is_dir():
         raise HealError(f"{shown(folder)} is not a directory; give the one that dus upscale wrote")
     checkpoint = open_checkpoint(folder)
     if checkpoint.is_pickled:
         raise HealError(
-            f"{shown(folder)} holds pickled weights, and dus heal writes back the safetensors that "
-            "it was given; deepen it with dus upscale, which writes them, or load it in "
-            "transformers and save_pretrained it"
+            f"{shown(folder)} holds pickled weights, and dus heal needs safetensors; scale it up "
+            "with dus upscale, which writes safetensors, or convert it with transformers' "
+            "save_pretrained"
         )
     decoder = decoder_config(checkpoint.config)
     record = lineage.read_lineage(folder)
@@ -108,8 +114,8 @@ def open_model(folder: Path) -> Model:
 
 
 def model_key(checkpoint: Checkpoint) -> str:
-    """A digest by which a resumed run knows its model: config, headers, and a sample of each
-    shard's data.
+    """A digest by which a resumed run recognises its model: of config, headers, and a sample of
+    each shard's data.
     """
     digest = hashlib.sha256(checkpoint.config_sha256.encode())
     for shard in checkpoint.shards:
@@ -120,104 +126,106 @@ def model_key(checkpoint: Checkpoint) -> str:
 
 
 def ties_embeddings(checkpoint: Checkpoint) -> bool:
-    """Whether the output embedding is the input's: then the file has no tensor for it."""
+    """Whether the output embedding is the input embedding: the file then has no tensor for it."""
     return not any(
         tensor.name.endswith(("lm_head.weight", "embed_out.weight"))
         for _, tensor in checkpoint.tensors()
     )
 
 
-def check_wishes(wishes: HealOptions, model: Model) -> None:
-    """What needs no data to be refused.
+def check_options(options: HealOptions, model: Model) -> None:
+    """Check the options without reading data.
 
     Raises:
-        UsageError: a number outside of its bounds, or rates at which nothing learns.
-        HealError: options that do not go together, or do not go with this model.
+        UsageError: a number is out of bounds, or nothing would be trained.
+        HealError: options contradict each other or the model.
     """
-    for options in (
-        wishes.data,
-        wishes.budget,
-        wishes.recipe,
-        wishes.fit,
-        wishes.launch,
-        wishes.keeping,
+    for group in (
+        options.data,
+        options.budget,
+        options.recipe,
+        options.fit,
+        options.launch,
+        options.saving,
     ):
-        check_fields(options)
-    if wishes.recipe.lr == 0 and wishes.recipe.gain_lr == 0:
-        raise UsageError("--lr 0 and --gain-lr 0: nothing would learn; raise one of them")
-    if wishes.data.chat_field is not None and wishes.data.token_field is not None:
-        raise UsageError("--chat-field and --token-field both say what is read; leave one out")
-    given = [
-        name for name in ("tokens", "steps", "epochs") if getattr(wishes.budget, name) is not None
-    ]
-    if len(given) > 1:
-        raise HealError(f"--{given[0]} and --{given[1]} both give the budget; leave one out")
-    if wishes.keeping.average is not None and wishes.keeping.save_every.steps is None:
-        raise HealError(
-            "--average counts checkpoints by steps, and how many --save-every by time makes is not "
-            "known before; give --save-every STEPS"
+        check_fields(group)
+    if options.recipe.lr == 0 and options.recipe.gain_lr == 0:
+        raise UsageError("--lr 0 and --gain-lr 0: nothing would be trained; raise one of them")
+    if options.data.chat_field is not None and options.data.token_field is not None:
+        raise UsageError(
+            "--chat-field and --token-field both name the field to read; leave one out"
         )
-    if wishes.keeping.average is not None and wishes.budget.until is not None:
+    budgets = [
+        name for name in ("tokens", "steps", "epochs") if getattr(options.budget, name) is not None
+    ]
+    if len(budgets) > 1:
+        raise HealError(f"--{budgets[0]} and --{budgets[1]} both give the budget; leave one out")
+    if options.saving.average is not None and options.saving.save_every.steps is None:
+        raise HealError(
+            "--average needs to know how many checkpoints there will be, and --save-every with a "
+            "time does not say; give --save-every STEPS"
+        )
+    if options.saving.average is not None and options.budget.until is not None:
         raise HealError(
             "--average needs checkpoints to the end of the budget, and --until base may end before "
             "it; leave one out"
         )
-    if wishes.budget.steps is not None:  # of other budgets it is known with the data
-        check_average(wishes.keeping, wishes.budget.steps)
-    needs = {
-        "--until base": wishes.budget.until is not None,
-        "--distill": wishes.recipe.distill is not None and wishes.recipe.distill.weight > 0,
+    if options.budget.steps is not None:  # the steps of other budgets depend on the data
+        check_average(options.saving, options.budget.steps)
+    needs_base = {
+        "--until base": options.budget.until is not None,
+        "--distill": options.recipe.distill is not None and options.recipe.distill.weight > 0,
     }
-    for option, is_asked in needs.items():
-        if is_asked and model.base is None and model.is_base_scaled:
+    for option, is_set in needs_base.items():
+        if is_set and model.base is None and model.is_base_scaled:
             raise HealError(
-                f"{option} needs the base: the start of {shown(wishes.model)} scaled the base's "
-                "own layers, so it does not stand in the model, and it is not where "
-                f"{lineage.NAME} says; put it there, or leave the option out"
+                f"{option} needs the base: the start of {shown(options.model)} scaled the base's "
+                "own layers, so the model does not hold its base, and the base is not in the "
+                f"folder that {lineage.NAME} names; put it there, or leave the option out"
             )
-        if is_asked and model.base is None:
+        if is_set and model.base is None:
             raise HealError(
-                f"{option} needs the base inside the model, and {shown(wishes.model)} has no "
-                f"{lineage.NAME} that tells its layers (or it was healed before); give one that "
-                "dus upscale wrote, or leave the option out"
+                f"{option} needs the base inside the model, and {shown(options.model)} has no "
+                f"{lineage.NAME} that names the base's layers (or it was healed before); give a "
+                "model that dus upscale wrote, or leave the option out"
             )
-    if wishes.recipe.train is Train.new and not model.new_layers:
+    if options.recipe.train is Train.new and not model.new_layers:
         raise HealError(
-            f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of; use --train all"
+            f"{shown(options.model)} has no new layers by its {lineage.NAME}; use --train all"
         )
-    if wishes.recipe.lr_scale is not None:
-        _check_scales(wishes.recipe.lr_scale, wishes, model)
-    length = wishes.data.seq_length
+    if options.recipe.lr_scale is not None:
+        _check_scales(options.recipe.lr_scale, options, model)
+    length = options.data.seq_length
     if length is not None and model.max_length is not None and length > model.max_length:
         raise HealError(
-            f"--seq-length {length} is more than the model's {model.max_length} positions; choose "
-            "less"
+            f"--seq-length {length} is longer than the model's context length, {model.max_length}; "
+            "choose at most that"
         )
 
 
-def check_average(keeping: Keeping, num_steps: int) -> None:
-    """Check that a run of so many steps saves as many checkpoints as --average wants.
+def check_average(saving: SavingOptions, num_steps: int) -> None:
+    """Check that a run of `num_steps` steps saves as many checkpoints as --average needs.
 
     Raises:
         HealError: it saves fewer.
     """
-    every = keeping.save_every.steps
-    if keeping.average is None or every is None:
+    every = saving.save_every.steps
+    if saving.average is None or every is None:
         return
     count = -(-num_steps // every)
-    if count < keeping.average:
-        enough = num_steps // keeping.average
-        way_out = f"--save-every {enough}, or a smaller N" if enough else "a smaller N"
+    if count < saving.average:
+        enough = num_steps // saving.average
+        advice = f"--save-every {enough}, or a smaller N" if enough else "a smaller N"
         raise HealError(
-            f"--average {keeping.average} needs as many checkpoints, and this run of {num_steps} "
-            f"steps saves {count} (--save-every {every}); give {way_out}"
+            f"--average {saving.average} needs as many checkpoints, and this run of {num_steps} "
+            f"steps saves {count} (--save-every {every}); give {advice}"
         )
 
 
-def _check_scales(scales: RateScales, wishes: HealOptions, model: Model) -> None:
-    """Check that the groups of --lr-scale can be told apart, and that some of them learn."""
+def _check_scales(scales: RateScales, options: HealOptions, model: Model) -> None:
+    """Check that the model has the groups of --lr-scale, and that some of them are trained."""
     learning = [scales.new, scales.norms or 0.0]
-    if wishes.recipe.train is Train.all:
+    if options.recipe.train is Train.all:
         learning += [scales.base, scales.embeddings]
     elif (scales.base, scales.embeddings) != (1, 1):
         raise HealError(
@@ -226,26 +234,26 @@ def _check_scales(scales: RateScales, wishes: HealOptions, model: Model) -> None
         )
     if scales.new != scales.base and not model.new_layers:
         raise HealError(
-            f"{shown(wishes.model)} has no new layers that {lineage.NAME} tells of, so that "
-            "--lr-scale cannot tell new from base; give both the same factor"
+            f"{shown(options.model)} has no new layers by its {lineage.NAME}, so --lr-scale cannot "
+            "distinguish new and base; give both the same factor"
         )
     if not any(learning):
-        raise UsageError("--lr-scale freezes all that would learn; give a group more than 0")
+        raise UsageError("--lr-scale freezes everything; give a group a factor above 0")
 
 
-def seq_length(wishes: HealOptions, model: Model) -> int:
-    """Tokens of a row: as asked, or min(4096, the model's)."""
-    return wishes.data.seq_length or min(_LONGEST_SEQUENCE, model.max_length or _LONGEST_SEQUENCE)
+def seq_length(options: HealOptions, model: Model) -> int:
+    """The tokens of a row: --seq-length, or 4,096, or the context length if that is less."""
+    return options.data.seq_length or min(_LONGEST_SEQUENCE, model.max_length or _LONGEST_SEQUENCE)
 
 
-def rows_per_step(wishes: HealOptions, model: Model) -> int:
-    """Rows of a step: `--batch-tokens` in whole rows.
+def rows_per_step(options: HealOptions, model: Model) -> int:
+    """The rows of a step: `--batch-tokens` in whole rows.
 
     Raises:
-        HealError: less than a row.
+        HealError: --batch-tokens is less than a row.
     """
-    length = seq_length(wishes, model)
-    tokens = wishes.recipe.batch_tokens
+    length = seq_length(options, model)
+    tokens = options.recipe.batch_tokens
     if tokens is None:
         return max(1, default_batch_tokens(model) // length)
     if tokens < length:
@@ -256,78 +264,78 @@ def rows_per_step(wishes: HealOptions, model: Model) -> int:
 
 
 def default_batch_tokens(model: Model) -> int:
-    """Tokens of a step where none were asked for: few for a small model, which heals in the fewest
-    tokens so.
+    """The tokens of a step without --batch-tokens.
 
-    docs/healing.md measures that. From a billion parameters on it is what keeps many devices busy,
-    unmeasured.
+    A small model heals in the fewest tokens with few tokens in a step (docs/healing.md has the
+    measurement). For a billion parameters and more the default is chosen to keep many devices busy;
+    it is not measured.
     """
     return _SMALL_BATCH if model.checkpoint.num_parameters < _LARGE_MODEL else _LARGE_BATCH
 
 
-def make_run(wishes: HealOptions, model: Model, data: dict[str, Any], rows_per_epoch: int) -> Run:
-    """Everything resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its rows at this sequence
-    length.
+def make_run(options: HealOptions, model: Model, data: dict[str, Any], rows_per_epoch: int) -> Run:
+    """The run with every option resolved. `data` is `Prepared` as JSON, `rows_per_epoch` its number
+    of rows.
 
     Raises:
-        HealError: less data than one step.
+        HealError: the data have fewer rows than a step.
     """
-    length, rows = seq_length(wishes, model), rows_per_step(wishes, model)
+    length, rows = seq_length(options, model), rows_per_step(options, model)
     if rows_per_epoch < rows:
         raise HealError(
-            f"the data has {rows_per_epoch} rows of {length} tokens and a step takes {rows}; "
-            "give more text, or a smaller --batch-tokens or --seq-length"
+            f"the data have {counted(rows_per_epoch, 'row')} of {length} tokens and a step takes "
+            f"{rows}; give more text, or a smaller --batch-tokens or --seq-length"
         )
-    steps = _num_steps(wishes.budget, length * rows, rows_per_epoch / rows)
-    recipe = _recipe(wishes.recipe, model, steps, length * rows)
+    steps = _num_steps(options.budget, length * rows, rows_per_epoch / rows)
+    recipe = _recipe(options.recipe, model, steps, length * rows)
     sets = len(set(data["eval_names"])) or 1
     every, most = _measuring(
-        wishes.keeping, recipe, steps, rows * length, _num_heldout_tokens(data), num_sets=sets
+        options.saving, recipe, steps, rows * length, _num_heldout_tokens(data), num_sets=sets
     )
-    check_average(wishes.keeping, steps)
+    check_average(options.saving, steps)
     return Run(
         schema=run_file.SCHEMA,
         version=__version__,
-        model=str(wishes.model.resolve()),
+        model=str(options.model.resolve()),
         model_key=model_key(model.checkpoint),
-        output=str(wishes.output.resolve()),
-        options=wishes.to_json(),
+        output=str(options.output.resolve()),
+        options=options.to_json(),
         num_layers=model.num_layers,
         num_parameters=model.checkpoint.num_parameters,
         base=model.base,
         data=data,
         seq_length=length,
-        document_mask=wishes.data.document_mask,
+        document_mask=options.data.document_mask,
         rows_per_step=rows,
         num_steps=steps,
-        until=wishes.budget.until.value if wishes.budget.until else None,
+        until=options.budget.until.value if options.budget.until else None,
         recipe=recipe,
-        fit=_fit(wishes.fit, wishes.launch),
-        keeping=_keeping(wishes.keeping, every, max(most, length * sets)),
+        fit=_fit(options.fit, options.launch),
+        keeping=_saving(options.saving, every, max(most, length * sets)),
         epochs=steps * rows / rows_per_epoch,
-        notes=_notes(wishes, model),
+        notes=_notes(options, model),
     )
 
 
-def _notes(wishes: HealOptions, model: Model) -> tuple[str, ...]:
-    """What does not hold of a model whose start scaled the base's own layers."""
+def _notes(options: HealOptions, model: Model) -> tuple[str, ...]:
+    """Warnings about a model whose start scaled the base's own layers."""
     if not model.is_base_scaled:
         return ()
-    found = []
+    notes = []
     if model.base is None:
-        found.append(
-            "the start scaled the base's own layers, so the base does not stand in the model, and "
-            f"it is not where {lineage.NAME} says: its loss is not known"
+        notes.append(
+            "the start scaled the base's own layers, so the model does not hold its base, and the "
+            f"base is not in the folder that {lineage.NAME} names: its loss is unknown"
         )
-    if wishes.recipe.train is Train.new:
-        found.append(
-            "--train new leaves the base's own layers as the start scaled them; --train all lets "
-            "them learn"
+    if options.recipe.train is Train.new:
+        notes.append(
+            "--train new leaves the base's own layers as the start scaled them; --train all trains "
+            "them, too"
         )
-    return tuple(found)
+    return tuple(notes)
 
 
-def _num_steps(budget: Budget, tokens_per_step: int, steps_per_epoch: float) -> int:
+def _num_steps(budget: BudgetOptions, tokens_per_step: int, steps_per_epoch: float) -> int:
     if budget.tokens is not None:
         return -(-budget.tokens // tokens_per_step)
     if budget.steps is not None:
@@ -336,7 +344,7 @@ def _num_steps(budget: Budget, tokens_per_step: int, steps_per_epoch: float) -> 
     return max(1, int(epochs * steps_per_epoch))
 
 
-def _recipe(recipe: Recipe, model: Model, steps: int, tokens_per_step: int) -> RecipePlan:
+def _recipe(recipe: RecipeOptions, model: Model, steps: int, tokens_per_step: int) -> RecipePlan:
     distill = recipe.distill
     until = steps
     if distill is not None and distill.until is not None:
@@ -365,7 +373,7 @@ def _rates(scales: RateScales, model: Model) -> RatesPlan:
     return RatesPlan(layers, outside=scales.embeddings, norms=scales.norms)
 
 
-def _fit(fit: Fit, launch: Launch) -> FitPlan:
+def _fit(fit: FitOptions, launch: LaunchOptions) -> FitPlan:
     sharding = fit.sharding.value
     if sharding == "auto":
         sharding = "hsdp" if launch.nnodes > 1 else "fsdp"
@@ -381,7 +389,7 @@ def _fit(fit: Fit, launch: Launch) -> FitPlan:
 
 
 def _measuring(
-    keeping: Keeping,
+    saving: SavingOptions,
     recipe: RecipePlan,
     steps: int,
     tokens_per_step: int,
@@ -389,20 +397,20 @@ def _measuring(
     *,
     num_sets: int = 1,
 ) -> tuple[int, int]:
-    """Steps between two measurements, and held-out tokens of each.
+    """The steps between two measurements, and the held-out tokens of each.
 
-    Where no tokens were asked for, all measurements together take at most a tenth of the run's
-    time: by counting what a forward pass costs beside a step, so that a run that goes on, and any
-    number of workers, measures the same.
+    Without --eval-tokens all measurements together take at most a tenth of the run's time. The time
+    is estimated by the costs of a forward pass and a step and not measured, so that a resumed run,
+    and any number of workers, has the same measurements.
     """
-    if keeping.eval_tokens is not None:
-        return keeping.eval_every or max(1, steps // _EVALS), keeping.eval_tokens
+    if saving.eval_tokens is not None:
+        return saving.eval_every or max(1, steps // _EVALS), saving.eval_tokens
     all_learn = recipe.train_layers is None and (recipe.rates is None or all(recipe.rates.layers))
     cost = _FORWARD_SHARE if all_learn else _FORWARD_SHARE_OF_FEW
     total = int(_EVAL_SHARE / (1 - _EVAL_SHARE) * steps * tokens_per_step / cost)
-    worth = max(1, min(_THIN_EVAL_TOKENS * num_sets, num_heldout))
-    wanted = min(_EVALS, max(_FEWEST_EVALS, total // worth - _AT_START))
-    every = keeping.eval_every or -(-steps // wanted)
+    fewest_tokens = max(1, min(_THIN_EVAL_TOKENS * num_sets, num_heldout))
+    num_evals = min(_EVALS, max(_FEWEST_EVALS, total // fewest_tokens - _AT_START))
+    every = saving.eval_every or -(-steps // num_evals)
     return every, min(_EVAL_TOKENS, total // (-(-steps // every) + _AT_START))
 
 
@@ -411,14 +419,14 @@ def _num_heldout_tokens(data: dict[str, Any]) -> int:
     return sum(part["num_heldout_tokens"] for part in parts)
 
 
-def _keeping(keeping: Keeping, eval_every: int, eval_tokens: int) -> KeepingPlan:
-    return KeepingPlan(
+def _saving(saving: SavingOptions, eval_every: int, eval_tokens: int) -> SavingPlan:
+    return SavingPlan(
         eval_every=eval_every,
         eval_tokens=eval_tokens,
-        save_every_steps=keeping.save_every.steps,
-        save_every_seconds=keeping.save_every.seconds,
-        keep=keeping.keep,
-        track=keeping.track.value,
-        export_every=keeping.export_every,
-        average=keeping.average,
+        save_every_steps=saving.save_every.steps,
+        save_every_seconds=saving.save_every.seconds,
+        keep=saving.keep,
+        track=saving.track.value,
+        export_every=saving.export_every,
+        average=saving.average,
     )

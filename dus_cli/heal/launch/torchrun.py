@@ -1,4 +1,4 @@
-"""torchrun: its command line, its process and its end."""
+"""Run the workers under torchrun, or the only worker without it: command line, process, outcome."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dus_cli.errors import HealError, OutputError, StoppedError, shown
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch.plan import num_processes
 from dus_cli.heal.launch.report import read_report
-from dus_cli.heal.options import Launch
+from dus_cli.heal.options import LaunchOptions
 from dus_cli.heal.run import FAILURE, REPORT, Run
 from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.heal.watch.follower import MetricsFollower
@@ -41,18 +41,18 @@ _LOOPBACK_PATIENCE = 5.0
 
 _POLL = 0.2
 
-# Exit codes of workers that somebody else told to stop; torchrun's is 0.
+# Exit codes of workers that another process stopped by a signal; torchrun's is 0.
 _STOPPED = {0: signal.SIGTERM} | {
     128 + signum: signum for signum in (signal.SIGTERM, signal.SIGINT)
 }
 
-# With less free than this a disk is full: a failure or a log line may find no place.
+# With fewer free bytes a disk counts as full: even failure.json or a log may not fit.
 _NO_ROOM = 1 << 16
 
 
 @dataclass
 class _Relay:
-    """Signals that came while torchrun ran."""
+    """Counts the signals that come while the workers run."""
 
     signum: int | None = None
     count: int = field(default=0)
@@ -65,10 +65,10 @@ class _Relay:
 # --- torchrun -------------------------------------------------------------------------------------
 
 
-def workers_command(launch: Launch, run_path: Path) -> list[str]:
-    """The exact line that starts the workers of one node. It needs nothing but run.json.
+def workers_command(launch: LaunchOptions, run_path: Path) -> list[str]:
+    """The command line that starts the workers of one node. It needs nothing but run.json.
 
-    One worker in all needs no torchrun, which opens a port even then.
+    A single worker is started without torchrun, which would open a port.
     """
     worker = ["-m", "dus_cli.heal.worker", str(run_path)]
     if _is_alone(launch):
@@ -96,13 +96,13 @@ def workers_command(launch: Launch, run_path: Path) -> list[str]:
     return command + worker
 
 
-def _is_alone(launch: Launch) -> bool:
-    """Whether there is one worker in all."""
+def _is_alone(launch: LaunchOptions) -> bool:
+    """Whether there is a single worker on all nodes."""
     return launch.nnodes == 1 and num_processes(launch) == 1
 
 
 def check_loopback() -> None:
-    """Check that the workers of this machine can talk to each other; torchrun would try for
+    """Check that workers on this machine can connect to each other; torchrun would retry for
     minutes.
 
     Raises:
@@ -113,14 +113,14 @@ def check_loopback() -> None:
             socket.create_connection(server.getsockname(), _LOOPBACK_PATIENCE).close()
     except OSError as error:
         raise HealError(
-            "several workers talk over this machine's loopback interface, and 127.0.0.1 cannot be "
-            f"used ({error.strerror or error}); bring it up (ip link set lo up), or give "
+            "several workers need this machine's loopback interface, and 127.0.0.1 cannot be used "
+            f"({error.strerror or error}); bring it up (ip link set lo up), or give "
             "--nproc-per-node 1"
         ) from None
 
 
-def run_torchrun(run: Run, launch: Launch, view: View) -> tuple[int, int | None]:
-    """Run the workers to their end: the exit code, and the signal that came meanwhile."""
+def run_torchrun(run: Run, launch: LaunchOptions, view: View) -> tuple[int, int | None]:
+    """Run the workers to their end; return the exit code, and the signal that came meanwhile."""
     logs = run.folder / LOGS / str(launch.node_rank)
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
@@ -128,7 +128,7 @@ def run_torchrun(run: Run, launch: Launch, view: View) -> tuple[int, int | None]
         (run.folder / FAILURE).unlink(missing_ok=True)
     follower = MetricsFollower(run.metrics_path)
     with _relayed() as relay:
-        if not _is_alone(launch):  # torchrun starts workers again by itself
+        if not _is_alone(launch):  # torchrun restarts workers itself
             return _start(run, launch, logs, view, follower, relay), relay.signum
         before = None
         for attempt in range(launch.max_restarts + 1):
@@ -138,14 +138,14 @@ def run_torchrun(run: Run, launch: Launch, view: View) -> tuple[int, int | None]
             is_stopped = code in (128 + signal.SIGTERM, 128 + signal.SIGINT) or relay.count > 0
             if code == 0 or is_stopped or (run.folder / FAILURE).is_file():
                 break
-            died = (
-                _last_words(own),
+            state = (
+                _last_log_line(own),
                 _size(run.metrics_path),
                 folders.newest(run.checkpoints_folder),
             )
-            if died == before:  # nothing was gained by another start
+            if state == before:  # the last start made no progress
                 break
-            before = died
+            before = state
     return code, relay.signum
 
 
@@ -154,11 +154,16 @@ def _size(path: Path) -> int:
 
 
 def _start(
-    run: Run, launch: Launch, logs: Path, view: View, follower: MetricsFollower, relay: _Relay
+    run: Run,
+    launch: LaunchOptions,
+    logs: Path,
+    view: View,
+    follower: MetricsFollower,
+    relay: _Relay,
 ) -> int:
-    """Start torchrun, or the one worker, and follow it to its end; its exit code."""
+    """Start torchrun or the only worker, and follow it to its end; return its exit code."""
     view.status("loading the model")
-    # the workers of which have logs of their own
+    # torchrun's workers have logs of their own
     name = "stderr.log" if _is_alone(launch) else "torchrun.log"
     with (logs / name).open("wb") as log:
         process = subprocess.Popen(
@@ -168,47 +173,45 @@ def _start(
             stderr=log,
             env=_environment(launch),
             start_new_session=True,  # Ctrl-C reaches the launcher, which lets the workers save
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  (no thread of ours runs)
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (dus runs no threads here)
         )
-        told = 0
+        num_passed_on = 0
         while process.poll() is None:
-            if relay.count > told:
+            if relay.count > num_passed_on:
                 view.status("saving a checkpoint" if relay.count == 1 else "ending at once")
                 os.killpg(process.pid, signal.SIGKILL) if relay.count > 1 else process.terminate()
-                told = relay.count
+                num_passed_on = relay.count
             view.update(follower)
             time.sleep(_POLL)
         view.update(follower)
     return process.returncode
 
 
-def _environment(launch: Launch) -> dict[str, str]:
+def _environment(launch: LaunchOptions) -> dict[str, str]:
     import torch
 
     environment = os.environ | {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_PATIENCE),
         "PYTHONUNBUFFERED": "1",
     }
-    if _is_alone(launch):  # whatever a job's own launcher has set
+    if _is_alone(launch):  # overrides what a job's own launcher has set
         environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         environment.pop("TORCHELASTIC_RUN_ID", None)
     if torch.accelerator.is_available():
         return environment
-    # torchrun gives each of several workers one thread; on a CPU they share the cores instead.
+    # torchrun would give each of several workers one thread; on a CPU they share the cores.
     environment.setdefault(
         "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes(launch)))
     )
-    # glibc gives each activation back to the kernel and faults it in anew: half the speed
-    # (docs/healing.md).
+    # By default glibc returns each activation's memory to the kernel, and page faults then halve
+    # the speed (docs/healing.md).
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
     return environment
 
 
 def _die_with_parent() -> None:
-    """In the child before exec: a launcher that is killed takes its workers along, and they
-    save.
-    """
+    """Run in the child before exec: if the launcher is killed, workers get SIGTERM and save."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -216,7 +219,7 @@ def _die_with_parent() -> None:
 @contextlib.contextmanager
 def _relayed() -> Iterator[_Relay]:
     relay = _Relay()
-    # Python gives signals to that one alone
+    # Python handles signals in the main thread only
     if threading.current_thread() is not threading.main_thread():
         yield relay
         return
@@ -234,7 +237,12 @@ def _relayed() -> Iterator[_Relay]:
 
 
 def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
-    """The report of a finished run, or the reason why there is none."""
+    """The report of a finished run.
+
+    Raises:
+        HealError, OutputError: the run failed.
+        StoppedError: a signal ended it.
+    """
     if (run.folder / REPORT).is_file():
         return read_report(run.folder, Path(run.model))
     failure = run.folder / FAILURE
@@ -253,25 +261,25 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
             signum,
         )
     free = free_bytes(run.folder)
-    if free is not None and free < _NO_ROOM:  # then nobody could leave a word
+    if free is not None and free < _NO_ROOM:  # the workers could not write failure.json
         raise OutputError(folders.disk_failure(run.checkpoints_folder, os.strerror(errno.ENOSPC)))
-    words = _last_words(run.folder / LOGS)
-    how = f" ({shown(words)})" if words else ", killed from outside or out of memory"
+    line = _last_log_line(run.folder / LOGS)
+    how = f" ({shown(line)})" if line else ", killed from outside or out of memory"
     raise HealError(
-        f"a worker died{how}; {shown(run.folder / LOGS)} has what it said; the same command goes "
-        "on from the last checkpoint"
+        f"a worker died{how}; {shown(run.folder / LOGS)} has its log; the same command goes on "
+        "from the last checkpoint"
     )
 
 
-def _last_words(logs: Path) -> str:
-    """The last line of the newest worker's log that says something."""
+def _last_log_line(logs: Path) -> str:
+    """The last line of the newest worker's log that is not empty; "" if there is none."""
     for path in sorted(
         logs.rglob("stderr.log"), key=lambda path: path.stat().st_mtime, reverse=True
     ):
         lines = [
             line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         ]
-        said = [line for line in lines if line]
-        if said:
-            return said[-1]
+        filled = [line for line in lines if line]
+        if filled:
+            return filled[-1]
     return ""

@@ -1,6 +1,6 @@
-"""The verb: check, tokenise, write run.json, start torchrun or the one worker, follow it, report.
+"""The verb: check, tokenise, write run.json, start torchrun or the only worker, follow it, report.
 
-The command line is built apart from running it, so that it can be printed and tested.
+`torchrun` builds the workers' command line, so that it can also be printed.
 """
 
 from __future__ import annotations
@@ -41,103 +41,102 @@ from dus_cli.maps.shape import Shape, shape_of
 from dus_cli.release import lineage
 from dus_cli.writing.staging import Staging, check_apart, why_within
 
-# By one of these files a folder `tokens` is known as a run's.
+# A folder `tokens` with one of these files was written by dus.
 _OF_TOKENS = (".lock", "sources.jsonl", "stdin.jsonl", ".stdin.jsonl.partial")
 
 
 @dataclass
-class _Prepared:
-    """Data as the workers will see it, and its rows in an epoch."""
+class _PreparedData:
+    """`Prepared` as JSON, and the rows of an epoch."""
 
     record: dict[str, Any]
     rows_per_epoch: int
 
 
-def heal(wishes: HealOptions, view: View) -> dict[str, Any]:
-    """Heal a model, or go on healing it; the report when it is finished. The output is the model's
-    place.
+def heal(options: HealOptions, view: View) -> dict[str, Any]:
+    """Heal a model, or resume healing it. Returns the report of the finished run.
 
     Raises:
-        DusError: any known failure, of a worker too.
-        StoppedError: a signal ended it; a checkpoint is saved.
+        DusError: any known failure, also of a worker.
+        StoppedError: a signal ended the run; a checkpoint is saved.
     """
-    model = check(wishes)
-    finished = _finished(wishes, model)
+    model = check(options)
+    finished = _finished(options, model)
     if finished is not None:
         return finished | {"status": "unchanged"}
-    run = prepare_run(wishes, model, view)
-    plan = plan_of(run, model_shape(model, run), wishes.launch)
+    run = prepare_run(options, model, view)
+    plan = plan_of(run, model_shape(model, run), options.launch)
     view.plan(plan_lines(plan), plan)
     view.begin(run.num_steps, run.tokens_per_step)
-    code, signum = run_torchrun(run, wishes.launch, view)
+    code, signum = run_torchrun(run, options.launch, view)
     return outcome_of(run, code, signum)
 
 
-def check(wishes: HealOptions) -> Model:
-    """Everything that can be refused before data are read; the opened model.
+def check(options: HealOptions) -> Model:
+    """Check everything that can be checked before data are read; return the opened model.
 
     Raises:
-        DusError: the model, the options or the output are not in order.
+        DusError: the model, the options or the output cannot be used.
     """
     from dus_cli.heal.tracking import check_tracker
 
-    model = resolve.open_model(wishes.model)
-    resolve.check_wishes(wishes, model)
-    resolve.rows_per_step(wishes, model)
-    check_tracker(wishes.keeping.track.value)
-    check_apart(wishes.output, wishes.model)
-    check_run_folder(wishes.output)
-    if wishes.keeping.export_every is not None:
-        _check_exports(wishes.output.resolve())
-    if wishes.keeping.average is not None:
-        check_average_folder(wishes.output, resolve.model_key(model.checkpoint))
-    check_renames(wishes.output, known(wishes.output.resolve().parent))
-    _check_devices(wishes)
+    model = resolve.open_model(options.model)
+    resolve.check_options(options, model)
+    resolve.rows_per_step(options, model)
+    check_tracker(options.saving.track.value)
+    check_apart(options.output, options.model)
+    check_run_folder(options.output)
+    if options.saving.export_every is not None:
+        _check_exports(options.output.resolve())
+    if options.saving.average is not None:
+        check_average_folder(options.output, resolve.model_key(model.checkpoint))
+    check_renames(options.output, known(options.output.resolve().parent))
+    _check_devices(options)
     return model
 
 
-def check_renames(output: Path, found: Storage | None) -> None:
-    """Check that folders can be renamed where the output will be: a checkpoint is complete by its
-    name.
+def check_renames(output: Path, storage: Storage | None) -> None:
+    """Check that folders can be renamed beside the output: a checkpoint gets its name when it is
+    complete.
 
     Raises:
         OutputError: they cannot.
     """
-    if found is not None and found.no_rename is not None:
+    if storage is not None and storage.no_rename is not None:
         raise OutputError(
-            f"{shown(output)} cannot be healed into, because {found.no_rename}: each checkpoint, "
-            "and the model at the "
-            "end, gets its name by one rename; heal on a disk (-o), and copy the result"
+            f"{shown(output)} cannot be healed into, because {storage.no_rename}: each checkpoint, "
+            "and the model at the end, gets its name by a rename; heal on a disk (-o), and copy "
+            "the result"
         )
 
 
-def _check_devices(wishes: HealOptions) -> None:
+def _check_devices(options: HealOptions) -> None:
     import torch
 
-    workers = num_processes(wishes.launch) * wishes.launch.nnodes
-    if workers > 1:  # transformers places each worker's shards by it
+    workers = num_processes(options.launch) * options.launch.nnodes
+    if workers > 1:  # transformers uses it to load each worker's part
         require("dus heal on several workers", "accelerate")
-    if wishes.fit.offload and not (torch.accelerator.is_available() and workers > 1):
+    if options.fit.offload and not (torch.accelerator.is_available() and workers > 1):
         raise HealError(
-            "--offload moves what FSDP splits from GPUs to memory, and needs two workers on GPUs; "
-            "leave it out"
+            "--offload moves weights that FSDP splits over GPUs to memory, and needs two or more "
+            "workers on GPUs; leave it out"
         )
-    if wishes.launch.nnodes > 1 and wishes.launch.rdzv_endpoint is None:
+    if options.launch.nnodes > 1 and options.launch.rdzv_endpoint is None:
         raise HealError("--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every node")
-    if wishes.launch.nnodes == 1 and workers > 1:
+    if options.launch.nnodes == 1 and workers > 1:
         check_loopback()
-    if wishes.launch.node_rank >= wishes.launch.nnodes:
+    if options.launch.node_rank >= options.launch.nnodes:
         raise HealError(
-            f"--node-rank {wishes.launch.node_rank} of {wishes.launch.nnodes} nodes: they count "
-            "from 0"
+            f"--node-rank {options.launch.node_rank} of --nnodes {options.launch.nnodes}: ranks "
+            f"count from 0; give 0 to {options.launch.nnodes - 1}"
         )
 
 
 def check_run_folder(output: Path) -> None:
-    """Check that OUT is free, or holds a run of dus heal.
+    """Check that OUT is free or holds a run of dus heal.
 
     Raises:
-        OutputError: it holds something else, or its name could not be given to the healed model.
+        OutputError: it holds something else, or the healed model could not be renamed to it.
     """
     if not output.resolve().parent.is_dir():
         raise OutputError(f"{shown(output.resolve().parent)} is not a directory; create it first")
@@ -149,55 +148,54 @@ def check_run_folder(output: Path) -> None:
         )
     if (why := why_within(output.resolve())) is not None:
         raise OutputError(
-            f"{shown(output)} cannot be healed into, because {why}: the healed model takes the "
-            "place of the run's "
-            f"folder at the end; name a folder in it, such as -o {shown(output / 'healed')}"
+            f"{shown(output)} cannot be healed into, because {why}: at the end the healed model "
+            f"replaces the run's folder; name a folder in it, such as -o {shown(output / 'healed')}"
         )
     is_run = (output / RUN_NAME).is_file()
-    strangers = sorted(path.name for path in output.iterdir() if not _is_ours(path))
-    if strangers and not is_run:
+    foreign = sorted(path.name for path in output.iterdir() if not _is_tokens(path))
+    if foreign and not is_run:
         raise OutputError(
-            f"{shown(output)} holds {shown(strangers[0])} and no run of dus heal; choose another -o"
+            f"{shown(output)} holds {shown(foreign[0])} and no run of dus heal; choose another -o"
         )
 
 
 def _check_exports(output: Path) -> None:
-    """Check that what stands where exports may go is what dus wrote, which they replace."""
+    """Check that exports would replace nothing but what dus wrote."""
     for path in output.parent.glob(f"{glob.escape(output.name)}-step-*"):
         if not (path / lineage.NAME).is_file():
             raise OutputError(
-                f"{shown(path)} exists and is no model that dus wrote, and --export-every gives "
-                "such names; move it, or choose another -o"
+                f"{shown(path)} exists and dus did not write it, and --export-every may use its "
+                "name; move it, or choose another -o"
             )
 
 
 def check_average_folder(output: Path, model_key: str) -> None:
-    """Check that the place of the checkpoints' mean is free, or holds what such a run wrote there.
+    """Check that the folder for the checkpoints' mean is free, or holds the mean of such a run.
 
     Raises:
         OutputError: it holds something else.
-        HealError: the run is finished, and the mean was not asked for.
+        HealError: the run was finished without --average.
     """
     folder = average_folder(output.resolve())
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         if (output / REPORT).is_file():
             raise HealError(
-                f"{shown(output)} is finished and its checkpoints are gone, so that there is "
-                "nothing to average; leave out --average, or heal again to another -o"
+                f"{shown(output)} is finished and its checkpoints are deleted, so there is nothing "
+                "to average; leave out --average, or heal again to another -o"
             )
         return
     record = (lineage.read_lineage(folder) if folder.is_dir() else None) or {}
     last = [{}, *record.get("healing", [])][-1]
     if last.get("model_key") != model_key or "averaged_steps" not in last:
         raise OutputError(
-            f"{shown(folder)}, where the mean of the checkpoints would stand, holds something "
-            "else; choose another -o"
+            f"{shown(folder)}, the folder for the mean of the checkpoints, holds something else; "
+            "choose another -o"
         )
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a folder in OUT is what a run leaves that ended before it wrote run.json: tokens
-    alone.
+def _is_tokens(path: Path) -> bool:
+    """Whether a path in OUT is the folder of token files, the only thing that a run leaves if it
+    ends before run.json is written.
     """
     return (
         path.name == "tokens"
@@ -206,68 +204,72 @@ def _is_ours(path: Path) -> bool:
     )
 
 
-def _finished(wishes: HealOptions, model: Model) -> dict[str, Any] | None:
-    """The report of a run that is finished already with these options; None where there is none."""
-    path = wishes.output / REPORT
+def _finished(options: HealOptions, model: Model) -> dict[str, Any] | None:
+    """The report if OUT holds a finished run with these options; None if it holds none.
+
+    Raises:
+        HealError: the finished run has other options.
+    """
+    path = options.output / REPORT
     if not path.is_file():
         return None
-    run = read_run(wishes.output / RUN_NAME)
-    changed = changed_options(run, wishes.to_json())
+    run = read_run(options.output / RUN_NAME)
+    changed = changed_options(run, options.to_json())
     if run.model_key != resolve.model_key(model.checkpoint):
         changed.append("the model")
-    for name in ("data.files", "data.eval_files"):  # the tokens are gone, so the names must do
-        if public(run.options[name]) != public(wishes.to_json()[name]):
+    for name in ("data.files", "data.eval_files"):  # the tokens are deleted, so names are compared
+        if public(run.options[name]) != public(options.to_json()[name]):
             changed.append("the data")
     if changed:
         raise other_options(run, changed)
-    with Staging(wishes.output.resolve(), overwrite=True, claim=is_of_a_run):
-        pass  # clears the run's folder, where a kill came between the rename and its removal
-    return read_report(wishes.output.resolve(), wishes.model.resolve())
+    with Staging(options.output.resolve(), overwrite=True, claim=is_of_a_run):
+        pass  # removes the run's old folder, if a kill came between the rename and its removal
+    return read_report(options.output.resolve(), options.model.resolve())
 
 
-def prepare_run(wishes: HealOptions, model: Model, view: View) -> Run:
-    """Tokenise and write run.json; of a run that goes on, hold that it is the same.
+def prepare_run(options: HealOptions, model: Model, view: View) -> Run:
+    """Tokenise the data and write run.json; if OUT holds a run, check that it is the same one.
 
     Raises:
-        DusError: the data cannot be used, or the run is another one.
+        DusError: the data cannot be used, or OUT holds another run.
     """
-    output = wishes.output.resolve()
+    output = options.output.resolve()
     probe = Path(tempfile.mkdtemp(prefix=f".{output.name}.probe-", dir=output.parent))
     try:
-        check_renames(wishes.output, try_storage(probe))
-        if (refusal := sync_refusal(probe)) is not None:  # torch's checkpoints insist on it
+        check_renames(options.output, try_storage(probe))
+        if (refusal := sync_refusal(probe)) is not None:  # torch syncs its checkpoints
             raise OutputError(
-                f"{shown(wishes.output)} cannot be healed into, because files cannot be synced "
-                f"there ({refusal}), and "
-                "a checkpoint must be; heal on a disk (-o), and copy the result"
+                f"{shown(options.output)} cannot be healed into, because files cannot be synced "
+                f"there ({refusal}), and checkpoints must be; heal on a disk (-o), and copy the "
+                "result"
             )
     finally:
         remove(probe)
     output.mkdir(exist_ok=True)
-    if wishes.launch.node_rank == 0:
+    if options.launch.node_rank == 0:
         folders.check_unlocked(output / "checkpoints")
-    run = _planned(wishes, model, output / "tokens", view)
+    run = _planned(options, model, output / "tokens", view)
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
         check_same(begun, run)
-        # auto, on whatever it goes on
+        # --precision auto must not change, even if the run goes on on another device
         run = replace(run, fit=replace(run.fit, precision=begun.fit.precision))
-        # whatever --eval-every now is
-        kept = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)
-        run = _measured(replace(run, keeping=kept), output / "tokens")
-    if wishes.launch.node_rank == 0 or not (output / RUN_NAME).exists():
+        # --eval-tokens must not change, even if --eval-every does
+        saving = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)
+        run = _measured(replace(run, keeping=saving), output / "tokens")
+    if options.launch.node_rank == 0 or not (output / RUN_NAME).exists():
         run.write()
     return run
 
 
-def _planned(wishes: HealOptions, model: Model, folder: Path, view: View) -> Run:
-    """The run, with its data's token files in `folder`."""
-    data = prepare_data(wishes, model, folder, view)
-    return _measured(resolve.make_run(wishes, model, data.record, data.rows_per_epoch), folder)
+def _planned(options: HealOptions, model: Model, folder: Path, view: View) -> Run:
+    """The run for these options, after tokenising its data into `folder`."""
+    data = prepare_data(options, model, folder, view)
+    return _measured(resolve.make_run(options, model, data.record, data.rows_per_epoch), folder)
 
 
 def _measured(run: Run, folder: Path) -> Run:
-    """The run, told what its measurements predict."""
+    """The run with the size of its held-out measurements filled in."""
     from dus_cli.data.streams import Prepared, heldout_sets
 
     data = Prepared.from_json(run.data)
@@ -287,8 +289,8 @@ def _measured(run: Run, folder: Path) -> Run:
     )
 
 
-def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) -> _Prepared:
-    """Token files of all data, made or found in `folder`.
+def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -> _PreparedData:
+    """Tokenise all data into `folder`, except what is tokenised there already.
 
     Raises:
         DataError: the data cannot be used.
@@ -297,14 +299,14 @@ def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) ->
     from dus_cli.data.streams import Rows
 
     folder.mkdir(parents=True, exist_ok=True)
-    data = wishes.data
+    data = options.data
     name, column = data.field
-    sources, eval_sources = _sources(wishes, folder)
+    sources, eval_sources = _sources(options, folder)
     view.status("tokenising")
     prepared = prepare(
         sources,
         eval_sources,
-        wishes.model,
+        options.model,
         folder,
         vocab_size=model.vocab_size,
         text_field=name,
@@ -312,21 +314,21 @@ def prepare_data(wishes: HealOptions, model: Model, folder: Path, view: View) ->
         on_bad_line=data.on_bad_line,
         holdout=data.holdout,
         special_tokens=data.special_tokens,
-        wait=wishes.launch.nnodes > 1,
+        wait=options.launch.nnodes > 1,
         say=view.note,
         on_progress=view.tokenising,
     )
-    rows = Rows(prepared, folder, resolve.seq_length(wishes, model), wishes.recipe.seed)
+    rows = Rows(prepared, folder, resolve.seq_length(options, model), options.recipe.seed)
     if not prepared.num_heldout_tokens:
         raise HealError(
             "the held-out set is empty, and without one nothing is proven; give --eval-data or "
             "--holdout"
         )
-    return _Prepared(prepared.to_json(), rows.rows_per_epoch)
+    return _PreparedData(prepared.to_json(), rows.rows_per_epoch)
 
 
-def _sources(wishes: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-    data = wishes.data
+def _sources(options: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    data = options.data
     name, _ = data.field
     return (
         parse_sources(data.files, folder, name),
@@ -334,38 +336,37 @@ def _sources(wishes: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tup
     )
 
 
-def prepared_command(wishes: HealOptions, view: View) -> list[str]:
-    """What `--print-command` prints, for a batch job or a container. Data and run.json are made
-    first.
+def prepared_command(options: HealOptions, view: View) -> list[str]:
+    """The workers' command line for `--print-command`, after tokenising and writing run.json.
 
     Raises:
-        DusError: as `heal`.
+        DusError: as in `heal`.
     """
-    prepare_run(wishes, check(wishes), view)
-    return workers_command(wishes.launch, wishes.output.resolve() / RUN_NAME)
+    prepare_run(options, check(options), view)
+    return workers_command(options.launch, options.output.resolve() / RUN_NAME)
 
 
 # --- the dry run ----------------------------------------------------------------------------------
 
 
-def preview(wishes: HealOptions, view: View) -> tuple[Run, Shape]:
-    """The run as it would be, and the model's shape. Token files that OUT lacks are made elsewhere,
-    and removed.
+def preview(options: HealOptions, view: View) -> tuple[Run, Shape]:
+    """The run that these options give, and the model's shape. Token files that OUT lacks are
+    written to a temporary folder.
 
     Raises:
-        DusError: as `heal`.
+        DusError: as in `heal`.
     """
-    model = check(wishes)
+    model = check(options)
     with contextlib.ExitStack() as stack:
-        folder = wishes.output.resolve() / "tokens"
+        folder = options.output.resolve() / "tokens"
         if not folder.is_dir():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        run = _planned(wishes, model, folder, view)
+        run = _planned(options, model, folder, view)
     return run, model_shape(model, run)
 
 
 def model_shape(model: Model, run: Run) -> Shape:
-    """What the model's FLOPs and memory depend on."""
+    """The shape by which the model's FLOPs and memory are estimated."""
     fields = decoder_config(model.checkpoint.config).fields
     tied = {"tie_word_embeddings": ties_embeddings(model.checkpoint)}
     return shape_of(fields | tied, run.num_parameters, run.num_layers)

@@ -1,6 +1,4 @@
-"""The model card of a healed model: the source's card, with its state told anew and the proof
-added.
-"""
+"""The model card of a healed model: the source's card with a new state and the proof."""
 
 from __future__ import annotations
 
@@ -8,27 +6,28 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dus_cli.common.units import counted
+from dus_cli.heal.launch.plan import text_size
 from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, SCALED, STATES
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
 
 
 def averaged_card(card: str, steps: Sequence[int], name: str) -> str:
-    """The card of the mean of a run's checkpoints, whose loss nobody has measured yet."""
+    """The card of the mean of a run's checkpoints, whose loss is not measured."""
     card = re.sub(f"^{SCALED}$", HEALED, card, count=1, flags=re.MULTILINE)
     verdict = (
-        f"> **The mean of {len(steps)} checkpoints** of a run of `dus heal`, of steps "
-        f"{', '.join(map(str, steps))}. Its loss was not measured: `dus eval` does."
+        f"> **The mean of {counted(len(steps), 'checkpoint')}** of a run of `dus heal`, of steps "
+        f"{', '.join(map(str, steps))}. Its loss was not measured: measure it with `dus eval`."
     )
     return _with_section(card, verdict, name)
 
 
 def healed_card(card: str, report: dict[str, Any], name: str) -> str:
-    """The card with a section on the healing: in the warning's place, or at the end of a card
-    without one.
+    """The card with a section on the healing, which replaces the warning or is appended.
 
-    To the Hub a model that was trained is a finetune of its base; one that has reached it need not
-    be told how to heal.
+    For the Hub a trained model is a finetune of its base. If it has reached its base's loss, the
+    instructions for healing are removed.
     """
     card = re.sub(f"^{SCALED}$", HEALED, card, count=1, flags=re.MULTILINE)
     if report["reached_base"] is not False:
@@ -59,8 +58,8 @@ def _section(report: dict[str, Any]) -> str:
     on = f" on `{sets[0]['name']}`" if sets else ""
     if base is None:
         verdict = (
-            "**Continued pretraining** by `dus heal`. No base stands in this model to compare it "
-            "with."
+            "**Continued pretraining** by `dus heal`. The model does not hold its base to compare "
+            "it with."
         )
     elif report["tokens_to_base"] == 0:
         verdict = (
@@ -70,8 +69,9 @@ def _section(report: dict[str, Any]) -> str:
     elif report["reached_base"]:
         verdict = (
             f"**This model is healed**: its held-out loss{on} came down to its base's after "
-            f"{report['tokens_to_base']:,} tokens, {report['fraction_of_pretraining']:.2g} of what "
-            "pretraining a model of this size takes (20 tokens a parameter)."
+            f"{counted(report['tokens_to_base'], 'token')}, "
+            f"{report['fraction_of_pretraining']:.2g} of what pretraining a model of this size "
+            "takes (20 tokens per parameter)."
         )
     else:
         verdict = (
@@ -88,7 +88,7 @@ def _section(report: dict[str, Any]) -> str:
 
 {_measured_on(report)}
 
-{report["tokens"]:,} tokens in {report["steps"]:,} steps, {report["flops"]:.3g} FLOPs. `metrics.jsonl` has every
+{counted(report["tokens"], "token")} in {counted(report["steps"], "step")}, {report["flops"]:.3g} FLOPs. `metrics.jsonl` has every
 step, `report.json` the figures, `run.json` every option."""
 
 
@@ -108,30 +108,27 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _measured_on(report: dict[str, Any]) -> str:
-    """The data, how often it was gone over, and what the losses are of."""
+    """The training data, the epochs, and the size of the held-out text."""
     names = ", ".join(f"`{_plain(name)}`" for name in report["data"])
-    there = report["available_heldout_tokens"]
-    of = (
-        f" of the {there:,} tokens held out"
-        if there > 1.05 * report["heldout_tokens"]
-        else " held out"
-    )
+    held_out = report["available_heldout_tokens"]
+    is_part = held_out > 1.05 * report["heldout_tokens"]
+    of = f" of the {counted(held_out, 'token')} held out" if is_part else " held out"
     return (
-        f"Trained on {names}: {report['train_tokens']:,} tokens of {report['train_documents']:,} "
-        f"documents, {report['epochs']:,.2f} epochs. The losses are over "
-        f"{report['heldout_tokens']:,} tokens of {report['heldout_documents']:,} documents{of}"
-        f"{_of_sets(report)}."
+        f"Trained on {names}: {text_size(report['train_tokens'], report['train_documents'])}, "
+        f"{report['epochs']:,.2f} epochs. The losses are over "
+        f"{text_size(report['heldout_tokens'], report['heldout_documents'])}{of}"
+        f"{_sets_text(report)}."
     )
 
 
-def _of_sets(report: dict[str, Any]) -> str:
+def _sets_text(report: dict[str, Any]) -> str:
     sets = [
-        f"{each['tokens']:,} tokens of {each['documents']:,} documents are `{each['name']}`"
+        f"{text_size(each['tokens'], each['documents'])} are `{each['name']}`"
         for each in report.get("heldout_sets", [])
     ]
     return f": {', '.join(sets)}" if sets else ""
 
 
 def _plain(name: str) -> str:
-    """A name as code of Markdown can hold it."""
+    """A name without characters that Markdown's `code` cannot hold."""
     return "".join(letter if letter.isprintable() and letter != "`" else "?" for letter in name)

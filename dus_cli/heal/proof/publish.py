@@ -1,7 +1,7 @@
-"""The end of a run: the healed model in the run's place, whole, with its proof.
+"""The end of a run: write the healed model, with its proof, in the place of the run's folder.
 
-Each tensor is gathered from the workers by itself and written where the source has it: same shards,
-same order, same dtype. Memory does not grow with the model. What did not learn is copied byte for
+The output has the source's shards, order and dtypes. Tensors are gathered from the workers one at a
+time, so memory does not grow with the model. Tensors that were not trained are copied byte for
 byte.
 """
 
@@ -58,12 +58,11 @@ CURVES = {"healing-light.svg": False, "healing-dark.svg": True}
 
 
 def prepare_publication(run: Run, student: Decoder, team: Team) -> Publication:
-    """What writes the healed model back. Called before training starts, so that a model that could
-    not be written back is refused then.
+    """Check that the healed model can be written back, before training starts.
 
     Raises:
-        HealError: a parameter stands under no name in the source, or a tensor was converted while
-            it was loaded.
+        HealError: the source has no tensor for a parameter, or a tensor was converted when it was
+            loaded.
     """
     source = open_checkpoint(Path(run.model))
     names = parameter_names(source, student)
@@ -91,7 +90,7 @@ def _check_values(
         if tuple(parameter.shape) != tensor.shape:
             raise not_written_back(student, tensor.name)
         part = local(parameter.detach())
-        # the first worker's part starts where the tensor does
+        # the first worker's part is the beginning of the tensor
         if team.is_first and part.numel():
             count = min(part.numel(), 256)
             stored = read_elements(shard, tensor, count).to(part.dtype)
@@ -103,12 +102,12 @@ class Publication:
     """Writes the healed model in the run's place.
 
     Args:
-        run: of this model.
-        student: the model that learns.
+        run: the run.
+        student: the model under training.
         team: the workers.
-        source: the checkpoint that the run began with.
-        names: for each of its tensors that is a parameter, the parameter's name.
-        shape: of the model.
+        source: the checkpoint that the run started from.
+        names: the name of the parameter for each of the source's tensors that is one.
+        shape: the model's.
     """
 
     def __init__(
@@ -132,13 +131,14 @@ class Publication:
 
     @property
     def num_bytes(self) -> int:
-        """What the healed model will take on the disk."""
+        """The bytes of the healed model's tensors on the disk."""
         return sum(tensor.num_bytes for _, tensor in self._source.tensors())
 
     def stored(self, name: str) -> Tensor | None:
-        """A worker's part of a parameter, in fp32 from the file, where bf16 would lose some of it.
+        """The worker's part of a parameter, in fp32 from the file; None if it is stored in bf16,
+        because bf16 weights then lose nothing.
 
-        Parts are whole rows, as FSDP splits them, so they lie in one piece.
+        FSDP splits parameters by rows, so a part is contiguous in the file.
         """
         shard, tensor = self._places[name]
         parameter = self._student.parameters[name]
@@ -164,14 +164,14 @@ class Publication:
         exported: Path | None = None,
         averaged: Sequence[int] = (),
     ) -> None:
-        """Write everything beside the run's folder, verify it, and let the two change places; or
-        give it the name `exported`, and leave the run as it is.
+        """Write the model beside the run's folder, verify it, and put it in the folder's place; or
+        write it to `exported`, and leave the run as it is.
 
         `averaged` are the steps whose mean was written before.
 
         Raises:
-            StopRequested: by a signal, before they have.
-            OutputError: it cannot be written, or what `exported` names is nothing that dus wrote.
+            StopRequested: a signal came before the model is in place.
+            OutputError: writing failed, or `exported` holds something that dus did not write.
         """
         run = self._run
         if not self._team.is_first:
@@ -195,11 +195,11 @@ class Publication:
         self._team.wait()
 
     def publish_mean(self, means: Means, steps: Sequence[int], brake: Brake) -> None:
-        """Write the mean of these steps' checkpoints as a model beside the run's folder. One that
-        is there already is of this run, which came to a stop behind it.
+        """Write the mean of these steps' checkpoints as a model beside the run's folder. It
+        replaces one that this run wrote before it was stopped.
 
         Raises:
-            StopRequested: by a signal, before it is there.
+            StopRequested: a signal came before the model is in place.
             HealError: a checkpoint cannot be read.
         """
         if not self._team.is_first:
@@ -230,7 +230,7 @@ class Publication:
     def _write_model(
         self, staging: Staging, value_of: Callable[[TensorInfo], Tensor | None], brake: Brake
     ) -> None:
-        """Weights, and the source's other files."""
+        """Write the weights, and the source's other files."""
         for name, path in carried_files(self._source.folder).files:
             staging.copy_file(name, path)
         for name in _unchanged(self._source):
@@ -247,8 +247,8 @@ class Publication:
         value_of: Callable[[TensorInfo], Tensor | None],
         brake: Brake,
     ) -> None:
-        left = "the checkpoints are kept, and the same command writes it again"
-        with writing(shard.name, left), ExitStack() as closing:
+        advice = "the checkpoints are kept, and the same command writes it again"
+        with writing(shard.name, advice), ExitStack() as closing:
             with reading(shard.name):
                 source = closing.enter_context(open_regular(shard.path))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,8 +264,8 @@ class Publication:
         sync_file(path)
 
     def _gather(self, tensor: TensorInfo, optimizer: Optimizer) -> Tensor | None:
-        """A tensor as it was trained, in the source's dtype, on the first worker's CPU; None
-        where it was not.
+        """The trained tensor in the source's dtype, on the CPU of the first worker; None on other
+        workers, and if it was not trained.
         """
         name = self._names.get(tensor.name)
         value = optimizer.trained(name) if name is not None else None
@@ -279,7 +279,7 @@ class Publication:
     def _report(
         self, progress: TrainState, rows: list[dict[str, Any]], peak: Peak
     ) -> dict[str, Any]:
-        """report.json; docs/layout.md describes each field."""
+        """The content of report.json; docs/layout.md describes each field."""
         run = self._run
         rows = [row for row in rows if row["step"]]
         tokens = progress.step * run.tokens_per_step
@@ -322,7 +322,7 @@ class Publication:
         }
 
     def _by_set(self, progress: TrainState) -> dict[str, Any]:
-        """The losses of each held-out set that has a name, beside what they are of."""
+        """The losses and the size of each held-out set that has a name."""
         if not self._run.heldout_sets:
             return {}
         fields = {"base": "base_loss", "scaled": "scaled_loss", "now": "loss"}
@@ -356,7 +356,7 @@ class Publication:
         staging.write_text(lineage.NAME, dump_json(record))
 
     def _lineage(self, report: dict[str, Any]) -> dict[str, Any]:
-        """dus.json of the source with this healing appended. It has no times and no output path."""
+        """The source's dus.json with this healing appended, without times and output path."""
         run = self._run
         record = lineage.read_lineage(self._source.folder) or {
             "schema": lineage.SCHEMA,
@@ -376,9 +376,7 @@ class Publication:
         return record | {"healing": [*record.get("healing", []), healing]}
 
     def _lineage_of_mean(self, steps: Sequence[int]) -> dict[str, Any]:
-        """dus.json of the source, with this healing as far as a mean is one: its loss was not
-        measured.
-        """
+        """The source's dus.json with this healing appended for the mean, without losses."""
         unmeasured = dict.fromkeys(("base_loss", "scaled_loss", "loss", "tokens_to_base"))
         report = {"steps": steps[-1], "tokens": steps[-1] * self._run.tokens_per_step}
         record = self._lineage(report | unmeasured)
@@ -387,22 +385,22 @@ class Publication:
 
 
 def _verify(staging: Staging, what: str) -> None:
-    found = verify(staging.folder)
-    if not found.is_sound:
+    report = verify(staging.folder)
+    if not report.is_sound:
         raise VerificationError(
-            f"{what} does not verify: {found.problems[0]}; nothing was published"
+            f"{what} does not verify: {report.problems[0]}; nothing was published"
         )
 
 
 def _index(source: Checkpoint) -> str:
-    """An index of what the shards hold, in the place of one that says otherwise."""
+    """The index of what the shards hold, which replaces a wrong one."""
     weight_map = {tensor.name: shard.name for shard, tensor in source.tensors()}
     metadata = {"total_size": source.num_bytes, "total_parameters": source.num_parameters}
     return dump_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _unchanged(source: Checkpoint) -> Iterator[str]:
-    """Files of the source that stay as they are and that an upscale would write anew."""
+    """Files of the source that a healing copies, although dus upscale would write them anew."""
     index = [] if source.index_name is None or source.warnings else [source.index_name]
     for name in ("config.json", *index, *PICTURES):
         if (source.folder / name).is_file():

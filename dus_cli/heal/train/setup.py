@@ -12,7 +12,7 @@ from dus_cli.data.streams import Prepared, Rows, heldout_sets
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.metrics import MetricsFile
 from dus_cli.heal.proof.publish import prepare_publication
-from dus_cli.heal.run import KeepingPlan, Run
+from dus_cli.heal.run import Run, SavingPlan
 from dus_cli.heal.tracking import open_tracker
 from dus_cli.heal.train.batches import micro_batches
 from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
@@ -98,7 +98,7 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
     )
 
 
-def _mean_of(keeping: KeepingPlan) -> MeanOf | None:
+def _mean_of(keeping: SavingPlan) -> MeanOf | None:
     if keeping.average is None or keeping.save_every_steps is None:
         return None
     return MeanOf(keeping.average, keeping.save_every_steps)

@@ -1,6 +1,4 @@
-"""The view of `dus heal --progress json`: JSON Lines on stderr. docs/layout.md describes every
-field.
-"""
+"""`dus heal --progress json`: JSON Lines on stderr. docs/layout.md describes every field."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dus_cli.console.events import INTERVAL, emit, stage_event
 from dus_cli.heal.watch.follower import MetricsFollower
-from dus_cli.heal.watch.standing import Standing
+from dus_cli.heal.watch.run_state import RunState
 from dus_cli.progress import Stage
 
 if TYPE_CHECKING:
@@ -18,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class EventView:
-    """A `View` of events: each held-out measurement, and of the rows between them a few a
-    second.
+    """A `View` that writes events: one for each held-out measurement, and a few a second for other
+    rows.
     """
 
     def __init__(self) -> None:
         self._tokenising: Stage | None = None
-        self._standing = Standing(0, 0)
-        self._known = 0  # the last step that was told
-        self._began: float | None = None  # of training
+        self._state = RunState(0, 0)
+        self._last_step = 0  # the last step that an event reported
+        self._began: float | None = None  # when training began
         self._is_saving = False
-        self._told_at = 0.0
+        self._written_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -36,7 +34,7 @@ class EventView:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._end_tokenising()
         if kind is None and self._began is not None:
-            self._tell("end")
+            self._emit("end")
 
     def note(self, text: str) -> None:
         emit("note", message=text)
@@ -49,11 +47,11 @@ class EventView:
         if self._tokenising is None:
             self._tokenising = Stage("tokenising", total)
             stage_event("start", self._tokenising)
-            self._told_at = time.monotonic()
+            self._written_at = time.monotonic()
         self._tokenising.done, self._tokenising.total = done, total
-        if time.monotonic() - self._told_at >= INTERVAL:
+        if time.monotonic() - self._written_at >= INTERVAL:
             stage_event("progress", self._tokenising)
-            self._told_at = time.monotonic()
+            self._written_at = time.monotonic()
 
     def plan(self, _lines: Sequence[str], record: dict[str, Any], /) -> None:
         self._end_tokenising()
@@ -61,26 +59,28 @@ class EventView:
 
     def begin(self, num_steps: int, tokens_per_step: int) -> None:
         self._end_tokenising()
-        self._standing = Standing(num_steps, tokens_per_step)
+        self._state = RunState(num_steps, tokens_per_step)
         emit("run", num_steps=num_steps, tokens_per_step=tokens_per_step)
 
     def update(self, follower: MetricsFollower) -> None:
         rows = follower.poll()
         if follower.starts_over:
-            self._standing = self._standing.blank()
+            self._state = self._state.without_rows()
         for row in rows:
-            self._standing.add(row)
-            if self._began is not None and self._standing.is_measured and row["step"] > self._known:
-                self._tell("progress")
+            self._state.add(row)
+            is_new = row["step"] > self._last_step
+            if self._began is not None and self._state.is_measured and is_new:
+                self._emit("progress")
+        is_due = time.monotonic() - self._written_at >= INTERVAL
         if self._began is None and rows:
             self._began = time.monotonic()
-            self._tell("start")
-        elif rows and self._standing.step < self._known:
-            self.note(self._standing.resumed_text())
-            self._known = self._standing.step
-        elif self._standing.step > self._known and time.monotonic() - self._told_at >= INTERVAL:
-            self._tell("progress")
-        if rows and self._standing.is_done and not self._is_saving:
+            self._emit("start")
+        elif rows and self._state.step < self._last_step:
+            self.note(self._state.resumed_text())
+            self._last_step = self._state.step
+        elif self._state.step > self._last_step and is_due:
+            self._emit("progress")
+        if rows and self._state.is_done and not self._is_saving:
             self._is_saving = True
             self.status("saving")
 
@@ -89,8 +89,8 @@ class EventView:
             stage_event("end", self._tokenising)
             self._tokenising = None
 
-    def _tell(self, event: str) -> None:
-        now, pace = self._standing, self._standing.seconds_per_step
+    def _emit(self, event: str) -> None:
+        now, pace = self._state, self._state.seconds_per_step
         fields: dict[str, Any] = {
             "stage": "training",
             "done": now.step,
@@ -103,4 +103,4 @@ class EventView:
             None if pace is None else round(pace * (now.num_steps - now.step), 1)
         )
         emit(event, **fields, metrics=now.row)
-        self._known, self._told_at = now.step, time.monotonic()
+        self._last_step, self._written_at = now.step, time.monotonic()

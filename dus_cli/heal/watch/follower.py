@@ -1,4 +1,4 @@
-"""metrics.jsonl, followed as it grows."""
+"""Read metrics.jsonl while it grows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 class MetricsFollower:
     """Reads a metrics.jsonl that another process writes.
 
-    When workers start again they replace the file by one without the steps that are run again, and
-    the finished model comes with its own copy. `starts_over` tells, after each poll, that its rows
-    are all that a file holds: at the first look, or because the file was replaced. Whatever was
-    made of earlier rows is void then.
+    Restarted workers replace the file by one without the rows of steps that run again, and the
+    finished model comes with its own copy. After each poll, `starts_over` says whether the rows
+    are all rows of the file, because it is the first poll or the file was replaced; results from
+    earlier rows must then be dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +26,7 @@ class MetricsFollower:
         self._is_first_poll = True
 
     def poll(self) -> list[dict[str, Any]]:
-        """Rows that are new since the last time."""
+        """The rows that were added since the last poll."""
         self.starts_over, self._is_first_poll = self._is_first_poll, False
         try:
             with self._path.open("rb") as file:
@@ -38,10 +38,10 @@ class MetricsFollower:
                     self.starts_over, self._offset = True, 0
                 self._file_id = file_id
                 file.seek(self._offset)
-                # what follows is half a row, so far
+                # what follows the last newline is an incomplete row
                 whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:
-            return []  # not there yet, or a file system that hiccups: nothing to end a run for
+            return []  # the file is not there yet, or the file system fails for a moment
         self._offset += len(whole) + len(newline)
         rows = []
         for line in whole.splitlines():

@@ -1,6 +1,4 @@
-"""What a person sees of a run: the rows of metrics.jsonl as they come, and how a terminal or a
-log shows them.
-"""
+"""The progress of a run for a person, on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -13,61 +11,58 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dus_cli.common.units import human_time
 from dus_cli.console.terminal import is_live, say
 from dus_cli.heal.watch.follower import MetricsFollower
-from dus_cli.heal.watch.standing import Standing, loss_text, sparkline
+from dus_cli.heal.watch.run_state import RunState, loss_text, sparkline
 from dus_cli.progress import ProgressMode
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-# Seconds between two pictures on a terminal, and between two lines of a log that no measurement
-# asks for.
+# Seconds between two pictures on a terminal, and between two lines of a log without a measurement.
 _REDRAW, _PLAIN_INTERVAL = 0.1, 60.0
 
-# Seconds after which a status says how long it has been true.
+# Seconds after which a status shows how long it has lasted.
 _PATIENCE = 10.0
 
-# Columns of the labels on a terminal.
+# The width of the labels on a terminal.
 _LABEL = 11
 
-# Columns that stay free at the right: a terminal writes ^C behind the last line, and must not begin
-# another with it.
+# Columns left free at the right, because a terminal writes ^C after the last line and must not wrap
+# it.
 _ECHO = 4
 
-# For terminals whose encoding has no such characters.
+# Replacements for encodings that lack these characters.
 _ASCII = str.maketrans({"…": "...", "→": "->", "·": "|", "–": "-"})
 
 
 class View(Protocol):
-    """Told what a run does while it does it. A context manager, so that a terminal is left as it
-    was.
-    """
+    """Shows what a run does while it runs. A context manager, so that a terminal is restored."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def note(self, text: str) -> None:
-        """Something to keep in sight, in a line of its own."""
+        """Show a line that stays, such as a warning."""
 
     def status(self, text: str) -> None:
-        """What goes on until something else does, like "loading the model"."""
+        """Show what goes on until the next call, such as "loading the model"."""
 
     def tokenising(self, done: int, total: int) -> None:
-        """How far the data are tokenised, in bytes."""
+        """Show how far the data are tokenised, in bytes."""
 
     def plan(self, lines: Sequence[str], record: dict[str, Any], /) -> None:
-        """What the run will do: for a person, and as JSON."""
+        """Show what the run will do: lines for a person, and the record for JSON."""
 
     def begin(self, num_steps: int, tokens_per_step: int) -> None:
-        """The size of the run."""
+        """Take the size of the run, before the first `update`."""
 
     def update(self, follower: MetricsFollower) -> None:
-        """Look for new rows, and show them. Called several times a second."""
+        """Show new rows of metrics.jsonl; called several times a second."""
 
 
 def view_for(mode: ProgressMode) -> View:
-    """The view of `--progress`: for auto a terminal's or a log's, as stderr is."""
+    """The view for `--progress`; auto is a terminal's or a log's, depending on stderr."""
     if mode is ProgressMode.none:
         return NoView()
     if mode is ProgressMode.json:
@@ -78,7 +73,7 @@ def view_for(mode: ProgressMode) -> View:
 
 
 class NoView:
-    """Says nothing."""
+    """Shows nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -106,63 +101,62 @@ class NoView:
 
 
 class PlainView(NoView):
-    """For logs: a line for each held-out measurement and each new status, and otherwise one a
-    minute.
-    """
+    """For logs: a line for each held-out measurement and status, and otherwise one a minute."""
 
     def __init__(self) -> None:
-        self._standing = Standing(0, 0)
-        # rows up to this step were told, also those that are there at the first look
-        self._known = math.inf
-        self._said_at = time.monotonic()
+        self._state = RunState(0, 0)
+        # Rows up to this step are not shown again; at first infinite, so that the rows of a resumed
+        # run's earlier steps are not shown either.
+        self._last_step = math.inf
+        self._written_at = time.monotonic()
 
     def note(self, text: str) -> None:
-        self._say(text)
+        self._write(text)
 
     def status(self, text: str) -> None:
-        self._say(f"{text} …")
+        self._write(f"{text} …")
 
     def tokenising(self, done: int, total: int) -> None:
         if total and self._is_due():
-            self._say(f"tokenising: {done / total:.0%}")
+            self._write(f"tokenising: {done / total:.0%}")
 
     def plan(self, lines: Sequence[str], _record: dict[str, Any], /) -> None:
         for line in lines:
             self.note(line)
 
     def begin(self, num_steps: int, tokens_per_step: int) -> None:
-        self._standing = Standing(num_steps, tokens_per_step)
+        self._state = RunState(num_steps, tokens_per_step)
 
     def update(self, follower: MetricsFollower) -> None:
         rows = follower.poll()
-        known = self._known if follower.starts_over else -1
+        shown_step = self._last_step if follower.starts_over else -1
         if follower.starts_over:
-            self._standing = self._standing.blank()
+            self._state = self._state.without_rows()
         for row in rows:
-            self._standing.add(row)
-            if self._standing.is_measured and row["step"] > known:
-                self._say(self._standing.line())
-        self._known = self._standing.step
-        if 0 < self._standing.step < known < math.inf:
-            self._say(self._standing.resumed_text())
-        elif rows and self._standing.is_done and self._standing.step > known:
+            self._state.add(row)
+            if self._state.is_measured and row["step"] > shown_step:
+                self._write(self._state.line())
+        self._last_step = self._state.step
+        if 0 < self._state.step < shown_step < math.inf:
+            self._write(self._state.resumed_text())
+        elif rows and self._state.is_done and self._state.step > shown_step:
             self.status("saving")
         elif rows and self._is_due():
-            self._say(self._standing.line())
+            self._write(self._state.line())
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._said_at >= _PLAIN_INTERVAL
+        return time.monotonic() - self._written_at >= _PLAIN_INTERVAL
 
-    def _say(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         is_utf8 = sys.stderr.encoding.lower().startswith("utf")
         say(line if is_utf8 else line.translate(_ASCII))
-        self._said_at = time.monotonic()
+        self._written_at = time.monotonic()
 
 
 class LiveView:
-    """For terminals: a few lines that are drawn anew in place.
+    """For terminals: a few lines that are redrawn in place.
 
-    Drawn by the calls alone: a thread that does it would be one too many when the launcher forks.
+    They are drawn by its methods, not by a thread, because the launcher forks.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -171,7 +165,7 @@ class LiveView:
 
         self._console = console or RichConsole(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False)
-        self._standing = Standing(0, 0)
+        self._state = RunState(0, 0)
         self._status, self._status_passes, self._status_since = "", True, 0.0
         self._is_training = False
         self._tokenised: float | None = None
@@ -182,12 +176,12 @@ class LiveView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # The last picture of a run stays above its report; a status that is over does not, and of a
-        # run that ended otherwise nothing does: its time left and its bar are no longer true.
+        # After a finished run the last picture stays above the report, without a status. After any
+        # other end it is removed, because its bar and time left are no longer true.
         self._status, self._tokenised = "", None
         self._settle()
         self._live.update(self._picture())
-        self._live.transient = kind is not None or not self._standing.has_begun
+        self._live.transient = kind is not None or not self._state.has_begun
         self._live.stop()
 
     def note(self, text: str) -> None:
@@ -196,8 +190,7 @@ class LiveView:
 
     def status(self, text: str) -> None:
         self._tokenised = None
-        # Until there are new rows a status says what to wait for. Later it is the end that has
-        # begun.
+        # Before training, a status ends with the next rows; later it is about the end of the run.
         self._set_status(text, passes=not self._is_training)
         self._draw(at_once=True)
 
@@ -211,22 +204,22 @@ class LiveView:
 
     def begin(self, num_steps: int, tokens_per_step: int) -> None:
         self._tokenised = None
-        self._standing = Standing(num_steps, tokens_per_step)
+        self._state = RunState(num_steps, tokens_per_step)
 
     def update(self, follower: MetricsFollower) -> None:
-        rows, before = follower.poll(), self._standing.step
+        rows, before = follower.poll(), self._state.step
         if follower.starts_over:
-            self._standing = self._standing.blank()
+            self._state = self._state.without_rows()
         for row in rows:
-            self._standing.add(row)
+            self._state.add(row)
         if rows and not follower.starts_over:
             self._is_training = True
         if self._status_passes:
-            if self._is_training and self._standing.step < before:
-                self._set_status(self._standing.resumed_text(), passes=True)
+            if self._is_training and self._state.step < before:
+                self._set_status(self._state.resumed_text(), passes=True)
             elif rows and not follower.starts_over:
                 self._status = ""
-        if self._standing.is_done and not self._status:
+        if self._state.is_done and not self._status:
             self._set_status("saving", passes=False)
         self._draw()
 
@@ -237,16 +230,14 @@ class LiveView:
         now = time.monotonic()
         if at_once or now - self._drawn_at >= _REDRAW:
             self._drawn_at = now
-            self._live.start()  # the first time; later it does nothing
+            self._live.start()  # does nothing but the first time
             self._settle()
             self._live.update(self._picture(), refresh=True)
 
     def _settle(self) -> None:
-        """Clear the screen where its width changed.
-
-        Some terminals break the lines that are there, others cut them, and tmux tells of it a
-        quarter of a second later: nobody knows how many rows the last picture has now. Most
-        terminals keep what is cleared to scroll to.
+        """Clear the screen if its width changed, because the number of rows of the last picture is
+        then unknown: some terminals wrap its lines, others cut them, and tmux reports the change a
+        quarter of a second late. Most terminals keep what is cleared in their scrollback.
         """
         from rich.control import Control
 
@@ -265,8 +256,8 @@ class LiveView:
         lines: list[RenderableType] = []
         if self._tokenised is not None:
             lines.append(self._bar(self._tokenised, ""))
-        if self._standing.has_begun:
-            now = self._standing
+        if self._state.has_begun:
+            now = self._state
             lines.append(self._bar(now.step / max(1, now.num_steps), now.time_left_text()))
             lines += [self._row(*pair) for pair in self._rows()]
         if self._status:
@@ -278,7 +269,7 @@ class LiveView:
         return Constrain(Group(*lines), self._console.width - _ECHO)
 
     def _rows(self) -> list[tuple[str, str]]:
-        now = self._standing
+        now = self._state
         rows = [("step", now.step_text(" · "))]
         if now.step:
             width = self._console.width - _ECHO - _LABEL - 8

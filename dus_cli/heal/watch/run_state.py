@@ -1,4 +1,4 @@
-"""Where a run stands: losses, pace and time left."""
+"""The state of a run by its metrics so far: losses, pace and time left."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 from dus_cli.common.units import human_bytes, human_count, human_time
 
-# Losses that the sparkline is drawn from, and steps whose pace tells the time left.
+# The latest losses in the sparkline, and the latest steps by which the time left is estimated.
 _NUM_LOSSES, _NUM_PACED = 1000, 50
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass
-class Standing:
-    """What the rows so far come to, in numbers and in words."""
+class RunState:
+    """The state of a run by the rows so far, in numbers and in words."""
 
     num_steps: int
     tokens_per_step: int
@@ -36,9 +36,9 @@ class Standing:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PACED))
 
-    def blank(self) -> Standing:
-        """The same run without a row."""
-        return Standing(self.num_steps, self.tokens_per_step)
+    def without_rows(self) -> RunState:
+        """The same run before its first row."""
+        return RunState(self.num_steps, self.tokens_per_step)
 
     def add(self, row: dict[str, Any]) -> None:
         self.has_begun, self.row = True, row
@@ -69,12 +69,12 @@ class Standing:
         return self._number("loss")
 
     def _number(self, name: str) -> float:
-        """A figure of the last row. What is not finite is null there, as JSON has it."""
+        """A figure of the last row; NaN if it is null, as figures that are not finite are."""
         value = self.row.get(name)
         return math.nan if value is None else float(value)
 
     def line(self) -> str:
-        """Everything that matters, in one line."""
+        """The state in one line."""
         if not self.step:
             return self.start_text()
         heldout = f"held-out {', '.join(self.heldout_texts())}" if self.is_measured else ""
@@ -110,7 +110,9 @@ class Standing:
         return " ".join(f"{name} {loss_text(each)}" for name, each in losses.items())
 
     def heldout_texts(self) -> list[str]:
-        """The held-out loss of each set on its way from right after scaling to the base."""
+        """The held-out loss of each set, with its share of the way from right after scaling to the
+        base's loss.
+        """
         if not self.eval_losses:
             return [_heldout_text(self.eval_loss, self.scaled_loss, self.base_loss)]
         return [
@@ -134,11 +136,11 @@ class Standing:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The mean of the latest steps, measurements included; None before the first."""
+        """The mean time of the latest steps, with measurements; None before the first step."""
         return sum(self.paces) / len(self.paces) if self.paces else None
 
     def time_left_text(self) -> str:
-        """The steps that remain at the pace of the latest ones, measurements included."""
+        """The time for the remaining steps at the pace of the latest ones, with measurements."""
         if not self.paces or self.is_done:
             return ""
         return f"{human_time((self.num_steps - self.step) * (self.seconds_per_step or 0))} left"
@@ -148,7 +150,7 @@ class Standing:
 
 
 def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
-    """The values as at most `width` blocks from lowest to highest, each the mean of its neighbours.
+    """The values as at most `width` block characters; each is the mean of neighbouring values.
 
     >>> sparkline([8, 7, 6, 5, 4, 3, 2, 1], width=8)
     '█▇▆▅▄▃▂▁'
@@ -175,20 +177,20 @@ def _heldout_text(now: float | None, scaled: float | None, base: float | None) -
         return loss_text(now)
     if base is None:
         return f"{loss_text(now)} (at the start {loss_text(scaled)})"
-    where = _way(scaled, now, base)
+    share = _share_text(scaled, now, base)
     return (
         f"{loss_text(now)} (scaled {loss_text(scaled)} → base "
-        f"{loss_text(base)}{', ' if where else ''}{where})"
+        f"{loss_text(base)}{', ' if share else ''}{share})"
     )
 
 
-def _way(scaled: float, now: float, base: float) -> str:
-    """How much of the way from scaled to base is done. It is all of it only where the base is
-    reached.
+def _share_text(scaled: float, now: float, base: float) -> str:
+    """The share of the way from the scaled model's loss to the base's; at most 99% unless the
+    base's loss is reached.
 
-    >>> _way(3.417, 2.91, 2.85), _way(3.417, 2.8501, 2.85)
+    >>> _share_text(3.417, 2.91, 2.85), _share_text(3.417, 2.8501, 2.85)
     ('89% of the way', '99% of the way')
-    >>> _way(3.417, 2.85, 2.85), _way(2.8, 2.9, 2.85)
+    >>> _share_text(3.417, 2.85, 2.85), _share_text(2.8, 2.9, 2.85)
     ('reached', '')
     """
     if now <= base:
