@@ -29,7 +29,7 @@ def team(monkeypatch: pytest.MonkeyPatch) -> Iterator[teams.Team]:
     """A team of one."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with teams.gathered() as team:
+    with teams.joined_team() as team:
         yield team
 
 

@@ -183,9 +183,9 @@ def _save_logits(run_path: Path, folder: Path) -> None:
 
     from dus_cli.heal.run import read_run
     from dus_cli.heal.train.loading import load
-    from dus_cli.models.team import gathered
+    from dus_cli.models.team import joined_team
 
-    with gathered() as team, torch.no_grad():
+    with joined_team() as team, torch.no_grad():
         decoder = load(read_run(run_path), team)
         ids = torch.arange(48).reshape(2, 24)
         logits = decoder.model(input_ids=ids, use_cache=False).logits

@@ -37,9 +37,9 @@ def work(path: Path, signals: Signals) -> int:
     run = read_run(path)
     # Imported here, so that an error in run.json is reported without loading torch.
     from dus_cli.heal.train.setup import set_up
-    from dus_cli.models.team import gathered
+    from dus_cli.models.team import joined_team
 
-    with gathered() as team:
+    with joined_team() as team:
         training = set_up(run, team, signals)
         try:
             training.go()

@@ -45,7 +45,7 @@ def load_model(folder: str | Path, name: object, dtype: torch.dtype, **options: 
     Raises:
         LoadError: transformers cannot load it, or would initialise weights that the files lack.
     """
-    with refusals_told(name):
+    with transformers_errors(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -61,7 +61,7 @@ def load_model(folder: str | Path, name: object, dtype: torch.dtype, **options: 
 
 
 @contextmanager
-def refusals_told(name: object) -> Iterator[None]:
+def transformers_errors(name: object) -> Iterator[None]:
     """Silence transformers, and translate its errors about a checkpoint into one line.
 
     Raises:

@@ -65,7 +65,7 @@ class Signals:
         threading.Thread(target=self._listen, daemon=True).start()
 
     @property
-    def is_asked(self) -> bool:
+    def is_received(self) -> bool:
         """Whether a signal came."""
         return self.signum is not None
 
@@ -81,7 +81,7 @@ class Signals:
         self._cooperates = True
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def grace_extended(self) -> Iterator[None]:
         """A context in which the time to reach a brake does not run: a checkpoint is being written,
         or the work ends soon. Contexts may be nested.
         """
@@ -143,7 +143,7 @@ class Brake:
         if self._team.any(self._stop_requested()):
             raise StopRequested
 
-    def alone(self) -> None:
+    def check_if_alone(self) -> None:
         """Check if the team is this worker only, at a point that other workers may not reach.
 
         Raises:

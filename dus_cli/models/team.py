@@ -59,7 +59,7 @@ class Team:
         """Whether the flag is set on any worker; the same on all workers."""
         return self.max(float(flag)) > 0
 
-    def first_says(self, flag: bool) -> bool:
+    def first_decides(self, flag: bool) -> bool:
         """The flag of the first worker, on all workers."""
         return self.any(flag and self.is_first)
 
@@ -74,7 +74,7 @@ class Team:
 
 
 @contextmanager
-def gathered() -> Iterator[Team]:
+def joined_team() -> Iterator[Team]:
     """Join the team by torchrun's environment variables, and leave it at the end. Without these
     variables the worker is alone.
     """

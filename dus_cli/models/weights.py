@@ -21,7 +21,7 @@ from dus_cli.models.loading import (
     load_config,
     load_model,
     missing_weights,
-    refusals_told,
+    transformers_errors,
 )
 from dus_cli.models.replay import Ready, Scaled
 from dus_cli.planning.projections import pattern
@@ -80,7 +80,7 @@ def stream(
         raise ReplayError("layers are read from safetensors only, and these weights are pickled")
     if "quantization_config" in checkpoint.config:
         raise ReplayError("layers with quantised weights cannot be read one at a time")
-    with refusals_told(checkpoint.folder):
+    with transformers_errors(checkpoint.folder):
         config = load_config(checkpoint.folder)
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -207,7 +207,7 @@ class _Places:
             device_map={"": self._device},
             weight_mapping=self._mapping,
         )
-        with refusals_told(self._checkpoint.folder):
+        with transformers_errors(self._checkpoint.folder):
             info, _ = convert_and_load_state_dict_in_model(self._model, dict(stored), settings)
         wrong = [*(name for name, *_ in info.mismatched_keys), *info.conversion_errors]
         if wrong:

@@ -22,7 +22,7 @@ from dus_cli.heal.run import read_run
 from dus_cli.heal.train.setup import set_up
 from dus_cli.models.devices import peak_memory_bytes
 from dus_cli.models.stopping import Signals
-from dus_cli.models.team import gathered
+from dus_cli.models.team import joined_team
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     run = read_run(options.run)
-    with gathered() as team:
+    with joined_team() as team:
         training = set_up(run, team, Signals())
         training._step()
         if options.profile:

@@ -32,7 +32,7 @@ def mean_loss(
         with torch.no_grad():
             hidden = decoder.hidden(batch.input_ids, batch.position_ids)
             _, loss, _ = loss_sums(
-                hidden, decoder.output, batch.labels, decoder.head, between=brake.alone
+                hidden, decoder.output, batch.labels, decoder.head, between=brake.check_if_alone
             )
         total += float(loss)
         count += batch.num_labels

@@ -74,7 +74,7 @@ class Lesson:
                 head=self.student.head,
                 teaching=teaching,
                 scale=scale,
-                between=self.brake.alone,
+                between=self.brake.check_if_alone,
             )
         with self.clock("backward"):
             loss.backward()  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.run import Run
 from dus_cli.models.attention import attend_by_document
 from dus_cli.models.decoder import Decoder, stack_name
-from dus_cli.models.loading import load_config, load_model, refusals_told
+from dus_cli.models.loading import load_config, load_model, transformers_errors
 from dus_cli.models.precision import torch_dtype
 from dus_cli.models.team import Team
 
@@ -35,7 +35,7 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
     num_layers = (
         len(run.base.layers) if elsewhere is not None and run.base is not None else run.num_layers
     )
-    with refusals_told(folder):
+    with transformers_errors(folder):
         config = _without_dropout(load_config(folder))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

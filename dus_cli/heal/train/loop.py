@@ -112,7 +112,7 @@ class Training:
             self._save_when_due()
             self._export_when_due(again=True)
         self._save()
-        with self.signals.held():
+        with self.signals.grace_extended():
             self.checkpoints.finish()
 
     def keep(self) -> None:
@@ -121,7 +121,7 @@ class Training:
         """
         if self.progress.scaled_loss is None:
             return
-        with self.signals.held():
+        with self.signals.grace_extended():
             self._save()
             self.checkpoints.finish()
 
@@ -144,7 +144,7 @@ class Training:
             cross_entropy, divergence = self.lesson.backward(batch, counted, kl_weight)
             sums = [sums[0] + cross_entropy, sums[1] + divergence]
         self.lesson.brake.check()
-        with self.lesson.clock("optimizer"), self.signals.held():
+        with self.lesson.clock("optimizer"), self.signals.grace_extended():
             loss, divergence = (total / counted for total in team.sum(sums))
             norm = self.optimizer.gradient_norm()
             share = schedule.rate_share(run.recipe, step, run.num_steps)
@@ -244,7 +244,7 @@ class Training:
         )
 
     def _save_when_due(self) -> None:
-        with self.signals.held():
+        with self.signals.grace_extended():
             self.checkpoints.poll()
         if self.progress.skipped_in_a_row:
             return  # a checkpoint is a state worth going back to
@@ -253,7 +253,7 @@ class Training:
             is_due = self.progress.step % keeping.save_every_steps == 0
         else:
             assert keeping.save_every_seconds is not None
-            is_due = self.team.first_says(
+            is_due = self.team.first_decides(
                 time.monotonic() - self._saved_at >= keeping.save_every_seconds
             )
         if is_due:
@@ -265,12 +265,12 @@ class Training:
         if every is None or not step or step % every or self._is_over():
             return
         folder = self.run.export_folder(step)
-        if again or self.team.first_says(not folder.exists()):
+        if again or self.team.first_decides(not folder.exists()):
             self._publish(folder)
 
     def _save(self) -> None:
         self.progress.adam_steps = self.optimizer.steps()
-        with self.signals.held():
+        with self.signals.grace_extended():
             self.checkpoints.save(
                 self.progress.step, self.optimizer.tensors(), asdict(self.progress)
             )

@@ -80,7 +80,7 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
     student.train_only(run.recipe.train_layers, frozen)
     optimizer.prepare(name for name, p in student.parameters.items() if p.requires_grad)
     log = _open_log(run, progress) if team.is_first else None
-    lesson = Lesson(student, teacher, team, Clock(team), Brake(team, lambda: signals.is_asked))
+    lesson = Lesson(student, teacher, team, Clock(team), Brake(team, lambda: signals.is_received))
     return Training(
         run=run,
         team=team,
