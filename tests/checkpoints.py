@@ -1,5 +1,5 @@
-"""Make checkpoints for tests and benchmarks: real shapes, random or layer-numbered contents, no
-torch.
+"""Checkpoints for tests and benchmarks, without torch: real shapes, with random bytes or the layer's
+number as content.
 """
 
 from __future__ import annotations
@@ -182,9 +182,8 @@ def write_shard(
     fill: Fill | None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """One safetensors file, tensors ordered as the library does: falling element size, then name.
-
-    Without `fill` the data is a hole: a file of any size that takes no disk, for plans.
+    """Write a safetensors file with tensors in the library's order: by falling element size, then
+    by name. Without `fill` the data is a hole, so that a file of any size takes no disk.
     """
     ordered = sorted(tensors, key=lambda t: (-BITS[t[1]], t[0]))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -208,8 +207,8 @@ def write_shard(
 
 
 def fill_with_layer(name: str, size: int) -> bytes:
-    """Every byte tells the layer (0xEE outside the layers), so a test sees which layer landed
-    where.
+    """Make every byte the layer's number (0xEE outside of the layers), so that a test sees which
+    layer is where.
     """
     parts = [part for part in name.split(".") if part.isdecimal()]
     return bytes([int(parts[0]) if parts else 0xEE]) * size
@@ -228,7 +227,7 @@ def write_checkpoint(
     fill: Fill | None = fill_with_layer,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """A checkpoint of one file, or of `num_shards` of about equal size with an index."""
+    """Write a checkpoint in one file, or in `num_shards` shards of about equal size with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if num_shards == 1:
@@ -251,7 +250,7 @@ def write_in_shards(
     fill: Fill | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """A checkpoint whose shards hold these tensors, with an index."""
+    """Write a checkpoint whose shards hold these groups of tensors, with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     total = sum(num_bytes(tensor) for group in groups for tensor in group)
@@ -268,8 +267,8 @@ def write_in_shards(
 def write_mistral(
     folder: Path, num_layers: int = 32, hidden: int = 4096, fill: Fill | None = fill_randomly
 ) -> Path:
-    """Mistral-7B-v0.1's shape: 14.48 GB of random bf16 in three shards at 32 layers and hidden
-    size 4096.
+    """Write a model of Mistral-7B-v0.1's shape: with 32 layers and hidden size 4096, 14.48 GB of
+    random bf16 in three shards.
     """
     tensors = llama_tensors(num_layers, hidden, hidden * 7 // 2, hidden // 4, 32_000)
     config = llama_config(num_layers, hidden, hidden * 7 // 2, 32_000) | {

@@ -1,5 +1,5 @@
-"""Fixtures: checkpoints whose bytes tell their layer, and the real command run as a user runs
-it.
+"""Fixtures: checkpoints whose bytes are their layer's number, and the real command, run as a user
+runs it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from checkpoints import llama_config, llama_tensors, write_checkpoint
 DUS = [sys.executable, "-m", "dus_cli"]
 
 
-def _let_children_have_their_signals() -> None:
-    """What the suite was started with ignored (`nohup … &`), commands that it starts would ignore
-    too.
+def _restore_signals_for_children() -> None:
+    """Let the commands that the suite starts handle signals, even if the suite was started with
+    signals ignored (`nohup … &`) or blocked, both of which children inherit.
 
-    A handler that does nothing keeps such a signal from the suite, and a program that it starts has
-    the default again (execve(2)). What was blocked stays blocked across both, so it is unblocked.
+    A handler that does nothing takes the place of "ignore": the suite is not ended by the signal,
+    and execve(2) gives a started program the default handler.
     """
     for signum in (
         signal.SIGINT,
@@ -38,22 +38,21 @@ def _let_children_have_their_signals() -> None:
     ):
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, lambda _signum, _frame: None)
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # else no exit code ever arrives
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # else exit codes are lost
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-_let_children_have_their_signals()
+_restore_signals_for_children()
 
-# pytest imports readline, which tells children a width that nobody asked for; pytest-xdist's
-# workers are such children.
+# pytest imports readline, which sets these for children such as the workers of pytest-xdist.
 for _width in ("COLUMNS", "LINES"):
     os.environ.pop(_width, None)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --no-loadscope-reorder, xdist's order (files of many tests first), but the extras'
-    long chain before all.
+    """With --no-loadscope-reorder, use xdist's order (files with many tests first), but start the
+    long chain of test_extras.py first.
     """
     if not config.getoption("loadscopereorder", default=True):
         num_tests = Counter(item.path for item in items)
@@ -61,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Run(subprocess.CompletedProcess[str]):
-    """A finished `dus`, with its report when it printed one."""
+    """A finished `dus` command, with the report that it printed."""
 
     @property
     def report(self) -> dict[str, Any]:
@@ -70,7 +69,7 @@ class Run(subprocess.CompletedProcess[str]):
         return report
 
     def assert_one_line_error(self, *parts: str, code: int = 1) -> None:
-        """Exit code, one line on stderr that holds all parts, nothing on stdout, no traceback."""
+        """Check the exit code, a single line on stderr with all parts, and an empty stdout."""
         assert self.returncode == code, (self.returncode, self.stderr)
         assert self.stdout == ""
         assert self.stderr.startswith("error: ")
@@ -80,9 +79,7 @@ class Run(subprocess.CompletedProcess[str]):
 
 
 def dus(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> Run:
-    """Run the command. Errors are quiet of progress with -q or --json, as a pipeline would have
-    it.
-    """
+    """Run the command in a new process. Use -q or --json for a stderr without progress."""
     done = subprocess.run(
         [*DUS, *map(str, arguments)],
         capture_output=True,
@@ -96,13 +93,13 @@ def dus(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """Eight Llama layers in one file; every byte of layer k is k, of all else 0xEE."""
+    """Eight Llama layers in one file; every byte of layer k is k, all other bytes are 0xEE."""
     return write_checkpoint(tmp_path / "base", llama_tensors(8), llama_config(8))
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """The same in five shards."""
+    """The same checkpoint in five shards."""
     return write_checkpoint(tmp_path / "sharded", llama_tensors(8), llama_config(8), num_shards=5)
 
 
@@ -122,7 +119,7 @@ def edit_config() -> Callable[..., None]:
 
 @pytest.fixture(params=["xfs", "btrfs"])
 def reflinks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A loop mount with reflinks; skipped where it cannot be made (no root, no mkfs)."""
+    """A loop mount with reflinks; skips the test if there is no root or no mkfs."""
     image, folder = tmp_path / "image", tmp_path / "mounted"
     folder.mkdir()
     if shutil.which(f"mkfs.{request.param}") is None:

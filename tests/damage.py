@@ -1,4 +1,4 @@
-"""Small damages to bytes, and what is said of them."""
+"""Small random damages to bytes, and the error that they cause."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dus_cli.errors import DusError
 
 
 def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """A few small damages: bytes flipped, cut out, doubled, numbers replaced, the length
-    changed.
+    """Damage bytes in a few places: flip, cut out or double them, replace digits, change the
+    header's length.
     """
     data = bytearray(raw)
     for _ in range(rng.randint(1, 3)):
@@ -40,7 +40,9 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
 
 
 def one_line_problem(step: Callable[[], object]) -> str | None:
-    """What the step refuses, held to be one line of bearable length; None where it succeeds."""
+    """The error of a step, checked to be one line of less than 1,000 characters; None if the step
+    succeeds.
+    """
     try:
         step()
     except DusError as error:

@@ -1,4 +1,4 @@
-"""A deeper model's logits held against its base's layers in the map's order; the tables of
+"""Compare a deeper model's logits with those of its base's layers in the map's order; the tables of
 docs/architectures.md.
 """
 
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "architectures.md"
 
 
 def save_base(model_type: str, folder: Path, *, whole: bool = False) -> Path:
-    """A tiny model of this type, as transformers saves it."""
+    """Save a tiny model of this type with transformers."""
     zoo.tiny_model(model_type, whole=whole).save_pretrained(folder / "base")
     return folder / "base"
 
@@ -29,8 +29,8 @@ def save_base(model_type: str, folder: Path, *, whole: bool = False) -> Path:
 def check_equality(
     model_type: str, folder: Path, trim: int = TRIM, *, whole: bool = False
 ) -> dict[str, Any]:
-    """Up-scale folder/base with the real command: the logits must be those of the base
-    rearranged. The report.
+    """Up-scale folder/base with the real command, and check that the logits are those of the base's
+    layers in the map's order. Returns the report.
     """
     report = dus("upscale", folder / "base", "-t", str(trim), "-o", folder / "out", "--json").report
     base, complaints = zoo.load(model_type, folder / "base", whole=whole)
@@ -46,9 +46,9 @@ def check_equality(
     return report
 
 
-def hold_table(name: str, rows: list[str]) -> None:
-    """The table between the comments of this name in the docs has these rows, or is written so
-    where that is asked.
+def check_table(name: str, rows: list[str]) -> None:
+    """Check that the docs' table between comments of this name has these rows; with
+    DUS_WRITE_TABLE, write it.
     """
     before, start, rest = DOCS.read_text().partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")
@@ -60,8 +60,8 @@ def hold_table(name: str, rows: list[str]) -> None:
 
 
 def without_engines(report: dict[str, Any]) -> list[str]:
-    """The report's warnings but for those about inference engines, which must be there where one
-    departs.
+    """The report's warnings without those about inference engines. Checks that there are such
+    warnings if, and only if, an engine differs.
     """
     does = ("would compute another model in silence", "would not load it")
     about_engines = [

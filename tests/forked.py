@@ -1,9 +1,8 @@
-"""The real command in processes forked from one that has imported what they import: a tenth of the
-time.
+"""The real command in processes forked from a server that has imported its modules, which takes a
+tenth of the time.
 
-huggingface_hub itself is left to each of them, because it reads its environment when it is
-imported. What a new interpreter takes from its environment or command line (PYTHONPATH, what is
-imported at all, how it ends) is a fact of a new process: `dus` of conftest.py.
+huggingface_hub is imported by each process, because it reads its environment when it is imported.
+To test how a new interpreter starts and ends (PYTHONPATH, imports), use `dus` of conftest.py.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def run(request):
     os.umask(request["umask"])
     os.environ.clear()
     os.environ.update(request["env"])
-    signal.alarm(150)  # what waits for ever fails
+    signal.alarm(150)  # end a command that hangs
     exec(request["first"], {{}})
     sys.argv = ["dus", *request["arguments"]]
     try:
@@ -48,8 +47,8 @@ def run(request):
     except SystemExit as end:
         _end(end.code)
 def _end(code):
-    # All that an interpreter's end does but to free every object, which takes longer than most
-    # commands.
+    # Do everything that the interpreter does at its end but free all objects, which takes longer
+    # than most commands.
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -58,7 +57,7 @@ def _end(code):
     sys.stderr.flush()
     os._exit(code or 0)
 gc.collect()
-gc.freeze()  # else the first collection in each child copies all that was imported
+gc.freeze()  # else the first collection in each child copies the memory of all imported modules
 for line in sys.stdin:
     child = os.fork()
     if not child:
@@ -70,9 +69,10 @@ _servers: dict[str, subprocess.Popen[str]] = {}
 
 
 def _server(more: str) -> subprocess.Popen[str]:
-    """The server that has imported `more`, too."""
+    """The server that has also imported `more`."""
     if more not in _servers:
-        # Signals of a terminal are pytest's; the server ends with its standard input.
+        # A new session, so that a terminal's signals reach pytest only; the server ends when its
+        # standard input closes.
         atexit.register(stop)
         _servers[more] = subprocess.Popen(
             [sys.executable, "-c", f"import {more or 'sys'}\n{_SERVER}"],
@@ -85,14 +85,14 @@ def _server(more: str) -> subprocess.Popen[str]:
 
 
 def _umask() -> int:
-    """The mask of this process, which can be read by setting another alone."""
+    """The umask of this process, which can only be read by setting another one."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def stop() -> None:
-    """End the servers, if there are any."""
+    """Stop all servers."""
     while _servers:
         _servers.popitem()[1].communicate()
 
@@ -104,8 +104,8 @@ def dus(
     imported: str = "",
     **environment: str,
 ) -> Run:
-    """Run the command. `first` is Python that runs before it, to make a wait shorter or to count
-    something; `imported` is a heavy library that it need not import itself.
+    """Run the command. `first` is Python code that runs before it, to shorten a wait or count
+    something; `imported` is a heavy library that the server imports for it.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
@@ -129,5 +129,5 @@ def dus(
         )
 
 
-# The command where torch is imported already, which takes longer than most commands.
+# The command with torch already imported, which takes longer than most commands.
 dus_with_torch = partial(dus, imported="torch")

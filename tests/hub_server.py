@@ -1,14 +1,12 @@
-"""A stand-in for the Hub on the loopback interface, with a log of what was asked of it and what it
-sent.
+"""A stand-in for the Hub on the loopback interface, with a log of requests and of the bytes sent.
 
-It answers what huggingface_hub asks for a model: its commit, its list of files, its files; and for
-a data set, whose repo is called "datasets/org/name" here. As on
-the real Hub, a file under LFS redirects to a signed address on another origin, where the token must
-not follow; a gated repo shows its list of files to everyone; a private one does not exist for
-strangers.
+It answers huggingface_hub's requests for a model (commit, list of files, files) and for a data set,
+whose repo is named "datasets/org/name" here. As on the real Hub, a file under LFS redirects to a
+signed address on another origin, where the token must not be sent; a gated repo shows its list of
+files to everyone; a private repo does not exist for strangers.
 
-Files are sent in pieces as they are read. Of one that is a hole, as `write_checkpoint(fill=None)`
-makes them, the sha256 is made up, so that the shape of a 7B model costs nothing.
+Files are read and sent in pieces. The sha256 of a file that is a hole, as
+`write_checkpoint(fill=None)` writes it, is made up, so that the shape of a 7B model costs nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ READER, STRANGER = "hf_reader", "hf_stranger"  # the tokens that the Hub knows
 _REPO = r"((?:datasets/)?[^/]+/[^/]+)"
 _PIECE = 64 << 10
 _BURST, _SILENCE = 0.1, 3.0  # seconds
-HANG_UP = 0  # a failure that is no HTTP status: the connection ends without an answer
+HANG_UP = 0  # in the place of an HTTP status: the connection is closed without an answer
 
 
 def commit_of(text: str) -> str:
@@ -47,11 +45,11 @@ def commit_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class StandInRepo:
-    """A model repo: a folder of files for each commit, and the branches and tags that name commits.
+    """A model repo: a folder of files for each commit, and the branches and tags of commits.
 
-    READER may read a private one, and the files of a gated one. The weights of one on `xet` come
-    from another service, which is announced and not there. Without `lfs` the Hub itself serves
-    every file.
+    READER may read a private repo, and the files of a gated one. With `xet` the weights are
+    announced on another service, which does not exist. Without `lfs` the Hub itself serves every
+    file.
     """
 
     commits: Mapping[str, Path]
@@ -66,7 +64,7 @@ class StandInRepo:
 def only_hub(
     repos: Mapping[str, StandInRepo], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[StandInHub]:
-    """A running stand-in as the only Hub that dus can see, with an empty cache in `home` and no
+    """Run a stand-in as the only Hub that dus can reach, with an empty cache in `home` and no
     token.
     """
     for name in list(os.environ):
@@ -80,8 +78,8 @@ def only_hub(
 
 
 class Request(NamedTuple):
-    """A request that was answered. `num_sent` counts the bytes of the answer's body, `client` is
-    the port that the connection came from.
+    """An answered request. `num_sent` is the size of the answer's body, `client` the client's
+    port.
     """
 
     method: str
@@ -93,13 +91,16 @@ class Request(NamedTuple):
 
 @dataclass
 class Faults:
-    """What goes wrong, and how fast it goes, while files are served from signed addresses.
+    """The speed and the faults of files served from signed addresses.
 
-    `bytes_per_second`: of all connections together. `broken_after`: a request for more bytes ends
-    without them. `signed_for`: answers for which an address holds, then 403. `busy`: of so many
-    answers to come each is a 429 or 503 with `retry_after`. `stalls`: so many answers to come say
-    nothing more after their first piece. `flipped`: byte of a file, by its name, in which a bit is
-    flipped on the way. `ranges`: False where Range headers are not understood.
+    Attributes:
+        bytes_per_second: of all connections together.
+        broken_after: an answer breaks off after this many bytes.
+        signed_for: an address is valid for this many answers, then gives 403.
+        busy: the status (429 or 503) of the next answers, sent with `retry_after`.
+        stalls: this many of the next answers stall after their first piece.
+        flipped: the byte of a file, by the file's name, in which a bit is flipped.
+        ranges: whether Range headers are supported.
     """
 
     bytes_per_second: float | None = None
@@ -116,12 +117,12 @@ class Faults:
     lock: Any = field(default_factory=threading.Lock)
 
     def wait(self, num_bytes: int) -> None:
-        """Wait until so many more bytes may have been sent."""
+        """Wait as long as it takes to send this many more bytes."""
         if self.bytes_per_second is None:
             return
         with self.lock:
             late = time.monotonic() - self.started - self.sent / self.bytes_per_second
-            # what was not used is lost, as on a line, but for what its buffers hold
+            # unused time is lost, as on a real line, except for a burst from its buffers
             if late > _BURST:
                 self.started += late - _BURST
             self.sent += num_bytes
@@ -134,7 +135,7 @@ class Faults:
             return len(self.signatures) - 1
 
     def is_signed(self, signature: str) -> bool:
-        """Whether a signature, its uses counted, still holds."""
+        """Count a use of a signature; return whether it is still valid."""
         with self.lock:
             self.signatures[int(signature)] += 1
             return self.signed_for is None or self.signatures[int(signature)] <= self.signed_for
@@ -144,11 +145,14 @@ class Faults:
 class StandInHub:
     """The server, running while its context is open.
 
-    `failures` maps patterns of requests to the HTTP status that they get, or HANG_UP. A request
-    reads "GET /org/name/resolve/main/config.json whole", with the Range header in the place of
-    "whole". `faults` are of files that are served from signed addresses; `num_served` counts the
-    bytes of weights that left, also in answers that broke off. `busy` are the answers to the next
-    questions for a commit. `cdn` is another server's origin that serves /cdn/REPO/COMMIT/FILE.
+    Attributes:
+        failures: the HTTP status, or HANG_UP, for requests that match a pattern. A request is
+            matched as "GET /org/name/resolve/main/config.json whole", with its Range header, if it
+            has one, instead of "whole".
+        faults: of files served from signed addresses.
+        num_served: bytes of weights sent, also in answers that broke off.
+        busy: the status of the next answers to requests for a commit.
+        cdn: the origin of another server that serves /cdn/REPO/COMMIT/FILE.
     """
 
     repos: Mapping[str, StandInRepo]
@@ -172,7 +176,7 @@ class StandInHub:
         self.stop()
 
     def stop(self) -> None:
-        """No more answers; its port is closed."""
+        """Stop answering and close the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -187,14 +191,14 @@ class StandInHub:
 
     @property
     def files_asked_for(self) -> set[str]:
-        """The files of any repo that were asked for, be it only for their size."""
+        """The files of all repos that were requested, also by HEAD."""
         matches = (
             re.fullmatch(r"/[^/]+/[^/]+/resolve/[^/]+/(.+)", request.path) for request in self.log
         )
         return {match[1] for match in matches if match}
 
     def num_sent(self, pattern: str) -> int:
-        """Bytes sent for all paths that match."""
+        """The bytes sent for all paths that match."""
         return sum(request.num_sent for request in self.log if fnmatch(request.path, pattern))
 
 
@@ -211,7 +215,7 @@ class _Answer:
 
 
 class _RefusedError(Exception):
-    """An answer that says no, as huggingface_hub reads it: from X-Error-Code."""
+    """An error answer with X-Error-Code, which huggingface_hub reads."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -222,9 +226,8 @@ class _RefusedError(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: StandInHub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # headers and body are two packets; the second must not wait for the first
-    )
+    # headers and body are two packets, and the second must not wait for the first one's ACK
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -304,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _cdn(self, repo_id: str, commit: str, path: str, signature: str) -> _Answer:
         faults = self.hub.faults
-        if self._token:  # an address is signed or a request has a token; S3 refuses both at once
+        if self._token:  # S3 refuses a request with a signed address and a token
             return _Answer(HTTPStatus.BAD_REQUEST)
         if not faults.is_signed(signature):
             return _Answer(HTTPStatus.FORBIDDEN)
@@ -316,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._file(self.hub.repos[repo_id].commits[commit] / path, {})
 
     def _file(self, file: Path, headers: dict[str, str]) -> _Answer:
-        """A file, or the part of it that is asked for."""
+        """A file, or the requested part of it."""
         size = file.stat().st_size
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match is None or not self.hub.faults.ranges:
@@ -330,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repo_id: str, revision: str) -> tuple[str, Path]:
         token, repo = self._token, self.hub.repos.get(repo_id)
         if repo is None or (repo.private and token != READER):
-            if not token:  # strangers are not told whether there is such a repo
+            if not token:  # without a token the Hub does not reveal whether a repo exists
                 raise _RefusedError(
                     HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Invalid username or password."
                 )
@@ -356,7 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         length = answer.length if answer.file is not None else len(answer.body)
-        # Logged before it is sent, so that whoever has the answer finds it in the log.
+        # Logged before it is sent, so that a client that has the answer finds it in the log.
         sent = 0 if self.command == "HEAD" else length
         byte_range, client = self.headers.get("Range"), self.client_address[1]
         self.hub.log.append(Request(self.command, path, byte_range, sent, client))
@@ -372,7 +375,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if path.endswith(LFS_SUFFIXES):
                     with self.hub.faults.lock:
                         self.hub.num_served += len(piece)
-        except OSError:  # whoever asked has gone
+        except OSError:  # the client is gone
             self.close_connection = True
 
     def _pieces(self, answer: _Answer) -> Iterator[bytes]:
@@ -401,7 +404,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
 
     def log_message(self, *_: object) -> None:
-        """Nothing on stderr: tests read `StandInHub.log`."""
+        """Write nothing to stderr: tests read `StandInHub.log`."""
 
 
 def _files(folder: Path) -> list[str]:
@@ -411,7 +414,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _entry(folder: Path, path: str) -> dict[str, Any]:
-    """A file or folder as the Hub lists it."""
+    """The Hub's listing entry of a file or folder."""
     if (folder / path).is_dir():
         return {"type": "directory", "path": path, "size": 0, "oid": commit_of(path)}
     file, is_lfs = folder / path, path.endswith(LFS_SUFFIXES)
@@ -427,7 +430,7 @@ def _entry(folder: Path, path: str) -> dict[str, Any]:
 
 @cache
 def _hashes(file: str, size: int, _changed: int, is_hole: bool) -> tuple[str, str]:
-    """Git's hash of a file and its sha256."""
+    """A file's git hash and its sha256."""
     if is_hole:
         return commit_of(file), hashlib.sha256(file.encode()).hexdigest()
     git, lfs = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), hashlib.sha256()

@@ -1,9 +1,8 @@
-"""The stand-in Hub's other half: repos that can be written to, as huggingface_hub writes to them
-without Xet.
+"""The stand-in Hub with repos that huggingface_hub can write to, without Xet.
 
-Small files come within the commit, large ones as LFS objects before it: asked for in a batch, put
-at another origin without the token (in parts where they are larger than a part), and kept, commit
-or not.
+Small files are part of the commit. Large ones are uploaded as LFS objects before it: announced in a
+batch, put to another origin without the token (in parts if they are larger than a part), and kept
+even without a commit.
 """
 
 from __future__ import annotations
@@ -37,18 +36,21 @@ from hub_server import (
     commit_of,
 )
 
-WRITER = "hf_writer"  # the token of "writer", who may write in "org" and as themselves
+WRITER = "hf_writer"  # the token of the user "writer", who may write to "org" and "writer"
 
 
 @dataclass
 class WritableHub(StandInHub):
-    """A stand-in that takes uploads. `repos` grows and its branches move.
+    """A stand-in that takes uploads, which change `repos`.
 
-    `objects` are the LFS objects by their SHA-256. `uploads_left`: after so many objects the
-    connection is cut, for this one and all that follow; while `gate` is not set objects `arrived`
-    and get no answer. `put`: those that were taken. `part_size`: larger objects come in parts.
-    `refusals`: how many requests of a pattern get 503 before they are answered. `corrupts`: the
-    file of a commit that is stored with another content.
+    Attributes:
+        objects: the LFS objects by their SHA-256.
+        uploads_left: after this many objects the connection is cut for all further ones.
+        gate: until it is set, objects that `arrived` get no answer.
+        put: the objects that were taken.
+        part_size: larger objects are uploaded in parts.
+        refusals: the number of requests that match a pattern and get 503.
+        corrupts: the file of a commit that is stored with other content.
     """
 
     repos: dict[str, StandInRepo] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class WritableHub(StandInHub):
         self._folder.cleanup()
 
     def admits(self) -> bool:
-        """Whether one more object is let through."""
+        """Whether one more object is accepted."""
         with self.counter:
             if self.uploads_left is None:
                 return True
@@ -89,7 +91,7 @@ class WritableHub(StandInHub):
             return self.uploads_left >= 0
 
     def refuses(self, request: str) -> bool:
-        """Whether this one is refused, of as many as are to be."""
+        """Whether to refuse this request, counted by `refusals`."""
         for pattern, count in self.refusals.items():
             if count and fnmatch(request, pattern):
                 self.refusals[pattern] -= 1
@@ -106,7 +108,7 @@ class WritableHub(StandInHub):
         return oid
 
     def create(self, repo_id: str, *, private: bool = False) -> None:
-        """An empty repo, as the Hub makes it: one commit with .gitattributes."""
+        """Create an empty repo as the Hub does, with one commit of .gitattributes."""
         self.repos[repo_id] = StandInRepo({}, {}, private=private)
         folder = self.new_folder()
         (folder / ".gitattributes").write_text(
@@ -121,7 +123,7 @@ class WritableHub(StandInHub):
         return folder
 
     def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
-        """What a branch holds, .gitattributes aside."""
+        """The files of a branch, without .gitattributes."""
         repo = self.repos[repo_id]
         folder = repo.commits[repo.revisions[branch]]
         paths = [
@@ -178,7 +180,7 @@ class _Uploads(_Handler):
 
     @property
     def _token(self) -> str:
-        """A writer reads what a reader may."""
+        """The token; WRITER may read what READER may."""
         is_writer = self.headers.get("Authorization") == f"Bearer {WRITER}"
         return READER if is_writer else super()._token
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-# What `dus upscale` of a local model must not import: each takes longer than a reflinked upscale.
+# `dus upscale` of a local model must not import these: each takes longer than a reflinked upscale.
 HEAVY = {
     "torch",
     "transformers",

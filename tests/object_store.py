@@ -2,9 +2,9 @@
 process of its own.
 
 It speaks the kernel's protocol over /dev/fuse (linux/fuse.h, version 7.31) and passes everything
-through to a backing directory but what its `Refusals` say. Run as a program it serves one mount
-until its stdin ends, so no mount outlives the tests. It needs root (mount(2)) and /dev/fuse, and
-neither libfuse nor fusermount.
+through to a backing directory except what its `Refusals` name. Run as a program it serves one mount
+until its stdin ends, so that no mount outlives the tests. It needs root (mount(2)) and /dev/fuse,
+but neither libfuse nor fusermount.
 """
 
 from __future__ import annotations
@@ -56,18 +56,23 @@ _ATTR = struct.Struct("<6Q10I")
 
 @dataclass(frozen=True)
 class Refusals:
-    """What the mount refuses or does oddly; by default nothing. Errors are names of errno.
+    """What the mount refuses or does differently; by default nothing. Errors are names of errno.
 
-    `kind` is the mount's type; with "fuse" alone its source is mountpoint-s3, as that one's is.
-    `rename_folder` is answered for any folder, `rename_full_folder` for one that holds something
-    (goofys). `sequential`: a file is written once, from its first byte to its last, and cannot be
-    read or removed before it is closed (Mountpoint for Amazon S3). `close`: the upload of files
-    whose names end so fails, told by close(2), where more than `close_beyond` bytes of the file
-    were reached. `fsync` is answered for names that end in `fsync_of`. `unstable_inodes`: a new
-    inode number for every answer. `vague_times`: mtimes that lose their fraction of a second every
-    other time (a list and a HEAD request). `space`: blocks free, and blocks in all. `read`: reading
-    beyond the first bytes of such files fails. `delay`: seconds that each write takes. `journal`: a
-    file that gets a line for each file that was written or removed.
+    Attributes:
+        kind: the mount's type; with "fuse" the source is "mountpoint-s3", as for that program.
+        rename_folder: the error of renaming a folder.
+        rename_full_folder: the error of renaming a folder that is not empty (goofys).
+        fsync: the error of syncing files whose names end in `fsync_of`.
+        sequential: a file can only be written once, from its first byte to its last, and cannot
+            be read or removed before it is closed (Mountpoint for Amazon S3).
+        unstable_inodes: every answer has a new inode number.
+        vague_times: every other mtime lacks its fraction of a second (a list and a HEAD request).
+        space: free blocks, and blocks in all.
+        close: the error of close(2), by the end of a file's name, if more than `close_beyond`
+            bytes of the file were written.
+        read: the error of reading beyond the first bytes, by the end of a file's name.
+        delay: seconds that each write takes.
+        journal: a file that gets a line for each file that is written or removed.
     """
 
     kind: str = "fuse.other"
@@ -90,7 +95,7 @@ class Refusals:
 
 
 class Mount:
-    """A mount of `backing` at `point`, for the time of a `with`.
+    """A context in which `backing` is mounted at `point`.
 
     Raises:
         PermissionError: it cannot be mounted here; the text says why.
@@ -145,7 +150,9 @@ class RefusedError(OSError):
 
 @dataclass
 class _Open:
-    """An open file of the backing directory; `written` is where the next byte must go."""
+    """An open file of the backing directory; `written` is the offset at which the next byte must be
+    written.
+    """
 
     file: int
     node: int
@@ -154,9 +161,7 @@ class _Open:
 
 
 class Server:
-    """Answers requests one at a time. It touches the backing directory only: its own mount would
-    wait for itself.
-    """
+    """Answers requests one at a time. It must not touch its own mount, which would wait for it."""
 
     def __init__(self, backing: Path, refusals: Refusals) -> None:
         self.backing, self.refusals = backing, refusals
@@ -167,7 +172,7 @@ class Server:
         self.answers = 0
 
     def serve(self, device: int) -> None:
-        """Until the mount or stdin ends."""
+        """Serve until the mount or stdin ends."""
         while True:
             ready, _, _ = select.select([device, 0], [], [])
             if device not in ready:
@@ -262,7 +267,7 @@ class Server:
         )  # fmt: skip
 
     def entry(self, path: str) -> bytes:
-        """fuse_entry_out. Nothing may be kept (validity 0): each look asks anew."""
+        """fuse_entry_out, with a validity of 0, so that the kernel caches nothing."""
         (self.backing / path).lstat()
         node = self.node(path)
         return struct.pack("<4Q2I", node, 0, 0, 0, 0, 0) + self.attributes(node)
@@ -436,7 +441,7 @@ class Server:
 
 
 def _mounted(point: str, kind: str) -> int:
-    """Mount at `point`; the device to serve.
+    """Mount at `point`; return the device to serve.
 
     Raises:
         OSError: no /dev/fuse, or no right to mount.

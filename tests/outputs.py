@@ -1,13 +1,13 @@
-"""Digests of everything that dus writes, for holding a refactor to its word: the same bytes before
-and after.
+"""Digests of everything that dus writes, to check that a refactor does not change a byte.
 
-    python tests/outputs.py SCRATCH > before.json     # at the commit before, and again at the one
-    after diff before.json after.json && echo equal
+    python tests/outputs.py SCRATCH > before.json    # at the commit before the refactor
+    python tests/outputs.py SCRATCH > after.json     # at the commit after it
+    diff before.json after.json && echo equal
 
 SCRATCH keeps the bases, so that both runs read the same ones; it may be removed afterwards. The
-list holds what `upscale` writes for every model type of the zoo, for a model of Mistral's shape and
-for each kind of option, the loss curve and the weights of a short `heal` on a CPU, and the JSON of
-`probe` and `eval`, without times and places.
+digests are of what `upscale` writes for every model type of the zoo, for a model of Mistral's shape
+and for each kind of option; of the loss curve and the weights of a short `heal` on a CPU; and of
+the JSON of `probe` and `eval`, without times and paths.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ UPSCALES: dict[str, list[str]] = {
 
 
 def run(folder: Path, *arguments: str) -> Any:
-    """The JSON that a command prints, run in `folder`; of one that fails, its line."""
+    """Run a command in `folder`; returns the JSON that it prints, or its error."""
     command = [sys.executable, "-m", "dus_cli", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip()
 
 
 def settled(value: Any) -> Any:
-    """A report without times and places."""
+    """A report without times and paths."""
     if isinstance(value, dict):
         return {key: settled(item) for key, item in value.items() if key not in VOLATILE}
     return [settled(item) for item in value] if isinstance(value, list) else value
@@ -61,7 +61,7 @@ def digest(value: Any) -> str:
 
 
 def upscaled(folder: Path, base: str, options: list[str]) -> Any:
-    """Digests of the files that one command wrote, or its error."""
+    """Digests of the files that `dus upscale` writes, or its error."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     report = run(folder, "upscale", f"./{base}", "-o", "out", "--json", *options)
     return report if isinstance(report, str) else digests(folder / "out")
@@ -80,7 +80,7 @@ def zoo_outputs(folder: Path) -> dict[str, Any]:
 
 
 def healed(folder: Path) -> dict[str, Any]:
-    """The curve and weights of a short run of one worker, and what probe and eval say."""
+    """The curve and weights of a short run with one worker, and the reports of probe and eval."""
     shutil.rmtree(folder / "deeper", ignore_errors=True)
     shutil.rmtree(folder / "healed", ignore_errors=True)
     run(folder, "upscale", "./base", "--trim", "1", "-o", "deeper", "--json")

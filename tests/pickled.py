@@ -1,4 +1,4 @@
-"""Checkpoints as torch.save wrote them, before safetensors: real pickles, and hostile ones."""
+"""Checkpoints written by torch.save, as before safetensors: real pickles, and hostile ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I
 
 
 class Payload:
-    """Runs a shell command in whoever unpickles it: it makes the file `mark`."""
+    """Runs a shell command in a process that unpickles it: it creates the file `mark`."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -42,9 +42,8 @@ def save_pickled(
     num_shards: int = 1,
     as_zip: bool = True,
 ) -> Path:
-    """A checkpoint of one file, or of several of about equal numbers of tensors with an index.
-
-    Without `as_zip` in the format of before torch 1.6.
+    """Write a checkpoint in one file, or in shards with about equal numbers of tensors and an
+    index; without `as_zip`, in the format before torch 1.6.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -72,7 +71,7 @@ def write_pickled(
     num_shards: int = 1,
     as_zip: bool = True,
 ) -> Path:
-    """The same with random values."""
+    """Write a checkpoint with random values; see `save_pickled`."""
     return save_pickled(
         folder, random_tensors(tensors), config, num_shards=num_shards, as_zip=as_zip
     )

@@ -1,4 +1,4 @@
-"""What is held of every picture: its labels lie inside of it, and none lies on another."""
+"""Checks of every picture: its labels are inside of it, and none covers another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
-# Of a 13 px monospace font, as browsers have it.
+# Measures of browsers' monospace font, in shares of its size.
 _ADVANCE, _ASCENT, _DESCENT = 0.602, 0.75, 0.2
 
 
@@ -22,7 +22,7 @@ class Label(NamedTuple):
 
 
 def labels(svg: str) -> list[Label]:
-    """All texts that the picture shows."""
+    """All texts in the picture."""
     found: list[Label] = []
     _collect(ET.fromstring(svg), 0.0, 13.0, found)  # noqa: S314  (our own)
     return found
@@ -46,7 +46,7 @@ def _collect(element: ET.Element, dy: float, size: float, found: list[Label]) ->
 
 
 def check_labels(svg: str) -> list[str]:
-    """Hold that no label is cut, leaves the picture or covers another; the texts."""
+    """Check that no label is shortened, leaves the picture or covers another; return the texts."""
     found = labels(svg)
     root = ET.fromstring(svg)  # noqa: S314  (our own)
     width, height = float(root.attrib["width"]), float(root.attrib["height"])

@@ -1,6 +1,4 @@
-"""Tiny models with a tokenizer of letters, what `dus probe` measures of them, and what transformers
-does.
-"""
+"""Tiny models with a tokenizer of letters, and their losses by `dus probe` and by transformers."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 
 
 def write_model(folder: Path, model_type: str, *, whole: bool = False) -> Path:
-    """A tiny random model of seven layers with a tokenizer of letters, all ids below its
-    vocabulary of 96.
+    """Write a tiny random model of seven layers and a tokenizer of letters, whose ids are all below
+    the model's vocabulary of 96.
     """
     from tokenizers import Tokenizer, models
 
@@ -46,19 +44,17 @@ def write_model(folder: Path, model_type: str, *, whole: bool = False) -> Path:
 
 
 def measured(model: Path, corpus: Path, **options: Any) -> Probe:
-    """100 tokens in rows of 24, which is longer than the sliding windows; in fp32 also where
-    bf16 would be faster.
-    """
+    """Probe 100 tokens in rows of 24, which is longer than the sliding windows, in fp32."""
     usual = ProbeOptions(data=(str(corpus),), tokens=100, seq_length=24, precision=Precision.fp32)
-    said = options.keys() & {"trims", "layers", "double", "search"}
-    maps = {} if said else {"trims": (2, 3)}
+    has_maps = options.keys() & {"trims", "layers", "double", "search"}
+    maps = {} if has_maps else {"trims": (2, 3)}
     settings = replace(usual, **(maps | options))
     ref = ModelRef.parse(str(model))
     return probe(ref, settings, NoProgress(), quiet=True)
 
 
 def own_loss(folder: Path, corpus: Path) -> float:
-    """Of the model in a folder, as transformers computes it on the same rows."""
+    """The loss that transformers computes for the model in a folder, on the same rows."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokeniser = Tokeniser(folder, 96)
     rows = Packed(

@@ -1,5 +1,5 @@
-"""A language model small enough to train in a test: four Llama layers over bytes, with a
-tokenizer, and text.
+"""A language model small enough to train in a test: four Llama layers on bytes, with a tokenizer
+and text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EOS = 256
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One id for each byte, and end-of-text."""
+    """A tokenizer with an id for each byte, and an end-of-text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -51,7 +51,7 @@ def write_base(
     shard: str = "5GB",
     **fields: Any,
 ) -> Path:
-    """A base with random weights, in bf16. `fields` change its config."""
+    """Write a base with random bf16 weights. `fields` change its config."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def write_base(
 
 
 def upscaled(base: Path, output: Path, trim: int = 1, *, shard: str = "5GB") -> Path:
-    """The base, deepened by the real command."""
+    """Up-scale the base with the real command."""
     options = ["-o", str(output), "--trim", str(trim), "--max-shard-size", shard, "-q"]
     done = dus("upscale", base, *options)
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def upscaled(base: Path, output: Path, trim: int = 1, *, shard: str = "5GB") -> 
 
 
 def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
-    """JSONL of made-up sentences, which a small model learns something of in a few steps."""
+    """Write JSONL of made-up sentences, from which a small model learns within a few steps."""
     chance = random.Random(seed)
     words = (
         "the seam joins one layer to another and the model heals when it reads more text".split()
@@ -101,7 +101,7 @@ def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
 def train(
     folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64, shard: str = "5GB"
 ) -> Path:
-    """Teach a base something of the corpus, so that scaling has something to spoil."""
+    """Train a base on the corpus a little, so that scaling makes it worse."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -123,9 +123,9 @@ def train(
     return folder
 
 
-# --- the command and its workers, without the wait for imports ------------------------------------
+# --- the command and its workers, forked from a server that has imported everything ---------------
 
-# What every one of them imports first: several seconds, spent once in a server that forks.
+# Imported once by the server, because it takes several seconds.
 _PRELOADED = (
     "dus_cli.cli dus_cli.heal.launch.verb dus_cli.data.shelf dus_cli.data.streams "
     "dus_cli.heal.train.setup dus_cli.models.decoder dus_cli.heal.train.checkpoints "
@@ -147,10 +147,10 @@ def _context() -> Any:
 def _child(
     log: str, environment: dict[str, str], target: str, arguments: list[str], first: str
 ) -> None:
-    """In a forked process: output to `log` and `log`.err, then `first`, which is Python, and the
-    program.
+    """In a forked process: redirect output to `log` and `log`.err, then run `first`, which is
+    Python code, and the program.
     """
-    gc.freeze()  # else the first collection copies all that was imported
+    gc.freeze()  # else the first collection copies the memory of all imported modules
     for stream, path in ((sys.stdout, log), (sys.stderr, f"{log}.err")):
         stream.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())
@@ -159,7 +159,7 @@ def _child(
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    # which a shell's background jobs ignore
+    # a shell's background jobs ignore SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
     exec(first, {})  # noqa: S102  (a test's own)
     if target == "dus":
@@ -176,7 +176,7 @@ def _child(
 
 
 def _save_logits(run_path: Path, folder: Path) -> None:
-    """A worker that loads its part of a run's model and leaves what the whole says to some
+    """A worker that loads its part of a run's model and writes the whole model's logits for some
     bytes.
     """
     import torch
@@ -203,8 +203,8 @@ def _start(
 
 
 def wait(process: Any, seconds: float = 900) -> int:
-    """The exit code; of a process that hangs, -9. A busy machine takes minutes for what takes
-    seconds alone.
+    """Wait for a process and return its exit code; kill one that hangs (-9). `seconds` is long,
+    because a busy machine takes minutes instead of seconds.
     """
     process.join(seconds)
     if process.exitcode is None:
@@ -214,15 +214,15 @@ def wait(process: Any, seconds: float = 900) -> int:
 
 
 def start_dus(log: Path, *arguments: str | Path, first: str = "") -> Any:
-    """`dus` on its way, in a process that was forked with everything imported; what it says is
-    in `log`, `log`.err.
+    """Start `dus` in a process that is forked with everything imported; its output goes to `log`
+    and `log`.err.
     """
     return _start(log, {}, "dus", [str(argument) for argument in arguments], first)
 
 
 def forked_dus(*arguments: str | Path, first: str = "", **environment: str) -> Run:
-    """`dus` in a process that was forked with everything imported. `first` is Python that runs
-    before it.
+    """Run `dus` in a process that is forked with everything imported. `first` is Python code that
+    runs before it.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -253,8 +253,8 @@ def start_workers(
     extra: dict[str, str] | None = None,
     first: str = "",
 ) -> list[tuple[Any, Path]]:
-    """The workers of OUT/run.json and their logs, started as Slurm would start them: by
-    environment variables.
+    """Start the workers of OUT/run.json as Slurm would, by environment variables; returns them with
+    their logs.
     """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"} | (extra or {})
@@ -270,7 +270,7 @@ def start_workers(
 
 
 def logits(out: Path, size: int) -> list[Any]:
-    """What each worker's model says before the first step."""
+    """The logits of each worker's model before the first step."""
     import torch
 
     codes = [
@@ -288,8 +288,8 @@ def heal(
     num_local: int | None = None,
     **environment: str,
 ) -> str:
-    """Heal by the printed command's parts: run.json by the real command, then its workers. What
-    failed, or "".
+    """Heal in the two parts of --print-command: the real command writes run.json, then its workers
+    run. Returns the error, or "".
     """
     prepared = forked_dus(
         "heal", model, "-o", out, *arguments, "--print-command", "-q", **environment
@@ -301,7 +301,7 @@ def heal(
 
 
 def ended(out: Path, workers: list[tuple[Any, Path]]) -> str:
-    """What failed, or "", once all workers have ended."""
+    """Wait for all workers; returns the error, or ""."""
     codes = [wait(process) for process, _ in workers]
     if not any(codes):
         return ""
@@ -321,7 +321,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def curve(out: Path) -> list[tuple[Any, ...]]:
-    """What a run learned, step by step; equal for equal runs."""
+    """The losses and rates of each step, equal for equal runs."""
     names = ("step", "tokens", "loss", "eval_loss", "base_loss", "lr", "grad_norm", "kl", "skipped")
     return [tuple(row.get(name) for name in names) for row in metrics(out)]
 

@@ -1,4 +1,4 @@
-"""What a command wrote: its tensors, its digests, what verify says of it."""
+"""The output of a command: its tensors, its digests, and what verify finds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dus_cli.source.headers import TensorInfo, read_header
 
 
 def layer_bytes(folder: Path, prefix: str = "model.layers") -> dict[int, set[int]]:
-    """For every output layer the distinct bytes found in its tensors: with our fixtures, its
+    """The distinct bytes in the tensors of each output layer; with our fixtures, the number of its
     base layer.
     """
     found: dict[int, set[int]] = {}

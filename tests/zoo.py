@@ -1,9 +1,9 @@
-"""Tiny random models of every architecture in transformers' causal-LM mapping, and the base's
-layers replayed.
+"""Tiny random models of every architecture in transformers' causal-LM mapping, and their expected
+logits after up-scaling.
 
-The replay is the oracle of the golden tests, and knows nothing of how a config says what a layer
-is: the base runs once, every layer's arguments (masks, rotary angles, …) are kept, and the layers
-are called again in the order of the map, each with the arguments that it had in the base.
+The expected logits do not depend on how a config describes its layers: the base runs once, every
+layer's arguments (masks, rotary angles, …) are recorded, and the layers are called again in the
+order of the map, each with the arguments that it had in the base.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from dus_cli.models.replay import Replay
 from dus_cli.models.residual import scaled_residual
 
 CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-# Models of images and text, whole. Some of their types stand for the decoder alone in the causal
-# mapping.
+# Models of images and text. In the causal mapping some of their types mean the decoder only.
 WRAPPERS: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
-# What no map can deepen, and the words of the refusal.
+# Types that no map can deepen, with words of the refusal.
 REFUSED = {
     "beam": "its residual additions are scaled by the layer's number",
     "blt": "it is made of several stacks of layers (patcher, encoder, global and local decoder)",
@@ -44,19 +43,19 @@ REFUSED = {
     "zamba": "its layers share one attention block",
     "zamba2": "its layers share attention blocks",
 }
-# What takes another library, and where else it is held.
+# Types that need another library, and where else they are tested.
 NOT_TRIED = {"gemma3n": "its vision tower needs timm; its decoder is gemma3n_text below"}
 EQUAL = tuple(name for name in CAUSAL_TYPES if name not in REFUSED and name not in NOT_TRIED)
 
-# What a transformers newer than the one in tests/constraints.txt has besides.
+# Types of transformers versions newer than that in tests/constraints.txt.
 NEWER = frozenset(
     "apertus1p5_text dory exaone inkling2_loop_text lara_mini sarvam_mla sarvam_moe".split()
 )
 
-# Types with a config of their own whose model is another type's class.
+# Types with a config class of their own, but with another type's model class.
 _OF_OTHER_CLASSES = frozenset(["exaone", "sarvam_mla", "sarvam_moe"])
 
-# Sizes by the many names that configs have for them; a type takes those that it knows.
+# Small sizes by all names that configs have for them; a type uses those that it has.
 TINY: dict[str, Any] = {
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "embed_dim": 32, "word_embed_proj_dim": 32, "emb_dim": 32,
     "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 64, "shared_expert_intermediate_size": 48,
@@ -292,8 +291,8 @@ def _merged(sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_class(model_type: str, *, whole: bool = False) -> Any:
-    """The causal language model of this type (of some wrappers, that of their decoder alone), or
-    the whole wrapper.
+    """The class of this type's causal language model (for some wrappers, of their decoder only), or
+    of the whole wrapper.
     """
     return getattr(
         transformers, (WRAPPERS if whole else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[model_type]
@@ -301,9 +300,7 @@ def model_class(model_type: str, *, whole: bool = False) -> Any:
 
 
 def tiny_config(model_type: str, *, whole: bool = False) -> Any:
-    """A config of this type with seven layers and small sizes, kinds of layers as its class has
-    them.
-    """
+    """A config of this type with seven layers and small sizes; the class chooses the layers' kinds."""
     config = model_class(model_type, whole=whole).config_class
     if whole:
         known = config().to_dict()
@@ -316,10 +313,10 @@ def tiny_config(model_type: str, *, whole: bool = False) -> Any:
 
 
 def tiny_model(model_type: str, *, whole: bool = False) -> Any:
-    """A random model of this type, every parameter distinct.
+    """A random model of this type, in which all parameters differ.
 
     Raises:
-        MemoryError: it would not be tiny.
+        MemoryError: the model would not be tiny.
     """
     config = tiny_config(model_type, whole=whole)
     build = model_class(model_type, whole=whole)._from_config
@@ -339,7 +336,7 @@ def tiny_model(model_type: str, *, whole: bool = False) -> Any:
 
 
 def load(model_type: str, folder: Any, *, whole: bool = False) -> tuple[Any, dict[str, Any]]:
-    """The model as a user would load it, and what the loader complains of."""
+    """Load a model as a user would; returns it and the loader's complaints."""
     of_type = model_class(model_type, whole=whole)
     if model_type in _OF_OTHER_CLASSES:
         of_type = transformers.AutoModelForCausalLM
@@ -362,9 +359,7 @@ def decoder_layers(model: Any, num_layers: int = NUM_LAYERS) -> tuple[Any, str]:
 
 
 def tokens(model: Any) -> torch.Tensor:
-    """Three rows of twenty, more than the window of 6; shape (3, 20). musicgen wants a row for
-    each codebook.
-    """
+    """Token ids, shape (3, 20), longer than the window of 6; for musicgen a row for each codebook."""
     rows = model.config.num_codebooks if "musicgen" in model.config.model_type else 3
     found = torch.stack([torch.arange(20) * (2 * row + 1) % 87 + 3 for row in range(rows)])
     if model.config.model_type in _WITH_IMAGES:
@@ -391,9 +386,7 @@ def _image(model: Any, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def generates_alike_without_cache(model: Any) -> bool:
-    """Whether greedy generation is the same with the cache and without it. Some types cannot
-    generate at all.
-    """
+    """Whether greedy generation is the same with and without the cache. Some types cannot generate."""
     rows = tokens(model)
     start = rows if "musicgen" in model.config.model_type else rows[:1]
     found = []
@@ -410,7 +403,7 @@ def generates_alike_without_cache(model: Any) -> bool:
 
 @torch.no_grad()
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Shape (batch, tokens, vocabulary)."""
+    """The model's logits, shape (batch, tokens, vocabulary)."""
     return _logits(model, tokens)
 
 
@@ -430,9 +423,7 @@ REARRANGED = frozenset(["glm_moe_dsa", "hy_v4", "inkling2_text", "reformer", "za
 
 
 def rearranged(model: Any, sources: Sequence[int]) -> Any:
-    """The model with its layers in another order: every layer's module, and in the config every
-    per-layer list.
-    """
+    """A copy of the model with its layers, and the per-layer lists of its config, in another order."""
     stacked = copy.deepcopy(model)
     holder, name = decoder_layers(stacked)
     layers = getattr(holder, name)
@@ -449,8 +440,8 @@ def rearranged(model: Any, sources: Sequence[int]) -> Any:
 def expected_logits(
     model: Any, sources: Sequence[int], tokens: torch.Tensor, factors: Sequence[float] = ()
 ) -> torch.Tensor:
-    """What the up-scaled model must compute; shape (batch, tokens, vocabulary). `factors` are
-    one for each layer.
+    """The logits that the up-scaled model must have, shape (batch, tokens, vocabulary). `factors`
+    has one factor for each output layer.
     """
     if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
         assert not factors
@@ -500,7 +491,7 @@ def sharing_keys(model: Any, sources: Sequence[int], tokens: torch.Tensor) -> to
 
 
 def _scaled(forward: Any, factors: Sequence[float], number: int) -> Any:
-    """A layer's forward in which what it adds to the stream is scaled."""
+    """A layer's forward with a factor on what it adds to the stream."""
     factor = factors[number] if factors else 1.0
     if factor == 1:
         return forward

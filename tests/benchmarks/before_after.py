@@ -1,12 +1,11 @@
-"""Held-out loss before and after the same healing, a row for each model: of heal_recovery.py's
-results, as SVG.
+r"""Held-out loss before and after the same healing, a row for each model, as SVG.
 
-    python tests/benchmarks/before_after.py results.jsonl --title "Six ways to 46 layers" --plot
-    docs/ways-healed.svg
+    python tests/benchmarks/before_after.py results.jsonl --title "Six ways to 46 layers" \
+        --plot docs/ways-healed.svg
 
-Prints the table that stands beside the picture, in markdown: of each model the mean loss right
-after scaling and after healing, and the loss of each seed. A hollow dot is before, a full one each
-seed after.
+results.jsonl is written by heal_recovery.py. Also prints the table beside the picture in Markdown:
+for each model the mean loss right after scaling and after healing, and the loss of each seed. In
+the picture a hollow dot is before healing, a full dot after it, for each seed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _LEFT, _RIGHT, _TOP, _ROW = 216, 664, 92, 30
 
 @dataclass(frozen=True)
 class Row:
-    """A model: its loss right after scaling, and after healing with each seed."""
+    """A model: its loss right after scaling, and after healing for each seed."""
 
     name: str
     before: float
@@ -39,7 +38,9 @@ class Row:
 
 
 def rows_of(results: list[dict[str, Any]]) -> list[Row]:
-    """Models in the order of their first results; a label may end in ": default", the recipe."""
+    """The models in the order of their first results; ": default", the recipe, is removed from
+    labels.
+    """
     names = dict.fromkeys(result["name"] for result in results)
     rows = []
     for name in names:

@@ -1,9 +1,9 @@
-"""What the benchmark lets child processes do: make sources, copy with a plain loop, compare two
-outputs.
+"""The parts of the benchmark that run in child processes: make sources, copy with a plain loop,
+compare two outputs.
 
-Run by upscale.py: `python chores.py NAME ARGUMENTS…` with the repository and its tests on
-PYTHONPATH. A child's peak RSS starts at its parent's, so whatever needs memory happens here and the
-parent stays small.
+Run by upscale.py as `python chores.py NAME ARGUMENTS…` with the repository and its tests on
+PYTHONPATH. A child's peak RSS starts at its parent's, so everything that needs memory is done here,
+and the parent stays small.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def make_many_shards(folder: str) -> None:
 
 
 def make_many_layers(folder: str, num_layers: str) -> None:
-    """Nine tiny tensors in each layer."""
+    """A model with nine tiny tensors in each layer."""
     tensors = checkpoints.llama_tensors(int(num_layers), 16, 32, 8, 32)
     config = checkpoints.llama_config(int(num_layers), 16, 32, 32)
     checkpoints.write_checkpoint(Path(folder), tensors, config, fill=checkpoints.fill_randomly)
 
 
 def loop(source: str, trim: str, output: str) -> None:
-    """Write the shards that dus writes: one thread, pieces of 8 MiB through the page cache, then
-    fsync each.
+    """Write the shards that dus writes with one thread, in pieces of 8 MiB through the page cache,
+    and fsync each.
     """
     ref = ModelRef.parse(source)
     plan = make_plan(Base(ref), open_checkpoint(Path(source)), MapRequest(trim=int(trim)))
@@ -140,7 +140,7 @@ def _equal(left: _Place, right: _Place) -> bool:
 
 
 def compare(left: str, right: str) -> None:
-    """Tensor by tensor, byte by byte, whatever the order and the shards; exit 1 on any
+    """Compare two outputs tensor by tensor, byte by byte, in any order and shards; exit 1 on any
     difference.
     """
     a, b = _places(Path(left)), _places(Path(right))

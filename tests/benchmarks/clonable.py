@@ -1,12 +1,12 @@
-"""The part of the output that a file system with reflinks shares with the base, by layout of the
+"""The share of the output that a file system with reflinks shares with the base, by layout of the
 base's shards.
 
     PYTHONPATH=.:tests python tests/benchmarks/clonable.py
 
-Plans only: the checkpoints have real headers, and holes for data. `needed` is the least number of
-shards of at most --max-shard-size that could all be cloned: what comes from source shards whose
-data begin at different places modulo the block cannot share a file. `least` is that without
-cloning. `left` is what is copied, and the largest part of it.
+It only plans: the checkpoints have real headers, and holes for data. `needed` is the least number
+of shards of at most --max-shard-size with which everything could be cloned: tensors of source
+shards whose data begin at different offsets modulo the block cannot share a file. `least` is the
+same number without cloning. `left` is what is copied, and the largest part of it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Layout:
-    """A base and how its tensors are shared out among shards: `sizes` in GB, the last one takes the
-    rest.
+    """A base, and how its tensors are divided into shards.
 
-    `embeddings` stand first and last in the order, "last" both, or "alone" in shards of their own.
+    `embeddings` are "in order" (first and last), "last" (both), or "alone" (in shards of their
+    own).
     """
 
     name: str
@@ -156,7 +156,7 @@ def plan_of(folder: Path, layout: Layout) -> UpscalePlan:
 
 
 def deepened(folder: Path, plan: UpscalePlan) -> Path:
-    """The plan written with holes for data: a base for the next round."""
+    """Write the plan's output with holes for data, as a base for the next round."""
     folder.mkdir()
     for name, text in plan.text_files().items():
         (folder / name).write_text(text)
@@ -168,7 +168,7 @@ def deepened(folder: Path, plan: UpscalePlan) -> Path:
 
 
 def needed(plan: UpscalePlan) -> int:
-    """The least number of shards that could all be cloned."""
+    """The least number of shards with which everything could be cloned."""
     phases: Counter[int] = Counter()
     for placement in plan.placements:
         phases[placement.shard.header.data_start % BLOCK] += placement.num_bytes
@@ -176,7 +176,7 @@ def needed(plan: UpscalePlan) -> int:
 
 
 def left(plan: UpscalePlan) -> str:
-    """What is copied: tensors, with at least a block, by their names without numbers."""
+    """The tensors of which at least a block is copied, by their names without numbers."""
     copied: Counter[str] = Counter()
     for shard in plan.shards.values():
         for placement, start in shard.positions():

@@ -1,12 +1,13 @@
-"""Loss right after scaling against depth, for several families of maps: of what `dus probe`
-printed, as SVG.
+r"""Loss right after scaling against depth, for several families of maps, as SVG from what `dus
+probe` printed.
 
-    dus probe MODEL --data heldout.jsonl > two.txt dus probe MODEL --data heldout.jsonl --copies 3 >
-    three.txt python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most
-    62 --plot docs/depths.svg
+    dus probe MODEL --data heldout.jsonl > two.txt
+    dus probe MODEL --data heldout.jsonl --copies 3 > three.txt
+    python tests/benchmarks/depths.py "two copies=two.txt" "three copies=three.txt" --most 62 \
+        --plot docs/depths.svg
 
-A map that an earlier file has too is left out of the later one's series. With --above-base a loss
-is what it is above the base's in the same file: for the same maps on several texts.
+A map that is in an earlier file, too, is left out of the later series. With --above-base the base's
+loss in the same file is subtracted, to compare the same maps on several texts.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Points = list[tuple[int, float]]
 
 
 def read(files: list[str], most: int, *, above_base: bool) -> tuple[float, dict[str, Points]]:
-    """The base's loss, and (layers, loss) of each series; above the base all of it, if that is
-    asked for.
+    """The base's loss, and (layers, loss) of each series, with the base's loss subtracted on
+    request.
     """
     base = 0.0
     seen: set[tuple[str, str]] = set()

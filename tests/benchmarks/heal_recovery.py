@@ -2,13 +2,13 @@ r"""Held-out loss against tokens: `dus heal` with several recipes, and transform
 same rows.
 
     python tests/benchmarks/heal_recovery.py MODEL --data train.jsonl --eval-data heldout.jsonl \
-        --tokens 12288 --seeds 0,1,2 --results results.jsonl [--only default,plain]
-        [--trainer-tokens 24576] \ [--other docstrings.jsonl licences.jsonl] [--label control]
+        --tokens 12288 --seeds 0,1,2 --results results.jsonl [--only default,plain] \
+        [--trainer-tokens 24576] [--other docstrings.jsonl licences.jsonl] [--label control]
 
-One line of JSON for each run goes to --results as it ends, so a sweep can be stopped and gone on
-with. With --table the results are printed as a table and drawn to --plot. --other measures the
-healed model on texts of other domains too (see other_text.py), each before (as "start") and after;
---label goes before the recipe's name, for a run on another MODEL (see zeroed.py).
+Each run appends a line of JSON to --results when it ends, so a sweep can be stopped and resumed.
+--table prints the results as a table and draws them to --plot. --other also measures the model on
+texts of other domains (see other_text.py), before healing (as "start") and after; --label is put
+before the recipe's name, for a run on another MODEL (see zeroed.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def heal(options: argparse.Namespace, extra: list[str], seed: int, folder: Path) -> dict[str, Any]:
-    """One run of the command; its held-out losses as (tokens, loss)."""
+    """Run the command once; its held-out losses as (tokens, loss)."""
     rows = 8 if "4096" in extra else 1
     every = max(1, options.every // (rows * SEQUENCE))
     command = [
@@ -100,8 +100,8 @@ def heal(options: argparse.Namespace, extra: list[str], seed: int, folder: Path)
 
 
 def other_losses(model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Mean loss of a model on the first tokens of each of the other texts; documents are cut to
-    a row.
+    """A model's mean loss on the first tokens of each of the other texts; documents are cut to a
+    row.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
@@ -121,7 +121,7 @@ def other_losses(model: Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def trainer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
-    """The peer, with a constant 1e-4 and 4,096 tokens a step."""
+    """The same by transformers' Trainer, with a constant 1e-4 and 4,096 tokens a step."""
     extra = [
         "--eval-data",
         options.eval_data,
@@ -141,8 +141,8 @@ def trainer(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, A
 
 
 def tokens_to(base: float, curve: list[tuple[int, float]]) -> float | None:
-    """Tokens at which the curve first comes down to the base, between two measurements by a
-    straight line.
+    """The tokens at which the curve first comes down to the base's loss, interpolated between
+    measurements.
     """
     for (before, high), (after, low) in pairwise(curve):
         if low <= base:

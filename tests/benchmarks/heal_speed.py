@@ -3,9 +3,8 @@ one run.
 
     python tests/benchmarks/heal_speed.py MODEL --data train.jsonl [--steps 3] [--rounds 2]
 
-Steps of 8 × 512 tokens for both, in pairs, one after the other; each is a process of its own. The
-first step of each is warm-up for ours (the median is taken) and counted for the Trainer's sum as it
-is for users.
+Both run steps of 8 × 512 tokens, in pairs, each in a process of its own. The first step is a
+warm-up: for dus the median of the steps is taken, for the Trainer the sum, as its users see it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def run_json(model: str, data: str, folder: Path, *extra: str) -> Path:
-    """A run made ready but not started; the path of its run.json."""
+    """Prepare a run without starting it; returns the path of its run.json."""
     command = [
         sys.executable,
         "-m",

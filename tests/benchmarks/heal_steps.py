@@ -1,11 +1,10 @@
-r"""Steps of `dus heal` in a process of its own, by CPU time: for a machine that others use
-meanwhile.
+r"""CPU time of steps of `dus heal` in a process of its own, for a machine that is shared.
 
     python tests/benchmarks/heal_steps.py RUN_JSON --steps 2 [--profile]
 
-RUN_JSON is of a `dus heal --print-command`. Prints tokens per second of CPU time and of wall time,
-and the peak memory, as trainer.py does; the first step is warm-up. With --profile, torch.profiler's
-table of a step. The launcher's environment is the caller's to set: OMP_NUM_THREADS,
+RUN_JSON is written by `dus heal --print-command`. Prints tokens per second of CPU time and of wall
+time, and the peak memory, as trainer.py does; the first step is a warm-up. --profile prints
+torch.profiler's table of a step. Set the launcher's environment yourself: OMP_NUM_THREADS,
 MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_.
 """
 

@@ -1,16 +1,14 @@
-r"""The long run: which start is ahead after how many tokens of `dus heal`, on the same rows in the
-same order.
+r"""The long run: compares starts by the tokens of `dus heal`, on the same rows in the same order.
 
-    python tests/benchmarks/long_run.py BASE --work DIR --data train.jsonl --eval-data heldout.jsonl
-    \
-        [--tokens 524288] [--every 16384] [--arms copies,fade] [--seed 0]
+    python tests/benchmarks/long_run.py BASE --work DIR --data train.jsonl \
+        --eval-data heldout.jsonl [--tokens 524288] [--every 16384] [--arms copies,fade] [--seed 0]
     python tests/benchmarks/long_run.py BASE --work DIR --table
 
-The arms take turns: each trains to the next measurement (`--turn K`: to the K-th), is stopped with SIGTERM, which saves a
-checkpoint, and goes on when its turn comes again. So all of them are about as far at any time, and
-the study goes on where it was after any stop, of a single arm too: everything is in DIR. The base
-itself is continued for as many FLOPs as the copies have, and measured at the same shares of its
-budget. Rates decay at the end of the whole budget alone.
+The arms take turns: each trains to its next measurement (`--turn K`: to the K-th), is stopped with
+SIGTERM, which saves a checkpoint, and resumes at its next turn. So all arms are about equally far
+at any time, and the study can be stopped and resumed: everything is in DIR. The base itself is
+trained for as many FLOPs as the copies, and measured at the same shares of its budget. Learning
+rates decay only at the end of the whole budget.
 """
 
 from __future__ import annotations
@@ -32,7 +30,9 @@ SEQUENCE = 512
 
 
 class Arm(NamedTuple):
-    """What is trained: options of `dus upscale`, None for the base itself, and of `dus heal`."""
+    """A training to compare: its options of `dus upscale` (None for the base itself) and of `dus
+    heal`.
+    """
 
     upscale: tuple[str, ...] | None
     heal: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ def dus(*arguments: str | Path) -> subprocess.Popen[bytes]:
 
 
 def flops(folder: Path) -> float:
-    """Of a token, forward and backward."""
+    """FLOPs per token, forward and backward."""
     checkpoint = open_checkpoint(folder)
     decoder = decoder_config(checkpoint.config)
     return flops_per_token(
@@ -63,14 +63,14 @@ def flops(folder: Path) -> float:
 
 
 class Study:
-    """The arms, as far as they are."""
+    """The arms, and how far they are."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.work: Path = options.work
 
     def model(self, name: str) -> Path:
-        """What an arm starts from; made where it is not there."""
+        """The model that an arm starts from, written if it is missing."""
         arm = ARMS[name]
         if arm.upscale is None:
             return Path(self.options.base)
@@ -90,7 +90,7 @@ class Study:
         return self.work / "healed" / name.replace(" ", "-")
 
     def longer(self, name: str) -> float:
-        """By how much more tokens an arm gets, for the FLOPs of the copies: the base alone does."""
+        """The factor on an arm's tokens that gives it the copies' FLOPs; above 1 only for the base."""
         return (
             1.0
             if ARMS[name].upscale is not None
@@ -98,7 +98,7 @@ class Study:
         )
 
     def measured(self, name: str) -> dict[int, float]:
-        """Held-out losses by the number of the measurement, 0 right after scaling."""
+        """Held-out losses by the number of the measurement; 0 is right after scaling."""
         path = self.healed(name) / "metrics.jsonl"
         if not path.exists():
             return {}
@@ -110,12 +110,12 @@ class Study:
         return found
 
     def steps(self, name: str) -> int:
-        """Between two measurements."""
+        """The steps between two measurements."""
         every: int = self.options.every
         return max(1, round(every * self.longer(name) / SEQUENCE))
 
     def train(self, name: str, until: int) -> None:
-        """Go on with an arm until its measurement of this number."""
+        """Train an arm until its measurement of this number."""
         options, steps = self.options, self.steps(name)
         last = options.tokens // options.every
         command = [
@@ -163,7 +163,7 @@ class Study:
             self.table()
 
     def table(self) -> None:
-        """Losses by tokens, of every arm that has begun."""
+        """The losses by tokens, of every arm that has begun."""
         curves = {name: self.measured(name) for name in ARMS}
         curves = {name: curve for name, curve in curves.items() if curve}
         rows = sorted({number for curve in curves.values() for number in curve})

@@ -1,9 +1,8 @@
-"""Loss right after scaling, of models that `dus upscale` wrote and transformers loaded from their
-files.
+"""Loss right after scaling, of models that `dus upscale` wrote and transformers loads.
 
     python tests/benchmarks/loss_after_scaling.py MODEL --data heldout.jsonl --trims 0,4,7,10
 
-Mean cross-entropy in nats over the first ROWS × 512 tokens of the text, documents joined by
+Mean cross-entropy in nats over the first ROWS × 512 tokens of the text, with documents joined by
 end-of-text.
 """
 

@@ -1,10 +1,10 @@
-"""CPU time and memory of planning, writing and verifying, against the depth of the output: linear
-is 1, 2, 4, 8.
+"""CPU time and memory of planning, writing and verifying, against the depth of the output; linear
+growth is 1, 2, 4, 8.
 
     python tests/benchmarks/many_layers.py FOLDER [COPIES ...]
 
-Copies of a tiny base of four layers are stacked; CPU time, because other work on the machine does
-not count in it.
+Stacks copies of a tiny base of four layers. CPU time is measured, because it does not depend on
+other work on the machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MEASURE = (
 
 
 def measured(*command: str | Path) -> str:
-    """CPU and wall seconds and peak memory of one command, in a process of its own."""
+    """The CPU and wall seconds and the peak memory of a command, in a process of its own."""
     started = time.monotonic()
     line = [sys.executable, "-c", _MEASURE, Path(sys.executable).with_name("dus"), *command]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)

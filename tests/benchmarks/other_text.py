@@ -1,10 +1,9 @@
-r"""Text of two domains that no healing corpus here is of, to see what healing forgets: as JSON
-lines.
+r"""Text of two domains that no healing corpus here has, to measure forgetting, as JSON lines.
 
     python tests/benchmarks/other_text.py OUT_FOLDER
 
-Writes docstrings.jsonl (a document for each module of Python's standard library: its docstrings, in
-order) and licences.jsonl (the texts of /usr/share/common-licenses, as Debian has them).
+Writes docstrings.jsonl (a document for each module of Python's standard library, with its
+docstrings in order) and licences.jsonl (the texts of /usr/share/common-licenses on Debian).
 """
 
 from __future__ import annotations

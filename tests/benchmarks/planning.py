@@ -2,11 +2,11 @@
 
     python tests/benchmarks/planning.py FOLDER [--write]
 
-Each row is `dus upscale --dry-run` in a process of its own: CPU seconds, which other work on the
-machine lengthens less than the others, seconds, and peak memory. `bytes` is that memory, less what
-the same takes for a tiny model, for each tensor of the output. With --write the trillion-parameter
-model is written too: FOLDER must be on a file system with reflinks and sparse files (XFS, btrfs),
-for its data are a terabyte of holes.
+Each row is `dus upscale --dry-run` in a process of its own: CPU seconds, which depend least on
+other work on the machine, wall seconds, and peak memory. `bytes` is the memory for each tensor of
+the output, after subtracting that for a tiny model. --write also writes the trillion-parameter
+model: FOLDER must be on a file system with reflinks and sparse files (XFS, btrfs), because its data
+are a terabyte of holes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MORE = (61, 496, 7168, 2048, 163_840)
 
 
 def measured(*command: str | Path) -> tuple[float, float, float, int]:
-    """CPU seconds, seconds, peak memory in bytes, and the tensors that the report counts."""
+    """CPU seconds, wall seconds, peak memory in bytes, and the number of tensors in the report."""
     started = time.monotonic()
     line = [
         sys.executable,

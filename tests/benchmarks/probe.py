@@ -1,16 +1,16 @@
-"""What a sweep of all trims costs against running each stacked model in full, and the memory of
-streamed layers.
+"""The cost of a sweep of all trims against running each stacked model, and the memory of streamed
+layers.
 
     python tests/benchmarks/probe.py MODEL --data heldout.jsonl [--tokens 20480] [--precision fp32]
     python tests/benchmarks/probe.py --seven-billion FOLDER [--trims 0:16] [--tokens 2048]
     [--precision fp32]
 
-The peer is transformers: the loaded model's layers are stacked for each trim, and every row goes
-through its own forward with labels, one row at a time, on the same rows in the same dtype and
-process. Its time is that of the forwards alone; ours is the whole verb, from opening the model to
-the recommendation. CPU time stands beside wall time, because other work may share the cores.
---seven-billion writes a model of Mistral-7B's shape (14.5 GB) and probes trims of it, one where
-nothing else is asked, with layers streamed from the disk.
+The comparison is with transformers: the loaded model's layers are stacked for each trim, and its
+own forward with labels is run row by row, on the same rows in the same dtype and process. Its time
+is that of the forward passes only; the time of dus probe is that of the whole verb, from opening
+the model to the recommendation. CPU time is printed beside wall time, because other work may share
+the cores. --seven-billion writes a model of Mistral-7B's shape (14.5 GB) and probes trims of it (by
+default one) with layers streamed from the disk.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def since(start: Times) -> Times:
 def theirs(
     model: Any, layers: Any, trims: range, rows: list[torch.Tensor]
 ) -> tuple[dict[int, float], Times]:
-    """Mean loss of each stacked model, by its own forward."""
+    """The mean loss of each stacked model, by its own forward."""
     losses = {}
     start = clock()
     for trim in trims:

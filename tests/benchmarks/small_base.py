@@ -1,4 +1,5 @@
-r"""Growth before and after the base's learning rate has decayed, on a base trained here from nothing.
+r"""Growth before and after the base's learning rate has decayed, on a base trained here from
+scratch.
 
     python tests/benchmarks/small_base.py --work DIR --data train.jsonl --eval-data heldout.jsonl \
         [--pretrain 2000000] [--tokens 300000] [--seeds 0,1] [--hidden 128] [--layers 10] \
@@ -8,8 +9,8 @@ r"""Growth before and after the base's learning rate has decayed, on a base trai
 `dus heal` trains a random Llama with a constant rate (*stable*), then on with a rate that falls to
 0 (*decayed*). Each of the two is deepened in every way and trained on for the same tokens; the base
 itself is trained on for as many FLOPs. All have the same rows in the same order, the same rate and
-its decay at the end, and a new optimizer. What is in DIR is not made again, and an arm that was
-stopped goes on: the study continues after any stop.
+decay at the end, and a new optimizer. The study can be stopped and resumed: what is in DIR is not
+made again, and an arm that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ POINTS = 16  # held-out measurements of an arm
 
 
 def random_base(folder: Path, data: Path, options: argparse.Namespace) -> None:
-    """A Llama of random weights, and a byte-level BPE of VOCABULARY tokens trained on `data`."""
+    """Write a Llama with random weights, and a byte-level BPE of VOCABULARY tokens trained on
+    `data`.
+    """
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -63,7 +66,7 @@ def random_base(folder: Path, data: Path, options: argparse.Namespace) -> None:
 
 
 def dus(*arguments: object) -> None:
-    """Run the command to its end; it goes on where it was if it was stopped before."""
+    """Run the command to its end; it resumes if it was stopped before."""
     process = subprocess.Popen([sys.executable, "-m", "dus_cli", *map(str, arguments)])
     try:
         code = process.wait()
@@ -88,7 +91,7 @@ ARMS = ("copies", "fade", "half", "identities", "identities alone", "base")
 
 
 class Study:
-    """The base before and after its decay, and what grows out of it."""
+    """The base before and after its decay, and the models made from it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -116,7 +119,7 @@ class Study:
         )
 
     def bases(self) -> dict[str, Path]:
-        """*stable* and *decayed*, trained where they are not there."""
+        """*stable* and *decayed*, trained if they are missing."""
         random, options = self.work / "random", self.options
         if not (random / "config.json").exists():
             random_base(random, Path(options.data), options)

@@ -1,11 +1,11 @@
-"""Time, memory and cloned bytes of `dus upscale --start` beside a bare copy, in pairs in one run.
+"""Time, memory and cloned bytes of `dus upscale --start` against plain copies, in pairs in one run.
 
     python tests/benchmarks/starts.py FOLDER [--layers 8] [--rounds 3]
 
-The base has layers of Mistral 7B's shape and as many of them as asked for, a quarter of which is
-trimmed; its numbers are random. Starts take turns in an order that changes with each round; ratios
-are formed within a round, of processes of their own, with a `sync` behind each. On a file system
-with reflinks the share of the output that was cloned is printed; `--copy` forbids cloning.
+The base has `--layers` layers of Mistral 7B's shape with random numbers; a quarter of them is
+trimmed. Starts take turns in an order that changes with each round, each in a process of its own
+followed by a `sync`; ratios are formed within a round. On a file system with reflinks the cloned
+share of the output is printed; `--copy` forbids cloning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
 
 def write_base(folder: Path, num_layers: int) -> Path:
-    """A Mistral of so many layers, with random bf16 numbers of ordinary size."""
+    """A Mistral with this many layers, with random bf16 numbers of ordinary size."""
     tensors = llama_tensors(num_layers, HIDDEN, INTERMEDIATE, KV, VOCABULARY)
     config = llama_config(num_layers, HIDDEN, INTERMEDIATE, VOCABULARY)
     base = write_checkpoint(folder / "base", tensors, config)

@@ -1,11 +1,10 @@
-"""Ways to copy bytes where the file system cannot clone: what `dus_cli.writing.transfer` chose
-among.
+"""Ways to copy bytes if the file system cannot clone, to choose one for `dus_cli.writing.transfer`.
 
     PYTHONPATH=. python tests/benchmarks/strategies.py MODEL --work DIR
 
-Each writes the shards of `dus upscale MODEL` into DIR, from a cold page cache, with an fsync of
-each file at the end, and removes them. Only whole blocks that agree in source and target are moved
-(all but a few of an ordinary model), so that every strategy does the same work.
+Each way writes the shards of `dus upscale MODEL` into DIR, from a cold page cache, with an fsync of
+each file at the end, and removes them. Only whole blocks that are aligned in source and target are
+moved (nearly all of an ordinary model), so that all ways do the same work.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ STRATEGIES: dict[str, tuple[Copy, int, int]] = {  # flags of source, of target
 def run(
     plan: UpscalePlan, work: Path, copy: Copy, flags: tuple[int, int], jobs: int
 ) -> tuple[float, float]:
-    """Wall and CPU seconds of one strategy."""
+    """The wall and CPU seconds of a strategy."""
     os.sync()
     with contextlib.suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("3\n")

@@ -1,11 +1,10 @@
-"""`dus upscale --stream` from a Hub that sends so many bytes a second, against the same by way of
-the cache.
+"""`dus upscale --stream` from a Hub with a limited bandwidth, against the same by way of the cache.
 
     python tests/benchmarks/stream.py --work DIR --rate 40MB --layers 4,16
 
-The Hub is the tests' stand-in on loopback, its line shared by all connections. `line` is the least
-that the source's bytes take at that rate; `time / line` is what issue and docs promise to be at
-most 1.15 for --stream. Prints Markdown.
+The Hub is the tests' stand-in on loopback; all connections share its bandwidth. `line` is the least
+time that the source's bytes take at that rate; for --stream, `time / line` is to be at most 1.15.
+Prints Markdown.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def used(folder: Path) -> int:
 
 
 def measure(hub: StandInHub, work: Path, name: str, *options: str) -> tuple[Run, int, int]:
-    """A run with an empty cache: what it took, and the bytes of disk of output and cache."""
+    """A run with an empty cache: its time, and the disk space of output and cache."""
     out, home = work / "out", work / "hf"
     for folder in (out, home):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,9 @@
 """Speed and memory of tokenising: `python tests/benchmarks/tokenise.py DATA.jsonl MODEL
 [MEGABYTES…]`.
 
-DATA is repeated, each time with another number before its texts, until the file is as large as
-asked for; a child process prepares it with MODEL's tokenizer, another one finds it prepared. Work
-happens in a folder that is removed, below the current one: choose a disk, not a tmpfs.
+DATA is repeated, each time with another number before its texts, until the file has the requested
+size. A child process tokenises it with MODEL's tokenizer, and another one finds the token files.
+Files are written to a folder below the current one, which is removed: choose a disk, not a tmpfs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The peer: transformers' Trainer on the rows that `dus heal` trains on, as a process of its own.
+r"""transformers' Trainer on the rows that `dus heal` trains on, in a process of its own.
 
-    python tests/benchmarks/trainer.py RUN_JSON --steps 15 [--eval-every 1] [--batch-rows 8] [--lr
-    1e-4]
+    python tests/benchmarks/trainer.py RUN_JSON --steps 15 [--eval-every 1] [--batch-rows 8] \
+        [--lr 1e-4]
 
-RUN_JSON is of a `dus heal --print-command` with the same model and data. Its defaults otherwise:
-fp32 weights under bf16 autocast, AdamW, full logits. Prints JSON lines: step, tokens, loss or
-eval_loss, and at the end tokens_per_second, tokens_per_cpu_second and peak_memory_bytes. The time
-of evaluations is not counted.
+RUN_JSON is written by `dus heal --print-command` for the same model and data. Everything else is
+the Trainer's default: fp32 weights under bf16 autocast, AdamW, full logits. Prints JSON lines:
+step, tokens, loss or eval_loss, and at the end tokens_per_second, tokens_per_cpu_second and
+peak_memory_bytes. The time of evaluations is not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dus_cli.heal.run import Run, read_run
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    """The run's rows in its order. Labels are the inputs: transformers shifts them itself."""
+    """The run's rows in its order. Labels are the inputs, because transformers shifts them itself."""
 
     def __init__(self, rows: Rows, count: int) -> None:
         self._rows, self._count = rows, count
@@ -48,7 +48,7 @@ class _Rows(Dataset[dict[str, Any]]):
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
-    """Prints held-out losses, and adds up the time of the steps alone."""
+    """Prints held-out losses, and adds up the time of steps only."""
 
     def __init__(self, run: Run, heldout: RowsInOrder, every: int, tokens: int) -> None:
         self._run, self._heldout, self._every, self._tokens = run, heldout, every, tokens

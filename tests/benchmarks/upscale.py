@@ -1,14 +1,14 @@
-"""Compare `dus upscale` with mergekit's passthrough and with a plain copy loop, in pairs, in one
+r"""Compare `dus upscale` with mergekit's passthrough and with a plain copy loop, in pairs, in one
 run.
 
     python tests/benchmarks/upscale.py --work DIR --mergekit VENV/bin/mergekit-yaml --compare-bytes
-    python tests/benchmarks/upscale.py --work DIR --rounds 0 --jobs 1,2,4,8 --sizes --many
-    --dry-run-time
+    python tests/benchmarks/upscale.py --work DIR --rounds 0 --jobs 1,2,4,8 --sizes --many \
+        --dry-run-time
 
-DIR's file system is the one measured: ext4, or a mounted XFS or btrfs. A disk's speed varies from
-minute to minute, so peers take turns, their order changes with each round, and ratios are formed
+Measures DIR's file system: ext4, or a mounted XFS or btrfs. A disk's speed varies from minute to
+minute, so the programs take turns, their order changes with each round, and ratios are formed
 within a round. At full size DIR needs 36 GB (58 GB with --compare-bytes) and the machine should be
-quiet. Run it as root, so that the page cache can be dropped before each measurement. Prints
+idle. Run it as root, so that the page cache can be dropped before each measurement. Prints
 Markdown.
 """
 
@@ -38,7 +38,7 @@ PYTHONPATH = os.pathsep.join(str(folder) for folder in CHORES.parents[1:3])
 
 
 class Run(NamedTuple):
-    """One measured child process. `synced` counts until everything it wrote is on the disk
+    """A measured child process. `synced` is the time until all that it wrote is on the disk
     (`sync`).
     """
 
@@ -66,7 +66,7 @@ class Bench:
         return self.work / f"mistral-{self.num_layers}x{self.hidden}"
 
     def peers(self) -> dict[str, list[str]]:
-        """The command line of each peer, but for the output at its end."""
+        """The command line of each peer, without the output at its end."""
         n, m = self.num_layers, self.num_layers // 4
         commands = {"dus": self.upscale(self.source, m)}
         if self.mergekit:
@@ -89,7 +89,7 @@ def chore(name: str, *arguments: object) -> list[str]:
 
 
 def spawn(command: Sequence[str]) -> Run:
-    """Run a command to its end; on failure show the end of what it said, and stop."""
+    """Run a command to its end; if it fails, print the end of its output and stop."""
     environment = os.environ | ({"PYTHONPATH": PYTHONPATH} if str(CHORES) in command else {})
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
@@ -109,8 +109,8 @@ def spawn(command: Sequence[str]) -> Run:
 
 
 def measure(command: Sequence[str], work: Path) -> Run:
-    """Run with a cold page cache on a settled disk, the output's path added; remove the output
-    afterwards.
+    """Run a command with a cold page cache on an idle disk, with the output's path appended; remove
+    the output afterwards.
     """
     before = settle(work)
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -153,7 +153,7 @@ def drop_caches() -> bool:
 
 @contextlib.contextmanager
 def made(name: str, folder: Path, *arguments: object, keep: bool = False) -> Iterator[Path]:
-    """A source, made under another name first so that a broken one is never reused."""
+    """Make a source under another name first, so that an incomplete one is never reused."""
     existed = folder.exists()
     if not existed:
         say(f"making {folder.name}")
@@ -181,7 +181,7 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> No
 
 
 def values(numbers: Sequence[float], digits: int) -> str:
-    """The median, then every value in the order of the rounds."""
+    """The median, then every value in the order of rounds."""
     return (
         f"**{median(numbers):.{digits}f}** "
         f"({', '.join(f'{number:.{digits}f}' for number in numbers)})"
@@ -220,7 +220,7 @@ def gigabytes(folder: Path) -> float:
 
 
 def compare_peers(bench: Bench) -> None:
-    """dus, mergekit and the loop, in turns."""
+    """Measure dus, mergekit and the loop in turns."""
     commands = bench.peers() | {"loop": chore("loop", bench.source, bench.num_layers // 4)}
     names, runs = list(commands), {peer: list[Run]() for peer in commands}
     for number in range(bench.rounds):
@@ -253,7 +253,7 @@ def compare_peers(bench: Bench) -> None:
 
 
 def compare_bytes(bench: Bench) -> None:
-    """Keep mergekit's and dus' outputs and compare them: tensor by tensor, byte by byte."""
+    """Keep mergekit's and dus' outputs, and compare them tensor by tensor, byte by byte."""
     peers = bench.peers()
     with tempfile.TemporaryDirectory(dir=bench.work) as folder:
         for peer, command in peers.items():
@@ -276,7 +276,7 @@ def sweep_jobs(bench: Bench, jobs: Sequence[int]) -> None:
 
 
 def sweep_sizes(bench: Bench) -> None:
-    """Peak RSS while bytes are really moved, for growing models: it should stay flat."""
+    """Peak RSS while bytes are really moved, for growing models; it should be constant."""
     rows = []
     for num_layers in (1, 4, 12, 32):
         folder = bench.work / f"mistral-{num_layers}x{bench.hidden}"
@@ -295,7 +295,7 @@ def sweep_sizes(bench: Bench) -> None:
 
 
 def time_many(bench: Bench) -> None:
-    """What grows with the number of shards, tensors and layers instead of bytes."""
+    """Time what grows with the number of shards, tensors and layers instead of bytes."""
     with made("make_many_shards", bench.work / "many-shards") as source:
         command = [*bench.upscale(source, 25, "--dry-run"), str(bench.work / "output")]
         rows = [
@@ -345,7 +345,7 @@ def time_dry_run(bench: Bench, repeats: int = 9) -> None:
 
 
 def describe(bench: Bench) -> None:
-    """What a reader needs in order to believe the numbers, or to repeat them."""
+    """Print what a reader needs to judge the numbers, or to repeat them."""
     cpus = [
         line
         for line in Path("/proc/cpuinfo").read_text().splitlines()

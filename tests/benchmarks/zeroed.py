@@ -1,10 +1,10 @@
-r"""A control: the same deeper model, with its inserted layers made silent.
+r"""A control: the same deeper model, with its inserted layers silenced.
 
     python tests/benchmarks/zeroed.py MODEL OUT
 
-The inserted layers are those that stand between the base's own first n - m and last m. Their output
+The inserted layers are those between the base's own first n - m and last m. Their output
 projections become 0, so the model computes exactly its base; what it then gains by `dus heal` is
-the corpus's domain, and none of it is repair.
+the corpus's domain, not repair.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""The zoo of tests/test_zoo.py by mergekit: the same tiny bases, the same layer map, the same
-oracle.
+"""The zoo of tests/test_zoo.py by mergekit: the same tiny bases, layer map and expected logits.
 
-python tests/benchmarks/zoo_mergekit.py VENV/bin/mergekit-yaml
+    python tests/benchmarks/zoo_mergekit.py VENV/bin/mergekit-yaml
 
 Every type is merged with `passthrough` and two slices by the real command, in a process forked from
-one that has imported it (a start takes seconds). The table of docs/architectures.md is what this
-prints.
+one that has imported it (a start takes seconds). Prints the table of docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -86,7 +84,7 @@ class Mergekit:
         return self.process.stdout.readline().strip()
 
     def merge(self, base: Path, out: Path, num_layers: int, trim: int) -> int:
-        """The exit code of stacking layers 0…n−m−1 and m…n−1; negative where a signal ended it."""
+        """Stack layers 0…n−m−1 and m…n−1; returns the exit code, negative if a signal ended it."""
         slices = [
             {"sources": [{"model": str(base), "layer_range": list(layers)}]}
             for layers in ((0, num_layers - trim), (trim, num_layers))
@@ -100,7 +98,7 @@ class Mergekit:
 
 
 def outcome(model_type: str, folder: Path, mergekit: Mergekit) -> tuple[str, str]:
-    """One of OUTCOMES, and the detail behind it."""
+    """One of OUTCOMES, and its detail."""
     save_base(model_type, folder)
     code = mergekit.merge(folder / "base", folder / "out", zoo.NUM_LAYERS, TRIM)
     if code:
@@ -120,9 +118,7 @@ def outcome(model_type: str, folder: Path, mergekit: Mergekit) -> tuple[str, str
 
 
 def _difference(written: Any, complaints: dict[str, Any]) -> str:
-    """What a person could have seen, had they looked: the depth, and keys that the loader
-    reports.
-    """
+    """Visible signs of a wrong result: the depth, and keys that the loader reports."""
     config = written.config.get_text_config()
     depth = next((getattr(config, key) for key in zoo.DEPTH_KEYS if hasattr(config, key)), None)
     keys = ", ".join(f"{len(found)} {name}" for name, found in complaints.items())
