@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from checkpoints import Tensor, fill_randomly, llama_config, llama_tensors, write_checkpoint
 from forked import dus
 from hub_server import StandInRepo, commit_of, only_hub
@@ -317,3 +318,24 @@ def test_where_no_trim_keeps_them_the_map_that_does_is_named(tmp_path: Path) -> 
     base = base_at(tmp_path, config={"layer_types": kinds, "num_kv_shared_layers": 4})
     run = dus("upscale", base, "-o", tmp_path / "out", "-q")
     run.assert_one_line_error("no trim keeps it; or use --layers 0:3,1:, which repeats")
+
+
+def test_a_model_with_tables_is_healed_beside_its_base(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    base = tiny.write_base(
+        tmp_path / "base",
+        6,
+        model_type="gemma3n_text",
+        head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=260,
+        num_kv_shared_layers=2,
+        layer_types=[SLIDING, FULL, SLIDING, FULL, SLIDING, FULL],
+        laurel_rank=4,
+    )
+    out = tiny.upscaled(base, tmp_path / "deep", trim=2)
+    corpus = tiny.write_corpus(tmp_path / "corpus.jsonl")
+    given = ("--data", corpus, "--steps", "1", "--seq-length", "32", "--batch-tokens", "64")
+    report = tiny.forked_dus("heal", out, *given, "-o", tmp_path / "healed", "--json").report
+    assert report["base_loss"] is not None
+    assert report["loss"] is not None

@@ -72,12 +72,13 @@ def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | N
 def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
     """The output layers that are the base's own (`LayerMap.base_outputs`).
 
-    None if a layer of the base is left out or was scaled, or if the model was trained since.
+    None if a layer of the base is left out or was scaled, if the model was trained since, or if a
+    table outside the layers has a part for each of them: the model then runs with all or none.
 
     Raises:
         CheckpointError: the record is damaged.
     """
-    if record is None or layer_map is None or record.get("healing"):
+    if record is None or layer_map is None or record.get("healing") or record.get("tables"):
         return None
     layers = tuple(layer for layer in layer_map.base_outputs if layer is not None)
     scaled = lineage.recorded_treatment(record, layer_map).scaled_layers
@@ -88,15 +89,17 @@ def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> 
 
 
 def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
-    """For a model whose start scaled the base's own layers: the base in the folder that dus.json
-    records.
+    """For a model whose start scaled the base's own layers, or that has tables outside the layers:
+    the base in the folder that dus.json records.
 
     None if that folder holds another model or none, and for every other kind of output.
 
     Raises:
         CheckpointError: the record is damaged.
     """
-    if record is None or layer_map is None or not scales_base(record, layer_map):
+    if record is None or layer_map is None:
+        return None
+    if not scales_base(record, layer_map) and (record.get("healing") or not record.get("tables")):
         return None
     base: Any = record.get("base")
     folder = _recorded_folder(base) if isinstance(base, dict) else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from stack.helpers import run
+from stack.helpers import ROOT, run
 
 # Tokens that are put in, far beyond the windows of the bases.
 IDS = [(37 * place * place + 11 * place + 5) % 700 + 20 for place in range(40)]
@@ -141,10 +141,27 @@ def by_transformers(folder: Path) -> Computed:
 
 
 def by_llama_cpp(folder: Path) -> Computed:
-    """Its converter's GGUF, run: the best hundred tokens of the last position."""
-    import numpy as np
-    import xllamacpp
+    """Its converter's GGUF, run."""
+    out = converted(folder)
+    try:
+        return by_gguf(out)
+    finally:
+        out.unlink()
 
+
+def by_llama_cpp_with_kinds(folder: Path) -> Computed:
+    """The same GGUF with the kinds of its layers, as docs/engines.md has it, run."""
+    out, right = converted(folder), folder.with_name(f"{folder.name}-right.gguf")
+    run(sys.executable, ROOT / "docs/gguf/layer_kinds.py", folder, out, right)
+    out.unlink()
+    try:
+        return by_gguf(right)
+    finally:
+        right.unlink()
+
+
+def converted(folder: Path) -> Path:
+    """The GGUF that llama.cpp's converter makes of a folder."""
     llama_cpp, out = (
         Path(os.environ["STACK"]) / "llama.cpp",
         folder.with_name(f"{folder.name}.gguf"),
@@ -159,13 +176,20 @@ def by_llama_cpp(folder: Path) -> Computed:
         out,
     )
     run(*convert, PYTHONPATH=str(llama_cpp / "gguf-py"))
+    return out
+
+
+def by_gguf(path: Path) -> Computed:
+    """What llama.cpp's library computes of a file: the best hundred tokens of the last position."""
+    import numpy as np
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(out), 128, 1, False
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 128, 1, False
     params.cpuparams.n_threads = 1
     server = xllamacpp.Server(params)
     asked = {"prompt": IDS, "max_tokens": 1, "temperature": 0, "logprobs": 100}
     (token,) = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
-    out.unlink()
     best = token["top_logprobs"]
     return Computed(
         np.array([[one["logprob"] for one in best]]), np.array([one["id"] for one in best])

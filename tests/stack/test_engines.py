@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from stack.engines import BY_ENGINE, Computed, TinyBase, by_transformers
+from stack.engines import (
+    BY_ENGINE,
+    Computed,
+    TinyBase,
+    by_llama_cpp_with_kinds,
+    by_transformers,
+)
 from stack.helpers import ROOT, dus
 
 # Log probabilities: two that compute the same differ by less than one, two that do not by more than
@@ -158,6 +164,23 @@ def test_what_the_table_says_of_an_output_is_what_the_engines_compute(
                 difference,
             )
             assert difference < SAME or difference > ANOTHER, (options, engine, difference)
+
+
+def test_a_gguf_with_the_kinds_of_its_layers_is_right_out_of_step_too(row: Row, base: Path) -> None:
+    if row.base.model_type not in ("gemma2", "gemma3_text", "cohere2", "gpt_oss"):
+        pytest.skip("its converter writes the kinds, or its library counts whatever they are")
+    for number, options in enumerate(row.maps):
+        output = base.with_name(f"kinds-{number}")
+        dus("upscale", base, *options, "-o", output, "-q")
+        (verdict,) = [
+            one
+            for one in json.loads((output / "dus.json").read_text())["engines"]
+            if one["engine"] == "llama.cpp"
+        ]
+        if verdict["verdict"] == "right" or "scales attention" in verdict["why"]:
+            continue  # no array helps against a scale that goes by the depth
+        difference = by_llama_cpp_with_kinds(output).difference(by_transformers(output))
+        assert difference < SAME, (options, difference)
 
 
 def test_an_engine_without_windows_departs_from_the_base_already(

@@ -186,8 +186,9 @@ def check_options(options: HealOptions, model: Model) -> None:
         if is_set and model.base is None:
             raise HealError(
                 f"{option} needs the base inside the model, and {shown(options.model)} has no "
-                f"{lineage.NAME} that names the base's layers (or it was healed before); give a "
-                "model that dus upscale wrote, or leave the option out"
+                f"{lineage.NAME} that names the base's layers (or it was healed before, or it has "
+                f"per-layer embeddings and its base is not in the folder that {lineage.NAME} "
+                "names); give a model that dus upscale wrote, or leave the option out"
             )
     if options.recipe.train is Train.new and not model.new_layers:
         raise HealError(
