@@ -57,6 +57,37 @@ _WORDS = """\
 the window, in the base too. *no*: it does not know the type. In brackets what was read in the source and not run.\
 """
 
+_HELP = """\
+## A GGUF that is right out of step
+
+llama.cpp's library takes the kinds of the layers from the GGUF where it has an array of them. Its converter does not write
+that array for `gemma2`, `gemma3_text`, `cohere2` and `gpt_oss`, so that the library counts. The gguf package, which is on
+PyPI, can add it ([`layer_kinds.py`](gguf/layer_kinds.py) is ten lines); it copies the file and keeps every tensor:
+
+```
+python convert_hf_to_gguf.py OUT --outfile model.gguf
+python docs/gguf/layer_kinds.py OUT model.gguf right.gguf
+```
+
+The file is then right for any map, in step or not, for `--layers` and for `--recipe llama-pro`: of five outputs that
+llama.cpp computed otherwise, by more than 0.5 in log probability, each then agreed with transformers within 0.05
+(`tests/stack/test_engines.py`; xllamacpp 2026.10.11549, 2026-11-30). Quantise `right.gguf` afterwards as any other.
+
+Where the library itself counts no array helps: `smollm3`, `llama4_text`, `afmoe` and `exaone4`, `minicpm3` and the lite
+models of DeepSeek at any other depth, Gemma 2 with 46 layers and Gemma 3 with 62, `gemma3n_text`, whose layers from number
+20 on share keys. There a trim that is right is all there is, and where the table names none, another engine.
+
+There is no `dus export gguf`. What it would add to these two lines is the converter, and that is in no wheel: neither in
+gguf nor in llama-cpp-python or xllamacpp, only in the source releases of the latter two and in llama.cpp's own
+repository, each version for its own library. A copy of ours would be a converter to keep.
+
+`mlx_lm.convert` writes no other file than the folder has: the same tensors, and config.json as it is, with `layer_types`.
+What counts is mlx-lm's class for the type, which reads a period and no list, so that what is out of step is computed
+otherwise after it as before it: `gemma3_text` of 12 layers at trim 2 by 2.36 in log probability, converted or not
+(mlx-lm 0.32.2, 2026-11-30). For `exaone4` alone a file can say it, by a text with a letter for each layer
+(`sliding_window_pattern`: "LLLGLLG…"). SGLang takes that text's length for a period, so dus does not write it.\
+"""
+
 _HELD = """\
 ## A proof for any architecture
 
@@ -70,8 +101,8 @@ states and the logits are off. `dus upscale --verify forward` does this before i
 
 The weights of one layer at a time are in memory, beside embeddings and head. The text is longer than the narrow windows
 (up to 1024 tokens); a wider one is told of, for a shorter text cannot show which layers have it. Layers that hand more
-than hidden states to the next (`zaya`, `glm_moe_dsa`, `hy_v4`, `inkling2_text`, `reformer`) cannot be called apart, and
-are refused with the reason.
+than hidden states to the next (`zaya`, `glm_moe_dsa`, `hy_v4`, `inkling2_text`, `reformer`, and Gemma's where they share
+keys) cannot be called apart, and are refused with the reason.
 
 ## How it was held
 
@@ -86,6 +117,11 @@ Of other engines the source alone was read: sglang 0.5.10 counts for gemma2, exa
 gemma3, gemma2 and llama4, Megatron Bridge 0.6.2 for gemma2, gemma3 and gpt_oss, torchtitan 0.3.0 for gpt_oss, exllamav3
 1.6.5 for gemma2. Ollama and LM Studio run llama.cpp's GGUF. CTranslate2 4.8.5 reads `layer_types` (gemma3, run), and so
 does transformers from 4.53 on.
+
+Read and tried without a result (2026-11-30): `gemma3n_text` in llama.cpp. A tiny random base of 22 layers differs from
+transformers by 7.5 already (xllamacpp 2026.10.11549), an output at trim 2 by 7.2, and at trim 3 the library ends itself
+("map_layer_ids … failed"). It asks for keys and values of layers that share those of others, which files on the Hub
+have and transformers 5 does not save. Google's own widths were not at hand.
 
 Known and not judged: llama.cpp takes the decay rates of MiniMax-Text-01 and MiniMax-M1 from the layer's number and the
 number of layers (`src/models/minimax-01.cpp:288`), so that no deeper one can be right there.\
@@ -175,6 +211,7 @@ def engines_page() -> str:
         _WORDS,
         "## What departs, and where that stands",
         _table(["engine", "model type", "what it does", "line", "held"], list(_departures())),
+        _HELP,
         _HELD,
         _TRIMS,
         _table(

@@ -15,7 +15,9 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 
 folder, converted, right = map(Path, sys.argv[1:])
 config = json.loads((folder / "config.json").read_text())
-kinds = config.get("text_config", config)["layer_types"]
+kinds = config.get("text_config", config).get("layer_types")
+if kinds is None:
+    sys.exit(f"{folder}/config.json lists no layer_types: every engine makes up the same")
 slides = [kind == "sliding_attention" for kind in kinds]
 
 reader = gguf.GGUFReader(converted)
