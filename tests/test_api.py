@@ -385,7 +385,7 @@ WRONG: list[tuple[Any, str]] = [
     (lambda: evaluate([], text=TextOptions(data=("a",))), "models: there is none"),
     (
         lambda: evaluate(["a", "b"], text=TextOptions(data=("a",)), gates=Gates(max_drop=1)),
-        "--max-drop: it judges",
+        "--max-drop: it is a limit",
     ),
 ]
 

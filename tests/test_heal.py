@@ -872,7 +872,9 @@ def test_a_tokenizer_that_does_not_match_the_model_is_one_line(home: Path, tmp_p
     small = tiny.write_base(
         tmp_path / "small", vocab_size=200, eos_token_id=None, bos_token_id=None
     )
-    refuse(home, small, "--data", home / "corpus.jsonl", parts=("gives id 256", "200 words"))
+    refuse(
+        home, small, "--data", home / "corpus.jsonl", parts=("gives id 256", "vocabulary has 200")
+    )
 
 
 def test_an_output_that_is_not_ours_or_not_apart_is_one_line(home: Path, tmp_path: Path) -> None:

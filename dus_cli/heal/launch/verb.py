@@ -15,6 +15,7 @@ from typing import Any
 from dus_cli.common.libraries import require
 from dus_cli.common.reports import public
 from dus_cli.common.storage import Storage, known, remove, sync_refusal, try_storage
+from dus_cli.common.units import counted
 from dus_cli.data.sources import Source, parse_heldout, parse_sources
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
@@ -127,8 +128,8 @@ def _check_devices(options: HealOptions) -> None:
         check_loopback()
     if options.launch.node_rank >= options.launch.nnodes:
         raise HealError(
-            f"--node-rank {options.launch.node_rank} of --nnodes {options.launch.nnodes}: ranks "
-            f"count from 0; give 0 to {options.launch.nnodes - 1}"
+            f"--node-rank {options.launch.node_rank} of {counted(options.launch.nnodes, 'node')}: "
+            "ranks count from 0; give a lower rank, or a higher --nnodes"
         )
 
 
