@@ -757,7 +757,9 @@ def test_nothing_to_train_on_is_one_line_that_says_why(model: Path, tmp_path: Pa
     with pytest.raises(DataError, match=r"empty.jsonl has no documents to evaluate on"):
         run(model, tmp_path, one, eval_data=[empty])
     low = next(text for text in some_texts(50) if text_hash(text.encode()) < 2**62)
-    with pytest.raises(DataError, match=r"all 1 fall into the held-out set; lower --holdout"):
+    with pytest.raises(
+        DataError, match=r"the held-out set has all of them \(1 document\); lower --holdout"
+    ):
         run(model, tmp_path, write_jsonl(tmp_path / "low.jsonl", [low]), holdout=0.5)
 
 

@@ -68,7 +68,7 @@ def test_with_a_share_the_documents_are_those_that_a_run_holds_out(
     ours = Packed(read_sample([str(corpus)], tokeniser, 10**6, holdout=0.25).texts, tokeniser, 32)
     assert 0 < ours.num_documents == prepared.num_heldout_documents < 60
     assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(ours, theirs, strict=True))
-    with pytest.raises(DataError, match="none of 60 falls into the held-out share"):
+    with pytest.raises(DataError, match="none of 60 documents is in the held-out share"):
         read_sample([str(corpus)], tokeniser, 10**6, holdout=0.0)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dus_cli.common.units import counted
 from dus_cli.data.documents import ReadCounts, Reading, documents
 from dus_cli.data.holdout import Split, text_hash
 from dus_cli.data.sources import Source, Unread, parse_sources
@@ -87,8 +88,8 @@ def read_sample(
 def _why(counts: ReadCounts, holdout: float | None) -> str:
     if counts.documents and holdout is not None:
         return (
-            f"none of {counts.documents} falls into the held-out share of {holdout:.2%}; raise "
-            "--holdout"
+            f"none of {counted(counts.documents, 'document')} is in the held-out share of "
+            f"{holdout:.2%}; raise --holdout"
         )
     if counts.documents:
         return "they have no tokens"

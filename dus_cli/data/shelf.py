@@ -31,6 +31,7 @@ import numpy as np
 
 from dus_cli.common.files import writing
 from dus_cli.common.locks import holder, this_process
+from dus_cli.common.units import counted
 from dus_cli.common.workers import PIECE
 from dus_cli.data.documents import BadLine, Column, Reading
 from dus_cli.data.holdout import EVERYTHING, Split
@@ -207,7 +208,10 @@ def _check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[
     for meta in metas:
         left_out.update(meta["skipped"])
     if num_held_out:
-        why = f"all {num_held_out} fall into the held-out set; lower --holdout, or name --eval-data"
+        why = (
+            f"the held-out set has all of them ({counted(num_held_out, 'document')}); lower "
+            "--holdout, or give --eval-data"
+        )
     elif left_out:
         counts = [f"{count} {reason}" for reason, count in left_out.items()]
         why = f"left out: {shown_list(counts)}; check the data"

@@ -218,8 +218,8 @@ def check_average(saving: SavingOptions, num_steps: int) -> None:
         enough = num_steps // saving.average
         advice = f"--save-every {enough}, or a smaller N" if enough else "a smaller N"
         raise HealError(
-            f"--average {saving.average} needs as many checkpoints, and this run of {num_steps} "
-            f"steps saves {count} (--save-every {every}); give {advice}"
+            f"--average {saving.average} needs as many checkpoints, and this run of "
+            f"{counted(num_steps, 'step')} saves {count} (--save-every {every}); give {advice}"
         )
 
 
