@@ -38,7 +38,7 @@ _CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 # The fields of an object store's listing that change with an object's content.
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "ino")
 
-# Errors that another try would not mend.
+# Errors that another try would not fix.
 _FINAL = (
     FileNotFoundError,
     IsADirectoryError,

@@ -24,7 +24,7 @@ from dus_cli.heal.checkpoints_folder import disk_failure
 from dus_cli.heal.run import FAILURE, read_run
 from dus_cli.models.stopping import Signals, StopRequested, end_with_torchrun
 
-# Errors of the disk that a restart would not mend.
+# Errors of the disk that a restart would not fix.
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 

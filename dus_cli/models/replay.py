@@ -185,10 +185,10 @@ class Replay:
     def finish(self, ids: Tensor, hidden: Tensor) -> Any:
         """The model's own output for these ids, with these hidden states after the last layer."""
 
-        def standing(number: int) -> Callable[..., Any]:
+        def stand_in(number: int) -> Callable[..., Any]:
             return lambda *_args, **_kwargs: self._output(number, hidden)
 
-        with self._replaced([standing(number) for number in self._numbers]):
+        with self._replaced([stand_in(number) for number in self._numbers]):
             return self._run(ids)
 
     def finish_last(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class Replay:
         calls: list[Call | None] = [None] * len(self.layers)
         start: list[Tensor] = []
 
-        def standing(number: int) -> Callable[..., Any]:
+        def stand_in(number: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 start.append(hidden)
@@ -288,7 +288,7 @@ class Replay:
             return call
 
         with (
-            self._replaced([standing(number) for number in self._numbers]),
+            self._replaced([stand_in(number) for number in self._numbers]),
             last_positions(self.model),
         ):
             self._run(ids)
