@@ -125,14 +125,14 @@ def test_what_stands_beside_the_layers_is_compared_too(tmp_path: Path) -> None:
     )
 
 
-def test_layers_that_hand_on_more_than_hidden_states_are_refused(tmp_path: Path) -> None:
-    deepen(
-        tmp_path,
-        "zaya",
-    )
+@pytest.mark.parametrize(("model_type", "layer"), [("zaya", 1), ("gemma3n_text", 8)])
+def test_layers_that_hand_on_more_than_hidden_states_are_refused(
+    model_type: str, layer: int, tmp_path: Path
+) -> None:
+    deepen(tmp_path, model_type, "--trim", "2")
     report = forward(tmp_path)
     assert report["forward"] is None
-    assert "zaya: layer 1 gets more from other layers" in report["problems"][0]
+    assert f"{model_type}: layer {layer} gets more from other layers" in report["problems"][0]
 
 
 def test_upscale_runs_the_model_before_it_publishes(

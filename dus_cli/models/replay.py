@@ -11,6 +11,7 @@ passes from layer to layer. Both are checked at run time.
 from __future__ import annotations
 
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -400,6 +401,8 @@ def _snapshot(value: Any) -> Any:
     """The same arguments with copied dicts, because a layer may write into them."""
     if type(value) is dict:
         return {key: _snapshot(entry) for key, entry in value.items()}
+    if isinstance(value, UserDict):  # the keys and values that Gemma's layers share
+        return type(value)({key: _snapshot(entry) for key, entry in value.items()})
     return tuple(map(_snapshot, value)) if type(value) is tuple else value
 
 
