@@ -208,8 +208,8 @@ def test_problems_are_listed_and_no_exception(base: Path, tmp_path: Path) -> Non
     ("options", "kind", "why"),
     [
         ({"trim": 4}, DusError, "use 0 to 3"),
-        ({"trim": 1, "recipe": "solar"}, UsageError, "--recipe says the whole map"),
-        ({"layers": "0:8", "copies": 3}, UsageError, "--layers says the whole map"),
+        ({"trim": 1, "recipe": "solar"}, UsageError, "--recipe gives the whole map"),
+        ({"layers": "0:8", "copies": 3}, UsageError, "--layers gives the whole map"),
         ({"recipe": "lunar"}, UsageError, "there is no recipe 'lunar'"),
         ({"layers": "a:b"}, DusError, "neither START:END nor a layer number"),
         ({"dtype": "bf17"}, UsageError, "dtype: 'bf17' is not one of bfloat16, float16, float32"),

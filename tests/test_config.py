@@ -362,7 +362,7 @@ def test_openelm_has_its_depth_and_its_lists_by_its_own_names() -> None:
     assert spread[-1] == 4.0
     assert len(spread) == 12
     assert spread[6:] == [*spread[2:6], 3.5, 4.0]
-    with pytest.raises(ConfigError, match="num_query_heads that is made of it is not there"):
+    with pytest.raises(ConfigError, match="num_query_heads that is computed from it is missing"):
         deepen(**openelm, qkv_multipliers=[0.5, 1.0])
 
 
@@ -448,7 +448,7 @@ def test_what_a_general_rule_refuses_follows_where_a_person_says_so() -> None:
     assert mapped("attention_types", [[["a", "b"], 4]]) == [
         [[kind], 1] for kind in "ababab" + "ababab"
     ]
-    with pytest.raises(ConfigError, match="=keep is left"):
+    with pytest.raises(ConfigError, match="only =keep is possible"):
         mapped("sliding_window_pattern", 3)
 
 

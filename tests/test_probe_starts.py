@@ -116,7 +116,7 @@ def test_every_map_is_measured_with_every_start(model: Path, corpus: Path) -> No
     assert found.maps[11].loss == found.maps[8].loss
     refused = found.maps[10].candidate.refused
     assert refused is not None
-    assert "--start fade is for copies of which each begins" in refused
+    assert "--start fade needs copies that each begin" in refused
 
 
 def test_the_report_has_starts_where_they_were_asked_for(
@@ -226,11 +226,11 @@ def test_what_a_layer_costs_decides_whether_it_is_borne() -> None:
 
 def test_what_cannot_be_is_one_line(model: Path, corpus: Path) -> None:
     for options, said, code in (
-        (("--start", "loud"), "is no start", 2),
-        (("--start", "half,"), "is no start", 2),
+        (("--start", "loud"), "is not a start", 2),
+        (("--start", "half,"), "is not a start", 2),
         (("--start", "identity", "--search"), "nothing to find with --start identity", 2),
         (("--double", "3:9", "--start", "half"), "beyond the base", 1),
-        (("--layers", "0:7", "--start", "half"), "no layer of the base stands twice", 1),
+        (("--layers", "0:7", "--start", "half"), "this map has no layer of the base twice", 1),
     ):
         run = forked_dus("probe", model, "--data", corpus, *options)
         run.assert_one_line_error(said, code=code)

@@ -87,7 +87,7 @@ def test_layers_after_the_last_whole_group_get_no_copy() -> None:
         ("llama-pro", 3, "needs 4 layers or more and this model has 3"),
         ("yi", 7, "needs 8 layers or more"),
         ("solar", 3, "needs 4 layers or more"),
-        ("nobody", 32, "there is no recipe 'nobody'; there are solar, yi, "),
+        ("nobody", 32, "there is no recipe 'nobody'; use one of solar, yi, "),
     ],
 )
 def test_a_depth_that_does_not_fit_is_refused_with_those_that_do(

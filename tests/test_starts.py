@@ -90,15 +90,15 @@ def test_a_scale_is_of_the_new_layers_alone() -> None:
 @pytest.mark.parametrize(
     ("start", "text", "said"),
     [
-        ("half", "0:8", "no layer of the base stands twice"),
-        ("scale:0.5", "0:4", "no layer of the base stands twice"),
-        ("fade", "0:8", "no layer of the base stands twice"),
-        ("fade", "0:8,2:6", "layers 2 to 5 stand again behind 0:8"),
-        ("fade", "4:8,0:8", "layers 0 to 7 stand again behind 4:8"),
+        ("half", "0:8", "this map has no layer of the base twice"),
+        ("scale:0.5", "0:4", "this map has no layer of the base twice"),
+        ("fade", "0:8", "this map has no layer of the base twice"),
+        ("fade", "0:8,2:6", "layers 2 to 5 occur again after 0:8"),
+        ("fade", "4:8,0:8", "layers 0 to 7 occur again after 4:8"),
         ("fade", "0:6,2:6,2:8", "fades in and out again"),
         ("fade", "0:3,2,2,2:8", "fades in and out again"),
-        ("fade", "0:4,3:5,6:8,0", "stand again behind 6:8"),
-        ("fade", "0:5,4:6,7,4", "stand again behind 7:8"),
+        ("fade", "0:4,3:5,6:8,0", "occur again after 6:8"),
+        ("fade", "0:5,4:6,7,4", "occur again after 7:8"),
     ],
 )
 def test_a_map_that_a_start_is_not_for_is_refused(start: str, text: str, said: str) -> None:
@@ -125,7 +125,7 @@ def test_a_map_that_a_start_is_not_for_is_refused(start: str, text: str, said: s
 def test_what_is_no_start_is_a_usage_error(text: str, tmp_path: Path) -> None:
     run = dus("upscale", tmp_path, "--start", text, "-o", tmp_path / "out")
     run.assert_one_line_error("start" if text else "''", code=2)
-    with pytest.raises(UsageError, match="no start"):
+    with pytest.raises(UsageError, match="is not a start"):
         upscale(tmp_path, tmp_path / "out", start=text)
 
 
@@ -312,7 +312,7 @@ def test_a_doubled_stretch_is_the_map_that_layers_spell(random_base: Path, tmp_p
     assert names_and_bytes(tmp_path / "out") == names_and_bytes(tmp_path / "typed")
     dus(
         "upscale", random_base, "--double", "1:3", "-t", "2", "-o", tmp_path / "x"
-    ).assert_one_line_error("--double says the whole map", code=2)
+    ).assert_one_line_error("--double gives the whole map", code=2)
 
 
 def test_a_dry_run_shows_what_would_be_scaled(random_base: Path, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_factor_that_makes_numbers_infinite_is_refused(tmp_path: Path) -> None
     )
     run = dus("upscale", base, "--start", "scale:2", "-o", tmp_path / "out", "-q")
     run.assert_one_line_error(
-        "holds finite F16 numbers that 2 times are beyond float16's range", "--start"
+        "holds finite F16 numbers that, times 2, are out of float16's range", "--start"
     )
     assert list(tmp_path.iterdir()) == [base]
 
@@ -446,9 +446,7 @@ def test_a_norm_that_may_stand_behind_a_block_of_an_unknown_type_is_refused(tmp_
     ]
     base = write_checkpoint(tmp_path / "base", tensors, llama_config(8) | {"model_type": "ours"})
     run = dus("upscale", base, "--start", "half", "-o", tmp_path / "out", "-q")
-    run.assert_one_line_error(
-        "--start half", "post_mlp_norm.weight may stand behind a block", "'ours'"
-    )
+    run.assert_one_line_error("--start half", "post_mlp_norm.weight may follow a block", "'ours'")
 
 
 def test_a_type_that_dus_does_not_know_is_scaled_by_names_and_told_of(tmp_path: Path) -> None:

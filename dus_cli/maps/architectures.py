@@ -1,10 +1,10 @@
-"""What configs and tensor names say per layer, as data. `rules` says how, `model_config` and
-`stacks` apply it.
+"""Tables of what configs and tensor names say about single layers, by model type. `rules` has the
+code for each way of saying it; `model_config` and `stacks` apply it.
 
-Read from transformers 5.23's source (models/*/configuration_*.py and modeling_*.py), and held to it
-by tests/test_zoo.py: every type here is up-scaled and compared with its base rearranged. Adding an
-architecture is adding lines here. What stands in no table is refused by name or reported, never
-passed over.
+Read from transformers 5.23's source (models/*/configuration_*.py and modeling_*.py), and checked
+against it by tests/test_zoo.py: every type here is up-scaled and compared with its base rearranged.
+To add an architecture, add lines here. What is in no table is refused by name or reported, never
+ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from dus_cli.errors import ConfigError, described
 from dus_cli.maps.rules import (
     ByLayer,
-    Counts,
     Cycle,
     DepthScaled,
     Derivation,
@@ -29,6 +28,7 @@ from dus_cli.maps.rules import (
     Inside,
     Kept,
     LastLayerIs,
+    MultipleOfDepth,
     OwnSource,
     Period,
     PeriodAndOffset,
@@ -48,11 +48,11 @@ from dus_cli.maps.rules import (
 
 # --- depth and tensor names -----------------------------------------------------------------------
 
-# How configs call the number of decoder layers, unless their type says otherwise below.
+# The fields with the number of decoder layers, unless a type has another below.
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
-# And what others call it (OpenELM the first), looked for where none of those is there. Beside one
-# of those they are the depth where they say the same.
+# Rarer fields with that number (the first is OpenELM's), read if a config has none of those. Beside
+# one of those, they are the depth if they have the same value.
 OTHER_DEPTH_KEYS = (
     "num_transformer_layers",
     "num_decoder_layers",
@@ -65,17 +65,17 @@ OTHER_DEPTH_KEYS = (
     "depth",
 )
 
-# The part of a multimodal model's config that describes its decoder.
+# The fields of a multimodal model's config that hold its decoder's config.
 DECODER_KEYS = ("text_config", "llm_config", "language_config")
 
-# And those that describe what stands beside it.
+# The fields that hold the configs of its other models.
 ENCODER_KEYS = ("vision_config", "audio_config", "vq_config")
 
-# Where the decoder's layers stand in tensor names. `h`, `layers` and `blocks` alone occur in files
-# that were saved from the base model, without its language-modelling head (gpt2 on the Hub). What
-# transformers 5.23 saves of kimi_k25 and qianfan_ocr has `language_model.model.blocks` and
-# `….encoder.layers`: it turns its renames of the vision tower's tensors back in the decoder's names
-# too (conversion_mapping.py).
+# The prefixes of the decoder's layers in tensor names. `h`, `layers` and `blocks` alone occur in
+# files that were saved without the language-modelling head (gpt2 on the Hub). transformers 5.23
+# saves kimi_k25 and qianfan_ocr with `language_model.model.blocks` and `….encoder.layers`, because
+# it reverts its renames of the vision tower's tensors in the decoder's names too
+# (conversion_mapping.py).
 LAYER_STACKS = (
     "model.layers",
     "layers",
@@ -117,13 +117,13 @@ LAYER_STACKS = (
 # roberta.encoder.layer, ….
 DECODER_SUFFIX = "encoder.layer"
 
-# Numbered stacks that belong to the decoder but not to its depth: multi-token prediction beside the
-# layers, a part of the name being "mtp" or beginning with "mtp_" (mtp.layers in qwen3_next,
+# Numbered stacks that belong to the decoder but not to its depth: multi-token prediction, if a part
+# of the name is "mtp" or begins with "mtp_" (mtp.layers in qwen3_next,
 # model.mtp_block and model.mtp_linear_proj in ernie4_5_moe, model.mtp_layers in hy_v4). Depth
 # up-scaling leaves them as they are.
 MTP_STACK = re.compile(r"(^|\.)mtp(_|\.|$)")
 
-# --- lists that a class makes up where the file lacks them ----------------------------------------
+# --- lists that a model class computes if the file lacks them -------------------------------------
 
 
 def every(
@@ -135,9 +135,10 @@ def every(
     phase: int = 1,
     last: bool = False,
 ) -> Derivation:
-    """`kind` where (i + phase) is a multiple of the period, which the file may give under `key`.
+    """The derivation of a list with `kind` in layers i where (i + phase) is a multiple of the
+    period, and `others` elsewhere.
 
-    With `last` the last layer is of that kind too.
+    The config may give the period under `key`. With `last`, the last layer has `kind` too.
     """
 
     def of(fields: Fields, num_layers: int) -> list[Any]:
@@ -156,10 +157,10 @@ def head(
     key: str | None = None,
     only_if: Mapping[str, Any] = MappingProxyType({}),
 ) -> Derivation:
-    """`first` in the first layers, `rest` in the others.
+    """The derivation of a list with `first` in the first `count` layers and `rest` in the others.
 
-    All are `first` unless the switches `only_if` are on, given with what the class takes where the
-    file is silent.
+    All layers are `first` unless the switches `only_if` are on; each switch is given with the
+    class's default.
     """
 
     def of(fields: Fields, num_layers: int) -> list[str]:
@@ -214,7 +215,7 @@ def _period(fields: Fields, key: str, default: int) -> int:
 
 
 def _sparse_after(fields: Fields, num_layers: int) -> list[str]:
-    """axk1, dots3_note: experts after the first k layers, in every p-th or where a list says so."""
+    """axk1, dots3_note: experts after the first k layers, in every p-th layer or by a list."""
     k, listed = _number(fields, "first_k_dense_replace", 1), fields.get("moe_layer_freq")
     if not isinstance(listed, list):
         freq = _period(fields, "moe_layer_freq", 1)
@@ -256,7 +257,7 @@ def _muse_kinds(fields: Fields, num_layers: int) -> list[str]:
 
 
 def _muse_theta(fields: Fields, num_layers: int) -> list[Any]:
-    """Where the file does not give the base of its rotary angles, the list stays unknown."""
+    """[] if the file does not give the base of its rotary angles: then the list is unknown."""
     theta = (fields.get("rope_parameters") or {}).get("rope_theta")
     return [] if theta is None else _backward(0, theta)(num_layers)
 
@@ -296,7 +297,7 @@ def _dots3_note(fields: Fields, num_layers: int) -> list[str]:
 def _exaone4(fields: Fields, num_layers: int) -> list[str]:
     pattern = fields.get("sliding_window_pattern", 4)
     if type(pattern) is not int or pattern < 1 or fields.get("sliding_window", 4096) is None:
-        return []  # such a file must list its layers, transformers cannot make the list up either
+        return []  # such a file must list its layers: transformers cannot derive the list either
     return every(pattern, "full_attention", "sliding_attention")(fields, num_layers)  # type: ignore[return-value]
 
 
@@ -424,17 +425,22 @@ class Tables(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What is particular about a model type. Fields that no rule here reads follow the general
-    rules below.
+    """The particulars of a model type. Fields that none of its rules reads follow the general rules
+    below.
 
-    `depth` is how its configs call the number of layers, where DEPTH_KEYS are not right; `depth_of`
-    names lists (or texts) whose length is the depth instead. `needs` are tensors that the layers'
-    file must bring, as the class would make them up from the layer's number. `beside` are endings
-    of prefixes under which a tensor stands for each layer, outside the layers, and the layer that
-    is number 0 there; `tables` are tensors outside the layers with a block for each. `apart` are
-    prefixes of numbered tensors that have nothing to do with layers.
-    `refused` is why it cannot be deepened at all. `wrapper` are rules for the whole config.json of
-    a multimodal model of this type, whose decoder has an entry of its own.
+    Attributes:
+        rules: rules for fields of the decoder's config.
+        depth: the fields with the number of layers, if DEPTH_KEYS are not right.
+        depth_of: lists (or texts) whose length is the depth instead.
+        needs: endings of tensors that the checkpoint must have, because the class would compute
+            them from the layers' numbers.
+        beside: endings of prefixes, outside the layers, with one tensor for each layer, and the
+            layer that has number 0 there.
+        apart: prefixes of numbered tensors that are not per layer.
+        refused: why the type cannot be deepened at all.
+        wrapper: rules for the whole config.json of a multimodal model of this type, whose decoder
+            has an entry of its own.
+        tables: tensors outside the layers with a block for each layer.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -452,15 +458,18 @@ def _refused(why: str) -> Architecture:
     return Architecture(refused=why)
 
 
-# A head and an embedding for each codebook.
+# It has a head and an embedding for each codebook.
 _MUSICGEN = Architecture(apart=("lm_heads", "model.decoder.embed_tokens"))
 _EXPERT_STEP = SparseStep()
-# Decoders of encoder-decoder models. Their class counts the encoder's layers too, though there is
-# none, and sizes the cache of generation by that (configuration's num_hidden_layers): it follows
-# where it was the decoder's depth.
+# Decoders of encoder-decoder models. Their class also has the number of encoder layers, although
+# there is no encoder, and sizes the generation cache by it (the configuration's num_hidden_layers):
+# it follows the map if it was the decoder's depth.
 _BART = Architecture(
     depth=("decoder_layers",),
-    rules=(Counts("num_hidden_layers", may_differ=True), Counts("encoder_layers", may_differ=True)),
+    rules=(
+        MultipleOfDepth("num_hidden_layers", may_differ=True),
+        MultipleOfDepth("encoder_layers", may_differ=True),
+    ),
 )
 _GEMMA4 = Architecture(
     rules=(
@@ -490,9 +499,8 @@ _MUSE = Architecture(
 _QWEN35 = Architecture(rules=(_full_and_linear("full_attention_interval"),))
 _GRANITE_SWA = Architecture(rules=(_full_and_sliding(phase=0),))
 
-# The types that depth up-scaling has something particular to know about; a multimodal model's is
-# that of its `text_config`. In the comments: where transformers says so, if not in the
-# configuration's __post_init__.
+# The types with particulars; a multimodal model's type is that of its `text_config`. The comments
+# say where transformers has them, if not in the configuration's __post_init__.
 ARCHITECTURES: Mapping[str, Architecture] = {
     "afmoe": Architecture(
         rules=(
@@ -717,15 +725,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             Derived("layer_types", _llama4),
         )
     ),
-    "longcat_flash": Architecture(depth=("num_layers",), rules=(Counts("num_hidden_layers", 2),)),
+    "longcat_flash": Architecture(
+        depth=("num_layers",), rules=(MultipleOfDepth("num_hidden_layers", 2),)
+    ),
     "marian": _BART,
     "mbart": _BART,
     "mimo_v2_flash": Architecture(
         rules=(
             Derived("layer_types", _mimo_v2_flash),
             _dense_first(1),
-            # The published file's lists say the same to its own code; transformers does not read
-            # them.
+            # The published file's lists say the same for its own code; transformers ignores them.
             PerLayer("hybrid_layer_pattern"),
             PerLayer("moe_layer_freq"),
         )
@@ -733,8 +742,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "minicpm3": Architecture(rules=(DepthScaled("scale_depth", 1.4),)),  # modeling: residual scale
     "minimax": Architecture(
         rules=(Derived("layer_types", every(2, "linear_attention", "full_attention")),),
-        # modeling: get_slope_rate makes decay rates up from the layer's number, unless the file
-        # brings them
+        # modeling: get_slope_rate computes decay rates from the layer's number, unless the file
+        # has them
         needs=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
     ),
     "minimax_m3_vl_text": Architecture(
@@ -787,8 +796,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "prophetnet": Architecture(
         depth=("num_decoder_layers",),
         rules=(
-            Counts("num_hidden_layers", may_differ=True),
-            Counts("num_encoder_layers", may_differ=True),
+            MultipleOfDepth("num_hidden_layers", may_differ=True),
+            MultipleOfDepth("num_encoder_layers", may_differ=True),
         ),
     ),
     "qwen2": Architecture(rules=(_windows_from("max_window_layers", 28),)),
@@ -875,7 +884,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 # Types that transformers does not have, or has under another name: their code is published with the
-# checkpoints (`auto_map`). Nothing here runs it; what it makes of a layer's number was read in it.
+# checkpoints (`auto_map`). dus does not run it; how it uses a layer's number was read in it.
 _DEEPSEEK_V3 = ARCHITECTURES["deepseek_v3"]
 _LIGHTNING = Architecture(needs=ARCHITECTURES["minimax"].needs, rules=(PerLayer("attn_type_list"),))
 CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
@@ -911,9 +920,8 @@ CUSTOM_ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-# Model types whose layers follow from the general rules alone, as tests/test_zoo.py and
-# tests/test_wrappers.py hold. Any type in no table
-# goes through with a warning if nothing per-layer is in sight.
+# Model types that need only the general rules, as tests/test_zoo.py and tests/test_wrappers.py
+# check. A type in no table is accepted with a warning if its config shows nothing per layer.
 PLAIN_TYPES = frozenset(
     """
     apertus apertus1p5_text arcee aria_text bamba bert bert-generation big_bird biogpt bitnet
@@ -930,18 +938,18 @@ PLAIN_TYPES = frozenset(
     xmod youtu
     """.split()
 )
-# Those that the tests hold to transformers' own classes, and all that the tables know.
+# The types that the tests compare with transformers' classes, and all types in the tables.
 TRIED_TYPES = PLAIN_TYPES | {name for name, entry in ARCHITECTURES.items() if entry.refused is None}
 KNOWN_TYPES = TRIED_TYPES | {
     name for name, entry in CUSTOM_ARCHITECTURES.items() if entry.refused is None
 }
 
-# The type that a class of published code is of, for files that name the class alone.
+# The type of a class in published code, for configs that only name the class.
 TYPE_OF_CLASS: Mapping[str, str] = {
     name.replace("_", "").lower(): name for name in CUSTOM_ARCHITECTURES
 }
 
-# What fields of these names say, in any type whose own rules do not read them.
+# The rules for fields of these names, in any type whose own rules do not read them.
 GENERAL_RULES: tuple[Rule, ...] = (
     *map(
         PerLayer,
@@ -1002,8 +1010,8 @@ GENERAL_RULES: tuple[Rule, ...] = (
     Refused("block_types", "it is read cyclically along the depth", otherwise=Cycle("block_types")),
     Refused("linear_attn_config", "it holds lists of layer numbers"),
     Refused("compress_ratios", "it is a pattern along the depth"),
-    # Suspicious names that say nothing about single layers, and lists that may by chance be as long
-    # as the model is deep.
+    # Fields whose names are suspicious but that say nothing about single layers, and lists whose
+    # length may equal the depth by chance.
     Kept(
         tuple(
             """
@@ -1018,7 +1026,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
     ),
 )
 
-# Encoders and encoder-decoders: architectures that depth up-scaling of a causal LM does not fit.
+# Endings of class names of encoders and encoder-decoders, which dus does not deepen.
 ENCODER_HEADS = (
     "ForMaskedLM",
     "ForPreTraining",
@@ -1029,19 +1037,19 @@ ENCODER_HEADS = (
 
 
 def architecture(model_type: str) -> Architecture:
-    """The entry of this type; an empty one where it has none."""
+    """The entry of this type; an empty one if it has none."""
     return ARCHITECTURES.get(model_type) or CUSTOM_ARCHITECTURES.get(model_type, Architecture())
 
 
 def general_rules_for(model_type: str) -> tuple[Rule, ...]:
     """The general rules for fields that the type's own do not read."""
     own = architecture(model_type).rules
-    taken = {key for rule in own for key in rule.reads}
+    own_keys = {key for rule in own for key in rule.reads}
     general: list[Rule] = []
     for rule in GENERAL_RULES:
         if isinstance(rule, Kept):
-            general.append(Kept(tuple(key for key in rule.reads if key not in taken)))
-        elif not taken.intersection(rule.reads):
+            general.append(Kept(tuple(key for key in rule.reads if key not in own_keys)))
+        elif not own_keys.intersection(rule.reads):
             general.append(rule)
     return tuple(general)
 

@@ -1,11 +1,11 @@
-"""How inference engines come to what a layer is, as data: whether they compute what config.json
+"""How inference engines determine a layer's kind, as tables: whether they compute what config.json
 says. Pure.
 
-Some engines do not read what a config says by layer. They take a layer's kind from its number, a
-scale from the number of layers, or give all layers the same kind. What a layer map changes there
-they compute otherwise, in silence. `ENGINES` are the versions that were held, `WAYS` says for each
-engine and model type how it comes to what a layer is, with the line of its source.
-tests/stack/test_engines.py holds rows against the engines; docs/engines.md is made from this page.
+Some engines ignore what a config says about single layers. They derive a layer's kind from its
+number, a scale from the number of layers, or give all layers the same kind. If a layer map changes
+these, they silently compute another model. `ENGINES` has the versions that were checked; `WAYS`
+has, for each engine and model type, how it determines a layer's kind, with the line of its source.
+tests/stack/test_engines.py checks rows against the engines; docs/engines.md is generated from here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dus_cli.maps.rules import Fields, Kinds
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """An engine: its name for `--for`, other names for it, how sentences call it, and the
-    version that was held.
+    """An engine: its name for `--for`, its other names, its title in messages, and the version that
+    was checked.
     """
 
     name: str
@@ -59,13 +59,13 @@ ALL = "all"
 
 
 def parse_engines(texts: Iterable[str]) -> tuple[str, ...]:
-    """The names of engines, as `--for` gives them: repeated, or several with commas between them.
+    """Parse the names of engines as `--for` gives them: repeated, or separated by commas.
 
     >>> parse_engines(["llama.cpp,mlx-lm"])
     ('llama.cpp', 'mlx')
 
     Raises:
-        UsageError: one is no engine that dus knows.
+        UsageError: dus does not know an engine.
     """
     names = {
         spelling: engine.name for engine in ENGINES for spelling in (engine.name, *engine.others)
@@ -85,11 +85,11 @@ def parse_engines(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 class Verdict(str, Enum):
-    """What an engine makes of a config.
+    """Whether an engine computes what a config says.
 
-    `right`: what the config says. `within_window`: that, for texts no longer than the sliding
-    window. `differs`: it loads the model and computes another one. `refuses`: it does not load it.
-    `absent`: it does not know models of this type, the base neither. `unknown`: nobody looked.
+    `right`: yes. `within_window`: yes, for texts no longer than the sliding window. `differs`: it
+    loads the model and computes another one. `refuses`: it does not load it. `absent`: it does not
+    support this model type, nor the base. `unknown`: this was not checked.
     """
 
     right = "right"
@@ -101,12 +101,12 @@ class Verdict(str, Enum):
 
     @property
     def is_wrong(self) -> bool:
-        """Whether the engine cannot be used, however short the text."""
+        """Whether the engine cannot be used, even for short texts."""
         return self in (Verdict.differs, Verdict.refuses)
 
 
-class Told(NamedTuple):
-    """What a config says: the decoder's fields, its depth, and of each layer its kind, by field."""
+class ConfigFacts(NamedTuple):
+    """What a config says: the decoder's fields, its depth, and each layer's kind by field."""
 
     fields: Fields
     num_layers: int
@@ -114,8 +114,8 @@ class Told(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Where an engine departs from a config: to it `fields` repeat every `period` layers, or it
-    does as `why` says.
+    """How an engine departs from a config: it takes `fields` to repeat every `period` layers, or
+    does what `why` says.
     """
 
     verdict: Verdict
@@ -126,25 +126,26 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How an engine comes to what a layer is: `source` is the line that says so, `is_run` that it
-    was seen to do so.
+    """How an engine determines a layer's kind; `str` gives the text for docs/engines.md.
 
-    As text it is what docs/engines.md says of it.
+    Attributes:
+        source: the line of the engine's source.
+        is_run: a test has run the engine and checked it.
     """
 
     source: str
     is_run: bool = True
 
-    def fault(self, told: Told, /) -> Fault | None:
-        """Where the engine departs from what is told; None where it does not."""
+    def fault(self, facts: ConfigFacts, /) -> Fault | None:
+        """How the engine departs from a config; None if it does not."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reads(Way):
-    """It reads what the config says by layer."""
+    """It reads what the config says about each layer."""
 
-    def fault(self, _told: Told, /) -> Fault | None:
+    def fault(self, _facts: ConfigFacts, /) -> Fault | None:
         return None
 
     def __str__(self) -> str:
@@ -155,7 +156,7 @@ class Reads(Way):
 class Absent(Way):
     """It does not know models of this type."""
 
-    def fault(self, _told: Told, /) -> Fault | None:
+    def fault(self, _facts: ConfigFacts, /) -> Fault | None:
         return Fault(Verdict.absent, ("model_type",), why="does not know models of this type")
 
     def __str__(self) -> str:
@@ -164,11 +165,11 @@ class Absent(Way):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Way):
-    """It takes `field` from the layer's number: `kind` where (i + phase) is a multiple of the
+    """It derives `field` from the layer's number i: `kind` if (i + phase) is a multiple of the
     period, else `others`.
 
-    The config may give the period under `key`. With `refuses` the layers of another kind hold other
-    tensors, so that the engine cannot load what it takes for another kind.
+    The config may give the period under `key`. With `refuses`, layers of different kinds hold
+    different tensors, so that the engine cannot load a layer that it takes for another kind.
     """
 
     field: str
@@ -179,19 +180,19 @@ class Counts(Way):
     phase: int = 1
     refuses: bool = False
 
-    def fault(self, told: Told, /) -> Fault | None:
-        period = told.fields.get(self.key) if self.key else None
+    def fault(self, facts: ConfigFacts, /) -> Fault | None:
+        period = facts.fields.get(self.key) if self.key else None
         if period is None:
             period = self.period
         verdict = Verdict.refuses if self.refuses else Verdict.differs
-        said = told.kinds.get(self.field)
+        said = facts.kinds.get(self.field)
         if not said:
             return None
         if type(period) is not int or period < 1:
             return Fault(Verdict.refuses, (self.field,), why=f"takes a number alone for {self.key}")
         counted = [
             self.others if (layer + self.phase) % period else self.kind
-            for layer in range(told.num_layers)
+            for layer in range(facts.num_layers)
         ]
         return None if said == counted else Fault(verdict, (self.field,), period)
 
@@ -207,38 +208,38 @@ class Counts(Way):
 
 @dataclass(frozen=True, kw_only=True)
 class Spells(Way):
-    """It reads a text such as "LLLG" along the depth, over and over, and no list; without it no
-    layer slides.
+    """It repeats a text such as "LLLG" along the depth, and reads no list; without the text, no
+    layer has a sliding window.
     """
 
     key: str = "sliding_window_pattern"
 
-    def fault(self, told: Told, /) -> Fault | None:
-        pattern, said = told.fields.get(self.key), told.kinds.get("layer_types") or []
+    def fault(self, facts: ConfigFacts, /) -> Fault | None:
+        pattern, said = facts.fields.get(self.key), facts.kinds.get("layer_types") or []
         if pattern is not None and (not isinstance(pattern, str) or not pattern):
             return Fault(
                 Verdict.refuses, (self.key,), why=f'takes {self.key} as a text such as "LLLG" alone'
             )
-        if pattern is None or told.fields.get("sliding_window") is None:
+        if pattern is None or facts.fields.get("sliding_window") is None:
             slides = any(kind != "full_attention" for kind in said)
             why = f"reads {self.key} alone, and without it takes every layer for full attention"
             return Fault(Verdict.differs, ("layer_types",), why=why) if slides else None
         names = {"L": "sliding_attention", "G": "full_attention"}
-        spelt = [names.get(pattern[layer % len(pattern)], "") for layer in range(told.num_layers)]
+        spelt = [names.get(pattern[layer % len(pattern)], "") for layer in range(facts.num_layers)]
         return None if said == spelt else Fault(Verdict.differs, ("layer_types",), len(pattern))
 
     def __str__(self) -> str:
         return f'counts: reads the text `{self.key}` ("LLLG") over and over, and not `layer_types`'
 
 
-# Whether what an engine takes from the number of layers is what the config says.
-Depths = Callable[[Told], bool]
+# Whether what an engine derives from the number of layers is what the config says.
+Depths = Callable[[ConfigFacts], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByDepth(Way):
-    """It takes something from the number of layers. `is_right` says for which configs it comes
-    out as it should.
+    """It derives something from the number of layers. `is_right` says for which configs the result
+    is right.
     """
 
     field: str
@@ -246,9 +247,9 @@ class ByDepth(Way):
     is_right: Depths
     refuses: bool = False
 
-    def fault(self, told: Told, /) -> Fault | None:
+    def fault(self, facts: ConfigFacts, /) -> Fault | None:
         verdict = Verdict.refuses if self.refuses else Verdict.differs
-        return None if self.is_right(told) else Fault(verdict, (self.field,), why=self.why)
+        return None if self.is_right(facts) else Fault(verdict, (self.field,), why=self.why)
 
     def __str__(self) -> str:
         return self.why
@@ -256,14 +257,14 @@ class ByDepth(Way):
 
 @dataclass(frozen=True, kw_only=True)
 class OneWindow(Way):
-    """It gives every layer full attention, or with `all_slide` every layer the window: so the
-    base's layers too.
+    """It gives every layer full attention, or with `all_slide` the sliding window, also in the
+    base.
     """
 
     all_slide: bool = False
 
-    def fault(self, told: Told, /) -> Fault | None:
-        fields, said = told.fields, told.kinds.get("layer_types")
+    def fault(self, facts: ConfigFacts, /) -> Fault | None:
+        fields, said = facts.fields, facts.kinds.get("layer_types")
         window = fields.get("sliding_window")
         if not window or fields.get("use_sliding_window") is False:
             return None
@@ -282,7 +283,7 @@ class OneWindow(Way):
         )
 
 
-# --- what takes something from the number of layers -----------------------------------------------
+# --- what depends on the number of layers ---------------------------------------------------------
 
 
 def _number(value: Any) -> float | None:
@@ -297,61 +298,61 @@ def _scale_at(depth: int, head_dim: int, query_pre_attn_scalar: float) -> Depths
     """Gemma's attention scale: 1/√(hidden_size // heads) in a model of `depth` layers, 1/√head_dim
     in any other.
 
-    `head_dim` and `query_pre_attn_scalar` are what the class takes where the file is silent.
+    `head_dim` and `query_pre_attn_scalar` are the class's defaults.
     """
 
-    def is_right(told: Told) -> bool:
-        fields = told.fields
+    def is_right(facts: ConfigFacts) -> bool:
+        fields = facts.fields
         hidden, heads = (
             _number(fields.get("hidden_size")),
             _number(fields.get("num_attention_heads")),
         )
         wanted = _number(fields.get("query_pre_attn_scalar")) or query_pre_attn_scalar
         taken: float = _number(fields.get("head_dim")) or head_dim
-        if told.num_layers == depth:
+        if facts.num_layers == depth:
             if hidden is None or heads is None:
-                return True  # the file leaves its sizes to the class: nothing to go by
+                return True  # the file leaves its sizes to the class: nothing to compare
             taken = hidden // heads
         return math.isclose(taken, wanted)
 
     return is_right
 
 
-def _exaone4(told: Told) -> bool:
-    """With 64 layers it reads the windows; with any other number every layer is full attention,
-    with rotary angles.
+def _exaone4(facts: ConfigFacts) -> bool:
+    """With 64 layers it reads the windows; with any other number every layer has full attention and
+    rotary angles.
     """
-    has_windows = told.fields.get("sliding_window") is not None
-    return has_windows if told.num_layers == 64 else not has_windows
+    has_windows = facts.fields.get("sliding_window") is not None
+    return has_windows if facts.num_layers == 64 else not has_windows
 
 
-def _minicpm3(told: Told) -> bool:
-    value = _number(told.fields.get("scale_depth", 1.4))
+def _minicpm3(facts: ConfigFacts) -> bool:
+    value = _number(facts.fields.get("scale_depth", 1.4))
     return value is not None and math.isclose(value, 1.4)
 
 
-def _is_lite(told: Told) -> bool:
-    vocabulary = told.fields.get("vocab_size")
-    return told.num_layers in (26, 27) or (told.num_layers == 48 and vocabulary == 128_256)
+def _is_lite(facts: ConfigFacts) -> bool:
+    vocabulary = facts.fields.get("vocab_size")
+    return facts.num_layers in (26, 27) or (facts.num_layers == 48 and vocabulary == 128_256)
 
 
-def _lite_as_it_is(told: Told) -> bool:
-    has_no_rank = told.fields.get("q_lora_rank", 1536) is None
-    return has_no_rank == _is_lite(told)
+def _lite_as_it_is(facts: ConfigFacts) -> bool:
+    has_no_rank = facts.fields.get("q_lora_rank", 1536) is None
+    return has_no_rank == _is_lite(facts)
 
 
-def _baichuan(told: Told) -> bool:
-    """Rotary angles with 32 layers (7B), ALiBi with 40 (13B, of 5120 values a token), neither
-    with any other number.
+def _baichuan(facts: ConfigFacts) -> bool:
+    """Rotary angles with 32 layers (7B), ALiBi with 40 (13B, hidden size 5120), neither with any
+    other number.
     """
-    return told.num_layers == (40 if told.fields.get("hidden_size") == 5120 else 32)
+    return facts.num_layers == (40 if facts.fields.get("hidden_size") == 5120 else 32)
 
 
-def _takes_keys_of_two(told: Told) -> bool:
+def _takes_keys_of_two(facts: ConfigFacts) -> bool:
     """Layers that share keys take those of the two before the first of them: where their layer
     slides of the one, else of the other. So these must be the last of their kinds.
     """
-    first, kinds = _first_sharing(told), told.kinds.get("layer_types") or []
+    first, kinds = _first_sharing(facts), facts.kinds.get("layer_types") or []
     before, behind = kinds[:first], set(kinds[first:])
     if not behind:
         return True
@@ -361,15 +362,15 @@ def _takes_keys_of_two(told: Told) -> bool:
     return all(takes.get(kind) == kind for kind in behind)
 
 
-def _first_sharing(told: Told) -> int:
-    shared = told.kinds.get("num_kv_shared_layers") or []
-    return shared.index("shared") if "shared" in shared else told.num_layers
+def _first_sharing(facts: ConfigFacts) -> int:
+    shared = facts.kinds.get("num_kv_shared_layers") or []
+    return shared.index("shared") if "shared" in shared else facts.num_layers
 
 
-def _gemma3n(told: Told) -> bool:
+def _gemma3n(facts: ConfigFacts) -> bool:
     """It has layers from number 20 on take the keys of 18 and 19, whatever the file says."""
-    first = _first_sharing(told)
-    return first == min(20, told.num_layers) and _takes_keys_of_two(told)
+    first = _first_sharing(facts)
+    return first == min(20, facts.num_layers) and _takes_keys_of_two(facts)
 
 
 def _full_every(period: int, source: str, *, key: str | None = None, is_run: bool = True) -> Counts:
@@ -402,7 +403,7 @@ def _chunked_every(period: int, source: str, *, is_run: bool = True) -> Counts:
 
 
 def _experts_every(source: str) -> Counts:
-    """Llama 4's: a layer of another kind holds other tensors."""
+    """Llama 4's experts: layers with and without them hold different tensors."""
     return Counts(
         field="moe_layers",
         period=1,
@@ -659,15 +660,15 @@ WAYS: Mapping[str, Mapping[str, tuple[Way, ...]]] = {
 
 
 def ways(engine: Engine, types: Sequence[str]) -> tuple[Way, ...] | None:
-    """How an engine comes to the layers of a model: by the first of its types in the table, None
-    where none is.
+    """How an engine determines the layers of a model: the row of the first of its types that the
+    table has; None if it has none.
     """
     of_engine = WAYS[engine.name]
     return next((of_engine[name] for name in types if name in of_engine), None)
 
 
 def may_depart(types: Sequence[str]) -> bool:
-    """Whether any engine takes something of this type from numbers: else there is nothing to
+    """Whether any engine derives something from numbers for these types; else there is nothing to
     judge.
     """
     return any(
@@ -678,32 +679,31 @@ def may_depart(types: Sequence[str]) -> bool:
 
 
 class Judgement(NamedTuple):
-    """What an engine makes of a config, and where it departs from it."""
+    """Whether an engine computes what a config says, and how it departs from it."""
 
     engine: Engine
     verdict: Verdict
     faults: tuple[Fault, ...] = ()
 
 
-# The worst of an engine's faults is its verdict.
+# An engine's verdict is that of its worst fault, the first in this order.
 _BY_WEIGHT = (Verdict.absent, Verdict.refuses, Verdict.differs, Verdict.within_window)
 
 
-def judge(told: Told, types: Sequence[str]) -> Iterator[Judgement]:
-    """What each engine makes of a config, by the table alone.
+def judge(facts: ConfigFacts, types: Sequence[str]) -> Iterator[Judgement]:
+    """Judge each engine on a config, by the tables.
 
     Args:
-        told: what the config says.
-        types: the whole model's type and its decoder's: a multimodal model may have a row of its
-            own.
+        facts: what the config says.
+        types: the model's type and its decoder's; a multimodal model may have a row of its own.
     """
     for engine in ENGINES:
         of_type = ways(engine, types)
         if of_type is None:
-            has_kinds = any(len(set(kinds)) > 1 for kinds in told.kinds.values())
+            has_kinds = any(len(set(kinds)) > 1 for kinds in facts.kinds.values())
             yield Judgement(engine, Verdict.unknown if has_kinds else Verdict.right)
             continue
-        faults = tuple(fault for way in of_type if (fault := way.fault(told)) is not None)
+        faults = tuple(fault for way in of_type if (fault := way.fault(facts)) is not None)
         verdicts = {fault.verdict for fault in faults}
         yield Judgement(
             engine, next((v for v in _BY_WEIGHT if v in verdicts), Verdict.right), faults

@@ -1,4 +1,4 @@
-"""Layer maps: which base layer each output layer copies. Pure functions of numbers and names."""
+"""Layer maps: which base layer each output layer copies. Pure."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from itertools import pairwise
 
 from dus_cli.errors import LayerMapError, shown
 
-# A map longer than this is a slip of the keyboard, not a model: the deepest known are near 200
-# layers.
+# A longer map is a typing error: the deepest known models have about 200 layers.
 MAX_OUTPUT_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
 class Seam:
-    """Where two output layers meet that were not neighbours in the base.
+    """A place where two adjacent output layers were not adjacent, in this order, in the base.
 
-    `distance` is how far apart the two layers stood in the base; neighbours have distance 1.
+    `distance` is how far apart the two layers were in the base; adjacent layers have distance 1.
     SOLAR's seam joins layer 23 to layer 8, distance 15 (arXiv:2312.15166, section 2, "layer
     distance").
     """
@@ -34,9 +33,9 @@ class Seam:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """The base layer that each output layer copies, in output order.
+    """The base layer that each output layer copies (`sources`), in output order.
 
-    `trim` is None for a map that was typed with `--layers`, or that is no depthwise scaling.
+    `trim` is None for a map that is not a depthwise scaling, or was typed with `--layers`.
     """
 
     sources: tuple[int, ...]
@@ -66,7 +65,7 @@ class LayerMap:
         starts = [0, *(seam.output_layers[1] for seam in self.seams), len(self.sources)]
         return tuple(range(self.sources[a], self.sources[b - 1] + 1) for a, b in pairwise(starts))
 
-    @cached_property  # asked for once for each tensor
+    @cached_property  # used once per tensor
     def outputs(self) -> tuple[tuple[int, ...], ...]:
         """For every base layer, the output layers that copy it."""
         copies: list[list[int]] = [[] for _ in range(self.num_base_layers)]
@@ -76,18 +75,17 @@ class LayerMap:
 
     @property
     def holds_base(self) -> bool:
-        """Whether the base stands in the output whole and in its order, with other layers
-        between its own or not.
-        """
+        """Whether the output has all base layers in their order, perhaps with others in between."""
         return self._in_order() is not None
 
     @property
     def base_outputs(self) -> tuple[int | None, ...]:
-        """For every base layer the output layer that is its own; any others that copy it are new.
+        """For every base layer, the output layer that counts as the base's own; its other copies
+        are new layers.
 
-        Where the base stands in the output in its order, these are the first layers that make it
-        up: for depth up-scaling the first n − m and the last m. Else each layer's first copy; None
-        for a layer left out.
+        If the output has all base layers in their order, these are the earliest such output layers:
+        for depth up-scaling the first n − m and the last m. Else it is each layer's first copy, or
+        None for a layer that is left out.
 
         >>> stack(4, trim=1).base_outputs
         (0, 1, 2, 5)
@@ -98,8 +96,7 @@ class LayerMap:
 
     @property
     def new_layers(self) -> tuple[int, ...]:
-        """The output layers that are none of the base's own: all that identities or training may
-        change.
+        """The output layers that are not the base's own (`base_outputs`).
 
         >>> stack(4, trim=1).new_layers
         (3, 4)
@@ -107,19 +104,17 @@ class LayerMap:
         return tuple(sorted(set(range(len(self))) - set(self.base_outputs)))
 
     def _in_order(self) -> tuple[int, ...] | None:
-        """The earliest output layers that hold base layers 0, 1, …, n − 1 in this order; None
-        where there are none.
+        """The earliest output layers that copy base layers 0, 1, …, n − 1 in this order; None if
+        there are none.
         """
-        found: list[int] = []
+        outputs: list[int] = []
         for output, base in enumerate(self.sources):
-            if base == len(found):
-                found.append(output)
-        return tuple(found) if len(found) == self.num_base_layers else None
+            if base == len(outputs):
+                outputs.append(output)
+        return tuple(outputs) if len(outputs) == self.num_base_layers else None
 
     def keeps_phase(self, period: int) -> bool:
-        """Whether every output layer keeps its base layer's position in a pattern of this
-        period.
-        """
+        """Whether every output layer keeps its source's position in a pattern of this period."""
         return all(output % period == base % period for output, base in enumerate(self.sources))
 
     def __str__(self) -> str:
@@ -156,8 +151,8 @@ def default_trim(num_layers: int) -> int:
 
 
 def largest_trim(num_layers: int) -> int:
-    """The largest trim whose result is deeper than the base: s > n exactly when m < n / 2, for
-    any copies.
+    """The largest trim whose result is deeper than the base: s > n if and only if m < n / 2, for
+    any number of copies.
     """
     return (num_layers - 1) // 2
 
@@ -166,7 +161,7 @@ def stack(num_layers: int, trim: int | None = None, copies: int = 2) -> LayerMap
     """The depthwise scaling of `num_layers` layers; the default trim is SOLAR's ratio.
 
     Raises:
-        LayerMapError: the result would be no deeper than the base, or absurdly deep.
+        LayerMapError: the result would not be deeper than the base, or would exceed the limit.
     """
     if copies < 2:
         raise LayerMapError(f"--copies {copies} would not deepen the model; use 2 or more")
@@ -174,13 +169,13 @@ def stack(num_layers: int, trim: int | None = None, copies: int = 2) -> LayerMap
         trim = default_trim(num_layers)
     span = largest_trim(num_layers)
     if not 0 <= trim <= span:
-        kept = max(0, copies * num_layers - 2 * (copies - 1) * trim) if trim >= 0 else None
-        what = (
-            f"--trim {trim} would leave {kept} of {num_layers} layers, no deeper than the base"
-            if kept is not None
+        num_left = max(0, copies * num_layers - 2 * (copies - 1) * trim) if trim >= 0 else None
+        problem = (
+            f"--trim {trim} would leave {num_left} of {num_layers} layers, no deeper than the base"
+            if num_left is not None
             else f"--trim {trim} is negative"
         )
-        raise LayerMapError(f"{what}; use {f'0 to {span}' if span else '0'}")
+        raise LayerMapError(f"{problem}; use {f'0 to {span}' if span else '0'}")
     num_output = copies * num_layers - 2 * (copies - 1) * trim
     if num_output > MAX_OUTPUT_LAYERS:
         raise LayerMapError(
@@ -194,9 +189,9 @@ _RANGE = re.compile(r"(?:(\d{1,9})?:(\d{1,9})?|(\d{1,9}))", re.ASCII)
 
 
 def parse_layers(text: str) -> tuple[tuple[int, int | None], ...]:
-    """The grammar of `--layers`: half-open ranges like Python slices, and single layers.
+    """Parse `--layers`: half-open ranges like Python slices, and single layers.
 
-    An omitted end is returned as None: it is the base's depth, which only the checkpoint knows.
+    An omitted end is None: it is the base's depth, which is not known here.
 
     >>> parse_layers("0:24,8:32,5,20:")
     ((0, 24), (8, 32), (5, 6), (20, None))
@@ -221,13 +216,13 @@ def parse_layers(text: str) -> tuple[tuple[int, int | None], ...]:
 
 
 def typed_map(text: str, num_layers: int) -> LayerMap:
-    """The map typed with `--layers`, held against the base's depth. A range may repeat.
+    """The map of `--layers`, for a base of this depth. A range may repeat.
 
     >>> typed_map("0:3,1:", 4).sources
     (0, 1, 2, 1, 2, 3)
 
     Raises:
-        LayerMapError: not of the grammar, an empty range, or a layer that the base does not have.
+        LayerMapError: the text is not of this form, a range is empty, or the base lacks a layer.
     """
     sources: list[int] = []
     for start, end in parse_layers(text):
@@ -248,8 +243,8 @@ def typed_map(text: str, num_layers: int) -> LayerMap:
 
 
 def parse_double(text: str) -> tuple[tuple[int, int], ...]:
-    """The grammar of `--double`: half-open ranges like Python slices, rising, and single layers;
-    both ends are given.
+    """Parse `--double`: half-open ranges like Python slices, and single layers, in ascending order.
+    Both ends must be given.
 
     >>> parse_double("2:29"), parse_double("4,8:10")
     (((2, 29),), ((4, 5), (8, 10)))
@@ -257,29 +252,29 @@ def parse_double(text: str) -> tuple[tuple[int, int], ...]:
     Raises:
         LayerMapError: the text is not of this form.
     """
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for part in text.split(","):
         match = _STRETCH.fullmatch(part.strip())
         start = int(match[1]) if match else 0
         end = int(match[2] or start + 1) if match else 0
-        if end <= start or (found and start < found[-1][1]):
+        if end <= start or (ranges and start < ranges[-1][1]):
             raise LayerMapError(
-                f"--double {shown(text)!r}: {shown(part)!r} is no stretch of layers behind the "
-                "last one; give START:"
+                f"--double {shown(text)!r}: {shown(part)!r} is not a range of layers after the "
+                "previous one; give START:"
                 "END of base layers, half-open like Python slices, for example 2:29"
             )
-        found.append((start, end))
-    return tuple(found)
+        ranges.append((start, end))
+    return tuple(ranges)
 
 
 def doubled_map(text: str, num_layers: int) -> LayerMap:
-    """The base with the layers of these stretches twice, the second right behind the first.
+    """The map of `--double`: each layer in these ranges is followed by its copy.
 
     >>> str(doubled_map("1:3", 4)), doubled_map("1:3", 4).sources
     ('0:2,1:3,2:4', (0, 1, 1, 2, 2, 3))
 
     Raises:
-        LayerMapError: not of the grammar, or a layer that the base does not have.
+        LayerMapError: the text is not of this form, or the base lacks a layer.
     """
     twice: set[int] = set()
     for start, end in parse_double(text):
@@ -294,13 +289,14 @@ def doubled_map(text: str, num_layers: int) -> LayerMap:
     )
 
 
-# Canonical decimal numbers only: "007" or a non-ASCII digit is not how any library writes an index.
+# Canonical decimal numbers only: no library writes an index as "007" or with non-ASCII digits.
 _LAYER_NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,8})(?=\.|\Z)")
 
 
 def number_span(name: str) -> tuple[int, int] | None:
-    """Where in a tensor's name its layer's number stands, as of `split_name`: for loops over very
-    many names.
+    """The start and end of the layer number in a tensor's name; None if it has none.
+
+    It is the same number as in `split_name`, found faster for very many names.
 
     >>> number_span("model.layers.17.mlp.weight")
     (13, 15)
@@ -311,8 +307,8 @@ def number_span(name: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class LayerName:
-    """A tensor's name split at its layer number: prefix + "." + index, and "." + suffix where
-    there is one.
+    """A tensor's name split at its layer number: prefix + "." + index, then "." + suffix unless
+    that is empty.
     """
 
     prefix: str
@@ -320,12 +316,13 @@ class LayerName:
     suffix: str
 
     def at(self, index: int) -> str:
+        """The name of the same tensor in another layer."""
         return f"{self.prefix}.{index}.{self.suffix}" if self.suffix else f"{self.prefix}.{index}"
 
 
 def split_name(name: str) -> LayerName | None:
-    """Split a name at its first number, which is the layer's; later ones (`experts.3`) belong to
-    the suffix.
+    """Split a tensor's name at its first number, the layer's; later ones (`experts.3`) are part of
+    the suffix. None if there is no number.
 
     >>> split_name("model.layers.7.mlp.experts.3.up_proj.weight")
     LayerName(prefix='model.layers', index=7, suffix='mlp.experts.3.up_proj.weight')

@@ -1,7 +1,7 @@
-"""From the base's config to the deeper one's, each layer keeping its kind. Pure: dict to dict.
+"""Turn the base's config into the deeper model's; each layer keeps its source's kind. Pure.
 
-What is not understood is refused by name: a config that is wrong in silence gives a model that
-loads and computes something else.
+A field that dus does not understand is refused by name: with a wrong config, a model would load and
+silently compute something else.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap
 from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, Carrier, NumberedNames, is_a_model
 from dus_cli.maps.rules import Fields, Kept, Kinds, Period, Refused, Rule, follow_list
 
-# Names that speak of single layers. A field named so that stands in no table is refused.
+# Names of fields that may describe single layers. Such a field that is in no table is refused.
 _SUSPICIOUS = re.compile(
     r"pattern|interval|period|freq(uency)?($|_)|every_n|(^|_)(idx|idxs|indices|indexes)($|_)|_index$|layer_index"
     r"|layer_(id|ids|types?|offset)s?($|_)|_layers$|^layers_|_sparse_step$|first_k_|_per_layer($|_)"
 )
 
-# Of the rarer names of the depth those that are nothing else where they say the same as a usual
-# one.
+# The rarer names of the depth that can be nothing else if they have the value of a usual one.
 _SURELY_DEPTH = ("num_transformer_layers", "n_decoder_layers", "nlayers")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The part of config.json that describes the decoder: the whole of it, or its `text_config`.
+    """The part of config.json that describes the decoder: all of it, or its `text_config`.
 
-    `depth_keys` are the fields that hold the depth as a number; where there are none, a list's
-    length does. `wrapper_type` is the `model_type` of the whole.
+    Attributes:
+        model_type: the decoder's type.
+        wrapper_type: the `model_type` of the whole config.json.
+        fields: the decoder's part.
+        depth_keys: the fields that hold the depth as a number; empty if it is a list's length.
+        num_layers: the depth.
+        nested_in: the field that holds the decoder's part; None if it is all of config.json.
+        is_multimodal: the model has encoders beside the decoder.
     """
 
     model_type: str
@@ -46,7 +51,7 @@ class DecoderConfig:
 
     @property
     def is_causal_bert(self) -> bool:
-        """Of the BERT family, but a decoder: its config says so."""
+        """Whether it is a decoder of the BERT family, as its config says."""
         return self.fields.get("is_decoder") is True
 
 
@@ -54,7 +59,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     """Find the decoder's depth in a parsed config.json.
 
     Raises:
-        ConfigError: no depth, several that disagree, or one that is no number of layers.
+        ConfigError: there is no depth, there are several different ones, or it is not a number of
+            layers.
     """
     nested_in = _nested_in(config)
     fields: dict[str, Any] = config[nested_in] if nested_in else config
@@ -64,7 +70,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     if nested_in and not entry.depth_of and not any(key in fields for key in known):
         if not any(config.get(key) is not None for key in arch.DEPTH_KEYS):
             raise ConfigError(
-                f"config.json: {nested_in} does not say how many layers the decoder has (older "
+                f"config.json: {nested_in} does not give the decoder's number of layers (older "
                 "files leave that to the model's class); load and save the base once with a "
                 "current transformers, which writes it"
             )
@@ -88,7 +94,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     keys = _depth_keys(fields, names)
     if not keys:
         raise ConfigError(
-            "config.json does not say how many layers the model has (looked for "
+            "config.json does not give the number of layers (looked for "
             f"{', '.join((*names, *arch.OTHER_DEPTH_KEYS))}, also in text_config); is this a "
             "decoder-only language model?"
         )
@@ -103,9 +109,9 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         if type(depth) is not int or not 1 <= depth <= MAX_OUTPUT_LAYERS:
             raise ConfigError(f"config.json: {key} is {described(depth)}, not a number of layers")
     if len(set(depths.values())) > 1:
-        said = ", ".join(f"{key} {depth}" for key, depth in depths.items())
+        values = ", ".join(f"{key} {depth}" for key, depth in depths.items())
         raise ConfigError(
-            f"config.json gives several depths that disagree ({said}); refusing to guess"
+            f"config.json gives several depths that disagree ({values}); correct the wrong one"
         )
     return DecoderConfig(
         model_type,
@@ -119,8 +125,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
 
 
 def _depth_keys(fields: Fields, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The fields that hold the depth: under its usual names, else under others; those others too
-    that say the same.
+    """The fields that hold the depth: those with a usual name, and rarer ones with the same value;
+    without a usual name, all rarer ones.
     """
     usual = tuple(key for key in names if fields.get(key) is not None)
     others = tuple(
@@ -138,8 +144,8 @@ def _nested_in(config: dict[str, Any]) -> str | None:
 
 
 def _model_type(config: dict[str, Any], nested_in: str | None) -> str:
-    """The decoder's type: of older multimodal files, that do not give it or have no `text_config`,
-    the wrapper's with "_text".
+    """The decoder's type. For older multimodal files that do not give it, or have no `text_config`,
+    it is the wrapper's with "_text".
     """
     outer = str(config.get("model_type") or "")
     inner = config[nested_in].get("model_type") if nested_in else None
@@ -153,8 +159,8 @@ def _model_type(config: dict[str, Any], nested_in: str | None) -> str:
 
 
 def _type_of_class(config: dict[str, Any]) -> str:
-    """For a file without `model_type`: the type whose published code has the class that the file
-    names.
+    """The type for a file without `model_type`: the one whose published code has the class that
+    the file names; "" if there is none.
     """
     named, mapped = config.get("architectures"), config.get("auto_map")
     classes = [
@@ -163,24 +169,27 @@ def _type_of_class(config: dict[str, Any]) -> str:
     ]
     for name in classes:
         base = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model|Config)$", "", str(name).rpartition(".")[2])
-        found = arch.TYPE_OF_CLASS.get(base.replace("_", "").lower())
-        if found is not None:
-            return found
+        model_type = arch.TYPE_OF_CLASS.get(base.replace("_", "").lower())
+        if model_type is not None:
+            return model_type
     return ""
 
 
 @dataclass(frozen=True)
 class DeeperConfig:
-    """The config of the deeper model, key order kept.
+    """The config of the deeper model.
 
-    `kinds` says what the config says of each base layer, a name for each way of saying it: every
-    output layer keeps the kinds of its source. `tells` are these and whatever else followed: all by
-    which the config tells layers apart. `warnings` are for what a person should look at.
+    Attributes:
+        config: with its keys in their order.
+        kinds: by field, the kind of each base layer; every output layer keeps its source's kinds.
+        distinctions: `kinds` and everything else that followed the map: all by which the config
+            distinguishes layers.
+        warnings: what a person should check.
     """
 
     config: dict[str, Any]
     kinds: Kinds
-    tells: Kinds
+    distinctions: Kinds
     warnings: tuple[str, ...]
 
 
@@ -190,18 +199,18 @@ def deepen_config(
     assume: Mapping[str, Assumption] = NO_ASSUMPTIONS,
     names: NumberedNames | None = None,
 ) -> DeeperConfig:
-    """Carry a config to the depth of the map.
+    """Make the config for the depth of the map.
 
     Args:
         config: the parsed config.json.
         layer_map: the map.
-        assume: what a person decided about fields that no rule can carry, by name ("a.b" is b in
-            a).
-        names: the numbered names of the checkpoint's tensors; without them layers are told by the
-            names that decoders usually have.
+        assume: the user's decisions (--assume) about fields that no rule can carry, by name ("a.b"
+            is b in a).
+        names: the numbered names of the checkpoint's tensors; without them, layers are recognised
+            by the usual names.
 
     Raises:
-        ConfigError: a per-layer field that cannot follow the map, or that is not understood.
+        ConfigError: a per-layer field cannot follow the map, or is not understood.
     """
     refuse_types(config)
     decoder = decoder_config(config)
@@ -210,13 +219,13 @@ def deepen_config(
     names = NumberedNames(names.stack, names.others, (*arch.LAYER_STACKS, *names.known))
     _check_assumptions(assume, decoder, config, names)
     carrier = Carrier(layer_map, names, assume)
-    found = _Found(carrier)
+    by_rule = _RuleRun(carrier)
     of_wrapper: dict[str, Any] = {}
     for rule in arch.architecture(decoder.wrapper_type).wrapper:
         of_wrapper |= rule.follow(config, layer_map)
-    changed = found.by_rules(decoder)
+    changed = by_rule.by_rules(decoder)
     for key, value in decoder.fields.items():
-        if key not in found.taken and not (decoder.nested_in is None and key in of_wrapper):
+        if key not in by_rule.taken and not (decoder.nested_in is None and key in of_wrapper):
             changed |= _unknown_field(key, value, carrier)
     changed |= dict.fromkeys(decoder.depth_keys, len(layer_map))
     deeper = decoder.fields | changed
@@ -224,28 +233,26 @@ def deepen_config(
         repeated = {key: len(layer_map) for key in arch.DEPTH_KEYS if config.get(key) is not None}
         deeper = _carried_wrapper(config, decoder, carrier) | {decoder.nested_in: deeper} | repeated
     deeper |= of_wrapper
-    kinds = {name: said for name, said in found.kinds.items() if len(set(said)) > 1}
+    kinds = {name: values for name, values in by_rule.kinds.items() if len(set(values)) > 1}
     return DeeperConfig(
         deeper,
         kinds,
-        found.tells | carrier.tells,
+        by_rule.distinctions | carrier.distinctions,
         (*_about_type(decoder, carrier), *carrier.warnings),
     )
 
 
-class _Found:
-    """What the rules find in a decoder's config. `taken` are the fields that nothing else needs
-    to look at.
-    """
+class _RuleRun:
+    """Applies the rules to a decoder's config. `taken` are the fields that they handle."""
 
     def __init__(self, carrier: Carrier) -> None:
         self.carrier = carrier
         self.kinds: Kinds = {}
-        self.tells: Kinds = {}
+        self.distinctions: Kinds = {}
         self.taken: set[str] = set()
 
     def by_rules(self, decoder: DecoderConfig) -> dict[str, Any]:
-        """The fields that change by the type's own rules and the general ones."""
+        """Apply the type's own rules and the general ones; return the fields that change."""
         changed: dict[str, Any] = {}
         self.taken.update(decoder.depth_keys)
         own = arch.architecture(decoder.model_type).rules
@@ -275,7 +282,7 @@ class _Found:
                 raise
             if not decided:
                 raise ConfigError(
-                    f"{error}; or say --assume {present[0]}=keep to leave it as it is"
+                    f"{error}; or give --assume {present[0]}=keep to leave it as it is"
                 ) from error
             return self._as_decided(rule, fields, decided)
         for key in decided:
@@ -283,18 +290,20 @@ class _Found:
                 f"--assume {shown(key)}: dus knows how this field follows the map; leave it out"
             )
         self.kinds |= kinds
-        self.tells |= kinds
+        self.distinctions |= kinds
         period = rule.period(fields) if isinstance(rule, Period) and not kinds else None
-        if period is not None:  # the map keeps its phase, so whatever the class makes of it
-            self.tells[rule.reads[0]] = [str(layer % period) for layer in range(decoder.num_layers)]
+        if period is not None:  # the map keeps its phase, so the class may use it in any way
+            self.distinctions[rule.reads[0]] = [
+                str(layer % period) for layer in range(decoder.num_layers)
+            ]
         if is_general or decoder.model_type not in arch.KNOWN_TYPES:
-            self.carrier.followed += _speaking(rule, fields, changed, kinds)
+            self.carrier.followed += _per_layer_fields(rule, fields, changed, kinds)
         return changed
 
     def _as_decided(
         self, rule: Rule, fields: Fields, decided: Mapping[str, Assumption]
     ) -> dict[str, Any]:
-        """What a person decided where a general rule cannot carry a field."""
+        """Apply the user's decisions about fields that a general rule cannot carry."""
         changed: dict[str, Any] = {}
         for key, assumption in decided.items():
             self.carrier.note_assumption(key)
@@ -303,50 +312,54 @@ class _Found:
             if not isinstance(rule, Refused) or rule.otherwise is None:
                 raise ConfigError(
                     f"--assume {shown(key)}=map: dus does not know how it would follow the map; "
-                    "=keep is left"
+                    "only =keep is possible"
                 )
             changed |= rule.otherwise.follow(fields, self.carrier.layer_map)
             kinds = rule.otherwise.kinds(fields, self.carrier.layer_map.num_base_layers)
             self.kinds |= kinds
-            self.tells |= kinds
+            self.distinctions |= kinds
         return changed
 
 
-def _speaking(rule: Rule, fields: Fields, changed: dict[str, Any], kinds: Kinds) -> list[str]:
-    """The fields in which a rule found something per layer."""
+def _per_layer_fields(
+    rule: Rule, fields: Fields, changed: dict[str, Any], kinds: Kinds
+) -> list[str]:
+    """The fields in which a rule found per-layer values."""
     if isinstance(rule, Kept):
         return []
-    found = [key for key, value in changed.items() if value != fields.get(key)]
-    found += [key for key, said in kinds.items() if len(set(said)) > 1 and key not in found]
-    if isinstance(rule, Period) and rule.key not in found and (rule.period(fields) or 1) > 1:
-        found.append(rule.key)
-    return found
+    keys = [key for key, value in changed.items() if value != fields.get(key)]
+    keys += [key for key, values in kinds.items() if len(set(values)) > 1 and key not in keys]
+    if isinstance(rule, Period) and rule.key not in keys and (rule.period(fields) or 1) > 1:
+        keys.append(rule.key)
+    return keys
 
 
 def _about_type(decoder: DecoderConfig, carrier: Carrier) -> tuple[str, ...]:
     """The warning about a type in no table."""
     if decoder.model_type in arch.KNOWN_TYPES:
         return ()
-    said = "nothing per-layer was found in its config"
+    finding = "nothing per-layer was found in its config"
     if carrier.followed:
         names = list(dict.fromkeys(carrier.followed))
-        said = (
+        finding = (
             "what its config says per layer followed the map by general rules "
             f"({shown_list(names, 8)})"
         )
     elif any("--assume" in warning for warning in carrier.warnings):
-        said = "what its config says per layer was carried as decided"
+        finding = "what its config says per layer was carried as decided"
     name = f"model type {shown(decoder.model_type)!r}"
-    return (
-        f"{name} is not one dus knows; {said}, but check the result before you spend compute on it",
+    warning = (
+        f"{name} is not one dus knows; {finding}, but check the result before you spend compute on "
+        "it"
     )
+    return (warning,)
 
 
 def _carried_wrapper(
     config: dict[str, Any], decoder: DecoderConfig, carrier: Carrier
 ) -> dict[str, Any]:
-    """What stands around the decoder's config: names and numbers of its layers follow, encoders
-    stay as they are.
+    """The config.json around the decoder's config: names and numbers of layers follow the map,
+    encoders stay as they are.
     """
     read = {key for rule in arch.architecture(decoder.wrapper_type).wrapper for key in rule.reads}
     carried = dict(config)
@@ -363,15 +376,15 @@ def _carried_wrapper(
 
 
 def _is_harmless(key: str) -> bool:
-    """Whether a general rule says that the field is about no single layer."""
+    """Whether a general rule says that the field is not about single layers."""
     return any(key in rule.reads for rule in arch.GENERAL_RULES if isinstance(rule, Kept))
 
 
 def refuse_types(config: dict[str, Any]) -> None:
-    """Nothing, unless the model or its decoder is of a type that no layer map can deepen.
+    """Refuse models of a type that no layer map can deepen.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: the model, or its decoder, has such a type.
     """
     for model_type in (_model_type(config, None), _model_type(config, _nested_in(config))):
         refused = arch.architecture(model_type).refused
@@ -407,8 +420,8 @@ def _check_assumptions(
 
 
 def _is_there(path: str, value: Any) -> bool:
-    """Whether a dotted path leads somewhere; names of modules in it have dots of their own."""
-    if isinstance(value, list):  # places in lists are no part of a path
+    """Whether a dotted path exists in a JSON value; module names in it have dots of their own."""
+    if isinstance(value, list):  # positions in lists are not part of a path
         return any(_is_there(path, entry) for entry in value)
     if not isinstance(value, dict):
         return False
@@ -417,8 +430,11 @@ def _is_there(path: str, value: Any) -> bool:
 
 
 def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
-    """A field that no rule reads: decided by a person, plainly harmless, about single layers, or
-    refused.
+    """Carry a field that no rule reads: by the user's decision, as it is if it is harmless, or by
+    its content.
+
+    Raises:
+        ConfigError: it looks like it describes single layers, and it is not known how.
     """
     if key in carrier.assume:
         return _decided_field(key, value, carrier)
@@ -439,14 +455,14 @@ def _unknown_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
     ):
         raise ConfigError(
             f"config.json: {shown(key)} looks like it describes single layers, and dus does not "
-            f"know how it follows the layer map (value {shown(value)}); say --assume "
+            f"know how it follows the layer map (value {shown(value)}); give --assume "
             f"{shown(key)}=keep, or =map if it has an entry per layer or lists layers' numbers"
         )
     return {} if carried == value else {key: carried}
 
 
 def _decided_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
-    """A field about which a person decided."""
+    """Carry a field by the user's decision (--assume)."""
     if carrier.assume[key] == "keep":
         carrier.note_assumption(key)
         return {}
@@ -458,7 +474,7 @@ def _decided_field(key: str, value: Any, carrier: Carrier) -> dict[str, Any]:
     if len(carrier.followed) > followed or carried != value:
         return {key: carried}
     if isinstance(value, list):
-        follow_list(key, value, carrier.layer_map)  # says how many entries there are, and should be
+        follow_list(key, value, carrier.layer_map)  # raises if the number of entries is wrong
     raise ConfigError(
         f"--assume {shown(key)}=map: its value {shown(value)} is neither a list nor a text with "
         "one entry per layer, and names no layers"

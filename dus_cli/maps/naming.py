@@ -1,8 +1,8 @@
 """Names and numbers of layers anywhere in a JSON value, and how they follow a layer map. Pure.
 
-A quantiser's lists of modules, settings keyed by module or by layer number, a list with an entry
-per layer three levels down: what names base layer i names every output layer that copies it. What
-might name a layer and cannot be told for certain is refused with its path, and a person may decide:
+Examples are a quantiser's lists of modules, settings keyed by module or by layer number, and nested
+lists with an entry per layer. A name of base layer i becomes the names of all output layers that
+copy it. A value that may or may not name a layer is refused with its path, and the user may decide:
 `--assume PATH=keep` or `=map`.
 """
 
@@ -17,73 +17,74 @@ from typing import Any, Literal
 from dus_cli.errors import ConfigError, shown
 from dus_cli.maps.layers import LayerMap, split_name
 
-# What a person may decide about a field that dus does not know: leave it, or let it follow the
-# layer map.
+# The user's decision about a field that dus does not know: keep it, or let it follow the map.
 Assumption = Literal["keep", "map"]
 _ASSUMED = {"keep": "was kept", "map": "followed the map"}
 NO_ASSUMPTIONS: Mapping[str, Assumption] = MappingProxyType({})
 
-# Where a config lists modules for a quantiser: compressed-tensors wrote the second before
-# transformers did, MLX reads the third.
+# The fields with a quantiser's settings: compressed-tensors wrote the second before transformers
+# did, MLX reads the third.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 # Expressions over module names: `re:` (compressed-tensors, torchao), `+:` and `-:` (GPTQModel's
-# `dynamic`), or shell patterns (quark, modelopt). What says "any number" or counts inside a name
-# (w1, w[13]) names no layer.
+# `dynamic`), or shell patterns (quark, modelopt). A part that means "any number", or a number that
+# is part of a name (w1, w[13]), names no layer.
 _EXPRESSION = re.compile(r"^(re|[+-]):|[\\*?\[\](){}+^$|]")
 _ANY_NUMBER = re.compile(r"(\[0-9\]|\\d)([+*]|\{1,\d*\})\??|(?<=[A-Za-z_])(\[[\d-]+\]|\d+)")
 _SINGLE_NUMBER = re.compile(r"\d|\\d")
 _LAYER_EXPRESSION = re.compile(r"(^|[^A-Za-z])(layers?|blocks?|blk|h)[^A-Za-z0-9]{1,6}(\d|\\d)")
 
-# The last part of a module's name before a layer's number, and names that count layers without a
-# dot.
+# The last part of a module's name before a layer's number, and names with a layer's number without
+# a dot.
 _LAYER_WORDS = frozenset("layers layer blocks block blk h".split())
 _UNDOTTED = re.compile(
     r"(?:^|[._/-])(?:layers?|blocks?|blk)[_/\[: -]?(\d{1,6})\]?(?=$|[._/:-])", re.ASCII
 )
-# Parts of names that say that a numbered stack is not the decoder's.
+# Parts of names of numbered stacks that are not the decoder's.
 _OTHER_STACK = re.compile(
     r"vision|visual|(^|[._])vit([._]|$)|image|video|audio|speech|encoder|tower|(^|[._])mtp|draft|eagle|medusa|projector"
     r"|resampler|experts?$"
 )
 
-# Keys under which numbers are layers' numbers, or have an entry for each layer.
+# Keys whose numbers are layer numbers, or whose lists have an entry per layer.
 _OF_LAYERS = re.compile(
     r"(^|_)(layer|layers|layerwise|block|blocks|depths?|idxs?|indices|indexes)(_|$)(?!size|shape)"
 )
-# And those under which they are something else, whatever their count: ids of tokens and labels,
-# sizes of images, sections of rotary embeddings, tiles of a quantiser.
+# Keys whose numbers are something else, however many they are: ids of tokens and labels, sizes of
+# images, sections of rotary embeddings, tiles of a quantiser.
 _NOT_OF_LAYERS = re.compile(
     r"token|vocab|label|lang|(^|_)ids?$|^rope_(scaling|parameters)$|factors?$|section|kernel|stride|dilation|patch"
     r"|pinpoints|image|video|audio|vision|visual|pixel|crop|_mean$|_std$|betas?$|block_(size|shape)|version|multipliers$"
 )
-# Keys under which a number is one layer's, or a pattern along the depth.
+# Keys whose number is one layer's, or a pattern along the depth.
 _ONE_LAYER = re.compile(r"(^|_)(layer|block)(_(id|idx|index|number))?$")
 _PATTERN = re.compile(
     r"every_n|(layer|block)s?_(interval|freq|frequency|period|step|offset)$|pattern$|attention_interval$|sparse_step$"
     r"|^first_k_"
 )
 _END_OF_RANGE = re.compile(r"start|end|first|last|from|to|begin|stop")
-# Texts under these keys are no names of modules.
+# Keys whose texts are not names of modules.
 _NOT_NAMES = re.compile(
     r"path|(^|_)(dir|file|url|version|act|dtype|license|template|type|name)s?$|auto_map|architectures"
 )
 
 _NUMBERS_AS_TEXT = re.compile(r"\d{1,6}(\s*[,;]\s*\d{1,6})+", re.ASCII)
 _RANGE = re.compile(r"\d{1,6}\s*(-|:|\.\.)\s*\d{1,6}", re.ASCII)
-_LONGEST_TEXT = 10_000  # beyond it is a chat template, say
+_LONGEST_TEXT = 10_000  # a longer one is something else, such as a chat template
 
-# The keys from the top of the file down to a value; places in lists are left out.
+# The keys from the top of the file to a value, without positions in lists.
 Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class NumberedNames:
-    """The numbered prefixes of a checkpoint's tensors: the decoder's stack of layers, and all
-    others.
+    """The numbered prefixes of a checkpoint's tensors.
 
-    `known` are the places where decoders keep their layers, for names written before a library
-    renamed its modules.
+    Attributes:
+        stack: the prefix of the decoder's layers; None if not known.
+        others: all other prefixes.
+        known: usual prefixes of decoders' layers, for names from before a library renamed its
+            modules.
     """
 
     stack: str | None
@@ -91,9 +92,7 @@ class NumberedNames:
     known: Collection[str] = ()
 
     def is_layer(self, prefix: str) -> bool | None:
-        """Whether a number after this prefix is that of a decoder layer; None where that is not
-        certain.
-        """
+        """Whether a number after this prefix is that of a decoder layer; None if not certain."""
         if prefix in self.others:
             return False
         if self.stack is not None and _is_same_place(prefix, self.stack):
@@ -109,18 +108,26 @@ class NumberedNames:
 
 
 def _is_same_place(prefix: str, stack: str) -> bool:
-    """Equal, or one is the other seen from a module further out: `layers` and `model.layers`."""
+    """Whether two prefixes are equal, or one is the other within a module: `layers` and
+    `model.layers`.
+    """
     return prefix == stack or stack.endswith(f".{prefix}") or prefix.endswith(f".{stack}")
 
 
 @dataclass
 class Carrier:
-    """Carries JSON values to the layers of a map.
+    """Lets names and numbers of layers in JSON values follow a layer map.
 
-    `file` names what the values stand in, for messages; `of_quantiser` says that all of it is a
-    quantiser's settings. `by_length` lets lists follow that have an entry per layer and no name
-    that speaks of layers. `followed` are the fields in which something followed, `tells` what is
-    said there of each base layer, and `warnings` what a person should look at.
+    Attributes:
+        layer_map: the map.
+        names: the numbered names of the checkpoint.
+        assume: the user's decisions (--assume), by path.
+        file: the file's name in messages.
+        of_quantiser: all of the file is a quantiser's settings.
+        by_length: a list follows the map if it has an entry per layer, whatever its name.
+        followed: the fields in which something followed the map.
+        distinctions: by field, what it says about each base layer.
+        warnings: what a person should check.
     """
 
     layer_map: LayerMap
@@ -130,9 +137,9 @@ class Carrier:
     of_quantiser: bool = False
     by_length: bool = True
     followed: list[str] = field(default_factory=list)
-    tells: dict[str, list[str]] = field(default_factory=dict)
+    distinctions: dict[str, list[str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    # Inside what belongs to one base layer: that layer, and the output layer that it is carried to.
+    # While a value that belongs to one base layer is carried: that layer, and the output layer.
     _own: tuple[int, int] | None = None
 
     @property
@@ -140,10 +147,10 @@ class Carrier:
         return self.layer_map.num_base_layers
 
     def carry(self, path: Path, value: Any) -> Any:
-        """The value at the depth of the map, unchanged where it says nothing about single layers.
+        """The value for the depth of the map; unchanged if it is not about single layers.
 
         Raises:
-            ConfigError: it names layers, or may, in a way that cannot follow for certain.
+            ConfigError: it names layers, or may name some, in a way that cannot follow the map.
         """
         decided = self._decided(path)
         if decided == "keep" or (isinstance(value, dict) and is_a_model(path, value)):
@@ -160,7 +167,7 @@ class Carrier:
         return self.of_quantiser or any(key in QUANTIZATION_KEYS for key in path)
 
     def _decided(self, path: Path) -> Assumption | None:
-        """What a person decided about this path, or about what it stands in."""
+        """The user's decision about this path, or about a value that contains it."""
         name = ".".join(path)
         about = [key for key in self.assume if name == key or name.startswith(f"{key}.")]
         if name in about:
@@ -168,22 +175,22 @@ class Carrier:
         return self.assume[max(about, key=len)] if about else None
 
     def note_assumption(self, name: str) -> None:
-        """Say in the warnings what a person decided."""
+        """Add a warning that the user's decision was applied."""
         warning = f"{self.file}: {shown(name)} {_ASSUMED[self.assume[name]]}, as --assume says"
         if warning not in self.warnings:
             self.warnings.append(warning)
 
-    def refuse(self, path: Path, what: str, *, can_follow: bool = True) -> ConfigError:
-        """The error that names a path, says what it holds, and how a person may decide."""
+    def refuse(self, path: Path, content: str, *, can_follow: bool = True) -> ConfigError:
+        """The error that names a path, its content, and the user's choice of decisions."""
         name = shown(".".join(path))
-        way = (
+        choice = (
             "keep, or =map to let it follow the layers"
             if can_follow
             else "keep to leave it as it is"
         )
         return ConfigError(
-            f"{self.file}: {name} looks like it describes single layers: it {what}; say --assume "
-            f"{name}={way}"
+            f"{self.file}: {name} looks like it describes single layers: it {content}; give "
+            f"--assume {name}={choice}"
         )
 
     # --- mappings ---------------------------------------------------------------------------------
@@ -206,31 +213,29 @@ class Carrier:
             if outputs == [key]:
                 carried[key] = self.carry((*path, key), entry)
                 continue
-            self._say(path, key, shown(entry))
+            self._note_layer(path, key, shown(entry))
             for output in outputs:
                 split, copied = split_name(key), split_name(output)
-                own = (
+                layers = (
                     (split.index, copied.index)
                     if split is not None and copied is not None
                     else None
                 )
-                carried[output] = self._carry_own(own, (*path, key), entry)
+                carried[output] = self._carry_own(layers, (*path, key), entry)
         return carried
 
-    def _carry_own(self, own: tuple[int, int] | None, path: Path, value: Any) -> Any:
-        """What belongs to one base layer, for an output layer that copies it: its own number
-        becomes that one's.
+    def _carry_own(self, layers: tuple[int, int] | None, path: Path, value: Any) -> Any:
+        """Carry a value of one base layer to an output layer that copies it: the base layer's
+        number in it becomes the output layer's. `layers` are the two.
         """
-        outer, self._own = self._own, own
+        outer, self._own = self._own, layers
         try:
             return self.carry(path, value)
         finally:
             self._own = outer
 
     def _sorts_layers(self, value: list[Any]) -> bool:
-        """Whether these are lists of numbers that together hold each layer's number once, from
-        0.
-        """
+        """Whether these are lists of numbers that together hold each layer's number once."""
         if len(value) < 2 or not all(isinstance(entry, list) and entry for entry in value):
             return False
         numbers = [number for entry in value for number in entry]
@@ -239,7 +244,7 @@ class Carrier:
         )
 
     def _are_layers(self, path: Path, numbers: list[int], *, forced: bool) -> bool:
-        """Whether the numbers that are a mapping's keys are those of layers, from 0 or from 1."""
+        """Whether the numeric keys of a mapping are layer numbers, counted from 0 or 1."""
         depth = self._depth
         if _is_of_something_else(path) and not forced:
             return False
@@ -266,7 +271,7 @@ class Carrier:
                 for layer in range(self._depth)
             ],
         )
-        kept = {
+        unnumbered = {
             key: self.carry((*path, key), entry)
             for key, entry in value.items()
             if key not in numbered
@@ -274,7 +279,7 @@ class Carrier:
         outputs = [
             (output, base) for output, base in enumerate(self.layer_map.sources) if base in contents
         ]
-        return kept | {
+        return unnumbered | {
             str(output + first): self._carry_own((base, output), *contents[base])
             for output, base in outputs
         }
@@ -285,8 +290,8 @@ class Carrier:
         if any(isinstance(entry, str) and self._names_a_layer(path, entry) for entry in value):
             return list(self._renamed(path, value, forced=forced))
         if self._has_entry_per_layer(path, value, forced=forced):
-            what = f"is a list with one entry per layer ({self._depth}) and followed the map"
-            self._note(path, what, [str(entry) for entry in value])
+            content = f"is a list with one entry per layer ({self._depth}) and followed the map"
+            self._note(path, content, [str(entry) for entry in value])
             return [
                 self._carry_own((base, output), path, value[base])
                 if isinstance(value[base], dict)
@@ -306,8 +311,8 @@ class Carrier:
         return list(self._renamed(path, value, forced=forced))
 
     def _renamed(self, path: Path, value: list[Any], *, forced: bool) -> Iterator[Any]:
-        """Entry by entry: a name once for each layer that copies its own, anything else carried
-        in its place.
+        """The entries of a list: a name once for each output layer that copies its layer, anything
+        else carried in its place.
         """
         for entry in value:
             if not isinstance(entry, str):
@@ -315,7 +320,7 @@ class Carrier:
                 continue
             outputs = self.output_names(path, entry, forced=forced)
             if outputs != [entry]:
-                self._say(path, entry, "listed")
+                self._note_layer(path, entry, "listed")
             yield from outputs
 
     def _has_entry_per_layer(self, path: Path, value: list[Any], *, forced: bool) -> bool:
@@ -327,12 +332,14 @@ class Carrier:
             return True
         if _is_of_something_else(path):
             return False
-        # a quantiser's tiles are given by two or three numbers
+        # a quantiser's tile sizes are lists of two or three numbers
         shortest = 4 if self._is_of_quantiser(path) else 1
         return _is_of_layers(path[-1:]) or (self.by_length and len(value) > shortest)
 
     def may_number_layers(self, path: Path, value: list[Any]) -> bool:
-        """Distinct numbers within the depth, under a key that speaks of layers."""
+        """Whether a list may hold layer numbers: distinct numbers within the depth, under a key
+        about layers.
+        """
         if (
             not value
             or not all(type(entry) is int for entry in value)
@@ -343,13 +350,13 @@ class Carrier:
         return within and _is_of_layers(path) and not _is_of_something_else(path)
 
     def carry_numbers(self, path: Path, value: Sequence[int]) -> list[int]:
-        """Layers' numbers, counted from 0, or from 1 where one is the depth: the output layers
-        that copy those.
+        """The numbers of the output layers that copy these base layers. Numbers are counted from 1
+        if one of them is the depth, else from 0.
         """
         first = 1 if max(value) == self._depth else 0
         members = {number - first for number in value}
-        told = ["yes" if layer in members else "no" for layer in range(self._depth)]
-        self._note(path, f"lists layers' numbers (from {first}) and followed the map", told)
+        by_layer = ["yes" if layer in members else "no" for layer in range(self._depth)]
+        self._note(path, f"lists layers' numbers (from {first}) and followed the map", by_layer)
         return [
             output + first for output, base in enumerate(self.layer_map.sources) if base in members
         ]
@@ -384,7 +391,8 @@ class Carrier:
                 raise self.refuse(path, f"is {shown(value)!r}, a character for each layer")
             self._note(path, "has a character for each layer and followed the map", list(value))
             return "".join(value[base] for base in self.layer_map.sources)
-        before = [name.strip() for name in value.split(",")]  # auto-round writes names of blocks so
+        # auto-round writes names of blocks with commas
+        before = [name.strip() for name in value.split(",")]
         after = [
             output for name in before for output in self.output_names(path, name, forced=forced)
         ]
@@ -393,7 +401,7 @@ class Carrier:
         if len(before) == 1 and len(after) != 1 and not forced and not self._is_of_quantiser(path):
             raise self.refuse(path, f"is {shown(value)!r}, one layer that the map repeats or drops")
         for name in before:
-            self._say(path, name, "named")
+            self._note_layer(path, name, "named")
         return ",".join(after)
 
     def _names_a_layer(self, path: Path, name: str) -> bool:
@@ -404,12 +412,12 @@ class Carrier:
         )
 
     def output_names(self, path: Path, name: str, *, forced: bool = False) -> list[str]:
-        """A module's name with a layer's number, once for each output layer that copies that layer;
-        any other as it is.
+        """The names in the output for a module's name: one for each output layer that copies its
+        layer. A name without a layer's number stays.
 
         Raises:
-            ConfigError: an expression that names single layers, or a number that may be a layer's
-                and may not.
+            ConfigError: it is an expression that names single layers, or its number may or may not
+                be a layer's.
         """
         split = split_name(name)
         is_layer = self.names.is_layer(split.prefix) if split is not None else False
@@ -418,7 +426,8 @@ class Carrier:
                 return [split.at(split.index - self._depth + len(self.layer_map))]
             if self._own is not None and split.index == self._own[0]:
                 return [split.at(self._own[1])]
-            # "layers.1." does not begin "layers.10."
+            # the dot at the end is kept: without it, "layers.1" would also be the start of
+            # "layers.10"
             end = "." if name.endswith(".") and not split.suffix else ""
             return [split.at(output) + end for output in self.layer_map.outputs[split.index]]
         if self._is_layer_expression(path, name):
@@ -454,25 +463,26 @@ class Carrier:
 
     # --- what was found ---------------------------------------------------------------------------
 
-    def _note(self, path: Path, what: str, told: list[str]) -> None:
+    def _note(self, path: Path, content: str, by_layer: list[str]) -> None:
+        """Record that a field followed the map, and what it says about each base layer."""
         name = ".".join(path)
-        before = self.tells.get(name, [""] * self._depth)
-        self.tells[name] = [f"{old}{new}" for old, new in zip(before, told, strict=True)]
-        warning = f"{self.file}: {shown(name)} {what}"
+        before = self.distinctions.get(name, [""] * self._depth)
+        self.distinctions[name] = [f"{old}{new}" for old, new in zip(before, by_layer, strict=True)]
+        warning = f"{self.file}: {shown(name)} {content}"
         if name not in self.followed:
             self.followed.append(name)
         if warning not in self.warnings:
             self.warnings.append(warning)
 
-    def _say(self, path: Path, name: str, said: str) -> None:
-        """Of one layer, that it is named here, and what is said of it."""
+    def _note_layer(self, path: Path, name: str, content: str) -> None:
+        """Record that a field names one layer, and what it says about it."""
         top = path[0] if path else self.file
         if top not in self.followed:
             self.followed.append(top)
         split = split_name(name)
         if split is not None and split.index < self._depth:
-            told = self.tells.setdefault(f"{top} (names)", [""] * self._depth)
-            told[split.index] += f"{split.suffix}={said};"
+            by_layer = self.distinctions.setdefault(f"{top} (names)", [""] * self._depth)
+            by_layer[split.index] += f"{split.suffix}={content};"
 
 
 def follow_settings(
@@ -482,20 +492,20 @@ def follow_settings(
     file: str,
     assume: Mapping[str, Assumption] = NO_ASSUMPTIONS,
 ) -> dict[str, Any]:
-    """A quantiser's settings from a file beside config.json, with names and numbers of layers at
+    """A quantiser's settings from a file beside config.json, with names and numbers of layers for
     the new depth.
 
     Raises:
-        ConfigError: something in it names layers, or may, in a way that cannot follow; the message
-            names `file`.
+        ConfigError: it names layers, or may name some, in a way that cannot follow the map; the
+            message names `file`.
     """
     carrier = Carrier(layer_map, names, assume, file, of_quantiser=True)
-    found: dict[str, Any] = carrier.carry((), value)
-    return found
+    settings: dict[str, Any] = carrier.carry((), value)
+    return settings
 
 
 def is_a_model(path: Path, value: dict[str, Any]) -> bool:
-    """Whether a mapping describes a model of its own, such as an encoder: its layers are not the
+    """Whether a mapping describes another model, such as an encoder, whose layers are not the
     decoder's.
     """
     if "model_type" in value or "num_hidden_layers" in value:
@@ -513,7 +523,7 @@ def _undotted_layer(name: str) -> re.Match[str] | None:
 
 
 def _is_of_layers(path: Path) -> bool:
-    """Whether a key speaks of layers, of those below the last one that names a single module or
+    """Whether a key is about layers, among those after the last one that names a single module or
     layer.
     """
     below = next(
@@ -532,7 +542,9 @@ def _is_spelled(path: Path) -> bool:
 
 
 def _is_of_something_else(path: Path) -> bool:
-    """The last key that says anything says that its numbers are no layers'."""
+    """Whether a key says that its numbers are not about layers, and no later one says that they
+    are.
+    """
     key = _last(path)
     if _OTHER_STACK.search(key) or ("token" in key and "layer" not in key):
         return True
@@ -542,7 +554,7 @@ def _is_of_something_else(path: Path) -> bool:
 
 
 def _last(path: Path) -> str:
-    """The last key that is no number."""
+    """The last key that is not a number."""
     return next((key for key in reversed(path) if not key.isdecimal()), "")
 
 

@@ -1,4 +1,4 @@
-"""Options about layer maps that several commands have."""
+"""Options about layer maps that several commands share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dus_cli.maps.starts import StartRule
 
 
 def engines_option(help_text: str, panel: str | None = None) -> Option:
-    """`--for` with what it means to a command. Several engines stand behind it with commas, or
-    it is repeated.
+    """The option `--for`, with its help for one command. It takes engines separated by commas, and
+    may be repeated.
     """
     names = tuple(engine.name for engine in ENGINES)
     return Option(
@@ -29,37 +29,37 @@ def engines_option(help_text: str, panel: str | None = None) -> Option:
 
 
 def check_map(text: str) -> str:
-    """A map in the grammar of `--layers`, as it was typed.
+    """Check the form of a map for `--layers`, and return its text.
 
     Raises:
-        LayerMapError: it is not.
+        LayerMapError: the text is not of this form.
     """
     parse_layers(text)
     return text
 
 
 def check_double(text: str) -> str:
-    """Stretches of layers in the grammar of `--double`, as they were typed.
+    """Check the form of ranges for `--double`, and return their text.
 
     Raises:
-        LayerMapError: they are not.
+        LayerMapError: the text is not of this form.
     """
     parse_double(text)
     return text
 
 
 def check_start(text: str) -> str:
-    """A start, as it was typed.
+    """Check a start, and return its text.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no such start.
     """
     StartRule.parse(text)
     return text
 
 
 def parse_assumption(text: str) -> tuple[str, Assumption]:
-    """What `--assume` says of a field of config.json.
+    """Parse `--assume`: the name of a field, and "keep" or "map".
 
     >>> parse_assumption("rope_parameters.factor=keep")
     ('rope_parameters.factor', 'keep')
@@ -76,8 +76,8 @@ def parse_assumption(text: str) -> tuple[str, Assumption]:
 Assume = Annotated[
     tuple[tuple[str, Assumption], ...],
     Option(
-        "Decide what dus cannot tell about a field of config.json (a.b for b in a) or a numbered "
-        "stack of tensors (by its prefix): keep it, or map it as the layers are.",
+        "Decide about a field of config.json (a.b for b in a), or a numbered stack of tensors (by "
+        "its prefix), that dus does not know: keep it, or let it follow the layer map.",
         metavar="FIELD=keep|map",
         panel="Layer map",
         parse=parse_assumption,

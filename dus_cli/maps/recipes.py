@@ -1,5 +1,4 @@
-"""Published layer maps by name, as data: what `--recipe` takes. docs/recipes.md says more about
-each.
+"""Published layer maps by name, for `--recipe`. docs/recipes.md says more about each.
 
 - `solar`: SOLAR 10.7B (arXiv:2312.15166, section 2), m = 8 of 32 layers: 48. A quarter is trimmed
   from each copy.
@@ -14,10 +13,10 @@ each.
 - `kl3m-007`: KL3M-007 500M from KL3M-006 170M (model card of alea-institute/kl3m-007-500m-step0;
   G_stack of arXiv:2405.15319, a growth of 4): all 30 layers four times: 120.
 
-Where a map is one of ratios it is carried to other depths: its bounds are scaled by n / the
-published depth, the start of a slice rounded down and its end up, so that rounding never drops a
-layer. Where the published number is not a ratio that anybody argued for, other depths are refused:
-`--trim` says the same in the open.
+A map whose bounds are ratios of the depth fits other depths too: its bounds are multiplied by n /
+the published depth, the start of a slice rounded down and its end up, so that rounding never drops
+a layer. A map with a number of layers that was not published as a ratio is refused for other
+depths; `--trim` gives the same map explicitly.
 """
 
 from __future__ import annotations
@@ -30,12 +29,16 @@ from dus_cli.errors import LayerMapError
 from dus_cli.maps.layers import LayerMap, largest_trim, source_layers
 
 
-class Recipe(NamedTuple):
+class PublishedMap(NamedTuple):
     """A published map for a base of `num_layers` layers.
 
-    `slices` are half-open ranges of base layers, as published. `scales`: the bounds are ratios of
-    the depth. `every` stands for slices: a copy behind every k-th layer. `identity`: the new layers
-    start as identities.
+    Attributes:
+        source: the publication.
+        num_layers: the depth of the published base.
+        slices: half-open ranges of base layers, as published.
+        scales: the bounds are ratios of the depth.
+        every: in place of slices: each k-th layer is followed by a copy.
+        identity: the new layers start as identities.
     """
 
     source: str
@@ -47,26 +50,26 @@ class Recipe(NamedTuple):
 
     @property
     def smallest(self) -> int:
-        """The depth below which a group, or a step between two bounds, would be less than a
+        """The smallest depth at which every group, and every step between bounds, is at least one
         layer.
         """
         bounds = (bound for part in self.slices for bound in part)
         return self.every or self.num_layers // math.gcd(*bounds)
 
 
-RECIPES: Mapping[str, Recipe] = {
-    "solar": Recipe("SOLAR 10.7B, arXiv:2312.15166", 32, ((0, 24), (8, 32)), scales=True),
-    "yi": Recipe("Yi-9B, arXiv:2403.04652", 32, ((0, 28), (12, 32)), scales=True),
-    "bielik": Recipe("Bielik 11B v2, arXiv:2505.02410", 32, ((0, 25), (7, 32))),
-    "granite-34b-code": Recipe("Granite 34B Code, arXiv:2405.04324", 52, ((0, 44), (8, 52))),
-    "llama-pro": Recipe("LLaMA Pro, arXiv:2401.02415", 32, every=4, identity=True),
-    "llama-3-120b": Recipe(
+RECIPES: Mapping[str, PublishedMap] = {
+    "solar": PublishedMap("SOLAR 10.7B, arXiv:2312.15166", 32, ((0, 24), (8, 32)), scales=True),
+    "yi": PublishedMap("Yi-9B, arXiv:2403.04652", 32, ((0, 28), (12, 32)), scales=True),
+    "bielik": PublishedMap("Bielik 11B v2, arXiv:2505.02410", 32, ((0, 25), (7, 32))),
+    "granite-34b-code": PublishedMap("Granite 34B Code, arXiv:2405.04324", 52, ((0, 44), (8, 52))),
+    "llama-pro": PublishedMap("LLaMA Pro, arXiv:2401.02415", 32, every=4, identity=True),
+    "llama-3-120b": PublishedMap(
         "mlabonne/Meta-Llama-3-120B-Instruct",
         80,
         ((0, 20), (10, 30), (20, 40), (30, 50), (40, 60), (50, 70), (60, 80)),
         scales=True,
     ),
-    "kl3m-007": Recipe("alea-institute/kl3m-007-500m-step0", 30, ((0, 30),) * 4, scales=True),
+    "kl3m-007": PublishedMap("alea-institute/kl3m-007-500m-step0", 30, ((0, 30),) * 4, scales=True),
 }
 
 
@@ -79,11 +82,11 @@ def recipe_map(name: str, num_layers: int) -> LayerMap:
     '0:27,11:30'
 
     Raises:
-        LayerMapError: no such recipe, or it does not fit this depth.
+        LayerMapError: there is no such recipe, or it does not fit this depth.
     """
     recipe = RECIPES.get(name)
     if recipe is None:
-        raise LayerMapError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+        raise LayerMapError(f"there is no recipe {name!r}; use one of {', '.join(RECIPES)}")
     if num_layers != recipe.num_layers and recipe.every is None and not recipe.scales:
         raise LayerMapError(_not_for(name, recipe, num_layers))
     if num_layers < recipe.smallest:
@@ -100,15 +103,13 @@ def recipe_map(name: str, num_layers: int) -> LayerMap:
 
 
 def _with_copies(num_layers: int, every: int) -> tuple[int, ...]:
-    """Each layer, and behind every k-th its copy; what remains after the last whole group has
-    none.
-    """
+    """All layers, each k-th of them followed by its copy."""
     return tuple(
         k for layer in range(num_layers) for k in (layer,) * (2 if (layer + 1) % every == 0 else 1)
     )
 
 
-def _scaled(recipe: Recipe, num_layers: int) -> tuple[int, ...]:
+def _scaled(recipe: PublishedMap, num_layers: int) -> tuple[int, ...]:
     depth = recipe.num_layers
     bounds = [
         (start * num_layers // depth, -(-end * num_layers // depth)) for start, end in recipe.slices
@@ -117,12 +118,12 @@ def _scaled(recipe: Recipe, num_layers: int) -> tuple[int, ...]:
 
 
 def _trim(sources: tuple[int, ...], num_layers: int) -> int | None:
-    """m, where the map is a depthwise scaling."""
+    """The trim m if the map is a depthwise scaling; else None."""
     trim = num_layers - len(sources) // 2
     return trim if trim >= 0 and sources == source_layers(num_layers, trim) else None
 
 
-def _not_for(name: str, recipe: Recipe, num_layers: int) -> str:
+def _not_for(name: str, recipe: PublishedMap, num_layers: int) -> str:
     trim = recipe.num_layers - recipe.slices[0][1]
     advice = (
         f"--trim {trim} is the same cut" if trim <= largest_trim(num_layers) else "choose a --trim"

@@ -1,8 +1,8 @@
-"""How what a config says per layer follows a layer map: one class for each way of saying it.
+"""How per-layer fields of a config follow a layer map: one class for each way of writing them.
 
-`architectures` is the table that says which fields of which model type are said in which way. A
-rule is pure: from the base's fields and the map to the fields that change. `kinds` tells what the
-rule says each base layer to be, for the drawing of the plan.
+The tables in `architectures` say which fields of which model type are written in which way. A rule
+is pure: it maps the base's fields and a layer map to the fields that change. `kinds` gives the kind
+of each base layer by the rule, for the drawing of the plan.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from dus_cli.errors import ConfigError, described, shown
 from dus_cli.maps.layers import LayerMap, largest_trim, source_layers
 
 Fields = Mapping[str, Any]
-# What a rule says of the base's layers: a name, and one kind for each layer.
+# By name (mostly a field's), the kind of each base layer.
 Kinds = dict[str, list[str]]
 
 
 class Rule(Protocol):
-    """Fields that are read together, and how they are carried to another depth."""
+    """Fields that are read together, and how they follow a layer map."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The fields that this rule answers for."""
+        """The fields that this rule handles."""
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
-        """The fields that change, or are to be written out.
+        """The fields that change or are added, with their values for the output.
 
         Raises:
-            ConfigError: the result cannot be expressed, or the config disagrees with itself.
+            ConfigError: the fields cannot express the result, or the config contradicts itself.
         """
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
-        """What is said of each base layer; nothing where all are alike."""
+        """The kind of each base layer; empty if the rule does not tell layers apart."""
 
 
 class _Quiet:
-    """A rule that reads no field of its own and tells no layers apart: a condition on the map."""
+    """A rule that handles no field and tells no layers apart: a condition on the map."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class _Quiet:
 
 @dataclass(frozen=True)
 class _OneField(_Quiet):
-    """A rule about one field, that does nothing where the field is absent, null, empty or false."""
+    """A rule about one field, which does nothing if the field is absent, null, empty or false."""
 
     key: str
 
@@ -72,10 +72,10 @@ class _OneField(_Quiet):
 
 @dataclass(frozen=True)
 class PerLayer(_OneField):
-    """A list with one entry per layer. A number in its place holds for all layers.
+    """A list with one entry per layer. A number in its place is the value of all layers.
 
-    `beyond` names the field that counts entries for layers after the last (multi-token prediction),
-    which stay.
+    `beyond` names the field with the number of entries for layers after the last (multi-token
+    prediction), which stay.
     """
 
     beyond: str | None = None
@@ -100,17 +100,17 @@ class PerLayer(_OneField):
 
 @dataclass(frozen=True)
 class Stretched(_OneField):
-    """A list with one entry per layer, or the first and last of values spaced evenly between
-    (openelm).
+    """A list with one entry per layer, or only the first and last of evenly spaced values, as in
+    openelm.
 
-    Such a pair is written out, rounded as the class rounds, unless its ends are equal or the list
-    `instead`, which the class makes of it, is there.
+    Such a pair is written out as a list, rounded as the class does, unless its ends are equal or
+    the config has the list `instead`, which the class computes from it.
     """
 
     instead: str | None = None
 
     def _spread(self, value: Any, num_layers: int) -> list[Any] | None:
-        """The value of each layer; None where all have the same."""
+        """The value of each layer; None if all have the same."""
         if not isinstance(value, list) or (len(value) == 2 and value[0] == value[1]):
             return None
         if len(value) != 2 or num_layers <= 2:
@@ -128,8 +128,8 @@ class Stretched(_OneField):
         if self.instead:
             raise ConfigError(
                 f"config.json: {self.key} is {shown(value)}, from the first layer to the last, and "
-                f"the list {self.instead} that is made of it is not there; load and save the base "
-                "once with its own code"
+                f"the list {self.instead} that is computed from it is missing; load and save the "
+                "base once with its own code"
             )
         return follow_list(self.key, spread, layer_map)
 
@@ -156,20 +156,20 @@ class Spelled(_OneField):
 
 @dataclass(frozen=True)
 class IndexSet(_OneField):
-    """A list of layer numbers, counted from `first`: becomes the output layers whose source is in
-    it.
+    """A list of layer numbers, counted from `first`: it becomes the numbers of the output layers
+    whose source is in it.
 
-    A text with commas between the numbers stays one (step3's "4,5,6").
+    A text of numbers with commas stays a text (step3's "4,5,6").
     """
 
     first: int = 0
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         members = self._members(value, layer_map.num_base_layers)
-        found = [
+        outputs = [
             output + self.first for output, base in enumerate(layer_map.sources) if base in members
         ]
-        return ",".join(map(str, found)) if isinstance(value, str) else found
+        return ",".join(map(str, outputs)) if isinstance(value, str) else outputs
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         value = fields.get(self.key)
@@ -191,23 +191,24 @@ class IndexSet(_OneField):
         members = {index - self.first for index in value}
         if not all(0 <= index < num_layers for index in members):
             raise ConfigError(
-                f"config.json: {self.key} names a layer beyond the {num_layers} that there are"
+                f"config.json: {self.key} names a layer beyond the model's {num_layers}"
             )
         return members
 
 
 @dataclass(frozen=True)
 class ByLayer(_OneField):
-    """A mapping from layer numbers (as text, JSON has no others) to settings."""
+    """A mapping from layer numbers, as text, to settings."""
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"config.json: {self.key} is {shown(value)}, not a mapping")
         if not all(str(key).isdecimal() for key in value):
-            return value  # by kind of layer, which follows with the kinds
+            return value  # the keys are kinds of layers, which do not change
         if not all(int(key) < layer_map.num_base_layers for key in value):
             raise ConfigError(
-                f"config.json: {self.key} names a layer beyond the {layer_map.num_base_layers}"
+                f"config.json: {self.key} names a layer beyond the model's "
+                f"{layer_map.num_base_layers}"
             )
         return {
             str(output): value[str(base)]
@@ -227,8 +228,8 @@ class Groups(_OneField):
             kinds = []
         if len(kinds) != num_layers:
             raise ConfigError(
-                f"config.json: {self.key} spells out {len(kinds)} layers of {num_layers}; "
-                "the config disagrees with itself"
+                f"config.json: {self.key} describes {len(kinds)} layers of {num_layers}; "
+                "the config contradicts itself"
             )
         return kinds
 
@@ -243,9 +244,7 @@ class Groups(_OneField):
 
 @dataclass(frozen=True)
 class Cycle(_OneField):
-    """A list that is read cyclically along the depth (recurrent_gemma): all entries are written
-    out.
-    """
+    """A list that is repeated along the depth (recurrent_gemma): it becomes one entry per layer."""
 
     default: tuple[str, ...] = ()
 
@@ -265,12 +264,12 @@ class Cycle(_OneField):
 
 @dataclass(frozen=True)
 class Period(_OneField):
-    """A pattern that repeats along the depth, and has to stay in phase; a list in its place follows
-    the map.
+    """A pattern that repeats along the depth: the map must keep its phase. A list in its place
+    follows the map.
 
-    It is inert where the list `instead` is there, or the switch `only_if` says no. `default` is
-    what the class takes where the file is silent; with it, `phase` draws the pattern: the layers
-    where (i + phase) is a multiple of the period.
+    The field has no effect if the config has the list `instead`, or if the switch `only_if` is
+    false. `default` is the class's default; with it, the pattern is drawn: layers i where
+    (i + phase) is a multiple of the period.
     """
 
     instead: str | None = None
@@ -303,7 +302,7 @@ class Period(_OneField):
         }
 
     def period(self, fields: Fields) -> int | None:
-        """The period of the pattern; None where there is none, or nothing reads it."""
+        """The period of the pattern; None if there is none, or if the model does not read it."""
         if self.only_if is not None and fields.get(self.only_if) is False:
             return None
         value = fields.get(self.key)
@@ -315,11 +314,10 @@ class Period(_OneField):
 
 @dataclass(frozen=True)
 class Threshold(_OneField):
-    """The first k layers are of another kind than the rest. Inert where the list `instead` is
-    there.
+    """A number k: the first k layers are of another kind than the rest.
 
-    `default` is what the class takes where the file is silent; `only_if` is a switch without which
-    transformers does not look at the field.
+    The field has no effect if the config has the list `instead`, or if the switch `only_if` is off.
+    `default` is the class's default.
     """
 
     default: int = 0
@@ -336,7 +334,7 @@ class Threshold(_OneField):
             raise ConfigError(
                 f"config.json: {self.key} is {count}: the first {count} layers are of another kind "
                 "than the rest, and this map repeats some of them further up, which the field "
-                f"cannot say; use a trim of {count} or more"
+                f"cannot express; use a trim of {count} or more"
             )
         if all(below):
             moved = max(count, moved)
@@ -368,11 +366,11 @@ Derivation = Callable[[Fields, int], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Derived:
-    """A per-layer list that the class makes up from the layers' numbers where the file lacks it.
+    """A per-layer list that the class derives from the layers' numbers if the file lacks it.
 
-    `of` does as the class does (its configuration_*.py, __post_init__). The list is written out
-    where the class would make up another one at the new depth. The fields that `of` reads
-    (`from_fields`) say nothing once the list is there, and stay.
+    `of` derives it as the class does (its configuration_*.py, __post_init__). The list is written
+    to the output if the class would derive another one at the new depth. The fields that `of` reads
+    (`from_fields`) have no effect then, and stay.
     """
 
     key: str
@@ -388,7 +386,9 @@ class Derived:
         return IndexSet(self.key) if self.is_index_set else PerLayer(self.key)
 
     def _is_listed(self, fields: Fields) -> bool:
-        """An empty set says something; an empty list does not (llama4's no_rope_layers)."""
+        """Whether the file has the list. An empty set of numbers is one; an empty list counts as
+        missing (llama4's no_rope_layers).
+        """
         value = fields.get(self.key)
         return value is not None if self.is_index_set else bool(value)
 
@@ -406,8 +406,8 @@ class Derived:
             if self.is_index_set:
                 return changed
             raise ConfigError(
-                f"config.json lacks {self.key}, and what the model's class makes of its place is "
-                "not known; "
+                f"config.json lacks {self.key}, and dus does not know what the model's class "
+                "derives instead; "
                 "load and save the base once with a current transformers, which writes it"
             )
         wanted = self._list_rule().follow({self.key: base}, layer_map)
@@ -423,8 +423,8 @@ class Derived:
 
 @dataclass(frozen=True)
 class SparseStep:
-    """Experts in every p-th layer that is not among `dense` (qwen3_moe): a step out of phase
-    becomes 1, with every dense layer listed.
+    """Experts in every p-th layer that is not listed in `dense` (qwen3_moe). If the map puts the
+    step out of phase, it becomes 1, and every dense layer is listed.
     """
 
     step: str = "decoder_sparse_step"
@@ -466,8 +466,8 @@ class SparseStep:
 
 @dataclass(frozen=True)
 class PeriodAndOffset:
-    """Layer i is of another kind where i % period == offset (jamba): another pair is sought
-    where the map shifts.
+    """Layer i is of another kind if i % period == offset (jamba). If the map shifts these layers,
+    another period and offset are searched.
     """
 
     period: str
@@ -495,7 +495,7 @@ class PeriodAndOffset:
         wanted = [base % period == offset for base in layer_map.sources]
         places = [layer for layer, is_it in enumerate(wanted) if is_it]
         candidates = [(period, offset)]
-        if places:  # the first two places say what no other pair could
+        if places:  # the first two places determine the only other pair that can fit
             first = places[0]
             step = places[1] - first if len(places) > 1 else max(first + 1, len(wanted) - first)
             candidates += [(step, first)] if first < step else []
@@ -508,8 +508,8 @@ class PeriodAndOffset:
         return [layer % pair[0] == pair[1] for layer in range(num_layers)]
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
-        found = self._fitting(fields, layer_map)
-        if found is None:
+        values = self._fitting(fields, layer_map)
+        if values is None:
             period, _ = self._pair(fields)
             would = trims_that_would(
                 layer_map, lambda other: self._fitting(fields, other) is not None
@@ -518,7 +518,7 @@ class PeriodAndOffset:
                 f"config.json: {self.period} is {period}, a pattern along the depth that this "
                 f"layer map puts out of step{would}"
             )
-        return {} if found == self._pair(fields) else dict(zip(self.reads, found, strict=True))
+        return {} if values == self._pair(fields) else dict(zip(self.reads, values, strict=True))
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
         pattern = self._pattern(self._pair(fields), num_layers)
@@ -527,8 +527,8 @@ class PeriodAndOffset:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Experts in every p-th layer from a first to a last one (ernie4_5_moe): the stretch moves,
-    its period must fit.
+    """Experts in every p-th layer from a first to a last one (ernie4_5_moe): the ends move, and the
+    period must fit.
     """
 
     start: str = "moe_layer_start_index"
@@ -570,18 +570,18 @@ class Stretch:
         )
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
-        found = self._fitting(fields, layer_map)
-        if found is None:
+        values = self._fitting(fields, layer_map)
+        if values is None:
             would = trims_that_would(
                 layer_map, lambda other: self._fitting(fields, other) is not None
             )
             raise ConfigError(
                 f"config.json: {', '.join(self.reads)} say which layers hold experts, and cannot "
-                f"say it for this layer map{would}"
+                f"express that for this layer map{would}"
             )
         before = self._values(fields)
         return {
-            key: new for key, new, old in zip(self.reads, found, before, strict=True) if new != old
+            key: new for key, new, old in zip(self.reads, values, before, strict=True) if new != old
         }
 
     def kinds(self, fields: Fields, num_layers: int) -> Kinds:
@@ -608,8 +608,8 @@ class Inside(_OneField):
 class DepthScaled(_OneField):
     """A residual scale that the model divides by the square root of its depth (minicpm, minicpm3).
 
-    The scale itself is what the weights were trained with, so the field grows by √(s/n). Null means
-    √depth, a scale of one at any depth.
+    The weights were trained with the quotient, so the field is multiplied by √(s/n), for s output
+    and n base layers. Null means √depth, a quotient of one at any depth.
     """
 
     default: float | None = 1.0
@@ -624,9 +624,9 @@ class DepthScaled(_OneField):
 
 
 @dataclass(frozen=True)
-class Counts(_OneField):
-    """A number that is `times` the depth; where it is another number, an error, or of something
-    else (`may_differ`).
+class MultipleOfDepth(_OneField):
+    """A number that is `times` the depth. Any other number is an error, or, with `may_differ`, is
+    about something else and stays.
     """
 
     times: int = 1
@@ -639,13 +639,13 @@ class Counts(_OneField):
             return value
         raise ConfigError(
             f"config.json: {self.key} is {shown(value)}, not {self.times} × "
-            f"{layer_map.num_base_layers} layers; the config disagrees with itself"
+            f"{layer_map.num_base_layers} layers; the config contradicts itself"
         )
 
 
 @dataclass(frozen=True)
 class LastLayerIs(_Quiet):
-    """The class forces the last layer to a kind: a map that ends in another one cannot be said."""
+    """The class forces the last layer to a kind, so the map must not end in a layer of another."""
 
     key: str
     kind: str
@@ -664,7 +664,7 @@ class LastLayerIs(_Quiet):
 
 @dataclass(frozen=True)
 class Unlike(_Quiet):
-    """The base's first (0) or last (-1) layer is built unlike the others, by its place."""
+    """The class builds the first (0) or last (-1) layer differently from the others."""
 
     layer: int
     why: str
@@ -674,8 +674,8 @@ class Unlike(_Quiet):
         if layer_map.outputs[unlike] != (self.layer % len(layer_map),):
             place = "first" if self.layer == 0 else "last"
             raise ConfigError(
-                f"layer {unlike} is unlike the others ({self.why}), so it can only stand {place}, "
-                "and once"
+                f"layer {unlike} is unlike the others ({self.why}), so it must stay the {place} "
+                "layer, and occur once"
                 f"{trims_that_would(layer_map, lambda other: len(other.outputs[unlike]) == 1)}"
             )
         return {}
@@ -683,11 +683,10 @@ class Unlike(_Quiet):
 
 @dataclass(frozen=True)
 class FirstStay(_Quiet):
-    """The model does something after each of its first k layers, found by number: they stay first,
-    and stand once.
+    """The model does something after each of its first k layers, by their numbers: they must stay
+    the first, and occur once.
 
-    k is the length of the list at `path` in the whole config.json, `default` where the file is
-    silent.
+    k is the length of the list at `path` in the whole config.json; `default` without it.
     """
 
     path: tuple[str, str]
@@ -703,7 +702,7 @@ class FirstStay(_Quiet):
         if not self._stay(count, layer_map):
             raise ConfigError(
                 f"config.json: {outer}.{key} has {count} entries: layers 0 to {count - 1} are "
-                f"known by their numbers ({self.why}), so they can only stand there, and "
+                f"known by their numbers ({self.why}), so they must keep these, and occur "
                 f"once{trims_that_would(layer_map, lambda other: self._stay(count, other))}"
             )
         return {}
@@ -715,8 +714,8 @@ class FirstStay(_Quiet):
 
 @dataclass(frozen=True)
 class Places(_OneField):
-    """A list of layers at which the model does something once each: they may move, and not be
-    repeated or dropped.
+    """A list of layers at which the model does something once: they may move, but not be repeated
+    or dropped.
 
     With `in_pairs` it is a list of [something, layer] (granite4_vision).
     """
@@ -762,8 +761,8 @@ class Places(_OneField):
 
 @dataclass(frozen=True)
 class OwnSource(_OneField):
-    """For each layer the number of the one whose keys and values it takes (mistral_large4): its
-    own, or refused.
+    """For each layer, the number of the layer whose keys and values it uses (mistral_large4). It
+    must be its own.
     """
 
     def carry(self, value: Any, fields: Fields, layer_map: LayerMap) -> Any:
@@ -856,14 +855,16 @@ class SharedKeys:
 
 @dataclass(frozen=True)
 class Refused(_OneField):
-    """A field that cannot follow a map, whatever the map, unless it is off (absent, null, false,
-    0, empty).
+    """A field that no map can carry, unless it is off (absent, null, false, 0 or empty).
+
+    Attributes:
+        why: the reason, in messages.
+        default: the class's default if the file lacks the field; refused too unless it is falsy.
+        otherwise: how it follows the map if the user says so (--assume FIELD=map).
     """
 
     why: str
-    # What the class takes where the file is silent: refused too unless falsy.
     default: Any = None
-    # How it follows where a person says that it does (--assume FIELD=map).
     otherwise: Rule | None = None
 
     def follow(self, fields: Fields, layer_map: LayerMap) -> dict[str, Any]:
@@ -890,21 +891,21 @@ def follow_list(key: str, values: Sequence[Any], layer_map: LayerMap) -> list[An
     """The entry of each output layer's source.
 
     Raises:
-        ConfigError: the list is not as long as the base is deep.
+        ConfigError: the list does not have one entry per base layer.
     """
     if len(values) != layer_map.num_base_layers:
         raise ConfigError(
             f"config.json: {shown(key)} has {len(values)} entries for {layer_map.num_base_layers} "
-            "layers; the config disagrees with itself"
+            "layers; the config contradicts itself"
         )
     return [values[base] for base in layer_map.sources]
 
 
 def check_period(key: str, value: Any) -> int:
-    """The period.
+    """Check that a field holds a period, a number of layers, and return it.
 
     Raises:
-        ConfigError: not a number of layers.
+        ConfigError: it does not.
     """
     if type(value) is not int or value < 1:
         raise ConfigError(f"config.json: {key} is {described(value)}, not a number of layers")
@@ -912,7 +913,7 @@ def check_period(key: str, value: Any) -> int:
 
 
 def trims_that_would(layer_map: LayerMap, fits: Callable[[LayerMap], bool]) -> str:
-    """The end of a refusal: the trims with which the field could be kept.
+    """The end of an error: the trims with which the field could be kept.
 
     >>> trims_that_would(LayerMap(source_layers(32, 7), 32), lambda other: other.keeps_phase(6))
     '; --trim 1 or 4 or 7 or 10 or 13 would keep it'

@@ -7,8 +7,8 @@ from typing import Any
 
 from dus_cli.errors import ConfigError, described
 
-# The fields of config.json that give the number of positions a decoder knows, the usual one first:
-# then GPT-2's, GPT's and CTRL's, MPT's, DBRX's, ChatGLM's and BLOOM's, RWKV's.
+# The fields of config.json with a decoder's context length: the usual one, then GPT-2's, GPT's and
+# CTRL's, MPT's, DBRX's, ChatGLM's and BLOOM's, RWKV's.
 _CONTEXT_LENGTHS = (
     "max_position_embeddings",
     "n_positions",
@@ -19,15 +19,14 @@ _CONTEXT_LENGTHS = (
     "context_length",
 )
 
-# Tokens per parameter at which pretraining spends its compute best (Chinchilla, arXiv:2203.15556,
-# table 3).
+# The compute-optimal number of tokens per parameter (Chinchilla, arXiv:2203.15556, table 3).
 TOKENS_PER_PARAMETER = 20
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What FLOPs and memory depend on. `num_matmul_parameters` excludes the embedding that is
-    only looked up.
+    """The numbers that FLOPs and memory depend on. `num_matmul_parameters` excludes an embedding
+    that is only looked up; `attention_size` is the width of attention over all heads.
     """
 
     num_parameters: int
@@ -39,8 +38,7 @@ class Shape:
 
 
 def context_length(fields: dict[str, Any]) -> int | None:
-    """How many positions a decoder knows, in tokens; None where its fields of config.json do not
-    say.
+    """A decoder's context length in tokens; None if its fields of config.json do not give it.
 
     >>> context_length({"model_type": "mpt", "max_seq_len": 2048})
     2048
@@ -50,32 +48,32 @@ def context_length(fields: dict[str, Any]) -> int | None:
 
 
 def vocab_size(config: dict[str, Any], fields: dict[str, Any] | None = None) -> int | None:
-    """How many words a model's embedding has; None where config.json does not say.
+    """The number of tokens in a model's vocabulary; None if config.json does not give it.
 
     Args:
         config: the whole config.json.
-        fields: the decoder's part of it, which is asked first.
+        fields: the decoder's part of it, which takes precedence.
 
     Raises:
-        ConfigError: what stands there is no number of words.
+        ConfigError: the field does not hold a number of tokens.
     """
-    said = (fields or {}).get("vocab_size")
-    said = config.get("vocab_size") if said is None else said
-    if said is None:
+    size = (fields or {}).get("vocab_size")
+    size = config.get("vocab_size") if size is None else size
+    if size is None:
         return None
-    if type(said) is not int or said < 1:
-        raise ConfigError(f"config.json: vocab_size is {described(said)}, not a number of tokens")
-    return said
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"config.json: vocab_size is {described(size)}, not a number of tokens")
+    return size
 
 
 def shape_of(config: dict[str, Any], num_parameters: int, num_layers: int) -> Shape:
-    """The shape of a decoder, from its config's fields (the text part of it)."""
+    """The shape of a decoder. `config` is the decoder's part of config.json."""
     hidden = int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0)
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 0)
     head_size = int(config.get("head_dim") or (hidden // heads if heads else 0))
     vocab = vocab_size(config) or 0
-    # Tied weights stand once in num_parameters and are multiplied once, as the head; untied ones
-    # stand twice.
+    # num_parameters counts tied embeddings once, and they are multiplied once, as the head; it
+    # counts untied ones twice, and one of them is only looked up.
     looked_up = 0 if config.get("tie_word_embeddings") else vocab * hidden
     return Shape(
         num_parameters, num_parameters - looked_up, num_layers, hidden, heads * head_size, vocab
@@ -86,9 +84,9 @@ def flops_per_token(shape: Shape, seq_length: int) -> float:
     """FLOPs of forward and backward for one token: 6 · N + 12 · L · A · T (PaLM, arXiv:2204.02311,
     appendix B).
 
-    N are the parameters that are multiplied, L layers, A the width of attention over all heads, T
-    the sequence length. As in the paper the causal half is not subtracted and recomputation is not
-    counted.
+    N is the number of parameters that are multiplied, L of layers, A the width of attention over
+    all heads, T the sequence length. As in the paper, the causal half is not subtracted and
+    recomputation is not counted.
     """
     return (
         6.0 * shape.num_matmul_parameters
@@ -97,7 +95,7 @@ def flops_per_token(shape: Shape, seq_length: int) -> float:
 
 
 def pretraining_flops(shape: Shape, seq_length: int) -> float:
-    """FLOPs of pretraining a model of this shape on 20 tokens a parameter (Chinchilla,
+    """FLOPs of pretraining a model of this shape on 20 tokens per parameter (Chinchilla,
     arXiv:2203.15556).
     """
     return TOKENS_PER_PARAMETER * shape.num_parameters * flops_per_token(shape, seq_length)

@@ -1,5 +1,5 @@
-"""Find the decoder's layers among a checkpoint's tensor names, and account for every other
-number.
+"""Find the decoder's layers among a checkpoint's tensor names, and account for all other numbered
+names.
 """
 
 from __future__ import annotations
@@ -15,26 +15,30 @@ from dus_cli.maps.layers import LayerMap, number_span, split_name
 from dus_cli.maps.model_config import DecoderConfig
 from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, NumberedNames
 
-# Parts of a prefix by which a stack is of another tower than the language model's, whatever its
-# depth.
+# Parts of a prefix that show that a stack is not the language model's, whatever its depth.
 _OTHER_TOWER = re.compile(
     r"vision|visual|image|img|audio|speech|video|(^|[._])(vit|vpm|apm|clip|siglip|encoder|resampler|perceiver|projector"
     r"|connector|draft|medusa|eagle)([._]|$)|encoder\.|projector|resampler"
 )
 
-# Tensors of a head that gives logits: an encoder's stack alone has none.
+# Names of a head that gives logits, which a pure encoder does not have.
 _HEADS = frozenset(["lm_head", "output_layer", "embed_out"])
 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """Where the decoder's layers stand: tensors `prefix.0.…` to `prefix.n-1.…`.
+    """The names of the decoder's layers: tensors `prefix.0.…` to `prefix.n-1.…`.
 
-    `num_extra` counts multi-token-prediction layers numbered n and beyond (deepseek_v3). `beside`
-    are other prefixes that hold a tensor for each layer from some layer on, which is number 0 there
-    (inkling2). `tables` are tensors outside the layers with a block for each of them, and the axis
-    along which the blocks lie; each is `table_width` long (gemma3n). `others` are all numbered
-    prefixes but the layers'.
+    Attributes:
+        prefix: the layers' prefix.
+        num_layers: n.
+        num_extra: number of multi-token-prediction layers, numbered from n (deepseek_v3).
+        beside: other prefixes with a tensor for each layer, from some layer on, which has number 0
+            there; that layer (inkling2).
+        others: all numbered prefixes but the layers'.
+        tables: tensors outside the layers with a block for each layer, and the axis of the blocks
+            (gemma3n).
+        table_width: the length of a block.
     """
 
     prefix: str
@@ -47,22 +51,18 @@ class LayerStack:
 
     @property
     def names(self) -> NumberedNames:
-        """The numbered names, for what a config says by them."""
+        """The numbered prefixes, for names in a config."""
         return NumberedNames(self.prefix, self.others)
 
     def output_names(self, name: str, layer_map: LayerMap) -> tuple[str, ...]:
-        """The names under which a base tensor stands in the output: none where the map drops its
-        layer.
-        """
+        """The names of a base tensor's copies in the output; none if the map drops its layer."""
         split = split_name(name)
         if split is None:
             return (name,)
         return tuple(map(split.at, self.output_numbers(split.prefix, split.index, layer_map)))
 
     def output_numbers(self, prefix: str, index: int, layer_map: LayerMap) -> tuple[int, ...]:
-        """The numbers that a base tensor has in the output instead of `index`, which stands
-        behind `prefix`.
-        """
+        """The numbers of a base tensor's copies in the output, instead of `index`."""
         if prefix == self.prefix:
             if index < self.num_layers:
                 return layer_map.outputs[index]
@@ -74,14 +74,14 @@ class LayerStack:
 
 
 def _numbered(names: Iterable[str]) -> dict[str, set[int]]:
-    """The numbers behind each prefix of tensor names that have one."""
-    found: dict[str, set[int]] = defaultdict(set)
+    """The numbers after each prefix, for tensor names that have one."""
+    numbers: dict[str, set[int]] = defaultdict(set)
     for name in names:
         span = number_span(name)
         if span is not None:
             start, end = span
-            found[name[: start - 1]].add(int(name[start:end]))
-    return found
+            numbers[name[: start - 1]].add(int(name[start:end]))
+    return numbers
 
 
 def find_stack(
@@ -90,17 +90,20 @@ def find_stack(
     assume: Mapping[str, Assumption] = NO_ASSUMPTIONS,
     recorded: str | None = None,
 ) -> tuple[LayerStack, tuple[str, ...]]:
-    """The decoder's layer stack, and warnings.
+    """Find the decoder's layer stack.
 
     Args:
-        names: of all tensors.
-        decoder: what config.json says.
-        assume: other numbered stacks that are kept, or that follow the map, by prefix.
-        recorded: the stack's prefix, where it is known: then no other stack is doubted.
+        names: the names of all tensors.
+        decoder: the decoder's config.
+        assume: the user's decisions (--assume) about other numbered stacks, by prefix.
+        recorded: the layers' prefix, if it is known; then other stacks are not checked.
+
+    Returns:
+        The stack, and warnings.
 
     Raises:
-        CheckpointError: no stack of the config's depth, layers missing or beyond the depth, layers
-            that hold no tensor, or a second stack that dus does not understand.
+        CheckpointError: there is no stack of the config's depth, or several; layers are missing or
+            beyond the depth; or another stack may or may not be per layer.
     """
     names = tuple(names)
     indices = _numbered(names)
@@ -108,15 +111,15 @@ def find_stack(
     prefix, warnings = recorded or "", list[str]()
     if prefix not in indices:
         prefix, warnings = _choose(indices, names, decoder, assume)
-    found = indices[prefix]
-    missing = sorted(set(range(depth)) - found)
+    numbers = indices[prefix]
+    missing = sorted(set(range(depth)) - numbers)
     if missing:
         raise CheckpointError(
             f"{prefix} lacks {'layer' if len(missing) == 1 else 'layers'} "
             f"{shown_list([str(i) for i in missing])} of the {depth} that config.json counts; "
             "shards are missing, download the checkpoint again"
         )
-    num_extra = _count_extra(prefix, found, decoder)
+    num_extra = _count_extra(prefix, numbers, decoder)
     beside = (*_beside(indices, decoder), *_assumed_beside(indices, prefix, depth, assume))
     if recorded is None:
         others = indices.keys() - {prefix, *(name for name, _ in beside), *_apart(decoder)}
@@ -125,7 +128,7 @@ def find_stack(
     lacking = [need for need in needs if not any(name.endswith(need) for name in names)]
     if lacking:
         raise CheckpointError(
-            f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then makes them up "
+            f"no tensors end in {shown_list(lacking)}: {decoder.model_type} then computes them "
             "from the layers' numbers, which change; load and save the base once with a current "
             "transformers, which writes them"
         )
@@ -142,11 +145,11 @@ def find_stack(
 
 
 def _tables(names: Iterable[str], decoder: DecoderConfig) -> tuple[dict[str, int], int]:
-    """The tensors outside the layers that have a block for each, with its axis; and how long a
-    block is.
+    """The tensors outside the layers with a block for each layer, each with the axis of the blocks;
+    and the length of a block.
 
     Raises:
-        CheckpointError: config.json says that there are some, and there are none.
+        CheckpointError: config.json says that there are such tensors, and there are none.
     """
     known = arch.architecture(decoder.model_type).tables
     if known is None:
@@ -157,25 +160,25 @@ def _tables(names: Iterable[str], decoder: DecoderConfig) -> tuple[dict[str, int
         return {}, 0
     if type(width) is not int or width < 0:
         raise CheckpointError(f"config.json: {known.width_key} is {described(width)}, not a width")
-    found = {
+    axes = {
         name: axis
         for module, axis in known.axes.items()
         for name in names
         if f".{name}".rpartition(".")[0].endswith(f".{module}")
     }
     for module in known.axes:
-        if not any(f".{name}".rpartition(".")[0].endswith(f".{module}") for name in found):
+        if not any(f".{name}".rpartition(".")[0].endswith(f".{module}") for name in axes):
             raise CheckpointError(
                 f"config.json: {known.width_key} is {width}, and there is no tensor of {module}; "
                 "shards are missing, download the checkpoint again"
             )
-    return found, width
+    return axes, width
 
 
 def _assumed_beside(
     indices: Mapping[str, set[int]], chosen: str, depth: int, assume: Mapping[str, Assumption]
 ) -> tuple[tuple[str, int], ...]:
-    """Stacks outside the layers that follow the map because a person says so."""
+    """Stacks outside the layers that follow the map by the user's decision (--assume)."""
     following = [
         p
         for p, assumption in assume.items()
@@ -184,27 +187,27 @@ def _assumed_beside(
     for prefix in following:
         if indices[prefix] != set(range(depth)):
             raise CheckpointError(
-                f"--assume {shown(prefix)}=map: it has no entry for each of the {depth} layers; "
-                f"say {shown(prefix)}=keep, or leave it out"
+                f"--assume {shown(prefix)}=map: it does not have an entry for each of the {depth} "
+                f"layers; give {shown(prefix)}=keep, or leave it out"
             )
     return tuple((prefix, 0) for prefix in following)
 
 
 def _beside(indices: dict[str, set[int]], decoder: DecoderConfig) -> tuple[tuple[str, int], ...]:
-    found = tuple(
+    prefixes = tuple(
         (prefix, first)
         for ending, first in arch.architecture(decoder.model_type).beside.items()
         for prefix in indices
         if prefix.endswith(ending)
     )
-    for prefix, first in found:
+    for prefix, first in prefixes:
         if indices[prefix] != set(range(decoder.num_layers - first)):
             raise CheckpointError(
                 f"{shown(prefix)} has {len(indices[prefix])} entries for "
                 f"{decoder.num_layers - first} layers; "
                 "shards are missing, download the checkpoint again"
             )
-    return found
+    return prefixes
 
 
 def _choose(
@@ -213,8 +216,8 @@ def _choose(
     decoder: DecoderConfig,
     assume: Mapping[str, Assumption],
 ) -> tuple[str, list[str]]:
-    """The prefix of the decoder's layers, and warnings: a known one, or else the only stack of
-    the config's depth.
+    """The prefix of the decoder's layers, and warnings. It is a known prefix, or else that of the
+    only stack of the config's depth.
     """
     depth = decoder.num_layers
     known = [
@@ -237,9 +240,9 @@ def _choose(
     right = _not_assumed(right, assume)
     if len(right) > 1 or (len(known) > 1 and not right and not likely):
         raise CheckpointError(
-            f"there are several layer stacks ({shown_list(sorted(right or known))}) where one "
-            "decoder is meant; dus deepens decoder-only language models; for another that has "
-            "nothing to do with the layers, say --assume PREFIX=keep"
+            f"there are several layer stacks ({shown_list(sorted(right or known))}), and dus "
+            "deepens one decoder; give --assume PREFIX=keep for those that are not the decoder's "
+            "layers"
         )
     if right or (known and len(likely) != 1):
         chosen = (right or known)[0]
@@ -254,7 +257,7 @@ def _choose(
         raise CheckpointError(
             f"there are several stacks of {depth} numbered entries "
             f"({shown_list(sorted(by_name))}), and dus knows none "
-            "of their names; say --assume PREFIX=keep of those that are not the decoder's layers"
+            "of their names; give --assume PREFIX=keep for those that are not the decoder's layers"
         )
     (chosen,) = by_name
     _refuse_encoder_decoder(chosen, indices)
@@ -264,18 +267,18 @@ def _choose(
 
 
 def _not_assumed(prefixes: list[str], assume: Mapping[str, Assumption]) -> list[str]:
-    """Of several stacks those about which no person decided; of one that stack, whose
-    differences may be assumed.
+    """The stacks without a decision of the user; if all have one (such as one about differences
+    between the layers), all of them.
     """
     return [prefix for prefix in prefixes if prefix not in assume] or prefixes
 
 
 def _may_be_decoder(prefix: str, names: Iterable[str], decoder: DecoderConfig) -> bool:
-    """Whether a stack of the right depth may be a decoder's: one called an encoder is, if the model
+    """Whether a stack of the right depth may be a decoder's: one named encoder may, if the model
     gives logits.
 
-    ChatGLM's decoder stands under transformer.encoder.layers; BERT's kin have `encoder.layer`, T5's
-    `encoder.block`.
+    ChatGLM's decoder is transformer.encoder.layers; models like BERT have `encoder.layer`, models
+    like T5 `encoder.block`.
     """
     if prefix.endswith(("encoder.layer", "encoder.block")):
         return False
@@ -290,15 +293,18 @@ def _may_be_decoder(prefix: str, names: Iterable[str], decoder: DecoderConfig) -
 
 
 def _refuse_encoder_decoder(prefix: str, indices: Mapping[str, set[int]]) -> None:
-    """Check that what was taken for the decoder has no counterpart: model.decoder.layers, and
-    model.encoder.layers.
+    """Check that the decoder's prefix has no counterpart, such as model.encoder.layers beside
+    model.decoder.layers.
+
+    Raises:
+        CheckpointError: it has one.
     """
     for mine, other in (("decoder", "encoder"), ("encoder", "decoder")):
         counterpart = re.sub(rf"\b{mine}\b", other, prefix)
         if counterpart != prefix and counterpart in indices:
             raise CheckpointError(
-                f"{shown(prefix)} stands beside {shown(counterpart)}: this is an encoder-decoder "
-                "model; dus deepens decoder-only language models"
+                f"there are both {shown(prefix)} and {shown(counterpart)}: this is an "
+                "encoder-decoder model; dus deepens decoder-only language models"
             )
 
 
@@ -311,13 +317,13 @@ def _no_stack(indices: Mapping[str, set[int]], decoder: DecoderConfig) -> Checkp
     ]
     if any(len(indices[prefix]) == depth for prefix in encoders):
         return CheckpointError(
-            f"the layers stand under {shown_list(sorted(encoders))}: this is an encoder; "
+            f"the layers are named {shown_list(sorted(encoders))}: this is an encoder; "
             "dus deepens decoder-only language models"
         )
-    seen = f"; numbered names: {shown_list(sorted(indices))}" if indices else ""
+    numbered = f"; numbered names: {shown_list(sorted(indices))}" if indices else ""
     return CheckpointError(
         f"no tensors are named like the {depth} layers that config.json counts "
-        f"(model.layers.0 to model.layers.{depth - 1}, for example){seen}"
+        f"(model.layers.0 to model.layers.{depth - 1}, for example){numbered}"
     )
 
 
@@ -334,8 +340,8 @@ def _is_bert_decoder(prefix: str, decoder: DecoderConfig) -> bool:
     )
 
 
-def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
-    beyond = sorted(index for index in found if index >= decoder.num_layers)
+def _count_extra(prefix: str, numbers: set[int], decoder: DecoderConfig) -> int:
+    beyond = sorted(index for index in numbers if index >= decoder.num_layers)
     if not beyond:
         return 0
     announced = decoder.fields.get("num_nextn_predict_layers")
@@ -344,7 +350,7 @@ def _count_extra(prefix: str, found: set[int], decoder: DecoderConfig) -> int:
     ):
         return announced
     raise CheckpointError(
-        f"tensors named {prefix}.{beyond[0]} lie beyond the {decoder.num_layers} layers that "
+        f"tensors named {prefix}.{beyond[0]} are beyond the {decoder.num_layers} layers that "
         "config.json counts; the config is of another model"
     )
 
@@ -355,12 +361,14 @@ def _check_others(
     decoder: DecoderConfig,
     assume: Mapping[str, Assumption],
 ) -> list[str]:
-    """Numbered names outside the decoder's layers: understood, or an error that names them. Returns
-    warnings.
+    """Check the numbered names outside the decoder's layers; return warnings.
 
-    A multimodal model's encoders stand outside the language model and stay as they are. Elsewhere,
-    what is not numbered 0 to depth - 1 is no table with one entry per layer, and stays as well;
-    what is so numbered may be one (gemma3n's altup projections).
+    A multimodal model's encoders are outside the language model and stay as they are. Other stacks
+    that are not numbered 0 to depth - 1 cannot have one entry per layer, and stay too; those that
+    are may have one (gemma3n's altup projections).
+
+    Raises:
+        CheckpointError: a stack may or may not have one entry per layer.
     """
     language_model = prefix.rpartition(".")[0]
     assumed, kept = [], []
@@ -377,7 +385,7 @@ def _check_others(
         else:
             raise CheckpointError(
                 f"{shown(other)} is a numbered stack ({len(others[other])} entries) beside "
-                f"{prefix}; dus does not know whether it follows the layer map; say --assume "
+                f"{prefix}; dus does not know whether it follows the layer map; give --assume "
                 f"{shown(other)}=keep, or =map if it has an entry per layer"
             )
     warnings = [f"{shown(other)} was kept, as --assume says" for other in assumed]

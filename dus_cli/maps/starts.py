@@ -1,20 +1,20 @@
-"""Starts: how loudly each output layer speaks before any training. Pure functions of a layer map.
+"""Starts: a factor for each output layer on what it adds to the residual stream before training.
+Pure.
 
-A copied layer says its word a second time. What a layer adds to the residual stream is a product of
-matrices, so a factor on the last of them, the output projection, scales it in an ordinary
-checkpoint, without a tensor more:
+A copied layer adds its output a second time. That output is the product of matrices, so a factor on
+the last of them, the output projection, scales it in an ordinary checkpoint without another tensor:
 
-- `copy`: every layer as it is in the base. SOLAR's way (arXiv:2312.15166).
-- `identity`: new layers add nothing, as in LLaMA Pro (arXiv:2401.02415). No factors:
-  `planning.projections` has it.
-- `half`: a base layer that stands K times adds 1/K each time: a residual block as a step of an
-  integrator, taken as K steps of a K-th of the size.
-- `fade`: where the end of one copy is the beginning of the next, the first fades out as the second
-  fades in. Each pair of factors comes to 1. `fade:cosine`, the default, stays longer at either
-  end than `fade:linear`.
-- `scale:C`: new layers add C times what they would.
+- `copy`: no factors; every layer is as in the base, as in SOLAR (arXiv:2312.15166).
+- `identity`: new layers add nothing, as in LLaMA Pro (arXiv:2401.02415). This takes zeros instead
+  of factors: see `planning.projections`.
+- `half`: each of K copies of a base layer adds 1/K: a residual block is a step of an integrator,
+  taken in K steps of a K-th of its size.
+- `fade`: if the layers that end one copy also begin the next, the first copy fades out while the
+  second fades in. Each pair of factors adds up to 1. `fade:cosine`, the default, changes more
+  slowly at both ends than `fade:linear`.
+- `scale:C`: new layers add C times their output.
 
-docs/starts.md has what each of them brings.
+docs/starts.md has measurements.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from dus_cli.maps.layers import LayerMap
 
 IDENTITY = "identity"
 
-# What --help and messages list.
+# The names in --help and messages.
 STARTS = ("copy", IDENTITY, "half", "fade", "scale:C")
 
-# The second copy's share of a pair, by how far the overlap has come: above 0, below 1. The first is
-# the default.
+# The second copy's factor in a pair, by the position in the overlap, which is between 0 and 1. The
+# first is the default.
 _SHAPES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda way: (1 - math.cos(math.pi * way)) / 2,
     "linear": lambda way: way,
@@ -42,13 +42,13 @@ _SHAPES: Mapping[str, Callable[[float], float]] = {
 
 LARGEST_FACTOR = 16.0
 
-# A factor is a number that any machine's cosine comes to, and that a person can read.
+# Decimals of a factor: the same on every machine, whatever its cosine, and easy to read.
 _DIGITS = 6
 
 
 @dataclass(frozen=True)
 class StartRule:
-    """A start by its name, with the shape of a fade or the factor of a scale.
+    """A start: its name, and the shape of a fade or the factor of a scale.
 
     >>> StartRule.parse("fade"), str(StartRule.parse("scale:.25"))
     (StartRule(name='fade', shape='cosine', factor=1.0), 'scale:0.25')
@@ -60,10 +60,10 @@ class StartRule:
 
     @classmethod
     def parse(cls, text: str) -> StartRule:
-        """The start that was typed.
+        """Parse a start.
 
         Raises:
-            ValueError: there is none of this name, or what stands behind the colon is not of it.
+            ValueError: there is no such start, or it does not take what follows the colon.
         """
         name, colon, value = text.strip().partition(":")
         if name == "scale":
@@ -72,15 +72,15 @@ class StartRule:
             return cls(name, value or next(iter(_SHAPES)))
         if name == "fade":
             raise ValueError(
-                f"{shown(text)!r} is no start: a fade is one of fade:{', fade:'.join(_SHAPES)}"
+                f"{shown(text)!r} is not a start: a fade is one of fade:{', fade:'.join(_SHAPES)}"
             )
         if name not in STARTS or colon:
-            raise ValueError(f"{shown(text)!r} is no start; there are {', '.join(STARTS)}")
+            raise ValueError(f"{shown(text)!r} is not a start; use one of {', '.join(STARTS)}")
         return cls(name)
 
     @property
     def scales(self) -> bool:
-        """Whether it is one of factors; a copy has none, and an identity's zeros are no factor."""
+        """Whether it takes factors: not for a copy, and not for an identity, which takes zeros."""
         return self.name not in {"copy", IDENTITY}
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class StartRule:
         return f"{self.name}:{self.shape}" if self.shape else self.name
 
 
-# How a model starts where nothing is said.
+# The default start.
 COPY = StartRule()
 
 
@@ -100,14 +100,14 @@ def _factor(text: str) -> float:
         factor = math.nan
     if not 0 < factor <= LARGEST_FACTOR:  # NaN is not
         raise ValueError(
-            f"scale:{shown(text)} is no start; give a factor above 0, at most {LARGEST_FACTOR:g}, "
-            "such as scale:0.25 (for 0 there is identity)"
+            f"scale:{shown(text)} is not a start; give a factor above 0, at most "
+            f"{LARGEST_FACTOR:g}, such as scale:0.25 (for 0 use identity)"
         )
     return factor
 
 
 def factors(start: StartRule, layer_map: LayerMap) -> tuple[float, ...]:
-    """For each output layer the factor on what it adds to the stream; all of them 1 for a copy.
+    """The factor of each output layer on what it adds to the residual stream; all 1 for a copy.
 
     >>> from dus_cli.maps.layers import stack
     >>> factors(StartRule.parse("half"), stack(4, trim=1))
@@ -116,7 +116,7 @@ def factors(start: StartRule, layer_map: LayerMap) -> tuple[float, ...]:
     (0.875, 0.625, 0.375, 0.125, 0.125, 0.375, 0.625, 0.875)
 
     Raises:
-        LayerMapError: this map has nothing to scale, or it is not what a fade is for.
+        LayerMapError: this map has nothing to scale, or its copies do not overlap as a fade needs.
     """
     if not start.scales:
         return (1.0,) * len(layer_map)
@@ -124,7 +124,7 @@ def factors(start: StartRule, layer_map: LayerMap) -> tuple[float, ...]:
         return _faded(layer_map, _SHAPES[start.shape])
     if not layer_map.new_layers:
         raise LayerMapError(
-            f"--start {start}: no layer of the base stands twice in this map; leave it out"
+            f"--start {start}: this map has no layer of the base twice; leave it out"
         )
     if start.name == "half":
         counts = Counter(layer_map.sources)
@@ -134,10 +134,10 @@ def factors(start: StartRule, layer_map: LayerMap) -> tuple[float, ...]:
 
 
 def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float, ...]:
-    """Over an overlap of W layers the k-th pair is (1 - s, s), with s = shape((k + ½) / W): no
-    layer is silent.
+    """The factors of a fade. Over an overlap of W layers the k-th pair is (1 - s, s), with
+    s = shape((k + ½) / W), so that no factor is 0.
     """
-    found = [1.0] * len(layer_map)
+    layer_factors = [1.0] * len(layer_map)
     runs = layer_map.runs
     begins = accumulate((len(run) for run in runs), initial=0)
     faded: set[int] = set()
@@ -147,7 +147,7 @@ def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float,
             continue
         if second.start < first.start or second.stop < first.stop:
             raise _no_fade(
-                f"layers {second.start} to {second.stop - 1} stand again behind "
+                f"layers {second.start} to {second.stop - 1} occur again after "
                 f"{first.start}:{first.stop}"
             )
         for step in range(width):
@@ -156,19 +156,17 @@ def _faded(layer_map: LayerMap, shape: Callable[[float], float]) -> tuple[float,
             if below in faded:
                 raise _no_fade(f"layer {layer_map.sources[below]} fades in and out again")
             faded |= {below, above}
-            found[above] = round(shape((step + 0.5) / width), _DIGITS)
-            found[below] = round(1 - found[above], _DIGITS)
+            layer_factors[above] = round(shape((step + 0.5) / width), _DIGITS)
+            layer_factors[below] = round(1 - layer_factors[above], _DIGITS)
     if not faded:
-        raise LayerMapError(
-            "--start fade: no layer of the base stands twice in this map; leave it out"
-        )
+        raise LayerMapError("--start fade: this map has no layer of the base twice; leave it out")
     if len(set(layer_map.sources)) + len(faded) // 2 < len(layer_map):
-        raise _no_fade("a layer stands in two copies that do not follow each other")
-    return tuple(found)
+        raise _no_fade("a layer is in two copies that are not adjacent")
+    return tuple(layer_factors)
 
 
 def _no_fade(why: str) -> LayerMapError:
     return LayerMapError(
-        "--start fade is for copies of which each begins with the layers that end the one before "
-        f"it, and {why}; use --start half"
+        "--start fade needs copies that each begin with the layers that end the previous one, and "
+        f"{why}; use --start half"
     )

@@ -1,10 +1,10 @@
-"""Layers that hold other tensors than others: what a config of a type in no table may say without
-dus seeing it.
+"""Layers that hold different tensors, in a model type in no table: its config may describe them in
+a way that dus does not know.
 
-The evidence is in the headers alone: which tensors a layer has, and of which shapes. Where they
-differ, either something that followed the map tells the same layers apart, or the map has to keep
-the pattern that is seen along the depth, as a class would continue it that goes by the layers'
-numbers. Anything else is refused, naming the layers.
+The headers show which tensors a layer has, and their shapes. If layers differ, either a field that
+followed the map must tell the same layers apart, or the map must keep their pattern along the
+depth, as a class that goes by the layers' numbers would continue it. Anything else is refused, with
+the layers' numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dus_cli.errors import ConfigError, shown, shown_list
 from dus_cli.maps.layers import LayerMap, split_name
 from dus_cli.maps.rules import Kinds
 
-# What older files hold of a layer that is no parameter, in some layers or in all.
+# Buffers, which are not parameters, that older files may hold in some layers or in all.
 _BUFFERS = (
     "inv_freq",
     "masked_bias",
@@ -27,8 +27,8 @@ _BUFFERS = (
     "rotary_emb.cos_cached",
 )
 
-# No pattern along the depth of a published model is longer, and looking for one takes time that
-# grows with this.
+# No published model has a longer pattern along the depth; the search takes time that grows with
+# this.
 _LONGEST_PATTERN = 128
 
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
@@ -36,9 +36,9 @@ _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 
 @dataclass
 class LayerTensors:
-    """What each base layer holds: the ends of its tensors' names, with their shapes.
+    """The tensors of each base layer: their names within the layer, with their shapes.
 
-    `is_quantised`: some of them are of types that only quantisers write.
+    `is_quantised`: some have a dtype that only quantisers write.
     """
 
     prefix: str
@@ -50,20 +50,20 @@ class LayerTensors:
         cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]], prefix: str, num_layers: int
     ) -> LayerTensors:
         """Sort tensors, given as (name, dtype, shape)."""
-        found = cls(prefix, [{} for _ in range(num_layers)])
+        layers = cls(prefix, [{} for _ in range(num_layers)])
         for name, dtype, shape in tensors:
             split = split_name(name)
             if split is not None and split.prefix == prefix and split.index < num_layers:
-                # Interned: every layer has the same ones.
-                found.by_layer[split.index][sys.intern(split.suffix)] = shape
-                found.is_quantised = found.is_quantised or dtype not in _FLOATS
-        return found
+                # interned, because all layers have the same names
+                layers.by_layer[split.index][sys.intern(split.suffix)] = shape
+                layers.is_quantised = layers.is_quantised or dtype not in _FLOATS
+        return layers
 
     def signatures(self, *, is_quantised: bool) -> list[frozenset[object]]:
-        """For each layer what tells it from layers of another build.
+        """For each layer, what distinguishes it from layers with other tensors.
 
-        A quantiser stores a module in several tensors, of sizes that follow from its bits: there
-        the modules' names alone count. Biases and buffers do not: they may be left out.
+        A quantiser stores a module in several tensors, whose sizes depend on its bits: then only
+        the modules' names count. Biases and buffers do not count, because they may be left out.
         """
         if is_quantised or self.is_quantised:
             return [frozenset(name.rpartition(".")[0] for name in layer) for layer in self.by_layer]
@@ -78,17 +78,20 @@ class LayerTensors:
 
 
 def check_alike(
-    tensors: LayerTensors, layer_map: LayerMap, tells: Kinds, *, is_quantised: bool
+    tensors: LayerTensors, layer_map: LayerMap, distinctions: Kinds, *, is_quantised: bool
 ) -> tuple[str, ...]:
-    """Warnings about layers whose differences nothing in the config explains, and that the map
-    keeps in their pattern.
+    """Check that the map may move layers with different tensors.
+
+    Returns:
+        A warning if nothing in the config explains the differences, but the map keeps their
+        pattern.
 
     Raises:
         ConfigError: the map moves such layers to numbers at which the model's class may expect
             others.
     """
     signatures = tensors.signatures(is_quantised=is_quantised)
-    if len(set(signatures)) == 1 or _explain(tells, signatures):
+    if len(set(signatures)) == 1 or _explain(distinctions, signatures):
         return ()
     groups = _groups(signatures)
     if _keeps_pattern(signatures, layer_map):
@@ -100,31 +103,37 @@ def check_alike(
     raise ConfigError(
         f"the layers of {shown(tensors.prefix)} are not all built alike ({groups}), and nothing "
         "that dus knows in config.json says which is which, so the model's code may go by the "
-        "layers' numbers, which this map changes; use a map that keeps the pattern, or say "
+        "layers' numbers, which this map changes; use a map that keeps the pattern, or give "
         f"--assume {shown(tensors.prefix)}=keep if the deeper model loads"
     )
 
 
-def _explain(tells: Kinds, signatures: Sequence[object]) -> bool:
-    """Whether what the config says of the layers tells apart all that are built unlike."""
-    said = list(zip(*tells.values(), strict=True)) if tells else [()] * len(signatures)
-    return len(set(zip(said, signatures, strict=True))) == len(set(said))
+def _explain(distinctions: Kinds, signatures: Sequence[object]) -> bool:
+    """Whether the config distinguishes all layers that hold different tensors."""
+    kinds = (
+        list(zip(*distinctions.values(), strict=True)) if distinctions else [()] * len(signatures)
+    )
+    return len(set(zip(kinds, signatures, strict=True))) == len(set(kinds))
 
 
 def _groups(signatures: Sequence[frozenset[object]]) -> str:
-    """Which layers hold what: for each build its layers, and a tensor that others lack or have
-    in another shape.
+    """The layers with the same tensors, in words: for each group its layers, and a tensor that
+    others lack or have in another shape.
     """
     layers: dict[frozenset[object], list[int]] = {}
     for layer, signature in enumerate(signatures):
         layers.setdefault(signature, []).append(layer)
     shared = frozenset.intersection(*layers)
-    said = []
+    groups = []
     for signature, members in layers.items():
-        own = sorted(map(_named, signature - shared))
-        what = shown_list(own, 1) if own else "none of what the others have"
-        said.append(f"{_ranges(members)}: {what}")
-    return shown_list(said, 4) if len(said) < 5 else f"{len(said)} builds, {shown_list(said, 3)}"
+        own_entries = sorted(map(_named, signature - shared))
+        description = shown_list(own_entries, 1) if own_entries else "none of what the others have"
+        groups.append(f"{_ranges(members)}: {description}")
+    return (
+        shown_list(groups, 4)
+        if len(groups) < 5
+        else f"{len(groups)} builds, {shown_list(groups, 3)}"
+    )
 
 
 def _named(entry: object) -> str:
@@ -134,7 +143,7 @@ def _named(entry: object) -> str:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """The numbers, neighbours joined.
+    """Layer numbers in words, with consecutive ones as ranges.
 
     >>> _ranges([0, 1, 2, 5, 7])
     'layers 0-2, 5, 7'
@@ -150,11 +159,10 @@ def _ranges(layers: Sequence[int]) -> str:
 
 
 def _keeps_pattern(signatures: Sequence[object], layer_map: LayerMap) -> bool:
-    """Whether the output's layers are those of the base's pattern, continued by the layers'
-    numbers.
+    """Whether the output's layers continue the base's pattern along the depth.
 
-    The pattern is the shortest that holds for the base: k first layers, then a period that is seen
-    twice at least.
+    The pattern is the shortest that fits the base: k first layers, then a period that occurs at
+    least twice.
     """
     if layer_map.sources == tuple(range(layer_map.num_base_layers)):
         return True
@@ -170,7 +178,7 @@ def _keeps_pattern(signatures: Sequence[object], layer_map: LayerMap) -> bool:
 
 
 def _pattern(signatures: Sequence[object]) -> tuple[int, int] | None:
-    """How many layers come before the pattern, and its period; None where the depth shows none."""
+    """How many layers come before the pattern, and its period; None if there is no pattern."""
     n = len(signatures)
     for length in range(1, min(n, _LONGEST_PATTERN)):
         for period in range(1, length + 1):

@@ -1,1 +1,1 @@
-"""Everything that is decided before the first byte is written."""
+"""Plan the output: everything is decided before the first byte is written."""

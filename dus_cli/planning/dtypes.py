@@ -1,8 +1,7 @@
-"""`--dtype`: floating-point tensors cast while they stream, rounded as torch rounds.
+"""`--dtype`: cast floating-point tensors while they are copied, with torch's rounding.
 
-torch does the rounding (to nearest, ties to even) and is imported at the first number that must
-change its dtype: it comes with the `heal` extra, and a checkpoint that has the dtype already never
-needs it.
+torch rounds (to nearest, ties to even). It is imported when the first number must be cast, because
+it comes with the `heal` extra: a checkpoint that already has the dtype does not need it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# How torch's dtypes are called elsewhere, and by torch itself besides.
+# Other names of torch's dtypes.
 _OTHER_NAMES = {
     "bf16": "bfloat16",
     "f16": "float16",
@@ -35,8 +34,7 @@ _OTHER_NAMES = {
 
 
 def torch_name(text: str) -> str:
-    """The name that torch prints for a dtype, of any name that is in use; other text comes back in
-    small letters.
+    """The name that torch prints for a dtype, for any of its names; other text in lower case.
 
     >>> torch_name("bf16"), torch_name("torch.half"), torch_name("F32"), torch_name("auto")
     ('bfloat16', 'float16', 'float32', 'auto')
@@ -46,7 +44,7 @@ def torch_name(text: str) -> str:
 
 
 class DtypeChoice(str, Enum):
-    """A choice among dtypes, each of which may be given by any of its names."""
+    """An enum of dtypes whose members are found by any of their names."""
 
     @classmethod
     def _missing_(cls, value: object) -> DtypeChoice | None:
@@ -55,7 +53,7 @@ class DtypeChoice(str, Enum):
 
     @classmethod
     def parse(cls, text: str) -> DtypeChoice:
-        """The choice by this name.
+        """The member with this name.
 
         Raises:
             ValueError: there is none.
@@ -69,7 +67,7 @@ class DtypeChoice(str, Enum):
 
 
 class Dtype(DtypeChoice):
-    """What tensors can be cast to, by torch's names.
+    """The dtypes that tensors can be cast to, by torch's names.
 
     >>> Dtype("fp16")
     <Dtype.float16: 'float16'>
@@ -81,19 +79,18 @@ class Dtype(DtypeChoice):
 
     @property
     def stored(self) -> str:
-        """The name that safetensors has for it."""
+        """Its name in safetensors."""
         return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[self.value]
 
 
-# What is cast: safetensors' names, with torch's. Other dtypes are numbers of another kind and stay
-# as they are.
+# The dtypes that are cast, by safetensors' names, with torch's. Tensors of other dtypes stay.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Floats of eight bits and fewer mean nothing without their scales.
+# Dtypes of quantised weights: their numbers mean nothing without their scales.
 _SCALED = ("F4", "F6_", "F8_")
 _INTEGERS = frozenset(["I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"])
-# How integer tensors end that hold packed weights (GPTQ, AWQ, bitsandbytes, compressed-tensors,
-# MXFP4).
+# Endings of names of integer tensors with packed weights (GPTQ, AWQ, bitsandbytes,
+# compressed-tensors, MXFP4).
 _PACKED = (".weight", ".qweight", ".qzeros", ".weight_packed", ".weight.absmax", "_blocks", ".SCB")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -102,31 +99,30 @@ _LARGEST = {"BF16": "3.39e38", "F16": "65504", "F32": "3.40e38"}
 
 @dataclass(frozen=True)
 class Cast:
-    """Numbers of one dtype made another's; both by safetensors' names."""
+    """A cast from one dtype to another; both by safetensors' names."""
 
     source: str
     target: str
 
     @property
     def source_size(self) -> int:
-        """Bytes of a number."""
+        """Bytes of a source number."""
         return DTYPE_BITS[self.source] // 8
 
     @property
     def target_size(self) -> int:
-        """Bytes of a number."""
+        """Bytes of a target number."""
         return DTYPE_BITS[self.target] // 8
 
     def __call__(self, numbers: memoryview, into: memoryview) -> int:
-        """Cast `numbers` into a buffer of their count; returns how many finite ones became
-        infinite.
+        """Cast `numbers` into the buffer `into`; return how many finite ones became infinite.
 
-        Every NaN becomes the one that torch calls nan: which bits else depends on the CPU, and in
-        torch even on the place of the number in its tensor.
+        Every NaN becomes torch.nan: otherwise its bits would depend on the CPU, and in torch even
+        on the number's position in the tensor.
         """
         import torch
 
-        torch.set_num_threads(1)  # of this thread: `dus` has several
+        torch.set_num_threads(1)  # `dus` casts in several threads of its own
         source = torch.frombuffer(numbers, dtype=_torch_dtype(self.source))
         target = torch.frombuffer(into, dtype=_torch_dtype(self.target))
         target.copy_(source)
@@ -145,7 +141,7 @@ def _torch_dtype(stored: str) -> torch.dtype:
 
 
 def overflow(name: str, cast: Cast) -> CheckpointError:
-    """The error for a tensor with finite numbers that the dtype cannot hold."""
+    """The error for a tensor with finite numbers that are out of the dtype's range."""
     return CheckpointError(
         f"tensor {shown(name)} holds finite {cast.source} numbers beyond {FLOATS[cast.target]}'s "
         f"range (±{_LARGEST[cast.target]}), which would become infinite; choose "
@@ -167,23 +163,23 @@ def check_castable(checkpoint: Checkpoint, dtype: Dtype) -> tuple[str, ...]:
                     f"--dtype: the model is quantised (config.json has {key}), and its tensors "
                     "cannot be cast one by one; use the unquantised model, or leave out --dtype"
                 )
-    found: Counter[str] = Counter()
+    num_tensors: Counter[str] = Counter()
     for _, tensor in checkpoint.tensors():
         if tensor.dtype.startswith(_SCALED) or (
             tensor.dtype in _INTEGERS and tensor.name.endswith(_PACKED)
         ):
             raise CheckpointError(
-                f"--dtype: {shown(tensor.name)} is quantised ({tensor.dtype}), and casting would "
-                "part it from its scale; use the unquantised model, or leave out --dtype"
+                f"--dtype: {shown(tensor.name)} is quantised ({tensor.dtype}), and cast numbers "
+                "would no longer fit their scale; use the unquantised model, or leave out --dtype"
             )
         if tensor.dtype in FLOATS:
-            found[tensor.dtype] += 1
-    if len(found) < 2:
+            num_tensors[tensor.dtype] += 1
+    if len(num_tensors) < 2:
         return ()
-    said = ", ".join(f"{count} {FLOATS[stored]}" for stored, count in found.most_common())
+    counts = ", ".join(f"{count} {FLOATS[stored]}" for stored, count in num_tensors.most_common())
     return (
         (
-            f"the base's tensors are of several dtypes ({said}); --dtype casts all of them to "
+            f"the base's tensors are of several dtypes ({counts}); --dtype casts all of them to "
             f"{dtype.value}"
         ),
     )
@@ -195,30 +191,31 @@ def cast_dtype(tensor: TensorInfo, dtype: Dtype | None) -> str:
 
 
 def output_config(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:
-    """The config of weights under the usual names, cast to `dtype`: without a field that names
-    another file.
+    """The config of the output, whose weights have the usual file names: without a field that
+    names another file, and with the new dtype.
     """
     named = {key: value for key, value in config.items() if key != EXPLICIT_KEY}
     return config_with_dtype(named, dtype)
 
 
 def config_with_dtype(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:
-    """The config that says the new dtype: wherever it says one, in nested configs too, and at the
-    top in any case.
+    """The config with the new dtype in every field that has one, in nested configs too, and at the
+    top level in any case.
 
-    `torch_dtype` is what transformers before 4.56 wrote.
+    transformers before 4.56 wrote `torch_dtype`.
     """
     if dtype is None:
         return config
-    said = _said_anew(config, dtype)
-    return said if said.get("dtype") or said.get("torch_dtype") else said | {"dtype": dtype.value}
+    changed = _with_dtype(config, dtype)
+    has_dtype = changed.get("dtype") or changed.get("torch_dtype")
+    return changed if has_dtype else changed | {"dtype": dtype.value}
 
 
-def _said_anew(fields: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+def _with_dtype(fields: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
     return {
         key: dtype.value
         if key in {"dtype", "torch_dtype"} and isinstance(value, str)
-        else _said_anew(value, dtype)
+        else _with_dtype(value, dtype)
         if isinstance(value, dict)
         else value
         for key, value in fields.items()
@@ -226,7 +223,7 @@ def _said_anew(fields: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 
 def _nested(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config and every config in it."""
+    """The config and every mapping in it."""
     return [
         config,
         *(

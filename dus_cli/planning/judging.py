@@ -1,8 +1,7 @@
-"""Which inference engines compute a map's output as config.json says, and which trims keep them
-right.
+"""Which inference engines compute a map's output as config.json says, and with which trims they do.
 
-`maps.engines` says how each engine comes to what a layer is. Base and output are held against that
-without the engines: it costs what comparing lists costs.
+Base and output are checked by the tables of `maps.engines`, without the engines themselves, which
+takes no more time than comparing lists.
 """
 
 from __future__ import annotations
@@ -15,23 +14,37 @@ from typing import Any, NamedTuple
 
 from dus_cli.errors import ConfigError, EngineError, listed
 from dus_cli.maps.architectures import rules_for
-from dus_cli.maps.engines import ENGINES, Engine, Fault, Judgement, Told, Verdict, judge, may_depart
+from dus_cli.maps.engines import (
+    ENGINES,
+    ConfigFacts,
+    Engine,
+    Fault,
+    Judgement,
+    Verdict,
+    judge,
+    may_depart,
+)
 from dus_cli.maps.layers import LayerMap, default_trim, largest_trim, stack
 from dus_cli.maps.model_config import DecoderConfig, decoder_config, deepen_config
 from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, NumberedNames
 from dus_cli.maps.rules import DepthScaled, Kinds, Rule
 
-# How many trims to each side are tried, at least, and how many layers may be looked at for it: all
-# trims of any model that there is, some of an absurd one. How many of those that would do are
-# named.
+# The least number of trims that are tried on each side of a quarter; the number of layers that may
+# be checked, which covers all trims of any real model; and how many trims a message names.
 _TRIED = 24
 _WORK = 400_000
 _NAMED = 3
 
 
 class Judged(NamedTuple):
-    """What an engine makes of an output and of its base. `trims` are the nearest with which it
-    would be right.
+    """Whether an engine computes what an output's config says.
+
+    Attributes:
+        engine: the engine.
+        verdict: on the output.
+        of_base: on the base.
+        faults: how it departs from the output's config.
+        trims: the nearest trims with which it would be right.
     """
 
     engine: Engine
@@ -53,9 +66,7 @@ class Judged(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A trim that nobody gave. `why` says why it is not a quarter of the layers; None where it
-    is.
-    """
+    """A trim that dus chose. `why` says why it is not a quarter of the layers; None if it is."""
 
     trim: int
     why: str | None = None
@@ -63,7 +74,7 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True)
 class Maps:
-    """The maps of one base: `copies`, `assume` and `names` are as the plan has them."""
+    """Judges layer maps of one base. `copies`, `assume` and `names` are the plan's."""
 
     config: dict[str, Any]
     decoder: DecoderConfig
@@ -81,33 +92,34 @@ class Maps:
         return may_depart(self.types)
 
     @cached_property
-    def tells(self) -> Kinds:
-        """All by which the config tells the base's layers apart; nothing where it is not
-        understood.
+    def distinctions(self) -> Kinds:
+        """By field, all by which the config distinguishes the base's layers; empty if dus does not
+        understand it.
         """
         whole = LayerMap(tuple(range(self.decoder.num_layers)), self.decoder.num_layers)
         try:
-            tells = deepen_config(self.config, whole, self.assume, self.names).tells
+            distinctions = deepen_config(self.config, whole, self.assume, self.names).distinctions
         except ConfigError:
             return {}
         return {
-            name: kinds for name, kinds in tells.items() if len(kinds) == self.decoder.num_layers
+            name: kinds
+            for name, kinds in distinctions.items()
+            if len(kinds) == self.decoder.num_layers
         }
 
     def judge(self, layer_map: LayerMap) -> tuple[Judged, ...]:
-        """What each engine makes of a map's output: every layer is told to be what its source
-        is.
-        """
+        """Judge each engine on a map's output, whose layers have their sources' kinds."""
         decoder = self.decoder
         mapped = {
-            name: [kinds[base] for base in layer_map.sources] for name, kinds in self.tells.items()
+            name: [kinds[base] for base in layer_map.sources]
+            for name, kinds in self.distinctions.items()
         }
         scaled = [rule.follow(decoder.fields, layer_map) for rule in self._scales]
         fields = {
             **decoder.fields,
-            **{key: value for found in scaled for key, value in found.items()},
+            **{key: value for changed in scaled for key, value in changed.items()},
         }
-        output = judge(Told(fields, len(layer_map), mapped), self.types)
+        output = judge(ConfigFacts(fields, len(layer_map), mapped), self.types)
         return tuple(
             Judged(ours.engine, ours.verdict, theirs.verdict, ours.faults)
             for ours, theirs in zip(output, self._of_base, strict=True)
@@ -116,18 +128,21 @@ class Maps:
     @cached_property
     def _of_base(self) -> tuple[Judgement, ...]:
         return tuple(
-            judge(Told(self.decoder.fields, self.decoder.num_layers, self.tells), self.types)
+            judge(
+                ConfigFacts(self.decoder.fields, self.decoder.num_layers, self.distinctions),
+                self.types,
+            )
         )
 
     @cached_property
     def _scales(self) -> tuple[Rule, ...]:
-        """The rules of fields that are numbers which change with the depth."""
+        """The rules for numbers that change with the depth."""
         return tuple(
             rule for rule in rules_for(self.decoder.model_type) if isinstance(rule, DepthScaled)
         )
 
     def with_trims(self, judged: Sequence[Judged], near: int | None) -> tuple[Judged, ...]:
-        """The same, with the trims that would be right for each engine that is wrong."""
+        """Add, for each engine that is wrong, the trims with which it would be right."""
         near = self._near(near)
         return tuple(
             one._replace(trims=tuple(islice(self.right_trims([one.engine.name], near), _NAMED)))
@@ -159,13 +174,13 @@ class Maps:
         return default_trim(self.decoder.num_layers) if trim is None else trim
 
     def of_trim(self, trim: int) -> tuple[Judged, ...]:
-        """What each engine makes of a depthwise scaling."""
+        """Judge each engine on a depthwise scaling."""
         if trim not in self._of_trims:
             self._of_trims[trim] = self.judge(stack(self.decoder.num_layers, trim, self.copies))
         return self._of_trims[trim]
 
     def can_be(self, trim: int) -> bool:
-        """Whether config.json can say a depthwise scaling."""
+        """Whether config.json can express a depthwise scaling."""
         try:
             deepen_config(
                 self.config,
@@ -184,7 +199,8 @@ class Maps:
 
 
 def outwards(near: int, num_layers: int) -> Iterator[int]:
-    """The trims that deepen, nearest to one of them first; of two at one distance the smaller.
+    """The trims that deepen the model, in order of their distance from `near`; the smaller first
+    at the same distance.
 
     >>> list(outwards(2, 9))
     [2, 1, 3, 0, 4]
@@ -196,10 +212,11 @@ def outwards(near: int, num_layers: int) -> Iterator[int]:
 
 
 def choose_trim(maps: Maps, engines: Sequence[str] = ()) -> Chosen:
-    """The trim nearest to a quarter of the layers with which `engines` compute what they should.
+    """The trim nearest to a quarter of the layers with which `engines` compute what config.json
+    says.
 
-    Without any it is the nearest with which fewest of all engines depart from config.json: which
-    keeps the step of what repeats along the depth.
+    Without `engines` it is the nearest with which the fewest of all engines are wrong: one that
+    keeps the phase of patterns along the depth.
 
     Raises:
         EngineError: there is none for `engines`.
@@ -207,7 +224,7 @@ def choose_trim(maps: Maps, engines: Sequence[str] = ()) -> Chosen:
     """
     quarter = default_trim(maps.decoder.num_layers)
     stack(maps.decoder.num_layers, quarter, maps.copies)
-    # nothing to judge; or no such map, and the plan says why
+    # there is nothing to judge; or there is no such map, and planning it raises the error
     if not maps.may_depart or not maps.can_be(quarter):
         return Chosen(quarter)
     counted = set(engines) or {engine.name for engine in ENGINES}
@@ -248,10 +265,10 @@ def _wrong(judged: Sequence[Judged]) -> set[str]:
 def judge_config(
     config: dict[str, Any], assume: Mapping[str, Assumption] = NO_ASSUMPTIONS
 ) -> tuple[Judged, ...]:
-    """What each engine makes of a config as it stands, whoever made it.
+    """Judge each engine on a config as it is, from any source.
 
     Raises:
-        ConfigError: what it says of its layers is not understood.
+        ConfigError: dus does not understand what the config says about its layers.
     """
     decoder = decoder_config(config)
     whole = LayerMap(tuple(range(decoder.num_layers)), decoder.num_layers)
@@ -264,35 +281,33 @@ def check_right(
     """Check that `engines` compute what config.json says.
 
     Raises:
-        EngineError: one does not; it names the trims with which they all would.
+        EngineError: one does not; the message names the trims with which they all would.
     """
-    named = [one for one in judged if one.engine.name in engines and one.verdict.is_wrong]
-    if named:
-        asked = ",".join(engines)
-        raise EngineError(f"--for {asked}: {'; '.join(_with_advice(maps, named, trim))}")
+    wrong = [one for one in judged if one.engine.name in engines and one.verdict.is_wrong]
+    if wrong:
+        names = ",".join(engines)
+        raise EngineError(f"--for {names}: {'; '.join(_with_advice(maps, wrong, trim))}")
 
 
 def engine_warnings(
     maps: Maps, judged: Sequence[Judged], engines: Sequence[str], trim: int | None
 ) -> tuple[str, ...]:
-    """What a person should know who gives the output to one of the engines; of `engines` also
-    what is not known.
-    """
-    asked = [one for one in judged if one.engine.name in engines]
+    """Warnings about engines that would be wrong, and, for `engines`, about what is not known."""
+    requested = [one for one in judged if one.engine.name in engines]
     return (
         *_with_advice(maps, [one for one in judged if one.verdict.is_wrong], trim),
-        *asides(asked),
+        *asides(requested),
     )
 
 
 def problems(judged: Sequence[Judged]) -> list[str]:
-    """What the engines do to a config that is there, a line for each."""
+    """One line for each way in which engines are wrong."""
     return [text for text, _, _ in _sentences([one for one in judged if one.verdict.is_wrong])]
 
 
 def asides(judged: Sequence[Judged]) -> list[str]:
-    """What stands in no one's way, but should be known of engines that were asked for."""
-    said = [
+    """Warnings about engines that were named with --for and are not wrong."""
+    warnings = [
         f"{one.engine.title} {fault.why}"
         for one in judged
         for fault in one.faults
@@ -300,11 +315,11 @@ def asides(judged: Sequence[Judged]) -> list[str]:
     ]
     unknown = [one.engine.title for one in judged if one.verdict is Verdict.unknown]
     if unknown:
-        said.append(
+        warnings.append(
             f"dus does not know what {listed(unknown)} make{'s' * (len(unknown) == 1)} of what "
             "this config says by layer; compare logits with transformers' before you rely on it"
         )
-    return said
+    return warnings
 
 
 def _with_advice(maps: Maps, judged: Sequence[Judged], trim: int | None) -> list[str]:
@@ -323,9 +338,9 @@ def _with_advice(maps: Maps, judged: Sequence[Judged], trim: int | None) -> list
 
 
 def _sentences(judged: Sequence[Judged]) -> list[tuple[str, list[Fault], list[str]]]:
-    """A sentence for each fault, with the faults and the names of the engines that it speaks of.
+    """A sentence for each fault, with its faults and the names of its engines.
 
-    Fields of one period are told together, and engines that do the same.
+    Fields of the same period, and engines with the same fault, share a sentence.
     """
     groups: dict[tuple[Any, ...], tuple[list[Fault], list[Judged]]] = {}
     for one in judged:
@@ -348,7 +363,7 @@ def _merged(faults: Sequence[Fault]) -> Fault:
 
 
 def _sentence(fault: Fault, judged: Sequence[Judged]) -> str:
-    """What engines do to a model, as a phrase without advice."""
+    """How engines depart from a config, as a phrase without advice."""
     engines = listed([one.engine.title for one in judged])
     if fault.verdict in (Verdict.within_window, Verdict.absent):
         return f"{engines} {fault.why}"

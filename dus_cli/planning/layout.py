@@ -1,24 +1,22 @@
-"""In which shard, and in which order, the output's tensors lie, so that nearly all bytes can be
-cloned.
+"""Lay out the output's tensors in shards, in an order that lets nearly all bytes be cloned.
 
-A file system clones (reflinks) whole blocks only: a tensor can be cloned where its position in the
-output agrees with its position in the source modulo the block. safetensors allows no holes between
+A file system clones (reflinks) only whole blocks: a tensor can be cloned if its position in the
+output agrees with its position in the source, modulo the block. safetensors allows no gaps between
 tensors but does allow spaces after the header, so each output shard has one free choice: the
-*phase*, its data start modulo the block. The order does the rest:
+*phase*, its data start modulo the block. The rest depends on the order:
 
-- tensors keep the source's order, which keeps their distances; a second copy whose size is a
-  multiple of the block goes right behind the first and shifts nothing;
+- tensors keep the source's order, and so their distances; a second copy whose size is a multiple of
+  the block goes directly after the first, which keeps later positions modulo the block;
 - second copies of other sizes (norms, biases) go to the end of the shard, or to a shard of their
-  own where they are most of the bytes (a hidden size that is no multiple of anything);
-- what one source shard gives is cut into *runs*, whose tensors keep their distances. A run follows
-  another one in an output shard where its phase is the one that has come up there; else it begins a
-  shard, if it is worth one. A source shard has a phase by the length of its header, so an output
-  has as many shards as its base has phases, or more;
-- what is not worth a shard, at most a 256th of the output, goes to the end of a shard that has
-  room, and is copied.
+  own if they are most of the bytes (as with an odd hidden size);
+- the tensors of one source shard are cut into *runs* that keep their distances. A run follows
+  another one in an output shard if its phase fits there; else it begins a shard, if it is large
+  enough. The phase of a source shard depends on the length of its header, so an output has at least
+  as many shards as its base has phases;
+- smaller runs, at most a 256th of the output, go to the end of a shard with room, and are copied.
 
-The layout depends on the checkpoint, the map and the shard size alone, so every machine and every
-file system gets the same bytes.
+The layout depends only on the checkpoint, the map and the shard size, so the output is the same on
+every machine and file system.
 """
 
 from __future__ import annotations
@@ -45,42 +43,46 @@ from dus_cli.source.headers import (
     is_aligned,
 )
 
-# As many as the number of an output layer has.
+# The most digits of an output layer's number.
 _MOST_DIGITS = 6
 
 _NOWHERE: frozenset[int] = frozenset()
 
-# Block of every common file system on x86 and Arm. Larger ones copy what does not agree with
-# theirs.
+# The block size of every common file system on x86 and Arm. One with larger blocks copies what does
+# not agree modulo these.
 BLOCK = 4096
 
-# What the tensors' lines in a header may come to: the rest is for metadata and for the padding.
+# Limit of the tensors' entries in a header: the rest is for metadata and padding.
 _MOST_HEADER_BYTES = MAX_HEADER_BYTES * 3 // 4
 
-# A run is worth a shard of its own if it is this long, or this part of the largest shard.
+# A run may begin a shard if it has this many bytes, or this part of the largest shard's.
 _WORTH_A_SHARD, _PART_WORTH_A_SHARD = 1 << 20, 16
 
-# An output of fewer bytes is one file where it can be: to copy them takes no time.
+# A smaller output is one file if possible: copying it takes no time.
 _SMALL = 16 << 20
 
-# What does not fit into one shard is followed there by what is smaller, until this many later ones
-# are begun.
+# How many of the latest shards with the right phase are tried for a tensor.
 _LOOKED_AT = 3
 
-# The part of the output that may be copied, so that it has fewer shards.
+# The part of the output that may be copied so that there are fewer shards: one in this many bytes.
 _SPARED = 256
 
-# Second copies of odd sizes up to this part of a source shard ride at its end.
+# Second copies of odd sizes go to the end if they are at most one in this many bytes of the shard.
 _FEW = 64
 
 
 class Kind(NamedTuple):
-    """What many tensors of one source shard share: all that a layout asks of them but their names
-    and places.
+    """What many tensors of one source shard have in common: everything but their names and
+    positions.
 
-    `dtype` and `num_bytes` are a copy's, `zeroed` the numbers under which it is zeros, `scales` by
-    what it is multiplied under which number. `can_agree`: positions in source and output can agree;
-    a cast tensor has another length, a strided one no order.
+    Attributes:
+        shard: the source shard.
+        dtype: the dtype of a copy.
+        num_bytes: the bytes of a copy.
+        zeroed: the layer numbers of copies that are zeros.
+        scales: the factor of a copy, by its layer number.
+        can_agree: positions in source and output can agree; not for a cast tensor, which has
+            another length, and not for a strided one.
     """
 
     shard: Shard
@@ -91,11 +93,11 @@ class Kind(NamedTuple):
     can_agree: bool
 
 
-class Origin(NamedTuple):
-    """A base tensor that stands in the output.
+class SourceTensor(NamedTuple):
+    """A base tensor that is copied to the output.
 
-    `number` to `number_end` are the characters of its name that are a number which its copies have
-    others of; where there is none, both are 0.
+    `number` to `number_end` are the characters of the layer number in its name, which differs in
+    its copies; both are 0 if there is none.
     """
 
     tensor: TensorInfo
@@ -105,13 +107,12 @@ class Origin(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """An output tensor: a copy of its origin, with `number` for the one in its name if that has
-    one.
+    """An output tensor: a copy of its origin, with `number` as the layer number in its name.
 
-    A plan may hold a million of them: what can be worked out is not stored, not even the name.
+    A plan may hold a million of them: what can be derived is not stored, not even the name.
     """
 
-    origin: Origin
+    origin: SourceTensor
     number: int = 0
 
     @property
@@ -126,12 +127,12 @@ class Placement(NamedTuple):
 
     @property
     def tensor(self) -> TensorInfo:
-        """The base's."""
+        """The base's tensor."""
         return self.origin.tensor
 
     @property
     def shard(self) -> Shard:
-        """The base's."""
+        """The base's shard."""
         return self.origin.kind.shard
 
     @property
@@ -156,7 +157,7 @@ class Placement(NamedTuple):
 
     @property
     def scale(self) -> Scale | None:
-        """What its numbers are multiplied by; None for one that is not."""
+        """The factor on its numbers; None if there is none."""
         return self.origin.kind.scales.get(self.number)
 
 
@@ -173,8 +174,8 @@ class Segment:
 
     @property
     def clonable(self) -> range:
-        """The whole blocks inside, as positions in the output; empty where source and output
-        disagree.
+        """The whole blocks inside, as positions in the output; empty if positions in source and
+        output do not agree modulo the block.
         """
         if (self.source_start - self.start) % BLOCK:
             return range(0)
@@ -187,8 +188,8 @@ class Segment:
 class ShardLayout:
     """An output shard: a header, then the tensors in this order. `num_bytes` is the file's size.
 
-    `phase` is where the data starts, modulo the block. The header is encoded anew whenever it is
-    asked for: those of a deep model are hundreds of megabytes.
+    `phase` is where the data starts, modulo the block. The header is not kept but encoded on each
+    access: the headers of a deep model have hundreds of megabytes.
     """
 
     metadata: Mapping[str, str]
@@ -203,15 +204,15 @@ class ShardLayout:
         return encode_header(self.metadata, map(_line, self.placements), BLOCK, self.phase)
 
     def positions(self) -> Iterator[tuple[Placement, int]]:
-        """Every tensor with its position in the file."""
+        """Every tensor with its position in the file, in order."""
         start = self.data_start
         for placement in self.placements:
             yield placement, start
             start += placement.origin.kind.num_bytes
 
     def segments(self) -> Iterator[Segment]:
-        """The bytes to move as they are, neighbours in both files joined: one segment may span
-        many layers.
+        """The bytes to copy as they are. Tensors that are adjacent in both files are joined: a
+        segment may span many layers.
         """
         pending: Segment | None = None
         for placement, start in self.positions():
@@ -251,14 +252,21 @@ def lay_out(
 ) -> tuple[ShardLayout, ...]:
     """Place every output tensor. Linear in the number of tensors.
 
-    A tensor larger than `max_shard_bytes` gets a shard to itself, as in transformers. Without a
-    treatment all are copied as they are; zeros stand where the copies would.
+    A tensor larger than `max_shard_bytes` gets a shard of its own, as in transformers. Without a
+    treatment all tensors are copied as they are.
+
+    Args:
+        checkpoint: the base.
+        stack: the names of its layers.
+        layer_map: the base layer of each output layer.
+        max_shard_bytes: size of the largest shard.
+        treatment: which tensors are cast, scaled or zeros.
 
     Raises:
-        CheckpointError: the map leaves nothing, or a header would pass the format's limit.
+        CheckpointError: a header would exceed the format's limit.
     """
     treatment = treatment or Treatment()
-    runs: list[_Run] = []
+    runs: list[_TensorRun] = []
     for shard in checkpoint.shards:
         for sequence in _sequences(shard, stack, layer_map, treatment):
             runs += _runs(shard, sequence)
@@ -274,23 +282,21 @@ def lay_out(
 def _sequences(
     shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: Treatment
 ) -> Iterator[list[Placement]]:
-    """The output tensors that come from one source shard, in orders that keep the source's
-    distances.
-    """
+    """The output tensors from one source shard, in sequences that keep the source's distances."""
     waiting = list(_origins(shard, stack, layer_map, treatment))
     sequence: list[Placement] = []
-    size = done = 0  # bytes of the sequence; copies of each waiting tensor that are placed
+    size = num_placed = 0  # bytes of the sequence; copies of each waiting tensor that are placed
     while waiting:
-        later: list[tuple[Origin, tuple[int, ...]]] = []
+        later: list[tuple[SourceTensor, tuple[int, ...]]] = []
         for origin, numbers in waiting:
             num_bytes = origin.tensor.num_bytes
-            stop = len(numbers) if num_bytes % BLOCK == 0 else done + 1
-            placed = numbers[done:stop]
+            stop = len(numbers) if num_bytes % BLOCK == 0 else num_placed + 1
+            placed = numbers[num_placed:stop]
             sequence.extend([Placement(origin, number) for number in placed])
             size += num_bytes * len(placed)
             if len(numbers) > stop:
                 later.append((origin, numbers))
-        waiting, done = later, done + 1
+        waiting, num_placed = later, num_placed + 1
         if sum(origin.tensor.num_bytes for origin, _ in later) * _FEW > size:
             yield sequence
             sequence, size = [], 0
@@ -300,9 +306,9 @@ def _sequences(
 
 def _origins(
     shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: Treatment
-) -> Iterator[tuple[Origin, tuple[int, ...]]]:
-    """The tensors of one source shard, and the numbers that their copies have; one copy where
-    there is no number.
+) -> Iterator[tuple[SourceTensor, tuple[int, ...]]]:
+    """The tensors of one source shard, and the layer numbers of their copies; one copy if a name
+    has no number.
     """
     kinds: dict[tuple[object, ...], Kind] = {}
     for stored in shard.header.tensors:
@@ -324,7 +330,7 @@ def _origins(
         kind = kinds.get(key)
         if kind is None:
             kind = kinds[key] = _kind(tensor, shard, treatment, zeroed, scales)
-        yield Origin(tensor, kind, start, end), numbers
+        yield SourceTensor(tensor, kind, start, end), numbers
 
 
 def _kind(
@@ -342,22 +348,22 @@ def _kind(
 
 
 def _line(placement: Placement) -> tuple[str, str, tuple[int, ...], int]:
-    """What a header says of a tensor."""
+    """A tensor's entry in a header, for `encode_header`."""
     tensor, kind, *_ = placement.origin
     return placement.name, kind.dtype, tensor.shape, kind.num_bytes
 
 
-def _line_bytes(origin: Origin) -> int:
-    """An upper bound of the bytes of that in the header."""
+def _line_bytes(origin: SourceTensor) -> int:
+    """An upper bound of the entry's bytes in the header."""
     return 2 * (len(origin.tensor.name) + _MOST_DIGITS) + 100 + 21 * len(origin.tensor.shape)
 
 
 @dataclass(slots=True)
-class _Run:
+class _TensorRun:
     """Output tensors from one source shard that keep the source's distances from each other.
 
-    They agree with the source where the first is placed at `entry` modulo the block; `exit` is
-    where the next one would be placed then. `num_agreeing` bytes of theirs can agree.
+    They agree with the source if the first is placed at `entry` modulo the block. `num_agreeing` is
+    the number of their bytes that can agree.
     """
 
     shard: Shard
@@ -371,9 +377,9 @@ class _Run:
         return (self.entry + self.num_bytes) % BLOCK
 
 
-def _runs(shard: Shard, sequence: Sequence[Placement]) -> Iterator[_Run]:
-    """Split a sequence where the distance between position in source and in sequence changes."""
-    run: _Run | None = None
+def _runs(shard: Shard, sequence: Sequence[Placement]) -> Iterator[_TensorRun]:
+    """Split a sequence at each change of the difference between position in source and sequence."""
+    run: _TensorRun | None = None
     offset = value = 0
     for placement in sequence:
         tensor, kind, *_ = placement.origin
@@ -382,10 +388,10 @@ def _runs(shard: Shard, sequence: Sequence[Placement]) -> Iterator[_Run]:
             if run is None or shift != value:
                 if run is not None:
                     yield run
-                run, value = _Run(shard, (shift + offset) % BLOCK), shift
+                run, value = _TensorRun(shard, (shift + offset) % BLOCK), shift
             run.num_agreeing += kind.num_bytes
         elif run is None:
-            run = _Run(shard, 0)
+            run = _TensorRun(shard, 0)
         run.placements.append(placement)
         run.num_bytes += kind.num_bytes
         offset += kind.num_bytes
@@ -395,8 +401,7 @@ def _runs(shard: Shard, sequence: Sequence[Placement]) -> Iterator[_Run]:
 
 @dataclass(slots=True)
 class _Group:
-    """What comes into one output shard: tensors that agree with their sources, behind them the
-    others.
+    """The tensors of one output shard: those that agree with their sources, then the others.
 
     `header` is an upper bound of the header's bytes.
     """
@@ -407,8 +412,8 @@ class _Group:
     header: int = 0
 
     def has_room(self, num_bytes: int, line: int, max_shard_bytes: int) -> bool:
-        """Whether a tensor of these bytes, with this line in the header, fits; an empty shard
-        takes any.
+        """Whether a tensor of `num_bytes`, with `line` bytes in the header, fits; an empty shard
+        takes any tensor.
         """
         header = self.header + line
         fits = (
@@ -418,24 +423,24 @@ class _Group:
         return fits or not self.header
 
     def add(self, num_bytes: int, line: int) -> None:
-        """Count a tensor that is put into one of the lists."""
+        """Count a tensor that is added to one of the lists."""
         self.num_bytes += num_bytes
         self.header += line
 
 
-def _pack(runs: Sequence[_Run], max_shard_bytes: int) -> list[_Group]:
-    """Share the runs out among shards of at most this size; a larger tensor has one to itself."""
+def _pack(runs: Sequence[_TensorRun], max_shard_bytes: int) -> list[_Group]:
+    """Distribute runs over shards of at most this size; a larger tensor has a shard of its own."""
     worth = min(_WORTH_A_SHARD, max_shard_bytes // _PART_WORTH_A_SHARD)
     begins = _beginnings(runs, worth)
     groups: list[_Group] = []
     by_end: dict[int, list[_Group]] = {}
     of_shard: dict[str, _Group] = {}
-    others: list[_Run] = []
+    others: list[_TensorRun] = []
     for run in runs:
         is_long = run.num_agreeing >= worth and not run.shard.is_pickled
         follows = bool(by_end.get(run.entry)) and (is_long or run.num_bytes % BLOCK == 0)
         if not follows and not (is_long and run.entry in begins):
-            others.append(run)  # what is short and no whole blocks would shift what follows it
+            others.append(run)  # a short run that is not whole blocks would shift those after it
             continue
         end = run.entry
         for placement in run.placements:
@@ -459,9 +464,9 @@ def _pack(runs: Sequence[_Run], max_shard_bytes: int) -> list[_Group]:
 def _with_room(
     groups: list[_Group], num_bytes: int, line: int, max_shard_bytes: int
 ) -> _Group | None:
-    """Which of some shards takes a tensor: the first that has room, so that few remain nearly full.
+    """The shard that takes a tensor: the first that has room, so that few remain nearly full.
 
-    What is no whole blocks shifts what follows it, and goes where that can follow: to the last one.
+    A tensor that is not whole blocks shifts those after it, so it must go to the last shard.
     """
     del groups[:-_LOOKED_AT]
     for group in groups if num_bytes % BLOCK == 0 else groups[-1:]:
@@ -470,9 +475,9 @@ def _with_room(
     return None
 
 
-def _beginnings(runs: Sequence[_Run], worth: int) -> set[int]:
-    """The phases with which shards are begun: all but those of few bytes, together at most a
-    part of the output.
+def _beginnings(runs: Sequence[_TensorRun], worth: int) -> set[int]:
+    """The phases with which shards begin: all but those with few bytes, which together are at most
+    one in `_SPARED` bytes of the output.
     """
     num_bytes: Counter[int] = Counter()
     for run in runs:
@@ -489,10 +494,13 @@ def _beginnings(runs: Sequence[_Run], worth: int) -> set[int]:
 
 
 def _pack_others(
-    runs: Iterable[_Run], groups: list[_Group], of_shard: Mapping[str, _Group], max_shard_bytes: int
+    runs: Iterable[_TensorRun],
+    groups: list[_Group],
+    of_shard: Mapping[str, _Group],
+    max_shard_bytes: int,
 ) -> None:
-    """Put what will be copied behind what comes from the same source shard, or where else there
-    is room.
+    """Add the tensors that will be copied to the shard with others from their source shard, or to
+    any with room.
     """
     spare = iter(tuple(groups))
     group: _Group | None = None
@@ -515,8 +523,8 @@ def _pack_others(
 
 def _finish(group: _Group) -> ShardLayout:
     placements = [*group.agreeing, *group.others]
-    # Where it is not so of itself, what is copied, or else all, is ordered as the library does it:
-    # then every tensor starts at a multiple of its element.
+    # Every tensor must start at a multiple of its element size. If one does not, the copied tensors
+    # are sorted by falling element size, as the library does, and if need be all of them.
     if not _are_aligned(placements):
         placements = [*group.agreeing, *sorted(group.others, key=_falling)]
         if not _are_aligned(placements):

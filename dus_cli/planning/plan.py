@@ -1,5 +1,5 @@
-"""`UpscalePlan`: everything that will be written, decided before the first byte. Pure, so a dry
-run is free.
+"""`UpscalePlan`: everything that will be written, decided before the first byte. It writes nothing,
+so it is also the dry run.
 """
 
 from __future__ import annotations
@@ -52,18 +52,25 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class MapRequest:
-    """The layer map that was asked for, before the base's depth is known.
+    """The layer map that the user requests, before the base's depth is known.
 
-    `layers`, `double` and `recipe` exclude each other and the rest. `identity`: the map's new
-    layers start as identities; else `start` says how they do. `assume` says how fields of
-    config.json, and numbered stacks of tensors by their prefix, that dus does not know are to be
-    carried, as (field or prefix, "keep" or "map"). `engines` are names of those that must compute
-    the output as config.json says.
+    Attributes:
+        trim: layers trimmed from each copy; None lets dus choose.
+        layers: any other map, as half-open ranges of base layers.
+        copies: copies to stack.
+        recipe: a published map by name. `layers`, `double` and `recipe` exclude each other, `trim`
+            and `copies`.
+        identity: new layers start as identities.
+        assume: the user's decisions about fields of config.json, and numbered stacks of tensors,
+            that dus does not know, as (field or prefix, "keep" or "map").
+        engines: names of engines that must compute the output as config.json says.
+        double: the base with the layers of these ranges twice.
+        start: the start of new layers, if they are not identities.
 
     Raises:
-        UsageError: options that exclude each other, a number outside of its bounds, or no such
+        UsageError: options exclude each other, a number is out of bounds, or there is no such
             recipe or engine.
-        LayerMapError: `layers` is not of its grammar.
+        LayerMapError: `layers` or `double` does not have the right form.
     """
 
     trim: int | None = None
@@ -79,41 +86,45 @@ class MapRequest:
     def __post_init__(self) -> None:
         parse_engines(self.engines)
         check_numbers(trim=self.trim, copies=self.copies)
-        given = [name for name in ("layers", "double", "recipe") if getattr(self, name) is not None]
-        if given and (len(given) > 1 or self.trim is not None or self.copies != 2):
+        options = [
+            name for name in ("layers", "double", "recipe") if getattr(self, name) is not None
+        ]
+        if options and (len(options) > 1 or self.trim is not None or self.copies != 2):
             others = [
                 f"--{name}"
                 for name in ("trim", "layers", "double", "recipe", "copies")
-                if name != given[-1]
+                if name != options[-1]
             ]
-            raise UsageError(f"--{given[-1]} says the whole map; leave out {' and '.join(others)}")
+            raise UsageError(
+                f"--{options[-1]} gives the whole map; leave out {' and '.join(others)}"
+            )
         if self.recipe is not None and self.recipe not in RECIPES:
             raise UsageError(
-                f"there is no recipe {shown(self.recipe)!r}; there are {', '.join(RECIPES)}"
+                f"there is no recipe {shown(self.recipe)!r}; use one of {', '.join(RECIPES)}"
             )
         if self.layers is not None:
             parse_layers(self.layers)
         if self.double is not None:
             parse_double(self.double)
         if self.start.name != "copy" and self.starts_as_base:
-            what = "--identity" if self.identity else f"--recipe {self.recipe}"
-            raise UsageError(f"{what} says how new layers start; leave out --start")
+            option = "--identity" if self.identity else f"--recipe {self.recipe}"
+            raise UsageError(f"{option} decides how new layers start; leave out --start")
 
     @property
     def leaves_trim_open(self) -> bool:
-        """Whether nobody said which layers: then the model decides about the trim."""
-        return all(given is None for given in (self.trim, self.layers, self.double, self.recipe))
+        """Whether no option gives the layers: then dus chooses the trim."""
+        return all(option is None for option in (self.trim, self.layers, self.double, self.recipe))
 
     @property
     def starts_as_base(self) -> bool:
-        """Whether the new layers start as identities: as asked, or as the recipe has it."""
+        """Whether the new layers start as identities, by the request or by its recipe."""
         return self.identity or (self.recipe is not None and RECIPES[self.recipe].identity)
 
     def resolve(self, num_layers: int) -> LayerMap:
         """The map for a base of this depth.
 
         Raises:
-            LayerMapError: not valid for this depth.
+            LayerMapError: the map is not valid for this depth.
         """
         if self.recipe is not None:
             return recipe_map(self.recipe, num_layers)
@@ -128,10 +139,10 @@ class MapRequest:
 
 @dataclass(frozen=True)
 class Base:
-    """The base as lineage records it: what was typed, and the commit where it came from the Hub.
+    """The base as the lineage records it: as typed, and its commit if it is from the Hub.
 
-    `recorded_name` is its name where that was recorded before, and the directory may have another
-    now.
+    `recorded_name` is the name in a lineage that is followed again; the directory may now have
+    another.
     """
 
     ref: ModelRef
@@ -144,12 +155,12 @@ class Base:
 
 
 class Start(str, Enum):
-    """How a model stands to its base before any training.
+    """How an output differs from its base before training.
 
-    `seams`: layers meet that never met, which makes it worse; `scaled`: so they do, and some say
-    less or more than in the base; `identity`: its new layers do nothing yet; `base`: the map has
-    the base's layers, all and in order, and nothing else; `part`: some that follow each other, and
-    no seam.
+    `seams`: layers are adjacent that were not in the base, which makes it worse; `scaled`: the
+    same, and some layers add less or more than in the base; `identity`: its new layers add nothing
+    yet; `base`: it has exactly the base's layers in order; `part`: it has consecutive layers of the
+    base, and no seam.
     """
 
     seams = "seams"
@@ -161,14 +172,27 @@ class Start(str, Enum):
 
 @dataclass(frozen=True)
 class UpscalePlan:
-    """The whole output: shards, config, files, and the figures that the report gives.
+    """The whole output: shards, config, files, and the numbers in the report.
 
-    `shards` maps file names to layouts, in order. `files` are those of the source's other files
-    that go along, as (path with "/", file); those that were not fetched have `num_absent_bytes`.
-    `sidecars` go along too, with names of layers that followed the map, and `left_out` do not.
-    `kinds` are what the config says of each base layer. `base_card` is what the base's model card
-    says that ours repeats. `engines` are what each inference engine makes of the output, and
-    `why_trim` says why a trim that nobody gave is not a quarter of the layers.
+    Attributes:
+        base: the base, as the lineage records it.
+        checkpoint: the open base.
+        request: what the user requested.
+        layer_map: the base layer of each output layer.
+        max_shard_bytes: size of the largest shard.
+        stack: the names of the layers.
+        treatment: which tensors are cast, scaled or zeros.
+        config: config.json of the output.
+        kinds: by field, the kind of each base layer.
+        shards: the layout of each shard by file name, in order.
+        files: the base's other files that are copied, as (path with "/", file).
+        sidecars: the contents of files whose layer names followed the map, by file name.
+        left_out: the base's files that are not in the output.
+        warnings: what a person should check, one line each.
+        base_card: the metadata of the base's card.
+        num_absent_bytes: bytes of those `files` that were not fetched.
+        engines: the judgement of each inference engine.
+        why_trim: why a trim that dus chose is not a quarter of the layers; else None.
     """
 
     base: Base
@@ -192,7 +216,7 @@ class UpscalePlan:
 
     @property
     def options(self) -> str:
-        """The options that make this plan again, defaults that depend on the model written out."""
+        """The options that make this plan again, with defaults that depend on the model."""
         request, trim = self.request, self.layer_map.trim
         if request.recipe is not None:
             options = f"--recipe {request.recipe}"
@@ -218,7 +242,7 @@ class UpscalePlan:
 
     @property
     def start(self) -> Start:
-        """What the output is to its base before any training."""
+        """How the output differs from its base before training."""
         layer_map = self.layer_map
         if self.treatment.zeros:
             return Start.identity
@@ -230,9 +254,7 @@ class UpscalePlan:
 
     @property
     def output_kinds(self) -> Kinds:
-        """What each output layer is: what its source is, by every field that tells the base's
-        layers apart.
-        """
+        """By field, the kind of each output layer, which is its source's."""
         return {
             name: [kinds[base] for base in self.layer_map.sources]
             for name, kinds in self.kinds.items()
@@ -240,7 +262,7 @@ class UpscalePlan:
 
     @property
     def along(self) -> list[str]:
-        """The names of the base's other files that go along, changed or as they are."""
+        """The names of the base's other files that are in the output, changed or as they are."""
         return sorted([*(name for name, _ in self.files), *self.sidecars], key=walk_order)
 
     @property
@@ -249,10 +271,10 @@ class UpscalePlan:
         return chain.from_iterable(layout.placements for layout in self.shards.values())
 
     def check_libraries(self) -> None:
-        """Check that what writing these tensors takes is installed.
+        """Check that the libraries that writing takes are installed.
 
         Raises:
-            MissingExtraError: a cast needs torch, or a factor numpy, and it is not.
+            MissingExtraError: a cast needs torch, or a factor numpy, and it is missing.
         """
         if any(placement.dtype != placement.tensor.dtype for placement in self.placements):
             require("--dtype", "torch")
@@ -279,13 +301,13 @@ class UpscalePlan:
 
     @property
     def num_file_bytes(self) -> int:
-        """Bytes of the files that are copied along."""
+        """Bytes of the base's other files that are copied."""
         return self.num_absent_bytes + sum(
             path.stat().st_size for _, path in self.files if path.exists()
         )
 
     def index(self) -> dict[str, Any] | None:
-        """The content of model.safetensors.index.json, None where one file holds everything."""
+        """The content of model.safetensors.index.json; None if there is only one shard."""
         if SINGLE_NAME in self.shards:
             return None
         weight_map = {
@@ -295,7 +317,7 @@ class UpscalePlan:
         return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
     def text_files(self) -> dict[str, str]:
-        """config.json, what goes along changed, and the index, as they are written."""
+        """The texts of config.json, the sidecars and the index, by file name."""
         index = self.index()
         records = {
             **self.sidecars,
@@ -315,8 +337,8 @@ class UpscalePlan:
 
 
 def dump_json(value: object) -> str:
-    """JSON as transformers lays it out, keys in their order. Text stays ASCII, so any content
-    can be written.
+    """JSON in transformers' layout, with keys in their order; ASCII, so that any text can be
+    written.
     """
     return json.dumps(value, indent=2) + "\n"
 
@@ -329,17 +351,21 @@ def make_plan(
     dtype: Dtype | None = None,
     absent: Mapping[str, int] | None = None,
 ) -> UpscalePlan:
-    """Decide everything that will be written. Reads headers and names only.
+    """Decide everything that will be written. Reads only headers, and small files.
 
-    `dtype`: what floats are cast to. `absent`: files of the repo that are not in the checkpoint's
-    folder, with sizes.
+    Args:
+        base: the base, as the lineage records it.
+        checkpoint: the open base.
+        request: the layer map and start.
+        max_shard_bytes: size of the largest shard.
+        dtype: what floating-point tensors are cast to; None for no cast.
+        absent: sizes in bytes of files of the repo that are not in the checkpoint's folder.
 
     Raises:
         LayerMapError: the map is not valid for this model.
         ConfigError: a field of the config cannot follow the map.
         EngineError: one of the request's engines would not compute what config.json says.
-        CheckpointError: tensors that the layer map, or an identity, does not account for; or that
-            cannot be cast.
+        CheckpointError: there are tensors that dus cannot place, scale or cast.
     """
     refuse_types(checkpoint.config)
     decoder = decoder_config(checkpoint.config)
@@ -426,8 +452,8 @@ def _check_alike(
     layer_map: LayerMap,
     deeper: DeeperConfig,
 ) -> tuple[str, ...]:
-    """Warnings about layers of a type in no table that hold other tensors than others; an error
-    where it matters.
+    """Check that the map may move layers that hold different tensors, for a type that the tests do
+    not cover; return warnings.
     """
     if decoder.model_type in TRIED_TYPES:
         return ()
@@ -436,17 +462,17 @@ def _check_alike(
     )
     described = ((tensor.name, tensor.dtype, tensor.shape) for _, tensor in checkpoint.tensors())
     tensors = LayerTensors.of(described, layers.prefix, decoder.num_layers)
-    return check_alike(tensors, layer_map, deeper.tells, is_quantised=is_quantised)
+    return check_alike(tensors, layer_map, deeper.distinctions, is_quantised=is_quantised)
 
 
 def _carried(checkpoint: Checkpoint, absent: Mapping[str, int]) -> Carried:
-    """What goes along from the checkpoint's folder, and from its repo where only some of it was
-    fetched.
+    """The files that are carried over from the checkpoint's folder, and from its repo if not all
+    files were fetched.
     """
     weights = {shard.name for shard in checkpoint.shards}
-    here = carried_files(checkpoint.folder, weights)
+    in_folder = carried_files(checkpoint.folder, weights)
     names = [name for name in absent if belongs_by_name(name)]
-    files = [*here.files, *((name, checkpoint.folder / name) for name in names)]
+    files = [*in_folder.files, *((name, checkpoint.folder / name) for name in names)]
     folders = {name.split("/")[0] for name, _ in files if "/" in name}
     others = [
         name
@@ -457,7 +483,7 @@ def _carried(checkpoint: Checkpoint, absent: Mapping[str, int]) -> Carried:
         name if "/" not in name or name.split("/")[0] in folders else f"{name.split('/')[0]}/"
         for name in others
     )
-    left_out = {*here.left_out, *cut}
+    left_out = {*in_folder.left_out, *cut}
     return Carried(
         tuple(sorted(files, key=lambda file: walk_order(file[0]))), tuple(sorted(left_out))
     )
@@ -471,7 +497,7 @@ def _treatment(
     request: MapRequest,
     dtype: Dtype | None,
 ) -> tuple[Treatment, list[str]]:
-    """What becomes of the base's tensors, and warnings."""
+    """Which of the base's tensors are cast, scaled or zeros, and warnings."""
     zeros: frozenset[str] = frozenset()
     scaled: dict[str, int] = {}
     warnings = list(check_castable(checkpoint, dtype)) if dtype is not None else []

@@ -1,10 +1,9 @@
-"""Which of a layer's tensors a factor goes on, so that it scales what the layer adds to the
-residual stream.
+"""Which tensors of a layer must be scaled so that what the layer adds to the residual stream is.
 
-Most layers are h + f(norm(h)), and there these are the output projections (`planning.projections`).
-Where a norm stands behind a block, h + norm(f(…)), it undoes any factor before it: there it is the
-norm's own weight. Model types were read from models/*/modeling_*.py of transformers 5.23;
-tests/test_starts.py holds every type of the zoo against its base.
+In most layers, h + f(norm(h)), these are the output projections (`planning.projections`). If a norm
+follows a block, h + norm(f(…)), it undoes any factor before it: then the norm's own weight is
+scaled. Model types were read from models/*/modeling_*.py of transformers 5.23; tests/test_starts.py
+compares every type of the zoo with its base.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ from dus_cli.source.headers import TensorInfo
 
 
 class PostNorms(NamedTuple):
-    """The norms behind a type's blocks: behind those of attention and the like, and behind the MLP
-    or the experts.
+    """The norms that follow a type's blocks: attention and similar blocks, and the MLP or experts.
 
-    None where a type has none there. `offset` is 1 where they multiply by 1 + w.
+    None if a type has none there. `offset` is 1 if they multiply by 1 + w.
     """
 
     after_mixer: str | None
     after_mlp: str
     offset: int = 0
 
-    def behind(self, writer: str) -> str | None:
-        """The norm behind the block that an output projection ends."""
+    def after(self, writer: str) -> str | None:
+        """The norm that follows the block of an output projection; None if there is none."""
         is_mlp = _MLP.match(writer) is not None
         return self.after_mlp if is_mlp else self.after_mixer
 
@@ -59,8 +57,8 @@ POST_NORMS: Mapping[str, PostNorms] = {
     "olmo3": PostNorms(*_AFTER),
 }
 
-# Behind a block, by its name, in a type that stands in no row above.
-_LOOKS_BEHIND = re.compile(
+# Names of tensors that may be norms after a block, for types that are not in the table above.
+_LOOKS_POST_NORM = re.compile(
     r"post_?(feed_?forward|ffn?|ffw|mlp|moe|self_attn|mixer|operator|block|norm)"
 )
 
@@ -72,60 +70,61 @@ def scaled_tensors(
     layers: Container[int],
     option: str,
 ) -> dict[str, int]:
-    """What is scaled in these base layers, by names within the layer (`projections.pattern`), with
-    the offset of each.
+    """The tensors that are scaled in these base layers: their names within the layer
+    (`projections.pattern`), with the offset of each.
+
+    `option` is the option's name in messages.
 
     Raises:
-        ConfigError: the layers of this model are not h + f(h), or it is not known where a norm
-            stands.
-        CheckpointError: a block without an output projection, or with a quantised one; layers of
-            which some have a norm behind a block and others do not.
+        ConfigError: the layers of this model are not h + f(h), or a norm may follow a block.
+        CheckpointError: a block has no output projection, or a quantised one; or only some layers
+            have a norm after a block.
     """
     tensors = tuple(tensors)
     writers = stream_patterns(decoder, stack, tensors, layers, option)
     norms = POST_NORMS.get(decoder.model_type)
-    found: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     kinds = layer_kinds(tensors, stack, layers)
     for kind in kinds:
-        found |= _scaled_in(kind, writers & kind, norms)
+        offsets |= _scaled_in(kind, writers & kind, norms)
         known = () if norms is None else (norms.after_mixer, norms.after_mlp)
-        behind = sorted(
+        post_norms = sorted(
             name
             for name in kind
-            if _LOOKS_BEHIND.search(name) and name.rpartition(".")[0] not in known
+            if _LOOKS_POST_NORM.search(name) and name.rpartition(".")[0] not in known
         )
-        if behind:
+        if post_norms:
             raise ConfigError(
-                f"{option}: {shown_list(behind)} may stand behind a block and undo its scaling, "
+                f"{option}: {shown_list(post_norms)} may follow a block and undo its scaling, "
                 "and dus does not know "
                 f"that of model type {shown(decoder.model_type)!r}; leave out {option}"
             )
     for kind in kinds:
-        if both := sorted((found.keys() & kind) - _scaled_in(kind, writers & kind, norms).keys()):
+        if both := sorted((offsets.keys() & kind) - _scaled_in(kind, writers & kind, norms).keys()):
             raise CheckpointError(
                 f"{option}: {shown_list(both)} would have to be scaled in some layers and not in "
                 f"others; leave out {option}"
             )
-    return dict(sorted(found.items()))
+    return dict(sorted(offsets.items()))
 
 
 def _scaled_in(
     kind: frozenset[str], writers: frozenset[str], norms: PostNorms | None
 ) -> dict[str, int]:
-    """What is scaled in layers that hold these tensors: each output projection, or the norm
-    behind it.
+    """The tensors that are scaled in layers with these tensors: each output projection, or the norm
+    after it.
     """
     if norms is None or not all(
         f"{norm}.weight" in kind for norm in (norms.after_mixer, norms.after_mlp) if norm
     ):
         return dict.fromkeys(writers, 0)
-    found: dict[str, int] = {}
+    offsets: dict[str, int] = {}
     for writer in writers:
-        norm = norms.behind(writer)
+        norm = norms.after(writer)
         if norm is None:
-            found[writer] = 0
+            offsets[writer] = 0
             continue
-        found[f"{norm}.weight"] = norms.offset
+        offsets[f"{norm}.weight"] = norms.offset
         if f"{norm}.bias" in kind:
-            found[f"{norm}.bias"] = 0
-    return found
+            offsets[f"{norm}.bias"] = 0
+    return offsets

@@ -1,10 +1,10 @@
-"""Output projections, as data: the matrices by which a layer's blocks write to the residual stream.
+"""Output projections: the matrices with which a layer's blocks write to the residual stream.
 
-With a pre-norm layer h + f(norm(h)) whose f ends in zeros, the layer is the identity: what LLaMA
-Pro's block expansion rests on (arXiv:2401.02415, section 3.2). With a factor on them it is h + c ·
-f(norm(h)), unless a norm stands between f and the stream (`planning.post_norms`). Names were read
-from the files that transformers 5.23 writes and from models/*/modeling_*.py; tests/test_recipes.py
-and tests/test_starts.py hold every type of the zoo against its base.
+A pre-norm layer h + f(norm(h)) whose output projections are zeros is the identity: LLaMA Pro's
+block expansion uses this (arXiv:2401.02415, section 3.2). With a factor c on them it is
+h + c · f(norm(h)), unless a norm follows f (`planning.post_norms`). Names were read from the files
+that transformers 5.23 writes and from models/*/modeling_*.py; tests/test_recipes.py and
+tests/test_starts.py compare every type of the zoo with its base.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from dus_cli.maps.stacks import LayerStack
 from dus_cli.planning.dtypes import FLOATS
 from dus_cli.source.headers import TensorInfo
 
-# The general rule: whatever bears one of these names writes to the residual stream, unless its
-# shape says otherwise: w2 is the output of Llama's w1, w2, w3 and an input of Qwen 1's w1, w2,
-# c_proj.
+# Names of modules that write to the residual stream, unless their shape shows otherwise: w2 is the
+# output of Llama's w1, w2, w3 but an input of Qwen 1's w1, w2, c_proj.
 PROJECTIONS = frozenset(
     """
     o_proj out_proj c_proj down_proj dense_4h_to_h fc2 fc_out w2 output_linear linear_out proj_down
@@ -31,7 +30,7 @@ PROJECTIONS = frozenset(
     """.split()
 )
 
-# Names that mean other things elsewhere, with the block in which they are the output projection.
+# Names that have other meanings elsewhere, with the block in which they are the output projection.
 IN_BLOCK = frozenset(
     [
         ("attention", "dense"),  # gpt_neox, bailing_hybrid
@@ -42,9 +41,9 @@ IN_BLOCK = frozenset(
     ]
 )
 
-# What else a model type adds to the stream, as patterns.
+# Other tensors with which a model type writes to the stream, as patterns.
 BY_TYPE: Mapping[str, tuple[str, ...]] = {
-    # of two matrices, known by their places in a Sequential
+    # the second of two matrices, which only have numbers in a Sequential
     "ctrl": ("ffn.2.weight", "ffn.2.bias"),
     "jetmoe": ("mlp.bias", "self_attention.experts.bias"),
 }
@@ -67,7 +66,7 @@ NOT_IDENTITIES: Mapping[str, str] = {
     "its norms stand on the residual stream, behind each block",
 )
 
-# Fields of the config under which a layer is not h + f(h), with the value that makes it so.
+# Fields of the config with the value for which a layer is not h + f(h).
 NOT_WITH: Mapping[str, tuple[Any, str]] = {
     # opt
     "do_layer_norm_before": (False, "norms then stand on the residual stream, behind each block"),
@@ -75,21 +74,20 @@ NOT_WITH: Mapping[str, tuple[Any, str]] = {
     "apply_residual_connection_post_layernorm": (True, "the residual is then the normed input"),
 }
 
-# Where a block's tensors stand under something that is no block (dbrx).
+# Prefixes of blocks that are not blocks themselves (dbrx).
 _WRAPPERS = ("norm_attn_norm.",)
 
-# Behind a block, and zero where it is: convolutions without bias (inkling_text).
+# Convolutions without bias after a block, which map zeros to zeros (inkling_text).
 _AFTER_BLOCKS = frozenset(["attn_sconv", "mlp_sconv"])
 
-# Matrices that stand in a layer without a block around them, and the block that they are (opt,
-# xglm, biogpt).
+# Matrices in a layer that are not inside a block; together they are one (opt, xglm, biogpt).
 _BARE = frozenset(["fc1", "fc2"])
 
-# Fields of the config that say how wide the residual stream is, where no norm does.
+# Fields of the config with the width of the residual stream, for layers without a norm.
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "model_dim")
 
-# Matrices that read the stream in any block of attention: their shape tells which side of a matrix
-# is its input.
+# Names of matrices that read the stream in attention: their shape shows which side of a matrix is
+# its input.
 _READERS = re.compile(
     r"^(c_attn|query_key_value|w?qkv(_proj)?|w?[qkv]|[qkv]_proj|qkv)$", re.IGNORECASE
 )
@@ -100,7 +98,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)(?!\.(weight|bias)$)")
 
 
 def pattern(suffix: str) -> str:
-    """A tensor's name within its layer, numbers (of experts) as `*`; a place in a Sequential stays.
+    """A tensor's name within its layer, with `*` for numbers of experts; numbers in a Sequential
+    stay.
 
     >>> pattern("mlp.experts.31.down_proj.weight"), pattern("ffn.2.weight")
     ('mlp.experts.*.down_proj.weight', 'ffn.2.weight')
@@ -109,7 +108,7 @@ def pattern(suffix: str) -> str:
 
 
 def is_output_projection(suffix: str, model_type: str = "") -> bool:
-    """Whether a tensor, by its name within its layer, is an output projection's weight or bias.
+    """Whether a tensor is an output projection's weight or bias, by its name within its layer.
 
     >>> is_output_projection("self_attn.o_proj.weight"), is_output_projection("mlp.up_proj.weight")
     (True, False)
@@ -121,8 +120,8 @@ def is_output_projection(suffix: str, model_type: str = "") -> bool:
 
 
 class Writers(NamedTuple):
-    """What of a layer writes to the residual stream, as patterns; and modules in which several
-    matrices may.
+    """The tensors of a layer that write to the residual stream, as patterns; and, for modules in
+    which that is unclear, the matrices that may.
     """
 
     found: frozenset[str]
@@ -132,16 +131,15 @@ class Writers(NamedTuple):
 def stream_writers(
     layer: Mapping[str, Sequence[int]], model_type: str = "", width: int | None = None
 ) -> Writers:
-    """Tell a layer's output projections, weights and biases, by name, shape and place.
+    """Find a layer's output projections, weights and biases, by name, shape and position.
 
-    Matrices of one module compete: where the names of several say that they write, the one whose
-    output is as wide as the stream does. Zeros, or gains, on two factors of one product would leave
-    none of them a gradient.
+    Only one matrix of a module may write: if several have such a name, it is the one whose output
+    is as wide as the stream. Zeros on two factors of one product would leave neither a gradient.
 
     Args:
         layer: shapes of the layer's tensors by their names within it.
-        model_type: of the decoder.
-        width: of the residual stream, where the layer has no norm that says it.
+        model_type: the decoder's type.
+        width: the width of the residual stream, for a layer without a norm.
 
     >>> shapes = {"input_layernorm.weight": (8,)}
     >>> shapes |= {"mlp.w1.weight": (32, 8), "mlp.w2.weight": (32, 8)}
@@ -172,8 +170,7 @@ def stream_writers(
 
 
 def _stem(suffix: str) -> str:
-    """The pattern of the module that a weight or bias belongs to; experts in one tensor are called
-    so too.
+    """The pattern of the module that a weight or bias belongs to, also for experts in one tensor.
 
     >>> _stem("mlp.experts.7.w2.weight"), _stem("mlp.experts.down_proj_bias")
     ('mlp.experts.*.w2', 'mlp.experts.down_proj')
@@ -188,7 +185,7 @@ def _stem(suffix: str) -> str:
 
 
 def _stream_width(layer: Mapping[str, Sequence[int]]) -> int | None:
-    """As wide as most of the layer's own norms are."""
+    """The width of the residual stream: that of most of the layer's own norms; None without one."""
     widths = Counter(
         shape[0] for suffix, shape in layer.items() if len(shape) == 1 and _is_norm(suffix)
     )
@@ -197,10 +194,10 @@ def _stream_width(layer: Mapping[str, Sequence[int]]) -> int | None:
 
 def _orientation(layer: Mapping[str, Sequence[int]]) -> int | None:
     """Which side of this layer's matrices is their output: 0 as in `nn.Linear`, 1 as in GPT-2's
-    Conv1D, if it shows.
+    Conv1D; None if that is not clear.
 
-    It shows in a bias, which is as long as the output, and in the matrices that read the stream for
-    attention.
+    It follows from a bias, which is as long as the output, and from the matrices that read the
+    stream for attention.
     """
     votes = [0, 0]
     width = _stream_width(layer)
@@ -227,9 +224,9 @@ def _writer(
     orientation: int | None,
     width: int | None,
 ) -> str | None:
-    """Of one module's matrices the one that writes to the stream; None where that is not clear.
+    """The matrix of a module that writes to the stream; None if that is not clear.
 
-    `named` are those whose names say that they do.
+    `named` are the matrices with the name of an output projection.
     """
     if orientation is None:
         orientation = _odd_one_out(matrices, width)
@@ -247,13 +244,13 @@ def _writer(
         and _writes(shape, orientation, width)
     ]
     if not others:
-        return named[0]  # the name alone says so (dbrx), and no shape says anything else
+        return named[0]  # only the name shows it, and no shape contradicts it (dbrx)
     return others[0] if len(others) == 1 and orientation is not None else None
 
 
 def _writes(shape: tuple[int, ...], orientation: int | None, width: int | None) -> bool:
-    """Whether a matrix's output is as wide as the stream; of many in one tensor either side may
-    be the output.
+    """Whether a matrix's output is as wide as the stream. For several matrices in one tensor,
+    either side may be the output.
     """
     if len(shape) == 2 and orientation is not None:
         return shape[orientation] == width
@@ -261,8 +258,8 @@ def _writes(shape: tuple[int, ...], orientation: int | None, width: int | None) 
 
 
 def _odd_one_out(matrices: Mapping[str, tuple[int, ...]], width: int | None) -> int | None:
-    """The side on which the only matrix of its shape has the stream: a block reads more often
-    than it writes.
+    """The side with the stream's width of the only matrix that has it there: a block has more
+    matrices that read than matrices that write.
     """
     sides = Counter(
         shape.index(width)
@@ -276,16 +273,16 @@ def _odd_one_out(matrices: Mapping[str, tuple[int, ...]], width: int | None) -> 
 def zero_patterns(
     decoder: DecoderConfig, stack: LayerStack, tensors: Iterable[TensorInfo], layer_map: LayerMap
 ) -> frozenset[str]:
-    """The tensors of new layers that must be zeros for the model to compute what its base does; see
-    `pattern`.
+    """The tensors of new layers that must be zeros for the model to compute what its base does, as
+    `pattern`s.
 
-    Every tensor of the layers that stand twice is accounted for: in a norm, or in a block that ends
-    in zeros.
+    Every tensor of the copied layers must be in a norm, or in a block that ends in zeros.
 
     Raises:
-        LayerMapError: the base does not stand in the output whole and in order, or nothing is new.
+        LayerMapError: the output does not have the base's layers, all and in order; or it has no
+            new layers.
         ConfigError: the layers of this model are not h + f(h).
-        CheckpointError: a block without an output projection, or with a quantised one.
+        CheckpointError: a block has no output projection, or a quantised one.
     """
     _check_map(layer_map)
     copied = {layer_map.sources[output] for output in layer_map.new_layers}
@@ -299,14 +296,13 @@ def stream_patterns(
     copied: Container[int],
     option: str,
 ) -> frozenset[str]:
-    """The output projections of these base layers, weights and biases, once they account for every
-    block.
+    """The output projections of these base layers, weights and biases; every block must have one.
 
-    `option` is the one that needs them, in messages.
+    `option` is the option's name in messages.
 
     Raises:
         ConfigError: the layers of this model are not h + f(h).
-        CheckpointError: a block without an output projection, or with a quantised one.
+        CheckpointError: a block has no output projection, or a quantised one.
     """
     _check_config(decoder, option)
     layers: dict[int, dict[str, TensorInfo]] = defaultdict(dict)
@@ -336,15 +332,13 @@ def stream_patterns(
 def layer_kinds(
     tensors: Iterable[TensorInfo], stack: LayerStack, layers: Container[int]
 ) -> frozenset[frozenset[str]]:
-    """What these layers hold, by names within the layer (see `pattern`): each kind of layer
-    once.
-    """
-    held: dict[int, set[str]] = defaultdict(set)
+    """The sets of tensors that these layers hold, as `pattern`s; each set once."""
+    patterns: dict[int, set[str]] = defaultdict(set)
     for tensor in tensors:
         split = split_name(tensor.name)
         if split is not None and split.prefix == stack.prefix and split.index in layers:
-            held[split.index].add(pattern(split.suffix))
-    return frozenset(map(frozenset, held.values()))
+            patterns[split.index].add(pattern(split.suffix))
+    return frozenset(map(frozenset, patterns.values()))
 
 
 def _check_map(layer_map: LayerMap) -> None:
@@ -354,12 +348,12 @@ def _check_map(layer_map: LayerMap) -> None:
         )
     if not layer_map.holds_base:
         left_out = [str(layer) for layer, outputs in enumerate(layer_map.outputs) if not outputs]
-        why = (
+        problem = (
             f"leaves out layers {shown_list(left_out)}" if left_out else "has them in another order"
         )
         raise LayerMapError(
             "--identity needs the base's layers in the output, all and in order, and this map "
-            f"{why}: the model could not start as its base; leave out --identity"
+            f"{problem}: the model could not start as its base; leave out --identity"
         )
 
 
@@ -380,7 +374,7 @@ def _check_config(decoder: DecoderConfig, option: str) -> None:
 def _writers_of(
     layer: Mapping[str, TensorInfo], model_type: str, width: int | None, option: str
 ) -> frozenset[str]:
-    """The patterns of one layer's output projections, once every block has one."""
+    """The patterns of one layer's output projections; every block must have one."""
     writers = stream_writers(
         {suffix: tensor.shape for suffix, tensor in layer.items()}, model_type, width
     )
@@ -393,7 +387,7 @@ def _writers_of(
         blocks[block].append(tensor.name)
         if pattern(suffix) in writers.found:
             _check_float(tensor, option)
-            # experts end the block whose router chooses them
+            # experts also end the block with the router that chooses them
             ended |= {block, block.partition(".")[0]}
         elif is_output_projection(suffix, model_type):
             if tensor.dtype not in FLOATS:
@@ -408,7 +402,7 @@ def _writers_of(
             tensor.name for suffix, tensor in layer.items() if _stem(suffix) in writers.unclear[0]
         ]
         raise CheckpointError(
-            f"{option}: by name and shape {shown_list(names)} may or may not be what writes to the "
+            f"{option}: by name and shape, {shown_list(names)} may or may not write to the "
             f"residual stream, and a change to the wrong matrix would do harm; leave out {option}"
         )
     can = "silence" if option == "--identity" else "scale"
@@ -424,17 +418,17 @@ def _writers_of(
 
 
 def _is_norm(suffix: str) -> bool:
-    """Whether a tensor is of one of the layer's own norms."""
+    """Whether a tensor belongs to one of the layer's own norms."""
     for wrapper in _WRAPPERS:
         suffix = suffix.removeprefix(wrapper)
     return _NORM.search(suffix.partition(".")[0]) is not None
 
 
 def _block_of(suffix: str) -> str | None:
-    """The block that a tensor belongs to; None for a layer's own norms and for what only scales a
-    block.
+    """The block that a tensor belongs to; None for a layer's own norms and for tensors that only
+    scale a block.
 
-    Experts and shared experts are blocks of their own: each of them writes to the stream.
+    Experts and shared experts are separate blocks: each of them writes to the stream.
     """
     for wrapper in _WRAPPERS:
         suffix = suffix.removeprefix(wrapper)

@@ -1,9 +1,8 @@
-"""Numbers of a tensor times a factor, while they stream: what a start such as `half` makes of
-output projections.
+"""Multiply a tensor's numbers by a factor while they are copied, for a start such as `half`.
 
-Every number becomes the product in float32 (float64 for float64), rounded to its dtype: to nearest,
-ties to even. By a power of two that is exact. numpy does it, and not torch: `dus upscale` alone is
-enough, and memory stays flat.
+The product is computed in float32 (float64 for float64) and rounded to the dtype: to nearest, ties
+to even. A power of two is exact. It uses numpy and not torch, so that `dus upscale` needs no extra,
+and memory stays small.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Numbers at a time: what they become on the way stays in the processor's cache.
+# Numbers that are scaled at a time: intermediate results stay in the processor's cache.
 _AT_ONCE = 1 << 15
 
-# Of 16 bits there are 65,536 numbers, and a table has every product.
+# Dtypes of 16 bits: a table holds the products of all 65,536 numbers.
 _TABLED = frozenset(["BF16", "F16"])
 
 
 @dataclass(frozen=True)
 class Scale:
-    r"""Numbers of one dtype, by safetensors' name, times a factor.
+    r"""A factor on the numbers of one dtype, by safetensors' name.
 
-    `offset` is 1 for the weights of a norm that multiplies by 1 + w: then 1 + w is what is scaled.
+    `offset` is 1 for the weights w of a norm that multiplies by 1 + w: then 1 + w is scaled.
 
     >>> halve, numbers = Scale("F32", 0.5), bytearray(b"\0\0\x80?")  # 1.0
     >>> halve(memoryview(numbers)), bytes(numbers)  # 0.5
@@ -54,17 +53,17 @@ class Scale:
         """Scale a buffer's numbers in place. `name` is the base tensor's.
 
         Raises:
-            CheckpointError: a finite one is beyond the dtype then.
+            CheckpointError: a finite number is then out of the dtype's range.
         """
         if self(numbers):
             raise CheckpointError(
-                f"tensor {shown(name)} holds finite {self.dtype} numbers that {self.factor:g} "
-                f"times are beyond {FLOATS[self.dtype]}'s range; choose a smaller factor for "
-                "--start, or --dtype float32"
+                f"tensor {shown(name)} holds finite {self.dtype} numbers that, times "
+                f"{self.factor:g}, are out of {FLOATS[self.dtype]}'s range; choose a smaller "
+                "factor for --start, or --dtype float32"
             )
 
     def __call__(self, numbers: memoryview) -> int:
-        """Scale a buffer's numbers in place; returns how many finite ones became infinite."""
+        """Scale a buffer's numbers in place; return how many finite ones became infinite."""
         import numpy as np
 
         if self.dtype in _TABLED:
@@ -88,7 +87,7 @@ class Scale:
             part = words[start : start + _AT_ONCE]
             if overflows is not None:
                 num_infinite += int(overflows[part].sum())
-            # the mode that needs no buffer: every word is in the table
+            # "clip" needs no extra buffer; it changes nothing, because every word is in the table
             np.take(table, part, out=part, mode="clip")
         return num_infinite
 
@@ -105,8 +104,8 @@ class Scale:
 
 @lru_cache(maxsize=64)
 def _table(scale: Scale) -> tuple[NDArray[np.uint16], NDArray[np.bool_] | None]:
-    """For every 16 bits the scaled number's, and which finite ones become infinite, if any; a
-    NaN stays as it is.
+    """For each number of 16 bits its scaled one, and whether it becomes infinite; None instead of
+    the latter if none does. A NaN stays as it is.
     """
     import numpy as np
 
@@ -129,7 +128,7 @@ def _table(scale: Scale) -> tuple[NDArray[np.uint16], NDArray[np.bool_] | None]:
 
 
 def _to_bfloat(floats: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The 16 bits of bfloat16, rounded to nearest, ties to even. Of what is no NaN."""
+    """bfloat16 as 16 bits, rounded to nearest, ties to even. Not valid for NaN."""
     import numpy as np
 
     bits = floats.view(np.uint32)

@@ -1,5 +1,5 @@
-"""The base's other files at the new depth: most go along as they are; some name layers, and
-follow the map or stay.
+"""The base's other files: most are copied as they are; some name layers, and follow the map or are
+left out.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ _MAX_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class Along:
-    """What goes along: `files` as they are, `records` with names of layers that followed the map,
-    by file name.
+    """What becomes of the base's other files.
 
-    `left_out` are the base's other files, and `warnings` what a person should know of some of them.
+    Attributes:
+        files: files that are copied, as (path with "/", file).
+        records: contents of files whose layer names followed the map, by file name.
+        left_out: files that are left out.
+        warnings: why some are.
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -34,8 +37,7 @@ class Along:
 
 
 def go_along(carried: Carried, layer_map: LayerMap, names: NumberedNames) -> Along:
-    """Decide what becomes of the base's other files. `names` tell which numbers are those of
-    layers.
+    """Decide what becomes of the base's other files. `names` are the checkpoint's numbered names.
 
     Raises:
         CheckpointError: a file that names layers cannot be read.
@@ -55,8 +57,8 @@ def go_along(carried: Carried, layer_map: LayerMap, names: NumberedNames) -> Alo
             followed = follow_settings(record, layer_map, names, name)
         except (CheckpointError, ConfigError) as error:
             left_out.append(name)
-            # nobody can decide about it: it is not config.json
-            why = str(error).partition("; say --assume")[0]
+            # --assume is only for config.json
+            why = str(error).partition("; give --assume")[0]
             warnings.append(
                 f"{shown(name)} stays behind, because what it says of layers cannot follow: {why}"
             )

@@ -1,6 +1,4 @@
-"""How the bytes of output tensors come to be from the base's: as they are, zeros, cast, or
-scaled.
-"""
+"""How output tensors are made from the base's: copied, cast, scaled, or zeros."""
 
 from __future__ import annotations
 
@@ -19,15 +17,14 @@ from dus_cli.source.strided import tensor_pieces
 
 _NONE: frozenset[int] = frozenset()
 
-# What a tensor has that is multiplied nowhere.
+# The factors of a tensor that is not scaled in any layer.
 UNSCALED: Mapping[int, Scale] = MappingProxyType({})
 
 
 class Making(Enum):
-    """How a tensor's bytes come to be.
+    """How a tensor is made from the base's. A scaled tensor may also be cast, before.
 
-    A further kind is a line here and in `made_pieces`, and its writer in `writing.transfer`. What
-    is scaled may be cast before.
+    To add a way, add a line here and in `made_pieces`, and a writer in `writing.transfer`.
     """
 
     copied = "copied"
@@ -38,12 +35,17 @@ class Making(Enum):
 
 @dataclass(frozen=True)
 class Treatment:
-    """What becomes of the base's tensors; by default they are copied as they are.
+    """How output tensors are made from the base's; by default all are copied as they are.
 
-    `zeros` are the tensors of `new_layers` that are zeros, by their names within the layer
-    (`projections.pattern`). `dtype` is what floating-point tensors are cast to. `scaled` are the
-    tensors that are multiplied, with the offset of each (`planning.scaling`), in the layers whose
-    entry in `factors`, one for each output layer, is not 1.
+    Attributes:
+        layer_prefix: the prefix of the layers' names.
+        new_layers: the new output layers.
+        zeros: the tensors of new layers that are zeros, by name within the layer
+            (`projections.pattern`).
+        dtype: what floating-point tensors are cast to; None for no cast.
+        factors: one for each output layer; empty if nothing is scaled.
+        scaled: the tensors that are multiplied by their layer's factor, by name within the layer,
+            with the offset of each (`planning.scaling`).
     """
 
     layer_prefix: str = ""
@@ -57,7 +59,7 @@ class Treatment:
     )
 
     def making(self, name: str, tensor: TensorInfo) -> Making:
-        """How the output tensor of this name comes to be from this base tensor."""
+        """How the output tensor of this name is made from this base tensor."""
         if self.is_zero(name):
             return Making.zeros
         if self.scale_of(name, tensor) is not None:
@@ -73,21 +75,19 @@ class Treatment:
         return split is not None and split.index in self.zeroed(split.prefix, split.suffix)
 
     def zeroed(self, prefix: str, suffix: str) -> frozenset[int]:
-        """The layers in which the tensor with a name of these parts is zeros."""
+        """The layers in which a tensor, whose name has these parts, is zeros."""
         if not self.zeros or prefix != self.layer_prefix or pattern(suffix) not in self.zeros:
             return _NONE
         return self.new_layers
 
     def scales(self, prefix: str, suffix: str, tensor: TensorInfo) -> Mapping[int, Scale]:
-        """By what, in which layers, a tensor with a name of these parts is multiplied, once it
-        is cast.
-        """
+        """The factors on a tensor whose name has these parts, by layer; they apply after a cast."""
         if not self.scaled or prefix != self.layer_prefix:
             return UNSCALED
         dtype, offset = self.dtype_of(tensor), self.scaled.get(pattern(suffix))
         if offset is None or dtype not in FLOATS:
             return UNSCALED
-        if (dtype, offset) not in self._scales:  # one for all of its kind
+        if (dtype, offset) not in self._scales:  # shared by all tensors of this kind
             by_layer = {
                 layer: Scale(dtype, self.factors[layer], offset) for layer in self.scaled_layers
             }
@@ -95,8 +95,8 @@ class Treatment:
         return self._scales[dtype, offset]
 
     def scale_of(self, name: str, tensor: TensorInfo) -> Scale | None:
-        """By what the output tensor of this name, from this base tensor, is scaled; None for one
-        that is not.
+        """The factor on the output tensor of this name, made from this base tensor; None if it is
+        not scaled.
         """
         split = split_name(name) if self.scaled else None
         return (
@@ -112,22 +112,22 @@ class Treatment:
 
 
 def making_of(tensor: TensorInfo, dtype: str) -> Making:
-    """How a tensor that is no zeros comes to have this dtype."""
+    """How a tensor of this dtype is made, unless it is zeros or scaled."""
     return Making.copied if dtype == tensor.dtype else Making.cast
 
 
 def made_pieces(
     file: int, tensor: TensorInfo, making: Making, dtype: str, scale: Scale | None = None
 ) -> Iterator[bytes | memoryview]:
-    """An output tensor's bytes in order, at most 8 MiB at a time, from the base tensor that lies in
+    """An output tensor's bytes in order, at most 8 MiB at a time, made from the base tensor in
     `file`.
 
-    A piece is valid until the next is asked for. They end early where the file does.
+    A piece is valid until the next one. The pieces end early if the file does.
 
     Raises:
         OSError: the file cannot be read.
-        CheckpointError: a finite number is beyond `dtype`, or a strided tensor lies beyond the
-            file's end.
+        CheckpointError: a finite number is out of the range of `dtype`, or a strided tensor is
+            beyond the file's end.
     """
     if making is Making.zeros:
         num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8
@@ -138,11 +138,11 @@ def made_pieces(
     else:
         cast = Cast(tensor.dtype, dtype) if dtype != tensor.dtype else None
         for piece in tensor_pieces(file, tensor):
-            made = bytearray(piece)
+            buffer = bytearray(piece)
             if cast is not None:
-                made = bytearray(len(piece) // cast.source_size * cast.target_size)
-                if cast(memoryview(bytearray(piece)), memoryview(made)):
+                buffer = bytearray(len(piece) // cast.source_size * cast.target_size)
+                if cast(memoryview(bytearray(piece)), memoryview(buffer)):
                     raise overflow(tensor.name, cast)
             if scale is not None:
-                scale.apply(memoryview(made), tensor.name)
-            yield bytes(made)
+                scale.apply(memoryview(buffer), tensor.name)
+            yield bytes(buffer)
