@@ -13,7 +13,7 @@ import zoo
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.data.sample import Packed, read_sample
-from dus_cli.data.tokeniser import Tokeniser
+from dus_cli.data.tokeniser import open_tokeniser
 from dus_cli.models.precision import Precision
 from dus_cli.probe.found import Probe
 from dus_cli.probe.options import ProbeOptions
@@ -56,7 +56,7 @@ def measured(model: Path, corpus: Path, **options: Any) -> Probe:
 def own_loss(folder: Path, corpus: Path) -> float:
     """The loss that transformers computes for the model in a folder, on the same rows."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokeniser = Tokeniser(folder, 96)
+    tokeniser = open_tokeniser(folder, 96)
     rows = Packed(
         read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False
     )

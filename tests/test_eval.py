@@ -172,10 +172,10 @@ def test_the_fast_way_to_the_loss_is_taken_and_a_strange_one_goes_by_the_logits(
     data = write_text(tmp_path / "text.jsonl", [30, 7])
     usual = found([folder], data).models[0].loss.value
     loaded = scorer.load(folder, "model", "fp32", torch.device("cpu"))
-    assert scorer.Scorer(loaded, 7, (BOS,))._decoder is not None
+    assert scorer.scorer_of(loaded, 7, (BOS,))._decoder is not None
     monkeypatch.setattr("dus_cli.models.decoder.head_of", lambda _: Head(scale=3.0))
-    assert scorer.Scorer(loaded, 7, (BOS,))._decoder is None
-    assert scorer.Scorer(loaded, 99, (BOS,))._decoder is None
+    assert scorer.scorer_of(loaded, 7, (BOS,))._decoder is None
+    assert scorer.scorer_of(loaded, 99, (BOS,))._decoder is None
     assert found([folder], data).models[0].loss.value == pytest.approx(usual, rel=1e-6)
 
 

@@ -23,7 +23,7 @@ from dus_cli.errors import MissingExtraError  # noqa: E402
 from dus_cli.evaluation import h6  # noqa: E402
 from dus_cli.evaluation.options import TaskOptions  # noqa: E402
 from dus_cli.evaluation.report import EvalReport, Gates, tasks_text  # noqa: E402
-from dus_cli.evaluation.tasks import Harness, TaskReport, TaskResult, TaskScore  # noqa: E402
+from dus_cli.evaluation.tasks import TaskReport, TaskResult, TaskScore, open_harness  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
 
 WORDS = ("seam", "layer", "model", "text")
@@ -97,7 +97,7 @@ def test_a_drop_below_the_baseline_is_a_gate() -> None:
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dus-cli\[eval\]'"):
-        Harness(TaskOptions(tasks=("h6",)), NoProgress())
+        open_harness(TaskOptions(tasks=("h6",)), NoProgress())
 
 
 # --- with it -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from dus_cli.data.holdout import parse_holdout, text_hash
 from dus_cli.data.order import Order, permute
 from dus_cli.data.sources import parse_sources
 from dus_cli.data.streams import IGNORED, Prepared, Row, Rows, RowsInOrder, Stream, heldout_rows
-from dus_cli.data.tokeniser import Tokeniser, pieces_of
+from dus_cli.data.tokeniser import open_tokeniser, pieces_of
 from dus_cli.errors import DataError, OutputError, UsageError
 from dus_cli.writing.staging import MARK
 
@@ -926,7 +926,7 @@ def test_progress_ends_at_the_whole(model: Path, tmp_path: Path) -> None:
 def test_the_real_tokenizers_ids_are_those_of_transformers() -> None:
     if not REAL:
         pytest.skip("SMOLLM2 names no checkpoint; `make test` makes one")
-    ours = Tokeniser(Path(REAL), 49152)
+    ours = open_tokeniser(Path(REAL), 49152)
     texts = [*TEXTS, "", "def f(x):\n    return x<|im_end|>", "a  b \n\n c" * 50]
     theirs = transformers.AutoTokenizer.from_pretrained(REAL)(texts, add_special_tokens=False)[
         "input_ids"
@@ -952,7 +952,7 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(
     path = write_jsonl(tmp_path / "a.jsonl", [text])
     prepared = run(Path(REAL), tmp_path, path, vocab_size=49152)
     stream = Stream(tmp_path / "tokens", prepared.parts, "train", prepared.dtype)
-    whole = next(iter(Tokeniser(Path(REAL), 49152).encode([text])))
+    whole = next(iter(open_tokeniser(Path(REAL), 49152).encode([text])))
     assert stream.read(0, stream.num_tokens).tolist() == [*whole, prepared.eos]
     assert prepared.num_train_documents == 1
 

@@ -21,7 +21,7 @@ from dus_cli.data.sample import Packed, read_sample  # noqa: E402
 from dus_cli.data.shelf import prepare  # noqa: E402
 from dus_cli.data.sources import parse_sources  # noqa: E402
 from dus_cli.data.streams import IGNORED, heldout_rows  # noqa: E402
-from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
+from dus_cli.data.tokeniser import Tokeniser, open_tokeniser  # noqa: E402
 from dus_cli.errors import DataError  # noqa: E402
 
 VOCAB = 260
@@ -31,7 +31,7 @@ VOCAB = 260
 def tokeniser(tmp_path_factory: pytest.TempPathFactory) -> Tokeniser:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(folder)
-    return Tokeniser(folder, VOCAB)
+    return open_tokeniser(folder, VOCAB)
 
 
 def write(path: Path, texts: list[str]) -> Path:

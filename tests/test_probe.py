@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dus_cli.common.reference import ModelRef  # noqa: E402
 from dus_cli.data.sample import Packed, read_sample  # noqa: E402
-from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
+from dus_cli.data.tokeniser import open_tokeniser  # noqa: E402
 from dus_cli.errors import LoadError, ProbeError, ReplayError  # noqa: E402
 from dus_cli.maps.layers import source_layers  # noqa: E402
 from dus_cli.models.replay import Replay  # noqa: E402
@@ -34,7 +34,7 @@ from dus_cli.models.weights import stream  # noqa: E402
 from dus_cli.planning.plan import MapRequest  # noqa: E402
 from dus_cli.probe import recommend  # noqa: E402
 from dus_cli.probe.budget import plan_memory  # noqa: E402
-from dus_cli.probe.measure import Batch, Meter  # noqa: E402
+from dus_cli.probe.measure import Batch, meter_of  # noqa: E402
 from dus_cli.probe.report import probe_json, probe_text  # noqa: E402
 from dus_cli.probe.tree import as_they_are  # noqa: E402
 from dus_cli.source.checkpoint import open_checkpoint  # noqa: E402
@@ -110,7 +110,7 @@ def test_more_copies_are_measured(model: Path, corpus: Path, tmp_path: Path) -> 
 def test_seams_have_the_distance_of_the_hidden_states_that_meet(model: Path, corpus: Path) -> None:
     (found,) = measured(model, corpus, layers=("0:5,2:7",)).maps
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokeniser = Tokeniser(model, 96)
+    tokeniser = open_tokeniser(model, 96)
     rows = Packed(
         read_sample([str(corpus)], tokeniser, 100).texts, tokeniser, 24, document_mask=False
     )
@@ -169,7 +169,9 @@ def test_rows_that_do_not_fit_at_once_give_the_same_figures() -> None:
     batches = [Batch(row[None], row.roll(-1)[None]) for row in rows]
     maps = [as_they_are(each) for each in (range(7), source_layers(7, 1), source_layers(7, 2))]
     found = [
-        Meter(model, 7, batches, lambda _: nullcontext(), at_once).losses(maps)
+        meter_of(model, 7, batches, ready=lambda _: nullcontext(), batches_at_once=at_once).losses(
+            maps
+        )
         for at_once in (1, 2, 3)
     ]
     assert found[0] == pytest.approx(found[2], abs=1e-4)

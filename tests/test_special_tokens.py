@@ -21,7 +21,7 @@ from dus_cli.data.shelf import prepare  # noqa: E402
 from dus_cli.data.sources import parse_sources  # noqa: E402
 from dus_cli.data.special_tokens import SpecialTokens, special_tokens_of  # noqa: E402
 from dus_cli.data.streams import IGNORED, Prepared, Rows, Stream, heldout_rows  # noqa: E402
-from dus_cli.data.tokeniser import Tokeniser  # noqa: E402
+from dus_cli.data.tokeniser import open_tokeniser  # noqa: E402
 from dus_cli.errors import DataError  # noqa: E402
 
 SPECIAL = ["<eos>", "<s>", "<gmask>", "<sop>", "[CLS]", "[SEP]"]
@@ -102,7 +102,7 @@ KINDS: dict[str, tuple[str | None, dict[str, Any], tuple[int, ...], tuple[int, .
 def test_a_text_stands_between_what_its_tokenizer_puts_around_it(tmp_path: Path, kind: str) -> None:
     template, settings, before, ending = KINDS[kind]
     folder = write_tokenizer(tmp_path / "model", template, **settings)
-    ours = Tokeniser(folder, VOCAB)
+    ours = open_tokeniser(folder, VOCAB)
     assert (ours.before, ours.ending) == (before, ending)
     users = transformers.AutoTokenizer.from_pretrained(folder)("some text")["input_ids"]
     (plain,) = ours.encode(["some text"])
@@ -111,7 +111,7 @@ def test_a_text_stands_between_what_its_tokenizer_puts_around_it(tmp_path: Path,
         users[len(before) + len(plain) :]
     )
     if settings.get("eos_token", "<eos>"):
-        without = Tokeniser(folder, VOCAB, special_tokens=False)
+        without = open_tokeniser(folder, VOCAB, special_tokens=False)
         assert (without.before, without.ending) == ((), (EOS,))
 
 
@@ -138,8 +138,8 @@ def test_special_tokens_that_change_with_the_text_are_one_line(
     with pytest.raises(
         DataError, match=r"change with the text; leave them out with --no-special-tokens"
     ):
-        Tokeniser(folder, VOCAB)
-    assert Tokeniser(folder, VOCAB, special_tokens=False).before == ()
+        open_tokeniser(folder, VOCAB)
+    assert open_tokeniser(folder, VOCAB, special_tokens=False).before == ()
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_a_probe_reads_the_rows_that_a_run_holds_out(tmp_path: Path, kind: str) 
     template, settings, _, _ = KINDS[kind]
     model = write_tokenizer(tmp_path / "model", template, **settings)
     prepared = prepared_of(model, tmp_path, ["abc", "a", "the end of it all", "xy" * 30])
-    tokeniser = Tokeniser(model, VOCAB)
+    tokeniser = open_tokeniser(model, VOCAB)
     ours = Packed(read_sample([str(tmp_path / "held.jsonl")], tokeniser, 10**6).texts, tokeniser, 8)
     theirs = heldout_rows(prepared, tmp_path / "tokens", 8)
     assert len(ours) == len(theirs)

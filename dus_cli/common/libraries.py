@@ -25,6 +25,17 @@ _PACKAGES = {
     "zstandard": _HEAL,
 }
 
+# What transformers raises for files that it does not take; it has no exception of its own for them.
+TRANSFORMERS_REFUSALS = (
+    ValueError,
+    KeyError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+)
+
 
 def require(what: str, *modules: str) -> None:
     """Check that libraries are installed, without importing them.

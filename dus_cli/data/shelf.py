@@ -39,7 +39,7 @@ from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import Source, Unread, kind_of
 from dus_cli.data.streams import Part, Prepared, PreparedSource
 from dus_cli.data.token_files import FORMAT, is_whole, token_dtype, write_part
-from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, Tokeniser, tokenizer_identity
+from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, Tokeniser, open_tokeniser, tokenizer_identity
 from dus_cli.errors import DataError, shown, shown_list
 from dus_cli.writing.replacing import remove_claimed
 from dus_cli.writing.staging import MARK, Staging
@@ -342,7 +342,7 @@ class _Shelf:
 
     def _load(self) -> Tokeniser:
         if self.tokeniser is None:
-            self.tokeniser = Tokeniser(
+            self.tokeniser = open_tokeniser(
                 self.tokenizer_folder, self.vocab_size, special_tokens=self.special_tokens
             )
         return self.tokeniser

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dus_cli.common.libraries import TRANSFORMERS_REFUSALS
 from dus_cli.data.special_tokens import SpecialTokens, special_tokens_of
 from dus_cli.errors import DataError, encodable, reason_of, shown
 from dus_cli.source.mistaken import NUM_BYTES, not_fetched
@@ -68,76 +69,106 @@ def _check_fetched(folder: Path) -> None:
 UNKNOWN_VOCABULARY = 1 << 32
 
 
-class Tokeniser:
-    """The tokenizer in a model's folder.
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder, as transformers loads it from local files; none of the
+    checkpoint's code is run.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    # If this is unset, tokenizers warns in every process forked from this one.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer
+
+    _check_fetched(folder)
+    if str(folder) != encodable(str(folder)):
+        raise DataError(
+            f"the name of {shown(folder)} is not UTF-8, and tokenizers cannot open such a "
+            "path; rename it"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except TRANSFORMERS_REFUSALS as error:
+        raise DataError(
+            f"cannot load the tokenizer in {shown(folder)}: {reason_of(error)}; "
+            "copy the tokenizer files of its base"
+        ) from error
+
+
+def open_tokeniser(
+    folder: Path, vocab_size: int | None, *, special_tokens: bool = True
+) -> Tokeniser:
+    """Load the tokenizer in a model's folder, and check that it fits the model.
 
     Args:
         folder: the model's.
         vocab_size: the model's; None if its config gives none, which allows any id.
         special_tokens: False leaves out the special tokens that the tokenizer puts around a text.
 
-    Attributes:
-        before: the ids with which a document begins.
-        ending: the ids with which a document ends: those that the tokenizer puts after a text, and
-            the end-of-text if it is not among them.
-        eos: the end-of-text id.
-        unknown: the id of text that the vocabulary cannot encode; None if there is none.
-
     Raises:
         DataError: the tokenizer cannot be loaded, has no end-of-text token, or gives an id beyond
             the model's vocabulary.
     """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    around = _special_tokens(tokenizer, folder) if special_tokens else SpecialTokens()
+    eos = tokenizer.eos_token_id
+    if eos is None and around.after:
+        eos = around.after[-1]  # BERT's [SEP], if the tokenizer names no eos_token
+    if eos is None:
+        raise DataError(
+            f"the tokenizer in {shown(folder)} has no end-of-text token to put between "
+            "documents; name its eos_token in tokenizer_config.json"
+        )
+    tokeniser = Tokeniser(
+        tokenizer,
+        folder,
+        vocab_size=vocab_size or UNKNOWN_VOCABULARY,
+        around=around,
+        eos=int(eos),
+    )
+    tokeniser.check_ids(max((*tokeniser.before, *tokeniser.ending)))
+    return tokeniser
+
+
+def _special_tokens(tokenizer: Any, folder: Path) -> SpecialTokens:
+    try:
+        return special_tokens_of(tokenizer)
+    except ValueError as error:
+        raise DataError(
+            f"cannot find the special tokens of the tokenizer in {shown(folder)}: "
+            f"{error}; leave them out with --no-special-tokens"
+        ) from error
+
+
+class Tokeniser:
+    """A model's tokenizer; `open_tokeniser` loads and checks one.
+
+    Args:
+        tokenizer: of transformers.
+        folder: the model's.
+        vocab_size: the model's.
+        around: the special tokens that begin and end a document.
+        eos: the end-of-text id.
+
+    Attributes:
+        before: the ids with which a document begins.
+        ending: the ids with which a document ends: those that the tokenizer puts after a text, and
+            the end-of-text if it is not among them.
+        unknown: the id of text that the vocabulary cannot encode; None if there is none.
+    """
 
     def __init__(
-        self, folder: Path, vocab_size: int | None, *, special_tokens: bool = True
+        self, tokenizer: Any, folder: Path, *, vocab_size: int, around: SpecialTokens, eos: int
     ) -> None:
-        # If this is unset, tokenizers warns in every process forked from this one.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        from transformers import AutoTokenizer
-
-        _check_fetched(folder)
-        if str(folder) != encodable(str(folder)):
-            raise DataError(
-                f"the name of {shown(folder)} is not UTF-8, and tokenizers cannot open such a "
-                "path; rename it"
-            )
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise DataError(
-                f"cannot load the tokenizer in {shown(folder)}: {reason_of(error)}; "
-                "copy the tokenizer files of its base"
-            ) from error
-        self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
-        if self._fast is not None:
-            self._fast.no_truncation()
-            self._fast.no_padding()
-        self.folder, self.vocab_size = folder, vocab_size or UNKNOWN_VOCABULARY
-        around = self._special_tokens() if special_tokens else SpecialTokens()
-        eos = self._tokenizer.eos_token_id
-        if eos is None and around.after:
-            eos = around.after[-1]  # BERT's [SEP], if the tokenizer names no eos_token
-        if eos is None:
-            raise DataError(
-                f"the tokenizer in {shown(folder)} has no end-of-text token to put between "
-                "documents; name its eos_token in tokenizer_config.json"
-            )
-        self.eos = int(eos)
+        self._tokenizer = tokenizer
+        self._fast = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self.folder, self.vocab_size, self.eos = folder, vocab_size, eos
         self.before = around.before
-        self.ending = around.after if self.eos in around.after else (*around.after, self.eos)
-        self.unknown: int | None = self._tokenizer.unk_token_id
-        self.check_ids(max((*self.before, *self.ending)))
-
-    def _special_tokens(self) -> SpecialTokens:
-        try:
-            return special_tokens_of(self._tokenizer)
-        except ValueError as error:
-            raise DataError(
-                f"cannot find the special tokens of the tokenizer in {shown(self.folder)}: "
-                f"{error}; leave them out with --no-special-tokens"
-            ) from error
+        self.ending = around.after if eos in around.after else (*around.after, eos)
+        self.unknown: int | None = tokenizer.unk_token_id
 
     def check_ids(self, highest: int) -> None:
         """Check that the model has an embedding for every id up to `highest`.

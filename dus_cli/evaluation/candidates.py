@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dus_cli.common.reference import ModelRef
-from dus_cli.data.tokeniser import Tokeniser
+from dus_cli.data.tokeniser import Tokeniser, open_tokeniser
 from dus_cli.errors import ConfigError, EvaluationError, ModelNotFoundError, shown
 from dus_cli.hub.opening import open_base
 from dus_cli.maps.model_config import decoder_config
@@ -99,7 +99,7 @@ def _candidate(
         commit=checkpoint.folder.name if ref.repo_id is not None else None,
         num_layers=num_layers,
         max_length=context_length(fields),
-        tokeniser=Tokeniser(
+        tokeniser=open_tokeniser(
             checkpoint.folder, vocab_size(checkpoint.config, fields), special_tokens=special_tokens
         ),
     )

@@ -69,6 +69,25 @@ def load(folder: Path, name: str, precision: str, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
+def scorer_of(model: Any, num_layers: int, before: Sequence[int]) -> Scorer:
+    """What scores a loaded model: from hidden states if its structure is known and this gives the
+    losses of its own logits, else from the logits.
+
+    Args:
+        model: the model.
+        num_layers: the number of its decoder layers.
+        before: the ids put before each window.
+    """
+    by_logits = Scorer(model, None, before)
+    try:
+        decoder = Decoder(model, num_layers)
+    except (HealError, AttributeError, NotImplementedError):
+        return by_logits
+    scorer = Scorer(model, decoder, before)
+    difference = float((scorer.few_losses() - by_logits.few_losses()).abs().max())
+    return scorer if difference <= _TOLERANCE or math.isnan(difference) else by_logits
+
+
 class Scorer:
     """Losses of a loaded model, without the logits of a whole batch if its structure is known.
 
@@ -77,19 +96,13 @@ class Scorer:
 
     Args:
         model: the model.
-        num_layers: the number of its decoder layers.
+        decoder: the same model, asked for hidden states; None takes losses from its logits.
         before: the ids put before each window.
     """
 
-    def __init__(self, model: Any, num_layers: int, before: Sequence[int]) -> None:
+    def __init__(self, model: Any, decoder: Decoder | None, before: Sequence[int]) -> None:
         self.device: torch.device = model.device
-        self._model, self._before = model, tuple(before)
-        self._decoder: Decoder | None = None
-        try:
-            self._decoder = Decoder(model, num_layers)
-        except (HealError, AttributeError, NotImplementedError):
-            return
-        self._check_decoder()
+        self._model, self._decoder, self._before = model, decoder, tuple(before)
 
     @property
     def vocab_size(self) -> int:
@@ -138,17 +151,10 @@ class Scorer:
         logits = self._model(input_ids=inputs, use_cache=False).logits[counted]
         return cross_entropies(logits, labels[counted], Head())
 
-    def _check_decoder(self) -> None:
-        """Compare the losses from hidden states with those from the model's logits on a few tokens;
-        use logits from then on if they differ.
-        """
+    def few_losses(self) -> Tensor:
+        """The losses of a few tokens, by which two ways to the loss are compared."""
         ids = torch.arange(1, 33, device=self.device)[None] % self.vocab_size
-        ours = self._token_losses(ids[:, :-1], ids[:, 1:])
-        decoder, self._decoder = self._decoder, None
-        theirs = self._token_losses(ids[:, :-1], ids[:, 1:])
-        difference = float((ours - theirs).abs().max())
-        if difference <= _TOLERANCE or math.isnan(difference):
-            self._decoder = decoder
+        return self._token_losses(ids[:, :-1], ids[:, 1:])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.libraries import require
+from dus_cli.data.tokeniser import load_tokenizer
 from dus_cli.errors import EvaluationError, reason_of, shown
 from dus_cli.evaluation import h6
 from dus_cli.evaluation.h6 import TaskPlan
@@ -92,56 +93,82 @@ class TaskReport:
         }
 
 
-class Harness:
-    """lm-evaluation-harness with its tasks and their data loaded, before a model is."""
+def open_harness(options: TaskOptions, progress: Progress) -> Harness:
+    """Find the tasks and load their data sets, which the harness downloads from the Hub if they
+    are not local.
 
-    def __init__(self, options: TaskOptions, progress: Progress) -> None:
-        """Find the tasks and load their data sets, which the harness downloads from the Hub if
-        they are not local.
+    Raises:
+        MissingExtraError: the harness is not installed.
+        EvaluationError: there is no such task, or its data cannot be loaded.
+    """
+    require("--tasks", "lm_eval")
+    import lm_eval
+    from lm_eval.models import huggingface
+    from lm_eval.tasks import TaskManager
 
-        Raises:
-            MissingExtraError: the harness is not installed.
-            EvaluationError: there is no such task, or its data cannot be loaded.
-        """
-        require("--tasks", "lm_eval")
-        import lm_eval
-        from lm_eval.models import huggingface
-        from lm_eval.tasks import TaskManager
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars that `_progress_bars` does not show
+    for name in ("lm_eval", "datasets", "huggingface_hub", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with _harness_errors("--tasks"), _silent():
+        path = None if options.include_path is None else str(options.include_path)
+        manager = TaskManager(include_path=path, include_defaults=path is None)
+        if path is not None and not all(_is_whole(manager, plan.task) for plan in options.plans):
+            # with the harness's own tasks it reads 14,000 files, which takes ten seconds
+            manager = TaskManager(include_path=path)
+    loaded = [_load(manager, plan) for plan in options.plans]
+    return Harness(
+        options, progress, library=lm_eval, models=huggingface, manager=manager, loaded=loaded
+    )
 
-        self._lm_eval, self._models = lm_eval, huggingface
-        self._options, self._progress = options, progress
-        self.version = str(lm_eval.__version__)
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars that `_progress_bars` does not show
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        for name in ("datasets", "huggingface_hub", "evaluate"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with _harness_errors("--tasks"), _silent():
-            path = None if options.include_path is None else str(options.include_path)
-            self._manager = TaskManager(include_path=path, include_defaults=path is None)
-            if path is not None and not all(self._is_whole(plan.task) for plan in options.plans):
-                # with the harness's own tasks it reads 14,000 files, which takes ten seconds
-                self._manager = TaskManager(include_path=path)
-        self._loaded = [self._load(plan) for plan in options.plans]
 
-    def _is_whole(self, name: str) -> bool:
-        """Whether a task is known and, if it is a group, all of its members are."""
-        entry = self._manager.task_index.get(name)
-        members = [] if entry is None else entry.cfg.get("task") if "group" in entry.cfg else []
-        return entry is not None and all(
-            isinstance(member, str) and self._is_whole(member) for member in members
+def _is_whole(manager: Any, name: str) -> bool:
+    """Whether a task is known and, if it is a group, all of its members are."""
+    entry = manager.task_index.get(name)
+    members = [] if entry is None else entry.cfg.get("task") if "group" in entry.cfg else []
+    return entry is not None and all(
+        isinstance(member, str) and _is_whole(manager, member) for member in members
+    )
+
+
+def _load(manager: Any, plan: TaskPlan) -> list[Any]:
+    """Load the task or group of the plan's name, or the tasks of the tag of this name."""
+    if plan.task not in manager.task_index:
+        raise EvaluationError(
+            f"lm-evaluation-harness has no task {shown(plan.task)!r}; `lm-eval ls tasks` lists "
+            "them, --include-path adds your own"
         )
+    with _harness_errors(f"task {shown(plan.task)}"), _silent():
+        loaded = manager.load([plan.task])
+    group = loaded.get("groups", {}).get(plan.task)
+    return [group] if group is not None else list(loaded["tasks"].values())
 
-    def _load(self, plan: TaskPlan) -> list[Any]:
-        """Load the task or group of the plan's name, or the tasks of the tag of this name."""
-        if plan.task not in self._manager.task_index:
-            raise EvaluationError(
-                f"lm-evaluation-harness has no task {shown(plan.task)!r}; `lm-eval ls tasks` lists "
-                "them, --include-path adds your own"
-            )
-        with _harness_errors(f"task {shown(plan.task)}"), _silent():
-            loaded = self._manager.load([plan.task])
-        group = loaded.get("groups", {}).get(plan.task)
-        return [group] if group is not None else list(loaded["tasks"].values())
+
+class Harness:
+    """lm-evaluation-harness with its tasks and their data loaded, before a model is.
+
+    Args:
+        options: the tasks, and how they are run.
+        progress: told of the requests.
+        library: the module lm_eval.
+        models: its module of transformers' models.
+        manager: its TaskManager.
+        loaded: for each plan of the options its group, or its tasks.
+    """
+
+    def __init__(
+        self,
+        options: TaskOptions,
+        progress: Progress,
+        *,
+        library: Any,
+        models: Any,
+        manager: Any,
+        loaded: Sequence[list[Any]],
+    ) -> None:
+        self._options, self._progress = options, progress
+        self._lm_eval, self._models = library, models
+        self._manager, self._loaded = manager, loaded
+        self.version = str(library.__version__)
 
     def run(
         self, model: Any, candidate: EvaluationCandidate, options: ScoringOptions
@@ -151,13 +178,9 @@ class Harness:
         Raises:
             EvaluationError: the harness fails on one of them.
         """
-        from transformers import AutoTokenizer
-
         assert options.batch_tokens is not None
         assert options.seq_length is not None
-        tokenizer = AutoTokenizer.from_pretrained(
-            candidate.folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = load_tokenizer(candidate.folder)
         scores: list[TaskScore] = []
         with _silent(), _harness_errors(f"{shown(candidate.name)}"):
             lm = self._models.HFLM(

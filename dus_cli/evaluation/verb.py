@@ -25,7 +25,7 @@ from dus_cli.evaluation.candidates import (
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import LossReport, ModelResult
 from dus_cli.evaluation.scores import Scores
-from dus_cli.evaluation.tasks import Harness, TaskReport, TaskResult
+from dus_cli.evaluation.tasks import TaskReport, TaskResult, open_harness
 from dus_cli.evaluation.text import EvaluationText, open_text
 from dus_cli.evaluation.windows import Window, batches, windows
 from dus_cli.progress import Progress
@@ -65,7 +65,7 @@ def evaluate(
             refs, progress, special_tokens=options.special_tokens, quiet=quiet
         )
         options = resolved(options, candidates, device.type)
-        harness = None if tasks is None else Harness(tasks, progress)
+        harness = None if tasks is None else open_harness(tasks, progress)
         inner = base_layers(candidates[0]) if with_base else None
         passes = (
             None
@@ -79,7 +79,9 @@ def evaluate(
                     candidate.folder, candidate.name, options.precision.value, device
                 )
                 if passes is not None:
-                    scorer = model.Scorer(loaded, candidate.num_layers, candidate.tokeniser.before)
+                    scorer = model.scorer_of(
+                        loaded, candidate.num_layers, candidate.tokeniser.before
+                    )
                     if inner is not None and candidate is candidates[0]:
                         with scorer.only(inner):
                             passes.run(scorer, candidate, is_base=True)

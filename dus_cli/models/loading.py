@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from dus_cli.common.libraries import TRANSFORMERS_REFUSALS
 from dus_cli.errors import LoadError, reason_of, shown, shown_list
 
 # By their safetensors names: the types that torch computes in, or casts from without a scale.
@@ -23,9 +24,6 @@ STORED_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-
-# The exceptions of transformers for a checkpoint that it cannot load; it has none of its own.
-_REFUSALS = (ValueError, KeyError, OSError, ImportError, RuntimeError, AttributeError, TypeError)
 
 
 def load_config(folder: str | Path) -> Any:
@@ -77,7 +75,7 @@ def transformers_errors(name: object) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except _REFUSALS as error:
+    except TRANSFORMERS_REFUSALS as error:
         raise LoadError(f"transformers cannot load {shown(name)}: {reason_of(error)}") from error
     finally:
         transformers_logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""What doubling each layer alone costs, as bars, and which colour is which start."""
+"""The bars that show what doubling each layer alone costs, and the legend of starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BARS_HEIGHT = 280
 # The edges of the bars: across as the plots above them, down from where those end.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 618, 56, 226
 
-# The axis is logarithmic: what costs less than this share of the largest looks like nothing.
+# The axis is logarithmic; costs below this share of the largest are drawn as nothing.
 _SMALLEST = 1e-4
 
 
@@ -34,7 +34,7 @@ def of_start(start: int, series: Sequence[str]) -> str:
 
 
 def names_of_starts(starts: Sequence[StartRule], y: float, series: Sequence[str]) -> list[str]:
-    """Which colour is which start, in a line."""
+    """The legend of starts: one line of coloured names."""
     parts, x = [], float(_LEFT)
     for number, start in enumerate(starts):
         fill = of_start(number, series)
@@ -47,7 +47,7 @@ def names_of_starts(starts: Sequence[StartRule], y: float, series: Sequence[str]
 def bars(
     doublings: Sequence[Doublings], top: float, colour: dict[str, str], series: Sequence[str]
 ) -> list[str]:
-    """For each layer a bar for each start: what doubling it alone adds to the loss."""
+    """Draw, for each layer and each start, what doubling that layer alone adds to the loss."""
     costs = [cost for one in doublings for cost in one.costs if cost is not None and cost > 0]
     high = max(costs, default=1.0)
     low = max(min(costs, default=0.1), _SMALLEST * high)
@@ -55,7 +55,7 @@ def bars(
     scale = Axis(powers[0], powers[-1], start=top + _BOTTOM - 2, end=top + _TOP)
 
     def y_of(cost: float) -> float:
-        """Costs of nothing and less lie at the bottom, and are drawn as a line there."""
+        """A layer that costs nothing, or less, lies at the bottom."""
         return scale.at(math.log10(max(cost, 10.0 ** powers[0])))
 
     num_layers = len(doublings[0].losses)

@@ -1,4 +1,4 @@
-"""Memory on paper, before anything is loaded, and how many rows go through the layers together.
+"""Estimate memory before anything is loaded, and how many rows go through the layers together.
 Pure.
 """
 
@@ -12,7 +12,7 @@ from dus_cli.maps.layers import split_name
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.source.checkpoint import Checkpoint
 
-# Python with torch and transformers, before any weight.
+# What Python takes with torch and transformers, before any weight is loaded.
 _LIBRARIES = 500_000_000
 
 
@@ -35,8 +35,8 @@ class Memory:
 
 
 def weight_bytes(checkpoint: Checkpoint, stack: LayerStack, itemsize: int, *, streams: bool) -> int:
-    """Bytes of weights that are held at a time: all, or with streaming the largest layer and all
-    that is no layer's.
+    """Bytes of weights held at a time: all of them, or with streaming the largest layer and
+    everything that belongs to no layer.
     """
     layers = [0] * stack.num_layers
     rest = 0
@@ -46,7 +46,7 @@ def weight_bytes(checkpoint: Checkpoint, stack: LayerStack, itemsize: int, *, st
             layers[split.index] += tensor.num_elements * itemsize
         else:
             rest += tensor.num_elements * itemsize
-    # A layer is read as it is stored and then cast, so it may be there twice.
+    # A layer is read as it is stored and then cast, so two copies may exist.
     return rest + (2 * max(layers) if streams else sum(layers))
 
 
@@ -60,7 +60,7 @@ def plan_memory(
     *,
     streams: bool,
 ) -> Memory:
-    """How many batches go through the layers together: as many as the memory takes.
+    """Choose how many batches go through the layers together: as many as fit.
 
     Args:
         weights: bytes of weights held at a time.

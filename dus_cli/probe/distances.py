@@ -28,14 +28,14 @@ KEPT_BYTES = 512 << 20
 # Tokens whose depths are compared at a time.
 _AT_ONCE = 256
 
-# However wide the model: the mean over fewer tokens would say little.
+# At least this many tokens, however wide the model: a mean over fewer is too noisy.
 _FEWEST = 256
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Means over `num_tokens` tokens for every two depths 0…n: depth d is before layer d, n
-    behind the last.
+    """Means over `num_tokens` tokens for every two depths 0…n. Depth d is the input of layer d;
+    depth n is the last layer's output.
     """
 
     angular: list[list[float]]
@@ -43,15 +43,15 @@ class Distances:
     num_tokens: int
 
     def of(self, seam: Seam) -> tuple[float, float]:
-        """Angular distance and block influence between what a seam's lower layer puts out, and what
-        its upper layer was handed in the base.
+        """The angular distance and block influence between the output of a seam's lower layer and
+        the input that its upper layer has in the base.
         """
         below, above = seam.base_layers
         return self.angular[below + 1][above], self.influence[below + 1][above]
 
 
 class Depths:
-    """Directions of the base's hidden states at every depth, for tokens spread evenly over the
+    """The directions of the base's hidden states at every depth, for tokens spread evenly over the
     text.
 
     Args:
@@ -74,8 +74,8 @@ class Depths:
         """Hidden states (rows, length, width) of the next batch at a depth."""
         batch, width = self._filled[depth], hidden.shape[-1]
         if self._kept is None:
-            # One piece from the start: many small ones that outlive what is made between them leave
-            # holes in the heap.
+            # Allocated at once: many small tensors that outlive their neighbours would fragment the
+            # heap.
             size = len(self._filled), self._ends[-1], width
             self._kept = torch.empty(size, dtype=torch.float32, device=hidden.device)
         places, stop = self._places[batch], self._ends[batch]
@@ -84,7 +84,7 @@ class Depths:
         self._filled[depth] += 1
 
     def distances(self) -> Distances:
-        """Every depth against every other. What was kept is let go."""
+        """Compare every depth with every other, and free the directions."""
         assert self._kept is not None
         size, count, _ = self._kept.shape
         angular, influence = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
@@ -93,12 +93,12 @@ class Depths:
             angular += cosines.arccos().sum(0).cpu() / math.pi
             influence += (1 - cosines).sum(0).cpu()
         self._kept = None
-        for table in (angular, influence):  # a state is its own but for rounding
+        for table in (angular, influence):  # equal to itself but for rounding
             table.div_(count).fill_diagonal_(0.0)
         return Distances(angular.tolist(), influence.tolist(), count)
 
 
 def _spread(places: Tensor, share: float) -> Tensor:
-    """About this share of the places, evenly spread."""
+    """Choose about this share of the places, evenly spread."""
     count = max(1, round(len(places) * share)) if len(places) else 0
     return places[torch.linspace(0, len(places) - 1, count).long()] if count else places

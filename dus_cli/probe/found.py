@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProbeText:
-    """What is measured on: `tokens` are those that are predicted, `before` the ids that a
-    document begins with.
+    """The text that maps are measured on. `tokens` counts the predicted tokens; `before` are the
+    ids with which a document begins.
     """
 
     files: tuple[str, ...]
@@ -50,10 +50,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Doublings:
-    """The loss with each layer of the base doubled alone, in nats per token; None where it was
-    refused.
+    """The loss with each layer of the base doubled alone, in nats per token; None if `dus upscale`
+    refuses that map.
 
-    `most` is what a layer may add to the base's loss so that a search doubles it.
+    A search doubles the layers that add at most `most` to the base's loss.
     """
 
     start: StartRule
@@ -63,7 +63,7 @@ class Doublings:
 
     @property
     def costs(self) -> tuple[float | None, ...]:
-        """What doubling each layer adds to the base's loss; None where that is no number."""
+        """What doubling each layer adds to the base's loss; None if that is not a finite number."""
         return tuple(
             loss - self.base_loss if loss is not None and math.isfinite(loss) else None
             for loss in self.losses
@@ -71,7 +71,7 @@ class Doublings:
 
     @property
     def not_borne(self) -> tuple[int, ...]:
-        """The layers that do not bear to be doubled."""
+        """The layers that a search does not double, because that costs too much."""
         bears = borne(self.costs, self.most)
         return tuple(layer for layer in range(len(self.losses)) if layer not in bears)
 

@@ -1,4 +1,4 @@
-"""Which maps are measured, each held to what `dus upscale` would say of it. Reads headers only."""
+"""Which maps are measured, each checked as `dus upscale` checks it. Only headers are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dus_cli.source.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model of some depth takes: FLOPs are of a forward pass, for one token of a row."""
+    """The size of a model, and the FLOPs of its forward pass for one token of a row."""
 
     num_layers: int
     num_parameters: int
@@ -30,11 +30,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class MapCandidate:
-    """A map, the options that make it, and what it costs; or the reason for which `dus upscale`
-    refuses it.
+    """A map, the options that make it, and its cost; or the reason why `dus upscale` refuses it.
 
-    `engines` are what each inference engine makes of its output. `factors` are one for each output
-    layer, on what it adds to the stream, and `scaled` what they stand on (`planning.post_norms`).
+    `engines` has a verdict for each inference engine. `factors` has one number for each output
+    layer, which multiplies what the layer adds to the residual stream; `scaled` says which tensors
+    carry it (`planning.post_norms`).
     """
 
     layer_map: LayerMap
@@ -48,7 +48,7 @@ class MapCandidate:
 
     @property
     def name(self) -> str:
-        """The map as a table has it, without its start."""
+        """The map's name in a table, without its start."""
         if self.layer_map.trim is not None:
             return f"trim {self.layer_map.trim}"
         words = self.options.split()
@@ -56,8 +56,8 @@ class MapCandidate:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The base's layers in the order of the output, with their factors; those that add nothing
-        are left out.
+        """The base's layers in the order of the output, each with its factor; layers that add
+        nothing are left out.
         """
         factors = self.factors or (1.0,) * len(self.layer_map)
         return tuple(
@@ -72,12 +72,12 @@ class MapCandidate:
         return tuple(judged.engine for judged in self.engines if judged.verdict.is_wrong)
 
     def is_right_for(self, engines: Sequence[str]) -> bool:
-        """Whether none of these engines is among them."""
+        """Whether every one of these engines computes it as config.json says."""
         return not any(engine.name in engines for engine in self.wrong)
 
 
 def wanted_requests(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
-    """The maps that were asked for, but for those of a search.
+    """The maps that the options name; those of a search come later.
 
     Raises:
         LayerMapError: no trim of the range makes this model deeper.
@@ -94,7 +94,7 @@ def wanted_requests(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
 
 
 def started(request: MapRequest, start: StartRule) -> MapRequest:
-    """The same map with this start."""
+    """Give a map this start."""
     if start.name == IDENTITY:
         return replace(request, identity=True)
     return replace(request, start=start)
@@ -112,7 +112,7 @@ def _trims(options: ProbeOptions, num_layers: int) -> list[MapRequest]:
 
 
 def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> MapCandidate:
-    """A map as `dus upscale` sees it.
+    """Check a map as `dus upscale` does.
 
     Raises:
         LayerMapError: it is no map of this base at all.
@@ -141,7 +141,7 @@ def check(of_base: UpscalePlan, request: MapRequest, seq_length: int) -> MapCand
 
 
 def options_of(layer_map: LayerMap, request: MapRequest) -> str:
-    """The options of `dus upscale` that say this map."""
+    """The options of `dus upscale` that make this map."""
     copies = f" --copies {request.copies}" if request.copies != 2 else ""
     assume = "".join(f" --assume {field}={value}" for field, value in request.assume)
     said = f"--layers {layer_map}" if layer_map.trim is None else f"--trim {layer_map.trim}"
@@ -157,10 +157,10 @@ def _start_of(request: MapRequest) -> StartRule:
 
 
 def cost_of(plan: UpscalePlan, seq_length: int) -> Cost:
-    """What the plan's model takes."""
+    """The cost of the plan's model."""
     decoder = decoder_config(plan.config)
     shape = shape_of(decoder.fields, plan.num_parameters, len(plan.layer_map))
-    # A third of a training step's: forward is one of three products.
+    # A forward pass is a third of a training step's FLOPs.
     return Cost(
         len(plan.layer_map),
         plan.num_parameters,
@@ -170,11 +170,12 @@ def cost_of(plan: UpscalePlan, seq_length: int) -> Cost:
 
 
 def nearest(distances: Sequence[Sequence[float]], best: int) -> list[LayerMap]:
-    """Of all [0,a)+[b,n) those to measure, by the distances between depths, (n + 1, n + 1).
+    """Choose which of all maps [0,a)+[b,n) to measure, by the distances between depths, (n + 1, n +
+    1).
 
-    Of each depth the one whose layers meet at the smallest distance; of these the `best` that gain
-    most on the depthwise scaling of that depth, or of the depth below it where there is none.
-    Depthwise scalings are left out.
+    For each depth, take the map whose layers meet at the smallest distance. Of these, return the
+    `best` whose distance is smallest relative to the depthwise scaling of the same depth (or of one
+    layer less, if there is none). Depthwise scalings themselves are left out.
     """
     n = len(distances) - 1
     closest: dict[int, tuple[float, int, int]] = {}
@@ -194,7 +195,7 @@ def nearest(distances: Sequence[Sequence[float]], best: int) -> list[LayerMap]:
 
 
 def width_of(checkpoint: Checkpoint) -> int:
-    """The size of a hidden state; where config.json has no name for it that dus knows, a large
-    one's.
+    """The size of a hidden state; if config.json does not say it under a known name, that of a
+    large model.
     """
     return shape_of(decoder_config(checkpoint.config).fields, 0, 0).hidden_size or 8192

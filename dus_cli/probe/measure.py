@@ -1,4 +1,6 @@
-"""Losses of many maps in sweeps over the base's layers; see `tree` for what is computed once."""
+"""Measure the losses of many maps in sweeps over the base's layers; `tree` says what is computed
+once.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from torch import Tensor
 from dus_cli.errors import ProbeError, ReplayError
 from dus_cli.models.replay import Ready, Replay, Scaled
 from dus_cli.probe.distances import Depths
-from dus_cli.probe.tail import Tail
+from dus_cli.probe.tail import Tail, tail_of
 from dus_cli.probe.tree import Node, Step, grow, sweeps
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and labels, both int64 (rows, length), labels -100 where none counts."""
+    """Token ids and labels, both int64 (rows, length); a label of -100 is ignored."""
 
     ids: Tensor
     labels: Tensor
@@ -28,8 +30,17 @@ class Batch:
         return Batch(self.ids.to(device), self.labels.to(device))
 
 
-class Meter:
-    """Measures maps of one model.
+@torch.no_grad()
+def meter_of(
+    model: object,
+    num_layers: int,
+    batches: Sequence[Batch],
+    *,
+    ready: Ready,
+    batches_at_once: int,
+    scaled: Scaled = lambda _layer, _factor: nullcontext(),
+) -> Meter:
+    """Make a meter for a model. The model runs once, on the first batch.
 
     Args:
         model: of transformers, in evaluation mode.
@@ -37,39 +48,44 @@ class Meter:
         batches: all of one shape.
         ready: a context in which the numbered layer has its weights.
         batches_at_once: how many are taken through the layers together; memory grows with it.
-        scaled: a context in which what the numbered layer adds to the stream is multiplied; of
-            maps in which nothing is, none is entered.
+        scaled: a context in which what the numbered layer adds to the stream is multiplied; it is
+            not entered for maps that scale nothing.
 
     Raises:
         ProbeError: the model cannot be measured in parts.
     """
+    try:
+        replay = Replay(model, num_layers, batches[0].ids, ready)
+    except ReplayError as error:
+        raise ProbeError(
+            f"dus probe cannot measure maps of {error}; write the models with dus upscale "
+            "and measure those"
+        ) from error
+    tail = tail_of(replay, batches[0].ids, batches[0].labels)
+    return Meter(replay, tail, batches, ready=ready, batches_at_once=batches_at_once, scaled=scaled)
+
+
+class Meter:
+    """Measures maps of one model. Arguments as of `meter_of`."""
 
     def __init__(
         self,
-        model: object,
-        num_layers: int,
+        replay: Replay,
+        tail: Tail,
         batches: Sequence[Batch],
+        *,
         ready: Ready,
         batches_at_once: int,
-        scaled: Scaled = lambda _layer, _factor: nullcontext(),
+        scaled: Scaled,
     ) -> None:
-        self._num_layers, self._batches, self._ready = num_layers, batches, ready
-        self._scaled = scaled
-        self._at_once = batches_at_once
-        with torch.no_grad():
-            try:
-                self._replay = Replay(model, num_layers, batches[0].ids, ready)
-            except ReplayError as error:
-                raise ProbeError(
-                    f"dus probe cannot measure maps of {error}; write the models with dus upscale "
-                    "and measure those"
-                ) from error
-            self._tail = Tail(self._replay, batches[0].ids, batches[0].labels)
+        self._replay, self._tail, self._batches = replay, tail, batches
+        self._num_layers = len(replay.layers)
+        self._ready, self._at_once, self._scaled = ready, batches_at_once, scaled
         self._is_checked = False
 
     @property
     def num_groups(self) -> int:
-        """Groups of batches that go through the layers one after the other."""
+        """The number of groups of batches, which go through the layers one after the other."""
         return -(-len(self._batches) // self._at_once)
 
     def losses(
@@ -78,7 +94,7 @@ class Meter:
         depths: Depths | None = None,
         on_layer: Callable[[], object] = lambda: None,
     ) -> list[float]:
-        """Sums of cross-entropy over all labelled tokens, one for each map, in nats.
+        """The sum of cross-entropy over all labelled tokens for each map, in nats.
 
         Args:
             maps: base layers in the order of each map, with their factors. The first is the base
@@ -116,7 +132,7 @@ class Meter:
         waiting = {root: len(root.children)}
 
         def call(node: Node) -> None:
-            """One layer of one map, or of several that share it, for all rows."""
+            """Call one layer on all rows, for one map or for several that share it."""
             assert node.parent is not None
             waiting[node.parent] -= 1
             is_last = not waiting[node.parent]
@@ -126,7 +142,7 @@ class Meter:
                 before = source[index]
                 assert before is not None
                 if is_last:
-                    source[index] = None  # its place is taken by what comes behind
+                    source[index] = None  # freed, for the layer's output to take its place
                 hidden = self._replay.layer(node.layer, index, before)
                 del before
                 if depths is not None and node in of_base:
@@ -155,7 +171,7 @@ class Meter:
 
 
 def _chain(root: Node, num_layers: int) -> dict[Node, int]:
-    """The base's own nodes, each with the depth behind it."""
+    """The nodes of the base's own map, each with the depth of its output."""
     found: dict[Node, int] = {}
     node = root
     for layer in range(num_layers):

@@ -1,6 +1,4 @@
-"""What is asked of `dus probe`, with its options. Pure: `dus probe --help` imports no torch for
-it.
-"""
+"""The options of `dus probe`. Pure: `dus probe --help` imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ _MAPS, _FIT = "Maps", "Memory and speed"
 
 
 def parse_trims(text: str) -> tuple[int, int | None]:
-    """A range of trims, half-open like those of --layers: the first, and the end or None.
+    """Read a half-open range of trims, as in --layers: the first, and the end or None.
 
     >>> parse_trims("4:12"), parse_trims("7"), parse_trims("4:")
     ((4, 12), (7, 8), (4, None))
@@ -41,7 +39,7 @@ def parse_trims(text: str) -> tuple[int, int | None]:
 
 
 def parse_starts(text: str) -> tuple[StartRule, ...]:
-    """Starts by name, with commas between them.
+    """Read names of starts, separated by commas.
 
     >>> [str(start) for start in parse_starts("half,fade:cosine")]
     ['half', 'fade:cosine']

@@ -1,5 +1,5 @@
-"""A probe as SVG: losses against the trim, below them how far apart the base's depths are, and
-behind a search over starts what doubling each layer costs.
+"""A probe as SVG: losses against the trim; below them how far apart the base's depths are; and, of
+a search over starts, what doubling each layer costs.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class _Axes:
 
 
 def probe_svg(found: Probe, *, dark: bool = False) -> str:
-    """The picture of a finished probe. Depthwise scalings are a line over the trim, other maps
-    dots at their depth.
+    """Draw a probe. Depthwise scalings are a line over the trim, other maps are dots at their
+    depth.
     """
     colour, series = COLOURS[dark], SERIES[dark]
     measured = [m for m in found.maps if m.is_finite]
@@ -86,8 +86,8 @@ def probe_svg(found: Probe, *, dark: bool = False) -> str:
 
 
 def _trim_of(measured: Measured, num_layers: int) -> float:
-    """The trim, of other maps that of a depthwise scaling of the same depth: a half one where
-    there is none.
+    """The trim; for other maps the trim (whole or half) that a depthwise scaling of the same depth
+    would have.
     """
     layer_map = measured.candidate.layer_map
     return layer_map.trim if layer_map.trim is not None else num_layers - len(layer_map) / 2
@@ -114,7 +114,7 @@ def _losses(
         text_at(WIDTH - 20, 50, "parameters", size_colour, anchor="end"),
     ]
     parts += levels(axes.losses.ticks(6), _LEFT, _RIGHT, colour)
-    # of sizes with one name the last
+    # of several sizes with one name, the last one is marked
     named = {tick.name: tick.at for tick in axes.sizes.ticks(5, name=human_count)}
     for name, y in named.items():
         parts.append(f'<path d="M{_RIGHT} {y:.1f}h5" stroke="{size_colour}"/>')
@@ -160,7 +160,7 @@ def _of_one_start(
     other_colour: str,
     page: str,
 ) -> list[str]:
-    """The line of the depthwise scalings, and a hollow dot for each other map."""
+    """Draw a line through the depthwise scalings, and a hollow dot for each other map."""
     at = [
         (f"{axes.trims.at(trim):.1f}", f"{axes.losses.at(loss):.1f}", is_other)
         for trim, loss, _, is_other, _ in points
@@ -189,7 +189,7 @@ def _axes(points: Sequence[tuple[float, float, int, bool, int]], found: Probe) -
     low, high = min(losses), max(losses)
     spread = max(high - low, 0.02 * abs(high), 1e-3)
     span = max(max(sizes) - min(sizes), 0.02 * max(sizes), 1)
-    # Air for the marks.
+    # Space for the marks.
     return _Axes(
         Axis(min(trims), max(trims), _LEFT + 14, _RIGHT - 14, alone=0.5),
         Axis(low - 0.14 * spread, high + 0.1 * spread, _BOTTOM, _TOP),
@@ -198,7 +198,7 @@ def _axes(points: Sequence[tuple[float, float, int, bool, int]], found: Probe) -
 
 
 def _marks(found: Probe, axes: _Axes, colour: dict[str, str]) -> list[str]:
-    """A ring around what is recommended, with its name above the plot, where no line runs."""
+    """Draw a ring around each recommended map, and its name above the plot, where no line runs."""
     names: dict[int, list[str]] = {}
     for number, name in ((found.within, f"within {found.plan.bound:.0%}"), (found.knee, "knee")):
         if number is not None:
@@ -229,8 +229,8 @@ def _marks(found: Probe, axes: _Axes, colour: dict[str, str]) -> list[str]:
 
 
 def _placed(marks: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str, str]]:
-    """Marks from left to right, in rows: the lower name away from the line that comes down from
-    the upper one.
+    """Place marks in rows, from left to right, so that no name crosses the line from another name
+    to its ring.
     """
     if not marks:
         return []
@@ -244,8 +244,8 @@ def _placed(marks: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
 
 
 def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
-    """Angular distance of every two depths: a seam is a cell below the diagonal, (out of a, into
-    b).
+    """Draw the angular distance of every two depths. A seam is a cell below the diagonal, (out of
+    a, into b).
     """
     table = found.distances.angular
     size = len(table)
@@ -262,7 +262,7 @@ def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
         for column, below in enumerate(depths):
             where = f"M{left + column * cell:.1f} {top + row * cell:.1f}"
             shades.setdefault(round(_SHADES * table[above][below] / most), []).append(where)
-    # A hair wider than the cell: else the page shows between two of them.
+    # A little wider than the cell, so that the page does not show between two cells.
     square = f"h{cell + 0.4:.1f}v{cell + 0.4:.1f}h-{cell + 0.4:.1f}z"
     for shade, places in sorted(shades.items()):
         path = "".join(f"{where}{square}" for where in places)
@@ -281,7 +281,7 @@ def _heat_map(found: Probe, colour: dict[str, str], *, dark: bool) -> list[str]:
 def _seams_on_map(
     found: Probe, left: float, top: float, cell: float, colour: dict[str, str]
 ) -> list[str]:
-    """A ring on each seam of what is recommended."""
+    """Draw a ring on each seam of a recommended map."""
     parts = []
     for number in dict.fromkeys(n for n in (found.within, found.knee) if n is not None):
         for seam in found.maps[number].candidate.layer_map.seams:
@@ -295,7 +295,7 @@ def _seams_on_map(
 
 
 def _scale(most: float, colour: dict[str, str], *, dark: bool) -> list[str]:
-    """What the colours mean, and what the rings are."""
+    """The legend: what the colours and the rings mean."""
     parts = []
     height = 220
     each = height / _SHADES
@@ -320,7 +320,7 @@ def _scale(most: float, colour: dict[str, str], *, dark: bool) -> list[str]:
 
 
 def _mixed(share: float, *, dark: bool) -> str:
-    """A colour of the ramp, 0 near and 1 far."""
+    """The colour of a distance from 0, near, to 1, far."""
     stops = _NEAR_TO_FAR[dark]
     place = min(max(share, 0.0), 1.0) * (len(stops) - 1)
     index = min(int(place), len(stops) - 2)
@@ -332,7 +332,7 @@ def _mixed(share: float, *, dark: bool) -> str:
 
 
 def _description(found: Probe, measured: Sequence[Measured]) -> str:
-    """What the picture shows, for those who do not see it."""
+    """The picture in words, for readers who cannot see it."""
     scaled = [m for m in measured if m.candidate.layer_map.trim is not None]
     said = [f"Base: {found.base_loss:.3f}."]
     for m in scaled:

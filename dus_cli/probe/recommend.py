@@ -1,15 +1,15 @@
-"""Which of the measured maps to take, by two rules that are said with the answer. Pure."""
+"""Choose among the measured maps by two rules, which the report states with the answer. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Loss and size of a map: what the rules go by.
+# A map's loss and size.
 Point = tuple[float, int]
 
 
 def within(points: Sequence[Point], limit: float) -> int | None:
-    """The largest model whose loss is at most `limit`, the better of two of one size; None where
+    """The largest model whose loss is at most `limit`, and of two of one size the better; None if
     there is none.
 
     >>> within([(7.8, 60), (3.4, 46), (3.1, 40)], limit=3.5)

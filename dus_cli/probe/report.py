@@ -14,12 +14,12 @@ from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, ProbeText
 from dus_cli.probe.maps import Cost
 from dus_cli.release.lineage import seam_record
 
-# Of a map's name in the table, which is 80 columns wide with it.
+# The width of a map's name, with which the table has 80 columns.
 _WIDTH = 15
 
 
 def perplexity(loss: float) -> float:
-    """Exp of a mean cross-entropy in nats; infinite where that is beyond a float."""
+    """Exp of a mean cross-entropy in nats; infinite if it does not fit a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -183,7 +183,7 @@ def _choice(found: Probe, number: int) -> dict[str, Any]:
 
 
 def upscale_command(found: Probe, number: int) -> str:
-    """The line that writes a map's model, ready for a shell."""
+    """The shell command that writes the model of a map."""
     candidate = found.maps[number].candidate
     output = f"{found.plan.name.rpartition('/')[2]}-{len(candidate.layer_map)}-layers"
     model = shlex.quote(found.plan.model)
@@ -202,8 +202,8 @@ def plan_text(plan: ProbePlan) -> str:
 
 
 def probe_text(found: Probe) -> str:
-    """The table and the advice, at most 80 columns wide but for commands, long maps, engines and
-    warnings.
+    """The table and the advice. Apart from commands, long maps, engines and warnings they fit in 80
+    columns.
     """
     table = _table(found.plan, found.base_loss, found.maps)
     warnings = [f"warning: {warning}" for warning in found.warnings]
@@ -211,8 +211,8 @@ def probe_text(found: Probe) -> str:
 
 
 def _table(plan: ProbePlan, base_loss: float | None, maps: Sequence[Measured]) -> list[str]:
-    """Lines of a row for each map, and below it what the rows leave out. The loss of the base is
-    None where nothing was measured.
+    """The lines of the table: a row for each map, and below them what does not fit in a row.
+    `base_loss` is None if nothing was measured.
     """
     candidates = [measured.candidate for measured in maps]
     rows = [
@@ -224,7 +224,7 @@ def _table(plan: ProbePlan, base_loss: float | None, maps: Sequence[Measured]) -
         seam = f"{max(angular for angular, _ in measured.seams):.3f}" if measured.seams else ""
         rows.append(_row(name, measured.candidate.cost, len(layer_map), measured.loss, seam))
     wrong = list(dict.fromkeys(engine for each in candidates for engine in each.wrong))
-    if wrong:  # a column of its own, of initials
+    if wrong:  # a column of the engines' initials
         initials = ["".join(engine.name[0] for engine in each.wrong) for each in candidates]
         rows = [[*row, cell] for row, cell in zip(rows, ["not in", "", *initials], strict=True)]
     if plan.starts:
@@ -308,7 +308,7 @@ def _closing(found: Probe) -> list[str]:
 
 
 def _borne(doublings: Doublings) -> str:
-    """Which layers were not doubled in a search, and why."""
+    """The line that says which layers a search did not double, and why."""
     if not doublings.not_borne:
         return f"{doublings.start}: every layer bears to be doubled"
     layers = ", ".join(map(str, doublings.not_borne))

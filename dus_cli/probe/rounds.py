@@ -1,5 +1,5 @@
-"""A search over starts, round by round: each layer doubled alone, then maps of several widths of
-blocks, then depths of the best of these.
+"""A search over starts in rounds: first each layer doubled alone, then maps with blocks of several
+widths, then several depths of the best width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Check = Callable[[MapRequest], MapCandidate]
 
 
 class Rounds:
-    """Searches, one for each start.
+    """The searches, one for each start.
 
     Args:
         options: of the verb.
@@ -41,9 +41,7 @@ class Rounds:
         self._check, self._losses = check, losses
 
     def doublings(self, starts: Sequence[StartRule]) -> list[Doublings]:
-        """Every layer doubled alone, with each start; what is the same in two of them is measured
-        once.
-        """
+        """Measure every layer doubled alone, with each start; equal maps are measured once."""
         singles = [
             search.request_of((range(layer, layer + 1),), self._num_layers)
             for layer in range(self._num_layers)
@@ -58,7 +56,7 @@ class Rounds:
         ]
 
     def maps(self, doublings: Doublings, distances: Distances) -> list[Measured]:
-        """The maps that were measured, in the order in which they were."""
+        """Search from there; the maps in the order in which they were measured."""
         start, limit = doublings.start, doublings.base_loss + doublings.most
         found: list[Measured] = []
         if start == COPY:  # where nothing is scaled, the nearest layers meet best
@@ -90,7 +88,9 @@ class Rounds:
         numbers: Sequence[int],
         known: dict[int, float],
     ) -> list[Measured]:
-        """Measure some of a family's maps; `known` is told their losses, infinite where refused."""
+        """Measure some of a family's maps, and add their losses to `known`; a refused map has an
+        infinite loss.
+        """
         _, measured = self._measure(start, [family[number] for number in numbers])
         for number, each in zip(numbers, measured, strict=True):
             known[number] = float("inf") if each.loss is None or not each.is_finite else each.loss
@@ -106,7 +106,7 @@ class Rounds:
         return self._check(started(replace(request, assume=self._options.assume), start))
 
     def _measured(self, candidates: Sequence[MapCandidate]) -> tuple[float, list[Measured]]:
-        """The base's loss, and of each map its own."""
+        """Measure these maps: the base's loss, and each map with its own."""
         base_loss, *losses = self._losses(candidates)
         values = iter(losses)
         return base_loss, [

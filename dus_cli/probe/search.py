@@ -25,7 +25,7 @@ Family = tuple[Doubled, ...]
 
 
 def borne(costs: Sequence[float | None], most: float) -> list[int]:
-    """The layers that bear to be doubled: alone, that costs at most this much.
+    """The layers that are worth doubling: each of them alone costs at most `most`.
 
     >>> borne([2.7, 0.01, None, 0.02], most=0.5)
     [1, 3]
@@ -34,10 +34,10 @@ def borne(costs: Sequence[float | None], most: float) -> list[int]:
 
 
 def families(costs: Sequence[float | None], most: float) -> list[Family]:
-    """Maps to look at, by the width of their blocks.
+    """The maps that a search considers, in families by the width of their blocks.
 
-    Of a width, the blocks that cost least a layer are doubled first. Of one block there is for each
-    length the one that costs least.
+    In a family of one width, the blocks that cost least per layer are doubled first. The family of
+    single blocks has for each length the block that costs least.
 
     Args:
         costs: nats per token that doubling each layer alone adds; None where it was refused.
@@ -69,7 +69,7 @@ def families(costs: Sequence[float | None], most: float) -> list[Family]:
 
 
 def _runs(layers: Iterable[int]) -> list[range]:
-    """Layers that follow each other."""
+    """Join consecutive layers into ranges."""
     found: list[range] = []
     for layer in layers:
         if found and found[-1].stop == layer:
@@ -80,7 +80,7 @@ def _runs(layers: Iterable[int]) -> list[range]:
 
 
 def _cut(runs: Iterable[range], width: int) -> list[range]:
-    """Runs in as few blocks of at most this many layers as there can be, of nearly equal length.
+    """Cut runs into as few blocks of at most `width` layers as possible, of nearly equal length.
 
     >>> _cut([range(2, 7)], 2)
     [range(2, 4), range(4, 5), range(5, 7)]
@@ -106,7 +106,7 @@ def _by_cost(blocks: Iterable[range], cost_of: Mapping[int, float]) -> Family:
 
 
 def request_of(doubled: Doubled, num_layers: int) -> MapRequest:
-    """The map as `dus upscale` takes it.
+    """The request to `dus upscale` that makes this map.
 
     >>> request_of((range(1, 2), range(2, 3), range(4, 5)), 6).double
     '1:3,4'
@@ -130,7 +130,7 @@ def request_of(doubled: Doubled, num_layers: int) -> MapRequest:
 
 
 def first_round(family: Family) -> list[int]:
-    """Numbers of a family's maps that are measured before others: one in the middle, and the last.
+    """The numbers of a family's maps to measure first: the middle one and the last.
 
     >>> first_round(((range(1),), (range(2),), (range(3),)))
     [1, 2]
@@ -139,8 +139,8 @@ def first_round(family: Family) -> list[int]:
 
 
 def next_round(losses: Mapping[int, float], limit: float, count: int) -> list[int]:
-    """Numbers of a family's maps to measure next: evenly spread between the deepest known to be
-    within the limit and the first behind it that is not; none where they are neighbours, or where
+    """The numbers of a family's maps to measure next, evenly spread between the deepest known to be
+    within the limit and the next one known to be above it; none if these two are neighbours, or if
     the deepest of all is within.
 
     >>> next_round({4: 2.4, 9: 3.0}, limit=2.5, count=2)
@@ -162,8 +162,9 @@ def next_round(losses: Mapping[int, float], limit: float, count: int) -> list[in
 def reach(
     family: Family, losses: Mapping[int, float], base_loss: float, limit: float
 ) -> tuple[float, float]:
-    """About how many layers a family can double within the limit, by straight lines between what
-    was measured; and its last loss, negative: of two that reach as far, the larger is the better.
+    """Estimate how many layers a family can double within the limit, by linear interpolation
+    between the measured maps; and its last loss, negated, so that of two families that reach as far
+    the larger pair is the better.
 
     >>> reach(((range(1, 2),), (range(1, 4),)), {0: 2.5, 1: 3.0}, base_loss=2.0, limit=2.75)
     (2.0, -3.0)

@@ -1,5 +1,5 @@
-"""From hidden states behind the last layer to the loss: the model's own norm and head, without
-full logits.
+"""From the last layer's hidden states to the loss: the model's own norm and head, without full
+logits.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from dus_cli.errors import ProbeError
 from dus_cli.models.losses import cross_entropy, head_of
 from dus_cli.models.replay import Replay, damaged
 
-# Of a loss: what two orders of the same sums may differ by, in fp32 and in 16 bits.
+# The most by which two orders of the same sums may differ in a loss, in fp32 and in 16 bits.
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}
 _ROUNDING_ELSE = 2e-2
 
 
-class Tail:
-    """The loss of a batch. Where the head does what dus does not know, through the model's own
-    logits.
+def tail_of(replay: Replay, ids: Tensor, labels: Tensor) -> Tail:
+    """The tail of a model, compared with the model's own loss on the replay's example.
 
     Args:
         replay: the model.
@@ -31,28 +30,44 @@ class Tail:
         labels: of the same.
 
     Raises:
-        ProbeError: the model's loss is no number, or its logits are none for each token.
+        ProbeError: the model's loss is not a number, or it gives no logits for each token.
+    """
+    logits = replay.logits
+    if logits.shape[:1] != labels.shape[:1] or logits.ndim != 3:
+        raise ProbeError(
+            f"model_type {replay.model_type} gives no logits for each token of a text; dus "
+            "probe cannot measure it"
+        )
+    some = torch.full_like(labels, IGNORED)
+    some[:, -logits.shape[1] :] = labels[:, -logits.shape[1] :]
+    theirs = _full_cross_entropy(logits, some[:, -logits.shape[1] :])
+    if not math.isfinite(theirs):
+        raise damaged("behind its last layer", replay.model)
+    tail = Tail(replay, ids, some, theirs)
+    tail.choose_way()
+    return tail
+
+
+class Tail:
+    """The loss of a batch. If dus does not know what the head does, it comes from the model's own
+    logits.
+
+    Args:
+        replay: the model.
+        ids: of the replay's example, (rows, length).
+        labels: of the same, at the positions for which the model gave logits.
+        theirs: the sum of cross-entropy over these labels by the model's own logits, in nats.
     """
 
-    def __init__(self, replay: Replay, ids: Tensor, labels: Tensor) -> None:
-        self._replay = replay
+    def __init__(self, replay: Replay, ids: Tensor, labels: Tensor, theirs: float) -> None:
+        self._replay, self._ids, self._labels, self._theirs = replay, ids, labels, theirs
         self._output: nn.Module | None = replay.model.get_output_embeddings()
         self._head = head_of(replay.model.config.get_text_config())
         self._rounding = _ROUNDING.get(replay.after.dtype, _ROUNDING_ELSE)
-        self._example = ids, labels
-        logits = replay.logits
-        if logits.shape[:1] != labels.shape[:1] or logits.ndim != 3:
-            raise ProbeError(
-                f"model_type {replay.model_type} gives no logits for each token of a text; dus "
-                "probe cannot measure it"
-            )
-        some = labels[:, -logits.shape[1] :]
-        self._theirs = _full_cross_entropy(logits, some)
-        if not math.isfinite(self._theirs):
-            raise damaged("behind its last layer", replay.model)
-        self._some = torch.full_like(labels, IGNORED)
-        self._some[:, -logits.shape[1] :] = some
-        if not self._agrees(self.loss(ids, self._some, replay.after)):
+
+    def choose_way(self) -> None:
+        """Go by the model's own logits if the shorter way to the loss differs from them."""
+        if not self._agrees(self.loss(self._ids, self._labels, self._replay.after)):
             self._output = None
 
     def loss(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> float:
@@ -82,10 +97,9 @@ class Tail:
         Raises:
             ProbeError: they do not.
         """
-        ids, _ = self._example
-        ours = self.loss(ids, self._some, hidden)
+        ours = self.loss(self._ids, self._labels, hidden)
         if not self._agrees(ours):
-            count = max(1, int((self._some != IGNORED).sum()))
+            count = max(1, int((self._labels != IGNORED).sum()))
             raise ProbeError(
                 f"the base's layers, called one by one, give a loss of {ours / count:.4f} and the "
                 f"model itself {self._theirs / count:.4f}: dus probe does not know how model_type "
@@ -93,7 +107,7 @@ class Tail:
             )
 
     def _agrees(self, ours: float) -> bool:
-        count = max(1, int((self._some != IGNORED).sum()))
+        count = max(1, int((self._labels != IGNORED).sum()))
         return abs(ours - self._theirs) <= self._rounding * max(count, abs(self._theirs))
 
 

@@ -1,20 +1,18 @@
-"""Layer maps as a tree of their beginnings, so that what several maps begin with is computed
-once. Pure.
-"""
+"""Layer maps as a prefix tree, so that what several maps begin with is computed once. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-# A layer of the base, and the factor on what it adds to the residual stream.
+# A layer of the base, and the factor that multiplies what it adds to the residual stream.
 Step = tuple[int, float]
 
 
 @dataclass(eq=False)
 class Node:
-    """A beginning of one or more maps, known by its last step. `ends` are the numbers of the
-    maps that end here.
+    """A prefix of one or more maps, named by its last step. `ends` are the numbers of the maps that
+    end here.
     """
 
     layer: int
@@ -25,7 +23,7 @@ class Node:
 
 
 def as_they_are(layers: Iterable[int]) -> tuple[Step, ...]:
-    """Layers of the base, nothing of them scaled.
+    """Layers of the base as steps that scale nothing.
 
     >>> as_they_are([0, 1])
     ((0, 1.0), (1, 1.0))
@@ -34,7 +32,7 @@ def as_they_are(layers: Iterable[int]) -> tuple[Step, ...]:
 
 
 def grow(maps: Sequence[Sequence[Step]]) -> Node:
-    """The root of the tree of these maps; it stands for the embeddings."""
+    """Grow the tree of these maps; the root stands for the embeddings."""
     root = Node(-1, None)
     for number, steps in enumerate(maps):
         node = root
@@ -48,7 +46,7 @@ def grow(maps: Sequence[Sequence[Step]]) -> Node:
 
 
 def count_nodes(root: Node) -> int:
-    """Layer passes that the tree takes.
+    """The number of layer passes that the tree takes.
 
     >>> count_nodes(grow([as_they_are(layers) for layers in ([0, 1, 2, 3], [0, 1, 2, 1, 2, 3])]))
     7
@@ -87,7 +85,7 @@ def sweeps(root: Node, num_layers: int) -> Iterator[tuple[int, list[Node]]]:
 
 
 def most_states(root: Node, num_layers: int) -> int:
-    """How many hidden states of every token exist at a time, at most.
+    """The largest number of hidden states of every token that exist at a time.
 
     >>> maps = [0, 1, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]
     >>> most_states(grow([as_they_are(layers) for layers in maps]), 5)

@@ -38,20 +38,21 @@ if TYPE_CHECKING:
     from dus_cli.probe.distances import Depths
     from dus_cli.probe.measure import Batch, Meter
 
-# Tokens that go through a layer at once: enough for the matrix products, and few enough for a CPU's
-# cache.
+# Tokens that go through a layer at once: enough for efficient matrix products, few enough for a
+# CPU's cache.
 _BATCH_TOKENS = {"cpu": 512}
 _BATCH_TOKENS_ELSEWHERE = 8192
 
 _SEQ_LENGTH = 512
 
-# The base as the map of its own layers: where they stand and what they cost, whatever else may be
-# refused.
+# The base as a map of its own layers, which is never refused: it tells where layers stand and what
+# they cost.
 _WHOLE = MapRequest(layers="0:")
 
 
 def plan_probe(ref: ModelRef, options: ProbeOptions, *, quiet: bool) -> ProbePlan:
-    """Which maps would be measured, and what that takes. Headers are read, and no weights.
+    """Plan a probe: which maps would be measured, and what that takes. Headers are read, no
+    weights.
 
     Raises:
         DusError: any known failure; see `errors`.
@@ -168,7 +169,7 @@ def _fit(
 
 
 def _layers(of_base: UpscalePlan, candidates: Sequence[MapCandidate]) -> list[tuple[Step, ...]]:
-    """The base and the maps that are measured."""
+    """The steps of the base's own map, and of the maps that are not refused."""
     return [
         as_they_are(of_base.layer_map.sources),
         *(c.steps for c in candidates if c.refused is None),
@@ -177,9 +178,9 @@ def _layers(of_base: UpscalePlan, candidates: Sequence[MapCandidate]) -> list[tu
 
 @dataclass
 class _Measuring:
-    """Maps of one model measured on one text. `passes` counts calls of a layer, for all rows.
+    """Measures maps of one model on one text. `passes` counts the calls of a layer for all rows.
 
-    `scaled` is told what is scaled in each layer by the maps that are measured.
+    `scaled` collects which tensors of each layer the measured maps scale.
     """
 
     of_base: UpscalePlan
@@ -214,9 +215,9 @@ def _load(
     batches: Sequence[Batch],
     scaled: Sequence[Mapping[str, int]],
 ) -> tuple[nn.Module, Meter]:
-    """The model, and what measures its maps on these rows."""
+    """Load the model, and make a meter for it on these batches."""
     from dus_cli.models import weights
-    from dus_cli.probe.measure import Meter
+    from dus_cli.probe.measure import meter_of
 
     checkpoint, stack = of_base.checkpoint, of_base.stack
     if options.stream_layers:
@@ -228,7 +229,7 @@ def _load(
         model, ready = weights.load(checkpoint, fit.dtype, fit.device)
     scaling = weights.scaling(checkpoint, stack, model, scaled, fit.dtype, fit.device)
     at_once = fit.memory.batches_at_once
-    meter = Meter(
+    meter = meter_of(
         model, stack.num_layers, batches, ready=ready, batches_at_once=at_once, scaled=scaling
     )
     return model, meter
@@ -298,10 +299,10 @@ def _measure(task: _Task, options: ProbeOptions, progress: Progress) -> Probe:
 def _recommended(
     maps: Sequence[Measured], base_loss: float, bound: float, engines: Sequence[str]
 ) -> tuple[int | None, int | None]:
-    """Numbers of the largest map within the bound and of the knee among the depthwise scalings,
-    those of the first start.
+    """The numbers of the largest map within the bound, and of the knee among the depthwise scalings
+    of the first start.
 
-    Only of those whose output `engines` compute as config.json says.
+    Only maps whose output all `engines` compute as config.json says are considered.
     """
     deeper = [
         (number, m.loss, len(m.candidate.layer_map))
@@ -324,19 +325,21 @@ def _recommended(
 def _read(
     checkpoint: Checkpoint, options: ProbeOptions, seq_length: int, rows_at_once: int
 ) -> tuple[ProbeText, list[Batch], int, tuple[str, ...]]:
-    """The text, its rows in batches of one shape, how many tokens are predicted, and warnings."""
+    """Read the text: its description, its rows in batches of one shape, the number of predicted
+    tokens, and warnings.
+    """
     import numpy as np
     import torch
 
     from dus_cli.data.documents import Reading
     from dus_cli.data.sample import Packed, read_sample
     from dus_cli.data.streams import IGNORED
-    from dus_cli.data.tokeniser import Tokeniser
+    from dus_cli.data.tokeniser import open_tokeniser
     from dus_cli.probe.measure import Batch
 
     fields = decoder_config(checkpoint.config).fields
     words = vocab_size(checkpoint.config, fields)
-    tokeniser = Tokeniser(checkpoint.folder, words, special_tokens=options.special_tokens)
+    tokeniser = open_tokeniser(checkpoint.folder, words, special_tokens=options.special_tokens)
     reading = Reading(options.text_field, options.on_bad_line)
     sample = read_sample(
         options.data, tokeniser, options.tokens, reading=reading, holdout=options.holdout

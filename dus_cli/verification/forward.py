@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dus_cli.data.sample import read_sample
-from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, Tokeniser, tokenizer_identity
+from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, open_tokeniser, tokenizer_identity
 from dus_cli.errors import DataError, ReplayError, VerificationError
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
@@ -251,7 +251,7 @@ def _token_ids(base: Checkpoint, data: Sequence[str]) -> Tensor:
     fields = decoder_config(base.config).fields
     words, length = vocab_size(base.config, fields), _num_tokens(fields)
     if data:
-        tokeniser = Tokeniser(base.folder, words)
+        tokeniser = open_tokeniser(base.folder, words)
         (ids,) = tokeniser.encode(["\n".join(read_sample(data, tokeniser, length).texts)])
         return torch.tensor([[*tokeniser.before, *ids][:length]])
     ids = _built_in_ids(base, words)
@@ -265,7 +265,7 @@ def _built_in_ids(base: Checkpoint, words: int | None) -> list[int]:
     try:
         # raises without tokenizer files, from which transformers would make up a tokenizer
         tokenizer_identity(base.folder)
-        tokeniser = Tokeniser(base.folder, words)
+        tokeniser = open_tokeniser(base.folder, words)
     except DataError:
         return []
     (ids,) = tokeniser.encode([TEXT])

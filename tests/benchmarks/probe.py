@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from dus_cli.common.reference import ModelRef
 from dus_cli.data.sample import Packed, read_sample
-from dus_cli.data.tokeniser import Tokeniser
+from dus_cli.data.tokeniser import open_tokeniser
 from dus_cli.maps.layers import largest_trim, source_layers
 from dus_cli.models.precision import Precision
 from dus_cli.probe.options import ProbeOptions
@@ -77,7 +77,7 @@ def compare(folder: str, data: str, tokens: int, precision: Precision) -> None:
     dtype = torch.bfloat16 if precision.on() is Precision.bf16 else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     layers = model.model.layers
-    tokeniser = Tokeniser(Path(folder), model.config.vocab_size)
+    tokeniser = open_tokeniser(Path(folder), model.config.vocab_size)
     packed = Packed(
         read_sample([data], tokeniser, tokens).texts, tokeniser, SEQUENCE, document_mask=False
     )

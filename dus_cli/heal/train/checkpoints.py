@@ -12,8 +12,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ from dus_cli.models.team import Team
 _STATE = "state.json"
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+# What torch.distributed.checkpoint raises if it cannot write; if it cannot read, a KeyError too.
+_FAILURES = (dcp.api.CheckpointException, OSError, RuntimeError)
 
 
 class MeanOf(NamedTuple):
@@ -118,10 +123,8 @@ class Checkpoints:
             HealError: it cannot be read.
         """
         path = self._folder / folders.name(step)
-        try:
+        with _refusals_told(path):
             dcp.load(dict(tensors), checkpoint_id=path, no_dist=self._team.size == 1)  # type: ignore[attr-defined]
-        except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
-            raise _cannot_read(path, error) from error
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Begin to save, unless this step is saved. From an accelerator tensors are copied before
@@ -199,7 +202,7 @@ class Checkpoints:
         done: Future[Any] = Future()
         try:
             done.set_result(dcp.save(dict(tensors), **where))  # type: ignore[attr-defined]
-        except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+        except _FAILURES as error:
             done.set_exception(error)
         return done
 
@@ -271,10 +274,8 @@ class Means:
         total = torch.zeros(whole.shape, dtype=torch.float32)
         for path in self._checkpoints:
             one = torch.empty(whole.shape, dtype=whole.dtype)
-            try:
+            with _refusals_told(path):
                 dcp.load({key: one}, checkpoint_id=path, no_dist=True)  # type: ignore[attr-defined]
-            except (dcp.api.CheckpointException, OSError, RuntimeError, KeyError) as error:
-                raise _cannot_read(path, error) from error
             total += one
         return total / len(self._checkpoints)
 
@@ -292,6 +293,19 @@ def _sync(folder: Path) -> None:
         sync(file)
     finally:
         os.close(file)
+
+
+@contextmanager
+def _refusals_told(path: Path) -> Iterator[None]:
+    """Turn what torch.distributed.checkpoint raises for a checkpoint into one line.
+
+    Raises:
+        HealError: the checkpoint cannot be read.
+    """
+    try:
+        yield
+    except (*_FAILURES, KeyError) as error:
+        raise _cannot_read(path, error) from error
 
 
 def _cannot_read(path: Path, error: BaseException) -> HealError:
