@@ -410,32 +410,41 @@ class _ShardStreamer:
 
 
 class _Digest:
-    """SHA-256 of pieces that arrive in any order and are hashed in the file's order."""
+    """SHA-256 of pieces that arrive in any order, hashed in the file's."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._position = 0
         self._abandoned = False
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
+        # By where their pieces start: each is woken at its turn, and no other.
+        self._waiting: dict[int, threading.Event] = {}
 
     def update(self, start: int, view: memoryview) -> None:
-        """Wait until all pieces before this one are hashed, then hash it."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._position == start or self._abandoned)
-            if self._abandoned:
-                return
-        # outside the lock: no other thread has its turn before this ends, and hashing releases the
-        # GIL
+        """Hash a piece, once all before it are hashed."""
+        with self._lock:
+            turn = None
+            if self._position != start and not self._abandoned:
+                turn = self._waiting[start] = threading.Event()
+        if turn is not None:
+            turn.wait()
+        if self._abandoned:
+            return
+        # outside: nobody else's turn is before this one ends, and it takes no lock of Python's
         self._hash.update(view)
-        with self._turn:
+        with self._lock:
             self._position += len(view)
-            self._turn.notify_all()
+            following = self._waiting.pop(self._position, None)
+        if following is not None:
+            following.set()
 
     def abandon(self) -> None:
-        """Wake all waiting threads: the pieces before theirs will not arrive."""
-        with self._turn:
+        """Let nobody wait any longer: the pieces before theirs will not come."""
+        with self._lock:
             self._abandoned = True
-            self._turn.notify_all()
+            turns = list(self._waiting.values())
+        for turn in turns:
+            turn.set()
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -119,7 +120,8 @@ def main() -> None:
         peers["curl"] = ["curl", "-sS", "--no-progress-meter", "-Z", "--parallel-max", "4"]
         peers["curl"] += [*targets, *urls]
         peers["snapshot_download"] = [sys.executable, "-c", _SNAPSHOT, f"org/{name}"]
-        spawn([*dus, "--dry-run"])  # the stand-in hashes its files once
+        files = f"{hub.endpoint}/api/models/org/{name}/tree/{commit}?recursive=true"
+        urlopen(files, timeout=3600).read()  # noqa: S310  (the stand-in hashes its files once)
         runs: dict[str, list[tuple[Run, int]]] = {peer: [] for peer in peers}
         names = list(peers)
         for number in range(options.rounds):
