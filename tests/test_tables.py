@@ -17,6 +17,7 @@ from hub_server import StandInRepo, commit_of, only_hub
 from written import flip_bit, names_and_bytes, problems, tensor_at
 
 from dus_cli.api import upscale
+from dus_cli.release.within import base_within
 from dus_cli.source import strided
 from dus_cli.writing import moves
 
@@ -318,6 +319,15 @@ def test_where_no_trim_keeps_them_the_map_that_does_is_named(tmp_path: Path) -> 
     base = base_at(tmp_path, config={"layer_types": kinds, "num_kv_shared_layers": 4})
     run = dus("upscale", base, "-o", tmp_path / "out", "-q")
     run.assert_one_line_error("no trim keeps it; or use --layers 0:3,1:, which repeats")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_model_whose_layers_share_keys_is_not_run_in_part(count: int, tmp_path: Path) -> None:
+    config = CONFIG | SHARING | {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
+    config["num_kv_shared_layers"] = count
+    base = write_checkpoint(tmp_path / "base", llama_tensors(N), config, fill=fill_randomly)
+    dus("upscale", base, "--trim", "2", "-o", tmp_path / "out", "-q")
+    assert (base_within(tmp_path / "out") is None) == bool(count)
 
 
 def test_a_model_with_tables_is_healed_beside_its_base(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dus_cli.common.reference import user_path
 from dus_cli.errors import DusError, HealError
 from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.model_config import decoder_config
+from dus_cli.maps.rules import Fields
 from dus_cli.release import lineage
 from dus_cli.source.checkpoint import open_checkpoint
 
@@ -39,9 +40,9 @@ def base_within(folder: Path) -> BasePlan | None:
     Raises:
         DusError: the folder is not a decoder's checkpoint, or its dus.json is damaged.
     """
-    num_layers = decoder_config(open_checkpoint(folder).config).num_layers
+    decoder = decoder_config(open_checkpoint(folder).config)
     record = lineage.read_lineage(folder)
-    return recorded_base(record, recorded_map(record, num_layers))
+    return recorded_base(record, recorded_map(record, decoder.num_layers), decoder.fields)
 
 
 def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | None:
@@ -69,16 +70,28 @@ def recorded_map(record: dict[str, Any] | None, num_layers: int) -> LayerMap | N
     return layer_map
 
 
-def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
-    """The output layers that are the base's own (`LayerMap.base_outputs`).
+def runs_whole_only(record: dict[str, Any], fields: Fields) -> bool:
+    """Whether the model of these config fields runs with all its layers or not at all: a table
+    outside them has a part for each, or they share keys and values.
+    """
+    return bool(record.get("tables") or fields.get("num_kv_shared_layers"))
 
-    None if a layer of the base is left out or was scaled, if the model was trained since, or if a
-    table outside the layers has a part for each of them: the model then runs with all or none.
+
+def recorded_base(
+    record: dict[str, Any] | None, layer_map: LayerMap | None, fields: Fields
+) -> BasePlan | None:
+    """The output layers that are the base's own (`LayerMap.base_outputs`). `fields` are those of
+    the decoder's config.
+
+    None if a layer of the base is left out or was scaled, if the model was trained since, or if it
+    runs with all its layers only.
 
     Raises:
         CheckpointError: the record is damaged.
     """
-    if record is None or layer_map is None or record.get("healing") or record.get("tables"):
+    if record is None or layer_map is None or record.get("healing"):
+        return None
+    if runs_whole_only(record, fields):
         return None
     layers = tuple(layer for layer in layer_map.base_outputs if layer is not None)
     scaled = lineage.recorded_treatment(record, layer_map).scaled_layers
@@ -88,8 +101,10 @@ def recorded_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> 
     return BasePlan(layers, str(name or "base"))
 
 
-def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> BasePlan | None:
-    """For a model whose start scaled the base's own layers, or that has tables outside the layers:
+def scaled_base(
+    record: dict[str, Any] | None, layer_map: LayerMap | None, fields: Fields
+) -> BasePlan | None:
+    """For a model whose start scaled the base's own layers, or that runs with all its layers only:
     the base in the folder that dus.json records.
 
     None if that folder holds another model or none, and for every other kind of output.
@@ -99,7 +114,9 @@ def scaled_base(record: dict[str, Any] | None, layer_map: LayerMap | None) -> Ba
     """
     if record is None or layer_map is None:
         return None
-    if not scales_base(record, layer_map) and (record.get("healing") or not record.get("tables")):
+    if not scales_base(record, layer_map) and (
+        record.get("healing") or not runs_whole_only(record, fields)
+    ):
         return None
     base: Any = record.get("base")
     folder = _recorded_folder(base) if isinstance(base, dict) else None

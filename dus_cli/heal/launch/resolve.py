@@ -103,7 +103,8 @@ def open_model(folder: Path) -> Model:
         decoder.num_layers,
         context_length(decoder.fields),
         vocab_size=vocab_size(checkpoint.config, decoder.fields),
-        base=recorded_base(record, layer_map) or scaled_base(record, layer_map),
+        base=recorded_base(record, layer_map, decoder.fields)
+        or scaled_base(record, layer_map, decoder.fields),
         new_layers=()
         if record is None or layer_map is None
         else lineage.recorded_layers(record, layer_map),
@@ -187,8 +188,9 @@ def check_options(options: HealOptions, model: Model) -> None:
             raise HealError(
                 f"{option} needs the base inside the model, and {shown(options.model)} has no "
                 f"{lineage.NAME} that names the base's layers (or it was healed before, or it has "
-                f"per-layer embeddings and its base is not in the folder that {lineage.NAME} "
-                "names); give a model that dus upscale wrote, or leave the option out"
+                "per-layer embeddings or shared keys and its base is not in the folder that "
+                f"{lineage.NAME} names); give a model that dus upscale wrote, or leave the option "
+                "out"
             )
     if options.recipe.train is Train.new and not model.new_layers:
         raise HealError(
