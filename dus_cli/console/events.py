@@ -23,12 +23,12 @@ INTERVAL = 0.5
 
 
 def emit(event: str, **fields: Any) -> None:
-    """One event, in one line."""
+    """Write one event, as one line."""
     say(json.dumps({"event": event, **fields}))
 
 
 def stage_event(event: str, stage: Stage, **more: Any) -> None:
-    """Where a stage is: `event` is "start", "progress" or "end"."""
+    """Write how far a stage is: `event` is "start", "progress" or "end"."""
     rate, left = stage.per_second, stage.eta_seconds
     emit(
         event,
@@ -44,14 +44,14 @@ def stage_event(event: str, stage: Stage, **more: Any) -> None:
 
 
 class EventsWanted:
-    """Whether events are asked for elsewhere than on the command line: `--config` sets it."""
+    """Whether a file of options asks for events; `--config` sets it."""
 
     by_a_file = False
 
 
 def are_wanted(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for events. It need not be valid: its own usage error is to be
-    one.
+    """Whether a command line asks for events. It need not be valid, because its usage error must be
+    an event, too.
 
     >>> are_wanted(["verify", "--progress", "json"]), are_wanted(["verify", "--progress=plain"])
     (True, False)

@@ -35,10 +35,10 @@ def say(text: str) -> None:
 
 
 def fitted(text: object, width: int | None = None) -> str:
-    """A result, its lines broken between words where a terminal would break within them; paths and
+    """Break a result's lines between words, where a terminal would break within them; paths and
     commands stay whole.
 
-    Where stdout is no terminal and COLUMNS is not set, a line stays a line.
+    If stdout is no terminal and COLUMNS is not set, lines are not broken.
 
     >>> print(fitted("left out     1,000 empty, 20 too_long", 30))
     left out     1,000 empty, 20
@@ -66,7 +66,9 @@ def _broken(line: str, width: int) -> str:
 
 
 def silence(descriptor: int) -> None:
-    """What is written from now on goes nowhere, also what a stream still holds when Python ends."""
+    """Discard what is written to a descriptor from now on, also what a stream flushes when Python
+    ends.
+    """
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 

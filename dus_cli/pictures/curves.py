@@ -130,10 +130,10 @@ class _Plot:
 
     @classmethod
     def around(cls, points: Sequence[Point], base_loss: float | None, dark: bool) -> _Plot:
-        """Axes with all the points and the base's line inside, and air for the labels."""
+        """Axes that hold all points and the base's line, with space for the labels."""
         losses = [loss for _, loss in points] + ([] if base_loss is None else [base_loss])
         low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
-        # a constant has a spread, too
+        # a constant needs a spread, too
         middle, spread = ((low + high) / 2, max(high - low, 0.02 * abs(high), 1e-3))
         most = max((tokens for tokens, _ in points), default=0.0)
         return cls(
@@ -146,7 +146,7 @@ class _Plot:
         return self.tokens.at(tokens)
 
     def y(self, loss: float) -> float:
-        """Pixels from the top. What is out of the plot, a spike, stops at its edge."""
+        """Pixels from the top. A spike that leaves the plot stops at its edge."""
         return self.losses.at(min(max(loss, self.losses.low), self.losses.high))
 
     def frame(self, title: str) -> str:
@@ -185,7 +185,7 @@ class _Plot:
         return f'<path d="M{_LEFT} {self.y(base_loss):.1f}H{_RIGHT}" stroke="{colour}" {DASHED}/>'
 
     def base_label(self, base_loss: float, points: Sequence[Point]) -> str:
-        """The base's loss at its line, where the held-out losses leave room."""
+        """Write the base's loss at its line, where the held-out losses leave room."""
         label, colour, start = f"base {base_loss:.3f}", self.colour["base"], (0.0, base_loss)
         if points and points[0][1] < base_loss:  # they stay below
             return self.text(start, label, colour, dx=10, dy=-6)
@@ -197,7 +197,7 @@ class _Plot:
         return self.text(start, label, colour, dx=10, dy=17)
 
     def reached(self, point: Point) -> str:
-        """A ring where the base is reached, and a line up to its label: the curves are low by
+        """Draw a ring where the base is reached, and a line up to its label, where no curve runs by
         then.
         """
         colour, x, y = self.colour["base"], self.x(point[0]), self.y(point[1])
@@ -212,7 +212,7 @@ class _Plot:
 
 
 class _Legend:
-    """Names of lines below the plot, in as many rows as they take."""
+    """The legend below the plot, in as many rows as it takes."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -236,7 +236,7 @@ class _Legend:
 
 
 def _legend_row(entries: Sequence[tuple[str, str, float]], colour: Mapping[str, str]) -> str:
-    """Names of lines, flush right above the plot."""
+    """The legend above the plot, flush right."""
     parts, x = [], float(_RIGHT)
     for name, stroke, width in reversed(entries):
         x -= len(name) * CHARACTER
@@ -252,7 +252,7 @@ def _description(
     base_loss: float | None,
     reached: Point | None,
 ) -> str:
-    """What the picture shows, for those who do not see it."""
+    """The picture in words, for readers who cannot see it."""
     said = []
     if training:
         said.append(f"Training loss from {training[0][1]:.3f} to {training[-1][1]:.3f}.")
@@ -277,7 +277,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _points(pairs: Iterable[tuple[float, float | None]]) -> list[Point]:
-    """The pairs that have a loss: nothing missing, nothing NaN."""
+    """The pairs whose loss is a finite number."""
     return [(tokens, loss) for tokens, loss in pairs if loss is not None and math.isfinite(loss)]
 
 
@@ -297,11 +297,11 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """Losses as means over a sixth of the run, so that batches hide neither the trend nor the
-    held-out line.
+    """Smooth losses: each is a mean over a sixth of the run, so that noise hides neither the trend
+    nor the held-out line.
 
-    Of each sixth the middle half, so that a spike is none; at the start over fewer, for there the
-    loss falls fastest.
+    Only the middle half of each window counts, which leaves out spikes. At the start windows are
+    shorter, because there the loss falls fastest.
     """
     losses = [loss for _, loss in points]
     reaches = [min(k + 1, len(points) // 12) for k in range(len(points))]
@@ -321,12 +321,12 @@ def _midmean(values: Sequence[float]) -> float:
 
 
 def _ends_kept(points: Sequence[Point]) -> list[Point]:
-    """Few enough of the measurements themselves, no means, and the first and last among them."""
+    """Choose at most _MAX_POINTS of the measurements, with the first and the last."""
     if len(points) <= _MAX_POINTS:
         return list(points)
     return [points[(len(points) - 1) * k // (_MAX_POINTS - 1)] for k in range(_MAX_POINTS)]
 
 
 def _dotted(points: Sequence[Point]) -> list[Point]:
-    """The points that get a dot: all of them, or the two ends where that would be too many."""
+    """The points that get a dot: all of them, or only the two ends if that would be too many."""
     return list(points) if len(points) <= _MAX_DOTS else [points[0], points[-1]]

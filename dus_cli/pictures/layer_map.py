@@ -27,7 +27,7 @@ Bar = tuple[float, float, str, bool]
 
 
 def describe_map(layer_map: LayerMap) -> str:
-    """The map in words, for those who do not see the picture.
+    """The map in words, for readers who cannot see the picture.
 
     >>> from dus_cli.maps.layers import stack
     >>> describe_map(stack(32, trim=8))
@@ -87,8 +87,8 @@ def layer_map_svg(layer_map: LayerMap, *, dark: bool, identities: Collection[int
 
 
 def _cells(layers: range, of: int, colour: str) -> list[Bar]:
-    """A run of layers on the scale of `of` layers: a cell for each, one bar where cells would be
-    too narrow.
+    """Draw a run of layers on the scale of `of` layers: a cell for each, or one bar if cells would
+    be too narrow.
     """
     pitch = _pitch(of)
     if pitch < _SMALLEST_CELL:
@@ -99,8 +99,8 @@ def _cells(layers: range, of: int, colour: str) -> list[Bar]:
 def _outputs(
     layer_map: LayerMap, colours: tuple[str, ...], identities: frozenset[int]
 ) -> list[Bar]:
-    """The output's layers, each in its run's colour; where cells are too narrow one bar for the
-    same pixels.
+    """Draw the output's layers, each in its run's colour; pixels of one colour are one bar if cells
+    would be too narrow.
     """
     run_of = [number for number, run in enumerate(layer_map.runs) for _ in run]
     pitch = _pitch(len(layer_map))
@@ -135,7 +135,7 @@ def _row(label: str, bars: list[Bar], note: str, y: int) -> Iterator[str]:
 
 
 def _seams(layer_map: LayerMap, y: int, colour: str) -> Iterator[str]:
-    """A mark at each seam, and which layer feeds which, as far as there is room."""
+    """Mark each seam, and write which layer feeds which if there is room."""
     seams, pitch = layer_map.seams, _pitch(len(layer_map))
     if len(seams) > _MAX_SEAMS:
         yield _seam_text(_LEFT + _WIDTH / 2, y, f"{len(seams)} seams", colour)
@@ -162,7 +162,7 @@ def _seam_text(x: float, y: int, text: str, colour: str) -> str:
 
 
 def _pitch(num_layers: int) -> float:
-    """From one layer's cell to the next; a few layers do not fill the width."""
+    """The distance from one layer's cell to the next; a few layers do not fill the width."""
     return min(_WIDTH / num_layers, 40.0)
 
 

@@ -45,7 +45,7 @@ SERIES = {
     True: ("#56b4e9", "#e8793a", "#2fc296", "#d68fb9"),
 }
 
-# Of every picture with axes, by which one that is there is known as dus's own.
+# Every picture with axes begins like this, by which dus knows its own.
 _BEGINNING = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}"'
 
 DASHED = 'stroke-width="1.5" stroke-dasharray="6 4"'
@@ -54,7 +54,7 @@ DASHED = 'stroke-width="1.5" stroke-dasharray="6 4"'
 def text_at(
     x: float, y: float, text: str, fill: str, *, anchor: str = "start", halo: str | None = None
 ) -> str:
-    """A text; with a halo of the page's colour where lines may run below it."""
+    """A text, with a halo of the page's colour if lines may run below it."""
     around = (
         ""
         if halo is None
@@ -77,7 +77,7 @@ def caption(text: str, fill: str) -> str:
 def document(
     parts: Iterable[str], title: str, description: str, height: int, colour: Mapping[str, str]
 ) -> str:
-    """The whole picture. Title and description are for those who do not see it."""
+    """The whole picture. Title and description are for readers who cannot see it."""
     return (
         f'{_BEGINNING} height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" role="img">'
@@ -97,8 +97,8 @@ def cut(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """A text in lines of at most so many characters, none of it left out: broken at blanks or
-    behind - / _ . if it can.
+    """Break a text into lines of at most `width` characters, if possible at a space or after one of
+    - / _ . ; nothing is left out.
 
     >>> wrapped("a-long-name of a model", 9)
     ['a-long-', 'name of a', 'model']

@@ -15,9 +15,7 @@ from dus_cli.models.team import Team
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model at once: int64 (rows, length), labels -100 where none
-    counts.
-    """
+    """Rows that go through the model at once: int64 (rows, length); a label of -100 is ignored."""
 
     input_ids: Tensor
     labels: Tensor
@@ -54,8 +52,8 @@ def _stacked(
 
 
 def stacked(rows: Sequence[Row], num_labelled: int, device: torch.device) -> MicroBatch:
-    """Rows as a micro-batch on a device; the labels of those after the first `num_labelled`
-    count nothing.
+    """Stack rows to a micro-batch on a device; the labels of all rows after the first
+    `num_labelled` are ignored.
     """
     labels = np.stack([row.labels for row in rows])
     labels[num_labelled:] = IGNORED

@@ -1,5 +1,5 @@
-"""Checkpoints of a run: saved by torch.distributed.checkpoint in the background, complete or
-invisible.
+"""Checkpoints of a run, saved by torch.distributed.checkpoint in the background; one that is not
+complete has no name.
 
 `checkpoints/step-00000120/` holds the optimizer's tensors, split over the workers that wrote them,
 and `state.json`. It is written under another name, synced, and renamed by the first worker when
@@ -39,7 +39,7 @@ _FAILURES = (dcp.api.CheckpointException, OSError, RuntimeError)
 
 
 class MeanOf(NamedTuple):
-    """Of how many checkpoints the mean is wanted, of those that are due every so many steps."""
+    """Average the last `number` of the checkpoints that are due every `every` steps."""
 
     number: int
     every: int
@@ -102,7 +102,7 @@ class Checkpoints:
         return self._saved
 
     def state(self, step: int) -> dict[str, Any]:
-        """What `save` was given as state.
+        """The state that `save` was given.
 
         Raises:
             HealError: it cannot be read.
@@ -127,8 +127,8 @@ class Checkpoints:
             dcp.load(dict(tensors), checkpoint_id=path, no_dist=self._team.size == 1)  # type: ignore[attr-defined]
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Begin to save, unless this step is saved. From an accelerator tensors are copied before
-        it returns, and written while training goes on.
+        """Begin to save, unless this step is saved already. On an accelerator the tensors are
+        copied before this returns, and written while training goes on.
 
         Raises:
             OutputError: the checkpoint before this one could not be written, or there is no room
@@ -171,12 +171,12 @@ class Checkpoints:
         return folders.disk_failure(self._folder, os.strerror(errno.ENOSPC), sizes)
 
     def _cannot_save(self, error: BaseException | None, partial: Path, needed: int) -> OutputError:
-        """The refusal after a failed save, of which nothing stays."""
+        """Remove what a failed save left, and make its error."""
         free = free_bytes(self._folder)
         if self._team.is_first:
             shutil.rmtree(partial, ignore_errors=True)
         code = _code(error)
-        # another worker's failure comes as text, without it
+        # another worker's failure comes as text, without a code
         if code is None and free is not None and free < needed:
             code = errno.ENOSPC
         if code == errno.ENOSPC:
@@ -190,7 +190,7 @@ class Checkpoints:
         )
 
     def _begin(self, tensors: Mapping[str, Tensor], partial: Path) -> Future[Any]:
-        """Save from a copy in the background; on a CPU, whose memory the copy would take, at
+        """Save from a copy in the background; on a CPU, whose memory the copy would take, save at
         once.
         """
         where: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._team.saving}
@@ -207,16 +207,14 @@ class Checkpoints:
         return done
 
     def averaged(self) -> list[int]:
-        """Steps of the checkpoints whose mean is written, ascending; none where none was asked
-        for.
-        """
+        """The ascending steps of the checkpoints whose mean is written; none if none is wanted."""
         return self._averaged(folders.complete(self._folder))
 
     def _averaged(self, complete: Sequence[int]) -> list[int]:
         return [] if self._mean_of is None else folders.averaged(complete, *self._mean_of)
 
     def means(self, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> Means:
-        """Means over these checkpoints; for the first worker alone."""
+        """Means over these checkpoints; only the first worker calls this."""
         return Means([self._folder / folders.name(step) for step in steps], tensors)
 
     def poll(self) -> None:
@@ -249,7 +247,7 @@ class Checkpoints:
 
 
 class Means:
-    """Means of a run's checkpoints, a tensor at a time, in fp32: memory for two of them.
+    """Means over a run's checkpoints in fp32, one tensor at a time; memory holds two of them.
 
     Args:
         checkpoints: their folders.
@@ -316,12 +314,12 @@ def _cannot_read(path: Path, error: BaseException) -> HealError:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What a checkpoint of these tensors takes, of all workers together."""
+    """The bytes that a checkpoint of these tensors takes, over all workers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _code(error: BaseException | None) -> int | None:
-    """The operating system's code for a failure that torch wraps in its own, again and again."""
+    """The operating system's code of a failure, which torch wraps in exceptions of its own."""
     waiting, seen = [error], set[int]()
     while waiting:
         one = waiting.pop()
@@ -337,6 +335,6 @@ def _code(error: BaseException | None) -> int | None:
 
 
 def _reason(error: BaseException | None) -> str:
-    """The last line of what a library says."""
+    """The last line of a library's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Held-out loss of a decoder, which at step 0 is also run as the base inside it."""
+"""Held-out loss of a decoder; at step 0 also of the base inside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def mean_loss(
     """
     decoder.model.eval()
     total, count = 0.0, 0.0
-    # Every worker makes the same number of forwards, as FSDP needs: spare ones count nothing.
+    # Every worker makes the same number of forward passes, as FSDP needs; spare ones are not
+    # counted.
     for start in range(0, len(rows), rows_at_once * team.size):
         first = start + team.rank * rows_at_once
         mine = rows[first : first + rows_at_once]  # a slice reads its rows
@@ -48,7 +49,7 @@ def mean_losses(
     rows_at_once: int,
     brake: Brake,
 ) -> dict[str, float]:
-    """The same of each held-out set, by its name.
+    """The mean loss of each held-out set, by its name.
 
     Raises:
         StopRequested: by a signal.

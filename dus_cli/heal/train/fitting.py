@@ -1,4 +1,4 @@
-"""Rows that fit a device at once, and the peak FLOP/s it reaches."""
+"""How many rows fit a device at once, and the peak FLOP/s that it reaches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch.nn import functional
 from dus_cli.heal.estimate import PEAK_FLOPS
 from dus_cli.models.team import Team
 
-# Tokens at once where there is no accelerator: enough for the matrix products, little for the
-# memory.
+# Tokens at once without an accelerator: enough for efficient matrix products, in little memory.
 _CPU_MICRO_BATCH_TOKENS = 512
 
 # Seconds: a product that takes longer is large enough to measure with.
 _LONG_PRODUCT = 0.05
 
-# Of a device's memory: the rest is for the allocator's fragments and the libraries' own.
+# The share of a device's memory to use; fragments and the libraries take the rest.
 _USABLE = 0.85
 
 
@@ -44,10 +43,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of a few products of growing size, as a layer makes them.
+    """The best FLOP/s of a few matrix products of growing size.
 
-    It stops growing where a product takes long: a CPU without instructions for bf16 is a hundred
-    times slower in it.
+    The size stops growing once a product takes long: a CPU without instructions for bf16 is a
+    hundred times slower in it.
     """
     best = 0.0
     for size in (256, 512, 1024, 2048) if device.type == "cpu" else (8192,):

@@ -24,7 +24,8 @@ _EPSILON = 1e-8
 
 
 def matrices_of_the_stream(parameters: Mapping[str, Tensor]) -> list[str]:
-    """The matrices of output projections, by name, shape and place; where that is not clear, none.
+    """The matrices of output projections, found by name, shape and place; none of a layer for which
+    this is not clear.
 
     >>> shapes = {"mlp.up_proj.weight": (32, 8), "mlp.down_proj.weight": (8, 32)}
     >>> layer = {f"model.layers.3.{name}": torch.empty(shape) for name, shape in shapes.items()}
@@ -58,7 +59,7 @@ class Gains:
         self.steps = torch.zeros_like(self.exp_avg)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold. They are read back in place."""
+        """What a checkpoint must hold; it is read back into these tensors."""
         return {
             "gains.exp_avg": self.exp_avg,
             "gains.exp_avg_sq": self.exp_avg_sq,
@@ -66,8 +67,8 @@ class Gains:
         }
 
     def factors(self, products: Sequence[float | None], rates: Sequence[float]) -> list[float]:
-        """The factor for each matrix, of ⟨gradient, W⟩ over all workers and its gain's learning
-        rate; None where the matrix does not learn.
+        """The factor for each matrix, from ⟨gradient, W⟩ over all workers and the learning rate of
+        its gain. A product is None if the matrix does not learn.
         """
         first, second = _BETAS
         factors = []

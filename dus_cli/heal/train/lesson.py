@@ -1,4 +1,6 @@
-"""Micro-batches forward and backward through the model that learns, and through its teacher."""
+"""Run micro-batches forward and backward through the model that learns, and forward through its
+teacher.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     attention = _attention(run, team, skeleton)
-    # what it reads no compiler can
+    # its control flow depends on the data, which cannot be compiled
     if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:
         attend_by_document()
     model = load_model(
@@ -53,7 +53,7 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
     )
     if team.size == 1:
         model = model.to(team.device)
-    model.eval()  # until a step is made: routers are noisy in training
+    model.eval()  # until the first step, because routers add noise in training mode
     decoder = Decoder(model, num_layers, packs_rows=attention == "flash_attention_2")
     if is_base:
         model.requires_grad_(False)
@@ -69,7 +69,7 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
 
 
 def _without_dropout(config: Any) -> Any:
-    """The config with every rate of dropout at 0: continued pretraining uses none, and must be
+    """Set every dropout rate of a config to 0: continued pretraining uses none, and must be
     repeatable.
     """
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
@@ -93,10 +93,11 @@ def _distribution(run: Run, team: Team, skeleton: Any, num_layers: int) -> Distr
 
 
 def _plan(skeleton: Any, num_layers: int) -> dict[str, str] | None:
-    """Each layer by itself, for an architecture without a plan of its own (GPT-2).
+    """Shard each layer by itself, for an architecture without a plan of its own (GPT-2); None if it
+    has one.
 
-    With the root alone FSDP would never reduce a gradient: its hooks hang on the outputs, and we
-    leave by the side.
+    If only the root were sharded, FSDP would never reduce a gradient: its hooks are on the model's
+    outputs, which we do not use.
     """
     inner = skeleton.get_decoder()
     path = next(name for name, module in skeleton.named_modules() if module is inner)

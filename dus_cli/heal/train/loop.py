@@ -116,8 +116,8 @@ class Training:
             self.checkpoints.finish()
 
     def keep(self) -> None:
-        """Save the last finished step, after `StopRequested`. Of step 0 there is only what was
-        measured.
+        """Save the last finished step, after `StopRequested`; before the start is measured there is
+        nothing to save.
         """
         if self.progress.scaled_loss is None:
             return
@@ -130,7 +130,9 @@ class Training:
         return reached or self.progress.step >= self.run.num_steps
 
     def _step(self) -> dict[str, Any]:
-        """One step: gradients over all micro-batches, then the update, unless it would do harm."""
+        """Make one step: gradients over all micro-batches, then the update, unless it would do
+        harm.
+        """
         run, team, step = self.run, self.team, self.progress.step
         self.lesson.student.model.train()
         started = time.perf_counter()
@@ -173,8 +175,8 @@ class Training:
         }
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the peak of all devices; None over 1, which says that the peak was measured
-        beside other work.
+        """The share of all devices' peak FLOP/s; None if above 1, because then the peak was
+        measured beside other work.
         """
         peak = self.peak.flops * self.team.size
         share = round(tokens_per_second * self.publication.flops_per_token / peak, 4)
@@ -183,7 +185,7 @@ class Training:
     # --- around the loop --------------------------------------------------------------------------
 
     def _measure_start(self) -> None:
-        """The base's loss and the scaled model's: rows of step 0."""
+        """Measure the base's loss and the scaled model's, and write the row of step 0."""
         with self.lesson.clock("eval"):
             progress = self.progress
             if self.run.base is not None:
@@ -198,14 +200,12 @@ class Training:
         self._write_row(row | {"seconds": self.lesson.clock.lap()})
 
     def _measured(self) -> dict[str, Any]:
-        """What a row of metrics.jsonl says of a measurement."""
+        """The fields of a measurement in a row of metrics.jsonl."""
         row: dict[str, Any] = {"eval_loss": self.progress.eval_loss}
         return row | ({"eval_losses": named} if (named := self.progress.losses("now")) else {})
 
     def _base_losses(self, base: BasePlan) -> dict[str, float]:
-        """From the base's layers inside the model; where a start scaled them, from the base
-        itself.
-        """
+        """Measure the base's layers inside the model; if a start scaled them, the base itself."""
         if base.folder is None:
             with self.lesson.student.only(base.layers):
                 return self._mean_losses(self.lesson.student)
@@ -247,7 +247,7 @@ class Training:
         with self.signals.grace_extended():
             self.checkpoints.poll()
         if self.progress.skipped_in_a_row:
-            return  # a checkpoint is a state worth going back to
+            return  # a checkpoint must be a state worth going back to
         keeping = self.run.keeping
         if keeping.save_every_steps is not None:
             is_due = self.progress.step % keeping.save_every_steps == 0
@@ -260,7 +260,9 @@ class Training:
             self._save()
 
     def _export_when_due(self, *, again: bool) -> None:
-        """Write the model as it is beside the run; not `again` only where a kill came before."""
+        """Write the model as it is beside the run, if that is due. When a run starts (not `again`),
+        only if a kill prevented it.
+        """
         every, step = self.run.keeping.export_every, self.progress.step
         if every is None or not step or step % every or self._is_over():
             return

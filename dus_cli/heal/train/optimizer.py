@@ -1,8 +1,8 @@
 """AdamW over the weights that this worker holds: fp32 masters and moments, gradients summed in
 fp32.
 
-The weights that compute stay in bf16; each is followed by an fp32 master, its gradient and two
-moments (16 bytes a parameter with the weight itself, split over the workers). Without masters the
+The weights that the model computes with stay in bf16. Each has an fp32 master, a gradient and two
+moments (18 bytes a parameter with the weight itself, split over the workers). Without masters the
 bf16 weights are rounded stochastically, so that small updates are not lost on average
 (arXiv:2010.06192).
 """
@@ -28,7 +28,7 @@ _EPSILON = 1e-8
 
 @dataclass
 class _Slot:
-    """One parameter's part on this worker. `master` is the weight itself where it is fp32 already.
+    """One parameter's part on this worker. `master` is the weight itself if that is fp32 already.
 
     `scale` is a factor of its learning rates. `is_stale` says that `gradient` is of a step that is
     over: the next one takes its place instead of being added.
@@ -45,8 +45,8 @@ class _Slot:
     is_stale: bool = False
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """What a checkpoint must hold, as tensors of the whole parameter's shape where it is
-        split.
+        """What a checkpoint must hold; a split parameter's tensors have the whole parameter's
+        shape.
         """
         named = {
             f"model.{name}": self.weight,
@@ -124,7 +124,7 @@ class Optimizer:
         parameter.grad = None
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Make room for the parameters that learn from now on; those that have it keep it."""
+        """Allocate state for the parameters that learn from now on; those that have it keep it."""
         for name in names:
             if name in self._slots:
                 continue
@@ -166,7 +166,7 @@ class Optimizer:
             if slot.parameter.requires_grad and slot.gradient.numel()
         ]
         for slot in learning:
-            if slot.is_stale:  # nothing of this step came here: an expert that no token went to
+            if slot.is_stale:  # this step gave no gradient: an expert to which no token was routed
                 slot.gradient.zero_()
                 slot.is_stale = False
         return learning
@@ -246,9 +246,7 @@ class Optimizer:
             slot.is_stale = True
 
     def trained(self, name: str) -> Tensor | None:
-        """A parameter as it has been trained, in the best precision there is; None where it
-        never learned.
-        """
+        """A parameter as trained, in the best precision there is; None if it never learned."""
         slot = self._slots.get(name)
         if slot is None:
             return None

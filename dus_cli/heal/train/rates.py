@@ -1,4 +1,4 @@
-"""Learning rates by group: what a parameter's rate is multiplied by."""
+"""Learning rates by group: the factor of each parameter's rate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rate_scales(decoder: Decoder, rates: RatesPlan | None) -> dict[str, float]:
 
 
 def norms(parameters: Mapping[str, Tensor]) -> list[str]:
-    """The parameters of norms: of modules whose weight is one vector, the weight and the bias.
+    """The parameters of norms: weight and bias of every module whose weight is a vector.
 
     >>> import torch
     >>> shapes = {"q.weight": (4, 4), "q.bias": (4,), "ln.weight": (4,), "ln.bias": (4,)}

@@ -1,5 +1,5 @@
-"""A worker's training made ready: models loaded and checked, data opened, the newest checkpoint
-read.
+"""Make a worker's training ready: load and check the models, open the data, read the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dus_cli.models.team import Team
 
 
 def set_up(run: Run, team: Team, signals: Signals) -> Training:
-    """A run's training on this worker, from its newest checkpoint on. Called by every worker.
+    """Make a run's training ready on this worker, from the newest checkpoint on. Every worker calls
+    this.
 
     Raises:
         LoadError: transformers cannot load the model or its base.
@@ -105,7 +106,7 @@ def _mean_of(keeping: SavingPlan) -> MeanOf | None:
 
 
 def _resumed(checkpoints: Checkpoints, optimizer: Optimizer) -> TrainState:
-    """The state of the newest checkpoint, whose tensors are read; without one, the start's."""
+    """Read the newest checkpoint; its state, or that of a run's start if there is none."""
     step = checkpoints.newest()
     if step is None:
         return TrainState()
@@ -123,7 +124,7 @@ def _open_log(run: Run, progress: TrainState) -> RunLog:
 
 
 def _rows_at_once(run: Run, rows: Rows, lesson: Lesson, optimizer: Optimizer) -> int:
-    """Rows of a micro-batch: as asked for, or as many as fit."""
+    """The rows of a micro-batch: as the run says, or as many as fit."""
     team = lesson.team
     if run.fit.micro_batch_rows is not None:
         return run.fit.micro_batch_rows

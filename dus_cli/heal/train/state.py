@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-# Weight of the past in the running mean and variance of the loss, and when they are trusted.
+# The weight of the past in the running mean and variance of the loss, and the steps after which
+# they are trusted.
 _MEMORY = 0.98
 _TRUSTED_AFTER = 20
 
@@ -36,13 +37,11 @@ class TrainState:
     seen: int = 0
     adam_steps: dict[str, int] = field(default_factory=dict)
     losses_by_set: dict[str, dict[str, float]] = field(default_factory=dict)
-    # The row of the last step, while its held-out measurement is to come.
+    # The row of the last step, until its held-out loss is measured.
     unmeasured: dict[str, Any] | None = None
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss is far above what the run has seen: its step would do more harm than
-        good.
-        """
+        """Whether a loss is so far above the mean that its step would do more harm than good."""
         if not math.isfinite(loss):
             return True
         if self.seen < _TRUSTED_AFTER:
@@ -58,14 +57,14 @@ class TrainState:
         self.seen += 1
 
     def take(self, what: str, losses: dict[str, float]) -> float:
-        """Keep what was measured of each set that has a name; the first set's loss."""
+        """Keep the loss of each set that has a name, and return the first set's."""
         for name, loss in losses.items():
             if name:
                 self.losses_by_set.setdefault(name, {})[what] = loss
         return next(iter(losses.values()))
 
     def losses(self, what: str) -> dict[str, float]:
-        """What was measured of each set that has a name."""
+        """The kept loss of each set that has a name."""
         return {name: kept[what] for name, kept in self.losses_by_set.items() if what in kept}
 
     def measured(self, losses: dict[str, float]) -> None:
