@@ -114,9 +114,9 @@ def _first_documents(
 ) -> tuple[list[str], int]:
     """The first documents with at most `max_tokens` tokens, and how many tokens they have."""
     chosen: list[str] = []
-    total, around = 0, len(tokeniser.before) + len(tokeniser.ending)
+    total, num_special = 0, len(tokeniser.before) + len(tokeniser.ending)
     for whole in texts:
-        room = max_tokens - total - around
+        room = max_tokens - total - num_special
         if room < 1:
             break
         text = whole[: room * _LONGEST_TOKEN]
@@ -127,7 +127,7 @@ def _first_documents(
         if ids:
             tokeniser.check_ids(max(ids))
             chosen.append(text)
-            total += len(ids) + around
+            total += len(ids) + num_special
         if len(text) < len(whole):
             break
     return chosen, total

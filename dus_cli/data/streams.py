@@ -293,7 +293,7 @@ class Packing:
         begins = tokens.document_starts(max(0, start - len(self.before) + 1), start + 1)
         return start - int(begins[-1]) if len(begins) else len(self.before)
 
-    def whole(self, tokens: Tokens, stop: int) -> list[int]:
+    def uncut_starts(self, tokens: Tokens, stop: int) -> list[int]:
         """The tokens before `stop` at which rows begin if no document that fits a row is cut.
 
         A cut document would be measured with `before` in its midst, where the model has never seen
@@ -404,7 +404,7 @@ class RowsInOrder(Sequence[Row]):
         self.tokens, self.packing = tokens, packing
         last = max(0, stop - 1)  # the last token is a label only, not an input
         starts = (
-            packing.whole(tokens, stop)
+            packing.uncut_starts(tokens, stop)
             if packing.before and last
             else range(0, last, packing.stride)
         )

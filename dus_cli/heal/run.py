@@ -293,11 +293,8 @@ def check_same(old: Run, new: Run) -> None:
         HealError: something changed; the message names each change.
     """
     changed = changed_options(old, new.options)
-    changed += [
-        what
-        for what, key in (("the model", "model_key"),)
-        if getattr(old, key) != getattr(new, key)
-    ]
+    if old.model_key != new.model_key:
+        changed.append("the model")
     if old.data["content_key"] != new.data["content_key"]:
         changed.append("the data")
     if changed:

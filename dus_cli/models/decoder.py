@@ -229,19 +229,19 @@ def _join_tied(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:  # noqa: SLF001  (FSDP2 has no public name)
-                for held in group.fsdp_params:
-                    managed.setdefault(id(held.sharded_param), []).append(held)
+                for fsdp_param in group.fsdp_params:
+                    managed.setdefault(id(fsdp_param.sharded_param), []).append(fsdp_param)
     for twins in managed.values():
         if len(twins) == 1:
             continue
         storage = _storage(twins[0].sharded_param.to_local())
         data = next(
-            held._sharded_param_data  # noqa: SLF001
-            for held in twins
-            if _storage(held._sharded_param_data) == storage  # noqa: SLF001
+            fsdp_param._sharded_param_data  # noqa: SLF001
+            for fsdp_param in twins
+            if _storage(fsdp_param._sharded_param_data) == storage  # noqa: SLF001
         )
-        for held in twins:
-            held._sharded_param_data = data  # noqa: SLF001
+        for fsdp_param in twins:
+            fsdp_param._sharded_param_data = data  # noqa: SLF001
 
 
 def _storage(tensor: Tensor) -> int:
