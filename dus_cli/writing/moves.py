@@ -114,7 +114,8 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
         for placement, start in layout.positions():
             if placement.making is Making.zeros:
                 continue
-            tensors[placement.tensor.name] = placement.tensor
+            if placement.tensor.blocks is not None:
+                tensors[placement.tensor.name] = placement.tensor
             targets_of.setdefault(placement.tensor.name, []).append((file_name, start))
             scales.setdefault(placement.tensor.name, []).append(placement.scale)
             if placement.dtype != placement.tensor.dtype:
