@@ -209,13 +209,45 @@ def _by_layer(config: Any, num_layers: int) -> dict[str, Sequence[Any]]:
 
 
 def stack_name(inner: nn.Module, num_layers: int) -> str:
-    for name, child in inner.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-            return name
-    raise HealError(
-        f"{shown(type(inner).__name__)} has no list of {num_layers} layers, so dus heal cannot "
-        "train this architecture"
-    )
+    """The name under which a decoder holds its layers: layers, h, blocks or another.
+
+    Raises:
+        HealError: the decoder itself holds no list of as many layers.
+    """
+    found = _stack(inner, num_layers)
+    if found is None or found[0] is not inner:
+        raise HealError(
+            f"{shown(type(inner).__name__)} has no list of {num_layers} layers, so dus heal cannot "
+            "train this architecture"
+        )
+    return found[1]
+
+
+def layers_of(model: Any, num_layers: int) -> list[nn.Module]:
+    """The decoder's layers, wherever the model holds them.
+
+    Raises:
+        ReplayError: it has no list of as many layers.
+    """
+    inner = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for whole in (inner, model):
+        found = _stack(whole, num_layers)
+        if found is not None:
+            return list(getattr(*found))
+    raise ReplayError(f"{shown(type(model).__name__)} has no list of {num_layers} layers")
+
+
+def _stack(whole: nn.Module, num_layers: int) -> tuple[nn.Module, str] | None:
+    """The first list of as many modules that have parameters: what holds it, and its name."""
+    for module in whole.modules():
+        for name, child in module.named_children():
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child) == num_layers
+                and list(child.parameters())
+            ):
+                return module, name
+    return None
 
 
 def _join_tied(model: nn.Module) -> None:
@@ -246,18 +278,3 @@ def _join_tied(model: nn.Module) -> None:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def layers_of(model: Any, num_layers: int) -> list[Any]:
-    """The decoder's layers: the first list of as many modules that have parameters."""
-    inner = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for whole in (inner, model):
-        for module in whole.modules():
-            for child in module.children():
-                if (
-                    isinstance(child, nn.ModuleList)
-                    and len(child) == num_layers
-                    and list(child.parameters())
-                ):
-                    return list(child)
-    raise ReplayError(f"{shown(type(model).__name__)} has no list of {num_layers} layers")
