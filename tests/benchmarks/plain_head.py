@@ -44,8 +44,8 @@ def _of_torch(
     hidden: Tensor, weight: Tensor, labels: Tensor, options: nn.LinearCrossEntropyOptions | None
 ) -> Result:
     states, rows = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = functional.linear_cross_entropy(states, rows, labels, options=options)
-    return _backward(loss, states, rows)
+    total = functional.linear_cross_entropy(states, rows, labels, reduction="sum", options=options)
+    return _backward(total / int((labels != -100).sum()), states, rows)
 
 
 def _backward(loss: Tensor, states: Tensor, weight: Tensor) -> Result:
