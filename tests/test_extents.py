@@ -17,7 +17,7 @@ from forked import dus
 from dus_cli import verify
 from dus_cli.source import extents
 from dus_cli.source.direct import DirectFile, aligned_room
-from dus_cli.source.extents import Blocks, Extent
+from dus_cli.source.extents import Extent, FileBlocks
 from dus_cli.source.headers import read_header
 
 XFS, EXT4, OVERLAY, BCACHEFS, NFS, FUSE = (
@@ -209,7 +209,7 @@ def test_parts_with_the_same_addresses_are_those_that_a_walk_over_every_byte_fin
         second = first + 4 * rng.randrange(-1, 2) if first >= 4 else rng.randrange(30)
         told = {Path("l"): (1, left), Path("r"): (1, right)}
         monkeypatch.setattr(extents, "_extents_of", told.__getitem__)
-        parts = list(Blocks().not_shared(Path("l"), first, Path("r"), second, length))
+        parts = list(FileBlocks().not_shared(Path("l"), first, Path("r"), second, length))
         to_read = {i for start, size in parts for i in range(start, start + size)}
         ours, theirs = addresses(left), addresses(right)
         same = {i for i in range(length) if ours.get(first + i, -1) == theirs.get(second + i, -2)}
@@ -222,7 +222,7 @@ def test_parts_with_the_same_addresses_are_those_that_a_walk_over_every_byte_fin
 def test_files_of_two_devices_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {Path("l"): (1, [Extent(0, 0, 100)]), Path("r"): (2, [Extent(0, 0, 100)])}
     monkeypatch.setattr(extents, "_extents_of", told.__getitem__)
-    assert list(Blocks().not_shared(Path("l"), 0, Path("r"), 0, 100)) == [(0, 100)]
+    assert list(FileBlocks().not_shared(Path("l"), 0, Path("r"), 0, 100)) == [(0, 100)]
 
 
 # --- where nothing is shared ----------------------------------------------------------------------

@@ -187,6 +187,22 @@ def test_every_command_and_option_has_help() -> None:
             assert len(line.strip("│ ").split("  ")[-1].strip()) > 3, line
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_is_a_sentence(command: str) -> None:
+    for parameter in load_command(command).params:
+        text = getattr(parameter, "help", None) or ""
+        assert re.fullmatch(r"(?s)[A-Z].*\.\)?", text), f"{parameter.name}: {text}"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    found: dict[str, Path] = {}
+    for path in sorted((ROOT / "dus_cli").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                assert node.name not in found, f"{node.name}: {found[node.name]} and {path}"
+                found[node.name] = path
+
+
 def test_the_summary_of_each_command_is_how_its_own_help_begins() -> None:
     for name, (_, summary) in COMMANDS.items():
         assert load_command(name).help.split("\n\n")[0] == summary  # type: ignore[union-attr]

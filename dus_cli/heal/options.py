@@ -424,7 +424,7 @@ class BudgetOptions:
     until: Annotated[
         Until | None,
         Option(
-            "base: stop once the held-out loss is at most the base's in two measurements in a row.",
+            "Stop once the held-out loss is at most the base's in two measurements in a row.",
             metavar="base",
             panel=_BUDGET,
         ),

@@ -1,9 +1,8 @@
-"""Parts of a file over HTTP, read from the socket into memory that is there already.
+"""Read parts of a file over HTTP from the socket into a buffer of the caller.
 
-The standard library's client, because httpx makes a dozen Python objects of each 64 KiB: 1.8 CPU
-seconds for a gigabyte from loopback, where this takes 0.35. It knows no proxies, no other
-certificates than the system's, and no second try: whoever asks has another way for what does not
-come.
+This uses the standard library's client, because httpx makes a dozen Python objects of each 64 KiB:
+a gigabyte from loopback takes 1.8 CPU seconds with httpx and 0.35 here. It supports no proxies,
+only the system's certificates, and no retries: the caller fetches in another way what is missing.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from urllib.request import getproxies
 from dus_cli import __version__
 from dus_cli.hub.errors import LIBRARY
 
-# Between two looks at whether to stop. What came of one that broke off is asked for again.
-_AT_ONCE = 256 << 10
+# Bytes per read. `stop` is checked between two reads.
+_BYTES_PER_READ = 256 << 10
 
 
 class Connections:
-    """Connections to whoever serves a file, kept for the next part of it. Threads may share it."""
+    """Connections to the servers of files, kept open for the next part. Threads may share it."""
 
     def __init__(self) -> None:
         self._idle: list[tuple[str, http.client.HTTPConnection]] = []
         self._lock = threading.Lock()
-        self._is_useless = False  # the server was not reached, or does not do as it is asked
+        self._is_useless = False  # no server was reached, or one ignored the range request
 
     def read_into(self, url: str, start: int, view: memoryview, stop: threading.Event) -> int:
-        """Ask once for the bytes from `start` on; returns how many of them are in `view`.
+        """Request the bytes from `start` on once, and return how many of them are now in `view`.
 
-        They are fewer once `stop` is set, or where the server cannot be reached like this, breaks
-        off, or answers with anything but these bytes.
+        They are fewer than `view` holds if `stop` is set, if the server cannot be reached in this
+        way, if it breaks off, or if it answers with anything but these bytes.
         """
         parts = urlsplit(url)
         if self._is_useless or parts.scheme not in ("http", "https") or parts.hostname is None:
@@ -54,14 +53,14 @@ class Connections:
         try:
             with _part(connection, url[len(origin) :], start, start + len(view)) as answer:
                 while filled < len(view) and not stop.is_set():
-                    count = answer.readinto(view[filled : filled + _AT_ONCE])
+                    count = answer.readinto(view[filled : filled + _BYTES_PER_READ])
                     if count == 0:
                         break
                     filled += count
         except _RefusedError as refused:
             self._is_useless = refused.status < http.HTTPStatus.BAD_REQUEST
         except (OSError, http.client.HTTPException):
-            # One that was kept may have been ended meanwhile, and that says nothing.
+            # The server may have closed a kept connection meanwhile: only a new one is evidence.
             self._is_useless = is_new and filled == 0
         if filled == len(view):
             self._keep(origin, connection)
@@ -70,7 +69,7 @@ class Connections:
         return filled
 
     def close(self) -> None:
-        """End all that are kept."""
+        """Close every idle connection."""
         with self._lock:
             idle, self._idle = self._idle, []
         for _, connection in idle:
@@ -87,7 +86,7 @@ class Connections:
 
 
 class _RefusedError(Exception):
-    """An answer without the bytes that were asked for."""
+    """A response without the requested bytes."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -95,7 +94,7 @@ class _RefusedError(Exception):
 
 
 def _connect(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
-    """A connection that is made with the first request."""
+    """A connection, not yet opened: its first request opens it."""
     from huggingface_hub import constants
 
     seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -113,18 +112,22 @@ def _tls() -> ssl.SSLContext:
 def _part(
     connection: http.client.HTTPConnection, path: str, start: int, end: int
 ) -> Iterator[http.client.HTTPResponse]:
-    """An answer with just these bytes of a file. No token goes along."""
+    """A response with exactly the bytes from `start` to `end`. No token is sent.
+
+    Raises:
+        _RefusedError: the response holds anything else.
+    """
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # it exports lazily
 
     headers = build_hf_headers(token=False, library_name=LIBRARY, library_version=__version__)
     headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     connection.request("GET", path or "/", headers=headers)
     answer = connection.getresponse()
-    said = re.fullmatch(r"bytes (\d+)-(\d+)/(?:\d+|\*)", answer.headers.get("Content-Range", ""))
-    is_it = said is not None and (int(said[1]), int(said[2])) == (start, end - 1)
+    given = re.fullmatch(r"bytes (\d+)-(\d+)/(?:\d+|\*)", answer.headers.get("Content-Range", ""))
+    has_range = given is not None and (int(given[1]), int(given[2])) == (start, end - 1)
     if (
         answer.status != http.HTTPStatus.PARTIAL_CONTENT
-        or not is_it
+        or not has_range
         or answer.length != end - start
     ):
         raise _RefusedError(answer.status)

@@ -39,7 +39,7 @@ from dus_cli.planning.plan import UpscalePlan
 from dus_cli.planning.treatment import Making
 from dus_cli.source.checkpoint import Shard
 from dus_cli.source.headers import Blocks
-from dus_cli.source.strided import made_of_blocks
+from dus_cli.source.strided import rows_from_blocks
 from dus_cli.writing.journal import Journal
 from dus_cli.writing.moves import Move, moves
 from dus_cli.writing.outputs import KEPT, ByteCounts, Outputs
@@ -365,12 +365,12 @@ class _ShardStreamer:
                 self.outputs.deliver(part, start, view[start:end], room, direct=start == head)
 
     def _deliver_rows(self, part: Move, view: memoryview, blocks: Blocks, room: memoryview) -> None:
-        made = part._replace(blocks=None)
+        row_part = part._replace(blocks=None)
         step = max(PIECE // blocks.row, 1) * blocks.stored_row
         position = 0
         for at in range(0, len(view), step):
-            rows = made_of_blocks(view[at : at + step], blocks)
-            self.outputs.deliver(made, position, rows, room)
+            rows = rows_from_blocks(view[at : at + step], blocks)
+            self.outputs.deliver(row_part, position, rows, room)
             position += len(rows)
 
     def _read_back(self, piece: Piece, view: memoryview) -> None:

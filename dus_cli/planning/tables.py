@@ -1,8 +1,8 @@
-"""Tensors outside the layers that have a block for each of them, such as the per-layer embeddings
+"""Tensors outside the layers that have a block for each layer, such as the per-layer embeddings
 of Gemma 3n and Gemma 4, [vocabulary, layers × width], and their projection, [layers × width,
 hidden].
 
-In the output they have the block of each layer's source. `maps.architectures` names their modules.
+In the output, each layer has the block of its source layer. `maps.architectures` names the modules.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dus_cli.source.headers import DTYPE_BITS, Blocks, TensorInfo
 
 
 def followed(tensor: TensorInfo, stack: LayerStack, layer_map: LayerMap) -> TensorInfo:
-    """A base tensor as it stands in the output: itself, unless it has a block for each layer.
+    """A base tensor as the output has it: unchanged, unless it has a block for each layer.
 
     Raises:
-        CheckpointError: it should be made of such blocks, and its shape is another.
+        CheckpointError: the tensor should consist of such blocks, but its shape does not fit, or
+            it does not lie row by row in its file.
     """
     axis = stack.tables.get(tensor.name)
-    if axis is None or tensor.num_elements == 1:  # one scale for all of a table
+    if axis is None or tensor.num_elements == 1:  # a single scale of the whole table stays
         return tensor
     width, expected = stack.table_width, stack.num_layers * stack.table_width
     bits = DTYPE_BITS[tensor.dtype] * prod(tensor.shape[axis + 1 :]) * width

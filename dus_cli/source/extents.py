@@ -51,7 +51,7 @@ class Extent(NamedTuple):
     length: int
 
 
-class Blocks:
+class FileBlocks:
     """The blocks of files, looked up once per file; safe to share between threads.
 
     A file that is written to afterwards may have other blocks.

@@ -61,11 +61,11 @@ DTYPE_BITS: Mapping[str, int] = {
 
 
 class Blocks(NamedTuple):
-    """A tensor made of blocks of another one that lies in a file: for each of its rows one block
-    for every entry of `order`, the number of a block in the same row there.
+    """The blocks of a stored tensor that make up an output tensor, row by row.
 
-    There a row has `num_stored` blocks, each of `num_bytes` bytes. A row is as many dimensions as
-    lie behind those before the blocks; what has its blocks in front is one row.
+    A stored row has `num_stored` blocks of `num_bytes` bytes each. A row of the output has one
+    block for each entry of `order`, the number of a block in the same stored row. A tensor whose
+    blocks lie along its first axis is one row.
     """
 
     num_rows: int
@@ -80,11 +80,13 @@ class Blocks(NamedTuple):
 
     @property
     def row(self) -> int:
-        """Bytes of a row that is made."""
+        """Bytes of a row of the output."""
         return len(self.order) * self.num_bytes
 
     def runs(self) -> list[tuple[int, int]]:
-        """The bytes of a stored row that follow each other in a made one, as (start, end).
+        """The ranges of a stored row, as (start, end) in bytes, that make up a row of the output.
+
+        Blocks that are neighbours in both are one range.
 
         >>> Blocks(1, 4, 10, (0, 1, 2, 1, 2, 3)).runs()
         [(0, 30), (10, 40)]
@@ -104,8 +106,8 @@ class TensorInfo(NamedTuple):
 
     `strides`, in elements, are None for a tensor in row-major order. Only a pickled checkpoint has
     others (see `strided`): then the first element is at `start`, and `end` is where the tensor
-    would end in row-major order. The same holds with `blocks`, the parts of a tensor in the file
-    that this one is made of.
+    would end in row-major order. The same holds with `blocks`: this tensor then consists of blocks
+    of the stored one.
     """
 
     name: str
@@ -118,7 +120,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def lies_in_order(self) -> bool:
-        """Whether its bytes are those of the file from `start` to `end`."""
+        """Whether the tensor is the bytes of the file from `start` to `end`, unchanged."""
         return self.strides is None and self.blocks is None
 
     @property

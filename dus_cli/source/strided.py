@@ -81,7 +81,7 @@ def tensor_pieces(file: int, tensor: TensorInfo) -> Iterator[bytes | memoryview]
 
 
 def _pieces_of_blocks(file: int, tensor: TensorInfo, blocks: Blocks) -> Iterator[memoryview]:
-    """A few rows at a time; of a row that is more than a piece, a part of a block at a time."""
+    """A few rows at a time; if a row is longer than a piece, a part of a block at a time."""
     if max(blocks.row, blocks.stored_row) > PIECE:
         for row in range(blocks.num_rows):
             start = tensor.start + row * blocks.stored_row
@@ -94,23 +94,23 @@ def _pieces_of_blocks(file: int, tensor: TensorInfo, blocks: Blocks) -> Iterator
         count = min(step, blocks.num_rows - row)
         start = tensor.start + row * blocks.stored_row
         rows = _read(file, start, count * blocks.stored_row, tensor.name)
-        yield made_of_blocks(memoryview(rows), blocks)
+        yield rows_from_blocks(memoryview(rows), blocks)
 
 
-def made_of_blocks(rows: memoryview, blocks: Blocks) -> memoryview:
-    """What whole rows of a file become.
+def rows_from_blocks(rows: memoryview, blocks: Blocks) -> memoryview:
+    """The output's rows that whole stored rows become.
 
-    >>> bytes(made_of_blocks(memoryview(b"abcd" b"ABCD"), Blocks(2, 4, 1, (0, 1, 2, 1, 2, 3))))
+    >>> bytes(rows_from_blocks(memoryview(b"abcd" b"ABCD"), Blocks(2, 4, 1, (0, 1, 2, 1, 2, 3))))
     b'abcbcdABCBCD'
     """
     runs, count = blocks.runs(), len(rows) // blocks.stored_row
-    made = memoryview(bytearray(count * blocks.row))
+    output = memoryview(bytearray(count * blocks.row))
     for row in range(count):
         source, at = row * blocks.stored_row, row * blocks.row
         for start, end in runs:
-            made[at : at + end - start] = rows[source + start : source + end]
+            output[at : at + end - start] = rows[source + start : source + end]
             at += end - start
-    return made
+    return output
 
 
 def _gathered_pieces(

@@ -16,7 +16,7 @@ from dus_cli.errors import CheckpointError, shown
 from dus_cli.planning.scaling import Scale
 from dus_cli.planning.treatment import Making, made_pieces
 from dus_cli.source.direct import DirectFile, aligned_room
-from dus_cli.source.extents import Blocks
+from dus_cli.source.extents import FileBlocks
 from dus_cli.source.headers import TensorInfo
 from dus_cli.source.reading import open_regular
 
@@ -111,7 +111,7 @@ def compare(
     for pair in pairs:
         key = pair.right.path, pair.right.tensor.name, pair.making, pair.dtype, pair.scale
         groups.setdefault(key, []).append(pair)
-    blocks = None if reads_all else Blocks()
+    blocks = None if reads_all else FileBlocks()
     with workers(jobs) as team:
         comparer = _Comparer(on_bytes, tally or Compared(), blocks, team)
         # The largest first, so that no thread is left with much at the end; one thread alone reads
@@ -136,7 +136,7 @@ class _Comparer:
         self,
         on_bytes: Callable[[int], object],
         tally: Compared,
-        blocks: Blocks | None,
+        blocks: FileBlocks | None,
         team: Workers,
     ) -> None:
         self.on_bytes, self.tally, self.blocks, self.stop = on_bytes, tally, blocks, team.stop

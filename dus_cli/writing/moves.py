@@ -161,8 +161,8 @@ def moves(plan: UpscalePlan) -> Iterator[tuple[Shard, list[Move]]]:
 
 
 def _of_blocks(whole: Move, blocks: Blocks) -> Iterator[Move]:
-    """The moves by which a tensor is made of blocks: one of rows, or where these are long one for
-    each block of each, to every place where it is wanted.
+    """The moves that compose a tensor of blocks: one move of whole rows, or, if rows are long, one
+    for each block of each row, to every place where the output has that block.
     """
     if blocks.num_rows > 1 and max(blocks.row, blocks.stored_row) <= PIECE:
         yield whole._replace(blocks=blocks)
@@ -172,11 +172,11 @@ def _of_blocks(whole: Move, blocks: Blocks) -> Iterator[Move]:
         places.setdefault(block, []).append(place)
     size = whole.written(blocks.num_bytes)
     for row in range(blocks.num_rows):
-        for block, wanted in sorted(places.items()):
+        for block, block_places in sorted(places.items()):
             targets = tuple(
                 (name, start + (row * len(blocks.order) + place) * size)
                 for name, start in whole.targets
-                for place in wanted
+                for place in block_places
             )
             start = whole.source_start + row * blocks.stored_row + block * blocks.num_bytes
             yield whole._replace(
