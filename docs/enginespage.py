@@ -29,32 +29,34 @@ _INTRO = """\
 # Inference engines
 
 A deeper model goes to llama.cpp, MLX, vLLM or an older transformers. Some of these do not read what config.json says of
-each layer: they take a layer's kind from its number, or a scale from the number of layers. A layer map shifts numbers,
-so such an engine loads the model and computes another one, without a word. `dus` knows from a table which do:
+each layer: they derive a layer's kind from its number, or a scale from the number of layers. A layer map shifts numbers,
+so such an engine loads the model and computes another one, without an error. `dus` has a table of these engines:
 
 - `dus upscale` warns in its plan, in `--json`, in dus.json and in the model card, and names the trims that are right.
-- Without `--trim` it takes the nearest to a quarter with which fewest engines depart, and says so where that is no
-  quarter. A `--trim` that was given stays.
-- `--for llama.cpp,mlx` (also repeated, or `--for all`) makes it a refusal; a trim that is left out is then the nearest
-  to a quarter that is right for those. `--recipe`, `--layers`, `--copies` and `--identity` are judged in the same way.
-- `dus verify OUT --for llama.cpp` judges a model that is there, whoever made it.
-- `dus probe` has a column for those that depart, and with `--for` recommends only what is right.
+- Without `--trim` it takes the trim nearest to a quarter with which the fewest engines compute another model, and says so
+  if that is not a quarter. A `--trim` that was given is kept.
+- `--for llama.cpp,mlx` (also repeated, or `--for all`) turns the warning into an error; without `--trim` it takes the trim
+  nearest to a quarter that is right for those engines. `--recipe`, `--layers`, `--copies` and `--identity` are judged in the
+  same way.
+- `dus verify OUT --for llama.cpp` judges an existing model, made by dus or not.
+- `dus probe` has a column for the engines that compute another model, and with `--for` recommends only maps that are right.
 
-What an engine makes of a *base* is the engine's matter: where it departs from that too (a window that it does not
-have), no map is to blame, and only `--for` tells of it.\
+If an engine computes the *base* too in another way than config.json says (it has no sliding windows, for example), the map
+is not the cause, and only `--for` reports it.\
 """
 
 _TABLE = """\
 ## The table
 
-Made from [`dus_cli/maps/engines.py`](../dus_cli/maps/engines.py) by `make docs`. A type that is in no row has layers of
-one kind, or nobody looked; an empty cell is an engine that nobody held to it.\
+Made from [`dus_cli/maps/engines.py`](../dus_cli/maps/engines.py) by `make docs`. A type without a row has layers of
+one kind, or was not examined; an empty cell is an engine that was not examined for that type.\
 """
 
 _WORDS = """\
-*reads*: what config.json says of each layer. *counts*: from the layer's number, every so many-th being of another kind.
-*by depth*: something comes from the number of layers. *no windows*, *all windows*: every layer gets full attention, or
-the window, in the base too. *no*: it does not know the type. In brackets what was read in the source and not run.\
+*reads*: it reads from config.json what each layer is. *counts, n*: it derives that from the layer's number, every n-th layer
+being of another kind. *by depth*: something is derived from the number of layers. *no windows*, *all windows*: every layer
+gets full attention, or the window, in the base too. *no*: it does not know the type. Cells in brackets were read in the
+source and not run.\
 """
 
 _HELP = """\
@@ -69,47 +71,48 @@ python convert_hf_to_gguf.py OUT --outfile model.gguf
 python docs/gguf/layer_kinds.py OUT model.gguf right.gguf
 ```
 
-The file is then right for any map, in step or not, for `--layers` and for `--recipe llama-pro`: of five outputs that
-llama.cpp computed otherwise, by more than 0.5 in log probability, each then agreed with transformers within 0.05
+The file is then right for any map, in step or not, for `--layers` and for `--recipe llama-pro`: five outputs that
+llama.cpp had computed differently, by more than 0.5 in log probability, then agreed with transformers within 0.05
 (`tests/stack/test_engines.py`; xllamacpp 2026.10.11549, 2026-11-30). Quantise `right.gguf` afterwards as any other.
 
-Where the library itself counts no array helps: `smollm3`, `llama4_text`, `afmoe` and `exaone4`, `minicpm3` and the lite
-models of DeepSeek at any other depth, Gemma 2 with 46 layers and Gemma 3 with 62, `gemma3n_text`, whose layers from number
-20 on share keys. There a trim that is right is all there is, and where the table names none, another engine.
+If the library itself counts layers, no array helps. This holds for `smollm3`, `llama4_text`, `afmoe` and `exaone4`, for
+`minicpm3` and the lite models of DeepSeek at any other depth, for Gemma 2 with 46 layers and Gemma 3 with 62, and for
+`gemma3n_text`, whose layers from number 20 on share keys. For these, use a trim that is right, or, if the table names none,
+another engine.
 
-There is no `dus export gguf`. What it would add to these two lines is the converter, and that is in no wheel: neither in
+There is no `dus export gguf`. It would add to these two lines only the converter, which is in no wheel: neither in
 gguf nor in llama-cpp-python or xllamacpp, only in the source releases of the latter two and in llama.cpp's own
-repository, each version for its own library. A copy of ours would be a converter to keep.
+repository, each version for its own library. dus would have to maintain a copy of it.
 
-`mlx_lm.convert` writes no other file than the folder has: the same tensors, and config.json as it is, with `layer_types`.
-What counts is mlx-lm's class for the type, which reads a period and no list, so that what is out of step is computed
-otherwise after it as before it: `gemma3_text` of 12 layers at trim 2 by 2.36 in log probability, converted or not
-(mlx-lm 0.32.2, 2026-11-30). For `exaone4` alone a file can say it, by a text with a letter for each layer
-(`sliding_window_pattern`: "LLLGLLG…"). SGLang takes that text's length for a period, so dus does not write it.\
+`mlx_lm.convert` writes the same tensors as the folder has, and config.json as it is, with `layer_types`. But mlx-lm's class
+for the type counts by a period and does not read that list, so an output that is out of step is computed differently,
+converted or not: `gemma3_text` of 12 layers at trim 2 by 2.36 in log probability (mlx-lm 0.32.2, 2026-11-30). Only for
+`exaone4` could a file express the pattern, as a text with a letter for each layer (`sliding_window_pattern`: "LLLGLLG…").
+SGLang takes that text's length as the period, so dus does not write it.\
 """
 
 _HELD = """\
 ## A proof for any architecture
 
-The tables know the types that they name. `dus verify OUT --base BASE --forward` (it takes the `heal` extra) asks no table:
-transformers, whichever is installed, loads OUT and runs it on a short text, or on that of `--data`. Then it loads the base,
-and each of its layers, called as the base calls it, is given what its copies in OUT were given, times the factor of the
-start where there is one. It must return what they did, and so must what stands before and behind the layers. One step
-after the other, the logits of OUT are then those of the base's layers called in the map's order; mostly to the bit,
-since the numbers are the same, and in fp32. Where a layer differs, the first one is named, with how far its hidden
-states and the logits are off. `dus upscale --verify forward` does this before it publishes.
+The tables cover only the types that they name. `dus verify OUT --base BASE --forward` (it needs the `heal` extra) uses no
+table. The installed transformers loads OUT and runs it on a short text, or on the text of `--data`. Then it loads the base,
+and calls each layer of the base, as the base calls it, with the inputs that its copies in OUT received, scaled by the
+start's factor if there is one. The layer must return what the copies returned, and the modules before and after the layers
+must agree too. Step by step this shows that the logits of OUT are those of the base's layers called in the map's order;
+mostly to the bit, in fp32. If layers differ, the error names the first one, with the differences of its hidden
+states and of the logits. `dus upscale --verify forward` does this before it publishes.
 
-The weights of one layer at a time are in memory, beside embeddings and head. The text is longer than the narrow windows
-(up to 1024 tokens); a wider one is told of, for a shorter text cannot show which layers have it. Layers that hand more
+The weights of one layer at a time are in memory, beside embeddings and head. The text is longer than narrow sliding windows
+(up to 1024 tokens); a wider window is a warning, because the text cannot show which layers have it. Layers that pass more
 than hidden states to the next (`zaya`, `glm_moe_dsa`, `hy_v4`, `inkling2_text`, `reformer`, and Gemma's where they share
-keys) cannot be called apart, and are refused with the reason.
+keys) cannot be called one by one, and are refused with the reason.
 
-## How it was held
+## How the rows were checked
 
-For each row a tiny random base, an output in step with the period and one out of step, in fp32: logits of the engine
-against those of transformers 5.23 on the same folder, over 40 tokens with a window of 8. A row counts as run where the
-engine agrees with transformers on the base first. What differs does so by 1 to 10, where logits are up to 28, and what
-agrees by less than 0.03. [In the ordinary stack](ecosystem.md#engines-that-count-layers) says which of this
+For each row, a tiny random base, an output in step with the period and one out of step were run in fp32: the logits of the
+engine were compared with those of transformers 5.23 on the same folder, over 40 tokens with a window of 8. A row counts as
+run if the engine agrees with transformers on the base. Logits that differ do so by 1 to 10, where logits are up to 28, and
+logits that agree by less than 0.03. [In the ordinary stack](ecosystem.md#engines-that-count-layers) says which of these
 `make stack` runs; vLLM and ONNX Runtime GenAI were run once, by hand (2026-11-29). "read" rows were read in
 the source at the line given, and not run.
 
@@ -118,20 +121,20 @@ gemma3, gemma2 and llama4, Megatron Bridge 0.6.2 for gemma2, gemma3 and gpt_oss,
 1.6.5 for gemma2. Ollama and LM Studio run llama.cpp's GGUF. CTranslate2 4.8.5 reads `layer_types` (gemma3, run), and so
 does transformers from 4.53 on.
 
-Read and tried without a result (2026-11-30): `gemma3n_text` in llama.cpp. A tiny random base of 22 layers differs from
-transformers by 7.5 already (xllamacpp 2026.10.11549), an output at trim 2 by 7.2, and at trim 3 the library ends itself
-("map_layer_ids … failed"). It asks for keys and values of layers that share those of others, which files on the Hub
-have and transformers 5 does not save. Google's own widths were not at hand.
+Tried without a result (2026-11-30): `gemma3n_text` in llama.cpp. Even a tiny random base of 22 layers differs from
+transformers by 7.5 (xllamacpp 2026.10.11549), an output at trim 2 by 7.2, and at trim 3 the library aborts
+("map_layer_ids … failed"). It expects keys and values of the layers that share those of others, which files on the Hub
+have and transformers 5 does not save. No model of Google's own widths was available.
 
-Known and not judged: llama.cpp takes the decay rates of MiniMax-Text-01 and MiniMax-M1 from the layer's number and the
-number of layers (`src/models/minimax-01.cpp:288`), so that no deeper one can be right there.\
+Known and not judged: llama.cpp derives the decay rates of MiniMax-Text-01 and MiniMax-M1 from the layer's number and the
+number of layers (`src/models/minimax-01.cpp:288`), so no deeper model can be right there.\
 """
 
 _TRIMS = """\
 ## Trims of thirty bases
 
-Right in every engine of the table that can be right, for two copies; more copies shift by the same step. *trim* is what
-`dus upscale` takes where none is given.\
+These trims are right in every engine of the table that can be right, for two copies; more copies shift by the same step.
+*trim* is what `dus upscale` takes if none is given.\
 """
 
 
@@ -209,8 +212,8 @@ def engines_page() -> str:
         _TABLE,
         _table(["model type", *heads], rows),
         _WORDS,
-        "## What departs, and where that stands",
-        _table(["engine", "model type", "what it does", "line", "held"], list(_departures())),
+        "## What each engine computes differently",
+        _table(["engine", "model type", "what it does", "line", "checked"], list(_departures())),
         _HELP,
         _HELD,
         _TRIMS,
@@ -256,8 +259,8 @@ def _departures() -> Iterator[list[str]]:
         for model_type, of_type in sorted(WAYS[engine.name].items()):
             for way in of_type:
                 if not isinstance(way, (Reads, Absent)):
-                    held = "run" if way.is_run else "read"
-                    yield [engine.title, f"`{model_type}`", str(way), f"`{way.source}`", held]
+                    checked = "run" if way.is_run else "read"
+                    yield [engine.title, f"`{model_type}`", str(way), f"`{way.source}`", checked]
 
 
 def _trims(base: _Base) -> list[str]:
@@ -289,5 +292,5 @@ def _span(trims: list[int], every: list[int]) -> str:
         return f"{trims[0]}, {trims[1]}, {trims[2]} … {trims[-1]}"
     missing = [trim for trim in every if trim not in trims]
     if len(missing) < len(trims) // 3:
-        return f"every trim but {', '.join(map(str, missing))}"
+        return f"every trim except {', '.join(map(str, missing))}"
     return ", ".join(map(str, trims))
