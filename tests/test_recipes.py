@@ -124,7 +124,7 @@ def test_a_recipe_excludes_what_else_says_the_map(
         "--recipe", "leave out --trim and --layers and --double and --copies", code=2
     )
     dus("upscale", base, "--recipe", "solo", "-o", tmp_path / "out").assert_one_line_error(
-        "there are solar", code=2
+        "use one of solar", code=2
     )
     assert not (tmp_path / "out").exists()
 
