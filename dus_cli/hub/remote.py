@@ -41,8 +41,8 @@ LONGEST_ASKED = 600.0
 # HTTP statuses after which a retry may succeed: time-outs, too many requests, server errors.
 _RETRIED = frozenset([408, 425, 429, 500, 502, 503, 504])
 
-# HTTP statuses of a signed address that may have expired: then the Hub is asked for a new one, so
-# many times. If the cause is another, the Hub's own answer says so.
+# HTTP statuses of a signed address that may have expired: then a new one is requested from the Hub,
+# at most _MAX_SIGNATURES times. If the address was not the cause, the Hub's answer has the error.
 _EXPIRED = frozenset([400, 401, 403, 404, 410])
 _MAX_SIGNATURES = 3
 

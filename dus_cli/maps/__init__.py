@@ -1,1 +1,1 @@
-"""Which layer goes where, and what of a config follows it: pure, no file is opened here."""
+"""Layer maps, and how configs and tensor names follow them. Pure functions: no file is opened."""

@@ -185,8 +185,8 @@ class Counts(Way):
         if period is None:
             period = self.period
         verdict = Verdict.refuses if self.refuses else Verdict.differs
-        said = facts.kinds.get(self.field)
-        if not said:
+        configured = facts.kinds.get(self.field)
+        if not configured:
             return None
         if type(period) is not int or period < 1:
             return Fault(Verdict.refuses, (self.field,), why=f"takes a number alone for {self.key}")
@@ -194,7 +194,7 @@ class Counts(Way):
             self.others if (layer + self.phase) % period else self.kind
             for layer in range(facts.num_layers)
         ]
-        return None if said == counted else Fault(verdict, (self.field,), period)
+        return None if configured == counted else Fault(verdict, (self.field,), period)
 
     def __str__(self) -> str:
         key = f"`{self.key}` ({self.period})" if self.key else str(self.period)
@@ -215,18 +215,20 @@ class Spells(Way):
     key: str = "sliding_window_pattern"
 
     def fault(self, facts: ConfigFacts, /) -> Fault | None:
-        pattern, said = facts.fields.get(self.key), facts.kinds.get("layer_types") or []
+        pattern, configured = facts.fields.get(self.key), facts.kinds.get("layer_types") or []
         if pattern is not None and (not isinstance(pattern, str) or not pattern):
             return Fault(
                 Verdict.refuses, (self.key,), why=f'takes {self.key} as a text such as "LLLG" alone'
             )
         if pattern is None or facts.fields.get("sliding_window") is None:
-            slides = any(kind != "full_attention" for kind in said)
+            slides = any(kind != "full_attention" for kind in configured)
             why = f"reads {self.key} alone, and without it takes every layer for full attention"
             return Fault(Verdict.differs, ("layer_types",), why=why) if slides else None
         names = {"L": "sliding_attention", "G": "full_attention"}
         spelt = [names.get(pattern[layer % len(pattern)], "") for layer in range(facts.num_layers)]
-        return None if said == spelt else Fault(Verdict.differs, ("layer_types",), len(pattern))
+        return (
+            None if configured == spelt else Fault(Verdict.differs, ("layer_types",), len(pattern))
+        )
 
     def __str__(self) -> str:
         return f'counts: reads the text `{self.key}` ("LLLG") over and over, and not `layer_types`'
@@ -264,12 +266,12 @@ class OneWindow(Way):
     all_slide: bool = False
 
     def fault(self, facts: ConfigFacts, /) -> Fault | None:
-        fields, said = facts.fields, facts.kinds.get("layer_types")
+        fields, configured = facts.fields, facts.kinds.get("layer_types")
         window = fields.get("sliding_window")
         if not window or fields.get("use_sliding_window") is False:
             return None
         taken = "sliding_attention" if self.all_slide else "full_attention"
-        if said is not None and set(said) <= {taken}:
+        if configured is not None and set(configured) <= {taken}:
             return None
         why = (
             f"{self}: texts longer than the window of {window} tokens are computed otherwise, the "
@@ -349,8 +351,9 @@ def _baichuan(facts: ConfigFacts) -> bool:
 
 
 def _takes_keys_of_two(facts: ConfigFacts) -> bool:
-    """Layers that share keys take those of the two before the first of them: where their layer
-    slides of the one, else of the other. So these must be the last of their kinds.
+    """Whether the two layers before the first layer that shares keys are of the kinds that
+    llama.cpp expects: the sharing layers with a sliding window take the keys of the first of the
+    two, the others those of the second.
     """
     first, kinds = _first_sharing(facts), facts.kinds.get("layer_types") or []
     before, behind = kinds[:first], set(kinds[first:])
@@ -368,7 +371,9 @@ def _first_sharing(facts: ConfigFacts) -> int:
 
 
 def _gemma3n(facts: ConfigFacts) -> bool:
-    """It has layers from number 20 on take the keys of 18 and 19, whatever the file says."""
+    """Whether the config agrees with llama.cpp, whose layers from number 20 on always take the keys
+    of layers 18 and 19.
+    """
     first = _first_sharing(facts)
     return first == min(20, facts.num_layers) and _takes_keys_of_two(facts)
 
