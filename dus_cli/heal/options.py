@@ -590,7 +590,7 @@ class LaunchOptions:
     rdzv_endpoint: Annotated[
         str | None,
         Option(
-            "Address of the rendezvous at which the nodes find each other.",
+            "Address of node 0, by which the nodes find each other; the same on every node.",
             metavar="HOST:PORT",
             panel=_LAUNCH,
             parse=parse_endpoint,

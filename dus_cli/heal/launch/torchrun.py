@@ -23,6 +23,7 @@ from typing import Any
 from dus_cli.common.storage import free_bytes
 from dus_cli.errors import HealError, OutputError, StoppedError, shown
 from dus_cli.heal import checkpoints_folder as folders
+from dus_cli.heal.launch import hosts
 from dus_cli.heal.launch.plan import num_processes
 from dus_cli.heal.launch.report import read_report
 from dus_cli.heal.options import LaunchOptions
@@ -40,6 +41,9 @@ _PATIENCE = 600
 _LOOPBACK_PATIENCE = 5.0
 
 _POLL = 0.2
+
+# Seconds until torchrun is started again on one of several nodes.
+_PAUSE = 5.0
 
 # Exit codes of workers that another process stopped by a signal; torchrun's is 0.
 _STOPPED = {0: signal.SIGTERM} | {
@@ -65,10 +69,16 @@ class _Relay:
 # --- torchrun -------------------------------------------------------------------------------------
 
 
-def workers_command(launch: LaunchOptions, run_path: Path) -> list[str]:
+def workers_command(launch: LaunchOptions, run_path: Path, address: str | None = None) -> list[str]:
     """The command line that starts the workers of one node. It needs nothing but run.json.
 
     A single worker is started without torchrun, which would open a port.
+
+    Args:
+        launch: how many workers on how many nodes.
+        run_path: run.json.
+        address: the node's own, by which other nodes reach it; the caller then restarts torchrun.
+            None leaves both to torchrun, which goes by the host name.
     """
     worker = ["-m", "dus_cli.heal.worker", str(run_path)]
     if _is_alone(launch):
@@ -87,9 +97,12 @@ def workers_command(launch: LaunchOptions, run_path: Path) -> list[str]:
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={launch.rdzv_endpoint}",
             f"--rdzv-id={run_path.parent.name}",
+            # torchrun would compare the endpoint with what this machine's host name resolves to
+            f"--rdzv-conf=is_host={str(launch.node_rank == 0).lower()}",
         ]
+        command += [] if address is None else [f"--local-addr={address}"]
     command += [
-        f"--max-restarts={launch.max_restarts}",
+        f"--max-restarts={launch.max_restarts if address is None else 0}",
         f"--log-dir={run_path.parent / LOGS / str(launch.node_rank)}",
         "--redirects=3",
     ]
@@ -120,7 +133,15 @@ def check_loopback() -> None:
 
 
 def run_torchrun(run: Run, launch: LaunchOptions, view: View) -> tuple[int, int | None]:
-    """Run the workers to their end; return the exit code, and the signal that came meanwhile."""
+    """Run the workers to their end; return the exit code, and the signal that came meanwhile.
+
+    The workers of one node are restarted by torchrun. A worker without torchrun, and torchrun
+    itself on several nodes, are restarted here: torchrun's own restart would wait for the node that
+    died.
+
+    Raises:
+        HealError: the nodes cannot find each other.
+    """
     logs = run.folder / LOGS / str(launch.node_rank)
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
@@ -128,25 +149,41 @@ def run_torchrun(run: Run, launch: LaunchOptions, view: View) -> tuple[int, int 
         (run.folder / FAILURE).unlink(missing_ok=True)
     follower = MetricsFollower(run.metrics_path)
     with _relayed() as relay:
-        if not _is_alone(launch):  # torchrun restarts workers itself
+        if launch.nnodes == 1 and not _is_alone(launch):
             return _start(run, launch, logs, view, follower, relay), relay.signum
-        before = None
-        for attempt in range(launch.max_restarts + 1):
+        before, attempt, deadline = None, 0, time.monotonic() + _PATIENCE
+        while attempt <= launch.max_restarts:
             own = logs / f"attempt_{attempt}"
-            own.mkdir()
+            own.mkdir(exist_ok=True)
+            num_logs = len(list(logs.rglob("stderr.log")))
             code = _start(run, launch, own, view, follower, relay)
             is_stopped = code in (128 + signal.SIGTERM, 128 + signal.SIGINT) or relay.count > 0
             if code == 0 or is_stopped or (run.folder / FAILURE).is_file():
                 break
+            if len(list(logs.rglob("stderr.log"))) == num_logs:  # torchrun started no worker
+                if time.monotonic() > deadline:
+                    raise _unmet(run, launch)
+                time.sleep(_PAUSE)
+                continue
             state = (
-                _last_log_line(own),
+                _last_log_line(logs),
                 _size(run.metrics_path),
                 folders.newest(run.checkpoints_folder),
             )
             if state == before:  # the last start made no progress
                 break
-            before = state
+            before, attempt, deadline = state, attempt + 1, time.monotonic() + _PATIENCE
+            if launch.node_rank > 0:
+                time.sleep(_PAUSE)  # node 0 serves a new rendezvous by then
     return code, relay.signum
+
+
+def _unmet(run: Run, launch: LaunchOptions) -> HealError:
+    return HealError(
+        f"the {launch.nnodes} nodes did not all come to {launch.rdzv_endpoint} within ten minutes; "
+        f"{shown(run.folder / LOGS)} has what torchrun said; the same command on every node goes "
+        "on from the last checkpoint"
+    )
 
 
 def _size(path: Path) -> int:
@@ -163,15 +200,23 @@ def _start(
 ) -> int:
     """Start torchrun or the only worker, and follow it to its end; return its exit code."""
     view.status("loading the model")
+    address = None
+    if launch.nnodes > 1:
+        endpoint = str(launch.rdzv_endpoint)
+        address = hosts.local_address(endpoint)
+        if launch.node_rank == 0:
+            hosts.check_port(endpoint)
+        elif not _node_0_answers(endpoint, view, relay):
+            return 128 + (relay.signum or signal.SIGTERM)
     # torchrun's workers have logs of their own
     name = "stderr.log" if _is_alone(launch) else "torchrun.log"
     with (logs / name).open("wb") as log:
         process = subprocess.Popen(
-            workers_command(launch, run.folder / RUN_NAME),
+            workers_command(launch, run.folder / RUN_NAME, address),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(launch),
+            env=_environment(launch, address),
             start_new_session=True,  # Ctrl-C reaches the launcher, which lets the workers save
             preexec_fn=_die_with_parent,  # noqa: PLW1509  (dus runs no threads here)
         )
@@ -187,7 +232,28 @@ def _start(
     return process.returncode
 
 
-def _environment(launch: LaunchOptions) -> dict[str, str]:
+def _node_0_answers(endpoint: str, view: View, relay: _Relay) -> bool:
+    """Wait until node 0 serves the rendezvous; torchrun would wait for one minute. Return False if
+    a signal ended the wait.
+
+    Raises:
+        HealError: it does not answer within ten minutes.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while not hosts.answers(endpoint):
+        view.status(f"waiting for node 0 at {endpoint}")
+        if relay.count:
+            return False
+        if time.monotonic() > deadline:
+            raise HealError(
+                f"--rdzv-endpoint: node 0 does not answer at {endpoint}; start it there with the "
+                "same command, or give its address"
+            )
+        time.sleep(1)
+    return True
+
+
+def _environment(launch: LaunchOptions, address: str | None) -> dict[str, str]:
     import torch
 
     environment = os.environ | {
@@ -197,6 +263,10 @@ def _environment(launch: LaunchOptions) -> dict[str, str]:
     if _is_alone(launch):  # overrides what a job's own launcher has set
         environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         environment.pop("TORCHELASTIC_RUN_ID", None)
+    if address is not None and not hosts.is_loopback(address):
+        interface = hosts.interface_of(address)
+        if interface is not None:  # gloo would take the host name's
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     if torch.accelerator.is_available():
         return environment
     # torchrun would give each of several workers one thread; on a CPU they share the cores.
