@@ -61,7 +61,7 @@ def test_heal_into_what_another_process_heals_names_it(tmp_path: Path) -> None:
     with held(folder) as process:
         with pytest.raises(
             HealError,
-            match=rf"healing into .*out at this moment \(process {process.pid} on .*end it",
+            match=rf"healing into .*out at this moment \(process {process.pid} on .*stop it",
         ):
             checkpoints_folder.check_unlocked(folder)
         os.kill(process.pid, signal.SIGKILL)

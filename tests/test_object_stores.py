@@ -192,7 +192,7 @@ def test_what_is_written_in_place_is_not_run_before_it_has_its_name(
     mount = mounted(IN_PLACE)
     done = dus("upscale", base, "-o", mount / "out", "--verify", "forward", "-q")
     done.assert_one_line_error(
-        "is written in place, and --verify forward runs a model before it has its name",
+        "is written in place, and --verify forward runs a model before it is published",
         "run dus verify OUT --base MODEL --forward afterwards",
     )
     assert list(mount.iterdir()) == []
