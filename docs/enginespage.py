@@ -122,8 +122,7 @@ gemma3, gemma2 and llama4, Megatron Bridge 0.6.2 for gemma2, gemma3 and gpt_oss,
 does transformers from 4.53 on.
 
 Tried without a result (2026-11-30): `gemma3n_text` in llama.cpp. Even a tiny random base of 22 layers differs from
-transformers by 7.5 (xllamacpp 2026.10.11549), an output at trim 2 by 7.2, and at trim 3 the library aborts
-("map_layer_ids … failed"). It expects keys and values of the layers that share those of others, which files on the Hub
+transformers by 7.5 (xllamacpp 2026.10.11549), an output by 7.2, and at another depth the library aborts. It expects keys and values of the layers that share those of others, which files on the Hub
 have and transformers 5 does not save. No model of Google's own widths was available.
 
 Known and not judged: llama.cpp derives the decay rates of MiniMax-Text-01 and MiniMax-M1 from the layer's number and the
