@@ -15,7 +15,7 @@ _MODULES = {
     "plan": "api",
     "upscale": "api",
     "verify": "api",
-    "evaluate": "verbs",
+    "evaluate": "api",
     "ProbeOptions": "probe.options",
     "TextOptions": "evaluation.options",
     "TaskOptions": "evaluation.options",

@@ -1,5 +1,5 @@
 # The package's names for type checkers; __init__.py imports each on first use.
-from dus_cli.api import plan, upscale, verify
+from dus_cli.api import evaluate, heal, plan, probe, push, upscale, verify
 from dus_cli.errors import DusError, UsageError
 from dus_cli.evaluation.options import ScoringOptions, TaskOptions, TextOptions
 from dus_cli.evaluation.report import EvalReport, Gates
@@ -18,7 +18,6 @@ from dus_cli.push.options import PushOptions
 from dus_cli.push.report import PushReport
 from dus_cli.upscaling.options import UpscaleOptions
 from dus_cli.upscaling.report import UpscaleReport
-from dus_cli.verbs import evaluate, heal, probe, push
 from dus_cli.verification.options import VerifyOptions
 from dus_cli.verification.report import Verification
 

@@ -39,9 +39,9 @@ from dus_cli import (
     upscale,
     verify,
 )
+from dus_cli.api import evaluate, heal, heal_options, probe, push
 from dus_cli.heal.options import Distill, Span
 from dus_cli.progress import NoProgress
-from dus_cli.verbs import evaluate, heal, heal_options, probe, push
 
 ROOT = Path(__file__).parent.parent
 
@@ -309,14 +309,14 @@ def test_ctrl_c_in_a_notebook_leaves_nothing_behind(tmp_path: Path, num_times: i
 def test_a_verb_with_the_name_of_its_room_is_both(order: str) -> None:
     code = (
         f"{order}from dus_cli import heal, probe, push, evaluate\n"
-        "import inspect, dus_cli.verbs as verbs\n"
+        "import inspect, dus_cli.api as api\n"
         "for verb in (heal, probe, push):\n"
-        "    function = getattr(verbs, verb.__name__.rpartition('.')[2])\n"
+        "    function = getattr(api, verb.__name__.rpartition('.')[2])\n"
         "    assert inspect.signature(verb) == inspect.signature(function)\n"
         "import dus_cli.probe.maps as maps\n"
-        "assert evaluate is verbs.evaluate and maps.Cost\n"
+        "assert evaluate is api.evaluate and maps.Cost\n"
         "try: push('nowhere', 'no id')\n"
-        "except verbs.UsageError as error: print(error)\n"
+        "except api.UsageError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == ""

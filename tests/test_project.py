@@ -105,7 +105,7 @@ def test_the_page_for_developers_draws_every_module_in_its_room() -> None:
 # The floors of the house, from the ground up: a room imports from itself and from those below it.
 FLOORS = (
     "errors progress common maps source pictures planning console writing hub data release models "
-    "verification evaluation push upscaling probe heal api verbs commands cli __main__"
+    "verification evaluation push upscaling probe heal api commands cli __main__"
 ).split()
 
 
@@ -155,7 +155,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 
 def test_the_top_level_has_six_modules_at_most() -> None:
-    assert len(list((ROOT / "dus_cli").glob("[!_]*.py"))) <= 6
+    assert len(list((ROOT / "dus_cli").glob("*.py"))) <= 6
 
 
 def test_no_call_of_ours_has_seven_positional_arguments() -> None:

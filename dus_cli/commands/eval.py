@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dus_cli import verbs
+from dus_cli import api
 from dus_cli.commands.options import AsJson, Quiet, ShowProgress, path_parser, progress_for
 from dus_cli.commands.signature import takes_options
 from dus_cli.common.reference import ModelRef
@@ -114,7 +114,7 @@ def evaluate(
         check_picture(plot)
     prints_text = not (quiet or as_json)
     with progress_for(progress, quiet=not prints_text) as view:
-        report = verbs.evaluate(
+        report = api.evaluate(
             [ref.text for ref in refs],
             text=text,
             tasks=tasks,

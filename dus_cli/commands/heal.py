@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dus_cli import verbs
+from dus_cli import api
 from dus_cli.commands.config import toml_text
 from dus_cli.commands.options import (
     AsJson,
@@ -117,7 +117,7 @@ def heal(
     ordinary checkpoint with its loss curve. The same command run again continues a run.
     """
     data = replace(data, files=(*data.files, *(more_data or ())))
-    options = verbs.heal_options(
+    options = api.heal_options(
         model,
         output,
         data=data,

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dus_cli import verbs
+from dus_cli import api
 from dus_cli.commands.options import (
     AsJson,
     MoreData,
@@ -75,7 +75,7 @@ def probe(
     if plot is not None:
         check_picture(plot)
     with progress_for(progress, quiet=not prints_text) as view:
-        result = verbs.probe(
+        result = api.probe(
             model, options, revision=revision, token=token, dry_run=dry_run, progress=view
         )
     if isinstance(result, ProbePlan):

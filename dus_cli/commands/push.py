@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dus_cli import verbs
+from dus_cli import api
 from dus_cli.commands.options import AsJson, Quiet, ShowProgress, path_parser, progress_for
 from dus_cli.commands.signature import takes_options
 from dus_cli.console.terminal import fitted
@@ -47,10 +47,10 @@ def push_command(
     """
     prints_text = not (quiet or as_json)
     if dry_run:
-        report = verbs.push(output, repo, options, dry_run=True)
+        report = api.push(output, repo, options, dry_run=True)
     else:
         with progress_for(progress, quiet=not prints_text) as view:
-            report = verbs.push(output, repo, options, progress=view)
+            report = api.push(output, repo, options, progress=view)
     if as_json:
         print(json.dumps(folder_push_json(output, report)))
     elif prints_text:

@@ -19,7 +19,7 @@ class Verb(ModuleType):
     def __wrapped__(self) -> Callable[..., Any]:
         """The function; `inspect.signature` and `help` show it."""
         package, _, name = self.__name__.rpartition(".")
-        function: Callable[..., Any] = getattr(import_module(f"{package}.verbs"), name)
+        function: Callable[..., Any] = getattr(import_module(f"{package}.api"), name)
         return function
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
