@@ -52,11 +52,12 @@ for _width in ("COLUMNS", "LINES"):
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --no-loadscope-reorder, use xdist's order (files with many tests first), but start the
-    long chain of test_extras.py first.
+    long chains of two files with few tests first.
     """
     if not config.getoption("loadscopereorder", default=True):
         num_tests = Counter(item.path for item in items)
-        items.sort(key=lambda item: (item.path.name != "test_extras.py", -num_tests[item.path]))
+        long = ("test_extras.py", "test_heal_hosts.py")
+        items.sort(key=lambda item: (item.path.name not in long, -num_tests[item.path]))
 
 
 class Run(subprocess.CompletedProcess[str]):

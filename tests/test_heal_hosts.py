@@ -164,9 +164,9 @@ def test_two_hosts_outlive_a_late_start_a_cut_link_and_the_death_of_one(
     assert losses == expected
 
 
-def test_an_unknown_node_0_is_one_line(home: Path) -> None:
+def test_node_0_that_does_not_know_its_own_name_is_one_line(home: Path) -> None:
     files = (home / "scaled", "--data", home / "corpus.jsonl", "-o", home / "unknown")
-    launch = "--nnodes 2 --node-rank 1 --rdzv-endpoint node-0.invalid:29500 --nproc-per-node 1"
+    launch = "--nnodes 2 --node-rank 0 --rdzv-endpoint node-0.invalid:29500 --nproc-per-node 1"
     done = dus("heal", *files, *RECIPE, *launch.split())
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(

@@ -203,11 +203,12 @@ def _start(
     address = None
     if launch.nnodes > 1:
         endpoint = str(launch.rdzv_endpoint)
+        # the name of a pod that is not there yet is unknown, too
+        if launch.node_rank > 0 and not _node_0_answers(endpoint, view, relay):
+            return 128 + (relay.signum or signal.SIGTERM)
         address = hosts.local_address(endpoint)
         if launch.node_rank == 0:
             hosts.check_port(endpoint)
-        elif not _node_0_answers(endpoint, view, relay):
-            return 128 + (relay.signum or signal.SIGTERM)
     # torchrun's workers have logs of their own
     name = "stderr.log" if _is_alone(launch) else "torchrun.log"
     with (logs / name).open("wb") as log:
