@@ -469,7 +469,7 @@ def test_an_index_names_shards_that_are_there_and_no_tensor_is_in_two(sharded: P
     files = sorted(set(weight_map.values()))
     cases: list[tuple[dict[str, str], str]] = [
         (weight_map | {"lm_head.weight": "model-9.safetensors"}, "missing from"),
-        (weight_map | {"lm_head.weight": "pytorch_model.bin"}, "no safetensors file"),
+        (weight_map | {"lm_head.weight": "pytorch_model.bin"}, "not a safetensors file"),
         ({}, "no weight_map"),
     ]
     for changed, part in cases:

@@ -836,7 +836,7 @@ def test_the_second_run_reads_no_source_and_loads_no_tokenizer(
     with open(path, "r+b") as file:  # the same size, inode and time, but no text
         file.write(b"\0" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    monkeypatch.setattr(shelf, "Tokeniser", None)
+    monkeypatch.setattr(shelf, "open_tokeniser", None)
     assert run(model, tmp_path, path, holdout=0.001) == first
     os.utime(path)
     with pytest.raises(TypeError):  # now it was looked at
@@ -848,7 +848,7 @@ def test_the_same_content_by_another_name_is_not_tokenised_again(
 ) -> None:
     first = run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", some_texts(100)))
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "some.other.jsonl")
-    monkeypatch.setattr(shelf, "Tokeniser", None)
+    monkeypatch.setattr(shelf, "open_tokeniser", None)
     assert run(model, tmp_path, tmp_path / "some.other.jsonl").content_key == first.content_key
 
 

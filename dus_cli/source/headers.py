@@ -194,7 +194,7 @@ def header_length(head: bytes, file_size: int, where: str) -> int:
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{where} claims a header of {length} bytes, over the format's limit of "
-            f"{MAX_HEADER_BYTES}; it is damaged or no safetensors file"
+            f"{MAX_HEADER_BYTES}; it is damaged or not a safetensors file"
         )
     if length > file_size - 8:
         raise CheckpointError(
@@ -218,7 +218,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     data_start = 8 + len(raw)
     if not raw.startswith(b"{"):
         raise CheckpointError(
-            f"{where}: its header does not start with '{{'; it is no safetensors file"
+            f"{where}: its header does not start with '{{'; it is not a safetensors file"
         )
     entries = parse_json_object(raw, f"{where}: the header", is_header=True, on_object=_Entries())
     metadata = entries.pop("__metadata__", None) or {}
