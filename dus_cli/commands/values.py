@@ -7,10 +7,13 @@ none: they are text, an enum member's value, or have a parser of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum, EnumMeta
+from enum import EnumMeta
+from functools import partial
 from typing import Any
+
+import typer
 
 
 @dataclass(frozen=True)
@@ -19,24 +22,14 @@ class _Value:
 
     Attributes:
         parse: parses one text; it also receives a default, and returns it as it is.
-        choices: an enum's members by the text that a user types for them.
-        typers_own: typer's own parser, for its error message about an invalid choice.
     """
 
-    parse: Callable[[Any], Any] | None
-    choices: Mapping[str, Enum]
-    typers_own: Callable[[], Any]
+    parse: Callable[[Any], Any]
 
-    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:  # noqa: ARG002  (as typer calls it)
         is_list = param.multiple or param.nargs == -1
         if value is None:
             return () if is_list else None
-        if isinstance(value, Enum):
-            return value
-        if isinstance(value, str) and value in self.choices:
-            return self.choices[value]
-        if self.parse is None:
-            return self.typers_own().coerce(value, param=param, ctx=ctx)
         return [self.parse(item) for item in value] if is_list else self.parse(value)
 
 
@@ -47,13 +40,30 @@ def read_without_pydantic(parameters: Iterable[Any]) -> None:
     """
     for parameter in parameters:
         kind = getattr(parameter, "type_descriptor", None)
-        typers_own = getattr(parameter, "get_runtime_param", None)
-        if kind is None or typers_own is None:
+        if kind is None or not hasattr(parameter, "get_runtime_param"):
             continue
         parse = kind.parameter_info.parser
         if parse is None and kind.annotation in (str, list[str]):
             parse = str
-        is_enum = isinstance(kind.annotation, EnumMeta)
-        choices = {choice.value: choice for choice in kind.annotation} if is_enum else {}
-        value = _Value(parse, choices, typers_own)
-        parameter.get_runtime_param = lambda value=value: value
+        elif parse is None and isinstance(kind.annotation, EnumMeta):
+            parse = partial(_member, kind.annotation)
+        elif parse is None and kind.annotation is bool:
+            parse = _flag
+        if parse is not None:
+            value = _Value(parse)
+            parameter.get_runtime_param = lambda value=value: value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):  # a flag takes no text, and --config checks for itself
+        raise typer.BadParameter(f"{value!r} is neither true nor false")
+    return value
+
+
+def _member(kind: EnumMeta, value: Any) -> Any:
+    from dus_cli.common.options import choice
+
+    try:
+        return choice(kind, value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -131,7 +131,7 @@ class OptionField:
             if isinstance(value, str) and parse is not None:
                 return parse(value)
             if isinstance(kind, EnumMeta):
-                return _choice(kind, value)
+                return choice(kind, value)
         except (ValueError, DusError) as error:
             raise UsageError(f"{self.field}: {error}") from None
         check_numbers(**{self.name.replace("-", "_"): value})
@@ -164,7 +164,7 @@ class OptionField:
         return self.default if isinstance(self.default, Enum) else self.typed(self.default)
 
 
-def _choice(kind: EnumMeta, value: Any) -> Any:
+def choice(kind: EnumMeta, value: Any) -> Any:
     """The enum's member with this value.
 
     Raises:

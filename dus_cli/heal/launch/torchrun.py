@@ -241,8 +241,11 @@ def _node_0_answers(endpoint: str, view: View, relay: _Relay) -> bool:
         HealError: it does not answer within ten minutes.
     """
     deadline = time.monotonic() + _PATIENCE
+    is_told = False
     while not hosts.answers(endpoint):
-        view.status(f"waiting for node 0 at {endpoint}")
+        if not is_told:
+            view.status(f"waiting for node 0 at {endpoint}")
+        is_told = True
         if relay.count:
             return False
         if time.monotonic() > deadline:
