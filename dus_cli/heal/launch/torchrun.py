@@ -166,7 +166,7 @@ def run_torchrun(run: Run, launch: LaunchOptions, view: View) -> tuple[int, int 
                 time.sleep(_PAUSE)
                 continue
             state = (
-                _last_log_line(logs),
+                _last_log_line(own if _is_alone(launch) else logs),
                 _size(run.metrics_path),
                 folders.newest(run.checkpoints_folder),
             )
