@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from fractions import Fraction
+from itertools import accumulate, pairwise
 
 from dus_cli.errors import DataError
 
@@ -123,3 +124,73 @@ def _quotas(num_rows: Sequence[int], weights: Sequence[float]) -> tuple[int, ...
         max(1, min(size, round(weight * scale)))
         for size, weight in zip(num_rows, weights, strict=True)
     )
+
+
+class WindowOrder:
+    """The order in which a run with this seed reads sources whose numbers of rows are not known
+    yet.
+
+    Each source is cut into windows of consecutive rows, and the rows of a window are permuted. So a
+    row is known as soon as its window is complete, or the source has ended. The sources take turns
+    evenly, by their weights; a source that has run out begins again, permuted anew.
+
+    Args:
+        weights: of the sources, positive.
+        window_rows: the rows of all sources' windows together; each has a share by its weight.
+        seed: the run's.
+    """
+
+    def __init__(self, weights: Sequence[float], window_rows: int, seed: int) -> None:
+        exact = [Fraction(weight) for weight in weights]
+        totals = list(accumulate(exact))
+        self.windows = tuple(max(1, round(window_rows * part / totals[-1])) for part in exact)
+        self.seed = seed
+        # of the rows of sources 0…s + 1, the share of sources 0…s
+        self._shares = [first / both for first, both in pairwise(totals)]
+
+    def counts(self, num_rows: int) -> tuple[int, ...]:
+        """How many of the run's first rows each source gives; they differ from its share by less
+        than a row for each source.
+
+        >>> WindowOrder([0.5, 0.25, 0.25], 100, seed=0).counts(10)
+        (5, 3, 2)
+        """
+        counts, left = [], num_rows
+        for share in reversed(self._shares):
+            first = (2 * left * share.numerator + share.denominator) // (2 * share.denominator)
+            counts.append(left - first)
+            left = first
+        return (left, *reversed(counts))
+
+    def draw(self, index: int) -> tuple[int, int]:
+        """The source of the run's row `index` = 0, 1, …, and how many rows of it came before."""
+        before, after = self.counts(index), self.counts(index + 1)
+        source = next(
+            s for s, pair in enumerate(zip(before, after, strict=True)) if len({*pair}) > 1
+        )
+        return source, before[source]
+
+    def num_needed(self, source: int, draw: int) -> int:
+        """The rows that a source must have before the row of this draw is known, unless it has
+        ended.
+        """
+        return (draw // self.windows[source] + 1) * self.windows[source]
+
+    def row(self, source: int, draw: int, num_rows: int | None) -> int:
+        """The row of a source that its draw 0, 1, … takes.
+
+        Args:
+            source: its number.
+            draw: how many rows of it came before.
+            num_rows: all that it has; None if it has not ended, and then it must have
+                `num_needed`.
+        """
+        turn, place = (0, draw) if num_rows is None else divmod(draw, num_rows)
+        number, offset = divmod(place, self.windows[source])
+        first = place - offset
+        size = (
+            self.windows[source]
+            if num_rows is None
+            else min(self.windows[source], num_rows - first)
+        )
+        return first + permute(offset, size, _key(self.seed, "window", source, turn, number))
