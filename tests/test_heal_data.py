@@ -814,6 +814,14 @@ def test_a_tokenizer_that_is_missing_broken_or_without_an_end_of_text_is_one_lin
     with pytest.raises(DataError, match="cannot load the tokenizer") as caught:
         run(broken, tmp_path, path)
     assert "\n" not in str(caught.value)
+    # transformers loads it, with no token but the end-of-text
+    empty = make_tokenizer(tmp_path / "empty")
+    (empty / "tokenizer.json").unlink()
+    (empty / "config.json").write_text('{"model_type": "qwen2"}')
+    fields = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (empty / "tokenizer_config.json").write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=r"has no vocabulary; copy tokenizer\.json"):
+        run(empty, tmp_path, path)
 
 
 def test_a_bad_line_stops_preparing_and_leaves_nothing(model: Path, tmp_path: Path) -> None:

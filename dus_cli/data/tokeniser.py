@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path) -> Any:
     checkpoint's code is run.
 
     Raises:
-        DataError: it cannot be loaded.
+        DataError: it cannot be loaded, or has no tokens but those added to a vocabulary.
     """
     # If this is unset, tokenizers warns in every process forked from this one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -87,12 +87,21 @@ def load_tokenizer(folder: Path) -> Any:
             "path; rename it"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except TRANSFORMERS_REFUSALS as error:
         raise DataError(
             f"cannot load the tokenizer in {shown(folder)}: {reason_of(error)}; "
             "copy the tokenizer files of its base"
         ) from error
+    # Without its vocabulary a tokenizer of Qwen2 or GPT-2 loads, and encodes any text as nothing.
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+        raise DataError(
+            f"the tokenizer in {shown(folder)} has no vocabulary; copy tokenizer.json, or "
+            "vocab.json and merges.txt, of its base"
+        )
+    return tokenizer
 
 
 def open_tokeniser(
