@@ -33,12 +33,13 @@ from dus_cli.common.files import writing
 from dus_cli.common.locks import holder, this_process
 from dus_cli.common.units import counted
 from dus_cli.common.workers import PIECE
+from dus_cli.data.columns import document_of
 from dus_cli.data.documents import BadLine, Column, Reading
 from dus_cli.data.holdout import EVERYTHING, Split
 from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import Source, Unread, kind_of
 from dus_cli.data.streams import Part, Prepared, PreparedSource
-from dus_cli.data.token_files import FORMAT, is_whole, token_dtype, write_part
+from dus_cli.data.token_files import FORMAT, Reader, is_whole, token_dtype, write_part
 from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, Tokeniser, open_tokeniser, tokenizer_identity
 from dus_cli.errors import DataError, shown, shown_list
 from dus_cli.writing.replacing import remove_claimed
@@ -328,15 +329,8 @@ class _Shelf:
         tokeniser = self._load()
         # overwrite: a damaged part is replaced
         with Staging(self.folder / key, overwrite=True, claim=_is_of_a_part) as staging:
-            meta = write_part(
-                staging.folder,
-                files,
-                self.reading,
-                split,
-                tokeniser,
-                self._advance,
-                column=self.column,
-            )
+            reader = Reader(files, self.reading, document_of(self.column, tokeniser))
+            meta = write_part(staging.folder, reader, split, tokeniser, self._advance)
             staging.publish()
         return meta
 

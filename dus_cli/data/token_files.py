@@ -16,20 +16,22 @@ the next.
 from __future__ import annotations
 
 import json
+import math
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dus_cli.common.files import sync_file, writing
-from dus_cli.data.columns import document_of
-from dus_cli.data.documents import Column, ReadCounts, Reading, documents_of
+from dus_cli.data.documents import ReadCounts, Reading, documents_of
 from dus_cli.data.holdout import EVERYTHING, HASH_BITS, Split, text_hash
 from dus_cli.data.remote import StoreFile
 from dus_cli.data.texts import Document, OfValue
@@ -78,26 +80,94 @@ class _Batch(NamedTuple):
     num_source_bytes: int
 
 
+class Place(NamedTuple):
+    """A place between two documents of several files: the number of the file, and how many
+    documents of it were read.
+    """
+
+    file: int = 0
+    documents: int = 0
+
+
+class Reader:
+    """The documents of several files in a row, read in portions.
+
+    Args:
+        files: read in this order.
+        reading: the text field, and what to do with bad lines.
+        of_value: makes a document from the field's value; None if the value is the text.
+        start: where reading begins; None is the first file's beginning.
+
+    Attributes:
+        place: behind the last document that was read.
+        position: how many bytes of the files were read.
+        is_at_end: no document follows; known after an attempt to read one.
+        skipped: how many lines and documents were left out, by reason.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path | StoreFile],
+        reading: Reading,
+        of_value: OfValue | None = None,
+        start: Place | None = None,
+    ) -> None:
+        self._files, self._reading, self._of_value = files, reading, of_value
+        self.place, self.position, self.is_at_end = start or Place(), 0, False
+        self.skipped: Counter[str] = Counter()
+        self._documents = self._all()
+
+    def portion(self, size: float = math.inf) -> Iterator[Document]:
+        """The next documents, until they have `size` characters together. A token id counts as
+        four.
+
+        Raises:
+            DataError: a file cannot be read, or has a bad line.
+        """
+        for document in self._documents:
+            yield document
+            size -= len(document) if isinstance(document, str) else 4 * len(document)
+            if size <= 0:
+                return
+
+    def _all(self) -> Iterator[Document]:
+        first, num_before = self.place
+        for number, file in enumerate(self._files):
+            start, size = self.position, file.stat().st_size
+            if number >= first:
+                counts = ReadCounts(skipped=self.skipped)
+                field_name, on_bad_line = self._reading.text_field, self._reading.on_bad_line
+                documents = documents_of(file, field_name, on_bad_line, counts, self._of_value)
+                if number == first and num_before:
+                    for _ in islice(documents, num_before):
+                        pass
+                    self.skipped.clear()  # counted by whoever read these documents
+                for document in documents:
+                    self.place = Place(number, counts.documents)
+                    self.position = start + min(counts.position, size)
+                    yield document
+            self.position = start + size
+        self.is_at_end = True
+
+
 def write_part(
     folder: Path,
-    files: Sequence[Path | StoreFile],
-    reading: Reading,
+    reader: Reader,
     split: Split,
     tokeniser: Tokeniser,
     on_bytes: Callable[[int], object] = lambda _: None,
     *,
-    column: Column = Column.text,
+    size: float = math.inf,
 ) -> dict[str, Any]:
-    """Tokenise files into an empty folder and sync it; return the content of meta.json.
+    """Tokenise text into an empty folder and sync it; return the content of meta.json.
 
     Args:
         folder: where the part is written.
-        files: read in this order.
-        reading: the text field, and what to do with bad lines.
+        reader: of the text.
         split: which documents are held out or left out.
         tokeniser: the model's.
         on_bytes: called with the bytes of the files done since the last call.
-        column: what the field holds.
+        size: the characters after which the part ends with a document.
 
     Raises:
         DataError: a file cannot be read, or an id is beyond the model's vocabulary.
@@ -109,8 +179,7 @@ def write_part(
     with ExitStack() as closing:
         train = closing.enter_context(_TokenFile(folder, "train", dtype))
         heldout = closing.enter_context(_TokenFile(folder, "heldout", dtype))
-        of_value = document_of(column, tokeniser)
-        for batch in _read_ahead(_batches(files, reading, split, summary, hashes, of_value)):
+        for batch in _read_ahead(_batches(reader, size, split, summary, hashes)):
             for piece, ids in zip(batch.pieces, _encoded(batch, tokeniser), strict=True):
                 target = heldout if piece.is_held_out else train
                 if piece.is_first and not _begins(piece, ids, tokeniser):
@@ -180,41 +249,32 @@ def _read_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
 
 
 def _batches(
-    files: Sequence[Path | StoreFile],
-    reading: Reading,
-    split: Split,
-    summary: Summary,
-    hashes: array[int],
-    of_value: OfValue | None,
+    reader: Reader, size: float, split: Split, summary: Summary, hashes: array[int]
 ) -> Iterator[_Batch]:
     pieces: list[_Piece] = []
-    num_bytes = position = 0
-    for file in files:
-        counts = ReadCounts(skipped=summary.skipped)
-        start, size = position, file.stat().st_size
-        field_name, on_bad_line = reading.text_field, reading.on_bad_line
-        for text in documents_of(file, field_name, on_bad_line, counts, of_value):
-            encoded = text.encode() if isinstance(text, str) else text.tobytes()
-            number = text_hash(encoded)
-            if number in split.left_out:
-                counts.skip("in_eval_data")
-                continue
-            if split.share == EVERYTHING:
-                hashes.append(number)
-            summary.lowest_hash = min(summary.lowest_hash, number)
-            summary.highest_hash = max(summary.highest_hash, number)
-            is_first = True
-            whole = [(text, True)]
-            for piece, is_last in pieces_of(text) if isinstance(text, str) else whole:
-                pieces.append(_Piece(piece, split.holds_out(number), is_first, is_last))
-                is_first = False
-                num_bytes += len(encoded) * len(piece) // len(text)
-                if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
-                    reached = start + min(counts.position, size)
-                    yield _Batch(pieces, reached - position)
-                    pieces, num_bytes, position = [], 0, reached
-        yield _Batch(pieces, start + size - position)
-        pieces, num_bytes, position = [], 0, start + size
+    num_bytes, position = 0, reader.position
+    for text in reader.portion(size):
+        encoded = text.encode() if isinstance(text, str) else text.tobytes()
+        number = text_hash(encoded)
+        if number in split.left_out:
+            reader.skipped["in_eval_data"] += 1
+            continue
+        if split.share == EVERYTHING:
+            hashes.append(number)
+        summary.lowest_hash = min(summary.lowest_hash, number)
+        summary.highest_hash = max(summary.highest_hash, number)
+        is_first = True
+        whole = [(text, True)]
+        for piece, is_last in pieces_of(text) if isinstance(text, str) else whole:
+            pieces.append(_Piece(piece, split.holds_out(number), is_first, is_last))
+            is_first = False
+            num_bytes += len(encoded) * len(piece) // len(text)
+            if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
+                yield _Batch(pieces, reader.position - position)
+                pieces, num_bytes, position = [], 0, reader.position
+    summary.skipped.update(reader.skipped)
+    reader.skipped.clear()
+    yield _Batch(pieces, reader.position - position)
 
 
 class _TokenFile:
