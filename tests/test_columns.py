@@ -151,3 +151,135 @@ def test_heal_takes_one_of_them(tmp_path: Path) -> None:
     refused.assert_one_line_error(
         "--chat-field and --token-field both name the field to read", code=2
     )
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def weighted(path: Path, weights: list[Any]) -> Path:
+    """Documents of five ids, the number of the document, with weights."""
+    records = [{"it": [n] * 5, "w": weight} for n, weight in enumerate(weights)]
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def occurrences(prepared: Prepared, folder: Path) -> list[int]:
+    """The number of each document in the training data, in stored order."""
+    return [ids[0] for ids in ids_of(prepared, folder)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_document_occurs_as_often_as_its_weight_says_and_its_copies_lie_apart(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    data = weighted(tmp_path / name, [1, 3, 0, 2.0])
+    prepared = tokenised(model, data, Column.tokens, "it", weight_field="w")
+    assert occurrences(prepared, tmp_path) == [0, 1, 3, 1, 3, 1]
+    assert (prepared.num_train_documents, prepared.num_train_tokens) == (6, 36)
+    assert prepared.skipped == {"by_weight": 1}
+    without = tokenised(model, data, Column.tokens, "it")
+    assert occurrences(without, tmp_path) == [0, 1, 2, 3]
+    assert without.content_key != prepared.content_key
+
+
+def test_the_rest_of_a_weight_is_a_probability_and_the_same_in_every_run(
+    model: Path, tmp_path: Path
+) -> None:
+    texts = [{"text": f"document {n}", "w": 1.25} for n in range(2000)]
+    counts = set()
+    for name, records in (("a.jsonl", texts), ("b.jsonl", texts[::-1])):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        prepared = tokenised(model, path, Column.text, "text", weight_field="w", holdout=0.25)
+        counts.add((prepared.num_train_documents, prepared.num_heldout_documents))
+    ((train, held_out),) = counts
+    assert 450 < held_out < 550
+    # the copies are not those that the held-out share would have left
+    assert train == pytest.approx(1.25 * (2000 - held_out), rel=0.03)
+
+
+def test_held_out_documents_count_once_whatever_they_weigh(model: Path, tmp_path: Path) -> None:
+    texts = [{"text": f"document {n}", "w": n % 3} for n in range(300)]
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in texts))
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text('{"text": "another"}\n')  # it has no weights
+    weighing = tokenised(model, data, Column.text, "text", weight_field="w", holdout=0.3)
+    equal = tokenised(model, data, Column.text, "text", holdout=0.3)
+    assert weighing.num_heldout_tokens == equal.num_heldout_tokens > 0
+    apart = prepare(
+        parse_sources([str(data)], tmp_path),
+        parse_sources([str(evaluation)], tmp_path),
+        model,
+        tmp_path / "tokens",
+        vocab_size=260,
+        weight_field="w",
+    )
+    assert (apart.num_heldout_documents, apart.num_train_documents) == (1, 300)
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (-0.5, "its weight in w is -0.5, not a number from 0 to 100"),
+        (float("nan"), "its weight in w is nan, not a number"),
+        (101, "its weight in w is 101, not a number from 0 to 100"),
+        (10**400, "not a number from 0 to 100"),
+        ("2", "its weight in w is '2', not a number"),
+        (True, "its weight in w is True, not a number"),
+        (None, "it has no weight in w (--weight-field)"),
+    ],
+)
+def test_what_is_no_weight_is_told_by_its_number_or_counted(
+    model: Path, tmp_path: Path, weight: object, said: str
+) -> None:
+    data = weighted(tmp_path / "a.jsonl", [1, weight])
+    with pytest.raises(DataError) as caught:
+        tokenised(model, data, Column.tokens, "it", weight_field="w")
+    assert "a.jsonl, line 2: " in str(caught.value)
+    assert said in str(caught.value)
+    how: dict[str, Any] = {"weight_field": "w", "on_bad_line": BadLine.skip}
+    skipping = tokenised(model, data, Column.tokens, "it", **how)
+    reason = "no_weight" if weight is None else "bad_weight"
+    assert (skipping.num_train_documents, skipping.skipped) == (1, {reason: 1})
+
+
+def test_tables_may_have_weights_and_text_files_have_none(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("w,text\n2,one\n0,two\n")
+    prepared = tokenised(model, tmp_path / "a.csv", Column.text, "text", weight_field="w")
+    assert prepared.num_train_documents == 2
+    for row, said in (("x", "is 'x', not a number"), ("", "it has no weight in w")):
+        (tmp_path / "a.csv").write_text(f"w,text\n{row},one\n")
+        with pytest.raises(DataError, match=r"a\.csv, row 1: ") as caught:
+            tokenised(model, tmp_path / "a.csv", Column.text, "text", weight_field="w")
+        assert said in str(caught.value)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"a\.txt: a text file has no fields, so no weights"):
+        tokenised(model, tmp_path / "a.txt", Column.text, "text", weight_field="w")
+    table = pyarrow.table({"text": ["one", "two"], "w": ["1", "2"], "n": [1.5, None]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for name, said in (
+        ("w", "its column w holds string, not numbers; choose another with --weight-field"),
+        ("v", "it has no column v; its columns are text, w, n; choose with --weight-field"),
+        ("n", "a.parquet, row 2: it has no weight in n"),
+    ):
+        with pytest.raises(DataError) as caught:
+            tokenised(model, tmp_path / "a.parquet", Column.text, "text", weight_field=name)
+        assert said in str(caught.value)
+
+
+def test_heal_takes_the_weights(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    base = tiny.write_base(tmp_path / "base")
+    data = weighted(tmp_path / "a.jsonl", [2] * 250)
+    what: list[str | Path] = ["--data", data, "--token-field", "it", "--seq-length", "32"]
+    what += ["--eval-tokens", "1M", "--dry-run", "--json"]
+    once = dus("heal", base, *what, "--holdout", "20%").report
+    twice = dus("heal", base, *what, "--holdout", "20%", "--weight-field", "w").report
+    assert twice["train_documents"] == 2 * once["train_documents"]
+    assert twice["heldout_documents"] == once["heldout_documents"]
+    refused = dus("heal", base, *what, "--weight-field", "v", "-q")
+    refused.assert_one_line_error("a.jsonl, line 1: it has no weight in v (--weight-field)")

@@ -53,6 +53,7 @@ BOUNDS = {
     "batch-tokens": Bounds(1, _BILLION),
     "best": Bounds(1, _MOST_LAYERS),
     "copies": Bounds(2, _MOST_LAYERS),
+    "document-weight": Bounds(0, 100, is_whole=False),  # in the field that --weight-field names
     "epochs": Bounds(0, 1_000_000, is_whole=False, is_above=True),
     "eval-every": Bounds(1, _BILLION),
     "eval-tokens": Bounds(1, _TRILLION),

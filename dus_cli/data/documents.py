@@ -13,7 +13,7 @@ from pathlib import Path
 from dus_cli.data.containers import UnreadableError
 from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import kind_of
-from dus_cli.data.texts import BadRecordError, Document, OfValue, texts_in
+from dus_cli.data.texts import BadRecordError, Fields, Record, records_in
 from dus_cli.errors import DataError, shown
 
 
@@ -49,28 +49,23 @@ class ReadCounts:
 def documents(
     path: Path | StoreFile, text_field: str, on_bad_line: BadLine, counts: ReadCounts
 ) -> Iterator[str]:
-    """The documents in a file whose field holds text; see `documents_of`."""
-    for text in documents_of(path, text_field, on_bad_line, counts, None):
+    """The documents in a file whose field holds text; see `records`."""
+    for text, _ in records(path, Fields(text_field), on_bad_line, counts):
         assert isinstance(text, str)
         yield text
 
 
-def documents_of(
-    path: Path | StoreFile,
-    text_field: str,
-    on_bad_line: BadLine,
-    counts: ReadCounts,
-    of_value: OfValue | None,
-) -> Iterator[Document]:
-    """The documents in a file, in order. `of_value` makes each from the field's value; if it is
-    None, the value is the text. Texts of nothing but white space are counted as `empty` and left
-    out.
+def records(
+    path: Path | StoreFile, fields: Fields, on_bad_line: BadLine, counts: ReadCounts
+) -> Iterator[Record]:
+    """The documents in a file with their weights, in order. Texts of nothing but white space are
+    counted as `empty` and left out.
 
     Reasons in `counts.skipped`: malformed_json, malformed_csv, missing_field, not_a_string,
-    invalid_utf8, too_long, empty, not_messages, not_tokens, no_such_token.
+    invalid_utf8, too_long, empty, not_messages, not_tokens, no_such_token, no_weight, bad_weight.
 
     Raises:
-        DataError: the file cannot be read, is truncated or lacks the column; or, with
+        DataError: the file cannot be read, is truncated or lacks a column; or, with
             `BadLine.error`, the first bad line, row or item, with its number from 1.
     """
 
@@ -90,12 +85,13 @@ def documents_of(
     try:
         if not path.stat().st_size:
             return
-        for text in texts_in(path, kind, text_field, on_bad, on_position, of_value):
+        for record in records_in(path, kind, fields, on_bad, on_position):
+            text = record.document
             if not len(text) or (isinstance(text, str) and text.isspace()):
                 counts.skip("empty")
             else:
                 counts.documents += 1
-                yield text
+                yield record
         if isinstance(path, StoreFile):
             path.check_unchanged()
     except UnreadableError as error:
@@ -113,3 +109,4 @@ class Reading:
 
     text_field: str = "text"
     on_bad_line: BadLine = BadLine.error
+    weight_field: str | None = None

@@ -55,3 +55,16 @@ class Split:
 def text_hash(text: bytes) -> int:
     """A 64-bit hash of a document's text."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=HASH_BITS // 8).digest(), "big")
+
+
+def num_copies(weight: float, number: int) -> int:
+    """How often a document of this weight and hash is trained on: the weight's whole part, and once
+    more with the probability of the rest. The hash decides, so it is the same in every run.
+
+    >>> [num_copies(weight, text_hash(b"a document")) for weight in (0, 1, 2)]
+    [0, 1, 2]
+    """
+    whole, rest = divmod(weight, 1)
+    # hashed again: the number itself already decides about the held-out share
+    draw = text_hash(number.to_bytes(HASH_BITS // 8, "big"))
+    return int(whole) + (draw < int(rest * 2**HASH_BITS))

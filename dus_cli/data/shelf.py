@@ -23,6 +23,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def prepare(
     holdout: float = 0.005,
     special_tokens: bool = True,
     column: Column = Column.text,
+    weight_field: str | None = None,
     wait: bool = True,
     say: Callable[[str], object] = lambda _: None,
     on_progress: Callable[[int, int], object] = lambda _done, _total: None,
@@ -82,6 +84,7 @@ def prepare(
         vocab_size: the model's; every id must be below it. None if its config gives none.
         text_field: field of a JSON object, or column of a table.
         column: what the field holds.
+        weight_field: field or column with the weight of each document of the training data.
         on_bad_line: stop at a bad line, or count it.
         holdout: the share of documents held out; ignored with `eval_sources`.
         special_tokens: whether documents get the tokenizer's special tokens.
@@ -97,7 +100,7 @@ def prepare(
     """
     if any(source.weight is not None for source in eval_sources):
         raise DataError("evaluation data has no mixture; leave the weights of --eval-data out")
-    reading = Reading(text_field, on_bad_line)
+    reading = Reading(text_field, on_bad_line, weight_field)
     shelf = _Shelf(
         folder,
         tokenizer_folder,
@@ -293,9 +296,13 @@ class _Shelf:
         # Of a file's name only the kind matters: the same bytes may be .txt here and .jsonl there.
         kinds = [kind_of(path.name) for path in files]
         dtype = np.dtype(token_dtype(self.vocab_size)).name
-        settings = [self.identity, self.special_tokens, dtype, *vars(self.reading).values()]
+        reading = self.reading
+        settings = [self.identity, self.special_tokens, dtype]
+        settings += [reading.text_field, reading.on_bad_line]
         if self.column is not Column.text:  # keys of texts must stay those of earlier versions
             settings += [self.column.value, _template_digest(self.tokenizer_folder)]
+        if reading.weight_field is not None and split.share != EVERYTHING:
+            settings += ["weight", reading.weight_field]
         key = _digest([FORMAT, digests, kinds, *settings, split.share, split_by])
         meta = self._stored(key)
         if meta is None:
@@ -329,7 +336,10 @@ class _Shelf:
         tokeniser = self._load()
         # overwrite: a damaged part is replaced
         with Staging(self.folder / key, overwrite=True, claim=_is_of_a_part) as staging:
-            reader = Reader(files, self.reading, document_of(self.column, tokeniser))
+            reading = self.reading
+            if split.share == EVERYTHING:  # evaluation data have no weights
+                reading = replace(reading, weight_field=None)
+            reader = Reader(files, reading, document_of(self.column, tokeniser))
             meta = write_part(staging.folder, reader, split, tokeniser, self._advance)
             staging.publish()
         return meta

@@ -21,11 +21,13 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
+from dus_cli.common.bounds import BOUNDS
 from dus_cli.data.containers import BUFFER, UnreadableError, check_is_text, import_library, opened
 from dus_cli.data.remote import StoreFile
 from dus_cli.errors import shown, shown_list
@@ -79,51 +81,72 @@ Document: TypeAlias = "str | npt.NDArray[np.uint32]"
 OfValue: TypeAlias = Callable[[object], Document]
 
 
-def texts_in(
-    path: Path | StoreFile,
-    kind: str,
-    text_field: str,
-    on_bad: OnBad,
-    on_position: OnPosition,
-    of_value: OfValue | None = None,
-) -> Iterator[Document]:
-    """The texts in a file, including those of white space only.
+@dataclass(frozen=True)
+class Fields:
+    """The fields or columns that are read.
+
+    Attributes:
+        text: the name of the field with the document.
+        of_value: makes the document from the field's value; None if the value is the text.
+        weight: the name of the field with the document's weight; None if there is none.
+    """
+
+    text: str
+    of_value: OfValue | None = None
+    weight: str | None = None
+
+
+class Record(NamedTuple):
+    """A document and its weight, which is 1 without a field for it."""
+
+    document: Document
+    weight: float = 1.0
+
+
+def records_in(
+    path: Path | StoreFile, kind: str, fields: Fields, on_bad: OnBad, on_position: OnPosition
+) -> Iterator[Record]:
+    """The documents in a file, including texts of white space only, with their weights.
 
     Args:
         path: the file.
         kind: its suffix without a compression's, such as ".jsonl".
-        text_field: the field or column that is read.
-        on_bad: called for each line, row or item without a text.
+        fields: the fields or columns that are read.
+        on_bad: called for each line, row or item without a document or a weight.
         on_position: called with how many bytes of the file were read.
-        of_value: makes a document from the field's value; None if the value is the text.
 
     Raises:
         UnreadableError: the file cannot be read, is truncated or lacks the column.
         OSError: the disk fails.
     """
     if kind in {".parquet", ".arrow", ".feather"}:
-        read = _parquet_texts if kind == ".parquet" else _arrow_texts
-        yield from read(path, text_field, on_bad, on_position, of_value)
+        read = _parquet_records if kind == ".parquet" else _arrow_records
+        yield from read(path, fields, on_bad, on_position)
         return
-    if of_value is not None and kind not in {".jsonl", ".ndjson", ".json"}:
+    if fields.of_value is not None and kind not in {".jsonl", ".ndjson", ".json"}:
         raise UnreadableError(
             "it can hold only text, not messages or tokens; give .jsonl, .json, .parquet or .arrow"
+        )
+    if fields.weight is not None and kind == ".txt":
+        raise UnreadableError(
+            "a text file has no fields, so no weights (--weight-field); give .jsonl, .json, .csv, "
+            ".parquet or .arrow"
         )
     head = head_of(path)
     check_is_text(head)
     with opened(path) as (raw, stream):
-        texts: Iterator[Document]
+        records: Iterator[Record]
         if kind in {".csv", ".tsv"}:
-            texts = _csv_texts(stream, "\t" if kind == ".tsv" else None, text_field, on_bad)
+            records = _csv_records(stream, "\t" if kind == ".tsv" else None, fields, on_bad)
         elif kind == ".txt":
-            texts = _txt_pieces(stream, on_bad)
+            records = map(Record, _txt_pieces(stream, on_bad))
         elif (shape := _shape(head)) is _Shape.lines:
-            texts = _line_texts(stream, text_field, on_bad, of_value)
+            records = _line_records(stream, fields, on_bad)
         else:
-            texts = _value_texts(stream, shape, text_field, on_bad, of_value)
-        for text in texts:
+            records = _value_records(stream, shape, fields, on_bad)
+        for record in records:
             on_position(raw.tell())
-            yield text
+            yield record
 
 
 def head_of(path: Path | StoreFile) -> bytes:
@@ -173,9 +196,7 @@ def _shape(head: bytes) -> _Shape:
     return _Shape.values if goes_on and newline and text.startswith(b"{") else _Shape.lines
 
 
-def _line_texts(
-    stream: BinaryIO, text_field: str, on_bad: OnBad, of_value: OfValue | None
-) -> Iterator[Document]:
+def _line_records(stream: BinaryIO, fields: Fields, on_bad: OnBad) -> Iterator[Record]:
     number = 0
     while line := stream.readline(LONGEST_LINE + 1):
         number += 1
@@ -187,7 +208,7 @@ def _line_texts(
             if number == 1:
                 line = line.removeprefix(_BOM)
             if line.strip():
-                yield _text_of(_value(line), text_field, of_value)
+                yield _record_of(_value(line), fields)
         except BadRecordError as problem:
             on_bad("line", number, problem)
 
@@ -206,12 +227,12 @@ def _value(line: bytes) -> object:
         raise BadRecordError("malformed_json", "JSON beyond what Python reads") from None
 
 
-def _value_texts(
-    stream: BinaryIO, shape: _Shape, text_field: str, on_bad: OnBad, of_value: OfValue | None
-) -> Iterator[Document]:
+def _value_records(
+    stream: BinaryIO, shape: _Shape, fields: Fields, on_bad: OnBad
+) -> Iterator[Record]:
     for number, value in enumerate(_Values(stream, is_array=shape is _Shape.array), 1):
         try:
-            yield _text_of(value, text_field, of_value)
+            yield _record_of(value, fields)
         except BadRecordError as problem:
             on_bad("item", number, problem)
 
@@ -298,27 +319,48 @@ class _Values:
 _DECODER = json.JSONDecoder(parse_int=float)
 
 
-def _text_of(record: object, text_field: str, of_value: OfValue | None) -> Document:
-    """The document in an object's field."""
+def _record_of(record: object, fields: Fields) -> Record:
+    """The document in an object's field, with the weight in another."""
     if not isinstance(record, dict):
         raise BadRecordError(
-            "missing_field", f"not an object with a field {shown(text_field)} (--text-field)"
+            "missing_field", f"not an object with a field {shown(fields.text)} (--text-field)"
         )
-    if text_field not in record:
-        fields = shown_list(list(record)) or "none"
+    if fields.text not in record:
+        names = shown_list(list(record)) or "none"
         raise BadRecordError(
             "missing_field",
-            f"the object has no field {shown(text_field)}; its fields are {fields} (--text-field)",
+            f"the object has no field {shown(fields.text)}; its fields are {names} (--text-field)",
         )
-    text = record[text_field]
-    if of_value is not None:
-        return of_value(text)
-    if not isinstance(text, str):
+    value = record[fields.text]
+    if fields.of_value is not None:
+        document = fields.of_value(value)
+    elif isinstance(value, str):
+        document = encodable_text(value)
+    else:
         raise BadRecordError(
             "not_a_string",
-            f"the field {shown(text_field)} is not a string: {shown(json.dumps(text))}",
+            f"the field {shown(fields.text)} is not a string: {shown(json.dumps(value))}",
         )
-    return encodable_text(text)
+    if fields.weight is None:
+        return Record(document)
+    return Record(document, _checked_weight(record.get(fields.weight), fields.weight))
+
+
+def _checked_weight(value: object, name: str) -> float:
+    """The weight in the field `name`; `value` is None if the record lacks it.
+
+    Raises:
+        BadRecordError: it is not a number within the bounds.
+    """
+    if value is None:
+        raise BadRecordError("no_weight", f"it has no weight in {shown(name)} (--weight-field)")
+    if not (bounds := BOUNDS["document-weight"]).holds(value):
+        raise BadRecordError(
+            "bad_weight",
+            f"its weight in {shown(name)} is {shown(repr(value))}, not {bounds} (--weight-field)",
+        )
+    assert isinstance(value, int | float)
+    return value
 
 
 def encodable_text(text: str) -> str:
@@ -394,9 +436,9 @@ def _good_lines(piece: bytes, first: int, on_bad: OnBad) -> Iterator[str]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _csv_texts(
-    stream: BinaryIO, delimiter: str | None, text_field: str, on_bad: OnBad
-) -> Iterator[str]:
+def _csv_records(
+    stream: BinaryIO, delimiter: str | None, fields: Fields, on_bad: OnBad
+) -> Iterator[Record]:
     """The texts in a CSV file. A delimiter of None is found from the first row, which names the
     columns; the rows after it are counted from 1.
     """
@@ -405,17 +447,19 @@ def _csv_texts(
         first = next(lines, "")
         csv.field_size_limit(LONGEST_LINE)
         rows = csv.reader(
-            chain([first], lines), delimiter=delimiter or _delimiter(first, text_field), strict=True
+            chain([first], lines),
+            delimiter=delimiter or _delimiter(first, fields.text),
+            strict=True,
         )
         column: int | None = None
-        width = number = 0
+        weight_column = width = number = 0
         for row in _csv_rows(rows):
             if column is None:
                 if isinstance(row, csv.Error):
                     raise UnreadableError(f"its first row is not CSV ({row}); mend it")
-                if text_field not in row:
-                    raise _no_column(row, text_field)
-                column, width = row.index(text_field), len(row)
+                _check_columns(row, fields)
+                column, width = row.index(fields.text), len(row)
+                weight_column = row.index(fields.weight) if fields.weight is not None else 0
                 continue
             number += 1
             try:
@@ -425,9 +469,21 @@ def _csv_texts(
                     raise BadRecordError(
                         "malformed_csv", f"{len(row)} fields, but the first row names {width}"
                     )
-                yield encodable_text(row[column])
+                document = encodable_text(row[column])
+                if fields.weight is None:
+                    yield Record(document)
+                else:
+                    yield Record(document, _csv_weight(row[weight_column], fields.weight))
             except BadRecordError as problem:
                 on_bad("row", number, problem)
+
+
+def _csv_weight(text: str, name: str) -> float:
+    try:
+        value: object = float(text) if text.strip() else None
+    except ValueError:
+        value = text
+    return _checked_weight(value, name)
 
 
 def _csv_lines(text: io.TextIOWrapper) -> Iterator[str]:
@@ -469,20 +525,23 @@ def _delimiter(line: str, text_field: str) -> str:
     return ","
 
 
-def _no_column(names: list[str], text_field: str) -> UnreadableError:
-    return UnreadableError(
-        f"it has no column {shown(text_field)}; its columns are {shown_list(names) or 'none'}; "
-        "choose with --text-field, or leave the file out"
-    )
+def _check_columns(names: list[str], fields: Fields) -> None:
+    """Check that a table has the columns that are read."""
+    for name, option in ((fields.text, "--text-field"), (fields.weight, "--weight-field")):
+        if name is not None and name not in names:
+            raise UnreadableError(
+                f"it has no column {shown(name)}; its columns are {shown_list(names) or 'none'}; "
+                f"choose with {option}, or leave the file out"
+            )
 
 
-def _parquet_texts(
-    path: Path | StoreFile,
-    text_field: str,
-    on_bad: OnBad,
-    on_position: OnPosition,
-    of_value: OfValue | None,
-) -> Iterator[Document]:
+def _columns(fields: Fields) -> list[str]:
+    return [fields.text] if fields.weight is None else [fields.text, fields.weight]
+
+
+def _parquet_records(
+    path: Path | StoreFile, fields: Fields, on_bad: OnBad, on_position: OnPosition
+) -> Iterator[Record]:
     arrow, parquet = (
         import_library("pyarrow", ".parquet"),
         import_library("pyarrow.parquet", ".parquet"),
@@ -493,29 +552,21 @@ def _parquet_texts(
         # Read page by page: with pre_buffer a row group, which may be gigabytes, is read at once.
         source = path if isinstance(path, Path) else path.open()
         with parquet.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise _no_column(names, text_field)
+            _check_columns(file.schema_arrow.names, fields)
             num_rows = file.metadata.num_rows
             for batch in file.iter_batches(
-                batch_size=_ROWS, columns=[text_field], use_threads=False
+                batch_size=_ROWS, columns=_columns(fields), use_threads=False
             ):
-                yield from _column_texts(
-                    arrow, batch.column(0), number, text_field, on_bad, of_value=of_value
-                )
+                yield from _rows_of(arrow, batch, number, fields, on_bad)
                 number += len(batch)
                 on_position(size * number // max(num_rows, 1))
     except arrow.ArrowException as error:
         raise UnreadableError(f"{shown(error)}; copy or download it again") from error
 
 
-def _arrow_texts(
-    path: Path | StoreFile,
-    text_field: str,
-    on_bad: OnBad,
-    on_position: OnPosition,
-    of_value: OfValue | None,
-) -> Iterator[Document]:
+def _arrow_records(
+    path: Path | StoreFile, fields: Fields, on_bad: OnBad, on_position: OnPosition
+) -> Iterator[Record]:
     """The texts in an Arrow file, in the file format (as Feather 2 is) or the stream format; the
     content decides.
     """
@@ -532,20 +583,14 @@ def _arrow_texts(
             is_file = head.startswith(b"ARROW1")
             with ipc.open_file(source) if is_file else ipc.open_stream(source) as reader:
                 names = reader.schema.names
-                if text_field not in names:
-                    raise _no_column(names, text_field)
+                _check_columns(names, fields)
+                indices = [names.index(name) for name in _columns(fields)]
                 for batch in _batches(reader) if is_file else reader:
-                    column = batch.column(names.index(text_field))
-                    column.validate()
-                    for start in range(0, len(column), _ROWS):
-                        yield from _column_texts(
-                            arrow,
-                            column[start : start + _ROWS],
-                            number + start,
-                            text_field,
-                            on_bad,
-                            of_value=of_value,
-                        )
+                    columns = batch.select(indices)
+                    columns.validate()
+                    for start in range(0, len(columns), _ROWS):
+                        rows = columns.slice(start, _ROWS)
+                        yield from _rows_of(arrow, rows, number + start, fields, on_bad)
                     number += len(batch)
                     on_position(source.tell())
     except arrow.ArrowException as error:
@@ -566,49 +611,64 @@ def _check_not_pointer(path: Path | StoreFile) -> bytes:
     return head
 
 
-def _column_texts(
-    arrow: Any,
-    column: Any,
-    number: int,
-    text_field: str,
-    on_bad: OnBad,
-    *,
-    of_value: OfValue | None,
-) -> Iterator[Document]:
-    """The texts in a batch of rows, `number` rows after the first one. They are decoded one by
+def _rows_of(
+    arrow: Any, batch: Any, number: int, fields: Fields, on_bad: OnBad
+) -> Iterator[Record]:
+    """The documents in a batch of rows, `number` rows after the first one. Texts are decoded one by
     one, because in a batch one bad byte would fail them all.
     """
-    if of_value is not None:
-        column.validate(full=True)
-        yield from _documents_of(column.to_pylist(), number, on_bad, of_value)
-        return
+    column = _column(batch, fields.text)
+    if fields.of_value is None:
+        column = _as_bytes(arrow, column)
+    column.validate(full=True)  # in a damaged file its offsets may point outside of memory
+    weights = None if fields.weight is None else _weights(arrow, batch, fields.weight)
+    for row, value in enumerate(column.to_pylist()):
+        try:
+            if fields.of_value is not None:
+                document = fields.of_value(value)
+            elif value is None:
+                raise BadRecordError("missing_field", f"the column {shown(fields.text)} is empty")
+            else:
+                document = value.decode()
+            if weights is None or fields.weight is None:
+                yield Record(document)
+            else:
+                yield Record(document, _checked_weight(weights[row], fields.weight))
+        except UnicodeDecodeError as error:
+            on_bad("row", number + row + 1, _not_utf8(error))
+        except BadRecordError as problem:
+            on_bad("row", number + row + 1, problem)
+
+
+def _column(batch: Any, name: str) -> Any:
+    """The first column of this name."""
+    return batch.column(batch.schema.names.index(name))
+
+
+def _as_bytes(arrow: Any, column: Any) -> Any:
+    """A column of text as one of bytes."""
     if arrow.types.is_dictionary(column.type):
         column.validate(full=True)
         column = column.dictionary_decode()
-    if str(column.type) not in _TEXT_TYPES:
+    kind = str(column.type)
+    if kind not in _TEXT_TYPES:
         raise UnreadableError(
-            f"the column holds {shown(column.type)}, not text; choose another with --text-field"
+            f"the column holds {shown(kind)}, not text; choose another with --text-field"
         )
-    name = str(column.type)
-    if name.endswith(("string", "string_view")):
-        column = column.view(name.replace("string", "binary"))
-    column.validate(full=True)  # in a damaged file its offsets may point outside of memory
-    for row, value in enumerate(column.to_pylist(), number + 1):
-        try:
-            if value is None:
-                raise BadRecordError("missing_field", f"the column {shown(text_field)} is empty")
-            yield value.decode()
-        except UnicodeDecodeError as error:
-            on_bad("row", row, _not_utf8(error))
-        except BadRecordError as problem:
-            on_bad("row", row, problem)
+    is_text = kind.endswith(("string", "string_view"))
+    return column.view(kind.replace("string", "binary")) if is_text else column
 
 
-def _documents_of(
-    values: list[object], number: int, on_bad: OnBad, of_value: OfValue
-) -> Iterator[Document]:
-    for row, value in enumerate(values, number + 1):
-        try:
-            yield of_value(value)
-        except BadRecordError as problem:
-            on_bad("row", row, problem)
+def _weights(arrow: Any, batch: Any, name: str) -> list[float | None]:
+    """The numbers in a column of weights; None where a row has none."""
+    column = _column(batch, name)
+    kind, types = column.type, arrow.types
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    if not (is_number or types.is_null(kind)):
+        raise UnreadableError(
+            f"its column {shown(name)} holds {shown(kind)}, not numbers; choose another with "
+            "--weight-field"
+        )
+    column.validate(full=True)
+    numbers: list[float | None] = column.cast(arrow.float64()).to_pylist()
+    return numbers

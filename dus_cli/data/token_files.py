@@ -9,6 +9,9 @@ A part is a folder:
 - `hashes.bin`: uint64, the hash of each document of evaluation data; else empty.
 - `meta.json`: counts, from which the sizes of the files follow.
 
+A document that occurs several times (`--weight-field`) is in its place once; its copies follow
+after the part's last document, so that they are apart.
+
 While one batch is tokenised (by the tokenizer's own threads, without Python's lock) a thread reads
 the next.
 """
@@ -31,10 +34,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dus_cli.common.files import sync_file, writing
-from dus_cli.data.documents import ReadCounts, Reading, documents_of
-from dus_cli.data.holdout import EVERYTHING, HASH_BITS, Split, text_hash
+from dus_cli.data.documents import ReadCounts, Reading, records
+from dus_cli.data.holdout import EVERYTHING, HASH_BITS, Split, num_copies, text_hash
 from dus_cli.data.remote import StoreFile
-from dus_cli.data.texts import Document, OfValue
+from dus_cli.data.texts import Document, Fields, OfValue, Record
 from dus_cli.data.tokeniser import Tokeniser, pieces_of
 
 if TYPE_CHECKING:
@@ -45,6 +48,9 @@ FORMAT = 2
 # Bytes of text tokenised at a time: enough for every core; the tokenizer's memory is about 40 times
 # as much.
 _BATCH = min(os.cpu_count() or 1, 16) << 20
+
+# Tokens copied at a time.
+_COPIED = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16 | np.uint32]:
@@ -65,12 +71,13 @@ class Summary:
 
 
 class _Piece(NamedTuple):
-    """A document, or a piece of a long text: whether it is held out, and whether it is the first
-    and the last piece. A document of token ids is always one piece.
+    """A document, or a piece of a long text: whether it is held out, how often it occurs, and
+    whether it is the first and the last piece. A document of token ids is always one piece.
     """
 
     text: Document
     is_held_out: bool
+    num_copies: int
     is_first: bool
     is_last: bool
 
@@ -94,7 +101,7 @@ class Reader:
 
     Args:
         files: read in this order.
-        reading: the text field, and what to do with bad lines.
+        reading: the fields, and what to do with bad lines.
         of_value: makes a document from the field's value; None if the value is the text.
         start: where reading begins; None is the first file's beginning.
 
@@ -115,37 +122,39 @@ class Reader:
         self._files, self._reading, self._of_value = files, reading, of_value
         self.place, self.position, self.is_at_end = start or Place(), 0, False
         self.skipped: Counter[str] = Counter()
-        self._documents = self._all()
+        self._records = self._all()
 
-    def portion(self, size: float = math.inf) -> Iterator[Document]:
+    def portion(self, size: float = math.inf) -> Iterator[Record]:
         """The next documents, until they have `size` characters together. A token id counts as
         four.
 
         Raises:
             DataError: a file cannot be read, or has a bad line.
         """
-        for document in self._documents:
-            yield document
+        for record in self._records:
+            yield record
+            document = record.document
             size -= len(document) if isinstance(document, str) else 4 * len(document)
             if size <= 0:
                 return
 
-    def _all(self) -> Iterator[Document]:
+    def _all(self) -> Iterator[Record]:
         first, num_before = self.place
+        reading = self._reading
+        fields = Fields(reading.text_field, self._of_value, reading.weight_field)
         for number, file in enumerate(self._files):
             start, size = self.position, file.stat().st_size
             if number >= first:
                 counts = ReadCounts(skipped=self.skipped)
-                field_name, on_bad_line = self._reading.text_field, self._reading.on_bad_line
-                documents = documents_of(file, field_name, on_bad_line, counts, self._of_value)
+                found = records(file, fields, reading.on_bad_line, counts)
                 if number == first and num_before:
-                    for _ in islice(documents, num_before):
+                    for _ in islice(found, num_before):
                         pass
                     self.skipped.clear()  # counted by whoever read these documents
-                for document in documents:
+                for record in found:
                     self.place = Place(number, counts.documents)
                     self.position = start + min(counts.position, size)
-                    yield document
+                    yield record
             self.position = start + size
         self.is_at_end = True
 
@@ -188,12 +197,13 @@ def write_part(
                 if piece.is_last:
                     if isinstance(piece.text, str) or ids[-1] != tokeniser.eos:
                         target.add(tokeniser.ending)
-                    target.end_document()
+                    target.end_document(piece.num_copies)
             for target in (train, heldout):
                 summary.highest_id = max(summary.highest_id, target.highest_id)
                 tokeniser.check_ids(target.highest_id)
                 target.flush()
             on_bytes(batch.num_source_bytes)
+        train.add_copies()
     with writing("hashes.bin"):
         (folder / "hashes.bin").write_bytes(hashes.tobytes())
     meta = {
@@ -253,7 +263,7 @@ def _batches(
 ) -> Iterator[_Batch]:
     pieces: list[_Piece] = []
     num_bytes, position = 0, reader.position
-    for text in reader.portion(size):
+    for text, weight in reader.portion(size):
         encoded = text.encode() if isinstance(text, str) else text.tobytes()
         number = text_hash(encoded)
         if number in split.left_out:
@@ -262,11 +272,16 @@ def _batches(
         if split.share == EVERYTHING:
             hashes.append(number)
         summary.lowest_hash = min(summary.lowest_hash, number)
+        is_held_out = split.holds_out(number)
+        copies = 1 if is_held_out else num_copies(weight, number)
+        if not copies:
+            reader.skipped["by_weight"] += 1
+            continue
         summary.highest_hash = max(summary.highest_hash, number)
         is_first = True
         whole = [(text, True)]
         for piece, is_last in pieces_of(text) if isinstance(text, str) else whole:
-            pieces.append(_Piece(piece, split.holds_out(number), is_first, is_last))
+            pieces.append(_Piece(piece, is_held_out, copies, is_first, is_last))
             is_first = False
             num_bytes += len(encoded) * len(piece) // len(text)
             if num_bytes >= _BATCH or len(pieces) >= _BATCH >> 8:
@@ -283,7 +298,8 @@ class _TokenFile:
     def __init__(self, folder: Path, name: str, dtype: type[np.uint16 | np.uint32]) -> None:
         self._folder, self._name, self._dtype = folder, name, dtype
         self._ids, self._ends = array("I"), array("Q")
-        self.num_tokens = self.num_documents = 0
+        self.num_tokens = self.num_documents = self._start = 0
+        self._copied = array("Q")  # for each document with copies: start, end, number of copies
 
     def __enter__(self) -> Self:
         with writing(f"{self._name}.bin"):
@@ -299,9 +315,32 @@ class _TokenFile:
         self._ids.extend(ids)
         self.num_tokens += len(ids)
 
-    def end_document(self) -> None:
+    def end_document(self, num_copies: int = 1) -> None:
+        """End a document that occurs so often; `add_copies` writes all but the first."""
+        if num_copies > 1:
+            self._copied.extend((self._start, self.num_tokens, num_copies - 1))
+        self._start = self.num_tokens
         self._ends.append(self.num_tokens)
         self.num_documents += 1
+
+    def add_copies(self) -> None:
+        """Write each copy of the documents that occur several times: every document's second
+        occurrence, then every third.
+        """
+        copied = np.frombuffer(self._copied, np.uint64).astype(np.int64).reshape(-1, 3)
+        if not len(copied):
+            return
+        path = self._folder / f"{self._name}.bin"
+        written = np.memmap(path, self._dtype, mode="r", shape=(self.num_tokens,))
+        while len(copied):
+            for start, end, _ in copied.tolist():
+                self._ids.frombytes(written[start:end].astype(np.uint32).tobytes())
+                self.num_tokens += end - start
+                self.end_document()
+                if len(self._ids) >= _COPIED:
+                    self.flush()
+            copied = copied[copied[:, 2] > 1] - (0, 0, 1)
+        self.flush()
 
     @property
     def highest_id(self) -> int:

@@ -359,6 +359,15 @@ class DataOptions:
         str | None,
         Option("The field or column with token ids.", metavar="NAME", panel=DATA),
     ] = None
+    weight_field: Annotated[
+        str | None,
+        Option(
+            "The field or column with each document's weight: a document of weight 2.5 occurs "
+            "twice or three times in an epoch, and one of weight 0 not at all.",
+            metavar="NAME",
+            panel=DATA,
+        ),
+    ] = None
     on_bad_line: OnBadLine = BadLine.error
     holdout: Annotated[
         float,

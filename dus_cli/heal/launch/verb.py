@@ -312,6 +312,7 @@ def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -
         vocab_size=model.vocab_size,
         text_field=name,
         column=column,
+        weight_field=data.weight_field,
         on_bad_line=data.on_bad_line,
         holdout=data.holdout,
         special_tokens=data.special_tokens,
