@@ -1,7 +1,8 @@
 """A stand-in for the Hub on the loopback interface, with a log of requests and of the bytes sent.
 
-It answers huggingface_hub's requests for a model (commit, list of files, files) and for a data set,
-whose repo is named "datasets/org/name" here. As on the real Hub, a file under LFS redirects to a
+It answers huggingface_hub's requests for a model (commit, list of files, files), for a data set,
+whose repo is named "datasets/org/name" here, and for a bucket, "buckets/org/name", whose files are
+those of the repo's `main`. As on the real Hub, a file under LFS redirects to a
 signed address on another origin, where the token must not be sent; a gated repo shows its list of
 files to everyone; a private repo does not exist for strangers.
 
@@ -32,7 +33,9 @@ import pytest
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pth", ".onnx", ".parquet", ".gz")
 READER, STRANGER = "hf_reader", "hf_stranger"  # the tokens that the Hub knows
-_REPO = r"((?:datasets/)?[^/]+/[^/]+)"
+_REPO = r"((?:datasets/|buckets/)?[^/]+/[^/]+)"
+_BUCKET = r"(buckets/[^/]+/[^/]+)"
+_CREATED = "2026-02-06T17:37:57.000Z"  # every bucket and its files
 _PIECE = 64 << 10
 _BURST, _SILENCE = 0.1, 3.0  # seconds
 HANG_UP = 0  # in the place of an HTTP status: the connection is closed without an answer
@@ -244,6 +247,13 @@ class _Handler(BaseHTTPRequestHandler):
             elif match := re.fullmatch(rf"/api/models/{_REPO}/tree/([^/]+)/?(.*)", path):
                 recursive = "recursive=true" in url.query.lower()
                 answer = self._tree(match[1], match[2], match[3], recursive=recursive)
+            elif match := re.fullmatch(rf"/api/{_BUCKET}", path):
+                answer = self._bucket(match[1])
+            elif match := re.fullmatch(rf"/api/{_BUCKET}/tree/?(.*)", path):
+                recursive = "recursive=true" in url.query.lower()
+                answer = self._bucket_tree(match[1], match[2], recursive=recursive)
+            elif match := re.fullmatch(rf"/{_BUCKET}/resolve/(.+)", path):
+                answer = self._resolve(match[1], "main", match[2])
             elif re.fullmatch(rf"/api/models/{_REPO}/xet-read-token/([^/]+)", path):
                 service = {
                     "X-Xet-Cas-Url": f"{self.hub.endpoint}/cas",
@@ -280,6 +290,33 @@ class _Handler(BaseHTTPRequestHandler):
         found = (folder / below).rglob("*") if recursive else (folder / below).iterdir()
         paths = sorted(path.relative_to(folder).as_posix() for path in found)
         return _json([_entry(folder, path) for path in paths])
+
+    def _bucket(self, bucket: str) -> _Answer:
+        _, folder = self._commit(bucket, "main")
+        sizes = [(folder / path).stat().st_size for path in _files(folder)]
+        info = {"id": bucket.removeprefix("buckets/"), "private": False, "createdAt": _CREATED}
+        return _json(info | {"size": sum(sizes), "totalFiles": len(sizes)})
+
+    def _bucket_tree(self, bucket: str, prefix: str, *, recursive: bool) -> _Answer:
+        """The files whose path begins with a prefix, whatever follows it; without `recursive`, the
+        files and folders in that folder.
+        """
+        _, folder = self._commit(bucket, "main")
+        begins = "" if not prefix or (folder / prefix).is_file() or recursive else "/"
+        entries: dict[str, dict[str, Any]] = {}
+        for path in _files(folder):
+            if not path.startswith(prefix + begins):
+                continue
+            below = path.removeprefix(prefix + begins).partition("/")
+            if below[1] and not recursive:
+                name = path.removesuffix("".join(below[1:]))
+                entries[name] = {"type": "directory", "path": name, "uploadedAt": _CREATED}
+            else:
+                entry = _entry(folder, path)
+                hashed = {"xetHash": hashlib.sha256(entry["oid"].encode()).hexdigest()}
+                fields = {name: entry[name] for name in ("type", "path", "size")}
+                entries[path] = fields | hashed | {"uploadedAt": _CREATED}
+        return _json(list(entries.values()))
 
     def _resolve(self, repo_id: str, revision: str, path: str) -> _Answer:
         commit, folder = self._commit(repo_id, revision)

@@ -68,6 +68,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
         "datasets/org/plain": StandInRepo({FIRST: plain}, {"main": FIRST}),
         "datasets/org/private": StandInRepo({FIRST: first}, {"main": FIRST}, private=True),
     }
+    repos["buckets/org/corpus"] = StandInRepo({FIRST: first}, {"main": FIRST})
     with only_hub(repos, tmp_path / "hf", monkeypatch) as running:
         # huggingface_hub read them when it was imported
         template = f"{running.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -101,6 +102,9 @@ def texts(found: Source) -> list[str]:
         (f"hf://datasets/org/name@{SECOND}/data/all.parquet", ["all.parquet"], 69),
         ("hf://datasets/org/plain", ["train-0.jsonl.gz"], 119),
         ("hf://datasets/org/plain?split=test", ["test-0.jsonl"], 9),
+        ("hf://buckets/org/corpus/data/train-0.jsonl.gz", ["train-0.jsonl.gz"], 119),
+        ("hf://buckets/org/corpus/data/t*:0.5", ["test-0.jsonl", "train-0.jsonl.gz"], 128),
+        ("hf://buckets/org/corpus", ["all.parquet", "test-0.jsonl", "train-0.jsonl.gz"], 247),
     ],
 )
 def test_a_data_set_is_read_where_it_lies(
@@ -178,6 +182,9 @@ def test_a_token_reaches_what_is_private_and_no_other_origin(
             "hf://datasets/org/name/data?split=test",
             "config and split need the address of a whole data set",
         ),
+        ("hf://buckets/org/none", "is not there; check the address"),
+        ("hf://buckets/org/corpus/dat", "corpus/dat is not there"),
+        ("hf://buckets/org/corpus?split=test", "config and split need the address of a whole data"),
         ("hf://datasets/org/name/README.md", "has no suffix that --data reads"),
         ("{hub}/none.jsonl", "none.jsonl is not there"),
         ("file:///nowhere/a.jsonl", "is not there"),
@@ -209,13 +216,15 @@ def test_a_server_without_range_requests_is_refused(hub: StandInHub, tmp_path: P
         source(f"{hub.endpoint}/datasets/org/name/resolve/main/data/test-0.jsonl", tmp_path)
 
 
-@pytest.mark.parametrize("scheme", ["http", "file"])
+@pytest.mark.parametrize("scheme", ["http", "file", "hf"])
 def test_a_file_that_changes_while_it_is_read_ends_it(
     hub: StandInHub, tmp_path: Path, scheme: str
 ) -> None:
     changing = tmp_path / "first/data/test-0.jsonl"
     web = f"{hub.endpoint}/datasets/org/name/resolve/main/data/test-0.jsonl"
-    found = source(web if scheme == "http" else f"file://{changing}", tmp_path)
+    addresses = {"http": web, "file": f"file://{changing}"}
+    addresses["hf"] = "hf://buckets/org/corpus/data/test-0.jsonl"
+    found = source(addresses[scheme], tmp_path)
     content = changing.read_bytes()
     changing.write_bytes(content.replace(b"words", b"WORDS"))
     os.utime(changing, ns=(1, 1))

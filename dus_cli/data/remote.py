@@ -76,7 +76,7 @@ class StoreFile:
     Attributes:
         url: the address as shown, without its query.
         size: bytes.
-        version: changes with the content; the content's SHA-256 if the store knows it.
+        version: changes with the content; the content's SHA-256 if the store tells it.
         chunks: yields the bytes from a start up to an end; may break off.
         version_now: requests the version again; None if the content cannot change.
     """
@@ -346,13 +346,24 @@ def _hub_files(url: str) -> tuple[list[StoreFile], list[str]]:
         infos, others = _split_files(fs, root, config, split)
     else:
         infos = _listed(fs, f"{root}/{path}" if path else root)
-    return [_hub_file(fs, name, info) for name, info in infos.items()], others
+    has_commits = hasattr(place, "repo_id")  # a bucket has none: its files may change
+    return [
+        _hub_file(fs, name, info, is_pinned=has_commits) for name, info in infos.items()
+    ], others
 
 
-def _hub_file(fs: HfFileSystem, name: str, info: dict[str, Any]) -> StoreFile:
-    lfs = info.get("lfs")
-    version = lfs["sha256"] if lfs else info.get("blob_id") or info.get("xet_hash") or ""
-    return StoreFile(f"hf://{name}", info["size"], version, _web_chunks(fs.url(name)))
+def _hub_file(fs: HfFileSystem, name: str, info: dict[str, Any], *, is_pinned: bool) -> StoreFile:
+    def version(info: dict[str, Any]) -> str:
+        lfs = info.get("lfs")
+        return lfs["sha256"] if lfs else info.get("blob_id") or info.get("xet_hash") or ""
+
+    return StoreFile(
+        f"hf://{name}",
+        info["size"],
+        version(info),
+        _web_chunks(fs.url(name)),
+        None if is_pinned else lambda: version(fs.info(name, refresh=True)),
+    )
 
 
 def _parse_split(url: str) -> tuple[str, str, str]:
