@@ -155,6 +155,27 @@ def test_a_busy_server_is_asked_again_and_a_dead_one_is_told_of(
     assert "\n" not in str(caught.value)
 
 
+def test_a_store_that_does_not_answer_is_told_of_once_while_it_is_tried_again(
+    hub: StandInHub, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    argument = "hf://datasets/org/name/data/test-0.jsonl"
+    hub.failures["*"] = 503
+    with pytest.raises(DataError, match="its server answered 503"):
+        parse_sources([argument], tmp_path, say=said.append)
+    (line,) = said
+    assert line.startswith("hf://datasets/org/name/data/test-0.jsonl does not answer (")
+    assert line.endswith("; trying again …")
+    del hub.failures["*"]
+    (found,) = parse_sources([argument], tmp_path, say=said.append)
+    assert texts(found) == TEXTS[:9]
+    assert len(said) == 1
+    hub.failures["*"] = HANG_UP
+    with pytest.raises(DataError, match=r"^cannot read hf://"):
+        texts(found)
+    assert len(said) == 2
+
+
 def test_a_token_reaches_what_is_private_and_no_other_origin(
     hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

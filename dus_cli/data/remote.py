@@ -14,14 +14,14 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 from dus_cli import __version__
 from dus_cli.common.libraries import broken_import, require
-from dus_cli.errors import DataError, DusError, shown, shown_list
+from dus_cli.errors import DataError, DusError, reason_of, shown, shown_list
 from dus_cli.hub.errors import LIBRARY, check_token, limit_requests, tried
 from dus_cli.hub.fetching import silence
 from dus_cli.hub.remote import ATTEMPTS, is_the_hubs, pause, wait_before
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 # Bytes per request: few at first, then twice as many for each request that goes on from the last.
 _FIRST_PART, _LONGEST_PART = 256 << 10, 8 << 20
+
+# Failures in a row after which it is said that a store does not answer.
+_SAID_AFTER = 2
 
 # The package that a store needs in addition to fsspec.
 _CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -59,6 +62,7 @@ _SPLIT_WORDS = {
 
 _T = TypeVar("_T")
 Chunks = Callable[[int, int], Iterator[bytes]]
+Say = Callable[[str], object]
 
 
 class FileStatus(NamedTuple):
@@ -79,6 +83,7 @@ class StoreFile:
         version: changes with the content; the content's SHA-256 if the store tells it.
         chunks: yields the bytes from a start up to an end; may break off.
         version_now: requests the version again; None if the content cannot change.
+        say: called with a line for a person if the store does not answer and is tried again.
     """
 
     url: str
@@ -86,6 +91,7 @@ class StoreFile:
     version: str
     chunks: Chunks = field(compare=False, repr=False)
     version_now: Callable[[], str] | None = field(default=None, compare=False, repr=False)
+    say: Say = field(default=lambda _: None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.url
@@ -137,7 +143,7 @@ class StoreFile:
                     raise
                 except Exception as error:  # noqa: BLE001  each store's client has errors of its own
                     failures = 1 if len(content) > before else failures + 1
-                    _wait(error, failures)
+                    _wait(error, failures, self.url, self.say)
         return bytes(content)
 
     def check_unchanged(self) -> None:
@@ -149,7 +155,7 @@ class StoreFile:
         if self.version_now is None:
             return
         with store_errors(self.url):
-            if _with_retries(self.version_now) != self.version:
+            if _with_retries(self.version_now, self.url, self.say) != self.version:
                 raise DataError(f"{shown(self.url)} changed while it was read; start again")
 
 
@@ -192,9 +198,14 @@ class _StoreStream(io.RawIOBase):
 # --- listing --------------------------------------------------------------------------------------
 
 
-def remote_files(url: str) -> tuple[list[StoreFile], list[str]]:
+def remote_files(url: str, say: Say = lambda _: None) -> tuple[list[StoreFile], list[str]]:
     """The files at a URL (a file, a folder, a pattern, or a split of a data set), in a fixed
     order; and the names of the data set's files that are not in the split.
+
+    Args:
+        url: the address.
+        say: called with a line for a person if the store does not answer and is tried again, now or
+            when the files are read.
 
     Raises:
         DataError: there is no file, permission is missing, or the store fails several times.
@@ -204,14 +215,13 @@ def remote_files(url: str) -> tuple[list[StoreFile], list[str]]:
     silence(quiet=True)
     limit_requests()
     with store_errors(url):
-        if scheme in {"http", "https"}:
-            return [_with_retries(lambda: _web_file(url))], []
         if scheme == "hf":
             check_token(None)
-            return _with_retries(lambda: _hub_files(url))
-        if scheme in _CLIENTS:
+        elif scheme in _CLIENTS:
             require(f"reading {scheme}://", _CLIENTS[scheme])
-        return _with_retries(lambda: _store_files(url)), []
+        find = {"http": _web_files, "https": _web_files, "hf": _hub_files}.get(scheme, _store_files)
+        files, others = _with_retries(lambda: find(url), _without_query(url), say)
+        return [replace(file, say=say) for file in files], others
 
 
 def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
@@ -231,7 +241,7 @@ def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _store_files(url: str) -> list[StoreFile]:
+def _store_files(url: str) -> tuple[list[StoreFile], list[str]]:
     import fsspec  # type: ignore[import-untyped]
 
     fs, path = fsspec.core.url_to_fs(url)
@@ -252,13 +262,13 @@ def _store_files(url: str) -> list[StoreFile]:
             lambda: version_now(name),
         )
 
-    return [file(name, info) for name, info in _listed(fs, path).items()]
+    return [file(name, info) for name, info in _listed(fs, path).items()], []
 
 
 # --- the web --------------------------------------------------------------------------------------
 
 
-def _web_file(url: str) -> StoreFile:
+def _web_files(url: str) -> tuple[list[StoreFile], list[str]]:
     """The file at an address; its size comes with the response to a request for the first byte."""
     with _part(url, 0, 1) as response:
         version = _web_version(response.headers)
@@ -268,7 +278,7 @@ def _web_file(url: str) -> StoreFile:
         with _part(url, 0, 1) as response:
             return _web_version(response.headers)
 
-    return StoreFile(_without_query(url), size, version, _web_chunks(url), version_now)
+    return [StoreFile(_without_query(url), size, version, _web_chunks(url), version_now)], []
 
 
 def _web_version(headers: Mapping[str, str]) -> str:
@@ -475,8 +485,8 @@ def _split_of(name: str) -> str | None:
 # --- retries and errors ---------------------------------------------------------------------------
 
 
-def _with_retries(call: Callable[[], _T]) -> _T:
-    """The result of a call, which is repeated if the network or a server fails."""
+def _with_retries(call: Callable[[], _T], place: str, say: Say) -> _T:
+    """The result of a call to a store, which is repeated if the network or a server fails."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
     failures = 0
@@ -487,16 +497,19 @@ def _with_retries(call: Callable[[], _T]) -> _T:
             raise
         except (OSError, HTTPError) as error:
             failures += 1
-            _wait(error, failures)
+            _wait(error, failures, place, say)
 
 
-def _wait(error: Exception, failures: int) -> None:
+def _wait(error: Exception, failures: int, place: str, say: Say) -> None:
     """Wait before the next try; raise the error if another try would not help."""
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     if not isinstance(error, HTTPError):
         error = OSError(shown(error) or type(error).__name__)
-    pause(wait_before(error, failures, ATTEMPTS))
+    seconds = wait_before(error, failures, ATTEMPTS)
+    if failures == _SAID_AFTER:
+        say(f"{shown(place)} does not answer ({reason_of(error)}); trying again …")
+    pause(seconds)
 
 
 @contextmanager

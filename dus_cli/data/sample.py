@@ -16,6 +16,7 @@ import numpy as np
 from dus_cli.common.units import counted
 from dus_cli.data.documents import ReadCounts, Reading, documents
 from dus_cli.data.holdout import Split, text_hash
+from dus_cli.data.remote import Say
 from dus_cli.data.sources import Source, Unread, parse_sources
 from dus_cli.data.streams import IGNORED, Ids, Packing, RowsInOrder
 from dus_cli.data.tokeniser import Tokeniser
@@ -50,6 +51,7 @@ def read_sample(
     *,
     reading: Reading | None = None,
     holdout: float | None = None,
+    say: Say = lambda _: None,
 ) -> Sample:
     """The first documents of the data, with at most `max_tokens` tokens, special tokens included.
 
@@ -61,13 +63,14 @@ def read_sample(
         reading: the text field, and what to do with bad lines.
         holdout: read only the documents that `dus heal --holdout SHARE` holds out; None reads
             every document.
+        say: called with a line for a person if a store does not answer and is tried again.
 
     Raises:
         DataError: a file is missing or cannot be read, or there is no document.
     """
     counts, texts = ReadCounts(), list[str]()
     with tempfile.TemporaryDirectory(prefix="dus-sample-") as spool:  # for standard input
-        sources = parse_sources(files, Path(spool), (reading or Reading()).text_field)
+        sources = parse_sources(files, Path(spool), (reading or Reading()).text_field, say=say)
         weights = [source.weight or 0.0 for source in sources]
         left = max_tokens
         for source, weight in zip(sources, weights, strict=True):

@@ -19,7 +19,7 @@ from dus_cli.common.reference import user_path
 from dus_cli.common.storage import sync
 from dus_cli.common.units import counted
 from dus_cli.data.containers import BUFFER, COMPRESSIONS
-from dus_cli.data.remote import StoreFile, remote_files
+from dus_cli.data.remote import Say, StoreFile, remote_files
 from dus_cli.data.texts import is_one_object_without
 from dus_cli.errors import DataError, UsageError, shown, shown_list
 
@@ -107,13 +107,18 @@ def kind_of(name: str) -> str | None:
 
 
 def parse_sources(
-    arguments: Sequence[str], spool: Path, text_field: str = "text"
+    arguments: Sequence[str],
+    spool: Path,
+    text_field: str = "text",
+    *,
+    say: Say = lambda _: None,
 ) -> tuple[Source, ...]:
     """The files of each FILE, FOLDER, 'PATTERN', URL or `-`, with or without `:WEIGHT`.
 
     `-` is standard input, JSONL; it is copied to stdin.jsonl in the folder `spool`, because data is
     read more than once. A colon may be part of an existing file's name. In folders and patterns, a
-    .json file of one object without `text_field` is taken for a description, not for data.
+    .json file of one object without `text_field` is taken for a description, not for data. `say` is
+    called with a line for a person if a store does not answer and is tried again.
 
     Raises:
         DataError: there is no file, no data or no permission; standard input is empty; some
@@ -124,12 +129,12 @@ def parse_sources(
     """
     sources = []
     for text in arguments:
-        files, weight = _find(_without_weight(text), spool, text_field), None
+        files, weight = _find(_without_weight(text), spool, text_field, say), None
         if _without_weight(text) != text:
             weight = _weight(text, text.rpartition(":")[2])
         elif not files.paths:
             head, colon, tail = text.rpartition(":")
-            files = _find(head, spool, text_field) if colon else _Files()
+            files = _find(head, spool, text_field, say) if colon else _Files()
             if not files.paths:
                 raise DataError(_no_such_file(text))
             weight = _weight(text, tail)
@@ -143,7 +148,11 @@ def parse_sources(
 
 
 def parse_heldout(
-    arguments: Sequence[str], spool: Path, text_field: str = "text"
+    arguments: Sequence[str],
+    spool: Path,
+    text_field: str = "text",
+    *,
+    say: Say = lambda _: None,
 ) -> tuple[Source, ...]:
     """The files of each FILE or NAME=FILE. Files of the same name are one held-out set; files
     without a name are one set.
@@ -159,7 +168,7 @@ def parse_heldout(
             f"--eval-data {shown(without[0])} has no name but others have; give all of them a name "
             "(NAME=FILE), or none"
         )
-    sources = parse_sources([file for _, file in pairs], spool, text_field)
+    sources = parse_sources([file for _, file in pairs], spool, text_field, say=say)
     return tuple(
         replace(source, name=name) for (name, _), source in zip(pairs, sources, strict=True)
     )
@@ -206,14 +215,14 @@ def _weight(argument: str, text: str) -> float:
     return weight
 
 
-def _find(text: str, spool: Path, text_field: str) -> _Files:
+def _find(text: str, spool: Path, text_field: str, say: Say) -> _Files:
     """The files that `text` matches, absolute and in a fixed order; empty if nothing has this
     name.
     """
     if text == "-":
         return _Files([_spooled(spool)])
     if re.match(r"\w[\w+.-]*://", text, re.ASCII):
-        return _find_remote(text, text_field)
+        return _find_remote(text, text_field, say)
     text = str(user_path(text)) if text.startswith("~") and not os.path.lexists(text) else text
     if os.path.lexists(text) and not Path(text).is_dir():
         path = Path(text).absolute()
@@ -232,9 +241,9 @@ def _find(text: str, spool: Path, text_field: str) -> _Files:
     return files
 
 
-def _find_remote(text: str, text_field: str) -> _Files:
+def _find_remote(text: str, text_field: str, say: Say) -> _Files:
     """The files that a URL matches."""
-    listed, others = remote_files(text)
+    listed, others = remote_files(text, say)
     files = _Files()
     if len(listed) == 1 and text.endswith(listed[0].name):
         _check_kind(listed[0])

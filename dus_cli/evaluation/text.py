@@ -75,14 +75,17 @@ class EvaluationText:
             on_bytes(size - position)
 
 
-def open_text(options: TextOptions, spool: Path) -> EvaluationText:
+def open_text(
+    options: TextOptions, spool: Path, say: Callable[[str], object] = lambda _: None
+) -> EvaluationText:
     """The text of `--data`. Standard input is copied to the folder `spool`, because every model
-    reads it.
+    reads it. `say` is called with a line for a person if a store does not answer and is tried
+    again.
 
     Raises:
         DataError: there are no files or no text in them, or a file has a weight.
     """
-    sources = parse_sources(options.data, spool, options.text_field)
+    sources = parse_sources(options.data, spool, options.text_field, say=say)
     for source in sources:
         if source.weight is not None:
             raise DataError(

@@ -58,7 +58,7 @@ def evaluate(
     """
     check_there(refs)  # errors that need no torch come before torch is imported
     with tempfile.TemporaryDirectory(prefix="dus-eval-") as spool:
-        text = None if text_options is None else open_text(text_options, Path(spool))
+        text = None if text_options is None else open_text(text_options, Path(spool), progress.note)
         model = import_model()
         device = model.device_of(options.device)
         candidates = find_candidates(

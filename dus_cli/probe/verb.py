@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -242,7 +242,9 @@ def _measure(task: _Task, options: ProbeOptions, progress: Progress) -> Probe:
 
     of_base, plan, fit = task.of_base, task.plan, task.fit
     checkpoint, num_layers, seq_length = of_base.checkpoint, plan.num_layers, plan.seq_length
-    text, batches, num_labels, warnings = _read(checkpoint, options, seq_length, fit.rows_at_once)
+    text, batches, num_labels, warnings = _read(
+        checkpoint, options, seq_length, fit.rows_at_once, say=progress.note
+    )
     progress.start("loading the model", None)
     batches = [batch.to(fit.device) for batch in batches]
     scaled: list[dict[str, int]] = [{} for _ in range(num_layers)]
@@ -323,7 +325,12 @@ def _recommended(
 
 
 def _read(
-    checkpoint: Checkpoint, options: ProbeOptions, seq_length: int, rows_at_once: int
+    checkpoint: Checkpoint,
+    options: ProbeOptions,
+    seq_length: int,
+    rows_at_once: int,
+    *,
+    say: Callable[[str], object],
 ) -> tuple[ProbeText, list[Batch], int, tuple[str, ...]]:
     """Read the text: its description, its rows in batches of one shape, the number of predicted
     tokens, and warnings.
@@ -342,7 +349,7 @@ def _read(
     tokeniser = open_tokeniser(checkpoint.folder, words, special_tokens=options.special_tokens)
     reading = Reading(options.text_field, options.on_bad_line)
     sample = read_sample(
-        options.data, tokeniser, options.tokens, reading=reading, holdout=options.holdout
+        options.data, tokeniser, options.tokens, reading=reading, holdout=options.holdout, say=say
     )
     rows = Packed(sample.texts, tokeniser, seq_length, document_mask=False)
     if not len(rows):

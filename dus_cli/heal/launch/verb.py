@@ -302,7 +302,7 @@ def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -
     folder.mkdir(parents=True, exist_ok=True)
     data = options.data
     name, column = data.field
-    sources, eval_sources = _sources(options, folder)
+    sources, eval_sources = _sources(options, folder, view)
     view.status("tokenising")
     prepared = prepare(
         sources,
@@ -329,12 +329,14 @@ def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -
     return _PreparedData(prepared.to_json(), rows.rows_per_epoch)
 
 
-def _sources(options: HealOptions, folder: Path) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+def _sources(
+    options: HealOptions, folder: Path, view: View
+) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
     data = options.data
     name, _ = data.field
     return (
-        parse_sources(data.files, folder, name),
-        parse_heldout(data.eval_files, folder, name),
+        parse_sources(data.files, folder, name, say=view.note),
+        parse_heldout(data.eval_files, folder, name, say=view.note),
     )
 
 
