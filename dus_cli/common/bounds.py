@@ -81,6 +81,7 @@ BOUNDS = {
     "num-fewshot": Bounds(0, 1000),
     "seed": Bounds(0, (1 << 32) - 1),  # what every generator of random numbers takes
     "seq-length": Bounds(2, _LONGEST_ROW),
+    "shuffle-window": Bounds(1, _TRILLION),
     "steps": Bounds(1, _BILLION),
     "stride": Bounds(1, _LONGEST_ROW),
     "tokens": Bounds(1, _QUADRILLION),

@@ -23,10 +23,10 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -40,7 +40,7 @@ from dus_cli.data.holdout import EVERYTHING, Split
 from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import Source, Unread, kind_of
 from dus_cli.data.streams import Part, Prepared, PreparedSource
-from dus_cli.data.token_files import FORMAT, Reader, is_whole, token_dtype, write_part
+from dus_cli.data.token_files import FORMAT, Place, Reader, is_whole, token_dtype, write_part
 from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, Tokeniser, open_tokeniser, tokenizer_identity
 from dus_cli.errors import DataError, shown, shown_list
 from dus_cli.writing.replacing import remove_claimed
@@ -50,6 +50,7 @@ from dus_cli.writing.staging import MARK, Staging
 _SHARED_PART = 64 << 20
 # Seconds between two attempts at the lock.
 _POLL = 0.25
+_T = TypeVar("_T")
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -98,10 +99,8 @@ def prepare(
             another run is building.
         OutputError: the disk is full, or failed.
     """
-    if any(source.weight is not None for source in eval_sources):
-        raise DataError("evaluation data has no mixture; leave the weights of --eval-data out")
     reading = Reading(text_field, on_bad_line, weight_field)
-    shelf = _Shelf(
+    shelf = Shelf(
         folder,
         tokenizer_folder,
         vocab_size,
@@ -110,34 +109,90 @@ def prepare(
         special_tokens=special_tokens,
         column=column,
     )
+    paths = [path for source in (*sources, *eval_sources) for path in source.paths]
+    return built(
+        shelf, lambda: _assemble(shelf, sources, eval_sources, holdout), paths, wait=wait, say=say
+    )
+
+
+def built(
+    shelf: Shelf,
+    assemble: Callable[[], _T],
+    paths: Sequence[Path | StoreFile],
+    *,
+    wait: bool,
+    say: Callable[[str], object],
+) -> _T:
+    """What `assemble` makes of a shelf's parts. If parts are missing, it is called again under the
+    lock and makes them.
+
+    Args:
+        shelf: has the parts.
+        assemble: asks the shelf for parts.
+        paths: the files that are read for them.
+        wait: whether to wait for another run that builds; otherwise that is an error.
+        say: called with a line of text for a person.
+
+    Raises:
+        DataError, OutputError: as `prepare`.
+    """
     try:  # without the lock: after the first run nothing is missing
-        prepared = _assemble(shelf, sources, eval_sources, holdout)
+        return assemble()
     except _MissingError:
-        with writing(folder.name):
-            folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, wait=wait, say=say), contextlib.closing(shelf):
-            shelf.start_building(
-                [path for source in (*sources, *eval_sources) for path in source.paths]
-            )
-            prepared = _assemble(shelf, sources, eval_sources, holdout)
-    return prepared
+        with writing(shelf.folder.name):
+            shelf.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(shelf.folder, wait=wait, say=say), contextlib.closing(shelf):
+            shelf.start_building(paths)
+            return assemble()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The parts of evaluation data, and the name of each one's held-out set; no names if they are
+    one set without a name.
+    """
+
+    parts: tuple[tuple[Part, dict[str, Any]], ...]
+    names: tuple[str, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return [part.key for part, _ in self.parts]
+
+    def digested(self) -> list[Any]:
+        """What identifies it."""
+        return [self.keys, *([list(self.names)] if self.names else [])]
+
+
+def evaluation_of(shelf: Shelf, sources: Sequence[Source]) -> Evaluation:
+    """The parts of evaluation data.
+
+    Raises:
+        DataError: a held-out set has no document.
+    """
+    if any(source.weight is not None for source in sources):
+        raise DataError("evaluation data has no mixture; leave the weights of --eval-data out")
+    groups = [shelf.parts([source], Split(EVERYTHING), "") for source in sources]
+    if sources:
+        _check_there_is_evaluation(sources, groups)
+    return Evaluation(
+        tuple(chain.from_iterable(groups)),
+        tuple(
+            source.name
+            for source, group in zip(sources, groups, strict=True)
+            for _ in group
+            if source.name
+        ),
+    )
 
 
 def _assemble(
-    shelf: _Shelf, sources: Sequence[Source], eval_sources: Sequence[Source], holdout: float
+    shelf: Shelf, sources: Sequence[Source], eval_sources: Sequence[Source], holdout: float
 ) -> Prepared:
-    eval_groups = [shelf.parts([source], Split(EVERYTHING), "") for source in eval_sources]
-    eval_parts = list(chain.from_iterable(eval_groups))
-    eval_names = [
-        source.name
-        for source, group in zip(eval_sources, eval_groups, strict=True)
-        for _ in group
-        if source.name
-    ]
+    evaluation = evaluation_of(shelf, eval_sources)
     if eval_sources:
         holdout = 0.0
-        _check_there_is_evaluation(eval_sources, eval_groups)
-    split_by = [part.key for part, _ in eval_parts]
+    split_by = evaluation.keys
 
     def split_at(share: float) -> list[list[tuple[Part, dict[str, Any]]]]:
         split = Split(share, shelf.hashes(split_by))
@@ -146,14 +201,11 @@ def _assemble(
     groups = split_at(holdout)
     metas = [meta for group in groups for _, meta in group]
     if holdout and not any(meta["num_documents"]["heldout"] for meta in metas):
-        holdout = _share_that_holds_some(metas, holdout)
+        holdout = share_that_holds_some(metas, holdout)
         if holdout:
             groups = split_at(holdout)
             metas = [meta for group in groups for _, meta in group]
-    _check_there_is_training(metas, sources)
-    skipped: Counter[str] = Counter()
-    for meta in (*metas, *(meta for _, meta in eval_parts)):
-        skipped.update(meta["skipped"])
+    check_there_is_training(metas, sources)
     named = [
         PreparedSource(source.text, source.weight, tuple(part for part, _ in group))
         for source, group in zip(sources, groups, strict=True)
@@ -161,19 +213,32 @@ def _assemble(
     keys = [[part.key for part in source.parts] for source in named]
     return Prepared(
         sources=tuple(named),
-        eval_parts=tuple(part for part, _ in eval_parts),
-        eval_names=tuple(eval_names),
+        eval_parts=tuple(part for part, _ in evaluation.parts),
+        eval_names=evaluation.names,
         holdout=holdout,
         dtype=metas[0]["dtype"],
         eos=metas[0]["eos"],
         before=tuple(metas[0]["before"]),
-        skipped=dict(sorted(skipped.items())),
-        content_key=_digest([keys, split_by, *([eval_names] if eval_names else [])]),
-        unread=sum((source.unread for source in (*sources, *eval_sources)), Unread()).to_json(),
+        skipped=skipped_in([*metas, *(meta for _, meta in evaluation.parts)]),
+        content_key=digest_of([keys, *evaluation.digested()]),
+        unread=unread_in([*sources, *eval_sources]),
     )
 
 
-def _share_that_holds_some(metas: Sequence[dict[str, Any]], share: float) -> float:
+def skipped_in(metas: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many lines and documents of some parts were left out, by reason."""
+    skipped: Counter[str] = Counter()
+    for meta in metas:
+        skipped.update(meta["skipped"])
+    return dict(sorted(skipped.items()))
+
+
+def unread_in(sources: Sequence[Source]) -> dict[str, Any]:
+    """The files of some sources that are not read, as JSON."""
+    return sum((source.unread for source in sources), Unread()).to_json()
+
+
+def share_that_holds_some(metas: Sequence[dict[str, Any]], share: float) -> float:
     """The share, doubled until it holds out some documents but not all; 0 if no share up to a half
     does.
     """
@@ -204,13 +269,11 @@ def _check_there_is_evaluation(
             )
 
 
-def _check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[Source]) -> None:
+def check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[Source]) -> None:
     if any(meta["num_documents"]["train"] for meta in metas):
         return
     num_held_out = sum(meta["num_documents"]["heldout"] for meta in metas)
-    left_out = Counter[str]()
-    for meta in metas:
-        left_out.update(meta["skipped"])
+    left_out = skipped_in(metas)
     if num_held_out:
         why = (
             f"the held-out set has all of them ({counted(num_held_out, 'document')}); lower "
@@ -228,7 +291,8 @@ def _names(sources: Sequence[Source]) -> str:
     return shown_list([source.text for source in sources])
 
 
-def _digest(content: object) -> str:
+def digest_of(content: object) -> str:
+    """A digest of JSON, for names of folders."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -236,8 +300,18 @@ class _MissingError(Exception):
     """A part or digest is missing, and `start_building` was not called."""
 
 
-class _Shelf:
-    """The parts below a folder. Missing parts are built after `start_building` was called."""
+class Shelf:
+    """The parts below a folder. Missing parts are built after `start_building` was called.
+
+    Args:
+        folder: `tokens/`.
+        tokenizer_folder: the model's.
+        vocab_size: the model's; None if its config gives none.
+        reading: the text field, and what to do with bad lines.
+        on_progress: called with bytes done and bytes in all.
+        special_tokens: whether documents get the tokenizer's special tokens.
+        column: what the field holds.
+    """
 
     def __init__(
         self,
@@ -254,7 +328,7 @@ class _Shelf:
         self.folder, self.tokenizer_folder = folder, tokenizer_folder
         self.vocab_size, self.reading = vocab_size or UNKNOWN_VOCABULARY, reading
         self.identity = tokenizer_identity(tokenizer_folder)
-        self.digests = _Digests(folder / "sources.jsonl", self._advance)
+        self.digests = _Digests(folder / "sources.jsonl", self.advance)
         self.tokeniser: Tokeniser | None = None
         self.may_build = False
         self._on_progress, self._done, self._total = on_progress, 0, 0
@@ -263,14 +337,15 @@ class _Shelf:
         """Allow building, and remove what killed runs left. The caller must hold the lock."""
         self.may_build = True
         for left in self.folder.glob(".*.partial"):
-            remove_claimed(left, lambda name: name == MARK or _is_of_a_part(name))
+            remove_claimed(left, lambda name: name == MARK or is_of_a_part(name))
         self.digests.start_recording()
-        self._total = sum(_stamp(path)[0] for path in paths if not self.digests.knows(path))
+        self._total = sum(stamp_of(path)[0] for path in paths if not self.digests.knows(path))
 
     def close(self) -> None:
         self.digests.close()
 
-    def _advance(self, num_bytes: int) -> None:
+    def advance(self, num_bytes: int) -> None:
+        """Report that so many bytes more are done."""
         self._done += num_bytes
         self._on_progress(self._done, self._total)
 
@@ -281,20 +356,15 @@ class _Shelf:
         in the key.
         """
         if self.may_build:
-            self._total += sum(_stamp(path)[0] for source in sources for path in source.paths)
+            self._total += sum(stamp_of(path)[0] for source in sources for path in source.paths)
         return [
             self._part(files, split, split_by)
             for source in sources
             for files in _groups(source.paths)
         ]
 
-    def _part(
-        self, files: Sequence[Path | StoreFile], split: Split, split_by: object
-    ) -> tuple[Part, dict[str, Any]]:
-        stamps = [_stamp(path) for path in files]
-        digests = [self.digests.get(path) for path in files]
-        # Of a file's name only the kind matters: the same bytes may be .txt here and .jsonl there.
-        kinds = [kind_of(path.name) for path in files]
+    def settings(self, split: Split) -> list[Any]:
+        """What the tokens of a text depend on besides the text and the split."""
         dtype = np.dtype(token_dtype(self.vocab_size)).name
         reading = self.reading
         settings = [self.identity, self.special_tokens, dtype]
@@ -303,19 +373,41 @@ class _Shelf:
             settings += [self.column.value, _template_digest(self.tokenizer_folder)]
         if reading.weight_field is not None and split.share != EVERYTHING:
             settings += ["weight", reading.weight_field]
-        key = _digest([FORMAT, digests, kinds, *settings, split.share, split_by])
+        return settings
+
+    def reader(
+        self, files: Sequence[Path | StoreFile], split: Split, start: Place | None = None
+    ) -> Reader:
+        """A reader of the documents in these files, from `start` on.
+
+        Raises:
+            DataError: the tokenizer cannot be loaded.
+        """
+        reading = self.reading
+        if split.share == EVERYTHING:  # evaluation data have no weights
+            reading = replace(reading, weight_field=None)
+        return Reader(files, reading, document_of(self.column, self.load()), start)
+
+    def _part(
+        self, files: Sequence[Path | StoreFile], split: Split, split_by: object
+    ) -> tuple[Part, dict[str, Any]]:
+        stamps = [stamp_of(path) for path in files]
+        digests = [self.digests.get(path) for path in files]
+        # Of a file's name only the kind matters: the same bytes may be .txt here and .jsonl there.
+        kinds = [kind_of(path.name) for path in files]
+        key = digest_of([FORMAT, digests, kinds, *self.settings(split), split.share, split_by])
         meta = self._stored(key)
         if meta is None:
             meta = self._build(key, files, split)
-            if stamps != [_stamp(path) for path in files]:
+            if stamps != [stamp_of(path) for path in files]:
                 shutil.rmtree(self.folder / key)
                 raise DataError(
                     f"{shown_list([p.name for p in files])} changed while it was read; start again"
                 )
         elif self.may_build:
-            self._advance(sum(_stamp(path)[0] for path in files))
+            self.advance(sum(stamp_of(path)[0] for path in files))
         if max(meta["highest_id"], meta["eos"]) >= self.vocab_size:
-            self._load().check_ids(max(meta["highest_id"], meta["eos"]))
+            self.load().check_ids(max(meta["highest_id"], meta["eos"]))
         tokens, documents = meta["num_tokens"], meta["num_documents"]
         part = Part(
             key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"]
@@ -333,18 +425,16 @@ class _Shelf:
     def _build(self, key: str, files: Sequence[Path | StoreFile], split: Split) -> dict[str, Any]:
         if not self.may_build:
             raise _MissingError
-        tokeniser = self._load()
+        tokeniser = self.load()
         # overwrite: a damaged part is replaced
-        with Staging(self.folder / key, overwrite=True, claim=_is_of_a_part) as staging:
-            reading = self.reading
-            if split.share == EVERYTHING:  # evaluation data have no weights
-                reading = replace(reading, weight_field=None)
-            reader = Reader(files, reading, document_of(self.column, tokeniser))
-            meta = write_part(staging.folder, reader, split, tokeniser, self._advance)
+        with Staging(self.folder / key, overwrite=True, claim=is_of_a_part) as staging:
+            reader = self.reader(files, split)
+            meta = write_part(staging.folder, reader, split, tokeniser, self.advance)
             staging.publish()
         return meta
 
-    def _load(self) -> Tokeniser:
+    def load(self) -> Tokeniser:
+        """The model's tokenizer, loaded once."""
         if self.tokeniser is None:
             self.tokeniser = open_tokeniser(
                 self.tokenizer_folder, self.vocab_size, special_tokens=self.special_tokens
@@ -353,13 +443,16 @@ class _Shelf:
 
     def hashes(self, keys: Sequence[str]) -> frozenset[int]:
         """The hashes of all documents in parts of evaluation data; only read to build parts."""
-        if not self.may_build:
-            return frozenset()
-        return frozenset(
-            number
-            for key in keys
-            for number in np.fromfile(self.folder / key / "hashes.bin", np.uint64).tolist()
-        )
+        return hashes_in(self.folder, keys) if self.may_build else frozenset()
+
+
+def hashes_in(folder: Path, keys: Sequence[str]) -> frozenset[int]:
+    """The hashes of all documents in parts of evaluation data."""
+    return frozenset(
+        number
+        for key in keys
+        for number in np.fromfile(folder / key / "hashes.bin", np.uint64).tolist()
+    )
 
 
 def _template_digest(folder: Path) -> str:
@@ -370,7 +463,7 @@ def _template_digest(folder: Path) -> str:
     return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
-def _is_of_a_part(relative: str) -> bool:
+def is_of_a_part(relative: str) -> bool:
     return relative == "meta.json" or relative.partition(".")[0] in ("train", "heldout", "hashes")
 
 
@@ -379,7 +472,7 @@ def _groups(paths: Sequence[Path | StoreFile]) -> Iterator[list[Path | StoreFile
     group: list[Path | StoreFile] = []
     size = 0
     for path in paths:
-        more = _stamp(path)[0]
+        more = stamp_of(path)[0]
         if group and size + more > _SHARED_PART:
             yield group
             group, size = [], 0
@@ -389,7 +482,7 @@ def _groups(paths: Sequence[Path | StoreFile]) -> Iterator[list[Path | StoreFile
         yield group
 
 
-def _stamp(path: Path | StoreFile) -> tuple[int, int, int]:
+def stamp_of(path: Path | StoreFile) -> tuple[int, int, int]:
     """Size, time and inode, which change if a file is written to or replaced."""
     try:
         status = path.stat()
@@ -430,12 +523,12 @@ class _Digests:
     def knows(self, path: Path | StoreFile) -> bool:
         if isinstance(path, StoreFile):
             return True  # its store gives the digest
-        return self._known.get(str(path), (None,))[0] == _stamp(path)
+        return self._known.get(str(path), (None,))[0] == stamp_of(path)
 
     def get(self, path: Path | StoreFile) -> str:
         if isinstance(path, StoreFile):
             return path.digest
-        stamp = _stamp(path)
+        stamp = stamp_of(path)
         known, digest = self._known.get(str(path), (None, ""))
         if known == stamp:
             return digest
@@ -471,7 +564,7 @@ def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterat
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         has_said = False
-        while not _try_lock(lock, folder, say):
+        while not try_lock(lock, folder, say):
             owner = os.pread(lock, 300, 0).decode(errors="replace") or holder(lock)
             if not wait:
                 raise DataError(
@@ -493,7 +586,7 @@ def _locked(folder: Path, *, wait: bool, say: Callable[[str], object]) -> Iterat
         os.close(lock)
 
 
-def _try_lock(lock: int, folder: Path, say: Callable[[str], object]) -> bool:
+def try_lock(lock: int, folder: Path, say: Callable[[str], object]) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

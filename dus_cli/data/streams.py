@@ -59,6 +59,28 @@ class PreparedSource:
 
 
 @dataclass(frozen=True)
+class Growing:
+    """Streams whose token files are still made while they are read.
+
+    Attributes:
+        cache: the folder that has the streams; None if it is `tokens/`.
+        keys: the name of each stream's folder.
+        weights: of the streams in the mixture.
+        window_tokens: tokens within which rows are shuffled, of all streams together.
+        num_train_tokens, num_train_documents: of each stream; if `is_estimate`, by its first
+            segment.
+    """
+
+    cache: str | None
+    keys: tuple[str, ...]
+    weights: tuple[float, ...]
+    window_tokens: int
+    num_train_tokens: tuple[int, ...]
+    num_train_documents: tuple[int, ...]
+    is_estimate: bool
+
+
+@dataclass(frozen=True)
 class Prepared:
     """All of a run's data.
 
@@ -77,6 +99,8 @@ class Prepared:
             set without a name.
         content_key: a digest of all tokens and of the split, by which a resumed run recognises its
             data.
+        growing: the streams if the text is still tokenised while the run trains; `sources` then
+            have the first segment of each.
     """
 
     sources: tuple[PreparedSource, ...]
@@ -89,6 +113,7 @@ class Prepared:
     before: tuple[int, ...] = ()
     unread: dict[str, Any] = field(default_factory=lambda: Unread().to_json())
     eval_names: tuple[str, ...] = ()
+    growing: Growing | None = None
 
     @property
     def heldout_sets(self) -> dict[str, tuple[Part, ...]]:
@@ -109,10 +134,14 @@ class Prepared:
 
     @property
     def num_train_tokens(self) -> int:
+        if self.growing is not None:
+            return sum(self.growing.num_train_tokens)
         return sum(part.num_train_tokens for part in self.parts)
 
     @property
     def num_train_documents(self) -> int:
+        if self.growing is not None:
+            return sum(self.growing.num_train_documents)
         return sum(part.num_train_documents for part in self.parts)
 
     @property
@@ -124,7 +153,10 @@ class Prepared:
         return sum(part.num_heldout_documents for part in (*self.parts, *self.eval_parts))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        record = asdict(self)
+        if self.growing is None:
+            del record["growing"]
+        return record
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Prepared:
@@ -135,7 +167,13 @@ class Prepared:
             for source in data["sources"]
         )
         eval_parts = tuple(Part(**part) for part in data["eval_parts"])
-        parsed = {"sources": sources, "eval_parts": eval_parts}
+        parsed: dict[str, Any] = {"sources": sources, "eval_parts": eval_parts}
+        if "growing" in data:
+            fields: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in data["growing"].items()
+            }
+            parsed["growing"] = Growing(**fields)
         ids_and_names = {name: tuple(data.get(name, ())) for name in ("before", "eval_names")}
         return cls(**{**data, **parsed, **ids_and_names})
 
@@ -162,16 +200,23 @@ class Stream:
         name: Literal["train", "heldout"],
         dtype: str | np.dtype[Any],
     ) -> None:
-        counts = [
-            (part.key, part.num_train_tokens, part.num_train_documents)
-            if name == "train"
-            else (part.key, part.num_heldout_tokens, part.num_heldout_documents)
-            for part in parts
-        ]
         self._folder, self._name, self._dtype = folder, name, np.dtype(dtype)
-        self._counts = [count for count in counts if count[1]]
+        self._counts = [count for part in parts if (count := self._count(part))[1]]
         self._starts = np.array([0, *accumulate(tokens for _, tokens, _ in self._counts)], np.int64)
         self._open: dict[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+
+    def _count(self, part: Part) -> tuple[str, int, int]:
+        """The part's key, and its tokens and documents in this stream."""
+        if self._name == "train":
+            return part.key, part.num_train_tokens, part.num_train_documents
+        return part.key, part.num_heldout_tokens, part.num_heldout_documents
+
+    def append(self, part: Part) -> None:
+        """Add a part at the end."""
+        count = self._count(part)
+        if count[1]:
+            self._counts.append(count)
+            self._starts = np.append(self._starts, self._starts[-1] + count[1])
 
     @property
     def num_tokens(self) -> int:

@@ -325,6 +325,12 @@ def parse_rate_scales(text: str) -> RateScales:
     return RateScales(**scales)
 
 
+# Tokens within which rows are shuffled while the text is tokenised, without --shuffle-window.
+DEFAULT_WINDOW = 16_000_000
+
+# Fields of `DataOptions` that only --stream uses.
+_OF_STREAM = ("stream", "shuffle_window", "token_cache")
+
 # The panels of --help.
 _BUDGET, _RECIPE, _FIT = "Budget", "Recipe", "Memory and speed"
 _LAUNCH, _KEEP = "Workers", "Measuring and saving"
@@ -404,6 +410,37 @@ class DataOptions:
         ),
     ] = True
     special_tokens: UseSpecialTokens = True
+    stream: Annotated[
+        bool,
+        Option(
+            "Train while the text is still tokenised. Rows are then shuffled within windows, and "
+            "the budget is --tokens or --steps.",
+            panel=DATA,
+        ),
+    ] = False
+    shuffle_window: Annotated[
+        int | None,
+        Option(
+            "Tokens within which --stream shuffles rows. Default: 16M.",
+            metavar="N",
+            panel=DATA,
+            parse=parse_count,
+        ),
+    ] = None
+    token_cache: Annotated[
+        str | None,
+        Option(
+            "Folder for the token files of --stream, which later runs find there. Default: within "
+            "OUT.",
+            metavar="DIR",
+            panel=DATA,
+        ),
+    ] = None
+
+    @property
+    def window_tokens(self) -> int:
+        """The tokens within which rows are shuffled while the text is tokenised."""
+        return self.shuffle_window or DEFAULT_WINDOW
 
     @property
     def field(self) -> tuple[str, Column]:
@@ -687,8 +724,9 @@ class HealOptions:
         """The options for run.json: all but those of the workers' launch, which may change when a
         run is resumed.
         """
+        data = self.data
         groups: dict[str, Any] = {
-            "data": self.data,
+            "data": data,
             "budget": self.budget,
             "recipe": self.recipe,
             "fit": self.fit,
@@ -698,6 +736,7 @@ class HealOptions:
             f"{name}.{key}": value
             for name, group in groups.items()
             for key, value in json.loads(json.dumps(dataclasses.asdict(group))).items()
+            if key not in _OF_STREAM or data.stream  # else as an earlier dus wrote them
         }
 
 

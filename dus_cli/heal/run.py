@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from dus_cli.common.options import option_fields
 from dus_cli.errors import HealError, shown, shown_list
-from dus_cli.heal.options import GROUPS, Span, typed_options
+from dus_cli.heal.options import GROUPS, DataOptions, Span, typed_options
 from dus_cli.release.within import BasePlan
 from dus_cli.source.json_objects import parse_json_object
 from dus_cli.source.reading import open_regular
@@ -37,7 +37,7 @@ _FREE = frozenset(
     "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload "
     "keeping.eval_every keeping.save_every keeping.keep keeping.export_every keeping.average "
     "keeping.track "
-    "data.files data.eval_files".split()
+    "data.files data.eval_files data.token_cache data.token_cache_size".split()
 )
 
 _T = TypeVar("_T")
@@ -171,7 +171,8 @@ class Run:
 
     @property
     def tokens_folder(self) -> Path:
-        return self.folder / "tokens"
+        cache = self.data.get("growing", {}).get("cache")
+        return self.folder / "tokens" if cache is None else Path(cache)
 
     @property
     def checkpoints_folder(self) -> Path:
@@ -341,6 +342,16 @@ def options_of_run(record: dict[str, Any]) -> dict[str, Any] | None:
         raise HealError(
             f"its options are damaged or of another version of dus ({error}); give another file"
         ) from None
+
+
+def data_options(run: Run) -> DataOptions:
+    """The options about data that a run was started with."""
+    fields = {
+        name.removeprefix("data."): value
+        for name, value in run.options.items()
+        if name.startswith("data.")
+    }
+    return _restored(DataOptions, fields)
 
 
 def _restored(kind: type[_T], fields: dict[str, Any]) -> _T:

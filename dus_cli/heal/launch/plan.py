@@ -67,6 +67,8 @@ def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
         "available_heldout_tokens": data.num_heldout_tokens,
         "available_heldout_documents": data.num_heldout_documents,
     }
+    if data.growing is not None:
+        record["is_train_estimated"] = data.growing.is_estimate
     sets = [{"name": name, **counts} for name, counts in run.heldout_sets.items()]
     return record | ({"heldout_sets": sets} if sets else {})
 
@@ -208,6 +210,12 @@ def text_size(tokens: int, documents: int) -> str:
     return f"{counted(tokens, 'token')} of {counted(documents, 'document')}"
 
 
+def train_size(record: dict[str, Any]) -> str:
+    """The size of the training text in a record of `data_record`, which may be an estimate."""
+    size = text_size(record["train_tokens"], record["train_documents"])
+    return f"about {size} by their beginning" if record.get("is_train_estimated") else size
+
+
 def plan_lines(plan: dict[str, Any]) -> list[str]:
     """The plan for a person, warnings last."""
     held_out = plan["available_heldout_tokens"]
@@ -221,13 +229,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"({plan['seconds_on']} at {TYPICAL_MFU:.0%} MFU)"
     )
     rows = [
-        (
-            "data",
-            (
-                f"{text_size(plan['train_tokens'], plan['train_documents'])}, read "
-                f"{_times(plan['epochs'])}"
-            ),
-        ),
+        ("data", f"{train_size(plan)}, read {_times(plan['epochs'])}"),
         (
             "held out",
             f"{text_size(plan['heldout_tokens'], plan['heldout_documents'])} are measured{of}",

@@ -161,6 +161,7 @@ def check_options(options: HealOptions, model: Model) -> None:
     ]
     if len(budgets) > 1:
         raise HealError(f"--{budgets[0]} and --{budgets[1]} both give the budget; leave one out")
+    _check_stream(options)
     if options.saving.average is not None and options.saving.save_every.steps is None:
         raise HealError(
             "--average needs to know how many checkpoints there will be, and --save-every with a "
@@ -203,6 +204,29 @@ def check_options(options: HealOptions, model: Model) -> None:
         raise HealError(
             f"--seq-length {length} is longer than the model's context length, {model.max_length}; "
             "choose at most that"
+        )
+
+
+def _check_stream(options: HealOptions) -> None:
+    """Check the options of training while the text is tokenised."""
+    data, budget = options.data, options.budget
+    if not data.stream:
+        for name in ("shuffle_window", "token_cache"):
+            if getattr(data, name) is not None:
+                raise HealError(
+                    f"--{name.replace('_', '-')} is for training while the text is tokenised; add "
+                    "--stream, or leave it out"
+                )
+        return
+    if budget.tokens is None and budget.steps is None:
+        raise HealError(
+            "--stream does not know the length of an epoch when it starts; give the budget with "
+            "--tokens or --steps"
+        )
+    if "-" in (*data.files, *data.eval_files):
+        raise HealError(
+            "--stream reads its text again when a run is resumed, and standard input can be read "
+            "once; write it to a file, or leave out --stream"
         )
 
 
@@ -284,7 +308,8 @@ def make_run(options: HealOptions, model: Model, data: dict[str, Any], rows_per_
         HealError: the data have fewer rows than a step.
     """
     length, rows = seq_length(options, model), rows_per_step(options, model)
-    if rows_per_epoch < rows:
+    is_estimate = data.get("growing", {}).get("is_estimate", False)
+    if rows_per_epoch < rows and not is_estimate:
         raise HealError(
             f"the data have {counted(rows_per_epoch, 'row')} of {length} tokens and a step takes "
             f"{rows}; give more text, or a smaller --batch-tokens or --seq-length"

@@ -14,18 +14,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dus_cli.common.storage import free_bytes
-from dus_cli.errors import HealError, OutputError, StoppedError, shown
+from dus_cli.errors import DataError, HealError, OutputError, StoppedError, shown
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import hosts
 from dus_cli.heal.launch.plan import num_processes
 from dus_cli.heal.launch.report import read_report
+from dus_cli.heal.launch.tokenising import LOG as TOKENISING_LOG
+from dus_cli.heal.launch.tokenising import tokenising
 from dus_cli.heal.options import LaunchOptions
 from dus_cli.heal.run import FAILURE, REPORT, Run
 from dus_cli.heal.run import NAME as RUN_NAME
@@ -56,8 +58,11 @@ _NO_ROOM = 1 << 16
 
 @dataclass
 class _Relay:
-    """Counts the signals that come while the workers run."""
+    """Counts the signals that come while the workers run. `has_failed` says whether the process
+    that tokenises for them has failed.
+    """
 
+    has_failed: Callable[[], bool]
     signum: int | None = None
     count: int = field(default=0)
 
@@ -132,7 +137,29 @@ def check_loopback() -> None:
         ) from None
 
 
-def run_torchrun(run: Run, launch: LaunchOptions, view: View) -> tuple[int, int | None]:
+def run_workers(run: Run, launch: LaunchOptions, view: View) -> dict[str, Any]:
+    """Run the workers to the end of the run, and tokenise meanwhile what is not tokenised yet;
+    return the report.
+
+    Raises:
+        HealError, OutputError, DataError: the run failed.
+        StoppedError: a signal ended it.
+    """
+    logs = run.folder / LOGS / str(launch.node_rank)
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    with tokenising(run, logs / TOKENISING_LOG, launch.max_restarts) as background:
+        failure = (lambda: None) if background is None else background.failure
+        code, signum = _run_torchrun(run, launch, logs, view, lambda: failure() is not None)
+        why = failure()
+    if why is not None and not (run.folder / REPORT).is_file():
+        raise DataError(f"{why} (the run ended {_at_checkpoint(run)})")
+    return outcome_of(run, code, signum)
+
+
+def _run_torchrun(
+    run: Run, launch: LaunchOptions, logs: Path, view: View, has_failed: Callable[[], bool]
+) -> tuple[int, int | None]:
     """Run the workers to their end; return the exit code, and the signal that came meanwhile.
 
     The workers of one node are restarted by torchrun. A worker without torchrun, and torchrun
@@ -142,13 +169,10 @@ def run_torchrun(run: Run, launch: LaunchOptions, view: View) -> tuple[int, int 
     Raises:
         HealError: the nodes cannot find each other.
     """
-    logs = run.folder / LOGS / str(launch.node_rank)
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
     if launch.node_rank == 0:
         (run.folder / FAILURE).unlink(missing_ok=True)
     follower = MetricsFollower(run.metrics_path)
-    with _relayed() as relay:
+    with _relayed(has_failed) as relay:
         if launch.nnodes == 1 and not _is_alone(launch):
             return _start(run, launch, logs, view, follower, relay), relay.signum
         before, attempt, deadline = None, 0, time.monotonic() + _PATIENCE
@@ -158,6 +182,7 @@ def run_torchrun(run: Run, launch: LaunchOptions, view: View) -> tuple[int, int 
             num_logs = len(list(logs.rglob("stderr.log")))
             code = _start(run, launch, own, view, follower, relay)
             is_stopped = code in (128 + signal.SIGTERM, 128 + signal.SIGINT) or relay.count > 0
+            is_stopped = is_stopped or has_failed()
             if code == 0 or is_stopped or (run.folder / FAILURE).is_file():
                 break
             if len(list(logs.rglob("stderr.log"))) == num_logs:  # torchrun started no worker
@@ -221,8 +246,12 @@ def _start(
             start_new_session=True,  # Ctrl-C reaches the launcher, which lets the workers save
             preexec_fn=_die_with_parent,  # noqa: PLW1509  (dus runs no threads here)
         )
-        num_passed_on = 0
+        num_passed_on, is_ending = 0, False
         while process.poll() is None:
+            if relay.has_failed() and not is_ending:
+                view.status("saving a checkpoint")
+                process.terminate()
+                is_ending = True
             if relay.count > num_passed_on:
                 view.status("saving a checkpoint" if relay.count == 1 else "ending at once")
                 os.killpg(process.pid, signal.SIGKILL) if relay.count > 1 else process.terminate()
@@ -291,8 +320,8 @@ def _die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _relayed() -> Iterator[_Relay]:
-    relay = _Relay()
+def _relayed(has_failed: Callable[[], bool]) -> Iterator[_Relay]:
+    relay = _Relay(has_failed)
     # Python handles signals in the main thread only
     if threading.current_thread() is not threading.main_thread():
         yield relay
@@ -324,14 +353,8 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
         raise HealError(json.loads(failure.read_text(encoding="utf-8"))["error"])
     signum = signum or _STOPPED.get(code)
     if signum is not None:
-        step = folders.newest(run.checkpoints_folder)
-        where = (
-            "before the first checkpoint; the same command starts again"
-            if step is None
-            else f"with a checkpoint at step {step}; the same command goes on from there"
-        )
         raise StoppedError(
-            f"ended by {signal.Signals(signum).name} {where}",
+            f"ended by {signal.Signals(signum).name} {_at_checkpoint(run)}",
             signum,
         )
     free = free_bytes(run.folder)
@@ -343,6 +366,14 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
         f"a worker died{how}; {shown(run.folder / LOGS)} has its log; the same command goes on "
         "from the last checkpoint"
     )
+
+
+def _at_checkpoint(run: Run) -> str:
+    """Where a run that ended goes on."""
+    step = folders.newest(run.checkpoints_folder)
+    if step is None:
+        return "before the first checkpoint; the same command starts again"
+    return f"with a checkpoint at step {step}; the same command goes on from there"
 
 
 def _last_log_line(logs: Path) -> str:

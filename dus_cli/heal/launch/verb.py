@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from dus_cli.common.libraries import require
 from dus_cli.common.reports import public
 from dus_cli.common.storage import Storage, known, remove, sync_refusal, try_storage
 from dus_cli.common.units import counted
-from dus_cli.data.sources import Source, parse_heldout, parse_sources
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import resolve
+from dus_cli.heal.launch.data import prepare_data, tokens_folder
 from dus_cli.heal.launch.plan import num_processes, plan_lines, plan_of
 from dus_cli.heal.launch.report import read_report
 from dus_cli.heal.launch.resolve import Model, ties_embeddings
-from dus_cli.heal.launch.torchrun import check_loopback, outcome_of, run_torchrun, workers_command
+from dus_cli.heal.launch.torchrun import check_loopback, run_workers, workers_command
 from dus_cli.heal.options import HealOptions
 from dus_cli.heal.run import NAME as RUN_NAME
 from dus_cli.heal.run import (
@@ -44,14 +44,7 @@ from dus_cli.writing.staging import Staging, check_apart, why_within
 
 # A folder `tokens` with one of these files was written by dus.
 _OF_TOKENS = (".lock", "sources.jsonl", "stdin.jsonl", ".stdin.jsonl.partial")
-
-
-@dataclass
-class _PreparedData:
-    """`Prepared` as JSON, and the rows of an epoch."""
-
-    record: dict[str, Any]
-    rows_per_epoch: int
+_OF_STREAMS = "stream-*"
 
 
 def heal(options: HealOptions, view: View) -> dict[str, Any]:
@@ -69,8 +62,7 @@ def heal(options: HealOptions, view: View) -> dict[str, Any]:
     plan = plan_of(run, model_shape(model, run), options.launch)
     view.plan(plan_lines(plan), plan)
     view.begin(run.num_steps, run.tokens_per_step)
-    code, signum = run_torchrun(run, options.launch, view)
-    return outcome_of(run, code, signum)
+    return run_workers(run, options.launch, view)
 
 
 def check(options: HealOptions) -> Model:
@@ -201,7 +193,11 @@ def _is_tokens(path: Path) -> bool:
     return (
         path.name == "tokens"
         and path.is_dir()
-        and (not any(path.iterdir()) or any((path / name).exists() for name in _OF_TOKENS))
+        and (
+            not any(path.iterdir())
+            or any((path / name).exists() for name in _OF_TOKENS)
+            or any(path.glob(_OF_STREAMS))
+        )
     )
 
 
@@ -249,7 +245,7 @@ def prepare_run(options: HealOptions, model: Model, view: View) -> Run:
     output.mkdir(exist_ok=True)
     if options.launch.node_rank == 0:
         folders.check_unlocked(output / "checkpoints")
-    run = _planned(options, model, output / "tokens", view)
+    run = _planned(options, model, tokens_folder(options), view)
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
         check_same(begun, run)
@@ -257,7 +253,7 @@ def prepare_run(options: HealOptions, model: Model, view: View) -> Run:
         run = replace(run, fit=replace(run.fit, precision=begun.fit.precision))
         # --eval-tokens must not change, even if --eval-every does
         saving = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)
-        run = _measured(replace(run, keeping=saving), output / "tokens")
+        run = _measured(replace(run, keeping=saving), tokens_folder(options))
     if options.launch.node_rank == 0 or not (output / RUN_NAME).exists():
         run.write()
     return run
@@ -290,62 +286,17 @@ def _measured(run: Run, folder: Path) -> Run:
     )
 
 
-def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -> _PreparedData:
-    """Tokenise all data into `folder`, except what is tokenised there already.
-
-    Raises:
-        DataError: the data cannot be used.
-    """
-    from dus_cli.data.shelf import prepare
-    from dus_cli.data.streams import Rows
-
-    folder.mkdir(parents=True, exist_ok=True)
-    data = options.data
-    name, column = data.field
-    sources, eval_sources = _sources(options, folder, view)
-    view.status("tokenising")
-    prepared = prepare(
-        sources,
-        eval_sources,
-        options.model,
-        folder,
-        vocab_size=model.vocab_size,
-        text_field=name,
-        column=column,
-        weight_field=data.weight_field,
-        on_bad_line=data.on_bad_line,
-        holdout=data.holdout,
-        special_tokens=data.special_tokens,
-        wait=options.launch.nnodes > 1,
-        say=view.note,
-        on_progress=view.tokenising,
-    )
-    rows = Rows(prepared, folder, resolve.seq_length(options, model), options.recipe.seed)
-    if not prepared.num_heldout_tokens:
-        raise HealError(
-            "the held-out set is empty, and without one nothing is proven; give --eval-data or "
-            "--holdout"
-        )
-    return _PreparedData(prepared.to_json(), rows.rows_per_epoch)
-
-
-def _sources(
-    options: HealOptions, folder: Path, view: View
-) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-    data = options.data
-    name, _ = data.field
-    return (
-        parse_sources(data.files, folder, name, say=view.note),
-        parse_heldout(data.eval_files, folder, name, say=view.note),
-    )
-
-
 def prepared_command(options: HealOptions, view: View) -> list[str]:
     """The workers' command line for `--print-command`, after tokenising and writing run.json.
 
     Raises:
-        DusError: as in `heal`.
+        DusError: as in `heal`; or with --stream, because workers alone would not tokenise.
     """
+    if options.data.stream:
+        raise HealError(
+            "--print-command prints how the workers are started, and with --stream dus heal also "
+            "tokenises while they train; run dus heal itself on each node, or leave out --stream"
+        )
     prepare_run(options, check(options), view)
     return workers_command(options.launch, options.output.resolve() / RUN_NAME)
 
@@ -362,7 +313,7 @@ def preview(options: HealOptions, view: View) -> tuple[Run, Shape]:
     """
     model = check(options)
     with contextlib.ExitStack() as stack:
-        folder = options.output.resolve() / "tokens"
+        folder = tokens_folder(options)
         if not folder.is_dir():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         run = _planned(options, model, folder, view)

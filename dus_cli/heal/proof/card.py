@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dus_cli.common.units import counted
-from dus_cli.heal.launch.plan import text_size
+from dus_cli.heal.launch.plan import text_size, train_size
 from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, SCALED, STATES
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
@@ -114,7 +114,7 @@ def _measured_on(report: dict[str, Any]) -> str:
     is_part = held_out > 1.05 * report["heldout_tokens"]
     of = f" of the {counted(held_out, 'token')} held out" if is_part else " held out"
     return (
-        f"Trained on {names}: {text_size(report['train_tokens'], report['train_documents'])}, "
+        f"Trained on {names}: {train_size(report)}, "
         f"{report['epochs']:,.2f} epochs. The losses are over "
         f"{text_size(report['heldout_tokens'], report['heldout_documents'])}{of}"
         f"{_sets_text(report)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dus_cli.data.growing import AnyRows
 from dus_cli.data.streams import IGNORED, Row, Rows
+from dus_cli.models.stopping import Brake
 from dus_cli.models.team import Team
+
+# Seconds between two looks for rows that are not tokenised yet.
+_POLL = 0.1
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,26 @@ class MicroBatch:
         return int((self.labels != IGNORED).sum())
 
 
+def wait_for(rows: AnyRows, indices: range, team: Team, brake: Brake) -> float:
+    """Wait until the run's rows with these indices can be read on every worker; return the seconds
+    waited. Every worker calls this.
+
+    Raises:
+        StopRequested: by a signal.
+    """
+    if isinstance(rows, Rows):
+        return 0.0
+    started, missing = time.perf_counter(), list(indices)
+    while True:
+        missing = [index for index in missing if not rows.has(index)]
+        if not team.any(bool(missing)):
+            return time.perf_counter() - started
+        brake.check()
+        time.sleep(_POLL)
+
+
 def micro_batches(
-    rows: Rows, step: int, rows_per_step: int, at_once: int, team: Team
+    rows: AnyRows, step: int, rows_per_step: int, at_once: int, team: Team
 ) -> list[MicroBatch]:
     """The worker's micro-batches of a step, counting from 0. Every worker has the same number of
     them.
@@ -42,7 +66,7 @@ def micro_batches(
 
 
 def _stacked(
-    mine: list[Row], most: int, at_once: int, rows: Rows, first: int, team: Team
+    mine: list[Row], most: int, at_once: int, rows: AnyRows, first: int, team: Team
 ) -> Iterator[MicroBatch]:
     spare = rows.row(first) if len(mine) < most else None
     padded = [*mine, *([spare] * (most - len(mine)))]

@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dus_cli.data.streams import Row, Rows
+from dus_cli.data.growing import AnyRows, GrowingRows
+from dus_cli.data.streams import Row
 from dus_cli.errors import HealError
 from dus_cli.heal.metrics import MetricsFile
 from dus_cli.heal.proof.publish import Publication
 from dus_cli.heal.run import Run
 from dus_cli.heal.tracking import Tracker
 from dus_cli.heal.train import schedule
-from dus_cli.heal.train.batches import micro_batches
+from dus_cli.heal.train.batches import micro_batches, wait_for
 from dus_cli.heal.train.checkpoints import Checkpoints
 from dus_cli.heal.train.evaluate import mean_losses
 from dus_cli.heal.train.fitting import Peak
@@ -66,7 +67,7 @@ class Training:
     team: Team
     signals: Signals
     lesson: Lesson
-    rows: Rows
+    rows: AnyRows
     heldout: Mapping[str, Sequence[Row]]
     checkpoints: Checkpoints
     optimizer: Optimizer
@@ -138,6 +139,9 @@ class Training:
         started = time.perf_counter()
         with self.lesson.clock("data"):
             self.lesson.brake.check()
+            first = step * run.rows_per_step
+            indices = range(first, first + run.rows_per_step)
+            waited = wait_for(self.rows, indices, team, self.lesson.brake)
             batches = micro_batches(self.rows, step, run.rows_per_step, self.rows_at_once, team)
             counted = team.sum([sum(batch.num_labels for batch in batches)])[0]
         kl_weight = schedule.distill_weight(run.recipe, step)
@@ -168,6 +172,8 @@ class Training:
         }
         if kl_weight:
             row["kl"] = divergence
+        if isinstance(self.rows, GrowingRows):
+            row["waited"] = round(waited, 4)
         return row | {
             "mfu": self._mfu(per_second),
             "peak_memory_bytes": peak_memory_bytes(self.team.device),

@@ -8,13 +8,14 @@ from dataclasses import asdict
 
 import torch
 
+from dus_cli.data.growing import AnyRows, GrowingRows
 from dus_cli.data.streams import Prepared, Rows, heldout_sets
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.metrics import MetricsFile
 from dus_cli.heal.proof.publish import prepare_publication
 from dus_cli.heal.run import Run, SavingPlan
 from dus_cli.heal.tracking import open_tracker
-from dus_cli.heal.train.batches import micro_batches
+from dus_cli.heal.train.batches import micro_batches, wait_for
 from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
 from dus_cli.heal.train.fitting import peak_flops, rows_at_once
 from dus_cli.heal.train.lesson import Clock, Lesson
@@ -43,13 +44,7 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
     student = load(run, team)
     publication = prepare_publication(run, student, team)
     data = Prepared.from_json(run.data)
-    rows = Rows(
-        data,
-        run.tokens_folder,
-        run.seq_length,
-        seed=run.recipe.seed,
-        document_mask=run.document_mask,
-    )
+    rows = _rows(run, data)
     heldout = heldout_sets(
         data,
         run.tokens_folder,
@@ -99,6 +94,13 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
     )
 
 
+def _rows(run: Run, data: Prepared) -> AnyRows:
+    seed, mask = run.recipe.seed, run.document_mask
+    if data.growing is not None:
+        return GrowingRows(data, run.tokens_folder, run.seq_length, seed, document_mask=mask)
+    return Rows(data, run.tokens_folder, run.seq_length, seed, document_mask=mask)
+
+
 def _mean_of(keeping: SavingPlan) -> MeanOf | None:
     if keeping.average is None or keeping.save_every_steps is None:
         return None
@@ -123,13 +125,14 @@ def _open_log(run: Run, progress: TrainState) -> RunLog:
     return RunLog(metrics, open_tracker(run.keeping.track, run.folder, asdict(run)))
 
 
-def _rows_at_once(run: Run, rows: Rows, lesson: Lesson, optimizer: Optimizer) -> int:
+def _rows_at_once(run: Run, rows: AnyRows, lesson: Lesson, optimizer: Optimizer) -> int:
     """The rows of a micro-batch: as the run says, or as many as fit."""
     team = lesson.team
     if run.fit.micro_batch_rows is not None:
         return run.fit.micro_batch_rows
 
     def trial(count: int) -> None:
+        wait_for(rows, range(count * team.size), team, lesson.brake)
         batch = micro_batches(rows, 0, count * team.size, count, team)[0]
         lesson.backward(batch, 1.0, run.recipe.distill_weight)
         optimizer.clear()

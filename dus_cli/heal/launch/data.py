@@ -1,0 +1,153 @@
+"""The text of a run: found and tokenised, or with `--stream` begun with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dus_cli.common.reference import user_path
+from dus_cli.data.sources import Source, parse_heldout, parse_sources
+from dus_cli.errors import HealError
+from dus_cli.heal.launch import resolve
+from dus_cli.heal.launch.resolve import Model
+from dus_cli.heal.options import DataOptions, HealOptions
+from dus_cli.heal.watch.views import View
+
+if TYPE_CHECKING:
+    from dus_cli.data.shelf import Shelf
+    from dus_cli.data.streams import Prepared
+
+
+@dataclass
+class PreparedData:
+    """`Prepared` as JSON, and the rows of an epoch; estimated if the text is still tokenised."""
+
+    record: dict[str, Any]
+    rows_per_epoch: int
+
+
+def tokens_folder(options: HealOptions) -> Path:
+    """Where the token files are kept: in OUT, or in the cache."""
+    cache = options.data.token_cache
+    return options.output.resolve() / "tokens" if cache is None else user_path(cache).resolve()
+
+
+def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -> PreparedData:
+    """Tokenise all data into `folder`, except what is tokenised there already; with `--stream` only
+    the beginning of it.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    view.status("tokenising")
+    prepared = (
+        _begun(options, model, folder, view)
+        if options.data.stream
+        else _whole(options, model, folder, view)
+    )
+    if not prepared.num_heldout_tokens:
+        raise HealError(
+            "the held-out set is empty, and without one nothing is proven; give --eval-data or "
+            "--holdout"
+        )
+    length = resolve.seq_length(options, model)
+    return PreparedData(prepared.to_json(), _rows_per_epoch(prepared, folder, length, options))
+
+
+def _whole(options: HealOptions, model: Model, folder: Path, view: View) -> Prepared:
+    from dus_cli.data.shelf import prepare
+
+    data = options.data
+    name, column = data.field
+    sources, eval_sources = sources_of(data, folder, view.note)
+    return prepare(
+        sources,
+        eval_sources,
+        options.model,
+        folder,
+        vocab_size=model.vocab_size,
+        text_field=name,
+        column=column,
+        weight_field=data.weight_field,
+        on_bad_line=data.on_bad_line,
+        holdout=data.holdout,
+        special_tokens=data.special_tokens,
+        wait=options.launch.nnodes > 1,
+        say=view.note,
+        on_progress=view.tokenising,
+    )
+
+
+def _begun(options: HealOptions, model: Model, folder: Path, view: View) -> Prepared:
+    from dus_cli.data.segments import begin
+
+    data = options.data
+    sources, eval_sources = sources_of(data, folder, view.note)
+    prepared = begin(
+        open_shelf(data, options.model, folder, model.vocab_size, view.tokenising),
+        sources,
+        eval_sources,
+        holdout=data.holdout,
+        window_tokens=data.window_tokens,
+        wait=options.launch.nnodes > 1,
+        say=view.note,
+    )
+    assert prepared.growing is not None
+    cache = None if data.token_cache is None else str(folder)
+    return replace(prepared, growing=replace(prepared.growing, cache=cache))
+
+
+def _rows_per_epoch(prepared: Prepared, folder: Path, length: int, options: HealOptions) -> int:
+    from dus_cli.data.growing import GrowingRows
+    from dus_cli.data.streams import Rows
+
+    seed = options.recipe.seed
+    if prepared.growing is None:
+        return Rows(prepared, folder, length, seed).rows_per_epoch
+    return GrowingRows(prepared, folder, length, seed).rows_per_epoch
+
+
+def sources_of(
+    data: DataOptions, folder: Path, say: Callable[[str], object] = lambda _: None
+) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """The training data and the evaluation data; standard input is copied into `folder`. `say` is
+    called with a line of text for a person.
+
+    Raises:
+        DataError: a file is missing, or cannot be read.
+    """
+    name, _ = data.field
+    return (
+        parse_sources(data.files, folder, name, say=say),
+        parse_heldout(data.eval_files, folder, name, say=say),
+    )
+
+
+def open_shelf(
+    data: DataOptions,
+    model: Path,
+    folder: Path,
+    vocab_size: int | None,
+    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
+) -> Shelf:
+    """The shelf of a run that tokenises while it trains.
+
+    Raises:
+        DataError: the model has no tokenizer.
+    """
+    from dus_cli.data.documents import Reading
+    from dus_cli.data.shelf import Shelf
+
+    name, column = data.field
+    return Shelf(
+        folder,
+        model,
+        vocab_size,
+        Reading(name, data.on_bad_line, data.weight_field),
+        on_progress,
+        special_tokens=data.special_tokens,
+        column=column,
+    )
