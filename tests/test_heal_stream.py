@@ -76,7 +76,7 @@ def test_each_source_has_a_share_of_the_window_by_its_weight() -> None:
 STEPS = 60
 RECIPE = (
     f"--steps {STEPS} --seq-length 32 --batch-tokens 192 --micro-batch 1 --lr 1e-3 --holdout 5% "
-    "--eval-every 20 --save-every 5 --precision fp32 --stream --shuffle-window 2000"
+    "--eval-every 20 --save-every 5 --precision fp32 --stream --shuffle-window 400"
 ).split()
 
 

@@ -23,7 +23,7 @@ PLACE = "place.json"
 
 
 @dataclass(frozen=True)
-class Segment:
+class TokenSegment:
     """A finished segment.
 
     Attributes:
@@ -50,13 +50,13 @@ def segment_key(stream_key: str, number: int) -> str:
     return f"{stream_key}/{number:06}"
 
 
-def read_segment(folder: Path, key: str) -> Segment | None:
+def read_segment(folder: Path, key: str) -> TokenSegment | None:
     """The segment in the folder `key` below `folder`; None if it is not there."""
     try:
         meta = json.loads((folder / key / "meta.json").read_bytes())
         place = json.loads((folder / key / PLACE).read_bytes())
         tokens, documents = meta["num_tokens"], meta["num_documents"]
-        return Segment(
+        return TokenSegment(
             Part(key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"]),
             meta,
             Place(place["file"], place["documents"]),
@@ -79,7 +79,7 @@ class GrowingStream(Stream):
         super().__init__(folder, (), "train", dtype)
         self.key = key
         self.num_segments = 0
-        self.last: Segment | None = None
+        self.last: TokenSegment | None = None
 
     @property
     def has_ended(self) -> bool:

@@ -24,7 +24,7 @@ from dus_cli.data.growing import (
     PLACE,
     GrowingRows,
     GrowingStream,
-    Segment,
+    TokenSegment,
     read_segment,
     segment_key,
 )
@@ -141,7 +141,7 @@ def begin(
 
 def _growing(
     growths: Sequence[Growth],
-    segments: Sequence[Segment],
+    segments: Sequence[TokenSegment],
     weights: Sequence[float],
     window_tokens: int,
 ) -> Growing:
@@ -237,7 +237,7 @@ def _growths(
     return [Growth(shelf, files, split, eval_keys, size) for files in groups]
 
 
-def _first(growth: Growth, say: Callable[[str], object]) -> Segment:
+def _first(growth: Growth, say: Callable[[str], object]) -> TokenSegment:
     """The first segment of a stream; it is written if it is missing."""
     has_said = False
     with growth:
