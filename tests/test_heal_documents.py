@@ -31,49 +31,94 @@ def _mask(*starts: tuple[int, ...], window: int = LENGTH) -> Any:
     return torch.stack(rows)[:, None]
 
 
-def _inputs(rows: int) -> list[Any]:
+def _inputs(rows: int, dtype: Any = torch.float32) -> list[Any]:
     torch.manual_seed(0)
-    return [torch.randn(rows, heads, LENGTH, 8, requires_grad=True) for heads in (4, 2, 2)]
+    return [
+        torch.randn(rows, heads, LENGTH, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)
+    ]
+
+
+def _attend(inputs: list[Any], mask: Any, **options: Any) -> Any:
+    query, key, value = inputs
+    return attention._attention(LAYER, query, key, value, mask, **options)[0]
+
+
+def _gradients(found: Any, inputs: list[Any]) -> list[Any]:
+    torch.manual_seed(1)
+    weights = torch.randn(found.shape).bfloat16().to(found.dtype)
+    return list(torch.autograd.grad((found * weights).sum(), inputs))
 
 
 @pytest.fixture
 def lengths_asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """(length, whether with a mask) of each call that reaches transformers."""
+    """(length, whether with a mask) of each call that reaches torch's kernel."""
     asked: list[tuple[int, bool]] = []
+    kernel = attention._kernel
 
-    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        asked.append((query.shape[2], mask is not None))
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    def spy(query: Any, *parts: Any, **options: Any) -> Any:
+        asked.append((query.shape[2], options.get("attn_mask") is not None))
+        return kernel(query, *parts, **options)
 
-    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(attention, "_kernel", spy)
     return asked
 
 
 def test_documents_one_by_one_attend_as_under_their_mask(
     lengths_asked: list[tuple[int, bool]],
 ) -> None:
-    query, key, value = inputs = _inputs(2)
-    mask = _mask((5, 6), (17,))
-    found = attention._attention(LAYER, query, key, value, mask)[0]
-    expected = sdpa_attention_forward(LAYER, query, key, value, mask)[0]
+    inputs, mask = _inputs(2), _mask((5, 6), (17,))
+    found = _attend(inputs, mask)
+    expected = sdpa_attention_forward(LAYER, *inputs, mask)[0]
     assert torch.allclose(found, expected, atol=1e-6)
     assert lengths_asked == [(5, False), (1, False), (18, False), (17, False), (7, False)]
-    weights = torch.randn_like(found)
-    for ours, theirs in zip(
-        torch.autograd.grad((found * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-        strict=True,
-    ):
+    for ours, theirs in zip(_gradients(found, inputs), _gradients(expected, inputs), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, _mask((5, 6))], ids=["no mask", "documents"])
+def test_gradients_in_bf16_are_as_good_as_those_of_torch(
+    mask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", 7)
+    inputs = _inputs(1, torch.bfloat16)
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    expected = _gradients(sdpa_attention_forward(LAYER, *exact, mask)[0], exact)
+    found = _gradients(_attend(inputs, mask), inputs)
+    for ours, right in zip(found, expected, strict=True):
+        assert (ours - right).norm() < 0.01 * right.norm()
+
+
+def test_large_scores_of_keys_after_their_query_do_no_harm() -> None:
+    query, key, value = _inputs(1)
+    inputs = [query, key.detach().mul(300).requires_grad_(), value]
+    found = _gradients(_attend(inputs, None), inputs)
+    expected = _gradients(sdpa_attention_forward(LAYER, *inputs, None)[0], inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
     "mask", [_mask((5,), window=4), torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool), None]
 )
-def test_a_mask_that_says_more_or_less_is_left_to_transformers(
+def test_under_any_other_mask_attention_is_that_of_torch(
     mask: Any, lengths_asked: list[tuple[int, bool]]
 ) -> None:
-    query, key, value = _inputs(1)
-    found = attention._attention(LAYER, query, key, value, mask)[0]
-    assert torch.equal(found, sdpa_attention_forward(LAYER, query, key, value, mask)[0])
+    inputs = _inputs(1)
+    found = _attend(inputs, mask)
+    expected = sdpa_attention_forward(LAYER, *inputs, mask)[0]
+    assert torch.equal(found, expected)
     assert lengths_asked == [(LENGTH, mask is not None)]
+    for ours, theirs in zip(_gradients(found, inputs), _gradients(expected, inputs), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"position_bias": torch.zeros(1, 4, LENGTH, LENGTH)}, {"is_causal": False}]
+)
+def test_what_the_kernel_does_not_compute_is_left_to_transformers(
+    options: dict[str, Any], lengths_asked: list[tuple[int, bool]]
+) -> None:
+    inputs = _inputs(1)
+    found = _attend(inputs, None, **options)
+    assert torch.equal(found, sdpa_attention_forward(LAYER, *inputs, None, **options)[0])
+    assert lengths_asked == []

@@ -40,8 +40,7 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     attention = _attention(run, team, skeleton)
-    # its control flow depends on the data, which cannot be compiled
-    if attention == "sdpa" and team.device.type == "cpu" and not run.fit.compile:
+    if attention == "sdpa" and team.device.type == "cpu":
         attend_by_document()
     model = load_model(
         folder,
