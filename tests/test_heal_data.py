@@ -681,6 +681,14 @@ def test_fewer_tokens_than_a_row_is_one_line(model: Path, tmp_path: Path) -> Non
 # --- held out -------------------------------------------------------------------------------------
 
 
+def test_a_part_of_a_mixture_without_a_row_is_named(model: Path, tmp_path: Path) -> None:
+    much = write_jsonl(tmp_path / "much.jsonl", some_texts(50))
+    little = write_jsonl(tmp_path / "little.jsonl", ["x"])
+    prepared = run(model, tmp_path, f"{much}:0.5", f"{little}:0.5")
+    with pytest.raises(DataError, match=r"little\.jsonl:0\.5 has too few tokens for one row of 64"):
+        Rows(prepared, tmp_path / "tokens", 64, 0)
+
+
 def test_held_out_documents_are_apart_from_training_and_stay_when_data_is_added(
     model: Path, tmp_path: Path
 ) -> None:

@@ -252,6 +252,17 @@ def test_content_that_cannot_be_read_is_one_line_that_says_what_to_do(
     assert words in said
 
 
+def test_a_damaged_page_of_parquet_is_told_with_what_to_do(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    texts = ["some words that are repeated " * 20] * 99
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    content = bytearray(path.read_bytes())
+    content[40:60] = bytes(20)
+    path.write_bytes(content)
+    assert refusal(path).endswith("; copy or download it again")
+
+
 def test_items_of_an_array_without_text_are_named_by_number_or_counted(tmp_path: Path) -> None:
     items = (
         b'[{"text": "one"}, {"text": null}, 5, "x", [], {"body": 1}, {"text": "caf\xe9"}, {"n": '

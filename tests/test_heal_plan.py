@@ -102,6 +102,32 @@ def test_a_thin_proof_is_warned_of(home: Path) -> None:
     ]
 
 
+def test_the_plan_says_how_often_each_part_of_a_mixture_is_read(home: Path) -> None:
+    """An epoch is over when the smallest part ends; what then comes again is told and warned of."""
+    small = tiny.write_corpus(home / "small.jsonl", 12, seed=5)
+    parts = ("--data", f"{home / 'corpus.jsonl'}:3", "--data", f"{small}:1")
+    fixed = ("--seq-length", "32", "--tokens", "64K", "--holdout", "10%", "--dry-run")
+    plan = tiny.forked_dus("heal", home / "scaled", *parts, *fixed, "--json").report
+    large, little = plan["mixture"]
+    assert (large["name"], large["share"]) == ("corpus.jsonl:3", 0.75)
+    assert (little["name"], little["share"]) == ("small.jsonl:1", 0.25)
+    sizes = [plan["tokens"] * each["share"] / each["epochs"] for each in (large, little)]
+    assert sum(sizes) == pytest.approx(plan["train_tokens"])
+    assert little["epochs"] > 4 > large["epochs"]
+    (warning,) = [text for text in plan["warnings"] if "memorises" in text]
+    assert warning.startswith(f"the budget reads small.jsonl:1 {little['epochs']:.2f} times")
+    told = tiny.forked_dus("heal", home / "scaled", *parts, *fixed).stdout
+    assert "documents, read as a mixture\n" in told
+    assert f"25.0% of the rows from small.jsonl:1, read {little['epochs']:.2f} times\n" in told
+
+
+def test_the_plan_warns_of_a_text_that_is_given_twice(home: Path) -> None:
+    twice = dry(home, "--data", str(home / "corpus.jsonl"))["warnings"]
+    (warning,) = [text for text in twice if "same text" in text]
+    assert warning.startswith("corpus.jsonl, corpus.jsonl have the same text")
+    assert not any("same text" in text for text in dry(home)["warnings"])
+
+
 def test_memory_that_is_not_there_is_warned_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dry(home)
     assert plan["fits"]

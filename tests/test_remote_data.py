@@ -208,6 +208,7 @@ def test_a_token_reaches_what_is_private_and_no_other_origin(
         ("hf://buckets/org/corpus?split=test", "config and split need the address of a whole data"),
         ("hf://datasets/org/name/README.md", "has no suffix that --data reads"),
         ("{hub}/none.jsonl", "none.jsonl is not there"),
+        ("https:///a.jsonl", "https:///a.jsonl: the address names no host; check it"),
         ("file:///nowhere/a.jsonl", "is not there"),
     ],
 )

@@ -270,6 +270,8 @@ def _store_files(url: str) -> tuple[list[StoreFile], list[str]]:
 
 def _web_files(url: str) -> tuple[list[StoreFile], list[str]]:
     """The file at an address; its size comes with the response to a request for the first byte."""
+    if not urlsplit(url).hostname:
+        raise DataError("the address names no host; check it")
     with _part(url, 0, 1) as response:
         version = _web_version(response.headers)
         size = int(response.headers["Content-Range"].rpartition("/")[2])

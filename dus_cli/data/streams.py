@@ -420,6 +420,12 @@ class Rows:
         self._streams = [Stream(folder, parts, "train", prepared.dtype) for parts in groups]
         stride = self.packing.stride
         self.num_rows = tuple(max(0, stream.num_tokens - 1) // stride for stream in self._streams)
+        if weights and 0 in self.num_rows:
+            name = prepared.sources[self.num_rows.index(0)].name
+            raise DataError(
+                f"{shown(name)} has too few tokens for one row of {seq_length}; leave it out of "
+                "the mixture, add data, or choose a smaller --seq-length"
+            )
         self.order = Order(self.num_rows, weights or None, seed)
 
     @property

@@ -560,8 +560,8 @@ def _parquet_records(
                 yield from _rows_of(arrow, batch, number, fields, on_bad)
                 number += len(batch)
                 on_position(size * number // max(num_rows, 1))
-    except arrow.ArrowException as error:
-        raise UnreadableError(f"{shown(error)}; copy or download it again") from error
+    except (arrow.ArrowException, OSError) as error:
+        raise _damaged(error) from error
 
 
 def _arrow_records(
@@ -593,8 +593,17 @@ def _arrow_records(
                         yield from _rows_of(arrow, rows, number + start, fields, on_bad)
                     number += len(batch)
                     on_position(source.tell())
-    except arrow.ArrowException as error:
-        raise UnreadableError(f"{shown(error)}; copy or download it again") from error
+    except (arrow.ArrowException, OSError) as error:
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> Exception:
+    """What to raise for an error of pyarrow, which calls damaged content an OSError, but without a
+    number.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return UnreadableError(f"{shown(error).rstrip('. ')}; copy or download it again")
 
 
 def _batches(reader: Any) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dus_cli.common.memory import available_bytes, smallest_gpu
 from dus_cli.common.reports import public
 from dus_cli.common.units import counted, human_bytes, human_time
+from dus_cli.errors import shown_list
 from dus_cli.heal import estimate
 from dus_cli.heal.estimate import MemoryEstimate, num_shards
 from dus_cli.heal.options import LaunchOptions
@@ -73,6 +75,38 @@ def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
     return record | ({"heldout_sets": sets} if sets else {})
 
 
+def _mixture(data: Prepared, tokens: int) -> list[dict[str, Any]]:
+    """Of each source of a mixture: its name, its share of the rows, and how many times `tokens`
+    read its text. Empty if the sources have no weights.
+    """
+    weights = [source.weight for source in data.sources if source.weight is not None]
+    if not weights:
+        return []
+    sizes = [source.num_train_tokens for source in data.sources]
+    if data.growing is not None:
+        sizes = list(data.growing.num_train_tokens)
+    mixture = []
+    for source, weight, size in zip(data.sources, weights, sizes, strict=True):
+        share = weight / sum(weights)
+        epochs = tokens * share / max(1, size)
+        mixture.append({"name": source_name(source.name), "share": share, "epochs": epochs})
+    return mixture
+
+
+def _repeated(data: Prepared) -> list[str]:
+    """A warning if several sources have the same text."""
+    count = Counter(key for source in data.sources for key in {part.key for part in source.parts})
+    names = [
+        source_name(source.name)
+        for source in data.sources
+        if any(count[part.key] > 1 for part in source.parts)
+    ]
+    if not names:
+        return []
+    which = "is read that much more often; leave one out if that is not meant"
+    return [f"{shown_list(names)} have the same text, which {which}"]
+
+
 def plan_of(run: Run, shape: Shape, launch: LaunchOptions) -> dict[str, Any]:
     """The plan as JSON; docs/layout.md describes each field."""
     import torch
@@ -101,9 +135,11 @@ def plan_of(run: Run, shape: Shape, launch: LaunchOptions) -> dict[str, Any]:
             key: int(value) for key, value in (asdict(memory) | {"total": memory.total}).items()
         },
     }
+    if mixture := _mixture(data, tokens):
+        plan["mixture"] = mixture
     plan |= _device(run, memory, local, on_cpu=on_cpu)
     plan |= _time(run, tokens * flops + measured * flops / 3, workers, launch.nnodes, on_cpu=on_cpu)
-    return plan | {"warnings": [*run.notes, *_warnings(plan)]}
+    return plan | {"warnings": [*run.notes, *_repeated(data), *_warnings(plan)]}
 
 
 def _device(run: Run, memory: MemoryEstimate, num_local: int, *, on_cpu: bool) -> dict[str, Any]:
@@ -178,7 +214,14 @@ def _warnings(plan: dict[str, Any]) -> list[str]:
         warnings.append(
             f"{name}{text_size(tokens, documents)} held out are too few to prove much; {more}"
         )
-    if plan["epochs"] > _MANY_EPOCHS:
+    mixture = plan.get("mixture", [])
+    warnings += [
+        f"the budget reads {each['name']} {_times(each['epochs'])}, so the model memorises it; "
+        "give more of such text, or a smaller weight"
+        for each in mixture
+        if each["epochs"] > _MANY_EPOCHS
+    ]
+    if plan["epochs"] > _MANY_EPOCHS and not mixture:
         warnings.append(
             f"the budget is {plan['epochs']:,.1f} epochs, so the model memorises "
             f"{counted(plan['train_documents'], 'document')} rather than heals; give more text, or "
@@ -228,8 +271,11 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         f"about {human_time(plan['seconds'])} for {counted(plan['num_workers'], 'worker')} "
         f"({plan['seconds_on']} at {TYPICAL_MFU:.0%} MFU)"
     )
+    mixture = plan.get("mixture", [])
+    read = "as a mixture" if mixture else _times(plan["epochs"])
     rows = [
-        ("data", f"{train_size(plan)}, read {_times(plan['epochs'])}"),
+        ("data", f"{train_size(plan)}, read {read}"),
+        *(("", _mixture_line(each)) for each in mixture),
         (
             "held out",
             f"{text_size(plan['heldout_tokens'], plan['heldout_documents'])} are measured{of}",
@@ -252,6 +298,11 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         *(f"{label:<13}{value}" for label, value in rows),
         *(f"warning: {text}" for text in plan["warnings"]),
     ]
+
+
+def _mixture_line(source: dict[str, Any]) -> str:
+    share, times = f"{source['share']:.1%}", _times(source["epochs"])
+    return f"{share} of the rows from {source['name']}, read {times}"
 
 
 def _times(epochs: float) -> str:
