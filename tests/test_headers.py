@@ -8,6 +8,7 @@ import json
 import random
 import resource
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from safetensors import SafetensorError, safe_open
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import CheckpointError
 from dus_cli.planning.plan import Base, MapRequest, make_plan
+from dus_cli.source import headers, weights
 from dus_cli.source.checkpoint import open_checkpoint
-from dus_cli.source.headers import DTYPE_BITS, encode_header, header_size, is_aligned, read_header
+from dus_cli.source.headers import (
+    DTYPE_BITS,
+    encode_header,
+    encoded_bytes,
+    header_size,
+    is_aligned,
+    read_header,
+)
 
 GOOD: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
@@ -173,10 +182,14 @@ def test_the_size_of_a_header_is_known_before_it_is_made() -> None:
         ("scalar", "I64", (), 8),
         ("\x1f", "F8_E4M3", (3,), 3),
     ]
+    name_bytes = sum(encoded_bytes(name) for name, *_ in tensors)
+    kinds = [(dtype, shape, 1) for _, dtype, shape, _ in tensors]
+    sizes = [size for *_, size in tensors]
     for metadata in ({}, {"format": "pt", "é": "\n"}):
         for block, phase in ((8, 0), (4096, 16)):
             raw = encode_header(metadata, tensors, block, phase)
-            assert header_size(metadata, tensors, block, phase) == len(raw)
+            size = header_size(metadata, name_bytes, kinds, sizes, block=block, phase=phase)
+            assert size == len(raw)
             assert json.loads(raw[8:])["scalar"] == {
                 "dtype": "I64",
                 "shape": [],
@@ -236,3 +249,73 @@ def test_of_5000_damaged_configs_and_indexes_all_end_in_success_or_one_line(tmp_
     assert sorted(tmp_path.rglob("*")) == before
     assert peak_rss() - peak < 100_000_000
     assert min(outcomes.values()) > 300, outcomes
+
+
+def outcome(read: Callable[[], object]) -> object:
+    """What is read, or the error's line."""
+    try:
+        return read()
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_the_reader_for_the_librarys_layout_reads_what_the_general_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(20261130)
+    raw, path = header_bytes(GOOD) + bytes(40), tmp_path / "x"
+    usual = headers._usual_entries
+    fast = 0
+
+    def counted(raw: bytes, where: str) -> object:
+        nonlocal fast
+        found = usual(raw, where)
+        fast += found is not None
+        return found
+
+    for number in range(1000):
+        path.write_bytes(mutate(raw, rng) if number else raw)
+        monkeypatch.setattr(headers, "_usual_entries", counted)
+        found = outcome(lambda: read_header(path))
+        monkeypatch.setattr(headers, "_usual_entries", lambda *_: None)
+        assert found == outcome(lambda: read_header(path)), path.read_bytes()
+    assert 10 < fast < 900
+
+
+def test_an_index_parsed_in_pieces_reads_as_a_whole_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(20261130)
+    weight_map = {f"layers.{n}.weight": f"model-{n // 4}.safetensors" for n in range(12)}
+    path = tmp_path / weights.INDEX_NAME
+    usual = weights._usual_index
+    fast = 0
+
+    def counted(raw: bytes, name: str) -> object:
+        nonlocal fast
+        found = usual(raw, name)
+        fast += found is not None
+        return found
+
+    monkeypatch.setattr(weights, "_PIECE", 50)
+    for number in range(1000):
+        indent = rng.choice([None, 2])
+        raw = json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}, indent=indent)
+        path.write_bytes(mutate(b"        " + raw.encode(), rng)[8:] if number else raw.encode())
+        monkeypatch.setattr(weights, "_usual_index", counted)
+        found = outcome(lambda: weights.read_index(tmp_path))
+        monkeypatch.setattr(weights, "_usual_index", lambda *_: None)
+        assert found == outcome(lambda: weights.read_index(tmp_path)), path.read_bytes()
+    assert 100 < fast < 950
+
+
+@pytest.mark.parametrize("at", [0, 5, 11])
+def test_a_name_twice_in_an_index_is_refused_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(weights, "_PIECE", 50)
+    pairs = [f'"layers.{n}.weight": "model.safetensors"' for n in range(12)]
+    text = ", ".join([*pairs, pairs[at]])
+    (tmp_path / weights.INDEX_NAME).write_text(f'{{"weight_map": {{{text}}}}}')
+    with pytest.raises(CheckpointError, match=rf"'layers\.{at}\.weight' occurs twice"):
+        weights.read_index(tmp_path)

@@ -1,10 +1,12 @@
-"""How much memory this machine has available."""
+"""How much memory this machine has available, and when Python looks for garbage."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 # The share of free memory that is used: the rest is for buffers that no estimate includes, and for
@@ -52,3 +54,17 @@ def smallest_gpu() -> tuple[str, int] | None:
             size, name = min(sizes)
             return name, int(size * 1024 * 1024 * _USABLE)
     return None
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector, for code that makes very many objects and no cycles: it
+    would go through all of them again and again.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

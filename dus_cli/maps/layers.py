@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -303,6 +304,24 @@ def number_span(name: str) -> tuple[int, int] | None:
     """
     match = _LAYER_NUMBER.search(name)
     return None if match is None else match.span(1)
+
+
+def number_spans(names: Iterable[str]) -> Iterator[tuple[int, int] | None]:
+    """`number_span` of each name; consecutive names of one layer are given the same object.
+
+    Files mostly have their tensors layer by layer, and then only one name of each layer is
+    searched.
+
+    >>> list(number_spans(["layers.3.k", "layers.3.v", "norm"]))
+    [(7, 8), (7, 8), None]
+    """
+    span: tuple[int, int] | None = None
+    beginning = ""
+    for name in names:
+        if span is None or not name.startswith(beginning):
+            span = number_span(name)
+            beginning = "" if span is None else f"{name[: span[1]]}."
+        yield span
 
 
 @dataclass(frozen=True)

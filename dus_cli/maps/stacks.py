@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dus_cli.errors import CheckpointError, described, shown, shown_list
 from dus_cli.maps import architectures as arch
-from dus_cli.maps.layers import LayerMap, number_span, split_name
+from dus_cli.maps.layers import LayerMap, number_spans, split_name
 from dus_cli.maps.model_config import DecoderConfig
 from dus_cli.maps.naming import NO_ASSUMPTIONS, Assumption, NumberedNames
 
@@ -73,14 +73,15 @@ class LayerStack:
         return (index,)
 
 
-def _numbered(names: Iterable[str]) -> dict[str, set[int]]:
+def _numbered(names: Sequence[str]) -> dict[str, set[int]]:
     """The numbers after each prefix, for tensor names that have one."""
     numbers: dict[str, set[int]] = defaultdict(set)
-    for name in names:
-        span = number_span(name)
-        if span is not None:
+    of_layer: tuple[int, int] | None = None
+    for name, span in zip(names, number_spans(names), strict=True):
+        if span is not None and span is not of_layer:
             start, end = span
             numbers[name[: start - 1]].add(int(name[start:end]))
+        of_layer = span
     return numbers
 
 

@@ -24,11 +24,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import NamedTuple
 
 from dus_cli.errors import CheckpointError
-from dus_cli.maps.layers import LayerMap, number_span
+from dus_cli.maps.layers import LayerMap, number_spans
 from dus_cli.maps.stacks import LayerStack
 from dus_cli.planning.scaling import Scale
 from dus_cli.planning.tables import followed
@@ -39,6 +38,7 @@ from dus_cli.source.headers import (
     MAX_HEADER_BYTES,
     TensorInfo,
     encode_header,
+    encoded_bytes,
     header_size,
     is_aligned,
 )
@@ -61,6 +61,9 @@ _WORTH_A_SHARD, _PART_WORTH_A_SHARD = 1 << 20, 16
 # A smaller output is one file if possible: copying it takes no time.
 _SMALL = 16 << 20
 
+# How many names are joined at once, to count their bytes.
+_NAMES_AT_ONCE = 1024
+
 # How many of the latest shards with the right phase are tried for a tensor.
 _LOOKED_AT = 3
 
@@ -78,7 +81,11 @@ class Kind(NamedTuple):
     Attributes:
         shard: the source shard.
         dtype: the dtype of a copy.
+        shape: its shape.
+        num_elements: its numbers.
         num_bytes: the bytes of a copy.
+        stored_bytes: the bytes of the base tensor.
+        entry_bytes: an upper bound of its entry's bytes in a header, beside twice the name's.
         zeroed: the layer numbers of copies that are zeros.
         scales: the factor of a copy, by its layer number.
         can_agree: positions in source and output can agree; not for a cast tensor, which has
@@ -87,7 +94,11 @@ class Kind(NamedTuple):
 
     shard: Shard
     dtype: str
+    shape: tuple[int, ...]
+    num_elements: int
     num_bytes: int
+    stored_bytes: int
+    entry_bytes: int
     zeroed: frozenset[int]
     scales: Mapping[int, Scale]
     can_agree: bool
@@ -109,7 +120,8 @@ class SourceTensor(NamedTuple):
 class Placement(NamedTuple):
     """An output tensor: a copy of its origin, with `number` as the layer number in its name.
 
-    A plan may hold a million of them: what can be derived is not stored, not even the name.
+    A plan may have a million of them. They are made when they are asked for, and have no name of
+    their own, because it can be derived.
     """
 
     origin: SourceTensor
@@ -188,20 +200,36 @@ class Segment:
 class ShardLayout:
     """An output shard: a header, then the tensors in this order. `num_bytes` is the file's size.
 
+    The tensors are copies of `origins`, with `numbers` as the layer numbers in their names.
+
     `phase` is where the data starts, modulo the block. The header is not kept but encoded on each
     access: the headers of a deep model have hundreds of megabytes.
     """
 
     metadata: Mapping[str, str]
-    placements: tuple[Placement, ...]
+    origins: Sequence[SourceTensor]
+    numbers: Sequence[int]
     phase: int
     data_start: int
     num_bytes: int
 
     @property
+    def num_tensors(self) -> int:
+        return len(self.origins)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(origin.kind.num_elements for origin in self.origins)
+
+    @property
+    def placements(self) -> Iterator[Placement]:
+        """Every tensor, in order."""
+        return map(Placement, self.origins, self.numbers)
+
+    @property
     def header(self) -> bytes:
         """The file's bytes before the data."""
-        return encode_header(self.metadata, map(_line, self.placements), BLOCK, self.phase)
+        return encode_header(self.metadata, map(_entry, self.placements), BLOCK, self.phase)
 
     def positions(self) -> Iterator[tuple[Placement, int]]:
         """Every tensor with its position in the file, in order."""
@@ -214,33 +242,26 @@ class ShardLayout:
         """The bytes to copy as they are. Tensors that are adjacent in both files are joined: a
         segment may span many layers.
         """
-        pending: Segment | None = None
-        for placement, start in self.positions():
-            tensor = placement.tensor
-            if (
-                placement.making is not Making.copied
-                or not tensor.lies_in_order
-                or not tensor.num_bytes
-            ):
-                continue
-            if (
-                pending is not None
-                and pending.shard is placement.shard
-                and pending.source_start + pending.length == tensor.start
-                and pending.start + pending.length == start
-            ):
-                pending = Segment(
-                    pending.shard,
-                    pending.source_start,
-                    pending.start,
-                    tensor.end - pending.source_start,
-                )
-                continue
-            if pending is not None:
-                yield pending
-            pending = Segment(placement.shard, tensor.start, start, tensor.num_bytes)
-        if pending is not None:
-            yield pending
+        shard: Shard | None = None
+        source_start = source_end = start = 0
+        position = self.data_start
+        for (tensor, kind, *_), number in zip(self.origins, self.numbers, strict=True):
+            as_it_is = kind.can_agree and number not in kind.zeroed and number not in kind.scales
+            if as_it_is and kind.num_bytes:
+                if (
+                    shard is kind.shard
+                    and source_end == tensor.start
+                    and position - start == source_end - source_start
+                ):
+                    source_end = tensor.end
+                else:
+                    if shard is not None:
+                        yield Segment(shard, source_start, start, source_end - source_start)
+                    shard, start = kind.shard, position
+                    source_start, source_end = tensor.start, tensor.end
+            position += kind.num_bytes
+        if shard is not None:
+            yield Segment(shard, source_start, start, source_end - source_start)
 
 
 def lay_out(
@@ -268,40 +289,67 @@ def lay_out(
     treatment = treatment or Treatment()
     runs: list[_TensorRun] = []
     for shard in checkpoint.shards:
-        for sequence in _sequences(shard, stack, layer_map, treatment):
-            runs += _runs(shard, sequence)
+        for copies in _sequences(shard, stack, layer_map, treatment):
+            runs += _runs(shard, copies)
     if sum(run.num_bytes for run in runs) <= _SMALL:
-        whole = _Group(list(chain.from_iterable(run.placements for run in runs)))
-        for placement in whole.agreeing:
-            whole.add(placement.origin.kind.num_bytes, _line_bytes(placement.origin))
+        whole = _Group()
+        for run in runs:
+            whole.agreeing.extend(run.copies)
+            for origin in run.copies.origins:
+                whole.add(origin.kind.num_bytes, _most_entry_bytes(origin))
         if whole.num_bytes + whole.header <= max_shard_bytes and whole.header <= _MOST_HEADER_BYTES:
             return (_finish(whole),)
     return tuple(map(_finish, _pack(runs, max_shard_bytes)))
 
 
+@dataclass(slots=True)
+class _Copies:
+    """Output tensors in order: copies of `origins`, with `numbers` in their names."""
+
+    origins: list[SourceTensor] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+
+    def append(self, origin: SourceTensor, number: int) -> None:
+        self.origins.append(origin)
+        self.numbers.append(number)
+
+    def extend(self, others: _Copies) -> None:
+        self.origins += others.origins
+        self.numbers += others.numbers
+
+    def part(self, begin: int, end: int) -> _Copies:
+        return _Copies(self.origins[begin:end], self.numbers[begin:end])
+
+
 def _sequences(
     shard: Shard, stack: LayerStack, layer_map: LayerMap, treatment: Treatment
-) -> Iterator[list[Placement]]:
+) -> Iterator[_Copies]:
     """The output tensors from one source shard, in sequences that keep the source's distances."""
     waiting = list(_origins(shard, stack, layer_map, treatment))
-    sequence: list[Placement] = []
+    copies = _Copies()
     size = num_placed = 0  # bytes of the sequence; copies of each waiting tensor that are placed
     while waiting:
         later: list[tuple[SourceTensor, tuple[int, ...]]] = []
-        for origin, numbers in waiting:
-            num_bytes = origin.tensor.num_bytes
-            stop = len(numbers) if num_bytes % BLOCK == 0 else num_placed + 1
-            placed = numbers[num_placed:stop]
-            sequence.extend([Placement(origin, number) for number in placed])
-            size += num_bytes * len(placed)
-            if len(numbers) > stop:
-                later.append((origin, numbers))
+        num_later_bytes = 0
+        for waits in waiting:
+            origin, numbers = waits
+            num_bytes = origin.kind.stored_bytes
+            if num_bytes % BLOCK == 0:
+                copies.origins += [origin] * len(numbers)
+                copies.numbers += numbers
+                size += num_bytes * len(numbers)
+            elif numbers:
+                copies.append(origin, numbers[num_placed])
+                size += num_bytes
+                if len(numbers) > num_placed + 1:
+                    later.append(waits)
+                    num_later_bytes += num_bytes
         waiting, num_placed = later, num_placed + 1
-        if sum(origin.tensor.num_bytes for origin, _ in later) * _FEW > size:
-            yield sequence
-            sequence, size = [], 0
-    if sequence:
-        yield sequence
+        if num_later_bytes * _FEW > size:
+            yield copies
+            copies, size = _Copies(), 0
+    if copies.origins:
+        yield copies
 
 
 def _origins(
@@ -311,22 +359,28 @@ def _origins(
     has no number.
     """
     kinds: dict[tuple[object, ...], Kind] = {}
-    for stored in shard.header.tensors:
-        tensor = followed(stored, stack, layer_map)
-        name, zeroed, scales = tensor.name, _NOWHERE, UNSCALED
-        start = end = 0
-        numbers: tuple[int, ...] = (0,)
-        span = number_span(name)
-        if span is not None:
-            start, end = span
-            prefix = name[: start - 1]
-            suffix = name[end + 1 :]
-            zeroed, scales = (
-                treatment.zeroed(prefix, suffix),
-                treatment.scales(prefix, suffix, tensor),
-            )
-            numbers = stack.output_numbers(prefix, int(name[start:end]), layer_map)
-        key = (tensor.dtype, tensor.shape, tensor.lies_in_order, zeroed, id(scales))
+    of_layer: tuple[int, int] | None = None
+    start = end = 0
+    prefix, numbers = "", tuple[int, ...]()
+    tensors = shard.header.tensors
+    for stored, span in zip(tensors, number_spans(t.name for t in tensors), strict=True):
+        tensor = followed(stored, stack, layer_map) if stack.tables else stored
+        zeroed, scales = _NOWHERE, UNSCALED
+        if span is None:
+            start, end, numbers = 0, 0, (0,)
+        else:
+            name = tensor.name
+            if span is not of_layer:
+                start, end = span
+                prefix = name[: start - 1]
+                numbers = stack.output_numbers(prefix, int(name[start:end]), layer_map)
+            if treatment.changes_layers:
+                suffix = name[end + 1 :]
+                zeroed = treatment.zeroed(prefix, suffix)
+                scales = treatment.scales(prefix, suffix, tensor)
+        of_layer = span
+        _, dtype, shape, _, _, strides, blocks = tensor
+        key = (dtype, shape, strides is None and blocks is None, zeroed, id(scales))
         kind = kinds.get(key)
         if kind is None:
             kind = kinds[key] = _kind(tensor, shard, treatment, zeroed, scales)
@@ -341,21 +395,29 @@ def _kind(
     scales: Mapping[int, Scale],
 ) -> Kind:
     dtype = treatment.dtype_of(tensor)
-    num_bytes = tensor.num_elements * DTYPE_BITS[dtype] // 8
     return Kind(
-        shard, dtype, num_bytes, zeroed, scales, dtype == tensor.dtype and tensor.lies_in_order
+        shard,
+        dtype,
+        tensor.shape,
+        num_elements=tensor.num_elements,
+        num_bytes=tensor.num_elements * DTYPE_BITS[dtype] // 8,
+        stored_bytes=tensor.num_bytes,
+        entry_bytes=2 * _MOST_DIGITS + 100 + 21 * len(tensor.shape),
+        zeroed=zeroed,
+        scales=scales,
+        can_agree=dtype == tensor.dtype and tensor.lies_in_order,
     )
 
 
-def _line(placement: Placement) -> tuple[str, str, tuple[int, ...], int]:
+def _entry(placement: Placement) -> tuple[str, str, tuple[int, ...], int]:
     """A tensor's entry in a header, for `encode_header`."""
-    tensor, kind, *_ = placement.origin
-    return placement.name, kind.dtype, tensor.shape, kind.num_bytes
+    kind = placement.origin.kind
+    return placement.name, kind.dtype, kind.shape, kind.num_bytes
 
 
-def _line_bytes(origin: SourceTensor) -> int:
+def _most_entry_bytes(origin: SourceTensor) -> int:
     """An upper bound of the entry's bytes in the header."""
-    return 2 * (len(origin.tensor.name) + _MOST_DIGITS) + 100 + 21 * len(origin.tensor.shape)
+    return origin.kind.entry_bytes + 2 * len(origin.tensor.name)
 
 
 @dataclass(slots=True)
@@ -368,35 +430,26 @@ class _TensorRun:
 
     shard: Shard
     entry: int
-    placements: list[Placement] = field(default_factory=list)
-    num_bytes: int = 0
-    num_agreeing: int = 0
-
-    @property
-    def exit(self) -> int:
-        return (self.entry + self.num_bytes) % BLOCK
+    copies: _Copies
+    num_bytes: int
+    num_agreeing: int
 
 
-def _runs(shard: Shard, sequence: Sequence[Placement]) -> Iterator[_TensorRun]:
+def _runs(shard: Shard, copies: _Copies) -> Iterator[_TensorRun]:
     """Split a sequence at each change of the difference between position in source and sequence."""
-    run: _TensorRun | None = None
-    offset = value = 0
-    for placement in sequence:
-        tensor, kind, *_ = placement.origin
+    shift = begin = begin_offset = offset = num_agreeing = 0
+    for place, (tensor, kind, *_) in enumerate(copies.origins):
         if kind.can_agree:  # else it stays with the run before it
-            shift = (tensor.start - offset) % BLOCK
-            if run is None or shift != value:
-                if run is not None:
-                    yield run
-                run, value = _TensorRun(shard, (shift + offset) % BLOCK), shift
-            run.num_agreeing += kind.num_bytes
-        elif run is None:
-            run = _TensorRun(shard, 0)
-        run.placements.append(placement)
-        run.num_bytes += kind.num_bytes
+            own_shift = (tensor.start - offset) % BLOCK
+            if own_shift != shift or place == 0:
+                if place:
+                    entry, run = (shift + begin_offset) % BLOCK, copies.part(begin, place)
+                    yield _TensorRun(shard, entry, run, offset - begin_offset, num_agreeing)
+                shift, begin, begin_offset, num_agreeing = own_shift, place, offset, 0
+            num_agreeing += kind.num_bytes
         offset += kind.num_bytes
-    if run is not None:
-        yield run
+    entry, run = (shift + begin_offset) % BLOCK, copies.part(begin, len(copies.origins))
+    yield _TensorRun(shard, entry, run, offset - begin_offset, num_agreeing)
 
 
 @dataclass(slots=True)
@@ -406,26 +459,26 @@ class _Group:
     `header` is an upper bound of the header's bytes.
     """
 
-    agreeing: list[Placement] = field(default_factory=list)
-    others: list[Placement] = field(default_factory=list)
+    agreeing: _Copies = field(default_factory=_Copies)
+    others: _Copies = field(default_factory=_Copies)
     num_bytes: int = 0
     header: int = 0
 
-    def has_room(self, num_bytes: int, line: int, max_shard_bytes: int) -> bool:
-        """Whether a tensor of `num_bytes`, with `line` bytes in the header, fits; an empty shard
+    def has_room(self, num_bytes: int, entry_bytes: int, max_shard_bytes: int) -> bool:
+        """Whether a tensor of `num_bytes`, with `entry_bytes` in the header, fits; an empty shard
         takes any tensor.
         """
-        header = self.header + line
+        header = self.header + entry_bytes
         fits = (
             header + self.num_bytes + num_bytes <= max_shard_bytes - BLOCK
             and header <= _MOST_HEADER_BYTES
         )
         return fits or not self.header
 
-    def add(self, num_bytes: int, line: int) -> None:
+    def add(self, num_bytes: int, entry_bytes: int) -> None:
         """Count a tensor that is added to one of the lists."""
         self.num_bytes += num_bytes
-        self.header += line
+        self.header += entry_bytes
 
 
 def _pack(runs: Sequence[_TensorRun], max_shard_bytes: int) -> list[_Group]:
@@ -443,26 +496,28 @@ def _pack(runs: Sequence[_TensorRun], max_shard_bytes: int) -> list[_Group]:
             others.append(run)  # a short run that is not whole blocks would shift those after it
             continue
         end = run.entry
-        for placement in run.placements:
-            num_bytes, line = placement.origin.kind.num_bytes, _line_bytes(placement.origin)
-            group = _with_room(by_end.setdefault(end, []), num_bytes, line, max_shard_bytes)
+        ending = by_end.setdefault(end, [])
+        for origin, number in zip(run.copies.origins, run.copies.numbers, strict=True):
+            num_bytes, entry_bytes = origin.kind.num_bytes, _most_entry_bytes(origin)
+            group = _with_room(ending, num_bytes, entry_bytes, max_shard_bytes)
             if group is None:
                 group = _Group()
                 groups.append(group)
-                by_end[end].append(group)
-            group.add(num_bytes, line)
-            group.agreeing.append(placement)
+                ending.append(group)
+            group.add(num_bytes, entry_bytes)
+            group.agreeing.append(origin, number)
             if num_bytes % BLOCK:
-                by_end[end].remove(group)
+                ending.remove(group)
                 end = (end + num_bytes) % BLOCK
-                by_end.setdefault(end, []).append(group)
+                ending = by_end.setdefault(end, [])
+                ending.append(group)
             of_shard[run.shard.name] = group
     _pack_others(others, groups, of_shard, max_shard_bytes)
     return groups
 
 
 def _with_room(
-    groups: list[_Group], num_bytes: int, line: int, max_shard_bytes: int
+    groups: list[_Group], num_bytes: int, entry_bytes: int, max_shard_bytes: int
 ) -> _Group | None:
     """The shard that takes a tensor: the first that has room, so that few remain nearly full.
 
@@ -470,7 +525,7 @@ def _with_room(
     """
     del groups[:-_LOOKED_AT]
     for group in groups if num_bytes % BLOCK == 0 else groups[-1:]:
-        if group.has_room(num_bytes, line, max_shard_bytes):
+        if group.has_room(num_bytes, entry_bytes, max_shard_bytes):
             return group
     return None
 
@@ -506,59 +561,83 @@ def _pack_others(
     group: _Group | None = None
     for run in runs:
         own = of_shard.get(run.shard.name)
-        for placement in run.placements:
-            num_bytes, line = placement.origin.kind.num_bytes, _line_bytes(placement.origin)
-            if own is not None and own.has_room(num_bytes, line, max_shard_bytes):
-                own.add(num_bytes, line)
-                own.others.append(placement)
+        for origin, number in zip(run.copies.origins, run.copies.numbers, strict=True):
+            num_bytes, entry_bytes = origin.kind.num_bytes, _most_entry_bytes(origin)
+            if own is not None and own.has_room(num_bytes, entry_bytes, max_shard_bytes):
+                own.others.append(origin, number)
+                own.add(num_bytes, entry_bytes)
                 continue
-            while group is None or not group.has_room(num_bytes, line, max_shard_bytes):
+            while group is None or not group.has_room(num_bytes, entry_bytes, max_shard_bytes):
                 group = next(spare, None)
                 if group is None:
                     group = _Group()
                     groups.append(group)
-            group.add(num_bytes, line)
-            group.others.append(placement)
+            group.others.append(origin, number)
+            group.add(num_bytes, entry_bytes)
 
 
 def _finish(group: _Group) -> ShardLayout:
-    placements = [*group.agreeing, *group.others]
+    copies, num_agreeing = group.agreeing, len(group.agreeing.origins)
+    copies.extend(group.others)
+    counts = Counter(id(origin.kind) for origin in copies.origins)
+    kinds = {id(origin.kind): origin.kind for origin in copies.origins}
     # Every tensor must start at a multiple of its element size. If one does not, the copied tensors
     # are sorted by falling element size, as the library does, and if need be all of them.
-    if not _are_aligned(placements):
-        placements = [*group.agreeing, *sorted(group.others, key=_falling)]
-        if not _are_aligned(placements):
-            placements = sorted(placements, key=_falling)
+    if any(kind.num_bytes % 8 for kind in kinds.values()):
+        for place in (num_agreeing, 0):
+            if is_aligned((o.kind.dtype, o.kind.num_bytes) for o in copies.origins):
+                break
+            copies = _by_falling_size(copies, place)
     metadata: dict[str, str] = {}
-    for shard in {origin.kind.shard.name: origin.kind.shard for origin, _ in placements}.values():
+    for shard in {origin.kind.shard.name: origin.kind.shard for origin in copies.origins}.values():
         metadata = {**shard.header.metadata, **metadata}
     metadata = {"format": "pt", **metadata}
-    phase = _best_phase(placements)
-    data_start = header_size(metadata, map(_line, placements), BLOCK, phase)
+    phase = _best_phase(copies.origins)
+    shapes = ((kind.dtype, kind.shape, counts[of_kind]) for of_kind, kind in kinds.items())
+    sizes = (origin.kind.num_bytes for origin in copies.origins)
+    data_start = header_size(metadata, _name_bytes(copies), shapes, sizes, block=BLOCK, phase=phase)
     if data_start - 8 > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"an output shard would need a header of {data_start} bytes, over the format's limit "
             f"of {MAX_HEADER_BYTES}; use a smaller --max-shard-size"
         )
-    num_bytes = data_start + sum(origin.kind.num_bytes for origin, _ in placements)
-    return ShardLayout(metadata, tuple(placements), phase, data_start, num_bytes)
+    num_bytes = sum(kind.num_bytes * counts[of_kind] for of_kind, kind in kinds.items())
+    return ShardLayout(
+        metadata, copies.origins, copies.numbers, phase, data_start, data_start + num_bytes
+    )
 
 
-def _are_aligned(placements: Iterable[Placement]) -> bool:
-    return is_aligned((origin.kind.dtype, origin.kind.num_bytes) for origin, _ in placements)
+def _by_falling_size(copies: _Copies, place: int) -> _Copies:
+    """The copies with those from `place` on sorted by falling element size."""
+    order = [
+        *range(place),
+        *sorted(
+            range(place, len(copies.origins)),
+            key=lambda i: -DTYPE_BITS[copies.origins[i].kind.dtype],
+        ),
+    ]
+    return _Copies([copies.origins[i] for i in order], [copies.numbers[i] for i in order])
 
 
-def _falling(placement: Placement) -> int:
-    return -DTYPE_BITS[placement.dtype]
+def _name_bytes(copies: _Copies) -> int:
+    """The bytes of all names in a header, without quotes."""
+    total = sum(len(str(number)) * times for number, times in Counter(copies.numbers).items())
+    for place in range(0, len(copies.origins), _NAMES_AT_ONCE):
+        origins = copies.origins[place : place + _NAMES_AT_ONCE]
+        total += encoded_bytes("".join([origin.tensor.name for origin in origins]))
+        total -= sum([origin.number_end - origin.number or 1 for origin in origins])
+    return total  # one without a number was counted with the digit 0
 
 
-def _best_phase(placements: Iterable[Placement]) -> int:
+def _best_phase(origins: Iterable[SourceTensor]) -> int:
     """The data start, modulo the block, at which most bytes agree with their source."""
     votes: Counter[int] = Counter({0: 0})
     offset = 0
-    for (tensor, kind, *_), _ in placements:
-        phase = (tensor.start - offset) % BLOCK
-        if phase % 8 == 0 and kind.can_agree:  # the format's alignment of the data start
-            votes[phase] += kind.num_bytes
+    for tensor, kind, *_ in origins:
+        if kind.can_agree:
+            votes[(tensor.start - offset) % BLOCK] += kind.num_bytes
         offset += kind.num_bytes
-    return max(votes, key=lambda phase: (votes[phase], -phase))
+    # the format aligns the start of the data to 8 bytes
+    return max(
+        (phase for phase in votes if phase % 8 == 0), key=lambda phase: (votes[phase], -phase)
+    )

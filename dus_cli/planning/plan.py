@@ -283,11 +283,11 @@ class UpscalePlan:
 
     @property
     def num_tensors(self) -> int:
-        return sum(len(layout.placements) for layout in self.shards.values())
+        return sum(layout.num_tensors for layout in self.shards.values())
 
     @cached_property
     def num_parameters(self) -> int:
-        return sum(origin.tensor.num_elements for origin, _ in self.placements)
+        return sum(layout.num_parameters for layout in self.shards.values())
 
     @property
     def num_data_bytes(self) -> int:

@@ -70,6 +70,11 @@ class Treatment:
         """The dtype that this base tensor has in the output, by safetensors' name."""
         return cast_dtype(tensor, self.dtype)
 
+    @property
+    def changes_layers(self) -> bool:
+        """Whether some tensors are zeros or scaled, which goes by their names and layers."""
+        return bool(self.zeros or self.scaled)
+
     def is_zero(self, name: str) -> bool:
         split = split_name(name) if self.zeros else None
         return split is not None and split.index in self.zeroed(split.prefix, split.suffix)

@@ -19,7 +19,7 @@ from dus_cli.errors import CheckpointError, shown, shown_list
 from dus_cli.maps import architectures as arch
 from dus_cli.maps.layers import split_name
 from dus_cli.source.files import inside
-from dus_cli.source.headers import Header, TensorInfo, header_bytes, parse_header
+from dus_cli.source.headers import DTYPE_BITS, Header, TensorInfo, header_bytes, parse_header
 from dus_cli.source.incomplete import check_whole
 from dus_cli.source.json_objects import limit_nesting, parse_json_object
 from dus_cli.source.mistaken import is_answer
@@ -146,7 +146,10 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        return sum(tensor.num_elements for shard in self.shards for tensor in shard.header.tensors)
+        num_bytes: Counter[str] = Counter()
+        for _, tensor in self.tensors():
+            num_bytes[tensor.dtype] += tensor.end - tensor.start
+        return sum(size * 8 // DTYPE_BITS[dtype] for dtype, size in num_bytes.items())
 
     @property
     def num_bytes(self) -> int:
@@ -200,8 +203,9 @@ def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpo
         raise CheckpointError(_no_weights(folder))
     index = read_index(folder, chosen) if is_index(chosen) else None
     names = [chosen] if index is None else index.shard_names
-    shards = _open_shards(folder, names, chosen, elsewhere)
-    warnings = [] if index is None else _differences(index, shards, config)
+    differences = None if index is None else _Differences(index)
+    shards = _open_shards(folder, names, chosen, elsewhere, differences)
+    warnings = [] if differences is None else differences.warnings(shards, config)
     return Checkpoint(
         folder,
         config,
@@ -249,9 +253,16 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _open_shards(
-    folder: Path, names: list[str], chosen: str, elsewhere: Elsewhere | None
+    folder: Path,
+    names: list[str],
+    chosen: str,
+    elsewhere: Elsewhere | None,
+    differences: _Differences | None,
 ) -> tuple[Shard, ...]:
-    """Read the headers of the files of weights; `chosen` is the file that names them."""
+    """Read the headers of the files of weights; `chosen` is the file that names them.
+
+    `differences` are those between the headers and the index, if that is the file.
+    """
     paths = {name: inside(folder, name) for name in names}
     missing = [name for name, path in paths.items() if not os.path.lexists(path)]
     if missing and elsewhere is None:
@@ -260,7 +271,6 @@ def _open_shards(
             "checkpoint again"
         )
     shards: list[Shard] = []
-    seen: set[str] = set()
     with workers(_HEADERS_AT_ONCE) as (pool, _):
         read = ahead(
             pool, lambda file: _read(*file, is_elsewhere=elsewhere is not None), paths.items()
@@ -269,9 +279,10 @@ def _open_shards(
             shard = Shard(
                 name, path, _header(name, path, raw, None if before else elsewhere), before
             )
-            seen.update(tensor.name for tensor in shard.header.tensors)
+            if differences is not None:
+                differences.add(shard)
             shards.append(shard)
-    if len(seen) != sum(len(shard.header.tensors) for shard in shards):
+    if differences is not None and differences.unnamed:  # a name's second tensor is among them
         _refuse_twice(shards)
     return tuple(shards)
 
@@ -313,48 +324,64 @@ def _refuse_twice(shards: Iterable[Shard]) -> None:
                 )
 
 
-def _differences(index: Index, shards: tuple[Shard, ...], config: dict[str, Any]) -> list[str]:
-    """Warnings about differences between an index and the headers.
+class _Differences:
+    """What an index and the headers say differently. The headers count: loaders use only the shard
+    names of an index.
 
-    The headers count: loaders use only the shard names of an index.
+    A name is taken out of the index once a shard has it, so that memory holds each name once.
 
-    Raises:
-        CheckpointError: the index names a tensor that the model needs, and no shard holds it.
+    Attributes:
+        unnamed: tensors that shards hold and the index does not name, or not once more.
+        moved: tensors in other shards than those that the index names.
+        absent: tensors that the index names and no shard that was added holds, with their shards.
     """
-    unnamed, moved, num_named = list[str](), list[str](), 0
-    for shard in shards:
+
+    def __init__(self, index: Index) -> None:
+        self._name = index.name
+        self.unnamed: list[str] = []
+        self.moved: list[str] = []
+        self.absent = index.weight_map
+
+    def add(self, shard: Shard) -> None:
+        """Compare a shard's header."""
         for tensor in shard.header.tensors:
-            indexed_shard = index.weight_map.get(tensor.name)
+            indexed_shard = self.absent.pop(tensor.name, None)
             if indexed_shard is None:
-                unnamed.append(tensor.name)
-                continue
-            num_named += 1
-            if indexed_shard != shard.name:
-                moved.append(tensor.name)
-    absent: list[str] = []
-    if num_named != len(index.weight_map):
-        held = {tensor.name for shard in shards for tensor in shard.header.tensors}
-        absent = [name for name in index.weight_map if name not in held]
-    if absent and (needed := _needed(absent, index, held, config)):
-        raise CheckpointError(
-            f"{index.name} names {shown_list(needed)}, which no shard holds and the model needs "
-            "(transformers would fill it with random numbers); download the checkpoint again"
-        )
-    reasons = {
-        "which no shard holds: transformers loads the model without": absent,
-        "in other shards than those that hold them: the shards' headers count": moved,
-    }
-    warnings = [
-        f"{index.name} names {shown_list(names)}, {reason}"
-        for reason, names in reasons.items()
-        if names
-    ]
-    if unnamed:
-        warnings.append(
-            f"{index.name} does not name {shown_list(unnamed)}, which the shards hold: read all "
-            "the same"
-        )
-    return warnings
+                self.unnamed.append(tensor.name)
+            elif indexed_shard != shard.name:
+                self.moved.append(tensor.name)
+
+    def warnings(self, shards: Iterable[Shard], config: dict[str, Any]) -> list[str]:
+        """The differences in words, after all shards were added.
+
+        Raises:
+            CheckpointError: the index names a tensor that the model needs, and no shard holds it.
+        """
+        absent, unnamed = list(self.absent), self.unnamed
+        if absent:
+            held = [tensor.name for shard in shards for tensor in shard.header.tensors]
+            named = [*absent, *(set(held) - set(unnamed))]
+            if needed := _needed(absent, named, held, config):
+                raise CheckpointError(
+                    f"{self._name} names {shown_list(needed)}, which no shard holds and the model "
+                    "needs (transformers would fill it with random numbers); download the "
+                    "checkpoint again"
+                )
+        reasons = {
+            "which no shard holds: transformers loads the model without": absent,
+            "in other shards than those that hold them: the shards' headers count": self.moved,
+        }
+        warnings = [
+            f"{self._name} names {shown_list(names)}, {reason}"
+            for reason, names in reasons.items()
+            if names
+        ]
+        if unnamed:
+            warnings.append(
+                f"{self._name} does not name {shown_list(unnamed)}, which the shards hold: read "
+                "all the same"
+            )
+        return warnings
 
 
 # Names of embeddings and norms, which every decoder has beside its layers.
@@ -362,7 +389,7 @@ _ESSENTIAL = re.compile(r"embed|norm|^(?:wte|wpe|ln_\w+)$")
 
 
 def _needed(
-    absent: Sequence[str], index: Index, held: Iterable[str], config: dict[str, Any]
+    absent: Sequence[str], named: Iterable[str], held: Iterable[str], config: dict[str, Any]
 ) -> list[str]:
     """The absent tensors without which the model would be incomplete.
 
@@ -375,9 +402,7 @@ def _needed(
     for split in filter(None, map(split_name, held)):
         layers.setdefault(split.prefix, set()).add(split.index)
         kinds.add((split.prefix, split.suffix))
-    listed = Counter(
-        (split.prefix, split.suffix) for split in filter(None, map(split_name, index.weight_map))
-    )
+    listed = Counter((split.prefix, split.suffix) for split in filter(None, map(split_name, named)))
     sections = [config, config.get("text_config")]
     unties = any(
         isinstance(section, dict) and section.get("tie_word_embeddings") is False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from dus_cli.errors import CheckpointError, shown
@@ -44,30 +43,11 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _hook(
-    on_object: Callable[[list[tuple[str, Any]]], Any] | None,
-) -> Callable[[list[tuple[str, Any]]], Any]:
-    if on_object is None:
-        return _without_duplicates
-
-    def hook(pairs: list[tuple[str, Any]]) -> Any:
-        result = on_object(pairs)
-        return _without_duplicates(pairs) if result is None else result
-
-    return hook
-
-
 def _short(value: Any) -> str:
     return shown(type(value).__name__ if isinstance(value, (dict, list)) else json.dumps(value))
 
 
-def parse_json_object(
-    raw: bytes,
-    where: str,
-    *,
-    is_header: bool = False,
-    on_object: Callable[[list[tuple[str, Any]]], Any] | None = None,
-) -> dict[str, Any]:
+def parse_json_object(raw: bytes, where: str, *, is_header: bool = False) -> dict[str, Any]:
     """Parse a JSON object with distinct names and encodable text.
 
     A name that occurs twice is refused: transformers uses the last value, other readers the first.
@@ -77,8 +57,6 @@ def parse_json_object(
         raw: the file's bytes.
         where: the file's name in messages.
         is_header: the text is a safetensors header, which people do not edit.
-        on_object: called with the names and values of each object, the innermost first; a result
-            other than None replaces the object.
 
     Raises:
         CheckpointError: the text is not UTF-8, not JSON or not an object, has a name twice, is
@@ -87,7 +65,7 @@ def parse_json_object(
     if not is_header and (problem := not_fetched(raw[:NUM_BYTES], len(raw))) is not None:
         raise CheckpointError(f"{where} {problem}")
     try:
-        value = json.loads(_decoded(raw, where), object_pairs_hook=_hook(on_object))
+        value = json.loads(_decoded(raw, where), object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise CheckpointError(
             f"{where} is nested more deeply than any real one; refusing it"

@@ -65,7 +65,7 @@ def _check_shard(path: Path, name: str, layout: ShardLayout) -> None:
     if (
         written != planned
         or header.end != layout.num_bytes
-        or len(header.tensors) != len(layout.placements)
+        or len(header.tensors) != layout.num_tensors
     ):
         raise VerificationError(
             f"{name} is not what was planned; the disk or the file system failed"
