@@ -103,6 +103,30 @@ def test_one_bit_of_a_table_is_found_by_verify(name: str, tmp_path: Path) -> Non
     assert f"tensor {name} differs from the base's {name} at byte {position}" in problem
 
 
+@pytest.mark.parametrize("name", [TABLE, PROJECTION])
+def test_a_table_of_another_depth_is_found_by_verify_without_a_base(
+    name: str, tmp_path: Path
+) -> None:
+    shape = (VOCAB, 5 * WIDTH) if name == TABLE else (5 * WIDTH, HIDDEN)
+    (problem,) = problems(base_at(tmp_path, (name, "BF16", shape)))
+    axis = 1 if name == TABLE else 0
+    assert problem == (
+        f"{name} is {list(shape)}, and not {N * WIDTH} along axis {axis}, {WIDTH} for each of {N} "
+        "layers"
+    )
+
+
+def test_another_width_in_the_config_is_found_by_verify_without_a_base(tmp_path: Path) -> None:
+    dus("upscale", base_at(tmp_path), "--trim", "2", "-o", tmp_path / "out", "-q")
+    assert problems(tmp_path / "out") == []
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"hidden_size_per_layer_input": WIDTH // 2}))
+    found = problems(tmp_path / "out")
+    assert len(found) == 2
+    assert all(f"{WIDTH // 2} for each of 12 layers" in problem for problem in found)
+
+
 def test_a_base_whose_table_has_other_blocks_is_another(tmp_path: Path) -> None:
     base = base_at(tmp_path)
     dus("upscale", base, "--trim", "2", "-o", tmp_path / "out", "-q")

@@ -15,6 +15,16 @@ from dus_cli.maps.stacks import LayerStack
 from dus_cli.source.headers import DTYPE_BITS, Blocks, TensorInfo
 
 
+def expected_size(tensor: TensorInfo, stack: LayerStack) -> tuple[int, int] | None:
+    """The axis along which a tensor has a block for each layer, and its size along it; None for a
+    tensor that has none, or is a single scale of a whole table.
+    """
+    axis = stack.tables.get(tensor.name)
+    if axis is None or tensor.num_elements == 1:
+        return None
+    return axis, stack.num_layers * stack.table_width
+
+
 def followed(tensor: TensorInfo, stack: LayerStack, layer_map: LayerMap) -> TensorInfo:
     """A base tensor as the output has it: unchanged, unless it has a block for each layer.
 
@@ -22,10 +32,10 @@ def followed(tensor: TensorInfo, stack: LayerStack, layer_map: LayerMap) -> Tens
         CheckpointError: the tensor should consist of such blocks, but its shape does not fit, or
             it does not lie row by row in its file.
     """
-    axis = stack.tables.get(tensor.name)
-    if axis is None or tensor.num_elements == 1:  # a single scale of the whole table stays
+    size = expected_size(tensor, stack)
+    if size is None:
         return tensor
-    width, expected = stack.table_width, stack.num_layers * stack.table_width
+    (axis, expected), width = size, stack.table_width
     bits = DTYPE_BITS[tensor.dtype] * prod(tensor.shape[axis + 1 :]) * width
     if len(tensor.shape) <= axis or tensor.shape[axis] != expected or bits % 8:
         raise CheckpointError(

@@ -13,8 +13,8 @@ from dus_cli.maps.model_config import decoder_config, deepen_config
 from dus_cli.maps.naming import Assumption
 from dus_cli.pictures.layer_map import PICTURES
 from dus_cli.planning import judging
-from dus_cli.planning.dtypes import output_config
-from dus_cli.planning.tables import followed
+from dus_cli.planning.dtypes import FLOATS, output_config
+from dus_cli.planning.tables import expected_size, followed
 from dus_cli.planning.treatment import Making, Treatment
 from dus_cli.progress import Progress
 from dus_cli.release import card, lineage
@@ -84,6 +84,28 @@ def check_depth(output: Output, _request: Request) -> Finding:
         finding.problems.append(
             f"{CONFIG_NAME}: layer_types has {len(kinds)} entries for {decoder.num_layers} layers"
         )
+    return finding
+
+
+def check_tables(output: Output, _request: Request) -> Finding:
+    """Check that weights with a block for each layer are as long as the config's depth requires.
+
+    Quantised weights are left out, because several of their numbers may be packed in one.
+    """
+    finding, stack = Finding(), output.stack
+    if stack is None:
+        return finding
+    for name in sorted(stack.tables):
+        tensor = output.tensors[name].tensor
+        size = expected_size(tensor, stack)
+        if size is None or tensor.dtype not in FLOATS or not name.endswith(".weight"):
+            continue
+        axis, expected = size
+        if tensor.shape[axis : axis + 1] != (expected,):
+            finding.problems.append(
+                f"{shown(name)} is {list(tensor.shape)}, and not {expected} along axis {axis}, "
+                f"{stack.table_width} for each of {stack.num_layers} layers"
+            )
     return finding
 
 
@@ -209,6 +231,7 @@ def check_files(output: Output, request: Request) -> Finding:
 CHECKS: tuple[Check, ...] = (
     check_counts,
     check_depth,
+    check_tables,
     check_twins,
     check_base,
     check_forward,

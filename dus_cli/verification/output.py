@@ -10,7 +10,7 @@ from typing import Any
 from dus_cli.errors import DusError, VerificationError, shown, shown_list
 from dus_cli.maps.layers import MAX_OUTPUT_LAYERS, LayerMap
 from dus_cli.maps.model_config import DecoderConfig, decoder_config
-from dus_cli.maps.stacks import find_stack
+from dus_cli.maps.stacks import LayerStack, find_stack
 from dus_cli.planning.treatment import Treatment
 from dus_cli.release import lineage
 from dus_cli.source.checkpoint import read_config
@@ -40,6 +40,7 @@ class Output:
         folder: its directory.
         config: config.json.
         decoder: the decoder's part of the config.
+        stack: the names of the layers, if they are those that the config counts.
         tensors: the tensors of the shards that could be read, by name.
         all_readable: every shard could be read.
         record: its dus.json.
@@ -50,6 +51,7 @@ class Output:
     folder: Path
     config: dict[str, Any] | None
     decoder: DecoderConfig | None
+    stack: LayerStack | None
     tensors: dict[str, Place]
     all_readable: bool
     record: dict[str, Any] | None
@@ -83,6 +85,7 @@ def read_output(folder: Path) -> tuple[Output, Finding]:
         folder=folder,
         config=config,
         decoder=decoder,
+        stack=None,
         tensors=tensors,
         all_readable=all_readable,
         record=record,
@@ -92,7 +95,8 @@ def read_output(folder: Path) -> tuple[Output, Finding]:
     if decoder is not None and all_readable:
         prefix = None if record is None else record.get("layer_prefix")
         recorded_prefix = prefix if isinstance(prefix, str) else None
-        gathered(finding, lambda: find_stack(tensors, decoder, recorded=recorded_prefix))
+        found = gathered(finding, lambda: find_stack(tensors, decoder, recorded=recorded_prefix))
+        output = replace(output, stack=None if found is None else found[0])
     if output.has_map:
         recorded = gathered(finding, lambda: _recorded_map(record))
         if recorded is not None:
