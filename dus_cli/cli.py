@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
@@ -66,7 +68,9 @@ def load_command(name: str) -> TyperCommand:
         add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP_OPTIONS
     )
     alone.command(name, cls=_Command, help=_unbroken(inspect.getdoc(callback) or ""))(callback)
-    return cast("TyperCommand", typer.main.get_command(alone))
+    command = cast("_Command", typer.main.get_command(alone))
+    command.once = callback.once
+    return command
 
 
 def _unbroken(text: str) -> str:
@@ -77,8 +81,16 @@ def _unbroken(text: str) -> str:
 
 
 class _Command(TyperCommand):
+    # By parameter: what to do instead of giving the option twice (`Option.once`).
+    once: Mapping[str, str] = MappingProxyType({})
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         read_without_pydantic(self.get_params(ctx))
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in given:
+            if parameter.name in self.once and given.count(parameter) > 1:
+                advice, shown = self.once[parameter.name], f"'{parameter.opts[0]}'"
+                raise typer.BadParameter(f"it is given twice; {advice}", ctx=ctx, param_hint=shown)
         return super().parse_args(ctx, args)
 
 

@@ -5,12 +5,14 @@ command.
 from __future__ import annotations
 
 import dataclasses
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import typer
+from forked import dus
 
 from dus_cli.cli import COMMANDS as NAMES
 from dus_cli.cli import load_command
@@ -89,6 +91,33 @@ def test_a_field_is_an_option_of_its_command_with_the_same_default(
         else typed
     )
     assert value == option.default
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("upscale", "--layers", ["0:3", "1:4"]),
+        ("upscale", "--double", ["0:3", "1:4"]),
+        ("probe", "--trims", ["0:3", "5"]),
+        ("heal", "--lr-scale", ["new=1", "base=0.1"]),
+    ],
+)
+def test_a_list_in_one_option_is_not_replaced_by_a_second(
+    command: str, option: str, values: list[str], tmp_path: Path
+) -> None:
+    first, second = values
+    done = dus(command, tmp_path, option, first, f"{option}={second}")
+    assert (done.returncode, done.stdout) == (2, "")
+    advice = "give one range" if option == "--trims" else "give all (ranges|groups) in one, with"
+    assert re.fullmatch(
+        rf"error: Invalid value for '{option}': it is given twice; {advice}.*\n", done.stderr
+    )
+
+
+def test_an_option_of_one_value_may_be_given_again(tmp_path: Path) -> None:
+    done = dus("upscale", tmp_path / "none", "--trim", "2", "--trim", "3", "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert "does not exist" in done.stderr
 
 
 def test_a_command_is_made_of_the_fields_and_called_with_their_values() -> None:

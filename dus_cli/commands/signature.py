@@ -27,7 +27,8 @@ def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Co
 
     A parameter whose type is a dataclass is replaced by one parameter for each of its options; the
     function is called with the dataclass. A parameter annotated with an `Option` becomes that
-    option. Others stay as they are. `--config` is added as the last.
+    option. Others stay as they are. `--config` is added as the last. The command's `once` has the
+    advice of each option that may be given only once, by field.
 
     Args:
         first: fields and parameters that come before all others in --help, in this order.
@@ -76,6 +77,11 @@ def takes_options(*first: str, convert: Converter | None = None) -> Callable[[Co
         )
         del command.__wrapped__  # its signature differs from the command's
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.once = {  # type: ignore[attr-defined]
+            option.field: option.option.once
+            for option in (*singles.values(), *(one for _, some in groups.values() for one in some))
+            if option.option.once
+        }
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
 

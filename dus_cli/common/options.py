@@ -44,6 +44,8 @@ class Option:
         show: turns the value into what a user would type, if that is not the value itself.
         auto: "auto" may be typed for None, and is the default.
         splits: for an option that repeats: `parse` turns one text into a tuple of values.
+        once: for an option whose one text is a list: what to do instead of giving it twice, which
+            would replace the first list by the second.
         choices: what shell completion proposes.
     """
 
@@ -56,6 +58,7 @@ class Option:
     show: Callable[[Any], Any] | None = None
     auto: bool = False
     splits: bool = False
+    once: str = ""
     choices: tuple[str, ...] = ()
 
 

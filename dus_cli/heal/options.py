@@ -557,6 +557,7 @@ class RecipeOptions:
             metavar="GROUP=X,…",
             panel=_RECIPE,
             parse=parse_rate_scales,
+            once="give all groups in one, with commas",
         ),
     ] = None
     distill: Annotated[

@@ -111,6 +111,7 @@ class ProbeOptions:
             metavar="FIRST:END",
             panel=_MAPS,
             parse=parse_trims,
+            once="give one range",
         ),
     ] = None
     layers: Annotated[

@@ -113,6 +113,7 @@ class UpscaleOptions:
             metavar="MAP",
             panel=_MAP,
             parse=check_map,
+            once="give all ranges in one, with commas",
         ),
     ] = None
     double: Annotated[
@@ -123,6 +124,7 @@ class UpscaleOptions:
             metavar="A:B",
             panel=_MAP,
             parse=check_double,
+            once="give all ranges in one, with commas",
         ),
     ] = None
     copies: Annotated[int, Option("Copies to stack.", metavar="K", panel=_MAP)] = 2
