@@ -9,7 +9,7 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA
-from dus_cli.common.units import human_bytes, human_count
+from dus_cli.common.units import counted, human_bytes, human_count
 from dus_cli.probe.found import Doublings, Measured, Probe, ProbePlan, ProbeText
 from dus_cli.probe.maps import Cost
 from dus_cli.release.lineage import seam_record
@@ -275,7 +275,7 @@ def _closing(found: Probe) -> list[str]:
     peak = (
         "" if found.peak_bytes is None else f", {human_bytes(found.peak_bytes)} of memory at most"
     )
-    documents = f"{found.text.documents:,} document{'s' * (found.text.documents != 1)}"
+    documents = counted(found.text.documents, "document")
     lines = [
         f"loss: nats per token, over {found.text.tokens:,} tokens of {documents};",
         "seam: angular distance of the layers that meet, 0 (alike) to 1 (opposite)",

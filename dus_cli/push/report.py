@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA
-from dus_cli.common.units import human_bytes
+from dus_cli.common.units import counted, human_bytes
 from dus_cli.errors import shown_list
 from dus_cli.push.target import Remote, Target
 
@@ -69,7 +69,7 @@ class PushReport:
 def push_text(report: PushReport) -> str:
     """What was pushed, or would be, for a person."""
     target, remote = report.target, report.remote
-    files = f"{report.num_files} files, {human_bytes(report.num_bytes)}"
+    files = f"{counted(report.num_files, 'file')}, {human_bytes(report.num_bytes)}"
     not_pushed = (
         f"; not pushed, not dus's: {shown_list(report.left_out)}" if report.left_out else ""
     )
@@ -87,7 +87,8 @@ def push_text(report: PushReport) -> str:
         return f"{target.url}: {files}; {repo}{branch}; {token}{not_pushed}"
     commit = (report.commit or "")[:12]
     if report.status == "unchanged":
-        return f"{target.url} already holds these {files}, at commit {commit}{not_pushed}"
+        these = "this" if report.num_files == 1 else "these"
+        return f"{target.url} already holds {these} {files}, at commit {commit}{not_pushed}"
     removed = f"; {len(report.removed)} of an earlier model removed" if report.removed else ""
     return (
         f"{target.url} holds {files}, at commit {commit}, each compared with what was "

@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from dus_cli.common.reference import ModelRef
+from dus_cli.common.units import counted
 from dus_cli.errors import shown
 from dus_cli.maps.layers import LayerMap
 from dus_cli.maps.recipes import RECIPES
@@ -324,9 +325,7 @@ def _lineage(plan: UpscalePlan, count: int) -> str:
     else:
         base = f"`{shown(plan.base.name)}`, a directory"
     origin = (
-        f", itself made by dus in {count} step{'s' * (count != 1)} (`chain` in `dus.json`)"
-        if count
-        else ""
+        f", itself made by dus in {counted(count, 'step')} (`chain` in `dus.json`)" if count else ""
     )
     pickled = "\n\nThe base's weights were pickled; these are safetensors, the same numbers."
     return (

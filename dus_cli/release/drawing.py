@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Collection, Mapping, Sequence
 
+from dus_cli.common.units import counted
 from dus_cli.maps.layers import LayerMap
 
 # More rows than this do not help to see the map.
@@ -98,7 +99,7 @@ def describe_scales(factors: Sequence[float], names: Collection[str]) -> str:
     by = f"{different[0]:g}" if len(different) == 1 else f"{different[0]:g} to {different[-1]:g}"
     *first, last = sorted(names)
     named = f"{', '.join(first)} and {last}" if first else last
-    return f"{named} of {len(scaled)} layer{'s' * (len(scaled) != 1)} × {by}"
+    return f"{named} of {counted(len(scaled), 'layer')} × {by}"
 
 
 def _letters(kinds: Sequence[str]) -> dict[str, str]:

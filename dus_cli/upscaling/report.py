@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA, table_lines
-from dus_cli.common.units import human_bytes
+from dus_cli.common.units import counted, human_bytes
 from dus_cli.errors import shown, shown_list
 from dus_cli.planning.plan import Start, UpscalePlan
 from dus_cli.release.drawing import describe_scales, draw_kinds, draw_map
@@ -181,10 +181,7 @@ def upscale_text(report: UpscaleReport) -> str:
     rows = [
         *([("trim", plan.why_trim)] if plan.why_trim else []),
         ("parameters", f"{output:,} (base {base:,}, ×{output / base:.2f})"),
-        (
-            "tensors",
-            f"{plan.num_tensors:,} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}",
-        ),
+        ("tensors", f"{plan.num_tensors:,} in {counted(len(plan.shards), 'shard')}"),
         ("tensor data", f"{plan.num_data_bytes:,} bytes ({human_bytes(plan.num_data_bytes)})"),
     ]
     if plan.stack.tables:
@@ -272,9 +269,7 @@ def _streamed_rows(streamed: Streamed | None) -> list[tuple[str, str]]:
         else ""
     )
     num_files = len(streamed.checked) + len(streamed.unchecked)
-    sums = (
-        f"of {len(streamed.checked)} of {num_files} file{'s' * (num_files != 1)}, as the Hub has it"
-    )
+    sums = f"of {len(streamed.checked)} of {counted(num_files, 'file')}, as the Hub has it"
     notes = [f"not of {name}: {why}" for name, why in list(streamed.unchecked.items())[:3]]
     return [
         ("fetched", human_bytes(streamed.fetched) + earlier),

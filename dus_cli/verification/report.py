@@ -7,7 +7,7 @@ from typing import Any
 
 from dus_cli import __version__
 from dus_cli.common.reports import SCHEMA
-from dus_cli.common.units import human_bytes
+from dus_cli.common.units import counted, human_bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Forward:
         ]
         if self.first is not None:
             output, source = self.first
-            others = "" if self.num_apart == 1 else f", and {self.num_apart - 1} more layers differ"
+            num_others = self.num_apart - 1
+            differ = "differs" if num_others == 1 else "differ"
+            others = f", and {counted(num_others, 'more layer')} {differ}" if num_others else ""
             problems.append(
                 f"--forward: layer {output} does not compute what the base's layer {source} does: "
                 f"the hidden states differ by up to {self.difference:.2g}, and it should add up "
@@ -157,16 +159,14 @@ class Verification:
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.forward is not None and not self.forward.problems:
             lines.append(f"forward: {self.forward}")
-        layers = "" if self.num_layers is None else f"{self.num_layers} layers, "
+        layers = "" if self.num_layers is None else f"{counted(self.num_layers, 'layer')}, "
+        tensors = counted(self.num_tensors, "tensor")
         compared = f"{human_bytes(self.bytes_compared)} compared byte by byte"
         if self.bytes_shared:
             compared += (
                 f", of which {human_bytes(self.bytes_shared)} are the same blocks on the disk"
             )
-        sums = f", {self.files_summed} checksums" if self.files_summed else ""
-        count = len(self.problems)
-        verdict = "sound" if self.is_sound else f"{count} problem{'s' * (count != 1)}"
-        lines.append(
-            f"{self.model}: {verdict} ({layers}{self.num_tensors:,} tensors, {compared}{sums})"
-        )
+        sums = f", {counted(self.files_summed, 'checksum')}" if self.files_summed else ""
+        verdict = "sound" if self.is_sound else counted(len(self.problems), "problem")
+        lines.append(f"{self.model}: {verdict} ({layers}{tensors}, {compared}{sums})")
         return "\n".join(lines)
