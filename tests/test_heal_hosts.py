@@ -9,9 +9,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DUS, dus
@@ -45,11 +47,11 @@ def last_step(out: Path) -> int:
 
 
 class Hosts:
-    """Hosts 0 and 1, at 10.77.0.1 and 10.77.0.2."""
+    """Hosts 0, 1 and 2, at 10.77.0.1, 10.77.0.2 and 10.77.0.3."""
 
     def __init__(self, tag: str) -> None:
-        self.names = [f"{tag}{rank}" for rank in range(2)]
-        self.links = [f"{tag}v{rank}" for rank in range(2)]
+        self.names = [f"{tag}{rank}" for rank in range(3)]
+        self.links = [f"{tag}v{rank}" for rank in range(3)]
         self.bridge = f"{tag}br"
 
     @staticmethod
@@ -84,13 +86,20 @@ class Hosts:
                 os.kill(pid, signal.SIGKILL)
 
     def heal(
-        self, rank: int, out: Path, *options: str | Path, port: int = 29500
+        self,
+        rank: int,
+        out: Path,
+        *options: str | Path,
+        nnodes: int = 2,
+        workers: int = 1,
+        address: str = "10.77.0.1",
     ) -> subprocess.Popen[str]:
-        launch = ("--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1")
+        launch = ["--nnodes", str(nnodes), "--node-rank", str(rank)]
+        launch += ["--nproc-per-node", str(workers)]
         return subprocess.Popen(
             [
                 *("ip", "netns", "exec", self.names[rank], *DUS, "heal", *map(str, options)),
-                *("-o", str(out), *launch, "--rdzv-endpoint", f"10.77.0.1:{port}"),
+                *("-o", str(out), *launch, "--rdzv-endpoint", f"{address}:29500"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -108,8 +117,8 @@ def hosts() -> Iterator[Hosts]:
         found.close()
         pytest.skip(f"network namespaces need root and iproute2 ({error})")
     yield found
-    found.kill(0)
-    found.kill(1)
+    for rank in range(3):
+        found.kill(rank)
     found.close()
 
 
@@ -162,6 +171,72 @@ def test_two_hosts_outlive_a_late_start_a_cut_link_and_the_death_of_one(
     )
     assert list(losses) == list(range(1, STEPS + 1))
     assert losses == expected
+
+
+# --- more hosts, more workers, a bad line --------------------------------------------------------
+
+SHORT = (
+    "--steps 8 --seq-length 32 --batch-tokens 256 --micro-batch 1 --lr 1e-3 --holdout 5% "
+    "--eval-every 4 --eval-tokens 2K --precision fp32"
+).split()
+
+
+def heal_on(hosts: Hosts, home: Path, name: str, *options: str, nnodes: int, **launch: Any) -> Path:
+    """The same command on each host."""
+    out = home / name
+    run = [str(home / "scaled"), "--data", str(home / "corpus.jsonl"), *SHORT, *options]
+    healings = [hosts.heal(rank, out, *run, nnodes=nnodes, **launch) for rank in range(nnodes)]
+    said = [healing.communicate(timeout=PATIENCE)[1] for healing in healings]
+    assert [healing.returncode for healing in healings] == [0] * nnodes, said
+    return out
+
+
+def on_one_machine(home: Path, name: str, *options: str, workers: int, num_local: int) -> Path:
+    """The same run by so many workers on one machine, of which `num_local` count as a node."""
+    model, data = home / "scaled", ("--data", home / "corpus.jsonl")
+    out = home / name
+    failure = tiny.heal(model, out, *data, *SHORT, *options, workers=workers, num_local=num_local)
+    assert failure == ""
+    return out
+
+
+def test_three_hosts_learn_what_three_workers_learn(hosts: Hosts, home: Path) -> None:
+    three = heal_on(hosts, home, "three", "--sharding", "fsdp", nnodes=3)
+    alone = on_one_machine(home, "three-alone", "--sharding", "fsdp", workers=3, num_local=3)
+    assert tiny.curve(three) == tiny.curve(alone)
+
+
+def test_hosts_with_two_workers_each_split_the_weights_among_these(
+    hosts: Hosts, home: Path
+) -> None:
+    hsdp = heal_on(hosts, home, "hsdp", nnodes=2, workers=2)
+    assert json.loads((hsdp / "run.json").read_text())["fit"]["sharding"] == "hsdp"
+    alone = on_one_machine(home, "hsdp-alone", "--sharding", "hsdp", workers=4, num_local=2)
+    assert tiny.curve(hsdp) == tiny.curve(alone)
+
+
+def test_a_line_that_is_slow_and_loses_packets_changes_nothing(hosts: Hosts, home: Path) -> None:
+    """50 ms there and back, and one packet in a hundred lost."""
+    ends = (hosts.names[0], "10.78.0.1/24", hosts.names[1], "10.78.0.2/24", "0.025", "0.01")
+    line = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("lossy_line.py"), *ends],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert line.stdout is not None
+    if line.stdout.readline() != "ready\n":
+        pytest.skip(f"there are no TUN devices here ({line.communicate()[1].splitlines()[-1]})")
+    few = "--sharding fsdp --steps 4 --batch-tokens 64 --eval-tokens 256".split()
+    try:
+        slow = heal_on(hosts, home, "slow", *few, nnodes=2, address="10.78.0.1")
+    finally:
+        line.terminate()
+        passed, dropped = map(int, line.communicate()[0].split())
+    assert passed > 1000
+    assert dropped > 5
+    alone = on_one_machine(home, "slow-alone", *few, workers=2, num_local=2)
+    assert tiny.curve(slow) == tiny.curve(alone)
 
 
 def test_node_0_that_does_not_know_its_own_name_is_one_line(home: Path) -> None:
