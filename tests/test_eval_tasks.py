@@ -7,7 +7,6 @@ it.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from dus_cli.evaluation.options import TaskOptions  # noqa: E402
 from dus_cli.evaluation.report import EvalReport, Gates, tasks_text  # noqa: E402
 from dus_cli.evaluation.tasks import TaskReport, TaskResult, TaskScore, open_harness  # noqa: E402
 from dus_cli.progress import NoProgress  # noqa: E402
-
-WORDS = ("seam", "layer", "model", "text")
 
 
 def score(plan: h6.TaskPlan, value: float, **fields: Any) -> TaskScore:
@@ -114,42 +111,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = tiny.write_corpus(folder / "corpus.jsonl", num_documents=60)
     tiny.train(tiny.write_base(folder / "base"), corpus, num_steps=120)
     tiny.write_base(folder / "random", seed=5)
-    rows = [
-        {"question": f"the {word} joins", "choices": list(WORDS), "answer": k}
-        for k, word in enumerate(WORDS)
-    ] * 3
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = f"""\
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {folder / "rows.jsonl"}
-test_split: test
-fewshot_split: test
-doc_to_text: "{{{{question}}}}"
-"""
-    choice = """\
-output_type: multiple_choice
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-metadata: {version: 2.0}
-"""
-    tasks = folder / "tasks"
-    tasks.mkdir()
-    for name in ("words", "words_a", "words_b"):
-        (tasks / f"{name}.yaml").write_text(f"task: {name}\n{common}{choice}")
-    (tasks / "group.yaml").write_text(
-        "group: all_words\ntask: [words_a, words_b]\naggregate_metric_list:\n  - {metric: acc, "
-        "weight_by_size: true}\n"
-    )
-    (tasks / "says.yaml").write_text(
-        f'task: says\n{common}output_type: generate_until\ndoc_to_target: "{{{{choices[answer]}}}}"\n'
-        "generation_kwargs: {until: ['.'], max_gen_toks: 4}\n"
-        "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
-    )
+    tiny.write_tasks(folder)
     return folder
 
 

@@ -98,6 +98,47 @@ def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
     return path
 
 
+def write_tasks(folder: Path) -> None:
+    """Tasks of lm-evaluation-harness in `folder`/tasks: a choice, a group of two, a generation."""
+    words = ("seam", "layer", "model", "text")
+    rows = [
+        {"question": f"the {word} joins", "choices": list(words), "answer": k}
+        for k, word in enumerate(words)
+    ] * 3
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"""\
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder / "rows.jsonl"}
+test_split: test
+fewshot_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+    choice = """\
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 2.0}
+"""
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    for name in ("words", "words_a", "words_b"):
+        (tasks / f"{name}.yaml").write_text(f"task: {name}\n{common}{choice}")
+    (tasks / "group.yaml").write_text(
+        "group: all_words\ntask: [words_a, words_b]\naggregate_metric_list:\n  - {metric: acc, "
+        "weight_by_size: true}\n"
+    )
+    (tasks / "says.yaml").write_text(
+        f'task: says\n{common}output_type: generate_until\ndoc_to_target: "{{{{choices[answer]}}}}"\n'
+        "generation_kwargs: {until: ['.'], max_gen_toks: 4}\n"
+        "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+    )
+
+
 def train(
     folder: Path, corpus: Path, num_steps: int = 120, seq_length: int = 64, shard: str = "5GB"
 ) -> Path:

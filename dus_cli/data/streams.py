@@ -460,6 +460,7 @@ class RowsInOrder(Sequence[Row]):
             else range(0, last, packing.stride)
         )
         self._starts: list[int] = [*starts, last]
+        self._documents = tokens.document_starts(0, last)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -467,7 +468,7 @@ class RowsInOrder(Sequence[Row]):
     @property
     def num_documents(self) -> int:
         """The number of documents with a token in some row."""
-        return len(self.tokens.document_starts(0, self._starts[-1]))
+        return len(self._documents)
 
     @property
     def num_labels(self) -> int:
@@ -477,6 +478,14 @@ class RowsInOrder(Sequence[Row]):
     def start(self, index: int) -> int:
         """The token at which row `index` begins."""
         return self._starts[index]
+
+    def label_documents(self, index: int) -> Ids:
+        """The number of the document, counted from 0, that each label of row `index` is of; int64
+        of shape (seq_length,).
+        """
+        first = self._starts[index] - self.packing.lead(self.tokens, self._starts[index]) + 1
+        places = first + np.arange(self.packing.seq_length, dtype=np.int64)
+        return np.maximum(np.searchsorted(self._documents, places, side="right") - 1, 0)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.libraries import require
@@ -93,7 +94,7 @@ class TaskReport:
         }
 
 
-def open_harness(options: TaskOptions, progress: Progress) -> Harness:
+def open_harness(options: TaskOptions, progress: Progress, *, option: str = "--tasks") -> Harness:
     """Find the tasks and load their data sets, which the harness downloads from the Hub if they
     are not local.
 
@@ -101,7 +102,7 @@ def open_harness(options: TaskOptions, progress: Progress) -> Harness:
         MissingExtraError: the harness is not installed.
         EvaluationError: there is no such task, or its data cannot be loaded.
     """
-    require("--tasks", "lm_eval")
+    require(option, "lm_eval")
     import lm_eval
     from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
@@ -109,7 +110,7 @@ def open_harness(options: TaskOptions, progress: Progress) -> Harness:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars that `_progress_bars` does not show
     for name in ("lm_eval", "datasets", "huggingface_hub", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with _harness_errors("--tasks"), _silent():
+    with _harness_errors(option), _silent():
         path = None if options.include_path is None else str(options.include_path)
         manager = TaskManager(include_path=path, include_defaults=path is None)
         if path is not None and not all(_is_whole(manager, plan.task) for plan in options.plans):
@@ -173,27 +174,51 @@ class Harness:
     def run(
         self, model: Any, candidate: EvaluationCandidate, options: ScoringOptions
     ) -> TaskResult:
-        """Run all tasks on a loaded model.
+        """Run all tasks on a candidate's loaded model.
 
         Raises:
             EvaluationError: the harness fails on one of them.
         """
         assert options.batch_tokens is not None
         assert options.seq_length is not None
-        tokenizer = load_tokenizer(candidate.folder)
+        scores = self.scores(
+            model,
+            candidate.folder,
+            candidate.name,
+            rows_at_once=max(1, options.batch_tokens // options.seq_length),
+            special_tokens=options.special_tokens,
+        )
+        return TaskResult(candidate.name, candidate.ref.text, candidate.commit, scores)
+
+    def scores(
+        self, model: Any, folder: Path, name: str, *, rows_at_once: int, special_tokens: bool
+    ) -> tuple[TaskScore, ...]:
+        """The scores of a loaded model in all tasks.
+
+        Args:
+            model: the model.
+            folder: has its tokenizer.
+            name: of the model, for progress and errors.
+            rows_at_once: requests in a forward pass.
+            special_tokens: put those of the tokenizer before a prompt.
+
+        Raises:
+            EvaluationError: the harness fails on one of them.
+        """
+        tokenizer = load_tokenizer(folder)
         scores: list[TaskScore] = []
-        with _silent(), _harness_errors(f"{shown(candidate.name)}"):
+        with _silent(), _harness_errors(f"{shown(name)}"):
             lm = self._models.HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="causal",
-                batch_size=max(1, options.batch_tokens // options.seq_length),
+                batch_size=rows_at_once,
                 # None: as the tokenizer does
-                add_bos_token=None if options.special_tokens else False,
+                add_bos_token=None if special_tokens else False,
                 trust_remote_code=False,
             )
         for plan, loaded in zip(self._options.plans, self._loaded, strict=True):
-            what = f"{shown(candidate.name)} in task {shown(plan.task)}"
+            what = f"{shown(name)} in task {shown(plan.task)}"
             with self._progress_bars(f"{what}:"), _harness_errors(what):
                 results = self._lm_eval.simple_evaluate(
                     model=lm,
@@ -207,7 +232,29 @@ class Harness:
                     confirm_run_unsafe_code=False,
                 )
             scores += _scores(plan, results)
-        return TaskResult(candidate.name, candidate.ref.text, candidate.commit, tuple(scores))
+        return tuple(scores)
+
+    def num_tokens(self, folder: Path) -> int:
+        """The tokens of all requests, by the tokenizer in `folder`, special tokens aside.
+
+        Raises:
+            EvaluationError: a task generates text, or the harness fails.
+        """
+        tokenizer, total = load_tokenizer(folder), 0
+        for plan, loaded in zip(self._options.plans, self._loaded, strict=True):
+            for task in _leaf_tasks(loaded):
+                if task.OUTPUT_TYPE == "generate_until":
+                    raise EvaluationError(
+                        f"task {shown(plan.task)} generates text, for which a model under training "
+                        "is not fit; choose tasks that compare answers, or run it with dus eval"
+                    )
+                with _harness_errors(f"task {shown(plan.task)}"), _silent():
+                    if plan.num_fewshot is not None:
+                        task.set_config(key="num_fewshot", value=plan.num_fewshot)
+                    task.build_all_requests(limit=self._options.limit)
+                texts = ["".join(map(str, request.args)) for request in task.instances]
+                total += sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+        return total
 
     @contextlib.contextmanager
     def _progress_bars(self, what: str) -> Iterator[None]:
@@ -227,6 +274,12 @@ class Harness:
                 yield
             finally:
                 model.tqdm = task.tqdm = self._models.tqdm = usual
+
+
+def _leaf_tasks(loaded: Sequence[Any]) -> Iterator[Any]:
+    """The tasks, those of groups included."""
+    for item in loaded:
+        yield from item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
 
 
 class _Bar:

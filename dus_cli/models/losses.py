@@ -72,6 +72,7 @@ class _Loss(torch.autograd.Function):
         head: Head,
         scale: float,
         between: Callable[[], object],
+        each: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         share = teacher.weight if teacher is not None else 0.0
@@ -87,7 +88,15 @@ class _Loss(torch.autograd.Function):
             rows = slice(start, start + at_once)
             products = functional.linear(hidden[rows], weight, bias)  # (chunk, vocabulary)
             theirs = None if teacher is None else teacher.products(rows)
-            sums += _to_gradient(products, labels[rows], head, scale, teacher, theirs)
+            sums += _to_gradient(
+                products,
+                labels[rows],
+                head=head,
+                scale=scale,
+                teacher=teacher,
+                theirs=theirs,
+                each=None if each is None else each[rows],
+            )
             if hidden_gradient is not None:
                 hidden_gradient[rows] = products @ weight
             if needs_weight:
@@ -115,19 +124,21 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         # In place, because a head's gradient is large. A second backward pass raises anyway.
         scaled = (None if each is None else each.mul_(gradients[0]) for each in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _to_gradient(
     products: Tensor,
     labels: Tensor,
+    *,
     head: Head,
     scale: float,
     teacher: Teaching | None,
     theirs: Tensor | None,
+    each: Tensor | None,
 ) -> Tensor:
     """The sums of CE and KL over the rows of products h Wᵀ + b, (rows, vocabulary), which are
-    overwritten by their gradient.
+    overwritten by their gradient. `each`, (rows,), gets the CE of each row.
     """
     share = teacher.weight if teacher is not None else 0.0
     sums = products.new_zeros(2, dtype=torch.float32)
@@ -138,15 +149,18 @@ def _to_gradient(
         targets = labels[rows].clamp(min=0)[:, None]
         logits = head.logits(products[rows])
         total = logits.logsumexp(-1, keepdim=True)
-        sums[0] += ((total - logits.gather(1, targets))[:, 0] * counted).sum()
+        losses = (total - logits.gather(1, targets))[:, 0] * counted
+        if each is not None:
+            each[rows] = losses
+        sums[0] += losses.sum()
         q: Tensor | None = None
         if teacher is not None and theirs is not None:
             other = teacher.head.logits(theirs[rows])
             other_total = other.logsumexp(-1, keepdim=True)
             q = (other - other_total).exp_()
             # KL = Σ q · (log q − log p), without storing a log-softmax of either
-            each = other.sub_(logits).mul_(q).sum(-1) + (total - other_total)[:, 0]
-            sums[1] += (each * counted).sum()
+            divergences = other.sub_(logits).mul_(q).sum(-1) + (total - other_total)[:, 0]
+            sums[1] += (divergences * counted).sum()
         capped = logits.clone() if head.cap is not None else logits
         gradient = logits.sub_(total).exp_()  # p
         if q is not None:
@@ -185,6 +199,7 @@ def loss_sums(
     teaching: Teaching | None = None,
     scale: float = 1.0,
     between: Callable[[], object] = lambda: None,
+    each: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the labelled tokens, in nats, fp32: the loss to minimise, the cross-entropy, and
     KL(teacher ‖ model).
@@ -197,6 +212,8 @@ def loss_sums(
         teaching: the teacher on the same rows; without it the KL term is 0.
         scale: factor of the loss to minimise; 1 / tokens makes the sum a mean.
         between: called before each chunk of rows; may raise to stop.
+        each: if given, gets the cross-entropy of each token, fp32, (rows · length,); 0 without a
+            label.
     """
     parts: tuple[Any, ...] = (
         hidden.reshape(-1, hidden.shape[-1]),
@@ -205,14 +222,8 @@ def loss_sums(
     )
     if not torch.is_grad_enabled():  # a Function looks at requires_grad, not at no_grad()
         parts = tuple(part if part is None else part.detach() for part in parts)
-    loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(  # type: ignore[no-untyped-call]
-        *parts,
-        labels.reshape(-1),
-        teaching,
-        head,
-        scale,
-        between,
-    )
+    rest = (labels.reshape(-1), teaching, head, scale, between, each)
+    loss: tuple[Tensor, Tensor, Tensor] = _Loss.apply(*parts, *rest)  # type: ignore[no-untyped-call]
     return loss
 
 
