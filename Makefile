@@ -48,7 +48,7 @@ check: test
 stack:
 	$(MAKE) VENV=$(STACK) $(STACK)/.stack $(MODEL)/config.json
 	SMOLLM2=$(MODEL) STACK=$(STACK)/stack $(STACK)/bin/python -m pytest -c tests/stack/pytest.ini tests/stack
-	$(STACK)/bin/python -m pytest tests/test_eval_tasks.py
+	$(STACK)/bin/python -m pytest tests/test_eval_tasks.py tests/test_heal_tasks.py tests/test_heal_tracking.py
 	SMOLLM2=$(MODEL) PYTHONPATH=$(CURDIR)/$(STACK)/stack/transformers-5.24.0 $(STACK)/bin/python -m pytest \
 		tests/test_golden.py tests/test_zoo.py tests/test_forward.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 
+from dus_cli.evaluation.intervals import ratio  # noqa: E402
 from dus_cli.source.belonging import model_files, read_record  # noqa: E402
 
 STEPS = 12
@@ -282,14 +284,16 @@ def heldout(home: Path, out: Path, *, document_mask: bool = True) -> list[Any]:
     )
 
 
-def reference_loss(model: Path, rows: list[Any], dtype: Any = None) -> float:
-    """Mean cross-entropy of full logits, each document run by itself: no mask, no packing,
-    nothing of ours.
+def reference_sums(
+    model: Path, rows: list[Any], dtype: Any = None
+) -> tuple[list[float], list[float]]:
+    """By document the sums of cross-entropy and of labelled tokens, from full logits, each document
+    run by itself: no mask, no packing, nothing of ours.
     """
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or torch.float32).eval()
-    total, count = 0.0, 0
+    nats, counts, document = [0.0], [0.0], 0
     with torch.no_grad():
         for row in rows:
             starts = [i for i, position in enumerate(row.position_ids) if position == 0]
@@ -298,13 +302,21 @@ def reference_loss(model: Path, rows: list[Any], dtype: Any = None) -> float:
                     torch.from_numpy(array[start:stop]) for array in (row.input_ids, row.labels)
                 )
                 logits = network(input_ids=ids[None]).logits[0].float()
-                total += float(
+                nats[document] += float(
                     torch.nn.functional.cross_entropy(
                         logits, labels, ignore_index=-100, reduction="sum"
                     )
                 )
-                count += int((labels != -100).sum())
-    return total / count
+                counts[document] += int((labels != -100).sum())
+                if ids[-1] == tiny.EOS:  # else the next row goes on with it
+                    nats, counts, document = [*nats, 0.0], [*counts, 0.0], document + 1
+    return nats, counts
+
+
+def reference_loss(model: Path, rows: list[Any], dtype: Any = None) -> float:
+    """The mean cross-entropy of `reference_sums`."""
+    nats, counts = reference_sums(model, rows, dtype)
+    return sum(nats) / sum(counts)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +329,12 @@ def test_base_and_scaled_loss_are_those_of_the_two_models_in_transformers(
     report, rows = json.loads((folder / "report.json").read_text()), heldout(home, folder)
     assert report["base_loss"] == pytest.approx(reference_loss(home / base, rows), rel=1e-5)
     assert report["scaled_loss"] == pytest.approx(reference_loss(home / scaled, rows), rel=1e-5)
+    theirs, counts = reference_sums(home / base, rows)
+    ours, _ = reference_sums(home / scaled, rows)
+    differences = [a - b for a, b, count in zip(ours, theirs, counts, strict=True) if count]
+    expected = ratio(differences, [count for count in counts if count]).interval
+    assert len(differences) > 10
+    assert tiny.metrics(folder)[0]["difference_interval"] == pytest.approx(expected, rel=1e-3)
 
 
 # --- how many work at it changes nothing ---------------------------------------------------------
@@ -600,7 +618,10 @@ def test_distillation_measures_the_kl_from_the_base_and_fades_away(home: Path, a
     assert rows[2]["loss"] != tiny.metrics(alone)[2]["loss"]
 
 
-def test_until_base_ends_after_two_measurements_at_or_under_it(home: Path) -> None:
+def test_until_base_ends_after_two_measurements_and_says_how_sure_it_is(home: Path) -> None:
+    from dus_cli.heal.launch.report import heal_text
+    from dus_cli.heal.proof.card import healed_card
+
     out = heal_in(
         home,
         "until",
@@ -623,7 +644,26 @@ def test_until_base_ends_after_two_measurements_at_or_under_it(home: Path) -> No
     assert report["status"] == "healed"
     assert report["tokens_to_base"] == 2 * at_base.index(True) * 512
     assert report["fraction_of_pretraining"] > 0
-    assert "This model is healed" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "This model is healed" in card
+    low, high = report["difference_interval"]
+    assert low < report["loss"] - report["base_loss"] < high
+    assert f"{(low + high) / 2:+.4f} ± {(high - low) / 2:.4f} to the base, 95% interval" in card
+    assert ("may be chance" in card) == (high > 0)
+    for interval, why in (
+        ([-0.03, -0.01], ""),
+        (
+            [-0.03, 0.01],
+            "not with 95% confidence: the difference is -0.0100 ± 0.0200 over 17 held-out",
+        ),
+        (None, "a single held-out document has no interval"),
+    ):
+        other = report | {"difference_interval": interval}
+        summary, card = heal_text(other, out), healed_card("", other, "out")
+        assert ("warning: the base's loss is reached, but" in summary) == bool(why)
+        assert ("That may be chance: the base's loss is reached, but" in card) == bool(why)
+        assert why in summary
+        assert why in card
 
 
 def test_a_model_without_dus_json_is_trained_and_has_no_base(home: Path) -> None:
@@ -848,14 +888,11 @@ def test_what_cannot_be_healed_is_one_line(home: Path, tmp_path: Path) -> None:
     refuse(home, scaled, *data, "--nnodes", "2", parts=("--rdzv-endpoint",))
     refuse(home, scaled, *data, "--node-rank", "1", parts=("--node-rank 1 of 1",))
     refuse(home, scaled, *data, "--offload", parts=("--offload",))
-    refuse(
-        home,
-        scaled,
-        *data,
-        "--track",
-        "wandb",
-        parts=("--track wandb needs wandb; pip install wandb",),
-    )
+    if find_spec("wandb") is None:
+        lacking = ("--track wandb needs wandb; pip install wandb",)
+        refuse(home, scaled, *data, "--track", "wandb", parts=lacking)
+    group = ("--track", "tensorboard", "--track-group", "trims")
+    refuse(home, scaled, *data, *group, parts=("--track-group is for wandb and trackio",))
     for text, part in (
         ("", "no documents"),
         ('{"text": "a"}\n{"text": \n', "2"),
@@ -1100,7 +1137,8 @@ def test_other_trackers_get_each_row_once(home: Path, tmp_path: Path, library: s
         "def _note(*what):\n"
         "    with open(os.environ['CALLS'], 'a') as file:\n"
         "        file.write(json.dumps(what) + '\\n')\n"
-        "def init(**options): _note('init', options['project'], options['name'])\n"
+        "class Begun: starting_step = _next_step = 0\n"
+        "def init(**options): return _note('init', options['project'], options['name']) or Begun\n"
         "def log(figures, step): _note('log', step, figures.get('loss'))\n"
         "def finish(): _note('finish')\n"
     )

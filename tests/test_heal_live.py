@@ -181,7 +181,12 @@ def test_a_log_names_each_held_out_set(metrics: Path, capsys: pytest.CaptureFixt
         "eval_losses": {"docs": 3.4, "code": 2.0},
         "base_losses": {"docs": 2.9, "code": 1.5},
     }
-    now = step_row(10, eval_loss=3.0, eval_losses={"docs": 3.0, "code": 1.4})
+    now = step_row(
+        10,
+        eval_loss=3.0,
+        eval_losses={"docs": 3.0, "code": 1.4},
+        difference_intervals={"docs": [0.05, 0.15], "code": [-0.25, 0.05]},
+    )
     append(metrics, start, now)
     view.update(follower)
     first, measured = capsys.readouterr().err.splitlines()[-2:]
@@ -191,7 +196,7 @@ def test_a_log_names_each_held_out_set(metrics: Path, capsys: pytest.CaptureFixt
     assert measured == (
         "step 10 of 100, 41K of 410K tokens, loss 2.990, "
         "held-out docs 3.000 (scaled 3.400 → base 2.900, 80% of the way), "
-        "code 1.400 (scaled 2.000 → base 1.500, reached), 1,500 tokens/s, 90 s left"
+        "code 1.400 (scaled 2.000 → base 1.500, reached, -0.100 ± 0.150), 1,500 tokens/s, 90 s left"
     )
 
 

@@ -50,12 +50,22 @@ training.load = lambda *_, **__: (reached(), stuck())
 MEASURING = """
 import dus_cli.heal.train.evaluate as evaluate, dus_cli.heal.train.loop as training
 measure, calls = evaluate.mean_loss, []
+class Long:
+    num_documents = 1
+    def __init__(self, row):
+        self.row = row
+    def __len__(self):
+        return 10**8
+    def __getitem__(self, rows):
+        return [self.row] * len(range(*rows.indices(10**8)))
+    def label_documents(self, index):
+        return 0 * self.row.labels
 def longer(decoder, rows, *rest):
     calls.append(0)
     if len(calls) != {call}:
         return measure(decoder, rows, *rest)
     reached()
-    return measure(decoder, [rows[0]] * 10**8, *rest)
+    return measure(decoder, Long(rows[0]), *rest)
 evaluate.mean_loss = longer
 """
 

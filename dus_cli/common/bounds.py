@@ -56,6 +56,8 @@ BOUNDS = {
     "document-weight": Bounds(0, 100, is_whole=False),  # in the field that --weight-field names
     "epochs": Bounds(0, 1_000_000, is_whole=False, is_above=True),
     "eval-every": Bounds(1, _BILLION),
+    "eval-tasks-every": Bounds(1, _BILLION),
+    "eval-tasks-limit": Bounds(1, _BILLION),
     "eval-tokens": Bounds(1, _TRILLION),
     "export-every": Bounds(1, _BILLION),
     "gain-lr": Bounds(0, 1, is_whole=False),
@@ -79,6 +81,7 @@ BOUNDS = {
     "node-rank": Bounds(0, 65_535),
     "nproc-per-node": Bounds(1, 1024),
     "num-fewshot": Bounds(0, 1000),
+    "push-every": Bounds(1, _BILLION),
     "seed": Bounds(0, (1 << 32) - 1),  # what every generator of random numbers takes
     "seq-length": Bounds(2, _LONGEST_ROW),
     "shuffle-window": Bounds(1, _TRILLION),

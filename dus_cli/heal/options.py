@@ -674,6 +674,33 @@ class SavingOptions:
             parse=parse_count,
         ),
     ] = None
+    eval_tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "Tasks of lm-evaluation-harness (eval extra) to run on the model at the start, after "
+            "every --eval-tasks-every measurements and at the end; separated by commas.",
+            metavar="NAMES",
+            panel=_KEEP,
+        ),
+    ] = ()
+    eval_tasks_every: Annotated[
+        int,
+        Option(
+            "Held-out measurements from one run of the tasks to the next.", metavar="K", panel=_KEEP
+        ),
+    ] = 5
+    eval_tasks_limit: Annotated[
+        int | None,
+        Option("Run only the first N examples of a task.", metavar="N", panel=_KEEP),
+    ] = None
+    include_path: Annotated[
+        Path | None,
+        Option(
+            "Folder of your own tasks, as YAML files of the harness. A !function in them is run.",
+            metavar="DIR",
+            panel=_KEEP,
+        ),
+    ] = None
     save_every: Annotated[
         Every,
         Option(
@@ -694,6 +721,24 @@ class SavingOptions:
             panel=_KEEP,
         ),
     ] = None
+    push_every: Annotated[
+        int | None,
+        Option(
+            "Every N steps, also export the model as --export-every does, and push it to "
+            "--push-to.",
+            metavar="N",
+            panel=_KEEP,
+        ),
+    ] = None
+    push_to: Annotated[
+        str | None,
+        Option(
+            "A repo on the Hub for --push-every, created as a private one if it does not exist. "
+            "Default branch: healing.",
+            metavar="ORG/NAME[@BRANCH]",
+            panel=_KEEP,
+        ),
+    ] = None
     average: Annotated[
         int | None,
         Option(
@@ -706,6 +751,18 @@ class SavingOptions:
     track: Annotated[Track, Option("Also log the metrics to this tracker.", panel=_KEEP)] = (
         Track.none
     )
+    track_project: Annotated[
+        str | None,
+        Option("The project of wandb or trackio. Default: dus-heal.", metavar="NAME", panel=_KEEP),
+    ] = None
+    track_run: Annotated[
+        str | None,
+        Option("The run's name there. Default: that of OUT.", metavar="NAME", panel=_KEEP),
+    ] = None
+    track_group: Annotated[
+        str | None,
+        Option("The group of runs to which it belongs there.", metavar="NAME", panel=_KEEP),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -736,7 +793,7 @@ class HealOptions:
         return {
             f"{name}.{key}": value
             for name, group in groups.items()
-            for key, value in json.loads(json.dumps(dataclasses.asdict(group))).items()
+            for key, value in json.loads(json.dumps(dataclasses.asdict(group), default=str)).items()
             if key not in _OF_STREAM or data.stream  # else as an earlier dus wrote them
         }
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dus_cli.common.options import option_fields
 from dus_cli.errors import HealError, shown, shown_list
+from dus_cli.evaluation.options import TaskOptions
 from dus_cli.heal.options import GROUPS, DataOptions, Span, typed_options
 from dus_cli.release.within import BasePlan
 from dus_cli.source.json_objects import parse_json_object
@@ -25,8 +27,11 @@ NAME = "run.json"
 FAILURE = "failure.json"
 REPORT = "report.json"
 
+# The run of wandb or trackio in which a resumed run goes on.
+TRACKED = "tracking.json"
+
 # Files and folders that an unfinished run writes, besides checkpoints/ (see `is_of_a_run`).
-_FILES = (NAME, FAILURE, REPORT, "metrics.jsonl")
+_FILES = (NAME, FAILURE, REPORT, TRACKED, "metrics.jsonl")
 _FOLDERS = ("tokens", "logs", "tensorboard")
 
 SCHEMA = 1
@@ -36,7 +41,9 @@ SCHEMA = 1
 _FREE = frozenset(
     "fit.micro_batch fit.activation_checkpointing fit.compile fit.sharding fit.offload "
     "keeping.eval_every keeping.save_every keeping.keep keeping.export_every keeping.average "
-    "keeping.track "
+    "keeping.push_every keeping.push_to keeping.eval_tasks keeping.eval_tasks_every "
+    "keeping.eval_tasks_limit keeping.include_path "
+    "keeping.track keeping.track_project keeping.track_run keeping.track_group "
     "data.files data.eval_files data.token_cache data.token_cache_size".split()
 )
 
@@ -106,6 +113,28 @@ class FitPlan:
 
 
 @dataclass(frozen=True)
+class TasksPlan:
+    """Tasks of lm-evaluation-harness, run after every `every` held-out measurements. `num_tokens`
+    are those of all requests.
+    """
+
+    names: tuple[str, ...]
+    every: int
+    limit: int | None
+    include_path: str | None
+    num_tokens: int = 0
+
+    @property
+    def options(self) -> TaskOptions:
+        path = None if self.include_path is None else Path(self.include_path)
+        return TaskOptions(tasks=self.names, include_path=path, limit=self.limit)
+
+    def num_runs(self, num_measurements: int) -> int:
+        """How often they are run: at the start, after every `every` measurements and at the end."""
+        return 1 + -(-num_measurements // self.every)
+
+
+@dataclass(frozen=True)
 class SavingPlan:
     """What is measured and saved during the run. `average` is the number of checkpoints whose mean
     is written at the end; None writes none.
@@ -119,6 +148,24 @@ class SavingPlan:
     track: str
     export_every: int | None = None
     average: int | None = None
+    track_project: str | None = None
+    track_run: str | None = None
+    track_group: str | None = None
+    push_every: int | None = None
+    push_to: str | None = None
+    push_branch: str | None = None
+    push_private: bool = False
+    tasks: TasksPlan | None = None
+
+    def is_exported(self, step: int) -> bool:
+        """Whether the model is exported after a step."""
+        return any(every and step % every == 0 for every in (self.export_every, self.push_every))
+
+    def num_exports(self, steps: int) -> int:
+        """The number of exports in so many steps."""
+        everies = [every for every in (self.export_every, self.push_every) if every]
+        both = steps // math.lcm(*everies) if len(everies) == 2 else 0
+        return sum(steps // every for every in everies) - both
 
 
 @dataclass(frozen=True)
@@ -270,6 +317,7 @@ def _build(kind: type[_T], record: dict[str, Any]) -> _T:
         "rates": RatesPlan,
         "fit": FitPlan,
         "keeping": SavingPlan,
+        "tasks": TasksPlan,
         "base": BasePlan,
     }
     values: dict[str, Any] = {}

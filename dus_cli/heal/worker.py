@@ -35,6 +35,8 @@ def work(path: Path, signals: Signals) -> int:
         DusError: any known failure.
     """
     run = read_run(path)
+    if run.keeping.track != "trackio":  # it may log to a Space
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Imported here, so that an error in run.json is reported without loading torch.
     from dus_cli.heal.train.setup import set_up
     from dus_cli.models.team import joined_team
@@ -52,7 +54,6 @@ def work(path: Path, signals: Signals) -> int:
 
 def _quiet_libraries() -> None:
     """Silence the libraries' progress bars and warnings, which would only fill logs."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

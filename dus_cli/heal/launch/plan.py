@@ -119,9 +119,11 @@ def plan_of(run: Run, shape: Shape, launch: LaunchOptions) -> dict[str, Any]:
     memory = _memory(run, shape, workers, workers // launch.nnodes)
     tokens = run.num_steps * run.tokens_per_step
     flops = flops_per_token(shape, run.seq_length)
-    measured = run.heldout_tokens * (
-        -(-run.num_steps // run.keeping.eval_every) + (2 if run.base else 1)
-    )
+    num_measurements = -(-run.num_steps // run.keeping.eval_every)
+    measured = run.heldout_tokens * (num_measurements + (2 if run.base else 1))
+    tasks = run.keeping.tasks
+    if tasks is not None:
+        measured += tasks.num_tokens * tasks.num_runs(num_measurements)
     plan: dict[str, Any] = {
         **data_record(run, data, run.epochs),
         "before": list(data.before),
@@ -130,6 +132,7 @@ def plan_of(run: Run, shape: Shape, launch: LaunchOptions) -> dict[str, Any]:
         "eval_every": run.keeping.eval_every,
         # a forward pass takes a third of a training step
         "evaluation_share": measured / (measured + 3 * tokens),
+        **({} if tasks is None else {"tasks": asdict(tasks)}),
         "num_workers": workers,
         "memory_per_device": {
             key: int(value) for key, value in (asdict(memory) | {"total": memory.total}).items()
@@ -291,6 +294,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
                 f"{plan['evaluation_share']:.0%} of the run"
             ),
         ),
+        *_tasks_row(plan),
         ("memory", f"{memory} needed per worker, {has} available ({plan['device']})"),
         ("time", time),
     ]
@@ -303,6 +307,15 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 def _mixture_line(source: dict[str, Any]) -> str:
     share, times = f"{source['share']:.1%}", _times(source["epochs"])
     return f"{share} of the rows from {source['name']}, read {times}"
+
+
+def _tasks_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    if "tasks" not in plan:
+        return []
+    tasks = plan["tasks"]
+    every = counted(tasks["every"], "measurement")
+    names, size = ",".join(tasks["names"]), counted(tasks["num_tokens"], "token")
+    return [("", f"of it {names} at the start and every {every}, {size} each time")]
 
 
 def _times(epochs: float) -> str:

@@ -21,7 +21,9 @@ from dus_cli.heal.launch.plan import (
     text_size,
 )
 from dus_cli.heal.options import HealOptions
+from dus_cli.heal.proof.confidence import confidence_text, doubt, scores_texts
 from dus_cli.heal.run import REPORT, SCHEMA, Run
+from dus_cli.heal.watch.run_state import push_text
 from dus_cli.maps.shape import Shape, flops_per_token, pretraining_flops
 
 
@@ -30,6 +32,7 @@ def heal_text(report: dict[str, Any], output: Path) -> str:
     base = report["base_loss"]
     rows = [
         *_heldout_rows(report),
+        *(("tasks", text) for text in scores_texts(report)),
         ("tokens", f"{report['tokens']:,} in {counted(report['steps'], 'step')}"),
         ("cost", f"{report['flops']:.3g} FLOPs, {human_time(report['seconds'])}"),
     ]
@@ -41,6 +44,10 @@ def heal_text(report: dict[str, Any], output: Path) -> str:
                 f"{report['tokens_per_second']:,.0f} tokens/s, peak memory {memory} per worker",
             )
         )
+    pushes = report.get("pushes", [])
+    rows += [
+        ("pushed", push_text(push)) for push in pushes if "error" in push or push is pushes[-1]
+    ]
     if report["skipped_steps"]:
         skipped = counted(report["skipped_steps"], "step")
         rows.append(("skipped", f"{skipped} with a loss or gradient out of bounds"))
@@ -73,6 +80,9 @@ def heal_text(report: dict[str, Any], output: Path) -> str:
         steps = ", ".join(map(str, report["average"]["steps"]))
         average = shlex.quote(str(output.with_name(report["average"]["folder"])))
         lines.append(f"Wrote {average}, the mean of the checkpoints of steps {steps}.")
+    if (thin := doubt(report)) is not None:
+        more = "give more held-out text (--holdout, --eval-data, --eval-tokens)"
+        lines.append(f"warning: {thin}; {more}")
     return "\n".join(lines)
 
 
@@ -82,15 +92,14 @@ def _heldout_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """
     sets = report.get("heldout_sets", [])
     if sets:
-        texts = [
-            (
-                f"{each['name']} {_losses_text(each)} over "
-                f"{text_size(each['tokens'], each['documents'])}"
-            )
-            for each in sets
-        ]
+        texts = []
+        for each in sets:
+            size = text_size(each["tokens"], each["documents"])
+            texts.append(f"{each['name']} {_losses_text(each)} over {size}")
+            texts += [sure] if (sure := confidence_text(each)) else []
         return [("held-out", texts[0]), *(("", text) for text in texts[1:])]
     rows = [("held-out", _losses_text(report))]
+    rows += [("", sure)] if (sure := confidence_text(report)) else []
     if "heldout_documents" in report:  # an older dus did not write it
         size = text_size(report["heldout_tokens"], report["heldout_documents"])
         rows.append(("", f"over {size}"))
@@ -229,7 +238,7 @@ def _disk(run: Run, shape: Shape, options: HealOptions) -> dict[str, int | None]
     )
     model = sum(path.stat().st_size for path in Path(run.model).glob("*.safetensors"))
     number = max(run.keeping.keep, run.keeping.average or 0) + 1
-    exports = (run.num_steps - 1) // (run.keeping.export_every or run.num_steps)
+    exports = run.keeping.num_exports(run.num_steps - 1)
     models = exports + (1 if run.keeping.average is None else 2)
     return {
         "total": number * checkpoint + models * model,

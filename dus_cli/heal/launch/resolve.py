@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from dus_cli.heal.options import (
     SavingOptions,
     Train,
 )
-from dus_cli.heal.run import FitPlan, RatesPlan, RecipePlan, Run, SavingPlan
+from dus_cli.heal.run import FitPlan, RatesPlan, RecipePlan, Run, SavingPlan, TasksPlan
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import context_length, vocab_size
+from dus_cli.push.target import Target
 from dus_cli.release import lineage
 from dus_cli.release.within import BasePlan, recorded_base, recorded_map, scaled_base, scales_base
 from dus_cli.source.checkpoint import Checkpoint, open_checkpoint
@@ -162,18 +163,7 @@ def check_options(options: HealOptions, model: Model) -> None:
     if len(budgets) > 1:
         raise HealError(f"--{budgets[0]} and --{budgets[1]} both give the budget; leave one out")
     _check_stream(options)
-    if options.saving.average is not None and options.saving.save_every.steps is None:
-        raise HealError(
-            "--average needs to know how many checkpoints there will be, and --save-every with a "
-            "time does not say; give --save-every STEPS"
-        )
-    if options.saving.average is not None and options.budget.until is not None:
-        raise HealError(
-            "--average needs checkpoints to the end of the budget, and --until base may end before "
-            "it; leave one out"
-        )
-    if options.budget.steps is not None:  # the steps of other budgets depend on the data
-        check_average(options.saving, options.budget.steps)
+    _check_saving(options.saving, options.budget)
     needs_base = {
         "--until base": options.budget.until is not None,
         "--distill": options.recipe.distill is not None and options.recipe.distill.weight > 0,
@@ -228,6 +218,42 @@ def _check_stream(options: HealOptions) -> None:
             "--stream reads its text again when a run is resumed, and standard input can be read "
             "once; write it to a file, or leave out --stream"
         )
+
+
+def _check_saving(saving: SavingOptions, budget: BudgetOptions) -> None:
+    if saving.average is not None and saving.save_every.steps is None:
+        raise HealError(
+            "--average needs to know how many checkpoints there will be, and --save-every with a "
+            "time does not say; give --save-every STEPS"
+        )
+    if saving.average is not None and budget.until is not None:
+        raise HealError(
+            "--average needs checkpoints to the end of the budget, and --until base may end before "
+            "it; leave one out"
+        )
+    if (saving.push_every is None) != (saving.push_to is None):
+        raise HealError(
+            "--push-every STEPS and --push-to ORG/NAME need each other; give both, or leave both "
+            "out"
+        )
+    push_target(saving)
+    for name in ("eval-tasks-limit", "include-path"):
+        if getattr(saving, name.replace("-", "_")) is not None and not saving.eval_tasks:
+            raise HealError(f"--{name} is about --eval-tasks; name some, or leave it out")
+    if budget.steps is not None:  # the steps of other budgets depend on the data
+        check_average(saving, budget.steps)
+
+
+def push_target(saving: SavingOptions) -> Target | None:
+    """Where exports are pushed; None if nowhere. Not main by default, where a finished model lies.
+
+    Raises:
+        UsageError: --push-to is not the id of a repo.
+    """
+    if saving.push_to is None:
+        return None
+    target = Target.parse(saving.push_to)
+    return target if "@" in saving.push_to else replace(target, branch="healing")
 
 
 def check_average(saving: SavingOptions, num_steps: int) -> None:
@@ -447,7 +473,20 @@ def _num_heldout_tokens(data: dict[str, Any]) -> int:
     return sum(part["num_heldout_tokens"] for part in parts)
 
 
+def _tasks(saving: SavingOptions) -> TasksPlan | None:
+    if not saving.eval_tasks:
+        return None
+    path = saving.include_path
+    return TasksPlan(
+        saving.eval_tasks,
+        saving.eval_tasks_every,
+        limit=saving.eval_tasks_limit,
+        include_path=None if path is None else str(path.resolve()),
+    )
+
+
 def _saving(saving: SavingOptions, eval_every: int, eval_tokens: int) -> SavingPlan:
+    target = push_target(saving)
     return SavingPlan(
         eval_every=eval_every,
         eval_tokens=eval_tokens,
@@ -457,4 +496,11 @@ def _saving(saving: SavingOptions, eval_every: int, eval_tokens: int) -> SavingP
         track=saving.track.value,
         export_every=saving.export_every,
         average=saving.average,
+        track_project=saving.track_project,
+        track_run=saving.track_run,
+        track_group=saving.track_group,
+        push_every=saving.push_every,
+        push_to=None if target is None else target.repo_id,
+        push_branch=None if target is None else target.branch,
+        tasks=_tasks(saving),
     )

@@ -17,6 +17,7 @@ from dus_cli.common.reports import public
 from dus_cli.common.storage import Storage, known, remove, sync_refusal, try_storage
 from dus_cli.common.units import counted
 from dus_cli.errors import HealError, OutputError, shown
+from dus_cli.evaluation.options import TaskOptions
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import resolve
 from dus_cli.heal.launch.data import prepare_data, tokens_folder
@@ -39,6 +40,8 @@ from dus_cli.heal.run import (
 from dus_cli.heal.watch.views import View
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import Shape, shape_of
+from dus_cli.progress import NoProgress
+from dus_cli.push.target import look
 from dus_cli.release import lineage
 from dus_cli.writing.staging import Staging, check_apart, why_within
 
@@ -76,10 +79,10 @@ def check(options: HealOptions) -> Model:
     model = resolve.open_model(options.model)
     resolve.check_options(options, model)
     resolve.rows_per_step(options, model)
-    check_tracker(options.saving.track.value)
+    check_tracker(options.saving)
     check_apart(options.output, options.model)
     check_run_folder(options.output)
-    if options.saving.export_every is not None:
+    if options.saving.export_every is not None or options.saving.push_every is not None:
         _check_exports(options.output.resolve())
     if options.saving.average is not None:
         check_average_folder(options.output, resolve.model_key(model.checkpoint))
@@ -157,7 +160,7 @@ def _check_exports(output: Path) -> None:
     for path in output.parent.glob(f"{glob.escape(output.name)}-step-*"):
         if not (path / lineage.NAME).is_file():
             raise OutputError(
-                f"{shown(path)} exists and dus did not write it, and --export-every may use its "
+                f"{shown(path)} exists and dus did not write it, and an export may use its "
                 "name; move it, or choose another -o"
             )
 
@@ -261,8 +264,34 @@ def prepare_run(options: HealOptions, model: Model, view: View) -> Run:
 
 def _planned(options: HealOptions, model: Model, folder: Path, view: View) -> Run:
     """The run for these options, after tokenising its data into `folder`."""
+    target = resolve.push_target(options.saving)
+    is_new = target is not None and not look(target).exists  # before anything takes long
+    num_task_tokens = _num_task_tokens(options, view)
     data = prepare_data(options, model, folder, view)
-    return _measured(resolve.make_run(options, model, data.record, data.rows_per_epoch), folder)
+    run = resolve.make_run(options, model, data.record, data.rows_per_epoch)
+    keeping = replace(run.keeping, push_private=is_new)
+    if keeping.tasks is not None:
+        keeping = replace(keeping, tasks=replace(keeping.tasks, num_tokens=num_task_tokens))
+    return _measured(replace(run, keeping=keeping), folder)
+
+
+def _num_task_tokens(options: HealOptions, view: View) -> int:
+    """The tokens of --eval-tasks, whose data are downloaded if they are not on this machine.
+
+    Raises:
+        DusError: there is no such task, or no data.
+    """
+    saving = options.saving
+    if not saving.eval_tasks:
+        return 0
+    from dus_cli.evaluation.tasks import open_harness
+
+    view.status("loading the tasks")
+    tasks = TaskOptions(
+        tasks=saving.eval_tasks, include_path=saving.include_path, limit=saving.eval_tasks_limit
+    )
+    harness = open_harness(tasks, NoProgress(), option="--eval-tasks")
+    return harness.num_tokens(options.model)
 
 
 def _measured(run: Run, folder: Path) -> Run:

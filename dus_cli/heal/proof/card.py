@@ -8,6 +8,7 @@ from typing import Any
 
 from dus_cli.common.units import counted
 from dus_cli.heal.launch.plan import text_size, train_size
+from dus_cli.heal.proof.confidence import confidence_text, doubt, scores_texts
 from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, SCALED, STATES
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
@@ -73,6 +74,8 @@ def _section(report: dict[str, Any]) -> str:
             f"{report['fraction_of_pretraining']:.2g} of what pretraining a model of this size "
             "takes (20 tokens per parameter)."
         )
+        if (thin := doubt(report)) is not None:
+            verdict += f" That may be chance: {thin}."
     else:
         verdict = (
             f"**This model is not healed yet**: its held-out loss{on} is still above its base's."
@@ -87,7 +90,7 @@ def _section(report: dict[str, Any]) -> str:
 </picture>
 
 {_measured_on(report)}
-
+{_tasks_text(report)}
 {counted(report["tokens"], "token")} in {counted(report["steps"], "step")}, {report["flops"]:.3g} FLOPs. `metrics.jsonl` has every
 step, `report.json` the figures, `run.json` every option."""
 
@@ -104,6 +107,9 @@ def _table(report: dict[str, Any]) -> str:
     for label, field in rows.items():
         losses = " | ".join(f"{each[field]:.4f}" for each in sets or [report])
         lines.append(f"| {label} | {losses} |")
+    sure = [confidence_text(each) for each in sets or [report]]
+    if any(sure):
+        lines.append(f"| difference now | {' | '.join(text or '' for text in sure)} |")
     return "\n".join(lines)
 
 
@@ -119,6 +125,12 @@ def _measured_on(report: dict[str, Any]) -> str:
         f"{text_size(report['heldout_tokens'], report['heldout_documents'])}{of}"
         f"{_sets_text(report)}."
     )
+
+
+def _tasks_text(report: dict[str, Any]) -> str:
+    scores = "".join(f"- {text}\n" for text in scores_texts(report))
+    head = "Tasks of lm-evaluation-harness, ± one standard error:"
+    return f"\n{head}\n\n{scores}" if scores else ""
 
 
 def _sets_text(report: dict[str, Any]) -> str:

@@ -298,11 +298,14 @@ class Publication:
             "base_loss": progress.base_loss,
             "scaled_loss": progress.scaled_loss,
             "loss": progress.eval_loss,
+            **self._interval(progress),
             "reached_base": None if progress.base_loss is None else reached is not None,
             "tokens_to_base": reached,
             "tokens": tokens,
             "steps": progress.step,
             "skipped_steps": progress.skipped,
+            **({"tasks": progress.task_scores} if progress.task_scores else {}),
+            **({"pushes": progress.pushes} if progress.pushes else {}),
             "num_parameters": self._source.num_parameters,
             "num_workers": self._team.size,
             "flops": flops,
@@ -321,6 +324,14 @@ class Publication:
             "unread_files": data.unread,
         }
 
+    def _interval(self, progress: TrainState) -> dict[str, Any]:
+        """The interval of the first held-out set's difference to the base; nothing without a base,
+        or if an older dus measured it.
+        """
+        if not progress.intervals:
+            return {}
+        return {"difference_interval": next(iter(progress.intervals.values()))}
+
     def _by_set(self, progress: TrainState) -> dict[str, Any]:
         """The losses and the size of each held-out set that has a name."""
         if not self._run.heldout_sets:
@@ -330,6 +341,7 @@ class Publication:
             "heldout_sets": [
                 {"name": name, **counts}
                 | {field: progress.losses_by_set[name].get(what) for what, field in fields.items()}
+                | ({"difference_interval": progress.intervals[name]} if progress.intervals else {})
                 for name, counts in self._run.heldout_sets.items()
             ]
         }

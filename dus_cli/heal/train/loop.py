@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dus_cli.data.growing import AnyRows, GrowingRows
-from dus_cli.data.streams import Row
+from dus_cli.data.streams import RowsInOrder
 from dus_cli.errors import HealError
 from dus_cli.heal.metrics import MetricsFile
 from dus_cli.heal.proof.publish import Publication
@@ -20,18 +20,23 @@ from dus_cli.heal.run import Run
 from dus_cli.heal.tracking import Tracker
 from dus_cli.heal.train import schedule
 from dus_cli.heal.train.batches import micro_batches, wait_for
+from dus_cli.heal.train.benchmarks import Benchmarks
 from dus_cli.heal.train.checkpoints import Checkpoints
-from dus_cli.heal.train.evaluate import mean_losses
+from dus_cli.heal.train.evaluate import MeanLoss, mean_losses
 from dus_cli.heal.train.fitting import Peak
 from dus_cli.heal.train.lesson import Lesson
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.optimizer import Optimizer
+from dus_cli.heal.train.pushing import Pusher
 from dus_cli.heal.train.state import TrainState
 from dus_cli.models.decoder import Decoder
 from dus_cli.models.devices import peak_memory_bytes
 from dus_cli.models.stopping import Signals
 from dus_cli.models.team import Team
 from dus_cli.release.within import BasePlan
+
+# Seconds between two looks at a push, once there is nothing else to do.
+_PUSH_POLL = 0.2
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Training:
         heldout: the rows of each held-out set, by its name.
         progress: how far the run is.
         log: None on all workers but the first.
+        benchmarks: the tasks to run; None if there are none.
+        pusher: pushes exports; None if there is nothing to push, and on all workers but the first.
         rows_at_once: rows of a micro-batch.
         peak: of one device.
     """
@@ -68,12 +75,14 @@ class Training:
     signals: Signals
     lesson: Lesson
     rows: AnyRows
-    heldout: Mapping[str, Sequence[Row]]
+    heldout: Mapping[str, RowsInOrder]
     checkpoints: Checkpoints
     optimizer: Optimizer
     progress: TrainState
     publication: Publication
     log: RunLog | None
+    benchmarks: Benchmarks | None
+    pusher: Pusher | None
     rows_at_once: int
     peak: Peak
     _saved_at: float = field(init=False, default_factory=time.monotonic)
@@ -107,6 +116,7 @@ class Training:
                 row |= self._evaluate()
                 progress.seconds += time.perf_counter() - started
             progress.unmeasured = None
+            row |= self._pushed()
             row["seconds"] = self.lesson.clock.lap()
             self._write_row(row)
             self._check_streak(row)
@@ -115,11 +125,17 @@ class Training:
         self._save()
         with self.signals.grace_extended():
             self.checkpoints.finish()
+        while self.team.first_decides(self.pusher is not None and self.pusher.is_busy):
+            self.lesson.brake.check()
+            time.sleep(_PUSH_POLL)
+            self._pushed()
 
     def keep(self) -> None:
         """Save the last finished step, after `StopRequested`; before the start is measured there is
         nothing to save.
         """
+        if self.pusher is not None:
+            self.pusher.stop()
         if self.progress.scaled_loss is None:
             return
         with self.signals.grace_extended():
@@ -195,11 +211,12 @@ class Training:
         with self.lesson.clock("eval"):
             progress = self.progress
             if self.run.base is not None:
-                progress.base_loss = progress.take("base", self._base_losses(self.run.base))
+                progress.measured_base(self._base_losses(self.run.base))
             losses = self._mean_losses(self.lesson.student)
             progress.measured(losses)
+            scores = self._task_scores()
             progress.scaled_loss = progress.take("scaled", losses)
-        row: dict[str, Any] = {"step": 0, "tokens": 0, **self._measured()}
+        row: dict[str, Any] = {"step": 0, "tokens": 0, **self._measured(), **scores}
         if progress.base_loss is not None:
             row["base_loss"] = progress.base_loss
             row |= {"base_losses": named} if (named := progress.losses("base")) else {}
@@ -207,10 +224,16 @@ class Training:
 
     def _measured(self) -> dict[str, Any]:
         """The fields of a measurement in a row of metrics.jsonl."""
-        row: dict[str, Any] = {"eval_loss": self.progress.eval_loss}
-        return row | ({"eval_losses": named} if (named := self.progress.losses("now")) else {})
+        progress = self.progress
+        row: dict[str, Any] = {"eval_loss": progress.eval_loss}
+        if progress.intervals:
+            row["difference_interval"] = next(iter(progress.intervals.values()))
+        if named := progress.losses("now"):
+            row["eval_losses"] = named
+            row |= {"difference_intervals": progress.intervals} if progress.intervals else {}
+        return row
 
-    def _base_losses(self, base: BasePlan) -> dict[str, float]:
+    def _base_losses(self, base: BasePlan) -> dict[str, MeanLoss]:
         """Measure the base's layers inside the model; if a start scaled them, the base itself."""
         if base.folder is None:
             with self.lesson.student.only(base.layers):
@@ -226,10 +249,22 @@ class Training:
     def _evaluate(self) -> dict[str, Any]:
         with self.lesson.clock("eval"):
             losses = self._mean_losses(self.lesson.student)
+            scores = self._task_scores()
         self.progress.measured(losses)
-        return self._measured()
+        return self._measured() | scores
 
-    def _mean_losses(self, decoder: Decoder) -> dict[str, float]:
+    def _task_scores(self) -> dict[str, Any]:
+        """Run the tasks, if they are due with this measurement; the field of metrics.jsonl."""
+        step, num_steps = self.progress.step, self.run.num_steps
+        number = -(-step // self.run.keeping.eval_every)
+        tasks = self.run.keeping.tasks
+        if tasks is None or self.benchmarks is None or (number % tasks.every and step < num_steps):
+            return {}
+        scores = self.benchmarks.scores(self.lesson.student, self.rows_at_once)
+        self.progress.scored(scores)
+        return {"tasks": {score["label"]: score["value"] for score in scores}}
+
+    def _mean_losses(self, decoder: Decoder) -> dict[str, MeanLoss]:
         return mean_losses(decoder, self.heldout, self.team, self.rows_at_once, self.lesson.brake)
 
     def _write_row(self, row: dict[str, Any]) -> None:
@@ -269,12 +304,22 @@ class Training:
         """Write the model as it is beside the run, if that is due. When a run starts (not `again`),
         only if a kill prevented it.
         """
-        every, step = self.run.keeping.export_every, self.progress.step
-        if every is None or not step or step % every or self._is_over():
+        keeping, step = self.run.keeping, self.progress.step
+        if not step or not keeping.is_exported(step) or self._is_over():
             return
         folder = self.run.export_folder(step)
         if again or self.team.first_decides(not folder.exists()):
             self._publish(folder)
+        if self.pusher is not None and keeping.push_every and step % keeping.push_every == 0:
+            self.pusher.push(step, folder)
+
+    def _pushed(self) -> dict[str, Any]:
+        """The field of metrics.jsonl about a push that ended, if one did."""
+        outcome = None if self.pusher is None else self.pusher.outcome()
+        if outcome is None:
+            return {}
+        self.progress.pushes.append(outcome)
+        return {"push": outcome}
 
     def _save(self) -> None:
         self.progress.adam_steps = self.optimizer.steps()

@@ -4,24 +4,24 @@ checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 
 from dus_cli.data.growing import AnyRows, GrowingRows
 from dus_cli.data.streams import Prepared, Rows, heldout_sets
 from dus_cli.heal.estimate import num_shards
-from dus_cli.heal.metrics import MetricsFile
+from dus_cli.heal.metrics import MetricsFile, read_metrics
 from dus_cli.heal.proof.publish import prepare_publication
 from dus_cli.heal.run import Run, SavingPlan
 from dus_cli.heal.tracking import open_tracker
 from dus_cli.heal.train.batches import micro_batches, wait_for
+from dus_cli.heal.train.benchmarks import open_benchmarks
 from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
 from dus_cli.heal.train.fitting import peak_flops, rows_at_once
 from dus_cli.heal.train.lesson import Clock, Lesson
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.loop import RunLog, Training
 from dus_cli.heal.train.optimizer import Optimizer
+from dus_cli.heal.train.pushing import Pusher
 from dus_cli.heal.train.rates import rate_scales
 from dus_cli.heal.train.state import TrainState
 from dus_cli.models.stopping import Brake, Signals
@@ -89,6 +89,8 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
         progress=progress,
         publication=publication,
         log=log,
+        benchmarks=open_benchmarks(run),
+        pusher=_pusher(run) if team.is_first else None,
         rows_at_once=_rows_at_once(run, rows, lesson, optimizer),
         peak=peak_flops(team.device, next(iter(student.parameters.values())).dtype),
     )
@@ -99,6 +101,10 @@ def _rows(run: Run, data: Prepared) -> AnyRows:
     if data.growing is not None:
         return GrowingRows(data, run.tokens_folder, run.seq_length, seed, document_mask=mask)
     return Rows(data, run.tokens_folder, run.seq_length, seed, document_mask=mask)
+
+
+def _pusher(run: Run) -> Pusher | None:
+    return None if run.keeping.push_to is None else Pusher(run.keeping, run.folder / "logs")
 
 
 def _mean_of(keeping: SavingPlan) -> MeanOf | None:
@@ -121,8 +127,9 @@ def _resumed(checkpoints: Checkpoints, optimizer: Optimizer) -> TrainState:
 def _open_log(run: Run, progress: TrainState) -> RunLog:
     # step 0 has a row too
     last = -1 if progress.scaled_loss is None else progress.step
+    written = read_metrics(run.metrics_path)  # those of steps that run again are removed next
     metrics = MetricsFile(run.metrics_path, last)
-    return RunLog(metrics, open_tracker(run.keeping.track, run.folder, asdict(run)))
+    return RunLog(metrics, open_tracker(run, written, last))
 
 
 def _rows_at_once(run: Run, rows: AnyRows, lesson: Lesson, optimizer: Optimizer) -> int:

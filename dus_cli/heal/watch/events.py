@@ -68,6 +68,8 @@ class EventView:
             self._state = self._state.without_rows()
         for row in rows:
             self._state.add(row)
+            for text in () if follower.starts_over else self._state.notes:
+                self.note(text)
             is_new = row["step"] > self._last_step
             if self._began is not None and self._state.is_measured and is_new:
                 self._emit("progress")

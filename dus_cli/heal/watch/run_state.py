@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from dus_cli.common.units import human_bytes, human_count, human_time
+from dus_cli.heal.proof.confidence import difference_text
 
 # The latest losses in the sparkline, and the latest steps by which the time left is estimated.
 _NUM_LOSSES, _NUM_PACED = 1000, 50
@@ -31,6 +32,8 @@ class RunState:
     base_losses: dict[str, float | None] = field(default_factory=dict)
     scaled_losses: dict[str, float | None] = field(default_factory=dict)
     eval_losses: dict[str, float | None] = field(default_factory=dict)
+    intervals: dict[str, list[float] | None] = field(default_factory=dict)
+    tasks: dict[str, float] = field(default_factory=dict)
     is_measured: bool = False
     num_skipped: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
@@ -45,6 +48,9 @@ class RunState:
         self.is_measured = row.get("eval_loss") is not None
         if self.is_measured:
             self.eval_loss, self.eval_losses = row["eval_loss"], row.get("eval_losses", {})
+            whole = {"": row.get("difference_interval")}
+            self.intervals = row.get("difference_intervals", whole)
+            self.tasks = row.get("tasks", self.tasks)
         if not row["step"]:
             self.base_loss, self.scaled_loss = row.get("base_loss"), row.get("eval_loss")
             self.base_losses, self.scaled_losses = row.get("base_losses", {}), self.eval_losses
@@ -73,6 +79,11 @@ class RunState:
         value = self.row.get(name)
         return math.nan if value is None else float(value)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the last row tells besides figures."""
+        return [push_text(self.row["push"])] if "push" in self.row else []
+
     def line(self) -> str:
         """The state in one line."""
         if not self.step:
@@ -82,6 +93,7 @@ class RunState:
             f"step {self.step_text(', ')}",
             f"loss {loss_text(self.loss)}",
             heldout,
+            self.tasks_text() if "tasks" in self.row else "",
             self.speed_texts()[0],
         ]
         return ", ".join(part for part in (*parts, self.time_left_text()) if part)
@@ -114,11 +126,17 @@ class RunState:
         base's loss.
         """
         if not self.eval_losses:
-            return [_heldout_text(self.eval_loss, self.scaled_loss, self.base_loss)]
-        return [
-            f"{name} {_heldout_text(now, self.scaled_losses.get(name), self.base_losses.get(name))}"
-            for name, now in self.eval_losses.items()
-        ]
+            interval = self.intervals.get("")
+            return [_heldout_text(self.eval_loss, self.scaled_loss, self.base_loss, interval)]
+        texts = []
+        for name, now in self.eval_losses.items():
+            scaled, base = self.scaled_losses.get(name), self.base_losses.get(name)
+            text = _heldout_text(now, scaled, base, self.intervals.get(name))
+            texts.append(f"{name} {text}")
+        return texts
+
+    def tasks_text(self) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.tasks.items())
 
     def speed_texts(self) -> list[str]:
         texts = [f"{self._number('tokens_per_second'):,.0f} tokens/s"]
@@ -168,16 +186,33 @@ def sparkline(values: Sequence[float] | deque[float], width: int) -> str:
     )
 
 
+def push_text(push: dict[str, Any]) -> str:
+    """The outcome of the push of an export.
+
+    >>> push_text({"step": 8, "commit": "0123456789abcdef"})
+    'step 8 is on the Hub, at commit 0123456789ab'
+    >>> push_text({"step": 8, "error": "the Hub cannot be reached"})
+    'warning: the export of step 8 was not pushed: the Hub cannot be reached'
+    """
+    if "error" in push:
+        return f"warning: the export of step {push['step']} was not pushed: {push['error']}"
+    return f"step {push['step']} is on the Hub, at commit {push['commit'][:12]}"
+
+
 def loss_text(loss: float | None) -> str:
     return "–" if loss is None else f"{loss:.3f}"
 
 
-def _heldout_text(now: float | None, scaled: float | None, base: float | None) -> str:
+def _heldout_text(
+    now: float | None, scaled: float | None, base: float | None, interval: list[float] | None
+) -> str:
     if scaled is None or now is None:
         return loss_text(now)
     if base is None:
         return f"{loss_text(now)} (at the start {loss_text(scaled)})"
     share = _share_text(scaled, now, base)
+    if share == "reached" and interval is not None:
+        share += f", {difference_text(interval, digits=3)}"
     return (
         f"{loss_text(now)} (scaled {loss_text(scaled)} → base "
         f"{loss_text(base)}{', ' if share else ''}{share})"

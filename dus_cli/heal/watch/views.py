@@ -32,7 +32,7 @@ _LABEL = 11
 _ECHO = 4
 
 # Replacements for encodings that lack these characters.
-_ASCII = str.maketrans({"…": "...", "→": "->", "·": "|", "–": "-"})
+_ASCII = str.maketrans({"…": "...", "→": "->", "·": "|", "–": "-", "±": "+-"})
 
 
 class View(Protocol):
@@ -134,6 +134,8 @@ class PlainView(NoView):
             self._state = self._state.without_rows()
         for row in rows:
             self._state.add(row)
+            for text in () if follower.starts_over else self._state.notes:
+                self.note(text)
             if self._state.is_measured and row["step"] > shown_step:
                 self._write(self._state.line())
         self._last_step = self._state.step
@@ -212,6 +214,8 @@ class LiveView:
             self._state = self._state.without_rows()
         for row in rows:
             self._state.add(row)
+            for text in () if follower.starts_over else self._state.notes:
+                self.note(text)
         if rows and not follower.starts_over:
             self._is_training = True
         if self._status_passes:
@@ -277,6 +281,8 @@ class LiveView:
             rows.append(("loss", f"{loss_text(now.loss):<7} {line}"))
         first, *others = now.heldout_texts()
         rows += [("held-out", first), *(("", text) for text in others)]
+        if now.tasks:
+            rows.append(("tasks", now.tasks_text()))
         if now.step:
             rows.append(("speed", " · ".join(now.speed_texts())))
             rows.append(("optimizer", " · ".join(now.optimizer_texts())))
