@@ -30,7 +30,7 @@ RECIPE = (
 ).split()
 
 # Seconds; longer than any start on a busy machine.
-PATIENCE = 400.0
+PATIENCE = 900.0
 
 
 def until(is_so: Callable[[], object]) -> None:
