@@ -499,11 +499,12 @@ def _pack(runs: Sequence[_TensorRun], max_shard_bytes: int) -> list[_Group]:
         ending = by_end.setdefault(end, [])
         for origin, number in zip(run.copies.origins, run.copies.numbers, strict=True):
             num_bytes, entry_bytes = origin.kind.num_bytes, _most_entry_bytes(origin)
-            group = _with_room(ending, num_bytes, entry_bytes, max_shard_bytes)
-            if group is None:
-                group = _Group()
-                groups.append(group)
-                ending.append(group)
+            found = _with_room(ending, num_bytes, entry_bytes, max_shard_bytes)
+            if found is None:
+                found = _Group()
+                groups.append(found)
+                ending.append(found)
+            group = found
             group.add(num_bytes, entry_bytes)
             group.agreeing.append(origin, number)
             if num_bytes % BLOCK:
@@ -511,7 +512,7 @@ def _pack(runs: Sequence[_TensorRun], max_shard_bytes: int) -> list[_Group]:
                 end = (end + num_bytes) % BLOCK
                 ending = by_end.setdefault(end, [])
                 ending.append(group)
-            of_shard[run.shard.name] = group
+        of_shard[run.shard.name] = group
     _pack_others(others, groups, of_shard, max_shard_bytes)
     return groups
 
@@ -523,7 +524,8 @@ def _with_room(
 
     A tensor that is not whole blocks shifts those after it, so it must go to the last shard.
     """
-    del groups[:-_LOOKED_AT]
+    if len(groups) > _LOOKED_AT:
+        del groups[:-_LOOKED_AT]
     for group in groups if num_bytes % BLOCK == 0 else groups[-1:]:
         if group.has_room(num_bytes, entry_bytes, max_shard_bytes):
             return group
@@ -579,22 +581,23 @@ def _pack_others(
 def _finish(group: _Group) -> ShardLayout:
     copies, num_agreeing = group.agreeing, len(group.agreeing.origins)
     copies.extend(group.others)
-    counts = Counter(id(origin.kind) for origin in copies.origins)
-    kinds = {id(origin.kind): origin.kind for origin in copies.origins}
     # Every tensor must start at a multiple of its element size. If one does not, the copied tensors
     # are sorted by falling element size, as the library does, and if need be all of them.
-    if any(kind.num_bytes % 8 for kind in kinds.values()):
+    if any(origin.kind.num_bytes % 8 for origin in copies.origins):
         for place in (num_agreeing, 0):
             if is_aligned((o.kind.dtype, o.kind.num_bytes) for o in copies.origins):
                 break
             copies = _by_falling_size(copies, place)
+    of_each = [origin.kind for origin in copies.origins]
+    counts = Counter(map(id, of_each))
+    kinds = dict(zip(map(id, of_each), of_each, strict=True))
     metadata: dict[str, str] = {}
-    for shard in {origin.kind.shard.name: origin.kind.shard for origin in copies.origins}.values():
+    for shard in {kind.shard.name: kind.shard for kind in kinds.values()}.values():
         metadata = {**shard.header.metadata, **metadata}
     metadata = {"format": "pt", **metadata}
     phase = _best_phase(copies.origins)
     shapes = ((kind.dtype, kind.shape, counts[of_kind]) for of_kind, kind in kinds.items())
-    sizes = (origin.kind.num_bytes for origin in copies.origins)
+    sizes = (kind.num_bytes for kind in of_each)
     data_start = header_size(metadata, _name_bytes(copies), shapes, sizes, block=BLOCK, phase=phase)
     if data_start - 8 > MAX_HEADER_BYTES:
         raise CheckpointError(
