@@ -27,6 +27,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
+from runs import PATIENCE, are_gone, last_step, processes, until  # noqa: E402
 
 from dus_cli.models.devices import computes_in_bf16  # noqa: E402
 
@@ -44,54 +45,8 @@ SHORT = (
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
-# Longer than any start on a busy machine.
-PATIENCE = 240.0
-
 
 # --- real processes ------------------------------------------------------------------------------
-
-
-def processes(out: Path) -> dict[str, list[int]]:
-    """Whoever has this output in its command line: the launcher, torchrun, its workers."""
-    found: dict[str, list[int]] = {"launcher": [], "torchrun": [], "worker": []}
-    for folder in Path("/proc").iterdir():
-        try:
-            words = (
-                os.fsdecode((folder / "cmdline").read_bytes()).split("\0")
-                if folder.name.isdigit()
-                else []
-            )
-        except OSError:
-            continue
-        if not any(word in (str(out), str(out / "run.json")) for word in words):
-            continue
-        kind = "torchrun" if "torch.distributed.run" in words else "worker"
-        found["launcher" if "heal" in words else kind].append(int(folder.name))
-    return found
-
-
-def are_gone(out: Path) -> bool:
-    """Whether nobody works on this output any more, or soon: a checkpoint may be on its way to a
-    busy disk.
-    """
-    return until(lambda: not any(processes(out).values()), 60)
-
-
-def until(is_so: Callable[[], object], seconds: float = PATIENCE) -> bool:
-    """Wait for something."""
-    end = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def last_step(out: Path) -> int:
-    """The last step in metrics.jsonl, complete lines only."""
-    path = out / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
 def checkpoints(out: Path) -> list[str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
+from runs import are_gone, last_step, processes, until  # noqa: E402
 
 from dus_cli.data.order import WindowOrder  # noqa: E402
 
@@ -71,13 +77,29 @@ def test_each_source_has_a_share_of_the_window_by_its_weight() -> None:
     assert WindowOrder([1.0, 1e-6], 1000, seed=0).windows == (1000, 1), "and at least one row"
 
 
-# --- the same curve -------------------------------------------------------------------------------
+Arguments = tuple[str | Path, ...]
+
+# --- runs -----------------------------------------------------------------------------------------
 
 STEPS = 60
 RECIPE = (
     f"--steps {STEPS} --seq-length 32 --batch-tokens 192 --micro-batch 1 --lr 1e-3 --holdout 5% "
-    "--eval-every 20 --save-every 5 --precision fp32 --stream --shuffle-window 400"
+    "--eval-every 20 --save-every 5 --precision fp32 --stream --shuffle-window 200"
 ).split()
+
+# In the launcher: wait for workers that the test forks, instead of starting them.
+WAITS = """
+import time
+from dus_cli.heal.launch import torchrun
+
+def wait(run, launch, logs, view, has_failed):
+    (logs / "ready").touch()
+    while not (run.folder / "report.json").exists() and not has_failed():
+        time.sleep(0.02)
+    return 0, None
+
+torchrun._run_torchrun = wait
+"""
 
 
 @pytest.fixture(scope="module")
@@ -91,53 +113,238 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixture(home: Path) -> tuple[str | Path, ...]:
-    return (
-        home / "scaled",
-        "--data",
-        f"{home / 'a.jsonl'}:0.7",
-        "--data",
-        f"{home / 'b.jsonl'}:0.3",
-    )
+def mixture(home: Path) -> Arguments:
+    weighted = (f"{home / 'a.jsonl'}:0.7", f"{home / 'b.jsonl'}:0.3")
+    return (home / "scaled", "--data", weighted[0], "--data", weighted[1])
 
 
-def healed(*arguments: str | Path, out: Path, workers: int = 1) -> Path:
+def heal(*arguments: str | Path, out: Path) -> Any:
+    """Run the real command."""
+    return tiny.forked_dus("heal", *arguments, "-o", out, "-q", OMP_NUM_THREADS="1")
+
+
+def healed(*arguments: str | Path, out: Path) -> Path:
     """Run the real command to its end."""
-    done = tiny.forked_dus(
-        "heal", *arguments, "--nproc-per-node", str(workers), "-o", out, "-q", OMP_NUM_THREADS="1"
-    )
+    done = heal(*arguments, out=out)
     assert (done.returncode, done.stderr) == (0, "")
     return out
 
 
+class Streamed:
+    """`dus heal --stream` on its way: the launcher and the process that tokenises are real, the
+    workers are forked with everything imported.
+    """
+
+    def __init__(self, arguments: Arguments, out: Path, size: int = 1) -> None:
+        self.out, self.log = out, out.with_name(f"{out.name}.log")
+        ready = out / "logs" / "0" / "ready"
+        ready.unlink(missing_ok=True)
+        self.launcher = tiny.start_dus(self.log, "heal", *arguments, "-o", out, "-q", first=WAITS)
+        assert until(lambda: ready.exists() or not self.launcher.is_alive())
+        assert ready.exists(), Path(f"{self.log}.err").read_text()
+        self.workers = tiny.start_workers(out, size)
+
+    def builder(self) -> int:
+        """The process that tokenises, as soon as it is there."""
+        assert until(lambda: processes(self.out)["tokenising"])
+        return processes(self.out)["tokenising"][0]
+
+    def signal_builder(self, signum: signal.Signals) -> None:
+        """Send a signal to the process that tokenises, if it has not done its work."""
+        for pid in processes(self.out)["tokenising"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+    def num_segments(self) -> int:
+        """How many segments the first source has."""
+        key = json.loads((self.out / "run.json").read_text())["data"]["growing"]["keys"][0]
+        return len(list((self.out / "tokens" / key).glob("*/meta.json")))
+
+    def reach(self, step: int) -> None:
+        """Wait until it has done this step."""
+        assert until(lambda: last_step(self.out) >= step or self.died())
+        assert not self.died()
+
+    def died(self) -> bool:
+        return any(process.exitcode not in (None, 0) for process, _ in self.workers)
+
+    def kill(self) -> None:
+        """Kill the launcher and the workers with -9. The process that tokenises must end, too."""
+        self.launcher.kill()
+        for process, _ in self.workers:
+            process.kill()
+        for process in (self.launcher, *(process for process, _ in self.workers)):
+            process.join()
+        self.signal_builder(signal.SIGCONT)
+        assert until(lambda: not processes(self.out)["tokenising"])
+
+    def end(self) -> Path:
+        """Wait for its end, which must be a success."""
+        assert tiny.ended(self.out, self.workers) == ""
+        assert tiny.wait(self.launcher) == 0, Path(f"{self.log}.err").read_text()
+        return self.out
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """The same losses and the same model, to the last bit, and one row for each step."""
+    assert tiny.curve(one) == tiny.curve(other)
+    assert [row["step"] for row in tiny.metrics(other)] == list(range(STEPS + 1))
+    for name in ("model.safetensors", "dus.json"):
+        assert tiny.digests(one)[name] == tiny.digests(other)[name]
+
+
 @pytest.fixture(scope="module")
 def straight(home: Path) -> Path:
-    """A streamed mixture healed by one worker without an interruption."""
+    """A streamed mixture healed by the real command without an interruption."""
     return healed(*mixture(home), *RECIPE, out=home / "straight")
 
 
-def tokenised(out: Path) -> list[str]:
-    """The segments of a run."""
-    return sorted(str(path.parent.relative_to(out)) for path in out.glob("tokens/*/*/meta.json"))
+# --- the same curve -------------------------------------------------------------------------------
 
 
-def test_a_stream_is_cut_into_segments_and_read_to_its_end_and_again(straight: Path) -> None:
+def test_the_report_says_that_the_size_of_the_data_is_an_estimate(straight: Path) -> None:
     report = json.loads((straight / "report.json").read_text())
     assert report["is_train_estimated"]
-    assert [row["step"] for row in tiny.metrics(straight)] == list(range(STEPS + 1))
+    assert "about" in (straight / "README.md").read_text()
     assert all(row["waited"] >= 0 for row in tiny.metrics(straight)[1:])
 
 
-def test_the_curve_is_that_of_a_finished_preparation(home: Path, straight: Path) -> None:
+def test_the_curve_is_that_of_a_finished_preparation_which_is_not_made_twice(
+    home: Path, straight: Path
+) -> None:
     cache = home / "finished"
     options = (*mixture(home), *RECIPE, "--token-cache", cache)
     first = healed(*options, out=home / "first to use the cache")
-    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.bin")}
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("train.bin")}
     assert len(before) > 10, "it has many segments"
     second = healed(*options, out=home / "second to use the cache")
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.bin")} == before, (
-        "the second run made no tokens"
+    after = {path: path.stat().st_mtime_ns for path in cache.rglob("train.bin")}
+    assert after == before
+    assert_same_bits(straight, first)
+    assert_same_bits(straight, second)
+
+
+def test_steps_are_taken_before_the_text_is_tokenised_and_a_killed_builder_starts_again(
+    home: Path, straight: Path
+) -> None:
+    run = Streamed((*mixture(home), *RECIPE), home / "frozen")
+    first = run.builder()
+    os.kill(first, signal.SIGSTOP)  # while it imports its libraries
+    run.reach(2)
+    assert run.num_segments() == 1, "the one that the launcher makes"
+    os.kill(first, signal.SIGKILL)
+    assert until(lambda: processes(run.out)["tokenising"] not in ([], [first]))
+    assert_same_bits(straight, run.end())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_killed_five_times_it_learns_the_same_to_the_last_bit(
+    home: Path, straight: Path, size: int
+) -> None:
+    arguments = (*mixture(home), *RECIPE)
+    alone = straight if size == 1 else Streamed(arguments, home / f"{size} alone", size).end()
+    out = home / f"{size} killed"
+    for step, segments in ((6, 2), (14, 4), (22, 6), (34, 8), (46, None)):
+        run = Streamed(arguments, out, size)
+        if segments is not None:
+            assert until(lambda: run.num_segments() >= segments)  # noqa: B023
+            run.signal_builder(signal.SIGSTOP)
+        run.reach(step)
+        run.kill()
+    assert_same_bits(alone, Streamed(arguments, out, size).end())
+
+
+def test_another_number_of_workers_goes_on_with_the_same_rows(home: Path, straight: Path) -> None:
+    arguments = (*mixture(home), *RECIPE)
+    run = Streamed(arguments, home / "resized")
+    run.reach(20)
+    run.kill()
+    resized = Streamed(arguments, home / "resized", 3).end()
+    for one, other in zip(tiny.metrics(straight), tiny.metrics(resized), strict=True):
+        for name in one.keys() & {"loss", "eval_loss", "base_loss"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_a_source_that_changes_ends_the_run_with_a_checkpoint_and_one_line(home: Path) -> None:
+    changing = home / "changing.jsonl"
+    changing.write_bytes((home / "a.jsonl").read_bytes())
+    arguments: Arguments = (home / "scaled", "--data", changing, *RECIPE)
+    out = home / "changed"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(heal, *arguments, out=out)
+        assert until(lambda: processes(out)["tokenising"])
+        (builder,) = processes(out)["tokenising"]
+        os.kill(builder, signal.SIGSTOP)
+        assert until(lambda: last_step(out) >= 6)
+        with changing.open("a") as file:
+            file.write(json.dumps({"text": "one more"}) + "\n")
+        os.kill(builder, signal.SIGCONT)
+        done = running.result()
+    done.assert_one_line_error("--data changed after the run was started", "with a checkpoint at")
+    assert are_gone(out)
+    again = heal(*arguments, out=out)
+    again.assert_one_line_error("a run with other options (the data)")
+
+
+def test_a_bad_line_far_behind_ends_the_run_with_its_number_in_one_line(home: Path) -> None:
+    lines = (home / "a.jsonl").read_text().splitlines()
+    bad = home / "bad.jsonl"
+    bad.write_text("\n".join([*lines[:100], "nonsense", *lines[100:]]) + "\n")
+    done = heal(home / "scaled", "--data", bad, *RECIPE, out=home / "of bad lines")
+    done.assert_one_line_error("bad.jsonl, line 101: not JSON", "the run ended ", "same command")
+    skipping: Arguments = (
+        home / "scaled",
+        "--data",
+        bad,
+        *RECIPE,
+        "--on-bad-line",
+        "skip",
+        "--steps",
+        "40",
     )
-    assert tiny.curve(straight) == tiny.curve(first) == tiny.curve(second)
-    for name in ("model.safetensors", "dus.json"):
-        assert tiny.digests(straight)[name] == tiny.digests(second)[name]
+    healed(*skipping, out=home / "of skipped lines")
+
+
+@pytest.mark.parametrize("text", ["", '{"text": " "}\n', '{"text": "short"}\n'])
+def test_a_source_without_a_row_is_refused_before_training(home: Path, text: str) -> None:
+    (home / "nothing.jsonl").write_text(text)
+    weighted = ("--data", f"{home / 'a.jsonl'}:1", "--data", f"{home / 'nothing.jsonl'}:1")
+    done = heal(home / "scaled", *weighted, *RECIPE, out=home / "of nothing")
+    done.assert_one_line_error("a source has too few tokens for one row")
+
+
+@pytest.mark.parametrize("text", ["", '{"text": " "}\n'])
+def test_data_without_a_document_are_refused(home: Path, text: str) -> None:
+    (home / "nothing.jsonl").write_text(text)
+    done = heal(home / "scaled", "--data", home / "nothing.jsonl", *RECIPE, out=home / "nothing")
+    done.assert_one_line_error("nothing.jsonl has no documents to train on")
+
+
+def test_a_source_that_is_all_held_out_is_refused(home: Path) -> None:
+    same = home / "a.jsonl"
+    done = heal(
+        home / "scaled", "--data", same, "--eval-data", same, *RECIPE, out=home / "all held out"
+    )
+    done.assert_one_line_error("in_eval_data")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--stream"], "--tokens or --steps"),
+        (["--stream", "--epochs", "1"], "--tokens or --steps"),
+        (["--stream", "--steps", "4", "--print-command"], "run dus heal itself on each node"),
+        (["--stream", "--steps", "4", "--data", "-"], "standard input"),
+        (["--shuffle-window", "1M"], "add --stream"),
+        (["--token-cache", "cache"], "add --stream"),
+    ],
+)
+def test_options_that_do_not_go_with_streaming_are_one_line(
+    home: Path, more: list[str], words: str
+) -> None:
+    done = heal(home / "scaled", "--data", home / "a.jsonl", *more, out=home / "refused")
+    done.assert_one_line_error(words)
+    assert not (home / "refused").exists()

@@ -87,6 +87,7 @@ BOUNDS = {
     "shuffle-window": Bounds(1, _TRILLION),
     "steps": Bounds(1, _BILLION),
     "stride": Bounds(1, _LONGEST_ROW),
+    "token-cache-size": Bounds(1, _QUADRILLION),
     "tokens": Bounds(1, _QUADRILLION),
     "trim": Bounds(0, _MOST_LAYERS),
     "weight": Bounds(1e-6, 1e6, is_whole=False),  # of --data FILE:WEIGHT

@@ -120,6 +120,7 @@ class GrowingRows:
         self._growing = growing = prepared.growing
         self.packing = Packing(seq_length, prepared.eos, prepared.before, document_mask)
         self.streams = [GrowingStream(folder, key, prepared.dtype) for key in growing.keys]
+        self._token_bytes = np.dtype(prepared.dtype).itemsize
         window_rows = max(1, growing.window_tokens // self.packing.stride)
         self.order = WindowOrder(growing.weights, window_rows, seed)
 
@@ -153,6 +154,13 @@ class GrowingRows:
             self.order.num_needed(source, count - 1) * self.packing.stride + 1 if count else 0
             for source, count in enumerate(draws)
         ]
+
+    def num_bytes(self, num_rows: int) -> int:
+        """About how many bytes the tokens of the run's first rows take: whole windows, or a whole
+        stream by its estimated size.
+        """
+        pairs = zip(self.tokens_needed(num_rows), self._growing.num_train_tokens, strict=True)
+        return sum(min(pair) for pair in pairs) * self._token_bytes
 
     def check_not_empty(self, stream: GrowingStream) -> None:
         """Check that a stream that has ended has a row.

@@ -335,7 +335,7 @@ class Growth:
             self._reader = self._shelf.reader(self._files, self._split, start)
         key = segment_key(self.stream.key, self.stream.num_segments)
         reader = self._reader
-        with Staging(self.folder / key, overwrite=True, claim=_is_of_a_segment) as staging:
+        with Staging(self.folder / key, overwrite=True, claim=is_of_a_segment) as staging:
             write_part(
                 staging.folder,
                 reader,
@@ -405,5 +405,6 @@ class Growth:
             )
 
 
-def _is_of_a_segment(relative: str) -> bool:
+def is_of_a_segment(relative: str) -> bool:
+    """Whether a segment's folder has a file of this name."""
     return relative == PLACE or is_of_a_part(relative)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from dus_cli.common.bounds import BOUNDS
 from dus_cli.common.options import Option, option_fields
-from dus_cli.common.units import parse_count, parse_share, share_text
+from dus_cli.common.units import parse_count, parse_share, parse_size, share_text, size_text
 from dus_cli.data.documents import BadLine, Column
 from dus_cli.data.holdout import parse_holdout
 from dus_cli.data.options import DATA, DATA_KINDS, OnBadLine, TextField, UseSpecialTokens
@@ -328,8 +328,11 @@ def parse_rate_scales(text: str) -> RateScales:
 # Tokens within which rows are shuffled while the text is tokenised, without --shuffle-window.
 DEFAULT_WINDOW = 16_000_000
 
+# The most bytes in a token cache without --token-cache-size.
+DEFAULT_CACHE = 100 * 10**9
+
 # Fields of `DataOptions` that only --stream uses.
-_OF_STREAM = ("stream", "shuffle_window", "token_cache")
+_OF_STREAM = ("stream", "shuffle_window", "token_cache", "token_cache_size")
 
 # The panels of --help.
 _BUDGET, _RECIPE, _FIT = "Budget", "Recipe", "Memory and speed"
@@ -434,6 +437,18 @@ class DataOptions:
             "OUT.",
             metavar="DIR",
             panel=DATA,
+        ),
+    ] = None
+
+    token_cache_size: Annotated[
+        int | None,
+        Option(
+            "The most bytes in --token-cache (50GB): what was least recently used is removed. "
+            "Default: 100GB.",
+            metavar="SIZE",
+            panel=DATA,
+            parse=parse_size,
+            show=size_text,
         ),
     ] = None
 

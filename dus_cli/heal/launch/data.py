@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from dus_cli.data.sources import Source, parse_heldout, parse_sources
 from dus_cli.errors import HealError
 from dus_cli.heal.launch import resolve
 from dus_cli.heal.launch.resolve import Model
-from dus_cli.heal.options import DataOptions, HealOptions
+from dus_cli.heal.options import DEFAULT_CACHE, DataOptions, HealOptions
+from dus_cli.heal.run import Run
 from dus_cli.heal.watch.views import View
 
 if TYPE_CHECKING:
@@ -100,6 +102,35 @@ def _begun(options: HealOptions, model: Model, folder: Path, view: View) -> Prep
     return replace(prepared, growing=replace(prepared.growing, cache=cache))
 
 
+@contextmanager
+def room_for(run: Run, data: DataOptions) -> Iterator[None]:
+    """Room for the run's tokens in the cache, if it uses one, and its streams marked as used.
+
+    Raises:
+        DataError: they do not fit.
+    """
+    from dus_cli.data.cache import in_use, make_room
+    from dus_cli.data.streams import Prepared
+
+    prepared = Prepared.from_json(run.data)
+    if prepared.growing is None or prepared.growing.cache is None:
+        yield
+        return
+    folder, keys = run.tokens_folder, prepared.growing.keys
+    limit = data.token_cache_size or DEFAULT_CACHE
+    with in_use(folder, keys):
+        make_room(folder, keys, token_bytes(run, prepared), limit)
+        yield
+
+
+def token_bytes(run: Run, prepared: Prepared) -> int:
+    """About how many bytes the token files of a run take that tokenises while it trains."""
+    from dus_cli.data.growing import GrowingRows
+
+    rows = GrowingRows(prepared, run.tokens_folder, run.seq_length, run.recipe.seed)
+    return rows.num_bytes(run.num_steps * run.rows_per_step)
+
+
 def _rows_per_epoch(prepared: Prepared, folder: Path, length: int, options: HealOptions) -> int:
     from dus_cli.data.growing import GrowingRows
     from dus_cli.data.streams import Rows
@@ -107,7 +138,11 @@ def _rows_per_epoch(prepared: Prepared, folder: Path, length: int, options: Heal
     seed = options.recipe.seed
     if prepared.growing is None:
         return Rows(prepared, folder, length, seed).rows_per_epoch
-    return GrowingRows(prepared, folder, length, seed).rows_per_epoch
+    rows = GrowingRows(prepared, folder, length, seed)
+    for stream in rows.streams:
+        stream.refresh()
+        rows.check_not_empty(stream)
+    return rows.rows_per_epoch
 
 
 def sources_of(

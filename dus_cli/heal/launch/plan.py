@@ -13,6 +13,7 @@ from dus_cli.common.units import counted, human_bytes, human_time
 from dus_cli.errors import shown_list
 from dus_cli.heal import estimate
 from dus_cli.heal.estimate import MemoryEstimate, num_shards
+from dus_cli.heal.launch.data import token_bytes
 from dus_cli.heal.options import LaunchOptions
 from dus_cli.heal.run import Run
 from dus_cli.maps.shape import Shape, flops_per_token
@@ -142,6 +143,8 @@ def plan_of(run: Run, shape: Shape, launch: LaunchOptions) -> dict[str, Any]:
         plan["mixture"] = mixture
     plan |= _device(run, memory, local, on_cpu=on_cpu)
     plan |= _time(run, tokens * flops + measured * flops / 3, workers, launch.nnodes, on_cpu=on_cpu)
+    if data.growing is not None:
+        plan["token_bytes"] = token_bytes(run, data)
     return plan | {"warnings": [*run.notes, *_repeated(data), *_warnings(plan)]}
 
 
@@ -295,6 +298,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             ),
         ),
         *_tasks_row(plan),
+        *_token_rows(plan),
         ("memory", f"{memory} needed per worker, {has} available ({plan['device']})"),
         ("time", time),
     ]
@@ -316,6 +320,12 @@ def _tasks_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
     every = counted(tasks["every"], "measurement")
     names, size = ",".join(tasks["names"]), counted(tasks["num_tokens"], "token")
     return [("", f"of it {names} at the start and every {every}, {size} each time")]
+
+
+def _token_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    if "token_bytes" not in plan:
+        return []
+    return [("tokens", f"made while it trains, about {human_bytes(plan['token_bytes'])} of files")]
 
 
 def _times(epochs: float) -> str:

@@ -201,13 +201,15 @@ def _check_stream(options: HealOptions) -> None:
     """Check the options of training while the text is tokenised."""
     data, budget = options.data, options.budget
     if not data.stream:
-        for name in ("shuffle_window", "token_cache"):
+        for name in ("shuffle_window", "token_cache", "token_cache_size"):
             if getattr(data, name) is not None:
                 raise HealError(
                     f"--{name.replace('_', '-')} is for training while the text is tokenised; add "
                     "--stream, or leave it out"
                 )
         return
+    if data.token_cache_size is not None and data.token_cache is None:
+        raise HealError("--token-cache-size bounds a --token-cache; add it, or leave the size out")
     if budget.tokens is None and budget.steps is None:
         raise HealError(
             "--stream does not know the length of an epoch when it starts; give the budget with "

@@ -20,7 +20,7 @@ from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.evaluation.options import TaskOptions
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import resolve
-from dus_cli.heal.launch.data import prepare_data, tokens_folder
+from dus_cli.heal.launch.data import prepare_data, room_for, tokens_folder
 from dus_cli.heal.launch.plan import num_processes, plan_lines, plan_of
 from dus_cli.heal.launch.report import read_report
 from dus_cli.heal.launch.resolve import Model, ties_embeddings
@@ -65,7 +65,8 @@ def heal(options: HealOptions, view: View) -> dict[str, Any]:
     plan = plan_of(run, model_shape(model, run), options.launch)
     view.plan(plan_lines(plan), plan)
     view.begin(run.num_steps, run.tokens_per_step)
-    return run_workers(run, options.launch, view)
+    with room_for(run, options.data):
+        return run_workers(run, options.launch, view)
 
 
 def check(options: HealOptions) -> Model:
