@@ -42,13 +42,13 @@ def test_the_order_is_the_same_before_and_after_a_source_has_ended() -> None:
 
 
 def test_a_row_is_known_when_its_window_is_complete_and_a_window_is_shuffled() -> None:
-    order = WindowOrder([1.0], 10, seed=1)
-    rows = [order.row(0, draw, None) for draw in range(30)]
-    for first in (0, 10, 20):
-        window = rows[first : first + 10]
-        assert sorted(window) == list(range(first, first + 10))
+    order = WindowOrder([1.0], 160, seed=1)
+    rows = [order.row(0, draw, None) for draw in range(480)]
+    for first, size in ((0, 10), (10, 10), (20, 20), (40, 40), (80, 80), (160, 160), (320, 160)):
+        window = rows[first : first + size]
+        assert sorted(window) == list(range(first, first + size))
         assert window != sorted(window)
-        assert order.num_needed(0, first) == order.num_needed(0, first + 9) == first + 10
+        assert {order.num_needed(0, draw) for draw in range(first, first + size)} == {first + size}
 
 
 def test_every_pass_has_each_row_once_in_another_order() -> None:
@@ -73,8 +73,8 @@ def test_sources_take_turns_evenly_by_their_weights(weights: list[float]) -> Non
 
 
 def test_each_source_has_a_share_of_the_window_by_its_weight() -> None:
-    assert WindowOrder([0.7, 0.3], 1000, seed=0).windows == (700, 300)
-    assert WindowOrder([1.0, 1e-6], 1000, seed=0).windows == (1000, 1), "and at least one row"
+    assert WindowOrder([3, 1], 1024, seed=0).windows == (768, 256)
+    assert WindowOrder([1.0, 1e-6], 1024, seed=0).windows == (1024, 1), "and at least one row"
 
 
 Arguments = tuple[str | Path, ...]
@@ -109,6 +109,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stream")
     tiny.write_corpus(folder / "a.jsonl", 300, seed=1)
     tiny.write_corpus(folder / "b.jsonl", 16, seed=2)
+    tiny.write_corpus(folder / "c.jsonl", 300, seed=3)
     tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
     return folder
 
@@ -265,6 +266,25 @@ def test_another_number_of_workers_goes_on_with_the_same_rows(home: Path, straig
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
 
 
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def test_the_cache_keeps_its_bound_and_what_dus_did_not_write(home: Path) -> None:
+    cache = home / "bounded"
+    short: Arguments = (*RECIPE, "--steps", "2", "--token-cache", cache)
+    healed(home / "scaled", "--data", home / "a.jsonl", *short, out=home / "of a")
+    (first,) = cache.glob("stream-*")
+    (first / "note.txt").write_text("mine")
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    bounded: Arguments = (*short, "--token-cache-size", str(size * 3 // 2))
+    healed(home / "scaled", "--data", home / "c.jsonl", *bounded, out=home / "of b")
+    assert [path.name for path in first.rglob("*")] == ["note.txt"], "it made room"
+    assert len(list(cache.glob("stream-*/000000/train.bin"))) == 1
+    tight: Arguments = (*short, "--token-cache-size", "100")
+    done = heal(home / "scaled", "--data", home / "a.jsonl", *tight, out=home / "too tight")
+    done.assert_one_line_error("more than --token-cache-size", "raise it")
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -340,6 +360,7 @@ def test_a_source_that_is_all_held_out_is_refused(home: Path) -> None:
         (["--stream", "--steps", "4", "--data", "-"], "standard input"),
         (["--shuffle-window", "1M"], "add --stream"),
         (["--token-cache", "cache"], "add --stream"),
+        (["--stream", "--steps", "4", "--token-cache-size", "1GB"], "bounds a --token-cache"),
     ],
 )
 def test_options_that_do_not_go_with_streaming_are_one_line(

@@ -19,6 +19,9 @@ _ROUNDS = 6
 # Below 2**4 values a Feistel network has too few bits to mix; it then walks through 16.
 _FEWEST_BITS = 4
 
+# By how much the first window of a source is smaller than later ones.
+_SMALLER = 16
+
 
 def permute(index: int, size: int, key: int) -> int:
     """The value at `index` of a pseudo-random permutation of range(size). Time and memory do not
@@ -131,19 +134,28 @@ class WindowOrder:
     yet.
 
     Each source is cut into windows of consecutive rows, and the rows of a window are permuted. So a
-    row is known as soon as its window is complete, or the source has ended. The sources take turns
-    evenly, by their weights; a source that has run out begins again, permuted anew.
+    row is known as soon as its window is complete, or the source has ended. The first window has a
+    16th of the rows of later ones, and the next ones double, so that the first rows are known soon.
+    The sources take turns evenly, by their weights; a source that has run out begins again,
+    permuted anew.
 
     Args:
         weights: of the sources, positive.
-        window_rows: the rows of all sources' windows together; each has a share by its weight.
+        window_rows: the rows of all sources' windows together, at most; each source has a share by
+            its weight.
         seed: the run's.
     """
 
     def __init__(self, weights: Sequence[float], window_rows: int, seed: int) -> None:
         exact = [Fraction(weight) for weight in weights]
         totals = list(accumulate(exact))
-        self.windows = tuple(max(1, round(window_rows * part / totals[-1])) for part in exact)
+        shares = [max(1, round(window_rows * part / totals[-1])) for part in exact]
+        self._first = [max(1, share // _SMALLER) for share in shares]
+        # the first window doubled as often as there is room
+        self.windows = tuple(
+            first << (share // first).bit_length() - 1
+            for first, share in zip(self._first, shares, strict=True)
+        )
         self.seed = seed
         # of the rows of sources 0…s + 1, the share of sources 0…s
         self._shares = [first / both for first, both in pairwise(totals)]
@@ -174,7 +186,17 @@ class WindowOrder:
         """The rows that a source must have before the row of this draw is known, unless it has
         ended.
         """
-        return (draw // self.windows[source] + 1) * self.windows[source]
+        return sum(self._window(source, draw))
+
+    def _window(self, source: int, place: int) -> tuple[int, int]:
+        """The first row of the window in which a row lies, and the window's number of rows."""
+        size, first = self.windows[source], self._first[source]
+        if place < first:
+            return 0, first
+        if place < size:  # each window begins where it has room for what lies before it
+            size = first << (place // first).bit_length() - 1
+            return size, size
+        return place - place % size, size
 
     def row(self, source: int, draw: int, num_rows: int | None) -> int:
         """The row of a source that its draw 0, 1, … takes.
@@ -186,11 +208,7 @@ class WindowOrder:
                 `num_needed`.
         """
         turn, place = (0, draw) if num_rows is None else divmod(draw, num_rows)
-        number, offset = divmod(place, self.windows[source])
-        first = place - offset
-        size = (
-            self.windows[source]
-            if num_rows is None
-            else min(self.windows[source], num_rows - first)
-        )
-        return first + permute(offset, size, _key(self.seed, "window", source, turn, number))
+        first, size = self._window(source, place)
+        if num_rows is not None:
+            size = min(size, num_rows - first)
+        return first + permute(place - first, size, _key(self.seed, "window", source, turn, first))

@@ -326,7 +326,7 @@ def parse_rate_scales(text: str) -> RateScales:
 
 
 # Tokens within which rows are shuffled while the text is tokenised, without --shuffle-window.
-DEFAULT_WINDOW = 16_000_000
+DEFAULT_WINDOW = 32_000_000
 
 # The most bytes in a token cache without --token-cache-size.
 DEFAULT_CACHE = 100 * 10**9
@@ -424,7 +424,7 @@ class DataOptions:
     shuffle_window: Annotated[
         int | None,
         Option(
-            "Tokens within which --stream shuffles rows. Default: 16M.",
+            "Tokens within which --stream shuffles rows, at most. Default: 32M.",
             metavar="N",
             panel=DATA,
             parse=parse_count,

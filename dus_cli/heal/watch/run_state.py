@@ -15,6 +15,9 @@ from dus_cli.heal.proof.confidence import difference_text
 # The latest losses in the sparkline, and the latest steps by which the time left is estimated.
 _NUM_LOSSES, _NUM_PACED = 1000, 50
 
+# The share of the time that is worth telling if steps wait for tokens.
+_MUCH_WAITING = 0.05
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -38,6 +41,7 @@ class RunState:
     num_skipped: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_LOSSES))
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PACED))
+    waits: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PACED))
 
     def without_rows(self) -> RunState:
         """The same run before its first row."""
@@ -61,6 +65,7 @@ class RunState:
         seconds = sum((row.get("seconds") or {}).values())
         if seconds > 0:
             self.paces.append(seconds)
+            self.waits.append(row.get("waited", 0.0))
 
     @property
     def step(self) -> int:
@@ -95,6 +100,7 @@ class RunState:
             heldout,
             self.tasks_text() if "tasks" in self.row else "",
             self.speed_texts()[0],
+            self.waiting_text(),
         ]
         return ", ".join(part for part in (*parts, self.time_left_text()) if part)
 
@@ -144,7 +150,20 @@ class RunState:
             texts.append(f"MFU {self.row['mfu']:.1%}")
         if self.row.get("peak_memory_bytes"):
             texts.append(f"peak {human_bytes(self.row['peak_memory_bytes'])}")
+        if waiting := self.waiting_text():
+            texts.append(waiting)
         return texts
+
+    def waiting_text(self) -> str:
+        """The share of the latest steps' time in which they waited for tokens; "" if it is small.
+
+        >>> state = RunState(10, 512)
+        >>> state.add({"step": 1, "loss": 2.5, "seconds": {"data": 4.0}, "waited": 3.0})
+        >>> state.waiting_text()
+        '75% of the time waiting for tokens'
+        """
+        share = sum(self.waits) / max(sum(self.paces), 1e-9)
+        return f"{share:.0%} of the time waiting for tokens" if share >= _MUCH_WAITING else ""
 
     def optimizer_texts(self) -> list[str]:
         texts = [f"lr {self._number('lr'):.2e}", f"gradient norm {self._number('grad_norm'):.3g}"]
