@@ -158,8 +158,12 @@ class Streamed:
 
     def num_segments(self) -> int:
         """How many segments the first source has."""
-        key = json.loads((self.out / "run.json").read_text())["data"]["growing"]["keys"][0]
-        return len(list((self.out / "tokens" / key).glob("*/meta.json")))
+        return len(list((self.out / "tokens" / self.streams()[0]).glob("*/meta.json")))
+
+    def streams(self) -> list[str]:
+        """The folders of its streams."""
+        keys: list[str] = json.loads((self.out / "run.json").read_text())["data"]["growing"]["keys"]
+        return keys
 
     def reach(self, step: int) -> None:
         """Wait until it has done this step."""
@@ -260,6 +264,8 @@ def test_another_number_of_workers_goes_on_with_the_same_rows(home: Path, straig
     run = Streamed(arguments, home / "resized")
     run.reach(20)
     run.kill()
+    (damaged,) = (home / "resized").glob(f"tokens/{run.streams()[0]}/000002/train.bin")
+    damaged.write_bytes(damaged.read_bytes()[:-1])  # a segment that a crash left cut is made again
     resized = Streamed(arguments, home / "resized", 3).end()
     for one, other in zip(tiny.metrics(straight), tiny.metrics(resized), strict=True):
         for name in one.keys() & {"loss", "eval_loss", "base_loss"}:
@@ -312,9 +318,9 @@ def test_a_source_that_changes_ends_the_run_with_a_checkpoint_and_one_line(home:
 def test_a_bad_line_far_behind_ends_the_run_with_its_number_in_one_line(home: Path) -> None:
     lines = (home / "a.jsonl").read_text().splitlines()
     bad = home / "bad.jsonl"
-    bad.write_text("\n".join([*lines[:100], "nonsense", *lines[100:]]) + "\n")
+    bad.write_text("\n".join([*lines[:40], "nonsense", *lines[40:]]) + "\n")
     done = heal(home / "scaled", "--data", bad, *RECIPE, out=home / "of bad lines")
-    done.assert_one_line_error("bad.jsonl, line 101: not JSON", "the run ended ", "same command")
+    done.assert_one_line_error("bad.jsonl, line 41: not JSON", "the run ended ", "same command")
     skipping: Arguments = (
         home / "scaled",
         "--data",
@@ -325,7 +331,8 @@ def test_a_bad_line_far_behind_ends_the_run_with_its_number_in_one_line(home: Pa
         "--steps",
         "40",
     )
-    healed(*skipping, out=home / "of skipped lines")
+    out = healed(*skipping, out=home / "of skipped lines")
+    assert json.loads((out / "report.json").read_text())["skipped_lines"] == {"malformed_json": 1}
 
 
 @pytest.mark.parametrize("text", ["", '{"text": " "}\n', '{"text": "short"}\n'])
@@ -348,7 +355,7 @@ def test_a_source_that_is_all_held_out_is_refused(home: Path) -> None:
     done = heal(
         home / "scaled", "--data", same, "--eval-data", same, *RECIPE, out=home / "all held out"
     )
-    done.assert_one_line_error("in_eval_data")
+    done.assert_one_line_error("a.jsonl has too few tokens for one row of 32")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ gets its name when it is whole, so a reader needs no lock. `segments` writes the
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,6 +68,20 @@ def read_segment(folder: Path, key: str) -> TokenSegment | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def skipped_since(folder: Path, keys: Sequence[str]) -> Counter[str]:
+    """How many lines and documents of these streams were left out behind the first segments, by
+    reason.
+    """
+    skipped: Counter[str] = Counter()
+    for key in keys:
+        for number in count(1):
+            segment = read_segment(folder, segment_key(key, number))
+            if segment is None:
+                break
+            skipped.update(segment.meta["skipped"])
+    return skipped
 
 
 class GrowingStream(Stream):
@@ -128,7 +145,7 @@ class GrowingRows:
     def rows_per_epoch(self) -> int:
         """The rows of an epoch, estimated from the streams' beginnings."""
         tokens = self._growing.num_train_tokens
-        num_rows = [max(1, (count - 1) // self.packing.stride) for count in tokens]
+        num_rows = [max(1, (number - 1) // self.packing.stride) for number in tokens]
         return Order(num_rows, self._growing.weights, self.order.seed).rows_per_epoch
 
     def has(self, index: int) -> bool:
@@ -151,8 +168,8 @@ class GrowingRows:
         """
         draws = self.order.counts(num_rows)
         return [
-            self.order.num_needed(source, count - 1) * self.packing.stride + 1 if count else 0
-            for source, count in enumerate(draws)
+            self.order.num_needed(source, number - 1) * self.packing.stride + 1 if number else 0
+            for source, number in enumerate(draws)
         ]
 
     def num_bytes(self, num_rows: int) -> int:

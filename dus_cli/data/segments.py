@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,12 +98,11 @@ def begin(
     evaluation = built(shelf, lambda: evaluation_of(shelf, eval_sources), paths, wait=wait, say=say)
     share = 0.0 if eval_sources else holdout
     growths = _growths(shelf, sources, evaluation.keys, share, window_tokens)
+    shelf.expect(sum(min(growth.num_bytes, _segment_size(window_tokens)) for growth in growths))
     segments = [_first(growth, say) for growth in growths]
     if share and not any(segment.part.num_heldout_documents for segment in segments):
         share = share_that_holds_some([segment.meta for segment in segments], share)
         if share:
-            for growth in growths:
-                growth.remove()
             growths = _growths(shelf, sources, evaluation.keys, share, window_tokens)
             segments = [_first(growth, say) for growth in growths]
     metas = [segment.meta for segment in segments]
@@ -158,10 +158,10 @@ def _growing(
         weights=tuple(weights),
         window_tokens=window_tokens,
         num_train_tokens=tuple(
-            round(count * more) for count, more in zip(tokens, times, strict=True)
+            round(number * more) for number, more in zip(tokens, times, strict=True)
         ),
         num_train_documents=tuple(
-            round(count * more) for count, more in zip(documents, times, strict=True)
+            round(number * more) for number, more in zip(documents, times, strict=True)
         ),
         is_estimate=not all(segment.is_last for segment in segments),
     )
@@ -233,14 +233,20 @@ def _growths(
     groups = [[path for source in sources for path in source.paths]]
     if sources[0].weight is not None:
         groups = [list(source.paths) for source in sources]
-    size = min(_SEGMENT, window_tokens * _CHARACTERS_PER_TOKEN)
+    size = _segment_size(window_tokens)
     return [Growth(shelf, files, split, eval_keys, size) for files in groups]
+
+
+def _segment_size(window_tokens: int) -> int:
+    """The characters of a segment."""
+    return min(_SEGMENT, window_tokens * _CHARACTERS_PER_TOKEN)
 
 
 def _first(growth: Growth, say: Callable[[str], object]) -> TokenSegment:
     """The first segment of a stream; it is written if it is missing."""
     has_said = False
     with growth:
+        growth.repair()
         while True:
             segment = read_segment(growth.folder, segment_key(growth.stream.key, 0))
             if segment is not None:
@@ -303,12 +309,6 @@ class Growth:
             os.close(self._lock)
             self._lock = self._reader = None
 
-    def remove(self) -> None:
-        """Remove the stream, unless another process writes it."""
-        with self:
-            if self._is_locked():
-                shutil.rmtree(self.folder / self.stream.key)
-
     def owner(self) -> str:
         """The process that writes the stream, in words."""
         try:
@@ -327,13 +327,13 @@ class Growth:
             return False
         tokeniser = self._shelf.load()
         if self._reader is None:
-            self._remove_damaged()
+            self.repair()
             self.stream.refresh()
             if self.stream.has_ended:
                 return True
             start = None if self.stream.last is None else self.stream.last.end
             self._reader = self._shelf.reader(self._files, self._split, start)
-        key = segment_key(self.stream.key, self.stream.num_segments)
+        key = self._key(self.stream.num_segments)
         reader = self._reader
         with Staging(self.folder / key, overwrite=True, claim=is_of_a_segment) as staging:
             write_part(
@@ -372,20 +372,24 @@ class Growth:
         self._lock = lock
         return True
 
-    def _remove_damaged(self) -> None:
-        """Remove the first segment that does not have its size, and those behind it."""
-        number, is_damaged = 0, False
-        while True:
-            key = segment_key(self.stream.key, number)
-            segment = read_segment(self.folder, key)
-            if not (self.folder / key).exists():
-                return
-            is_damaged = (
-                is_damaged or segment is None or not is_whole(self.folder / key, segment.meta)
-            )
-            if is_damaged:
-                shutil.rmtree(self.folder / key)
-            number += 1
+    def repair(self) -> None:
+        """Remove the first segment that does not have its size, and those behind it, so that they
+        are written again; but not while another process writes the stream.
+        """
+        numbers = takewhile(lambda i: (self.folder / self._key(i)).exists(), count())
+        damaged = next((number for number in numbers if not self._is_whole(number)), None)
+        if damaged is None or not self._is_locked():
+            return
+        while (folder := self.folder / self._key(damaged)).exists():
+            shutil.rmtree(folder)
+            damaged += 1
+
+    def _key(self, number: int) -> str:
+        return segment_key(self.stream.key, number)
+
+    def _is_whole(self, number: int) -> bool:
+        segment = read_segment(self.folder, self._key(number))
+        return segment is not None and is_whole(self.folder / self._key(number), segment.meta)
 
     def _check_unchanged(self, file: int) -> None:
         """Check that no file up to this one has changed since the stream got its name.

@@ -344,6 +344,10 @@ class Shelf:
     def close(self) -> None:
         self.digests.close()
 
+    def expect(self, num_bytes: int) -> None:
+        """Report that so many bytes more will be read."""
+        self._total += num_bytes
+
     def advance(self, num_bytes: int) -> None:
         """Report that so many bytes more are done."""
         self._done += num_bytes

@@ -8,6 +8,7 @@ byte.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from dus_cli import __version__
 from dus_cli.common.files import sync_file, writing
 from dus_cli.common.reports import public
 from dus_cli.common.workers import PIECE
+from dus_cli.data.growing import skipped_since
 from dus_cli.data.streams import Prepared
 from dus_cli.errors import VerificationError
 from dus_cli.heal import run as run_file
@@ -320,7 +322,7 @@ class Publication:
             "peak_flops_source": peak.source,
             **data_record(run, data, run.epochs * progress.step / run.num_steps),
             **self._by_set(progress),
-            "skipped_lines": data.skipped,
+            "skipped_lines": self._skipped(data),
             "unread_files": data.unread,
         }
 
@@ -331,6 +333,13 @@ class Publication:
         if not progress.intervals:
             return {}
         return {"difference_interval": next(iter(progress.intervals.values()))}
+
+    def _skipped(self, data: Prepared) -> dict[str, int]:
+        """How many lines and documents were left out, by reason."""
+        if data.growing is None:
+            return data.skipped
+        later = skipped_since(self._run.tokens_folder, data.growing.keys)
+        return dict(sorted((Counter(data.skipped) + later).items()))
 
     def _by_set(self, progress: TrainState) -> dict[str, Any]:
         """The losses and the size of each held-out set that has a name."""
