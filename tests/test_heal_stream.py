@@ -340,7 +340,7 @@ def test_a_source_without_a_row_is_refused_before_training(home: Path, text: str
     (home / "nothing.jsonl").write_text(text)
     weighted = ("--data", f"{home / 'a.jsonl'}:1", "--data", f"{home / 'nothing.jsonl'}:1")
     done = heal(home / "scaled", *weighted, *RECIPE, out=home / "of nothing")
-    done.assert_one_line_error("a source has too few tokens for one row")
+    done.assert_one_line_error("nothing.jsonl:1 has too few tokens for one row of 32")
 
 
 @pytest.mark.parametrize("text", ["", '{"text": " "}\n'])

@@ -20,7 +20,7 @@ import numpy as np
 from dus_cli.data.order import Order, WindowOrder
 from dus_cli.data.streams import Packing, Part, Prepared, Row, Rows, Stream
 from dus_cli.data.token_files import Place
-from dus_cli.errors import DataError
+from dus_cli.errors import DataError, shown
 
 PLACE = "place.json"
 
@@ -137,6 +137,7 @@ class GrowingRows:
         self._growing = growing = prepared.growing
         self.packing = Packing(seq_length, prepared.eos, prepared.before, document_mask)
         self.streams = [GrowingStream(folder, key, prepared.dtype) for key in growing.keys]
+        self._names = [source.name for source in prepared.sources]
         self._token_bytes = np.dtype(prepared.dtype).itemsize
         window_rows = max(1, growing.window_tokens // self.packing.stride)
         self.order = WindowOrder(growing.weights, window_rows, seed)
@@ -179,17 +180,20 @@ class GrowingRows:
         pairs = zip(self.tokens_needed(num_rows), self._growing.num_train_tokens, strict=True)
         return sum(min(pair) for pair in pairs) * self._token_bytes
 
-    def check_not_empty(self, stream: GrowingStream) -> None:
-        """Check that a stream that has ended has a row.
+    def check_not_empty(self) -> None:
+        """Check that every stream that has ended has a row.
 
         Raises:
-            DataError: it has none.
+            DataError: one has none.
         """
-        if stream.has_ended and not self._num_rows(stream):
-            raise DataError(
-                "a source has too few tokens for one row; add data, or choose a smaller "
-                "--seq-length"
-            )
+        for number, stream in enumerate(self.streams):
+            stream.refresh()
+            if stream.has_ended and not self._num_rows(stream):
+                raise DataError(
+                    f"{shown(self._names[number])} has too few tokens for one row of "
+                    f"{self.packing.seq_length}; leave it out, add data, or choose a smaller "
+                    "--seq-length"
+                )
 
     def row(self, index: int) -> Row:
         """The run's row `index` = 0, 1, …, without end. It must be there: see `has`.
@@ -206,7 +210,8 @@ class GrowingRows:
         source, draw = self.order.draw(index)
         assert self._has(source, draw)
         stream = self.streams[source]
-        self.check_not_empty(stream)
+        if stream.has_ended and not self._num_rows(stream):
+            self.check_not_empty()
         known = self._num_rows(stream) if stream.has_ended else None
         return source, self.order.row(source, draw, known) * self.packing.stride
 

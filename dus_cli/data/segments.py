@@ -205,7 +205,7 @@ def go_on(
             growth = growths[number]
             growth.stream.refresh()
             if growth.stream.has_ended or growth.stream.num_tokens >= needed[number]:
-                rows.check_not_empty(growth.stream)
+                rows.check_not_empty()
                 growth.close()
                 unfinished.remove(number)
                 break

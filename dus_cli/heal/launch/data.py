@@ -139,9 +139,7 @@ def _rows_per_epoch(prepared: Prepared, folder: Path, length: int, options: Heal
     if prepared.growing is None:
         return Rows(prepared, folder, length, seed).rows_per_epoch
     rows = GrowingRows(prepared, folder, length, seed)
-    for stream in rows.streams:
-        stream.refresh()
-        rows.check_not_empty(stream)
+    rows.check_not_empty()
     return rows.rows_per_epoch
 
 
