@@ -158,7 +158,7 @@ class Streamed:
 
     def num_segments(self) -> int:
         """How many segments the first source has."""
-        return len(list((self.out / "tokens" / self.streams()[0]).glob("*/meta.json")))
+        return len(list((self.out / "tokens" / self.streams()[0]).glob("0*/meta.json")))
 
     def streams(self) -> list[str]:
         """The folders of its streams."""
