@@ -7,7 +7,9 @@ import json
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 from runs import are_gone, last_step, processes, until  # noqa: E402
 
+from dus_cli.data import segments  # noqa: E402
+from dus_cli.data.documents import Column, Reading  # noqa: E402
+from dus_cli.data.growing import GrowingRows  # noqa: E402
 from dus_cli.data.order import WindowOrder  # noqa: E402
+from dus_cli.data.remote import StoreFile  # noqa: E402
+from dus_cli.data.shelf import Shelf  # noqa: E402
+from dus_cli.data.sources import Source  # noqa: E402
+from dus_cli.errors import DataError  # noqa: E402
+from dus_cli.hub import remote  # noqa: E402
 
 # --- the order of rows ----------------------------------------------------------------------------
 
@@ -249,10 +259,10 @@ def test_killed_five_times_it_learns_the_same_to_the_last_bit(
     arguments = (*mixture(home), *RECIPE)
     alone = straight if size == 1 else Streamed(arguments, home / f"{size} alone", size).end()
     out = home / f"{size} killed"
-    for step, segments in ((6, 2), (14, 4), (22, 6), (34, 8), (46, None)):
+    for step, count in ((6, 2), (14, 4), (22, 6), (34, 8), (46, None)):
         run = Streamed(arguments, out, size)
-        if segments is not None:
-            assert until(lambda: run.num_segments() >= segments)  # noqa: B023
+        if count is not None:
+            assert until(lambda: run.num_segments() >= count)  # noqa: B023
             run.signal_builder(signal.SIGSTOP)
         run.reach(step)
         run.kill()
@@ -270,6 +280,72 @@ def test_another_number_of_workers_goes_on_with_the_same_rows(home: Path, straig
     for one, other in zip(tiny.metrics(straight), tiny.metrics(resized), strict=True):
         for name in one.keys() & {"loss", "eval_loss", "base_loss"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+
+
+# --- stores ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Store:
+    """A store with one file, of which it gives only the first `answers` bytes."""
+
+    content: bytes
+    answers: int
+    num_requests: int = 0
+
+    def chunks(self, start: int, end: int) -> Iterator[bytes]:
+        self.num_requests += 1
+        if start >= self.answers:
+            raise OSError("no answer")
+        yield self.content[start : min(end, self.answers)]
+
+    def source(self) -> Source:
+        url = "https://host/corpus.jsonl"
+        return Source(url, (StoreFile(url, len(self.content), "1", self.chunks),))
+
+
+def segments_of(source: Source, folder: Path, *, stops: bool = False) -> dict[str, str]:
+    """Tokenise a source as for a run that reads all of it; the digests of its segments' tokens."""
+    shelf = Shelf(
+        folder / "tokens",
+        folder.parent,
+        260,
+        Reading(),
+        lambda *_: None,
+        special_tokens=True,
+        column=Column.text,
+    )
+    prepared = segments.begin(
+        shelf, [source], [], holdout=0.05, window_tokens=50_000, wait=False, say=print
+    )
+    rows = GrowingRows(prepared, shelf.folder, 128, 0)
+    if stops:
+        with pytest.raises(DataError, match=r"host/corpus.jsonl.*no answer"):
+            segments.go_on(shelf, [source], prepared, rows, 20_000)
+    else:
+        segments.go_on(shelf, [source], prepared, rows, 20_000)
+    return {
+        path: digest
+        for path, digest in tiny.digests(folder).items()
+        if path.endswith((".bin", ".idx", "place.json"))
+    }
+
+
+def test_a_store_that_stops_answering_is_tried_again_and_then_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    tiny.write_tokenizer(tmp_path)
+    content = tiny.write_corpus(tmp_path / "corpus.jsonl", 12_000).read_bytes()
+    assert len(content) > 2 << 20, "one request reads a MiB"
+    (tmp_path / "whole").mkdir()
+    whole = segments_of(Store(content, len(content)).source(), tmp_path / "whole")
+    broken = Store(content, len(content) * 2 // 3)
+    (tmp_path / "broken").mkdir()
+    some = segments_of(broken.source(), tmp_path / "broken", stops=True)
+    assert broken.num_requests > 8, "it was tried again"
+    assert 1 < len(some) < len(whole)
+    assert segments_of(Store(content, len(content)).source(), tmp_path / "broken") == whole
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -304,7 +380,7 @@ def test_a_source_that_changes_ends_the_run_with_a_checkpoint_and_one_line(home:
         assert until(lambda: processes(out)["tokenising"])
         (builder,) = processes(out)["tokenising"]
         os.kill(builder, signal.SIGSTOP)
-        assert until(lambda: last_step(out) >= 6)
+        assert until(lambda: last_step(out) >= 2)
         with changing.open("a") as file:
             file.write(json.dumps({"text": "one more"}) + "\n")
         os.kill(builder, signal.SIGCONT)

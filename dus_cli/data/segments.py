@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -195,13 +196,20 @@ def go_on(
     )
     if tuple(growth.stream.key for growth in growths) != growing.keys:
         raise DataError("--data changed after the run was started; start again")
+    with ExitStack() as closing:
+        for growth in growths:
+            closing.enter_context(growth)
+        _write_in_turn(growths, growing.weights, rows, num_rows)
+
+
+def _write_in_turn(
+    growths: Sequence[Growth], weights: Sequence[float], rows: GrowingRows, num_rows: int
+) -> None:
+    """Write the next segment of the stream that is furthest behind, until none needs more."""
     needed = rows.tokens_needed(num_rows)
     unfinished = set(range(len(growths)))
     while unfinished:
-        by_progress = sorted(
-            unfinished, key=lambda i: growths[i].stream.num_tokens / growing.weights[i]
-        )
-        for number in by_progress:
+        for number in sorted(unfinished, key=lambda i: growths[i].stream.num_tokens / weights[i]):
             growth = growths[number]
             growth.stream.refresh()
             if growth.stream.has_ended or growth.stream.num_tokens >= needed[number]:
