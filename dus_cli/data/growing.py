@@ -19,7 +19,7 @@ import numpy as np
 
 from dus_cli.data.order import Order, WindowOrder
 from dus_cli.data.streams import Packing, Part, Prepared, Row, Rows, Stream
-from dus_cli.data.token_files import Place
+from dus_cli.data.token_files import TextPlace
 from dus_cli.errors import DataError, shown
 
 PLACE = "place.json"
@@ -39,7 +39,7 @@ class TokenSegment:
 
     part: Part
     meta: dict[str, Any]
-    end: Place
+    end: TextPlace
     position: int
     is_last: bool
 
@@ -62,7 +62,7 @@ def read_segment(folder: Path, key: str) -> TokenSegment | None:
         return TokenSegment(
             Part(key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"]),
             meta,
-            Place(place["file"], place["documents"]),
+            TextPlace(place["file"], place["documents"]),
             place["position"],
             place["is_last"],
         )

@@ -40,7 +40,7 @@ from dus_cli.data.holdout import EVERYTHING, Split
 from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import Source, Unread, kind_of
 from dus_cli.data.streams import Part, Prepared, PreparedSource
-from dus_cli.data.token_files import FORMAT, Place, Reader, is_whole, token_dtype, write_part
+from dus_cli.data.token_files import FORMAT, Reader, TextPlace, is_whole, token_dtype, write_part
 from dus_cli.data.tokeniser import UNKNOWN_VOCABULARY, Tokeniser, open_tokeniser, tokenizer_identity
 from dus_cli.errors import DataError, shown, shown_list
 from dus_cli.writing.replacing import remove_claimed
@@ -380,7 +380,7 @@ class Shelf:
         return settings
 
     def reader(
-        self, files: Sequence[Path | StoreFile], split: Split, start: Place | None = None
+        self, files: Sequence[Path | StoreFile], split: Split, start: TextPlace | None = None
     ) -> Reader:
         """A reader of the documents in these files, from `start` on.
 

@@ -87,7 +87,7 @@ class _Batch(NamedTuple):
     num_source_bytes: int
 
 
-class Place(NamedTuple):
+class TextPlace(NamedTuple):
     """A place between two documents of several files: the number of the file, and how many
     documents of it were read.
     """
@@ -117,10 +117,10 @@ class Reader:
         files: Sequence[Path | StoreFile],
         reading: Reading,
         of_value: OfValue | None = None,
-        start: Place | None = None,
+        start: TextPlace | None = None,
     ) -> None:
         self._files, self._reading, self._of_value = files, reading, of_value
-        self.place, self.position, self.is_at_end = start or Place(), 0, False
+        self.place, self.position, self.is_at_end = start or TextPlace(), 0, False
         self.skipped: Counter[str] = Counter()
         self._records = self._all()
 
@@ -152,7 +152,7 @@ class Reader:
                         pass
                     self.skipped.clear()  # counted by whoever read these documents
                 for record in found:
-                    self.place = Place(number, counts.documents)
+                    self.place = TextPlace(number, counts.documents)
                     self.position = start + min(counts.position, size)
                     yield record
             self.position = start + size
