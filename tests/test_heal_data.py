@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from dus_cli.data import texts as texts_module
 from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.holdout import parse_holdout, text_hash
 from dus_cli.data.order import Order, permute
+from dus_cli.data.quick import quick_encoder
 from dus_cli.data.sources import parse_sources
 from dus_cli.data.streams import IGNORED, Prepared, Row, Rows, RowsInOrder, Stream, heldout_rows
 from dus_cli.data.tokeniser import open_tokeniser, pieces_of
@@ -991,6 +993,88 @@ prepared = shelf.prepare(
 )
 print(json.dumps({"said": said, "built": len(built), "prepared": prepared.to_json()}))
 """
+
+
+class StandInFastokens:
+    """fastokens, with tokenizers inside, that refuses texts with the byte 4 and may err in others."""
+
+    def __init__(self, tokenizer: Any, wrong: str | None) -> None:
+        self.tokenizer, self.wrong = tokenizer, wrong
+        self.num_texts = 0
+
+    def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[Any]:
+        self.num_texts += len(texts)
+        if any("\x04" in text for text in texts):
+            raise ValueError("model error: byte 0x04 has no token in vocabulary")
+        read = [text.replace(self.wrong, "!") if self.wrong else text for text in texts]
+        encodings: list[Any] = self.tokenizer.encode_batch_fast(
+            read, add_special_tokens=add_special_tokens
+        )
+        return encodings
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Any:
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, wrong: str | None = None) -> list[StandInFastokens]:
+    """Let `import fastokens` give a stand-in; returns those that were opened."""
+    opened: list[StandInFastokens] = []
+
+    class Tokenizer:
+        @staticmethod
+        def from_json_str(content: str) -> StandInFastokens:
+            opened.append(StandInFastokens(tokenizers.Tokenizer.from_str(content), wrong))
+            return opened[-1]
+
+    monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace(Tokenizer=Tokenizer))
+    return opened
+
+
+MANY = ["some words, 1234 and \u00e9\n" * 100 + str(number) for number in range(200)]
+
+
+def test_fastokens_is_used_for_much_text_and_gives_the_same_files(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [*MANY, "a byte \x04 without a token"])
+    monkeypatch.setitem(sys.modules, "fastokens", None)  # not installed
+    without = run(model, tmp_path / "without", data)
+    opened = stand_in(monkeypatch)
+    prepared = run(model, tmp_path / "with", data)
+    assert prepared == without
+    assert opened[0].num_texts >= len(MANY)
+    (key,) = (part.key for part in prepared.parts)
+    for name in ("train.bin", "train.idx"):
+        files = [tmp_path / which / "tokens" / key / name for which in ("with", "without")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    opened.clear()
+    run(model, tmp_path / "little", write_jsonl(tmp_path / "b.jsonl", MANY[:9]))
+    assert not opened
+
+
+def test_fastokens_is_left_alone_where_it_errs_and_an_error_later_ends_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", MANY)
+    opened = stand_in(monkeypatch, wrong="日本語")  # among the hard texts
+    prepared = run(model, tmp_path, data)
+    assert opened[0].num_texts < len(MANY)
+    assert prepared.num_train_documents == len(MANY)
+    stand_in(monkeypatch, wrong="some words, 1234")
+    with pytest.raises(DataError, match=r"^fastokens gives other tokens .*; uninstall fastokens"):
+        run(model, tmp_path / "other", data)
+    assert listed(tmp_path / "other" / "tokens") == [".lock", "sources.jsonl"]
+
+
+@needs_model
+def test_the_real_fastokens_gives_the_ids_of_tokenizers_for_every_character() -> None:
+    pytest.importorskip("fastokens")
+    assert REAL is not None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(REAL).backend_tokenizer
+    quick = quick_encoder(tokenizer)
+    assert quick is not None
+    characters = [chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000]
+    assert quick.is_same([f"a{each} {each}{each}1\n{each}" for each in characters])
 
 
 def start(model: Path, folder: Path, data: Path) -> subprocess.Popen[str]:

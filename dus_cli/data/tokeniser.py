@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dus_cli.common.libraries import TRANSFORMERS_REFUSALS
+from dus_cli.data.quick import QuickEncoder, quick_encoder
 from dus_cli.data.special_tokens import SpecialTokens, special_tokens_of
 from dus_cli.errors import DataError, encodable, reason_of, shown
 from dus_cli.source.mistaken import NUM_BYTES, not_fetched
@@ -16,6 +18,9 @@ from dus_cli.source.reading import open_regular, reading
 
 # Characters; a longer document is tokenised in pieces.
 _LONGEST_PIECE = 1 << 20
+
+# Characters; for less text it does not pay to open fastokens.
+_MUCH = 1 << 18
 
 # The files of a tokenizer, by the names that transformers saves and reads.
 _TOKENIZER_FILES = """
@@ -179,6 +184,10 @@ class Tokeniser:
         self.ending = around.after if eos in around.after else (*around.after, eos)
         self.unknown: int | None = tokenizer.unk_token_id
 
+    @cached_property
+    def _quick(self) -> QuickEncoder | None:
+        return quick_encoder(self._fast)
+
     def check_ids(self, highest: int) -> None:
         """Check that the model has an embedding for every id up to `highest`.
 
@@ -221,10 +230,16 @@ class Tokeniser:
         return text.removeprefix(self._tokenizer.bos_token) if begins else text
 
     def encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """The ids of each text, without special tokens around it."""
+        """The ids of each text, without special tokens around it.
+
+        Raises:
+            DataError: fastokens is installed, and differs from tokenizers.
+        """
         if self._fast is None:
             for text in texts:
                 yield self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        elif sum(map(len, texts)) >= _MUCH and self._quick is not None:
+            yield from self._quick.encode(texts)
         else:
             for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False):
                 yield encoding.ids

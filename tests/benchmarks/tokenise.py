@@ -2,8 +2,9 @@
 [MEGABYTES…]`.
 
 DATA is repeated, each time with another number before its texts, until the file has the requested
-size. A child process tokenises it with MODEL's tokenizer, and another one finds the token files.
-Files are written to a folder below the current one, which is removed: choose a disk, not a tmpfs.
+size. A child process tokenises it with MODEL's tokenizer (with fastokens, if it is installed), and
+another one finds the token files. Where it is installed, `datasets` then maps the same tokenizer
+over the text with two processes. Files are written to a folder below the current one, which is removed: choose a disk, not a tmpfs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 VOCAB_SIZE = 1 << 20
@@ -47,12 +49,38 @@ def child(corpus: str, model: str, folder: str) -> None:
     print(json.dumps(figures))
 
 
+def peer(corpus: str, model: str, folder: str) -> None:
+    import datasets  # type: ignore[import-not-found, unused-ignore]
+    from transformers import AutoTokenizer
+
+    before = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def ids(texts: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids: list[list[int]] = tokenizer(texts["text"], add_special_tokens=False)["input_ids"]
+        return {"input_ids": ids, "length": [[len(row) + 1] for row in ids]}
+
+    data = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=folder)
+    mapped = data.map(ids, batched=True, num_proc=2, remove_columns=data.column_names)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    figures = {
+        "seconds": time.monotonic() - before,
+        "cpu": sum(usage.ru_utime + usage.ru_stime for usage in used),
+        "tokens": sum(length for (length,) in mapped["length"]),
+        "peak": max(usage.ru_maxrss for usage in used) * 1024,
+    }
+    print(json.dumps(figures))
+
+
 def measure(data: Path, model: str, size: int) -> None:
     with tempfile.TemporaryDirectory(dir=".", prefix=".tokenise-") as folder:
         corpus = Path(folder) / "corpus.jsonl"
         make_corpus(data, corpus, size)
-        for name in ("first run", "second run"):
-            command = [sys.executable, __file__, "--child", str(corpus), model, folder]
+        runs = [("first run", "--child"), ("second run", "--child")]
+        if find_spec("datasets") is not None:
+            runs.append(("datasets", "--peer"))
+        for name, what in runs:
+            command = [sys.executable, __file__, what, str(corpus), model, folder]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             print(
                 f"{size / 1e6:6,.0f} MB  {name:10}  {line(size, **json.loads(done.stdout))}",
@@ -66,13 +94,15 @@ def line(size: int, seconds: float, cpu: float, tokens: int, peak: int) -> str:
         return figures
     return (
         f"{figures}, {tokens:,} tokens: {size / 1e6 / seconds:,.1f} MB/s, "
-        f"{tokens / seconds / 1e6:,.2f} M tokens/s"
+        f"{tokens / seconds / 1e6:,.2f} M tokens/s, {tokens / cpu / 1e6:,.2f} M a second of CPU"
     )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*sys.argv[2:])
+    elif sys.argv[1:2] == ["--peer"]:
+        peer(*sys.argv[2:])
     elif len(sys.argv) < 3:
         sys.exit(__doc__)
     else:
