@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +41,8 @@ from dus_cli.data.shelf import (
     evaluation_of,
     hashes_in,
     is_of_a_part,
+    prepared_from,
     share_that_holds_some,
-    skipped_in,
     stamp_of,
     try_lock,
     unread_in,
@@ -118,26 +119,17 @@ def begin(
         )
         for number, source in enumerate(sources)
     ]
-    return Prepared(
-        sources=tuple(named),
-        eval_parts=tuple(part for part, _ in evaluation.parts),
-        eval_names=evaluation.names,
+    keys, weights = [growth.stream.key for growth in growths], _weights(sources)
+    prepared = prepared_from(
+        named,
+        metas,
+        evaluation,
         holdout=share,
-        dtype=metas[0]["dtype"],
-        eos=metas[0]["eos"],
-        before=tuple(metas[0]["before"]),
-        skipped=skipped_in([*metas, *(meta for _, meta in evaluation.parts)]),
-        content_key=digest_of(
-            [
-                [growth.stream.key for growth in growths],
-                _weights(sources),
-                window_tokens,
-                evaluation.digested(),
-            ]
-        ),
+        content=[keys, weights, window_tokens, evaluation.digested()],
         unread=unread_in([*sources, *eval_sources]),
-        growing=_growing(growths, segments, _weights(sources), window_tokens),
     )
+    growing = _growing(growths, segments, weights, window_tokens)
+    return replace(prepared, growing=growing)
 
 
 def _growing(

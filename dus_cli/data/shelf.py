@@ -211,8 +211,37 @@ def _assemble(
         for source, group in zip(sources, groups, strict=True)
     ]
     keys = [[part.key for part in source.parts] for source in named]
+    return prepared_from(
+        named,
+        metas,
+        evaluation,
+        holdout=holdout,
+        content=[keys, *evaluation.digested()],
+        unread=unread_in([*sources, *eval_sources]),
+    )
+
+
+def prepared_from(
+    sources: Sequence[PreparedSource],
+    metas: Sequence[dict[str, Any]],
+    evaluation: Evaluation,
+    *,
+    holdout: float,
+    content: object,
+    unread: dict[str, Any],
+) -> Prepared:
+    """All of a run's data.
+
+    Args:
+        sources: the training data.
+        metas: the meta.json of each of their parts.
+        evaluation: the evaluation data.
+        holdout: the share that was held out.
+        content: what identifies all tokens and the split, as JSON.
+        unread: the files that are not read.
+    """
     return Prepared(
-        sources=tuple(named),
+        sources=tuple(sources),
         eval_parts=tuple(part for part, _ in evaluation.parts),
         eval_names=evaluation.names,
         holdout=holdout,
@@ -220,8 +249,8 @@ def _assemble(
         eos=metas[0]["eos"],
         before=tuple(metas[0]["before"]),
         skipped=skipped_in([*metas, *(meta for _, meta in evaluation.parts)]),
-        content_key=digest_of([keys, *evaluation.digested()]),
-        unread=unread_in([*sources, *eval_sources]),
+        content_key=digest_of(content),
+        unread=unread,
     )
 
 
