@@ -181,7 +181,7 @@ def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool)
         dtype = torch_dtype(run.fit.precision)
         peak, units = peak_flops(torch.device("cpu"), dtype)[0], num_nodes
     return {
-        "seconds": round(flops / (TYPICAL_MFU * peak * units), 1),
+        "seconds": round(flops / (TYPICAL_MFU * peak * units), 3),
         "seconds_on": "cpu" if on_cpu else REFERENCE_GPU,
     }
 
