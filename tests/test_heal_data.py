@@ -1203,6 +1203,16 @@ def test_a_file_that_changes_while_it_is_read_is_one_line(
     assert run(model, tmp_path, path).num_train_documents == 100
 
 
+def test_a_file_that_vanishes_before_it_is_read_is_one_line(model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", some_texts(9))
+    sources = parse_sources([str(data)], tmp_path)
+    data.unlink()
+    with pytest.raises(
+        DataError, match=r"^cannot read .*a\.jsonl: No such file .*; check the disk"
+    ):
+        shelf.prepare(sources, (), model, tmp_path / "tokens", vocab_size=VOCAB_SIZE)
+
+
 def test_a_row_is_three_arrays_of_one_length(model: Path, tmp_path: Path) -> None:
     prepared = run(model, tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
     row = Rows(prepared, tmp_path / "tokens", 5, seed=0).row(10**9)  # any epoch

@@ -254,6 +254,18 @@ def test_a_file_that_changes_while_it_is_read_ends_it(
         texts(found)
 
 
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_a_file_that_vanishes_before_it_is_read_ends_it(
+    hub: StandInHub, tmp_path: Path, scheme: str
+) -> None:
+    vanishing = tmp_path / "first/data/test-0.jsonl"
+    web = f"{hub.endpoint}/datasets/org/name/resolve/main/data/test-0.jsonl"
+    found = source(web if scheme == "http" else f"file://{vanishing}", tmp_path)
+    vanishing.unlink()
+    with pytest.raises(DataError, match=r"test-0\.jsonl is not there; check the address$"):
+        texts(found)
+
+
 def test_a_store_without_its_client_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
