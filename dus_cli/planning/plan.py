@@ -16,6 +16,7 @@ from typing import Any
 
 from dus_cli.common.bounds import check_numbers
 from dus_cli.common.libraries import require
+from dus_cli.common.memory import collector_paused
 from dus_cli.common.reference import ModelRef
 from dus_cli.errors import UsageError, shown
 from dus_cli.maps.architectures import KNOWN_TYPES, TRIED_TYPES
@@ -343,6 +344,7 @@ def dump_json(value: object) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+@collector_paused()
 def make_plan(
     base: Base,
     checkpoint: Checkpoint,

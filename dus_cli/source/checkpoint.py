@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from dus_cli.common.memory import collector_paused
 from dus_cli.common.storage import mount_of
 from dus_cli.common.workers import ahead, workers
 from dus_cli.errors import CheckpointError, shown, shown_list
@@ -173,6 +174,7 @@ class Elsewhere(Protocol):
         """The header of a file of weights; None if there is no such file."""
 
 
+@collector_paused()
 def open_checkpoint(folder: Path, elsewhere: Elsewhere | None = None) -> Checkpoint:
     """Open a folder as a decoder checkpoint, with the weights that transformers would load from it.
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dus_cli.common.memory import collector_paused
 from dus_cli.common.reference import ModelRef, model_text
 from dus_cli.errors import UsageError
 from dus_cli.hub import fetching
@@ -156,8 +155,7 @@ def plan_for(
     """
     ref = request.ref
     if ref.path is not None:
-        with collector_paused():
-            return request.plan(request.base(), open_checkpoint(ref.path))
+        return request.plan(request.base(), open_checkpoint(ref.path))
     folder, commit = fetching.fetch_small_files(ref, fetch=fetch, quiet=quiet)
     base = request.base(commit)
     # Plan from the headers alone first: if the map does not fit the model, the error comes before
