@@ -245,7 +245,7 @@ class ShardLayout:
         shard: Shard | None = None
         source_start = source_end = start = 0
         position = self.data_start
-        for (tensor, kind, *_), number in zip(self.origins, self.numbers, strict=True):
+        for (tensor, kind, _, _), number in zip(self.origins, self.numbers, strict=True):
             as_it_is = kind.can_agree and number not in kind.zeroed and number not in kind.scales
             if as_it_is and kind.num_bytes:
                 if (
@@ -438,7 +438,7 @@ class _TensorRun:
 def _runs(shard: Shard, copies: _Copies) -> Iterator[_TensorRun]:
     """Split a sequence at each change of the difference between position in source and sequence."""
     shift = begin = begin_offset = offset = num_agreeing = 0
-    for place, (tensor, kind, *_) in enumerate(copies.origins):
+    for place, (tensor, kind, _, _) in enumerate(copies.origins):
         if kind.can_agree:  # else it stays with the run before it
             own_shift = (tensor.start - offset) % BLOCK
             if own_shift != shift or place == 0:
@@ -636,7 +636,7 @@ def _best_phase(origins: Iterable[SourceTensor]) -> int:
     """The data start, modulo the block, at which most bytes agree with their source."""
     votes: Counter[int] = Counter({0: 0})
     offset = 0
-    for tensor, kind, *_ in origins:
+    for tensor, kind, _, _ in origins:
         if kind.can_agree:
             votes[(tensor.start - offset) % BLOCK] += kind.num_bytes
         offset += kind.num_bytes
