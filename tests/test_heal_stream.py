@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ torchrun._run_torchrun = wait
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A scaled model and two sources of text, of which the second is read more than once."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("stream")
@@ -121,7 +122,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_corpus(folder / "b.jsonl", 16, seed=2)
     tiny.write_corpus(folder / "c.jsonl", 300, seed=3)
     tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
-    return folder
+    yield folder
+    for out in folder.iterdir():  # a test that failed may have left a stopped process
+        for pid in chain.from_iterable(processes(out).values()):
+            os.kill(pid, signal.SIGKILL)
 
 
 def mixture(home: Path) -> Arguments:
@@ -208,6 +212,13 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert tiny.digests(one)[name] == tiny.digests(other)[name]
 
 
+def assert_same_rows(one: Path, other: Path) -> None:
+    """The same losses but for the order in which workers add them up."""
+    for ours, theirs in zip(tiny.metrics(one), tiny.metrics(other), strict=True):
+        for name in ours.keys() & {"loss", "eval_loss", "base_loss"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
+
+
 @pytest.fixture(scope="module")
 def straight(home: Path) -> Path:
     """A streamed mixture healed by the real command without an interruption."""
@@ -276,10 +287,21 @@ def test_another_number_of_workers_goes_on_with_the_same_rows(home: Path, straig
     run.kill()
     (damaged,) = (home / "resized").glob(f"tokens/{run.streams()[0]}/000002/train.bin")
     damaged.write_bytes(damaged.read_bytes()[:-1])  # a segment that a crash left cut is made again
-    resized = Streamed(arguments, home / "resized", 3).end()
-    for one, other in zip(tiny.metrics(straight), tiny.metrics(resized), strict=True):
-        for name in one.keys() & {"loss", "eval_loss", "base_loss"}:
-            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+    assert_same_rows(straight, Streamed(arguments, home / "resized", 3).end())
+
+
+def test_two_nodes_share_the_tokens_that_one_of_them_makes(home: Path, straight: Path) -> None:
+    out, endpoint = home / "nodes", f"127.0.0.1:{tiny.free_port()}"
+    nodes = [
+        ("--nnodes", "2", "--node-rank", str(rank), "--rdzv-endpoint", endpoint, "-o", out, "-q")
+        for rank in range(2)
+    ]
+    launchers = [
+        tiny.start_dus(home / f"node {rank}.log", "heal", *mixture(home), *RECIPE, *node)
+        for rank, node in enumerate(nodes)
+    ]
+    assert [tiny.wait(launcher) for launcher in launchers] == [0, 0]
+    assert_same_rows(straight, out)
 
 
 # --- stores ---------------------------------------------------------------------------------------
