@@ -259,27 +259,31 @@ def outcome(read: Callable[[], object]) -> object:
         return str(error)
 
 
+class Counted:
+    """A reader, and how often it found something."""
+
+    def __init__(self, read: Callable[[bytes, str], object]) -> None:
+        self.read, self.found = read, 0
+
+    def __call__(self, raw: bytes, where: str) -> object:
+        result = self.read(raw, where)
+        self.found += result is not None
+        return result
+
+
 def test_the_reader_for_the_librarys_layout_reads_what_the_general_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(20261130)
     raw, path = header_bytes(GOOD) + bytes(40), tmp_path / "x"
-    usual = headers._usual_entries
-    fast = 0
-
-    def counted(raw: bytes, where: str) -> object:
-        nonlocal fast
-        found = usual(raw, where)
-        fast += found is not None
-        return found
-
+    usual = Counted(headers._usual_entries)
     for number in range(1000):
         path.write_bytes(mutate(raw, rng) if number else raw)
-        monkeypatch.setattr(headers, "_usual_entries", counted)
+        monkeypatch.setattr(headers, "_usual_entries", usual)
         found = outcome(lambda: read_header(path))
         monkeypatch.setattr(headers, "_usual_entries", lambda *_: None)
         assert found == outcome(lambda: read_header(path)), path.read_bytes()
-    assert 10 < fast < 900
+    assert 10 < usual.found < 900
 
 
 def test_an_index_parsed_in_pieces_reads_as_a_whole_one_does(
@@ -288,25 +292,17 @@ def test_an_index_parsed_in_pieces_reads_as_a_whole_one_does(
     rng = random.Random(20261130)
     weight_map = {f"layers.{n}.weight": f"model-{n // 4}.safetensors" for n in range(12)}
     path = tmp_path / weights.INDEX_NAME
-    usual = weights._usual_index
-    fast = 0
-
-    def counted(raw: bytes, name: str) -> object:
-        nonlocal fast
-        found = usual(raw, name)
-        fast += found is not None
-        return found
-
+    usual = Counted(weights._usual_index)
     monkeypatch.setattr(weights, "_PIECE", 50)
     for number in range(1000):
         indent = rng.choice([None, 2])
         raw = json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}, indent=indent)
         path.write_bytes(mutate(b"        " + raw.encode(), rng)[8:] if number else raw.encode())
-        monkeypatch.setattr(weights, "_usual_index", counted)
+        monkeypatch.setattr(weights, "_usual_index", usual)
         found = outcome(lambda: weights.read_index(tmp_path))
         monkeypatch.setattr(weights, "_usual_index", lambda *_: None)
         assert found == outcome(lambda: weights.read_index(tmp_path)), path.read_bytes()
-    assert 100 < fast < 950
+    assert 100 < usual.found < 950
 
 
 @pytest.mark.parametrize("at", [0, 5, 11])
