@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 
 from dus_cli.evaluation.intervals import ratio  # noqa: E402
+from dus_cli.models.compiled import has_compiler  # noqa: E402
 from dus_cli.source.belonging import model_files, read_record  # noqa: E402
 
 STEPS = 12
@@ -709,17 +713,70 @@ def test_how_it_fits_changes_nothing(
     assert_same_curve(alone, out, within=1e-5)
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+needs_compiler = pytest.mark.skipif(
+    not has_compiler(), reason="torch.compile needs a C++ compiler on a CPU"
 )
+
+
+@needs_compiler
 def test_compiled_layers_learn_the_same(home: Path) -> None:
-    short = heal_in(
-        home, "not-compiled", "--precision", "fp32", "--steps", "2", "--eval-every", "1"
+    short = ("--precision", "fp32", "--steps", "2", "--eval-every", "1")
+    plain = heal_in(home, "not-compiled", *short, "--no-compile")
+    compiled = heal_in(home, "compiled", *short, "--compile")
+    assert_same_curve(plain, compiled)
+    # what is measured before training does not depend on a compiler
+    assert tiny.metrics(plain)[0]["eval_loss"] == tiny.metrics(compiled)[0]["eval_loss"]
+
+
+def _planned_compile(home: Path, name: str, *options: str, **environment: str) -> bool | None:
+    """What run.json says of compiling."""
+    data = ("--data", home / "corpus.jsonl", "--print-command", "-q")
+    done = tiny.forked_dus(
+        "heal", home / "scaled", "-o", home / name, *data, *RECIPE, *options, **environment
     )
-    out = heal_in(
-        home, "compiled", "--precision", "fp32", "--compile", "--steps", "2", "--eval-every", "1"
+    assert done.returncode == 0, done.stderr
+    compiles: bool | None = json.loads((home / name / "run.json").read_text())["fit"]["compile"]
+    return compiles
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="compiled by default on a CPU only")
+def test_long_runs_are_compiled_where_a_compiler_is_there(home: Path, tmp_path: Path) -> None:
+    long = ("--steps", "10000000")
+    assert _planned_compile(home, "planned-short") is False
+    assert _planned_compile(home, "planned-long", *long) is None
+    assert _planned_compile(home, "planned-no", *long, "--no-compile") is False
+    assert _planned_compile(home, "planned-yes", "--compile") is True
+    assert _planned_compile(home, "planned-bare", *long, CXX=str(tmp_path / "none")) is False
+    # a run that goes on keeps what it began with
+    assert _planned_compile(home, "planned-long", *long, CXX=str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize("compiles", [True, None], ids=["asked for", "tried"])
+def test_a_compiler_that_fails_ends_a_run_only_if_it_was_asked_for(
+    home: Path, tmp_path: Path, compiles: bool | None
+) -> None:
+    out = home / f"compiler-fails-{compiles}"
+    _planned_compile(home, out.name, "--steps", "2", "--precision", "fp32")
+    run = json.loads((out / "run.json").read_text())
+    run["fit"]["compile"] = compiles
+    (out / "run.json").write_text(json.dumps(run))
+    done = subprocess.run(
+        [sys.executable, "-m", "dus_cli.heal.worker", str(out / "run.json")],
+        env=os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert_same_curve(short, out)
+    if compiles:
+        assert done.returncode == 1
+        failure = json.loads((out / "failure.json").read_text())["error"]
+        assert failure.startswith("torch.compile failed: ")
+        assert failure.endswith("; leave --compile out")
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "not compiled: torch.compile failed: " in done.stderr
+        assert (out / "config.json").is_file()
 
 
 @pytest.mark.parametrize(

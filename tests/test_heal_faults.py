@@ -29,6 +29,7 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 from runs import PATIENCE, are_gone, last_step, processes, until  # noqa: E402
 
+from dus_cli.models.compiled import has_compiler  # noqa: E402
 from dus_cli.models.devices import computes_in_bf16  # noqa: E402
 
 STEPS = 90
@@ -461,6 +462,8 @@ IN_BF16 = {
     ),
     "without masters": ("--precision", "bf16", "--master-weights", "bf16", "--train", "new"),
 }
+if has_compiler():
+    IN_BF16["compiled"] = ("--precision", "bf16", "--compile")
 
 
 @pytest.mark.parametrize("options", IN_BF16.values(), ids=IN_BF16.keys())

@@ -122,11 +122,10 @@ def _kind(option: OptionField, *, is_required: bool) -> Any:
 
 
 def _typer_option(option: OptionField) -> Any:
-    """The option in typer's form. A flag that is on by default gets a --no- spelling."""
+    """The option in typer's form. A flag that may be on by default gets a --no- spelling."""
     annotation = option.option
-    spellings = [
-        f"--{option.name}/--no-{option.name}" if option.default is True else f"--{option.name}"
-    ]
+    has_no = option.default is True or (option.kind is bool and option.is_optional)
+    spellings = [f"--{option.name}/--no-{option.name}" if has_no else f"--{option.name}"]
     spellings += [annotation.short] if annotation.short else []
     more: dict[str, Any] = {} if option.parse is None else {"parser": parser(option.parse)}
     if annotation.choices:

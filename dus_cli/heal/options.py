@@ -621,7 +621,14 @@ class FitOptions:
         Checkpointing,
         Option("Which activations to recompute in the backward pass, to save memory.", panel=_FIT),
     ] = Checkpointing.none
-    compile: Annotated[bool, Option("Compile each layer with torch.compile.", panel=_FIT)] = False
+    compile: Annotated[
+        bool | None,
+        Option(
+            "Compile the layers with torch.compile. Default: in a long run on a CPU where a C++ "
+            "compiler is there, and the compiled layers learn the same.",
+            panel=_FIT,
+        ),
+    ] = None
     sharding: Annotated[
         Sharding,
         Option(

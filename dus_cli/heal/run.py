@@ -101,13 +101,15 @@ class RecipePlan:
 
 @dataclass(frozen=True)
 class FitPlan:
-    """How the run fits the devices. The worker chooses `micro_batch_rows` if it is None."""
+    """How the run fits the devices. If it is None, the worker chooses `micro_batch_rows`, and
+    compiles where that works.
+    """
 
     micro_batch_rows: int | None
     precision: str
     master_weights: str
     activation_checkpointing: str
-    compile: bool
+    compile: bool | None
     sharding: str
     offload: bool
 

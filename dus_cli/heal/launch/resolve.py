@@ -12,8 +12,10 @@ from dus_cli.common.bounds import check_fields
 from dus_cli.common.units import counted
 from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
+from dus_cli.heal.launch.plan import num_processes
 from dus_cli.heal.options import (
     BudgetOptions,
+    Checkpointing,
     FitOptions,
     HealOptions,
     LaunchOptions,
@@ -52,6 +54,9 @@ _FORWARD_SHARE, _FORWARD_SHARE_OF_FEW = 1 / 3, 2 / 3
 
 # Measurements at the start: of the base and of the scaled model.
 _AT_START = 2
+
+# FLOPs of a worker from which on compiling takes less time than it saves: minutes on a CPU.
+_WORTH_COMPILING = 5e13
 
 # Bytes after each shard's header (which has names and sizes) that go into the model's digest.
 _SAMPLE = 1 << 20
@@ -366,7 +371,11 @@ def make_run(options: HealOptions, model: Model, data: dict[str, Any], rows_per_
         num_steps=steps,
         until=options.budget.until.value if options.budget.until else None,
         recipe=recipe,
-        fit=_fit(options.fit, options.launch),
+        fit=_fit(
+            options.fit,
+            options.launch,
+            6.0 * model.checkpoint.num_parameters * steps * rows * length,
+        ),
         keeping=_saving(options.saving, every, max(most, length * sets)),
         epochs=steps * rows / rows_per_epoch,
         notes=_notes(options, model),
@@ -429,7 +438,8 @@ def _rates(scales: RateScales, model: Model) -> RatesPlan:
     return RatesPlan(layers, outside=scales.embeddings, norms=scales.norms)
 
 
-def _fit(fit: FitOptions, launch: LaunchOptions) -> FitPlan:
+def _fit(fit: FitOptions, launch: LaunchOptions, flops: float) -> FitPlan:
+    """How the run fits the devices. `flops` are those of the whole training."""
     sharding = fit.sharding.value
     if sharding == "auto":
         sharding = "hsdp" if launch.nnodes > 1 else "fsdp"
@@ -438,10 +448,27 @@ def _fit(fit: FitOptions, launch: LaunchOptions) -> FitPlan:
         precision=fit.precision.on().value,
         master_weights=fit.master_weights.value,
         activation_checkpointing=fit.activation_checkpointing.value,
-        compile=fit.compile,
+        compile=_compiles(fit, flops / (num_processes(launch) * launch.nnodes)),
         sharding=sharding,
         offload=fit.offload,
     )
+
+
+def _compiles(fit: FitOptions, flops: float) -> bool | None:
+    """Whether layers are compiled; None has the worker try it. `flops` are those of a worker."""
+    if fit.compile is not None:
+        return fit.compile
+    import torch
+
+    from dus_cli.models.compiled import has_compiler
+
+    is_worth_it = (
+        flops >= _WORTH_COMPILING
+        and fit.activation_checkpointing is Checkpointing.none
+        and not torch.accelerator.is_available()
+        and has_compiler()
+    )
+    return None if is_worth_it else False
 
 
 def _measuring(

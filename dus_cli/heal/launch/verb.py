@@ -253,8 +253,11 @@ def prepare_run(options: HealOptions, model: Model, view: View) -> Run:
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
         check_same(begun, run)
-        # --precision auto must not change, even if the run goes on on another device
-        run = replace(run, fit=replace(run.fit, precision=begun.fit.precision))
+        # --precision auto must not change, even if the run goes on on another device, and without
+        # --compile the answer may not either
+        compiles = begun.fit.compile if options.fit.compile is None else options.fit.compile
+        fit = replace(run.fit, precision=begun.fit.precision, compile=compiles)
+        run = replace(run, fit=fit)
         # --eval-tokens must not change, even if --eval-every does
         saving = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)
         run = _measured(replace(run, keeping=saving), tokens_folder(options))

@@ -13,7 +13,9 @@ from dus_cli.heal.estimate import PEAK_FLOPS
 from dus_cli.models.team import Team
 
 # Tokens at once without an accelerator: enough for efficient matrix products, in little memory.
+# Compiled layers keep half as much for the backward pass.
 _CPU_MICRO_BATCH_TOKENS = 512
+_CPU_COMPILED_TOKENS = 1024
 
 # Seconds: a product that takes longer is large enough to measure with.
 _LONG_PRODUCT = 0.05
@@ -63,18 +65,21 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def rows_at_once(team: Team, seq_length: int, most: int, trial: Callable[[int], None]) -> int:
-    """Rows of a micro-batch. On a GPU by a trial: memory at one row and at two gives what a row
+def rows_on_a_cpu(seq_length: int, most: int, *, is_compiled: bool) -> int:
+    """Rows of a micro-batch without an accelerator, of `most` that a worker has in a step."""
+    tokens = _CPU_COMPILED_TOKENS if is_compiled else _CPU_MICRO_BATCH_TOKENS
+    return max(1, min(most, tokens // seq_length))
+
+
+def rows_at_once(team: Team, most: int, trial: Callable[[int], None]) -> int:
+    """Rows of a micro-batch on a GPU, by a trial: memory at one row and at two gives what a row
     costs.
 
     Args:
         team: the workers; all take the smallest answer.
-        seq_length: tokens of a row.
         most: rows that a worker has in a step.
         trial: runs forward and backward on that many rows.
     """
-    if team.device.type != "cuda":
-        return max(1, min(most, _CPU_MICRO_BATCH_TOKENS // seq_length))
     peaks = []
     for rows in (1, 2):
         trial(rows)  # the first run of a shape allocates workspaces that stay

@@ -61,9 +61,6 @@ def load(run: Run, team: Team, *, is_base: bool = False) -> Decoder:
             decoder.keep_only(run.base.layers)
     else:
         _checkpoint_activations(model, run.fit.activation_checkpointing)
-    if run.fit.compile:
-        for layer in decoder.layers:
-            layer.forward = torch.compile(layer.forward)
     return decoder
 
 

@@ -92,7 +92,7 @@ class Optimizer:
         scales: Mapping[str, float] | None = None,
     ) -> None:
         """Args:
-        parameters: all of the model, by name.
+        parameters: all of the model, by name; those without requires_grad never learn.
         recipe: rates, betas, decay, clip.
         team: who else holds parts of them.
         masters: keep fp32 copies of bf16 weights.
@@ -110,7 +110,7 @@ class Optimizer:
         self._slots: dict[str, _Slot] = {}
         self._gains = Gains(parameters) if recipe.gain_lr > 0 else None
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        for parameter in parameters.values():
+        for parameter in (p for p in parameters.values() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(self._collect)  # type: ignore[no-untyped-call]
 
     def _collect(self, parameter: Any) -> None:

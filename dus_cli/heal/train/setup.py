@@ -4,10 +4,13 @@ checkpoint.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from dus_cli.data.growing import AnyRows, GrowingRows
 from dus_cli.data.streams import Prepared, Rows, heldout_sets
+from dus_cli.errors import HealError, reason_of
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.metrics import MetricsFile, read_metrics
 from dus_cli.heal.proof.publish import prepare_publication
@@ -16,16 +19,20 @@ from dus_cli.heal.tracking import open_tracker
 from dus_cli.heal.train.batches import micro_batches, wait_for
 from dus_cli.heal.train.benchmarks import open_benchmarks
 from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
-from dus_cli.heal.train.fitting import peak_flops, rows_at_once
+from dus_cli.heal.train.fitting import peak_flops, rows_at_once, rows_on_a_cpu
 from dus_cli.heal.train.lesson import Clock, Lesson
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.loop import RunLog, Training
-from dus_cli.heal.train.optimizer import Optimizer
+from dus_cli.heal.train.optimizer import Optimizer, local
 from dus_cli.heal.train.pushing import Pusher
 from dus_cli.heal.train.rates import rate_scales
 from dus_cli.heal.train.state import TrainState
+from dus_cli.models.compiled import CompiledLayers
 from dus_cli.models.stopping import Brake, Signals
 from dus_cli.models.team import Team
+
+# How far the loss and the gradient's norm of compiled layers may be from those of plain ones.
+_ROUNDING = 0.03
 
 
 def set_up(run: Run, team: Team, signals: Signals) -> Training:
@@ -61,7 +68,13 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
     teacher = load(run, team, is_base=True) if run.recipe.distill_weight > 0 else None
     if teacher is not None:
         teacher.check_loss(ids, positions)
+    lesson = Lesson(student, teacher, team, Clock(team), Brake(team, lambda: signals.is_received))
     scales = rate_scales(student, run.recipe.rates)
+    student.train_only(
+        run.recipe.train_layers, {name for name, scale in scales.items() if not scale}
+    )
+    # before the optimizer's memory is taken, because it runs the plain layers, too
+    is_compiled = _compile(run, rows, lesson)
     optimizer = Optimizer(
         student.parameters,
         run.recipe,
@@ -72,11 +85,8 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
         scales=scales,
     )
     progress = _resumed(checkpoints, optimizer)
-    frozen = {name for name, scale in scales.items() if not scale}
-    student.train_only(run.recipe.train_layers, frozen)
     optimizer.prepare(name for name, p in student.parameters.items() if p.requires_grad)
     log = _open_log(run, progress) if team.is_first else None
-    lesson = Lesson(student, teacher, team, Clock(team), Brake(team, lambda: signals.is_received))
     return Training(
         run=run,
         team=team,
@@ -91,7 +101,7 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
         log=log,
         benchmarks=open_benchmarks(run),
         pusher=_pusher(run) if team.is_first else None,
-        rows_at_once=_rows_at_once(run, rows, lesson, optimizer),
+        rows_at_once=_rows_at_once(run, rows, lesson, optimizer, is_compiled=is_compiled),
         peak=peak_flops(team.device, next(iter(student.parameters.values())).dtype),
     )
 
@@ -132,11 +142,71 @@ def _open_log(run: Run, progress: TrainState) -> RunLog:
     return RunLog(metrics, open_tracker(run, written, last))
 
 
-def _rows_at_once(run: Run, rows: AnyRows, lesson: Lesson, optimizer: Optimizer) -> int:
+def _compile(run: Run, rows: AnyRows, lesson: Lesson) -> bool:
+    """Compile the layers; on a CPU, if they then learn the same from the first rows. Return whether
+    they are compiled.
+
+    Raises:
+        HealError: --compile was given, and they cannot be compiled or learn something else.
+    """
+    if run.fit.compile is False:
+        return False
+    student = lesson.student
+    if lesson.team.device.type != "cpu":
+        for layer in student.layers:
+            layer.forward = torch.compile(layer.forward)
+        return True
+    layers = CompiledLayers(student.layers)
+    student.model.train()  # the code compiled for evaluation would be another
+    try:
+        plain = _learned(run, rows, lesson, is_compiled=layers.switch(False))
+        compiled = _learned(run, rows, lesson, is_compiled=layers.switch(True))
+        is_same = all(
+            abs(a - b) <= _ROUNDING * max(1.0, abs(a)) for a, b in zip(plain, compiled, strict=True)
+        )
+        problem = "" if is_same else "the compiled layers learn something else"
+    except Exception as error:  # noqa: BLE001  (a compiler fails in many ways)
+        problem = f"torch.compile failed: {reason_of(error)}"
+    finally:
+        student.model.zero_grad()
+        student.model.eval()
+    if problem and run.fit.compile:
+        raise HealError(f"{problem}; leave --compile out")
+    if problem:
+        sys.stderr.write(f"not compiled: {problem}\n")
+    return layers.switch(not problem)
+
+
+def _learned(run: Run, rows: AnyRows, lesson: Lesson, *, is_compiled: bool) -> tuple[float, float]:
+    """The mean loss and the gradient's norm of the rows that compiled layers take at once."""
+    team = lesson.team
+    together, at_once = (
+        run.fit.micro_batch_rows
+        or rows_on_a_cpu(run.seq_length, _most_rows(run, team), is_compiled=each)
+        for each in (True, is_compiled)
+    )
+    wait_for(rows, range(together * team.size), team, lesson.brake)
+    batches = micro_batches(rows, 0, together * team.size, at_once, team)
+    counted = max(1.0, team.sum([sum(batch.num_labels for batch in batches)])[0])
+    with torch.random.fork_rng(devices=[]):
+        total = sum(lesson.backward(batch, counted, 0.0)[0] for batch in batches)
+    gradients = [p.grad for p in lesson.student.parameters.values() if p.grad is not None]
+    squares = sum(float(local(gradient).float().square().sum()) for gradient in gradients)
+    lesson.student.model.zero_grad()
+    total, squares = team.sum([total, squares])
+    return total / counted, squares**0.5
+
+
+def _rows_at_once(
+    run: Run, rows: AnyRows, lesson: Lesson, optimizer: Optimizer, *, is_compiled: bool
+) -> int:
     """The rows of a micro-batch: as the run says, or as many as fit."""
     team = lesson.team
     if run.fit.micro_batch_rows is not None:
         return run.fit.micro_batch_rows
+    most = _most_rows(run, team)
+    if team.device.type != "cuda":
+        return rows_on_a_cpu(run.seq_length, most, is_compiled=is_compiled)
 
     def trial(count: int) -> None:
         wait_for(rows, range(count * team.size), team, lesson.brake)
@@ -144,4 +214,8 @@ def _rows_at_once(run: Run, rows: AnyRows, lesson: Lesson, optimizer: Optimizer)
         lesson.backward(batch, 1.0, run.recipe.distill_weight)
         optimizer.clear()
 
-    return rows_at_once(team, run.seq_length, -(-run.rows_per_step // team.size), trial)
+    return rows_at_once(team, most, trial)
+
+
+def _most_rows(run: Run, team: Team) -> int:
+    return -(-run.rows_per_step // team.size)
