@@ -12,7 +12,6 @@ from dus_cli.common.bounds import check_fields
 from dus_cli.common.units import counted
 from dus_cli.errors import HealError, UsageError, shown
 from dus_cli.heal import run as run_file
-from dus_cli.heal.launch.plan import num_processes
 from dus_cli.heal.options import (
     BudgetOptions,
     Checkpointing,
@@ -448,7 +447,8 @@ def _fit(fit: FitOptions, launch: LaunchOptions, flops: float) -> FitPlan:
         precision=fit.precision.on().value,
         master_weights=fit.master_weights.value,
         activation_checkpointing=fit.activation_checkpointing.value,
-        compile=_compiles(fit, flops / (num_processes(launch) * launch.nnodes)),
+        # without --nproc-per-node there is one worker on a CPU
+        compile=_compiles(fit, flops / ((launch.nproc_per_node or 1) * launch.nnodes)),
         sharding=sharding,
         offload=fit.offload,
     )
