@@ -724,6 +724,7 @@ def test_compiled_layers_learn_the_same(home: Path) -> None:
     plain = heal_in(home, "not-compiled", *short, "--no-compile")
     compiled = heal_in(home, "compiled", *short, "--compile")
     assert_same_curve(plain, compiled)
+    assert_same_curve(compiled, heal_in(home, "compiled-by-two", *short, "--compile", workers=2))
     # what is measured before training does not depend on a compiler
     assert tiny.metrics(plain)[0]["eval_loss"] == tiny.metrics(compiled)[0]["eval_loss"]
 
