@@ -2,8 +2,8 @@
 extra is for.
 
 Each extra holds the one before it (core, heal, eval), so that one environment grows and each stage
-has exactly what `pip install dus-cli[…]` brings. It takes minutes and a package index: `make test`
-sets DUS_TEST_EXTRAS=1.
+has exactly what `pip install dus-cli[…]` brings; fastokens and stores, which add to heal, come last.
+It takes minutes and a package index: `make test` sets DUS_TEST_EXTRAS=1.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -159,3 +161,59 @@ def test_the_eval_extra_alone_runs_a_task(healing: Alone) -> None:
     (tasks / "guesses.yaml").write_text(TASK.format(file=tasks / "test.jsonl"))
     report = healing.report("eval", "./base", "--tasks", "guesses", "--include-path", "tasks")
     assert report["models"][0]["scores"][0]["task"] == "guesses"
+
+
+def test_the_fastokens_extra_gives_the_same_tokens(healing: Alone) -> None:
+    healing.pip("install", f"{healing.wheel}[fastokens]")
+    tiny.write_corpus(healing.folder / "long.jsonl", 3000)
+    assert (healing.folder / "long.jsonl").stat().st_size > 1 << 18  # less is left to tokenizers
+    few = ("--data", "long.jsonl", "--seq-length", "32", "--steps", "1", "--batch-tokens", "128")
+
+    def tokens(name: str) -> dict[str, bytes]:
+        healing.dus("heal", "scaled", *few, "-o", name, "--print-command")
+        folder = healing.folder / name / "tokens"
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.bin")}
+
+    quick = tokens("quick")
+    healing.pip("uninstall", "--yes", "fastokens")
+    assert quick == tokens("slow") != {}
+
+
+class _NoBucket(BaseHTTPRequestHandler):
+    """An S3 server without a bucket."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        content = b"<Error><Code>NoSuchBucket</Code><Message>no bucket</Message></Error>"
+        self.send_response(404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else content)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_the_stores_extra_asks_an_object_store(healing: Alone) -> None:
+    into = ("heal", "scaled", "--data", "s3://corpus/a.jsonl", "-o", "stored", "-q")
+    assert "needs s3fs; pip install 'dus-cli[stores]'" in healing.dus(*into, code=1)
+    healing.pip("install", f"{healing.wheel}[stores]")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _NoBucket) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        error = healing.dus(
+            *into,
+            code=1,
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_port}",
+            AWS_ACCESS_KEY_ID="key",
+            AWS_SECRET_ACCESS_KEY="secret",
+            AWS_DEFAULT_REGION="us-east-1",
+        )
+        server.shutdown()
+    assert error.startswith("error: s3://corpus/a.jsonl is not there")
+    assert _NoBucket.asked
+    code = "import gcsfs, fsspec; fsspec.get_filesystem_class('gs')"
+    subprocess.run([healing.folder / "venv/bin/python", "-c", code], check=True)
