@@ -180,7 +180,11 @@ def test_where_python_reads_no_toml_it_says_what_to_do(
 OF_HEAL = (
     "--until base --holdout 0.7% --betas 0.8,0.99 --warmup 7 --decay 12.5% --distill 0.3:80% "
     "--save-every 90s --micro-batch 4 --nproc-per-node auto --no-document-mask --train new --lr "
-    "1e-05 --eval-data ä.txt --tokens 1.5M --lr-scale base=0.5 --chat-field talk --export-every 9"
+    "1e-05 --eval-data ä.txt --tokens 1.5M --lr-scale base=0.5 --chat-field talk --export-every 9 "
+    "--stream --shuffle-window 2M --token-cache kept --token-cache-size 5GB --weight-field quality "
+    "--track wandb --track-project p --track-run r --track-group g --push-every 18 --push-to "
+    "org/name@try --eval-tasks arc_easy --eval-tasks-every 2 --eval-tasks-limit 50 "
+    "--include-path tasks"
 )
 
 
@@ -226,6 +230,13 @@ def test_the_printed_config_gives_the_same_options_back(tmp_path: Path) -> None:
         "chat-field": "talk",
         "export-every": 9,
         "until": "base",
+        "stream": True,
+        "shuffle-window": 2_000_000,
+        "token-cache-size": "5GB",
+        "weight-field": "quality",
+        "track-group": "g",
+        "push-to": "org/name@try",
+        "eval-tasks": ["arc_easy"],
     }
     assert expected.items() <= found.items()
     options = {parameter.opts[0].removeprefix("--") for parameter in load_command("heal").params}

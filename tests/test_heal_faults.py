@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DUS, dus
+from conftest import DUS, Run, dus
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -580,6 +580,20 @@ def test_other_data_or_another_model_is_refused(home: Path, half: Path, tmp_path
     model = tiny.upscaled(tiny.write_base(tmp_path / "base", seed=1), tmp_path / "scaled")
     done = tiny.forked_dus("heal", model, "-o", half, "--data", home / "corpus.jsonl", *arguments)
     done.assert_one_line_error("the model")
+
+
+def test_other_weights_of_the_same_data_are_refused(home: Path, tmp_path: Path) -> None:
+    """They change which row comes when."""
+    other = tiny.write_corpus(tmp_path / "other.jsonl", 600, seed=1)
+    out: tuple[str | Path, ...] = ("-o", tmp_path / "out", *SHORT, "-q", "--print-command")
+
+    def run(weight: str) -> Run:
+        data = ("--data", f"{home / 'corpus.jsonl'}:{weight}", "--data", f"{other}:1")
+        return tiny.forked_dus("heal", home / "scaled", *data, *out)
+
+    assert run("3").returncode == 0
+    assert run("3").returncode == 0
+    run("2").assert_one_line_error("other options (the weights of --data)")
 
 
 def test_a_finished_run_says_so_at_once_and_changes_nothing(home: Path, signals: Story) -> None:

@@ -348,8 +348,14 @@ def check_same(old: Run, new: Run) -> None:
         changed.append("the model")
     if old.data["content_key"] != new.data["content_key"]:
         changed.append("the data")
+    elif _weights(old) != _weights(new):
+        changed.append("the weights of --data")
     if changed:
         raise other_options(old, changed)
+
+
+def _weights(run: Run) -> list[float | None]:
+    return [source["weight"] for source in run.data["sources"]]
 
 
 def changed_options(old: Run, options: dict[str, Any]) -> list[str]:
