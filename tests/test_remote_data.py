@@ -68,6 +68,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
         "datasets/org/plain": StandInRepo({FIRST: plain}, {"main": FIRST}),
         "datasets/org/private": StandInRepo({FIRST: first}, {"main": FIRST}, private=True),
     }
+    longer = write_data_set(tmp_path / "long", [text * 9 for text in TEXTS])
+    repos["datasets/org/long"] = StandInRepo({FIRST: longer}, {"main": FIRST})
     repos["buckets/org/corpus"] = StandInRepo({FIRST: first}, {"main": FIRST})
     with only_hub(repos, tmp_path / "hf", monkeypatch) as running:
         # huggingface_hub read them when it was imported
@@ -298,6 +300,26 @@ def test_heal_tokenises_from_the_hub_what_it_would_from_the_disk(
     here = prepared("here", str(tmp_path / "first/data/train-0.jsonl.gz"))
     assert there["content_key"] == here["content_key"]
     assert not list((tmp_path / "there/tokens").rglob("*.gz"))
+
+
+def test_heal_streams_from_the_hub_what_it_would_from_the_disk(
+    hub: StandInHub, tmp_path: Path
+) -> None:
+    """Its text is tokenised while the model trains, over connections that break."""
+    pytest.importorskip("torch")
+    tiny = pytest.importorskip("tiny")
+    model = tiny.write_base(tmp_path / "base")
+    few = "--seq-length 64 --batch-tokens 256 --steps 20 --holdout 20% --precision fp32 -q".split()
+    stream = ("--stream", "--shuffle-window", "2000")
+
+    def curve(name: str, argument: str) -> object:
+        done = dus("heal", model, "-o", tmp_path / name, "--data", argument, *few, *stream)
+        assert (done.returncode, done.stderr) == (0, "")
+        return tiny.curve(tmp_path / name)
+
+    hub.faults.broken_after = 1000
+    there = curve("there", "hf://datasets/org/long")
+    assert there == curve("here", str(tmp_path / "long/data/train-0.jsonl.gz"))
 
 
 def test_an_object_store_is_read_where_it_lies(
