@@ -46,6 +46,20 @@ def last_step(out: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
+def send(signum: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def is_worker(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"dus_cli.heal.worker" in words and b"torch.distributed.run" not in words
+
+
 class Hosts:
     """Hosts 0, 1 and 2, at 10.77.0.1, 10.77.0.2 and 10.77.0.3."""
 
@@ -76,14 +90,39 @@ class Hosts:
         with contextlib.suppress(subprocess.CalledProcessError):
             self.ip("link", "del", self.bridge)
 
+    def processes(self, *ranks: int) -> list[int]:
+        """The processes of these hosts."""
+        command = ("ip", "netns", "pids")
+        found = [
+            subprocess.run(
+                [*command, self.names[rank]], check=True, capture_output=True, text=True
+            ).stdout
+            for rank in ranks
+        ]
+        return [int(pid) for pids in found for pid in pids.split()]
+
     def kill(self, rank: int) -> None:
         """Every process of a host, at once."""
-        found = subprocess.run(
-            ["ip", "netns", "pids", self.names[rank]], check=True, capture_output=True, text=True
-        )
-        for pid in map(int, found.stdout.split()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        send(signal.SIGKILL, self.processes(rank))
+
+    @contextlib.contextmanager
+    def frozen(self, *ranks: int) -> Iterator[None]:
+        """The workers that now run on these hosts stand still, so that the run is not over too
+        soon. torchrun goes on, for it would be given up without a sign of life.
+        """
+        found = [pid for pid in self.processes(*ranks) if is_worker(pid)]
+        send(signal.SIGSTOP, found)
+        yield
+        send(signal.SIGCONT, found)
+
+    @contextlib.contextmanager
+    def cut(self, rank: int) -> Iterator[None]:
+        """The link of a host is down."""
+        self.ip("link", "set", self.links[rank], "down")
+        try:
+            yield
+        finally:
+            self.ip("link", "set", self.links[rank], "up")
 
     def heal(
         self,
@@ -142,18 +181,18 @@ def test_two_hosts_outlive_a_late_start_a_cut_link_and_the_death_of_one(
     until(lambda: last_step(out) >= 10 or first.poll() is not None)
     assert first.poll() is None, first.communicate()
     # a run that would have the same port
-    other = hosts.heal(0, home / "other", *run)
-    told = other.communicate(timeout=PATIENCE)[1].splitlines()[-1]
+    with hosts.frozen(0, 1):
+        other = hosts.heal(0, home / "other", *run)
+        told = other.communicate(timeout=PATIENCE)[1].splitlines()[-1]
     assert other.returncode == 1
     assert told == (
         "error: --rdzv-endpoint: port 29500 cannot be served by this machine, which is node 0 "
         "(Address already in use); another run may have it; give every node another port"
     )
-    Hosts.ip("link", "set", hosts.links[1], "down")
-    time.sleep(20)
-    assert first.poll() is None
-    assert late.poll() is None
-    Hosts.ip("link", "set", hosts.links[1], "up")
+    with hosts.cut(1):
+        time.sleep(20)
+        assert first.poll() is None
+        assert late.poll() is None
     at = last_step(out)
     until(lambda: last_step(out) >= at + 25 or first.poll() is not None)
     hosts.kill(1)
