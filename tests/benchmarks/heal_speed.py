@@ -1,10 +1,12 @@
 """Tokens a second and peak memory of `dus heal` against transformers' Trainer, on the same work, in
 one run.
 
-    python tests/benchmarks/heal_speed.py MODEL --data train.jsonl [--steps 3] [--rounds 2]
+    python tests/benchmarks/heal_speed.py MODEL --data train.jsonl [--steps 3] [--rounds 2] \
+        [--no-compile]
 
 Both run steps of 8 × 512 tokens, in pairs, each in a process of its own. The first step is a
-warm-up: for dus the median of the steps is taken, for the Trainer the sum, as its users see it.
+warm-up: for dus the median of the steps is taken, for the Trainer the sum, as its users see it. The
+layers of dus are compiled, as those of a long run are by default.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def run_json(model: str, data: str, folder: Path, *extra: str) -> Path:
     return Path(shlex.split(done.stdout)[-1])
 
 
-def ours(model: str, data: str, folder: Path, steps: int, workers: int = 1) -> dict[str, Any]:
+def ours(
+    model: str, data: str, folder: Path, steps: int, *, compiled: bool, workers: int = 1
+) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
@@ -62,6 +66,7 @@ def ours(model: str, data: str, folder: Path, steps: int, workers: int = 1) -> d
         str(10**6),
         "--nproc-per-node",
         str(workers),
+        "--compile" if compiled else "--no-compile",
         "--json",
     ]
     report: dict[str, Any] = json.loads(
@@ -93,7 +98,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", default="1,2")
+    parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
+    compiled = not options.no_compile
     print("| round | tokens/s: dus | Trainer | ratio | peak memory: dus | Trainer | ratio |")
     print("|---|---|---|---|---|---|---|")
     ratios = []
@@ -103,7 +110,7 @@ def main() -> None:
             peer = theirs(
                 run_json(options.model, options.data, folder, "--seq-length", "512"), options.steps
             )
-            mine = ours(options.model, options.data, folder, options.steps)
+            mine = ours(options.model, options.data, folder, options.steps, compiled=compiled)
         speed = mine["tokens_per_second"] / peer["tokens_per_second"]
         memory = mine["peak_memory_bytes"] / peer["peak_memory_bytes"]
         ratios.append((speed, memory))
@@ -123,7 +130,12 @@ def main() -> None:
     print(f"({mine['peak_flops_source']})\n\n| workers | tokens/s |\n|---|---|")
     for workers in map(int, options.workers.split(",")):
         with tempfile.TemporaryDirectory() as name:
-            found = ours(options.model, options.data, Path(name), options.steps, workers)
+            folder = Path(name)
+            found = ours(
+                *(options.model, options.data, folder, options.steps),
+                compiled=compiled,
+                workers=workers,
+            )
         print(f"| {workers} | {found['tokens_per_second']:.0f} |", flush=True)
 
 
