@@ -211,3 +211,18 @@ def test_a_run_begun_when_a_run_had_phases_goes_on_if_it_has_one(home: Path) -> 
     then["recipe"]["phases"].append({"start": 5, "layers": None})
     path.write_text(json.dumps(then))
     tiny.forked_dus(*arguments).assert_one_line_error("several training phases", "remove it")
+
+
+def test_data_that_are_not_there_leave_nothing_behind(home: Path) -> None:
+    for more in ((), ("--stream", "--tokens", "8k")):
+        done = tiny.forked_dus(
+            "heal", home / "scaled", "--data", "none.jsonl", *more, "-o", home / "nowhere", "-q"
+        )
+        done.assert_one_line_error("none.jsonl is not a file, a folder or a pattern")
+        assert not (home / "nowhere").exists()
+    (home / "empty").mkdir()
+    done = tiny.forked_dus(
+        "heal", home / "scaled", "--data", "none.jsonl", "-o", home / "empty", "-q"
+    )
+    assert done.returncode == 1
+    assert (home / "empty").is_dir(), "dus did not make it"

@@ -16,7 +16,7 @@ from dus_cli.common.libraries import require
 from dus_cli.common.reports import public
 from dus_cli.common.storage import Storage, known, remove, sync_refusal, try_storage
 from dus_cli.common.units import counted
-from dus_cli.errors import HealError, OutputError, shown
+from dus_cli.errors import DusError, HealError, OutputError, shown
 from dus_cli.evaluation.options import TaskOptions
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import resolve
@@ -246,10 +246,18 @@ def prepare_run(options: HealOptions, model: Model, view: View) -> Run:
             )
     finally:
         remove(probe)
+    is_ours = options.launch.nnodes == 1 and not output.exists()
     output.mkdir(exist_ok=True)
     if options.launch.node_rank == 0:
         folders.check_unlocked(output / "checkpoints")
-    run = _planned(options, model, tokens_folder(options), view)
+    try:
+        run = _planned(options, model, tokens_folder(options), view)
+    except DusError:
+        if is_ours:  # data that are refused at once leave nothing behind
+            for folder in (output / "tokens", output):
+                with contextlib.suppress(OSError):  # it is not empty, or not there
+                    folder.rmdir()
+        raise
     if (output / RUN_NAME).exists():
         begun = read_run(output / RUN_NAME)
         check_same(begun, run)
