@@ -58,9 +58,8 @@ def read_segment(folder: Path, key: str) -> TokenSegment | None:
     try:
         meta = json.loads((folder / key / "meta.json").read_bytes())
         place = json.loads((folder / key / PLACE).read_bytes())
-        tokens, documents = meta["num_tokens"], meta["num_documents"]
         return TokenSegment(
-            Part(key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"]),
+            Part.of(key, meta),
             meta,
             TextPlace(place["file"], place["documents"]),
             place["position"],
@@ -146,7 +145,7 @@ class GrowingRows:
     def rows_per_epoch(self) -> int:
         """The rows of an epoch, estimated from the streams' beginnings."""
         tokens = self._growing.num_train_tokens
-        num_rows = [max(1, (number - 1) // self.packing.stride) for number in tokens]
+        num_rows = [max(1, self.packing.num_rows(number)) for number in tokens]
         return Order(num_rows, self._growing.weights, self.order.seed).rows_per_epoch
 
     def has(self, index: int) -> bool:
@@ -161,7 +160,7 @@ class GrowingRows:
         return stream.has_ended or self._num_rows(stream) >= needed
 
     def _num_rows(self, stream: Stream) -> int:
-        return max(0, stream.num_tokens - 1) // self.packing.stride
+        return self.packing.num_rows(stream.num_tokens)
 
     def tokens_needed(self, num_rows: int) -> list[int]:
         """The tokens that each stream must have before the run's first rows are all known, unless
@@ -218,3 +217,15 @@ class GrowingRows:
 
 # The training rows of a run.
 AnyRows: TypeAlias = Rows | GrowingRows
+
+
+def open_rows(
+    prepared: Prepared, folder: Path, seq_length: int, seed: int, *, document_mask: bool = True
+) -> AnyRows:
+    """The training rows of a run, whose tokens are all made or still grow.
+
+    Raises:
+        DataError: there are too few tokens for a row.
+    """
+    kind: type[AnyRows] = Rows if prepared.growing is None else GrowingRows
+    return kind(prepared, folder, seq_length, seed, document_mask=document_mask)

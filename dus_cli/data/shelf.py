@@ -441,11 +441,7 @@ class Shelf:
             self.advance(sum(stamp_of(path)[0] for path in files))
         if max(meta["highest_id"], meta["eos"]) >= self.vocab_size:
             self.load().check_ids(max(meta["highest_id"], meta["eos"]))
-        tokens, documents = meta["num_tokens"], meta["num_documents"]
-        part = Part(
-            key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"]
-        )
-        return part, meta
+        return Part.of(key, meta), meta
 
     def _stored(self, key: str) -> dict[str, Any] | None:
         """The meta.json of a part; None if the part is missing or damaged."""

@@ -44,6 +44,14 @@ class Part:
     num_heldout_tokens: int
     num_heldout_documents: int
 
+    @classmethod
+    def of(cls, key: str, meta: dict[str, Any]) -> Part:
+        """The part in the folder `key`, by its meta.json."""
+        tokens, documents = meta["num_tokens"], meta["num_documents"]
+        return cls(
+            key, tokens["train"], documents["train"], tokens["heldout"], documents["heldout"]
+        )
+
 
 @dataclass(frozen=True)
 class PreparedSource:
@@ -324,6 +332,10 @@ class Packing:
         """Tokens of the stream from one row to the next."""
         return self.seq_length - len(self.before)
 
+    def num_rows(self, num_tokens: int) -> int:
+        """The whole rows in a stream of so many tokens; the last token is a label only."""
+        return max(0, num_tokens - 1) // self.stride
+
     @property
     def num_unpredicted(self) -> int:
         """Tokens at the beginning of each document that are not predicted."""
@@ -418,8 +430,7 @@ class Rows:
         weights = [source.weight for source in prepared.sources if source.weight is not None]
         groups = [source.parts for source in prepared.sources] if weights else [prepared.parts]
         self._streams = [Stream(folder, parts, "train", prepared.dtype) for parts in groups]
-        stride = self.packing.stride
-        self.num_rows = tuple(max(0, stream.num_tokens - 1) // stride for stream in self._streams)
+        self.num_rows = tuple(self.packing.num_rows(each.num_tokens) for each in self._streams)
         if weights and 0 in self.num_rows:
             name = prepared.sources[self.num_rows.index(0)].name
             raise DataError(

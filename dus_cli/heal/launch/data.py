@@ -132,14 +132,11 @@ def token_bytes(run: Run, prepared: Prepared) -> int:
 
 
 def _rows_per_epoch(prepared: Prepared, folder: Path, length: int, options: HealOptions) -> int:
-    from dus_cli.data.growing import GrowingRows
-    from dus_cli.data.streams import Rows
+    from dus_cli.data.growing import GrowingRows, open_rows
 
-    seed = options.recipe.seed
-    if prepared.growing is None:
-        return Rows(prepared, folder, length, seed).rows_per_epoch
-    rows = GrowingRows(prepared, folder, length, seed)
-    rows.check_not_empty()
+    rows = open_rows(prepared, folder, length, options.recipe.seed)
+    if isinstance(rows, GrowingRows):
+        rows.check_not_empty()
     return rows.rows_per_epoch
 
 

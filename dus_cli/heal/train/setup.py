@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from dus_cli.data.growing import AnyRows, GrowingRows
-from dus_cli.data.streams import Prepared, Rows, heldout_sets
+from dus_cli.data.growing import AnyRows, open_rows
+from dus_cli.data.streams import Prepared, heldout_sets
 from dus_cli.errors import HealError, reason_of
 from dus_cli.heal.estimate import num_shards
 from dus_cli.heal.metrics import MetricsFile, read_metrics
@@ -51,7 +51,9 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
     student = load(run, team)
     publication = prepare_publication(run, student, team)
     data = Prepared.from_json(run.data)
-    rows = _rows(run, data)
+    rows = open_rows(
+        data, run.tokens_folder, run.seq_length, run.recipe.seed, document_mask=run.document_mask
+    )
     heldout = heldout_sets(
         data,
         run.tokens_folder,
@@ -104,13 +106,6 @@ def set_up(run: Run, team: Team, signals: Signals) -> Training:
         rows_at_once=_rows_at_once(run, rows, lesson, optimizer, is_compiled=is_compiled),
         peak=peak_flops(team.device, next(iter(student.parameters.values())).dtype),
     )
-
-
-def _rows(run: Run, data: Prepared) -> AnyRows:
-    seed, mask = run.recipe.seed, run.document_mask
-    if data.growing is not None:
-        return GrowingRows(data, run.tokens_folder, run.seq_length, seed, document_mask=mask)
-    return Rows(data, run.tokens_folder, run.seq_length, seed, document_mask=mask)
 
 
 def _pusher(run: Run) -> Pusher | None:
