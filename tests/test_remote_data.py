@@ -16,6 +16,7 @@ from conftest import dus
 from hub_server import HANG_UP, READER, StandInHub, StandInRepo, commit_of, only_hub
 
 from dus_cli.common.reports import public
+from dus_cli.data import remote as remote_data
 from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.sources import Source, parse_sources
 from dus_cli.errors import DataError, MissingExtraError
@@ -176,6 +177,49 @@ def test_a_store_that_does_not_answer_is_told_of_once_while_it_is_tried_again(
     with pytest.raises(DataError, match=r"^cannot read hf://"):
         texts(found)
     assert len(said) == 2
+
+
+class Unreliable:
+    """A store that gives a part of at most `longest` bytes, and of a longer one nothing at all."""
+
+    def __init__(self, longest: int) -> None:
+        self.content, self.longest, self.num_requests = (
+            random.Random(1).randbytes(3 << 20),
+            longest,
+            0,
+        )
+
+    def chunks(self, start: int, end: int) -> Iterator[bytes]:
+        self.num_requests += 1
+        if end - start > self.longest:
+            raise RuntimeError("the connection broke off")
+        yield self.content[start:end]
+
+    def file(self) -> remote_data.StoreFile:
+        return remote_data.StoreFile("s3://bucket/a", len(self.content), "1", self.chunks)
+
+
+def test_parts_that_break_off_are_asked_for_in_shorter_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    store = Unreliable(300_000)
+    assert store.file().read(5, 3 << 20) == store.content[5:]
+    assert store.num_requests < 20
+
+
+def test_a_store_whose_client_waits_for_minutes_itself_is_not_tried_eight_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    dead = Unreliable(0)
+    with pytest.raises(DataError, match=r"^cannot read s3://bucket/a: the connection broke off"):
+        dead.file().read(0, 9)
+    assert dead.num_requests == 8
+    monkeypatch.setattr(remote_data, "_PATIENCE", -1.0)  # every attempt has taken longer
+    with pytest.raises(DataError, match="the connection broke off"):
+        dead.file().read(0, 9)
+    assert dead.num_requests == 9
 
 
 def test_a_token_reaches_what_is_private_and_no_other_origin(

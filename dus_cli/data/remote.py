@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,10 @@ _FIRST_PART, _LONGEST_PART = 256 << 10, 8 << 20
 
 # Failures in a row after which it is said that a store does not answer.
 _SAID_AFTER = 2
+
+# Seconds without a byte after which an object store is not tried again, because its client makes
+# several attempts of its own each time.
+_PATIENCE = 120.0
 
 # The package that a store needs in addition to fsspec.
 _CLIENTS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -130,20 +135,27 @@ class StoreFile:
         Raises:
             DataError: the store fails several times in a row.
         """
-        content, failures = bytearray(), 0
+        content, length = bytearray(), end - start
+        failures, since = 0, time.monotonic()
         with store_errors(self.url):
-            while len(content) < end - start:
-                before = len(content)
+            while (at := start + len(content)) < end:
+                failure = None
                 try:
-                    for chunk in self.chunks(start + len(content), end):
+                    for chunk in self.chunks(at, min(at + length, end)):
                         content += chunk
-                    if len(content) == before:
-                        raise OSError(f"none of the bytes {start}-{end - 1} came")
+                    if at == start + len(content):
+                        raise OSError(f"none of the bytes {at}-{end - 1} came")
                 except (*_FINAL, DusError):
                     raise
                 except Exception as error:  # noqa: BLE001  each store's client has errors of its own
-                    failures = 1 if len(content) > before else failures + 1
-                    _wait(error, failures, self.url, self.say)
+                    failure = error
+                if start + len(content) > at:
+                    failures, since = 0, time.monotonic()
+                else:  # a client may give nothing of a part that breaks off: shorter ones now
+                    length = min(length, _FIRST_PART)
+                if failure is not None:
+                    failures += 1
+                    _wait(failure, failures, self.url, self.say, since)
         return bytes(content)
 
     def check_unchanged(self) -> None:
@@ -155,7 +167,7 @@ class StoreFile:
         if self.version_now is None:
             return
         with store_errors(self.url):
-            if _with_retries(self.version_now, self.url, self.say) != self.version:
+            if _with_retries(self.version_now, self.url, self.say, Exception) != self.version:
                 raise DataError(f"{shown(self.url)} changed while it was read; start again")
 
 
@@ -244,7 +256,10 @@ def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 def _store_files(url: str) -> tuple[list[StoreFile], list[str]]:
     import fsspec  # type: ignore[import-untyped]
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it also raises
     fs, path = fsspec.core.url_to_fs(url)
+    # s3fs: five attempts of its own, each of five of botocore's, take minutes without a word.
+    fs.retries = 1
 
     def version(info: Mapping[str, Any]) -> str:
         return json.dumps({key: str(info[key]) for key in _VERSIONS if key in info})
@@ -487,27 +502,41 @@ def _split_of(name: str) -> str | None:
 # --- retries and errors ---------------------------------------------------------------------------
 
 
-def _with_retries(call: Callable[[], _T], place: str, say: Say) -> _T:
-    """The result of a call to a store, which is repeated if the network or a server fails."""
+def _with_retries(
+    call: Callable[[], _T], place: str, say: Say, error_type: type[Exception] = OSError
+) -> _T:
+    """The result of a call to a store, which is repeated if the network or a server fails.
+
+    Args:
+        call: repeated.
+        place: for the line that is said.
+        say: called with a line for a person.
+        error_type: what is raised in such a case, besides httpx's errors. Exception also has those
+            of a store's client, and should only be given if the same store has answered before.
+    """
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
-    failures = 0
+    failures, since = 0, time.monotonic()
     while True:
         try:
             return call()
         except (*_FINAL, DusError):
             raise
-        except (OSError, HTTPError) as error:
+        except (error_type, HTTPError) as error:
             failures += 1
-            _wait(error, failures, place, say)
+            _wait(error, failures, place, say, since)
 
 
-def _wait(error: Exception, failures: int, place: str, say: Say) -> None:
-    """Wait before the next try; raise the error if another try would not help."""
+def _wait(error: Exception, failures: int, place: str, say: Say, since: float) -> None:
+    """Wait before the next try; raise the error if another try would not help. The last byte, or
+    the first try, was at the time `since`.
+    """
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     if not isinstance(error, HTTPError):
         error = OSError(shown(error) or type(error).__name__)
+        if time.monotonic() - since > _PATIENCE:
+            raise error
     seconds = wait_before(error, failures, ATTEMPTS)
     if failures == _SAID_AFTER:
         say(f"{shown(place)} does not answer ({reason_of(error)}); trying again …")

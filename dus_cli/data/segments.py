@@ -402,6 +402,9 @@ class Growth:
             for path, known in zip(self._files[: file + 1], self._stamps, strict=False)
             if stamp_of(path)[:2] != known
         ]
+        current = self._files[file]
+        if isinstance(current, StoreFile):
+            current.check_unchanged()
         if changed:
             raise DataError(
                 f"{shown_list([path.name for path in changed])} changed while it was read; start "
