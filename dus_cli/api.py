@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from dus_cli.common.bounds import check_numbers
 from dus_cli.common.libraries import require
 from dus_cli.common.options import options_of, settled, takes_fields
 from dus_cli.common.reference import ModelRef, model_text, user_path
@@ -327,6 +328,7 @@ def heal(
     launch: LaunchOptions | None = None,
     saving: SavingOptions | None = None,
     dry_run: bool = False,
+    pilot_seconds: float | None = None,
     view: View | None = None,
 ) -> dict[str, Any]:
     """Heal an up-scaled model by continued pretraining, and prove that it healed.
@@ -344,6 +346,8 @@ def heal(
         launch: how many workers, on how many nodes.
         saving: how often the model is measured, saved and exported.
         dry_run: count tokens and steps, estimate memory and FLOPs; write nothing.
+        pilot_seconds: with `dry_run`: train for so long in a temporary folder, and report the
+            run's speed, memory and time by it.
         view: receives the progress; `dus_cli.heal.watch.views.NoView` has all its methods.
 
     Returns:
@@ -363,6 +367,9 @@ def heal(
         launch=launch,
         saving=saving,
     )
+    check_numbers(pilot_seconds=pilot_seconds)
+    if pilot_seconds is not None and not dry_run:
+        raise UsageError("pilot_seconds is a part of dry_run; give it too")
     require("dus heal", "numpy", "torch", "transformers")
     from dus_cli.heal.launch import verb
     from dus_cli.heal.launch.report import dry_run_json
@@ -370,8 +377,8 @@ def heal(
 
     with view or NoView() as shown_view:
         if dry_run:
-            run, shape = verb.preview(options, shown_view)
-            return dry_run_json(run, shape, options)
+            run, shape, found = verb.preview(options, shown_view, pilot_seconds)
+            return dry_run_json(run, shape, options, found)
         return verb.heal(options, shown_view)
 
 

@@ -79,7 +79,7 @@ SIGNATURES: dict[Any, str] = {
     heal: "(model: 'str | Path', output: 'str | Path | None' = None, *, data: 'DataOptions', "
     "budget: 'BudgetOptions | None' = None, recipe: 'RecipeOptions | None' = None, fit: 'FitOptions | None' = None, "
     "launch: 'LaunchOptions | None' = None, saving: 'SavingOptions | None' = None, dry_run: 'bool' = False, "
-    "view: 'View | None' = None) -> 'dict[str, Any]'",
+    "pilot_seconds: 'float | None' = None, view: 'View | None' = None) -> 'dict[str, Any]'",
     verify: "(folder: 'str | Path', options: 'VerifyOptions | None' = None, *, "
     "progress: 'Progress | None' = None, "
     f"{VERIFY}) -> 'Verification'",

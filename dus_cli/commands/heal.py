@@ -19,11 +19,13 @@ from dus_cli.commands.options import (
     Quiet,
     ShowProgress,
     effective_mode,
+    parser,
     path_parser,
 )
 from dus_cli.commands.signature import takes_options
 from dus_cli.common.libraries import require
 from dus_cli.console.terminal import fitted
+from dus_cli.errors import UsageError
 from dus_cli.heal.launch.jobs import JobKind, job_text
 from dus_cli.heal.options import (
     BudgetOptions,
@@ -32,6 +34,7 @@ from dus_cli.heal.options import (
     LaunchOptions,
     RecipeOptions,
     SavingOptions,
+    parse_time,
     typed_options,
 )
 from dus_cli.heal.run import options_of_run
@@ -97,6 +100,16 @@ def heal(
             "--dry-run", help="Count tokens and steps, estimate memory and FLOPs; write nothing."
         ),
     ] = False,
+    pilot: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--pilot",
+            metavar="TIME",
+            parser=parser(parse_time),
+            help="With --dry-run: train for so long (2m) in a temporary folder, and tell the run's "
+            "speed, memory and time by it.",
+        ),
+    ] = None,
     print_config: Annotated[
         bool,
         typer.Option("--print-config", help="Print all options as TOML, for --config, and exit."),
@@ -116,6 +129,8 @@ def heal(
     Measures the loss of the base and of the scaled model, trains under torchrun, and writes an
     ordinary checkpoint with its loss curve. The same command run again continues a run.
     """
+    if pilot is not None and not dry_run:
+        raise UsageError("--pilot is a part of --dry-run; give it too")
     data = replace(data, files=(*data.files, *(more_data or ())))
     options = api.heal_options(
         model,
@@ -144,11 +159,11 @@ def heal(
     prints_text = not (quiet or as_json)
     with view_for(effective_mode(progress, quiet=not prints_text)) as view:
         if dry_run:
-            run, model_shape = launcher.preview(options, view)
+            run, model_shape, found = launcher.preview(options, view, pilot)
             output_text = (
-                json.dumps(dry_run_json(run, model_shape, options))
+                json.dumps(dry_run_json(run, model_shape, options, found))
                 if as_json
-                else dry_run_text(run, model_shape, options)
+                else dry_run_text(run, model_shape, options, found)
             )
         elif print_command:
             command = launcher.prepared_command(options, view)

@@ -81,6 +81,7 @@ BOUNDS = {
     "node-rank": Bounds(0, 65_535),
     "nproc-per-node": Bounds(1, 1024),
     "num-fewshot": Bounds(0, 1000),
+    "pilot-seconds": Bounds(1, _BILLION, is_whole=False),  # of --pilot
     "push-every": Bounds(1, _BILLION),
     "seed": Bounds(0, (1 << 32) - 1),  # what every generator of random numbers takes
     "seq-length": Bounds(2, _LONGEST_ROW),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -197,6 +198,23 @@ def parse_every(text: str) -> Every:
     if not BOUNDS["interval"].holds(number):
         raise ValueError(f"{text!r} is not {BOUNDS['interval']}, in steps or in seconds")
     return Every(seconds=number) if match[2] else Every(steps=int(number))
+
+
+def parse_time(text: str) -> float:
+    """Parse a time with a unit; seconds.
+
+    >>> parse_time("2m"), parse_time("30s")
+    (120.0, 30.0)
+
+    Raises:
+        ValueError: the text is not a time, or out of bounds.
+    """
+    seconds = None
+    with contextlib.suppress(ValueError):
+        seconds = parse_every(text).seconds
+    if seconds is None:
+        raise ValueError(f"{text!r} is not a time of 1s or more; write 30s, 2m or 1h")
+    return seconds
 
 
 def parse_distill(text: str) -> Distill:

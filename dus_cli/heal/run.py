@@ -184,6 +184,7 @@ class Run:
         heldout_documents, heldout_tokens: what each measurement predicts.
         heldout_sets: `documents` and `tokens` of each held-out set that has a name.
         notes: warnings about the model and its base.
+        pilot_seconds: how long a pilot trains; None for a run to its end.
     """
 
     schema: int
@@ -209,6 +210,7 @@ class Run:
     heldout_tokens: int = 0
     notes: tuple[str, ...] = ()
     heldout_sets: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    pilot_seconds: float | None = None
 
     @property
     def tokens_per_step(self) -> int:

@@ -44,10 +44,14 @@ def work(path: Path, signals: Signals) -> int:
     with joined_team() as team:
         training = set_up(run, team, signals)
         try:
-            training.go()
-            training.publish()
+            if run.pilot_seconds is not None:
+                training.pilot(run.pilot_seconds)
+            else:
+                training.go()
+                training.publish()
         except StopRequested:
-            training.keep()
+            if run.pilot_seconds is None:
+                training.keep()
             return signals.exit_code
     return 0
 

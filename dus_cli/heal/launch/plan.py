@@ -186,6 +186,18 @@ def _time(run: Run, flops: float, workers: int, num_nodes: int, *, on_cpu: bool)
     }
 
 
+def with_pace(pilot: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """What a pilot measured, with the time of the planned run at its speed: `run_seconds` by the
+    clock, held-out measurements included and checkpoints not, and `worker_hours`.
+    """
+    training = plan["tokens"] / pilot["tokens_per_second"]
+    seconds = training / (1 - plan["evaluation_share"])
+    return pilot | {
+        "run_seconds": round(seconds, 3),
+        "worker_hours": round(seconds * plan["num_workers"] / 3600, 4),
+    }
+
+
 def num_learning(run: Run, shape: Shape) -> int:
     """The number of trained parameters, without the norms of frozen layers."""
     layers = len(run.recipe.learning_layers(run.num_layers))
@@ -301,6 +313,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         *_token_rows(plan),
         ("memory", f"{memory} needed per worker, {has} available ({plan['device']})"),
         ("time", time),
+        *_pilot_rows(plan),
     ]
     return [
         *(f"{label:<13}{value}" for label, value in rows),
@@ -326,6 +339,32 @@ def _token_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if "token_bytes" not in plan:
         return []
     return [("tokens", f"made while it trains, about {human_bytes(plan['token_bytes'])} of files")]
+
+
+def _pilot_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    if "pilot" not in plan:
+        return []
+    pilot = plan["pilot"]
+    steps, memory = counted(pilot["steps"], "step"), human_bytes(pilot["peak_memory_bytes"])
+    # docs/studies.md has what was tried
+    untold = "the tokens to the base's loss cannot be told by so few steps"
+    return [
+        (
+            "pilot",
+            (
+                f"{pilot['tokens_per_second']:,.0f} tokens/s, peak memory {memory} per worker "
+                f"({steps} in {human_time(pilot['seconds'])})"
+            ),
+        ),
+        (
+            "",
+            (
+                f"at this speed the run takes {human_time(pilot['run_seconds'])}, "
+                f"{pilot['worker_hours']:,.3g} worker hours, checkpoints aside"
+            ),
+        ),
+        ("", untold),
+    ]
 
 
 def _times(epochs: float) -> str:

@@ -19,6 +19,7 @@ from dus_cli.heal.launch.plan import (
     plan_lines,
     plan_of,
     text_size,
+    with_pace,
 )
 from dus_cli.heal.options import HealOptions
 from dus_cli.heal.proof.confidence import confidence_text, doubt, scores_texts
@@ -131,9 +132,15 @@ def command_json(command: list[str], options: HealOptions) -> dict[str, Any]:
     }
 
 
-def dry_run_json(run: Run, shape: Shape, options: HealOptions) -> dict[str, Any]:
-    """The report of a dry run; docs/layout.md describes each field."""
+def dry_run_json(
+    run: Run, shape: Shape, options: HealOptions, pilot: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The report of a dry run; docs/layout.md describes each field. `pilot` is what a pilot
+    measured.
+    """
     plan = plan_of(run, shape, options.launch)
+    if pilot is not None:
+        plan["pilot"] = with_pace(pilot, plan)
     flops = plan["tokens"] * flops_per_token(shape, run.seq_length)
     per_device = (
         TYPICAL_MFU * estimate.PEAK_FLOPS[REFERENCE_GPU] / flops_per_token(shape, run.seq_length)
@@ -163,9 +170,11 @@ def dry_run_json(run: Run, shape: Shape, options: HealOptions) -> dict[str, Any]
     }
 
 
-def dry_run_text(run: Run, shape: Shape, options: HealOptions) -> str:
-    """The report of a dry run for a person."""
-    report = dry_run_json(run, shape, options)
+def dry_run_text(
+    run: Run, shape: Shape, options: HealOptions, pilot: dict[str, Any] | None = None
+) -> str:
+    """The report of a dry run for a person. `pilot` is what a pilot measured."""
+    report = dry_run_json(run, shape, options, pilot)
     memory = report["memory_per_device"]
     parts = ", ".join(
         f"{name} {human_bytes(size)}" for name, size in memory.items() if name != "total" and size

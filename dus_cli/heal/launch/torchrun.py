@@ -362,6 +362,11 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
         raise OutputError(folders.disk_failure(run.checkpoints_folder, os.strerror(errno.ENOSPC)))
     line = _last_log_line(run.folder / LOGS)
     how = f" ({shown(line)})" if line else ", killed from outside or out of memory"
+    if run.pilot_seconds is not None:
+        raise HealError(
+            f"a worker of the pilot died{how}; so would the run's: use more workers, "
+            "--activation-checkpointing full or a smaller --seq-length"
+        )
     raise HealError(
         f"a worker died{how}; {shown(run.folder / LOGS)} has its log; the same command goes on "
         "from the last checkpoint"
@@ -370,6 +375,8 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
 
 def _at_checkpoint(run: Run) -> str:
     """Where a run that ended goes on."""
+    if run.pilot_seconds is not None:
+        return "in the pilot, of which nothing is kept"
     step = folders.newest(run.checkpoints_folder)
     if step is None:
         return "before the first checkpoint; the same command starts again"

@@ -15,8 +15,8 @@ from typing import Any
 from dus_cli.common.libraries import require
 from dus_cli.common.reports import public
 from dus_cli.common.storage import Storage, known, remove, sync_refusal, try_storage
-from dus_cli.common.units import counted
-from dus_cli.errors import DusError, HealError, OutputError, shown
+from dus_cli.common.units import counted, human_time
+from dus_cli.errors import DusError, HealError, OutputError, UsageError, shown
 from dus_cli.evaluation.options import TaskOptions
 from dus_cli.heal import checkpoints_folder as folders
 from dus_cli.heal.launch import resolve
@@ -37,7 +37,7 @@ from dus_cli.heal.run import (
     other_options,
     read_run,
 )
-from dus_cli.heal.watch.views import View
+from dus_cli.heal.watch.views import NoView, View
 from dus_cli.maps.model_config import decoder_config
 from dus_cli.maps.shape import Shape, shape_of
 from dus_cli.progress import NoProgress
@@ -345,20 +345,55 @@ def prepared_command(options: HealOptions, view: View) -> list[str]:
 # --- the dry run ----------------------------------------------------------------------------------
 
 
-def preview(options: HealOptions, view: View) -> tuple[Run, Shape]:
-    """The run that these options give, and the model's shape. Token files that OUT lacks are
-    written to a temporary folder.
+def preview(
+    options: HealOptions, view: View, pilot_seconds: float | None = None
+) -> tuple[Run, Shape, dict[str, Any] | None]:
+    """The run that these options give, the model's shape, and what a pilot of so many seconds
+    measured. Token files that OUT lacks are written to a temporary folder, as is all that a pilot
+    writes.
 
     Raises:
-        DusError: as in `heal`.
+        DusError: as in `heal`; or the pilot failed, as the run would.
+        StoppedError: a signal ended the pilot.
     """
+    if pilot_seconds is not None and options.launch.nnodes > 1:
+        raise UsageError("--pilot starts the workers of this node only; leave out --nnodes")
     model = check(options)
-    with contextlib.ExitStack() as stack:
-        folder = tokens_folder(options)
-        if not folder.is_dir():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory(prefix="dus-") as name:
+        temporary, known = Path(name), tokens_folder(options)
+        folder = temporary / "tokens"
+        if known.is_dir() and pilot_seconds is None:
+            folder = known
+        elif known.is_dir() and not options.data.stream:
+            folder.mkdir()
+            for part in known.iterdir():  # linked one by one, so that no other part is added there
+                if part.is_dir() and not part.name.startswith("."):
+                    (folder / part.name).symlink_to(part)
         run = _planned(options, model, folder, view)
-    return run, model_shape(model, run)
+        found = None
+        if pilot_seconds is not None:
+            view.status(f"a pilot of {human_time(pilot_seconds)}")
+            found = _pilot(replace(run, output=name, pilot_seconds=pilot_seconds), options)
+    return run, model_shape(model, run), found
+
+
+def _pilot(run: Run, options: HealOptions) -> dict[str, Any]:
+    """The speed and memory of the first steps of a run, whose folder is a temporary one.
+
+    Raises:
+        HealError, DataError: they failed.
+        StoppedError: a signal ended them.
+    """
+    # nothing leaves the folder: no tracker, no exports, no pushes
+    keeping = replace(
+        run.keeping, track="none", export_every=None, push_every=None, push_to=None, tasks=None
+    )
+    run = replace(run, keeping=keeping)
+    run.write()
+    with room_for(run, options.data):
+        report = run_workers(run, replace(options.launch, max_restarts=0), NoView())
+    measured = ("steps", "seconds", "tokens_per_second", "peak_memory_bytes")
+    return {name: report[name] for name in measured}
 
 
 def model_shape(model: Model, run: Run) -> Shape:

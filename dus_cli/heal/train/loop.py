@@ -4,6 +4,7 @@ read first.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from dus_cli.data.streams import RowsInOrder
 from dus_cli.errors import HealError
 from dus_cli.heal.metrics import MetricsFile
 from dus_cli.heal.proof.publish import Publication
-from dus_cli.heal.run import Run
+from dus_cli.heal.run import REPORT, Run
 from dus_cli.heal.tracking import Tracker
 from dus_cli.heal.train import schedule
 from dus_cli.heal.train.batches import micro_batches, wait_for
@@ -37,6 +38,9 @@ from dus_cli.release.within import BasePlan
 
 # Seconds between two looks at a push, once there is nothing else to do.
 _PUSH_POLL = 0.2
+
+# A pilot's steps at least: the first is left out, because it is slower.
+_FEWEST_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,38 @@ class Training:
             self.lesson.brake.check()
             time.sleep(_PUSH_POLL)
             self._pushed()
+
+    def pilot(self, seconds: float) -> None:
+        """Make the run's first steps for so long, and write how fast they were and the memory that
+        they took as the report. Nothing is measured on held-out text and nothing is saved.
+
+        Raises:
+            HealError: the steps fail, as the run's own would.
+            StopRequested: a signal came.
+        """
+        self.lesson.brake_at_layers(self.rows_at_once * self.run.seq_length)
+        self.signals.cooperate()
+        took: list[float] = []
+        while len(took) < self.run.num_steps and (
+            len(took) < _FEWEST_STEPS or self.team.first_decides(sum(took) < seconds)
+        ):
+            started = time.perf_counter()
+            row = self._step()
+            self.progress.step += 1
+            took.append(time.perf_counter() - started)
+            self._write_row(row | {"seconds": self.lesson.clock.lap()})
+            self._check_streak(row)
+        steady = took[1:] or took
+        peak = self.team.max(float(peak_memory_bytes(self.team.device)))
+        found = {
+            "steps": len(took),
+            "seconds": sum(took),
+            "tokens_per_second": len(steady) * self.run.tokens_per_step / sum(steady),
+            "peak_memory_bytes": int(peak),
+        }
+        if self.log is not None:
+            self.log.close()
+            (self.run.folder / REPORT).write_text(json.dumps(found), encoding="utf-8")
 
     def keep(self) -> None:
         """Save the last finished step, after `StopRequested`; before the start is measured there is
