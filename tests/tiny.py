@@ -4,19 +4,16 @@ and text.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import multiprocessing
-import os
 import random
-import signal
 import socket
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import child
 from conftest import Run
 from forked import dus
 
@@ -169,13 +166,17 @@ def train(
 # Imported once by the server, because it takes several seconds.
 _PRELOADED = (
     "dus_cli.cli dus_cli.heal.launch.verb dus_cli.data.shelf dus_cli.data.streams "
-    "dus_cli.heal.train.setup dus_cli.models.decoder dus_cli.heal.train.checkpoints "
-    "dus_cli.heal.train.optimizer dus_cli.heal.proof.publish dus_cli.heal.train.evaluate "
-    "dus_cli.models.team dus_cli.evaluation.verb dus_cli.evaluation.scorer pyarrow "
-    "transformers.models.llama.modeling_llama "
+    "dus_cli.data.sample dus_cli.heal.worker dus_cli.heal.train.setup dus_cli.models.decoder "
+    "dus_cli.models.weights dus_cli.heal.train.checkpoints dus_cli.heal.train.optimizer "
+    "dus_cli.heal.proof.publish dus_cli.heal.train.evaluate dus_cli.models.team "
+    "dus_cli.evaluation.verb dus_cli.evaluation.scorer pyarrow fsspec "
+    "torch.distributed.checkpoint._fsspec_filesystem torch.profiler._cupti_monitor "
+    "transformers.models.llama.modeling_llama transformers.models.auto.tokenization_auto "
+    "transformers.convert_slow_tokenizer transformers.integrations.mistral "
+    "transformers.models.encoder_decoder "
     "dus_cli.commands.upscale dus_cli.commands.verify dus_cli.commands.heal dus_cli.commands.eval "
-    "dus_cli.commands.probe dus_cli.probe.verb dus_cli.probe.measure dus_cli.upscaling.verb "
-    "dus_cli.verification.verb typer._adapters pydantic.type_adapter"
+    "dus_cli.commands.probe dus_cli.probe.verb dus_cli.probe.measure dus_cli.probe.picture "
+    "dus_cli.upscaling.verb dus_cli.verification.verb typer._adapters pydantic.type_adapter"
 ).split()
 
 
@@ -185,59 +186,11 @@ def _context() -> Any:
     return context
 
 
-def _child(
-    log: str, environment: dict[str, str], target: str, arguments: list[str], first: str
-) -> None:
-    """In a forked process: redirect output to `log` and `log`.err, then run `first`, which is
-    Python code, and the program.
-    """
-    gc.freeze()  # else the first collection copies the memory of all imported modules
-    for stream, path in ((sys.stdout, log), (sys.stderr, f"{log}.err")):
-        stream.flush()
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())
-    os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
-    import torch
-
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    # a shell's background jobs ignore SIGINT
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    exec(first, {})  # noqa: S102  (a test's own)
-    if target == "dus":
-        from dus_cli.cli import main
-
-        sys.argv = ["dus", *arguments]
-        main()
-    elif target == "logits":
-        _save_logits(*map(Path, arguments))
-    else:
-        from dus_cli.heal import worker
-
-        sys.exit(worker.main(arguments))
-
-
-def _save_logits(run_path: Path, folder: Path) -> None:
-    """A worker that loads its part of a run's model and writes the whole model's logits for some
-    bytes.
-    """
-    import torch
-
-    from dus_cli.heal.run import read_run
-    from dus_cli.heal.train.loading import load
-    from dus_cli.models.team import joined_team
-
-    with joined_team() as team, torch.no_grad():
-        decoder = load(read_run(run_path), team)
-        ids = torch.arange(48).reshape(2, 24)
-        logits = decoder.model(input_ids=ids, use_cache=False).logits
-        torch.save(logits, folder / f"logits-{team.size}-{team.rank}.pt")
-
-
 def _start(
     log: Path, environment: dict[str, str], target: str, arguments: list[str], first: str = ""
 ) -> Any:
     process = _context().Process(
-        target=_child, args=(str(log), environment, target, arguments, first)
+        target=child.run, args=(str(log), environment, target, arguments, first)
     )
     process.start()
     return process
