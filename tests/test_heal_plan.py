@@ -21,10 +21,7 @@ from dus_cli.heal.options import RecipeOptions, SavingOptions, Train
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plan")
-    tiny.write_corpus(folder / "corpus.jsonl")
-    tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
-    return folder
+    return tiny.write_home(tmp_path_factory.mktemp("plan"))
 
 
 def dry(home: Path, *arguments: str) -> dict[str, Any]:

@@ -27,10 +27,7 @@ RECIPE = "--steps 20 --seq-length 64 --batch-tokens 128 --holdout 10%".split()
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("pushing")
-    tiny.write_corpus(folder / "corpus.jsonl")
-    tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
-    return folder
+    return tiny.write_home(tmp_path_factory.mktemp("pushing"))
 
 
 @pytest.fixture

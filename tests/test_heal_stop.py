@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
+from runs import PATIENCE, until  # noqa: E402
 
 SHORT = (
     "--steps 6 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-every 2 "
     "--save-every 100 --micro-batch 2 --precision fp32 -q"
 ).split()
-
-# Longer than any step of a busy machine, shorter than any stage that is made longer.
-PATIENCE = 240.0
 
 # A place that a test can wait for, and one that nobody leaves: what a library does in one call.
 PLACES = """
@@ -152,9 +149,7 @@ training.mean_losses = lambda *_: (reached(), stuck())
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scaled model, text, and a run that nothing happened to."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("stop")
-    tiny.write_corpus(folder / "corpus.jsonl", 200)
-    tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
+    folder = tiny.write_home(tmp_path_factory.mktemp("stop"))
     assert (
         tiny.heal(folder / "scaled", folder / "straight", "--data", folder / "corpus.jsonl", *SHORT)
         == ""
@@ -179,19 +174,12 @@ def out(home: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def until(is_so: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def start(out: Path, stage: str, *, workers: int = 1, **fields: Any) -> list[Any]:
     """Workers, once they have reached a stage."""
     marker = out.parent / "reached"
     first = PLACES.format(marker=str(marker)) + stage.format(**fields)
     started = [process for process, _ in tiny.start_workers(out, workers, first=first)]
-    until(lambda: marker.exists() or not all(process.is_alive() for process in started))
+    assert until(lambda: marker.exists() or not all(process.is_alive() for process in started))
     assert all(process.is_alive() for process in started), [process.exitcode for process in started]
     return started
 
@@ -362,7 +350,7 @@ def test_the_command_ends_where_it_is_and_leaves_nothing(
     process = tiny.start_dus(
         tmp_path / "log", name, model, "--data", data, *options, "-q", first=first
     )
-    until(lambda: marker.exists() or not process.is_alive())
+    assert until(lambda: marker.exists() or not process.is_alive())
     os.kill(process.pid, signum)
     assert tiny.wait(process, PATIENCE) == code, (tmp_path / "log.err").read_text()
     assert (

@@ -32,10 +32,7 @@ NAMES = "--track-project heals --track-run first --track-group trims".split()
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("tracking")
-    tiny.write_corpus(folder / "corpus.jsonl")
-    tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
-    return folder
+    return tiny.write_home(tmp_path_factory.mktemp("tracking"))
 
 
 def killed_and_continued(home: Path, out: Path, *options: str, **environment: str) -> None:

@@ -95,6 +95,13 @@ def write_corpus(path: Path, num_documents: int = 200, seed: int = 0) -> Path:
     return path
 
 
+def write_home(folder: Path, num_documents: int = 200) -> Path:
+    """Write what a healing begins with into `folder`: corpus.jsonl, base and scaled."""
+    write_corpus(folder / "corpus.jsonl", num_documents)
+    upscaled(write_base(folder / "base"), folder / "scaled")
+    return folder
+
+
 def write_tasks(folder: Path) -> None:
     """Tasks of lm-evaluation-harness in `folder`/tasks: a choice, a group of two, a generation."""
     words = ("seam", "layer", "model", "text")
