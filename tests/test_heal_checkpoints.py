@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 from dus_cli.errors import HealError, OutputError  # noqa: E402
 from dus_cli.heal import checkpoints_folder as folders  # noqa: E402
 from dus_cli.heal.train.checkpoints import Checkpoints, open_checkpoints  # noqa: E402
+from dus_cli.heal.train.masters import split  # noqa: E402
 from dus_cli.models import team as teams  # noqa: E402
 
 # torch.distributed.checkpoint warns of its own ways
@@ -56,6 +57,29 @@ def test_what_is_saved_is_the_moment_of_the_call_whatever_training_does_next(
     checkpoints.load(3, found)
     assert {float(tensor.mean()) for tensor in found.values()} == {1.0}
     assert checkpoints.state(3) == {"step": 3}
+
+
+def test_a_mean_is_of_the_fp32_masters(checkpoints: Checkpoints) -> None:
+    masters = [1.0 + 2**-12, 1.0 + 3 * 2**-12]  # both are 1 in bf16
+    saved: dict[str, Any] = {}
+    for step, value in enumerate(masters):
+        weight = torch.empty((5, 3), dtype=torch.bfloat16)
+        lower = torch.empty((5, 3), dtype=torch.int16)
+        split(torch.full((5, 3), value), weight, lower)
+        assert set(weight.flatten().tolist()) == {1.0}
+        saved = {
+            "model.weight": weight,
+            "lower.weight": lower,
+            "model.norm": torch.full((3,), value),
+        }
+        checkpoints.save(step, saved, {"step": step})
+    checkpoints.finish()
+    means = checkpoints.means([0, 1], saved)
+    for name in ("weight", "norm"):
+        mean = means.of(name)
+        assert mean is not None
+        assert set(mean.flatten().tolist()) == {1.0 + 2**-11}
+    assert means.of("frozen") is None
 
 
 def test_the_newest_are_kept_and_a_step_is_saved_once(

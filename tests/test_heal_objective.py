@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dus_cli.errors import HealError  # noqa: E402
 from dus_cli.heal.run import RecipePlan  # noqa: E402
+from dus_cli.heal.train import optimizer as adam  # noqa: E402
 from dus_cli.heal.train import schedule  # noqa: E402
 from dus_cli.heal.train.gains import Gains  # noqa: E402
-from dus_cli.heal.train.optimizer import Optimizer, stochastically_rounded  # noqa: E402
+from dus_cli.heal.train.masters import joined, split, stochastically_rounded  # noqa: E402
 from dus_cli.models import losses  # noqa: E402
 from dus_cli.models.devices import computes_in_bf16  # noqa: E402
 from dus_cli.models.losses import Head, Teaching, check_head, loss_sums  # noqa: E402
@@ -136,6 +137,63 @@ def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be() -> 
     assert torch.equal(stochastically_rounded(exact.float(), generator), exact)
 
 
+def test_a_master_is_its_weight_and_16_bits_more() -> None:
+    torch.manual_seed(0)
+    master = torch.cat([torch.randn(200_000), torch.tensor([0.0, -0.0, 1e30, -3e-39])])
+    half_way = torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, -1.0 - 2**-8])  # between bf16 numbers
+    master = torch.cat([master[master.view(torch.int32) % 2**16 != 2**15], half_way])
+    weight = torch.empty(master.shape, dtype=torch.bfloat16)
+    lower = torch.empty(master.shape, dtype=torch.int16)
+    split(master, weight, lower)
+    assert torch.equal(weight, master.bfloat16())
+    back = joined(weight, lower)
+    assert torch.equal(back[:-3].view(torch.int32), master[:-3].view(torch.int32))
+    # rounded down, up, down: only where it is down, one fp32 number nearer to the weight
+    assert back[-3:].tolist() == [1.0 + 2**-8 - 2**-23, 1.0 + 3 * 2**-8, -1.0 - 2**-8 + 2**-23]
+    assert torch.equal(back.bfloat16(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_updates_in_parts_are_those_of_torchs_adamw_over_fp32_masters(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any
+) -> None:
+    monkeypatch.setitem(adam._PART, "cpu", 40)
+    team = Team(0, 1, 1, torch.device("cpu"), None, None)
+    torch.manual_seed(0)
+    parameters = {
+        name: torch.nn.Parameter(torch.randn(shape).to(dtype))
+        for name, shape in {"matrix": (33, 7), "norm": (7,), "number": ()}.items()
+    }
+    theirs = {name: each.detach().float() for name, each in parameters.items()}
+    expected = torch.optim.AdamW(
+        [
+            {"params": [each], "weight_decay": 0.1 if each.ndim > 1 else 0.0}
+            for each in theirs.values()
+        ],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    ours = adam.Optimizer(
+        parameters, _recipe(lr=0.01, weight_decay=0.1), team, masters=True, num_replicas=1
+    )
+    ours.prepare(parameters)
+    for step in range(20):
+        for name, parameter in parameters.items():
+            gradient = torch.randn(parameter.shape).to(dtype)
+            theirs[name].grad = gradient.float()
+            (gradient * parameter).sum().backward()
+        ours.step(1.0, norm=0.0, step=step)
+        expected.step()
+    assert ours.steps() == dict.fromkeys(parameters, 20)
+    for name, parameter in parameters.items():
+        trained = ours.trained(name)
+        assert trained is not None
+        assert trained.dtype == torch.float32
+        torch.testing.assert_close(trained, theirs[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(parameter, trained.to(dtype))
+
+
 def _recipe(**fields: Any) -> RecipePlan:
     values: dict[str, Any] = {
         "lr": 1e-3,
@@ -160,7 +218,7 @@ def test_each_group_learns_at_its_share_of_the_rate() -> None:
     scales = {"whole": 1.0, "tenth": 0.1, "default": None}
     parameters = {name: torch.nn.Parameter(torch.zeros(3, 3)) for name in scales}
     given = {name: scale for name, scale in scales.items() if scale is not None}
-    optimizer = Optimizer(
+    optimizer = adam.Optimizer(
         parameters, _recipe(lr=0.5), team, masters=True, num_replicas=1, scales=given
     )
     optimizer.prepare(parameters)

@@ -77,16 +77,16 @@ def num_learning(shape: Shape, num_layers: int, *, with_embeddings: bool) -> int
 def checkpoint_bytes(
     shape: Shape, *, num_learning: int, weight_bytes: int, has_fp32_masters: bool
 ) -> int:
-    """Bytes of a checkpoint: for each trained parameter its weight, two fp32 moments, and its fp32
-    master if that is a copy.
+    """Bytes of a checkpoint: for each trained parameter its weight, two fp32 moments, and the lower
+    half of its fp32 master if the weight is bf16.
 
     Args:
         shape: the model's.
         num_learning: the number of trained parameters.
         weight_bytes: bytes of a parameter in the forward pass.
-        has_fp32_masters: whether bf16 weights have fp32 master copies.
+        has_fp32_masters: whether bf16 weights have fp32 masters.
     """
-    each = weight_bytes + 8 + (4 if has_fp32_masters and weight_bytes != 4 else 0)
+    each = weight_bytes + 8 + (2 if has_fp32_masters and weight_bytes != 4 else 0)
     return min(num_learning, shape.num_parameters) * each
 
 
@@ -104,12 +104,12 @@ def memory_per_device(
     """The bytes that one device needs. Weights, and the gradients, masters and moments of the
     `num_learning` trained parameters (None: all), are split `num_shards` ways.
 
-    Gradients are summed in fp32; Adam keeps two fp32 moments; one layer and the head are gathered
-    at a time.
+    Gradients are summed in fp32; Adam keeps two fp32 moments; the master of a bf16 weight takes 2
+    bytes more; one layer and the head are gathered at a time.
     """
     each = shape.num_parameters / num_shards
     learning = each if num_learning is None else num_learning / num_shards
-    masters = 4.0 if has_fp32_masters and weight_bytes != 4 else 0.0
+    masters = 2.0 if has_fp32_masters and weight_bytes != 4 else 0.0
     layer = (shape.num_matmul_parameters - shape.vocab_size * shape.hidden_size) / max(
         1, shape.num_layers
     )

@@ -27,6 +27,7 @@ from dus_cli.common.storage import free_bytes, sync
 from dus_cli.common.units import human_bytes
 from dus_cli.errors import HealError, OutputError, shown
 from dus_cli.heal import checkpoints_folder as folders
+from dus_cli.heal.train.masters import joined
 from dus_cli.models.team import Team
 
 _STATE = "state.json"
@@ -264,17 +265,18 @@ class Means:
         Raises:
             HealError: a checkpoint cannot be read.
         """
-        keys = (f"master.{parameter}", f"model.{parameter}")
-        key = next((key for key in keys if key in self._tensors), None)
-        if key is None:
+        keys = (f"model.{parameter}", f"lower.{parameter}")
+        wholes = [self._tensors[key] for key in keys if key in self._tensors]
+        if not wholes:
             return None
-        whole = self._tensors[key]
-        total = torch.zeros(whole.shape, dtype=torch.float32)
+        total = torch.zeros(wholes[0].shape, dtype=torch.float32)
         for path in self._checkpoints:
-            one = torch.empty(whole.shape, dtype=whole.dtype)
+            each = [torch.empty(whole.shape, dtype=whole.dtype) for whole in wholes]
             with _refusals_told(path):
-                dcp.load({key: one}, checkpoint_id=path, no_dist=True)  # type: ignore[attr-defined]
-            total += one
+                dcp.load(  # type: ignore[attr-defined]
+                    dict(zip(keys, each, strict=False)), checkpoint_id=path, no_dist=True
+                )
+            total += joined(*each) if len(each) > 1 else each[0]
         return total / len(self._checkpoints)
 
 

@@ -1,16 +1,16 @@
 """AdamW over the weights that this worker holds: fp32 masters and moments, gradients summed in
 fp32.
 
-The weights that the model computes with stay in bf16. Each has an fp32 master, a gradient and two
-moments (18 bytes a parameter with the weight itself, split over the workers). Without masters the
-bf16 weights are rounded stochastically, so that small updates are not lost on average
-(arXiv:2010.06192).
+The weights that the model computes with stay in bf16. Of the fp32 master of each only the lower
+half is kept beside it (Split-SGD, arXiv:2005.04680), and a gradient and two moments: 16 bytes a
+parameter with the weight itself, split over the workers. Without masters the bf16 weights are
+rounded stochastically, so that small updates are not lost on average (arXiv:2010.06192).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,15 +20,21 @@ from torch.optim.adamw import adamw
 
 from dus_cli.heal.run import RecipePlan
 from dus_cli.heal.train.gains import Gains
+from dus_cli.heal.train.masters import joined, split, stochastically_rounded
 from dus_cli.heal.train.schedule import gain_rate
 from dus_cli.models.team import Team
 
 _EPSILON = 1e-8
 
+# Elements whose masters are held at a time: few on a CPU, whose cache they fit.
+_PART = {"cpu": 1 << 20}
+_PART_ELSEWHERE = 1 << 24
+
 
 @dataclass
 class _Slot:
-    """One parameter's part on this worker. `master` is the weight itself if that is fp32 already.
+    """One parameter's part on this worker. `lower` is what a bf16 weight lacks of its fp32 master,
+    None where there is no master or the weight is one itself.
 
     `scale` is a factor of its learning rates. `is_stale` says that `gradient` is of a step that is
     over: the next one takes its place instead of being added.
@@ -36,7 +42,7 @@ class _Slot:
 
     parameter: nn.Parameter
     weight: Tensor
-    master: Tensor | None
+    lower: Tensor | None
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -53,9 +59,32 @@ class _Slot:
             f"exp_avg.{name}": self.exp_avg,
             f"exp_avg_sq.{name}": self.exp_avg_sq,
         }
-        if self.master is not None and self.master is not self.weight:
-            named[f"master.{name}"] = self.master
+        if self.lower is not None:
+            named[f"lower.{name}"] = self.lower
         return {key: whole(self.parameter, tensor) for key, tensor in named.items()}
+
+    def parts(self) -> Iterator[_Slot]:
+        """The slot cut along its first dimension, so that few masters are held at a time. An update
+        moves the step of a part, not that of the slot.
+        """
+        size = _PART.get(self.weight.device.type, _PART_ELSEWHERE)
+        rows = len(self.weight) if self.weight.ndim else 1
+        at_once = max(1, rows * size // max(1, self.weight.numel()))
+        for start in range(0, rows, at_once):
+            at = slice(start, start + at_once) if self.weight.ndim else ()
+            yield replace(
+                self,
+                weight=self.weight[at],
+                lower=None if self.lower is None else self.lower[at],
+                gradient=self.gradient[at],
+                exp_avg=self.exp_avg[at],
+                exp_avg_sq=self.exp_avg_sq[at],
+                step=self.step.clone(),
+            )
+
+    def values(self) -> Tensor:
+        """The fp32 master, or the weight; the weight itself only if that is fp32."""
+        return self.weight.float() if self.lower is None else joined(self.weight, self.lower)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -130,12 +159,11 @@ class Optimizer:
                 continue
             parameter = self._parameters[name]
             weight = local(parameter.detach())
-            master: Tensor | None = None
-            if weight.dtype == torch.float32:
-                master = weight
-            elif self._masters:
-                more = self._stored(name)
-                master = weight.float() if more is None else more.to(weight.device)
+            lower: Tensor | None = None
+            if weight.dtype != torch.float32 and self._masters:
+                lower = torch.zeros_like(weight, dtype=torch.int16)
+                if (stored := self._stored(name)) is not None:
+                    split(stored.to(weight.device), weight, lower)
             gradient, exp_avg, exp_avg_sq = (
                 torch.zeros_like(weight, dtype=torch.float32) for _ in range(3)
             )
@@ -143,7 +171,7 @@ class Optimizer:
             self._slots[name] = _Slot(
                 parameter,
                 weight,
-                master,
+                lower,
                 gradient=gradient,
                 exp_avg=exp_avg,
                 exp_avg_sq=exp_avg_sq,
@@ -188,14 +216,16 @@ class Optimizer:
         gains = self._gain_factors(factor, share * gain_rate(self._recipe, step))
         divisor = None if factor == 1.0 else torch.tensor(1 / factor, device=device)
         for slot in learning:
-            master = slot.master if slot.master is not None else slot.weight.float()
-            self._update(slot, master, share * self._recipe.lr * slot.scale, divisor)
-            if (gain := gains.get(id(slot), 1.0)) != 1.0:
-                master.mul_(gain)
-            if slot.master is None:
-                slot.weight.copy_(stochastically_rounded(master, rounding))
-            elif master is not slot.weight:
-                slot.weight.copy_(master)
+            for part in slot.parts():
+                values = part.values()
+                self._update(part, values, share * self._recipe.lr * slot.scale, divisor)
+                if (gain := gains.get(id(slot), 1.0)) != 1.0:
+                    values.mul_(gain)
+                if part.lower is not None:
+                    split(values, part.weight, part.lower)
+                elif values is not part.weight:
+                    part.weight.copy_(stochastically_rounded(values, rounding))
+            slot.step += 1
         self.clear()
 
     def _gain_factors(self, clip: float, rate: float) -> dict[int, float]:
@@ -217,12 +247,14 @@ class Optimizer:
         return {id(slot): factor for slot, factor in zip(slots, factors, strict=True)}
 
     def _product(self, slot: _Slot) -> float:
-        weight = slot.master if slot.master is not None else slot.weight.float()
-        return float(torch.dot(slot.gradient.flatten(), weight.flatten()))
+        return sum(
+            float(torch.dot(part.gradient.flatten(), part.values().flatten()))
+            for part in slot.parts()
+        )
 
-    def _update(self, slot: _Slot, master: Tensor, lr: float, divisor: Tensor | None) -> None:
+    def _update(self, slot: _Slot, values: Tensor, lr: float, divisor: Tensor | None) -> None:
         adamw(
-            [master],
+            [values],
             [slot.gradient],
             [slot.exp_avg],
             [slot.exp_avg_sq],
@@ -250,7 +282,8 @@ class Optimizer:
         slot = self._slots.get(name)
         if slot is None:
             return None
-        return whole(slot.parameter, slot.master if slot.master is not None else slot.weight)
+        trained = slot.weight if slot.lower is None else slot.values()
+        return whole(slot.parameter, trained)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint must hold, by name."""
@@ -270,13 +303,3 @@ class Optimizer:
         self.prepare(steps)
         for name, count in steps.items():
             self._slots[name].step.fill_(count)
-
-
-def stochastically_rounded(value: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 to bf16, up or down with the probability that makes the result right on average."""
-    bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(
-        0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
-    )
-    # bf16 is the upper half of fp32: adding noise to the lower half carries into it in proportion.
-    return (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
