@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Bytes of fp32 logits held at a time: enough rows for efficient matrix products.
-_LOGITS_BYTES = {"cpu": 192 << 20}
+_LOGITS_BYTES = {"cpu": 384 << 20}
 LOGITS_BYTES_ELSEWHERE = 512 << 20
 
 # Bytes of logits that a CPU works on at a time: they fit its cache; memory is several times slower.

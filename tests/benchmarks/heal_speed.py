@@ -2,7 +2,7 @@
 one run.
 
     python tests/benchmarks/heal_speed.py MODEL --data train.jsonl [--steps 3] [--rounds 2] \
-        [--no-compile]
+        [--no-compile] [--precision fp32] [--micro-batch 2]
 
 Both run steps of 8 × 512 tokens, in pairs, each in a process of its own. The first step is a
 warm-up: for dus the median of the steps is taken, for the Trainer the sum, as its users see it. The
@@ -45,7 +45,7 @@ def run_json(model: str, data: str, folder: Path, *extra: str) -> Path:
 
 
 def ours(
-    model: str, data: str, folder: Path, steps: int, *, compiled: bool, workers: int = 1
+    model: str, data: str, folder: Path, steps: int, *extra: str, workers: int = 1
 ) -> dict[str, Any]:
     command = [
         sys.executable,
@@ -66,8 +66,8 @@ def ours(
         str(10**6),
         "--nproc-per-node",
         str(workers),
-        "--compile" if compiled else "--no-compile",
         "--json",
+        *extra,
     ]
     report: dict[str, Any] = json.loads(
         subprocess.run(command, check=True, capture_output=True).stdout
@@ -99,18 +99,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--micro-batch", default="auto")
     options = parser.parse_args()
-    compiled = not options.no_compile
+    extra = ["--no-compile" if options.no_compile else "--compile"]
+    extra += ["--precision", options.precision, "--micro-batch", options.micro_batch]
     print("| round | tokens/s: dus | Trainer | ratio | peak memory: dus | Trainer | ratio |")
     print("|---|---|---|---|---|---|---|")
     ratios = []
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            peer = theirs(
-                run_json(options.model, options.data, folder, "--seq-length", "512"), options.steps
-            )
-            mine = ours(options.model, options.data, folder, options.steps, compiled=compiled)
+            shape = ("--seq-length", "512", "--precision", options.precision)
+            peer = theirs(run_json(options.model, options.data, folder, *shape), options.steps)
+            mine = ours(options.model, options.data, folder, options.steps, *extra)
         speed = mine["tokens_per_second"] / peer["tokens_per_second"]
         memory = mine["peak_memory_bytes"] / peer["peak_memory_bytes"]
         ratios.append((speed, memory))
@@ -132,9 +134,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             found = ours(
-                *(options.model, options.data, folder, options.steps),
-                compiled=compiled,
-                workers=workers,
+                *(options.model, options.data, folder, options.steps), *extra, workers=workers
             )
         print(f"| {workers} | {found['tokens_per_second']:.0f} |", flush=True)
 

@@ -70,7 +70,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
     def _evaluate(self, step: int, model: Any) -> None:
         model.eval()
         total, count = 0.0, 0
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=self._run.fit.precision == "bf16"),
+        ):
             for row in self._heldout if self._every < 10**9 else []:
                 ids, labels, positions = (torch.from_numpy(part)[None] for part in row)
                 logits = model(input_ids=ids, position_ids=positions).logits.float()
@@ -113,7 +116,7 @@ def main() -> None:
                 max_steps=options.steps,
                 learning_rate=options.lr,
                 lr_scheduler_type="constant",
-                bf16=True,
+                bf16=run.fit.precision == "bf16",  # else in fp32, as its weights are
                 use_cpu=not torch.accelerator.is_available(),
                 report_to=[],
                 save_strategy="no",

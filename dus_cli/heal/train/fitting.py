@@ -13,9 +13,10 @@ from dus_cli.heal.estimate import PEAK_FLOPS
 from dus_cli.models.team import Team
 
 # Tokens at once without an accelerator: enough for efficient matrix products, in little memory.
-# Compiled layers keep half as much for the backward pass.
+# Compiled layers keep half as much for the backward pass, and what a pass costs whatever its size
+# (each operator's call, each gradient's addition to its sum) is more of their time.
 _CPU_MICRO_BATCH_TOKENS = 512
-_CPU_COMPILED_TOKENS = 1024
+_CPU_COMPILED_TOKENS = 2048
 
 # Seconds: a product that takes longer is large enough to measure with.
 _LONG_PRODUCT = 0.05
