@@ -14,7 +14,6 @@ pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 import tiny  # noqa: E402
-from conftest import dus  # noqa: E402
 
 from dus_cli.data.documents import BadLine, Column  # noqa: E402
 from dus_cli.data.shelf import prepare  # noqa: E402
@@ -145,9 +144,9 @@ def test_heal_takes_one_of_them(tmp_path: Path) -> None:
     base = tiny.write_base(tmp_path / "base")
     data = write(tmp_path / "a.jsonl", "input_ids", [[n % 250] * 40 for n in range(60)])
     what = ("--data", data, "--token-field", "input_ids", "--seq-length", "32", "--dry-run")
-    plan = dus("heal", base, *what, "--holdout", "20%", "--json").report
+    plan = tiny.forked_dus("heal", base, *what, "--holdout", "20%", "--json").report
     assert plan["train_tokens"] == 41 * plan["train_documents"]
-    refused = dus("heal", base, *what, "--chat-field", "messages", "-q")
+    refused = tiny.forked_dus("heal", base, *what, "--chat-field", "messages", "-q")
     refused.assert_one_line_error(
         "--chat-field and --token-field both name the field to read", code=2
     )
@@ -277,9 +276,9 @@ def test_heal_takes_the_weights(tmp_path: Path) -> None:
     data = weighted(tmp_path / "a.jsonl", [2] * 250)
     what: list[str | Path] = ["--data", data, "--token-field", "it", "--seq-length", "32"]
     what += ["--eval-tokens", "1M", "--dry-run", "--json"]
-    once = dus("heal", base, *what, "--holdout", "20%").report
-    twice = dus("heal", base, *what, "--holdout", "20%", "--weight-field", "w").report
+    once = tiny.forked_dus("heal", base, *what, "--holdout", "20%").report
+    twice = tiny.forked_dus("heal", base, *what, "--holdout", "20%", "--weight-field", "w").report
     assert twice["train_documents"] == 2 * once["train_documents"]
     assert twice["heldout_documents"] == once["heldout_documents"]
-    refused = dus("heal", base, *what, "--weight-field", "v", "-q")
+    refused = tiny.forked_dus("heal", base, *what, "--weight-field", "v", "-q")
     refused.assert_one_line_error("a.jsonl, line 1: it has no weight in v (--weight-field)")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -501,7 +498,9 @@ def test_an_identity_starts_at_its_bases_loss_and_its_new_layers_alone_are_train
     """LLaMA Pro's recipe; and once more, for dus.json still tells the new layers of a model that
     was healed.
     """
-    done = dus("upscale", home / "base", "--recipe", "llama-pro", "-o", home / "pro", "-q")
+    done = tiny.forked_dus(
+        "upscale", home / "base", "--recipe", "llama-pro", "-o", home / "pro", "-q"
+    )
     assert done.returncode == 0, done.stderr
     out = heal_in(home, "pro-healed", "--train", "new", model="pro")
     rows = tiny.metrics(out)
@@ -517,7 +516,9 @@ def test_where_a_start_scaled_the_base_its_loss_is_measured_from_the_base(home: 
     """The base does not stand in the model: it is found by dus.json, and without it nothing is
     said of its loss.
     """
-    run = dus("upscale", home / "base", "-t", "1", "--start", "half", "-o", home / "halves", "-q")
+    run = tiny.forked_dus(
+        "upscale", home / "base", "-t", "1", "--start", "half", "-o", home / "halves", "-q"
+    )
     assert run.returncode == 0, run.stderr
     options = ("--steps", "1", "--train", "new", "--distill", "0.5")
     found, copies = (
@@ -529,7 +530,7 @@ def test_where_a_start_scaled_the_base_its_loss_is_measured_from_the_base(home: 
     record = json.loads((home / "halves/dus.json").read_text())
     record["base"]["config_sha256"] = "0" * 64  # another model is there now
     (home / "halves/dus.json").write_text(json.dumps(record))
-    plan = dus(
+    plan = tiny.forked_dus(
         "heal",
         home / "halves",
         "--data",
@@ -541,7 +542,7 @@ def test_where_a_start_scaled_the_base_its_loss_is_measured_from_the_base(home: 
     )
     assert plan.report["base_folder"] is plan.report["base_layers"] is None
     assert any("its loss is unknown" in warning for warning in plan.report["warnings"])
-    done = dus(
+    done = tiny.forked_dus(
         "heal",
         home / "halves",
         "--data",
@@ -720,7 +721,8 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 def test_compiled_layers_learn_the_same(home: Path) -> None:
-    short = ("--precision", "fp32", "--steps", "2", "--eval-every", "1")
+    # rows of one shape, so that two workers find the kernels that one has compiled
+    short = ("--precision", "fp32", "--steps", "2", "--eval-every", "1", "--micro-batch", "4")
     plain = heal_in(home, "not-compiled", *short, "--no-compile")
     compiled = heal_in(home, "compiled", *short, "--compile")
     assert_same_curve(plain, compiled)
@@ -762,21 +764,19 @@ def test_a_compiler_that_fails_ends_a_run_only_if_it_was_asked_for(
     run = json.loads((out / "run.json").read_text())
     run["fit"]["compile"] = compiles
     (out / "run.json").write_text(json.dumps(run))
-    done = subprocess.run(
-        [sys.executable, "-m", "dus_cli.heal.worker", str(out / "run.json")],
-        env=os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # what CXX=false would set, which is read when the module is imported
+    false = "import torch._inductor.config as config\nconfig.cpp.cxx = ('false',)\n"
+    empty = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    ((worker, log),) = tiny.start_workers(out, extra=empty, first=false)
+    code, stderr = tiny.wait(worker), Path(f"{log}.err").read_text(encoding="utf-8")
     if compiles:
-        assert done.returncode == 1
+        assert code == 1
         failure = json.loads((out / "failure.json").read_text())["error"]
         assert failure.startswith("torch.compile failed: ")
         assert failure.endswith("; leave --compile out")
     else:
-        assert done.returncode == 0, done.stderr
-        assert "not compiled: torch.compile failed: " in done.stderr
+        assert code == 0, stderr
+        assert "not compiled: torch.compile failed: " in stderr
         assert (out / "config.json").is_file()
 
 
