@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DUS, Run, dus
+from conftest import DUS, Run
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -108,6 +108,12 @@ def short(home: Path) -> tuple[str | Path, ...]:
     return (home / "scaled", "--data", home / "corpus.jsonl", *SHORT, "--precision", "fp32")
 
 
+def heal(home: Path, out: Path, *arguments: str, workers: int = 1) -> str:
+    return tiny.heal(
+        home / "scaled", out, "--data", home / "corpus.jsonl", *arguments, workers=workers
+    )
+
+
 # --- the stories ---------------------------------------------------------------------------------
 
 
@@ -143,7 +149,7 @@ def tell_signals(home: Path) -> Story:
             (story.out / "config.json").exists(),
         )
         step = last_step(story.out)
-    story.seen["code"] = Healing(command(home), story.out).end()
+    story.seen["failure"] = heal(home, story.out, *RECIPE)
     return story
 
 
@@ -221,7 +227,7 @@ def tell_nodes(home: Path) -> Story:
 def tell_by_hand(home: Path) -> Story:
     """The printed command, typed into a shell."""
     story = Story(home / "by hand")
-    printed = dus(
+    printed = tiny.forked_dus(
         "heal", *command(home), "-o", story.out, "--print-command", "-q", OMP_NUM_THREADS="1"
     )
     story.seen["printed"] = printed
@@ -251,9 +257,7 @@ STORIES: dict[str, Callable[[Path], Story]] = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scaled model and text."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("faults")
-    tiny.write_corpus(folder / "corpus.jsonl", 600)
-    tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
+    folder = tiny.write_home(tmp_path_factory.mktemp("faults"), 600)
     assert tiny.forked_dus("--version").returncode == 0, (
         "and now the server that forks has imported everything"
     )
@@ -352,7 +356,7 @@ def test_a_signal_saves_a_checkpoint_and_exits_with_its_code_and_one_line(
 def test_stopped_three_times_it_learned_the_same_to_the_last_bit(
     straight: Story, signals: Story
 ) -> None:
-    assert signals.seen["code"] == 0
+    assert signals.seen["failure"] == ""
     assert_same_bits(straight.out, signals.out)
 
 
@@ -419,12 +423,6 @@ def test_the_printed_command_typed_into_a_shell_does_the_same(
 
 
 # --- going on, in forked workers -----------------------------------------------------------------
-
-
-def heal(home: Path, out: Path, *arguments: str, workers: int = 1) -> str:
-    return tiny.heal(
-        home / "scaled", out, "--data", home / "corpus.jsonl", *arguments, workers=workers
-    )
 
 
 def stop(home: Path, out: Path, *arguments: str, at: int = 5) -> Path:
