@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny
+from runs import last_step, until
 
 STEPS = 240
 RECIPE = (
@@ -31,19 +32,6 @@ RECIPE = (
 
 # Seconds; longer than any start on a busy machine.
 PATIENCE = 900.0
-
-
-def until(is_so: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def last_step(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
 def send(signum: signal.Signals, pids: list[int]) -> None:
@@ -163,10 +151,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hosts")
-    tiny.write_corpus(folder / "corpus.jsonl", 600)
-    tiny.upscaled(tiny.write_base(folder / "base"), folder / "scaled")
-    return folder
+    return tiny.write_home(tmp_path_factory.mktemp("hosts"), 600)
 
 
 def test_two_hosts_outlive_a_late_start_a_cut_link_and_the_death_of_one(
@@ -178,7 +163,7 @@ def test_two_hosts_outlive_a_late_start_a_cut_link_and_the_death_of_one(
     late = hosts.heal(1, out, *run)
     time.sleep(2)
     first = hosts.heal(0, out, *run)
-    until(lambda: last_step(out) >= 10 or first.poll() is not None)
+    assert until(lambda: last_step(out) >= 10 or first.poll() is not None, PATIENCE)
     assert first.poll() is None, first.communicate()
     # a run that would have the same port
     with hosts.frozen(0, 1):
@@ -194,16 +179,15 @@ def test_two_hosts_outlive_a_late_start_a_cut_link_and_the_death_of_one(
         assert first.poll() is None
         assert late.poll() is None
     at = last_step(out)
-    until(lambda: last_step(out) >= at + 25 or first.poll() is not None)
+    assert until(lambda: last_step(out) >= at + 25 or first.poll() is not None, PATIENCE)
     hosts.kill(1)
     late.communicate()
     again = hosts.heal(1, out, *run)
     codes = [process.communicate(timeout=PATIENCE)[1] for process in (first, again)]
     assert (first.returncode, again.returncode) == (0, 0), codes
-    alone = dus(
-        "heal", *run, "-o", home / "alone", "--nproc-per-node", "2", "-q", OMP_NUM_THREADS="1"
-    )
-    assert alone.returncode == 0, alone.stderr
+    model, *rest = run
+    failure = tiny.heal(Path(model), home / "alone", *rest, workers=2)
+    assert failure == ""
     losses, expected = (
         {row["step"]: row["loss"] for row in tiny.metrics(folder) if row["step"]}
         for folder in (out, home / "alone")
