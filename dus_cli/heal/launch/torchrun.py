@@ -364,7 +364,7 @@ def outcome_of(run: Run, code: int, signum: int | None) -> dict[str, Any]:
     how = f" ({shown(line)})" if line else ", killed from outside or out of memory"
     if run.pilot_seconds is not None:
         raise HealError(
-            f"a worker of the pilot died{how}; so would the run's: use more workers, "
+            f"a worker of the pilot died{how}; if it lacked memory, use more workers, "
             "--activation-checkpointing full or a smaller --seq-length"
         )
     raise HealError(
