@@ -167,7 +167,9 @@ class StoreFile:
         if self.version_now is None:
             return
         with store_errors(self.url):
-            if _with_retries(self.version_now, self.url, self.say, Exception) != self.version:
+            # Of a store that has answered before, any error may be one of the network.
+            version = _with_retries(self.version_now, self.url, self.say, (Exception,))
+            if version != self.version:
                 raise DataError(f"{shown(self.url)} changed while it was read; start again")
 
 
@@ -232,7 +234,9 @@ def remote_files(url: str, say: Say = lambda _: None) -> tuple[list[StoreFile], 
         elif scheme in _CLIENTS:
             require(f"reading {scheme}://", _CLIENTS[scheme])
         find = {"http": _web_files, "https": _web_files, "hf": _hub_files}.get(scheme, _store_files)
-        files, others = _with_retries(lambda: find(url), _without_query(url), say)
+        files, others = _with_retries(
+            lambda: find(url), _without_query(url), say, _network_errors(scheme)
+        )
         return [replace(file, say=say) for file in files], others
 
 
@@ -502,8 +506,24 @@ def _split_of(name: str) -> str | None:
 # --- retries and errors ---------------------------------------------------------------------------
 
 
+def _network_errors(scheme: str) -> tuple[type[Exception], ...]:
+    """What the client of a store raises if the network fails."""
+    if _CLIENTS.get(scheme) == "s3fs":
+        from botocore import exceptions  # type: ignore[import-not-found]
+
+        return (OSError, exceptions.ConnectionError, exceptions.HTTPClientError)
+    if _CLIENTS.get(scheme) == "gcsfs":
+        from aiohttp import ClientError  # type: ignore[import-not-found]
+
+        return (OSError, ClientError)
+    return (OSError,)
+
+
 def _with_retries(
-    call: Callable[[], _T], place: str, say: Say, error_type: type[Exception] = OSError
+    call: Callable[[], _T],
+    place: str,
+    say: Say,
+    network_errors: tuple[type[Exception], ...],
 ) -> _T:
     """The result of a call to a store, which is repeated if the network or a server fails.
 
@@ -511,18 +531,18 @@ def _with_retries(
         call: repeated.
         place: for the line that is said.
         say: called with a line for a person.
-        error_type: what is raised in such a case, besides httpx's errors. Exception also has those
-            of a store's client, and should only be given if the same store has answered before.
+        network_errors: what is raised in such a case, besides httpx's errors.
     """
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's
 
+    retried: tuple[type[Exception], ...] = (*network_errors, HTTPError)
     failures, since = 0, time.monotonic()
     while True:
         try:
             return call()
         except (*_FINAL, DusError):
             raise
-        except (error_type, HTTPError) as error:
+        except retried as error:
             failures += 1
             _wait(error, failures, place, say, since)
 
