@@ -228,10 +228,22 @@ def straight(home: Path) -> Path:
 # --- the same curve -------------------------------------------------------------------------------
 
 
-def test_the_report_says_that_the_size_of_the_data_is_an_estimate(straight: Path) -> None:
+def test_the_size_is_an_estimate_until_all_text_is_tokenised(home: Path, straight: Path) -> None:
     report = json.loads((straight / "report.json").read_text())
     assert report["is_train_estimated"]
     assert "about" in (straight / "README.md").read_text()
+    short = home / "short"
+    tiny.write_corpus(home / "short.jsonl", 40)
+    options: Arguments = (*RECIPE, "--steps", "9", "--eval-data", home / "b.jsonl")
+    healed(home / "scaled", "--data", home / "short.jsonl", *options, out=short)
+    assert json.loads((short / "run.json").read_text())["data"]["growing"]["is_estimate"]
+    report = json.loads((short / "report.json").read_text())
+    assert not report["is_train_estimated"]
+    assert report["train_documents"] == 40
+    texts = [json.loads(line)["text"] for line in (home / "short.jsonl").read_text().splitlines()]
+    assert report["train_tokens"] == sum(len(text) + 1 for text in texts), "bytes, and an end each"
+    assert report["epochs"] == 9 * 6 / ((report["train_tokens"] - 1) // 32)
+    assert "about" not in (short / "README.md").read_text()
     assert all(row["waited"] >= 0 for row in tiny.metrics(straight)[1:])
 
 

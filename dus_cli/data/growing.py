@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -69,18 +69,44 @@ def read_segment(folder: Path, key: str) -> TokenSegment | None:
         return None
 
 
+def _segments(folder: Path, key: str) -> Iterator[TokenSegment]:
+    """The segments of a stream that are finished."""
+    for number in count():
+        segment = read_segment(folder, segment_key(key, number))
+        if segment is None:
+            return
+        yield segment
+
+
 def skipped_since(folder: Path, keys: Sequence[str]) -> Counter[str]:
     """How many lines and documents of these streams were left out behind the first segments, by
     reason.
     """
     skipped: Counter[str] = Counter()
     for key in keys:
-        for number in count(1):
-            segment = read_segment(folder, segment_key(key, number))
-            if segment is None:
-                break
+        for segment in islice(_segments(folder, key), 1, None):
             skipped.update(segment.meta["skipped"])
     return skipped
+
+
+def measured(prepared: Prepared, folder: Path) -> Prepared:
+    """A run's data with their true sizes, if all of their text is tokenised by now; else with the
+    estimates.
+    """
+    growing = prepared.growing
+    if growing is None or not growing.is_estimate:
+        return prepared
+    streams = [list(_segments(folder, key)) for key in growing.keys]
+    if not all(segments and segments[-1].is_last for segments in streams):
+        return prepared
+    parts = [[segment.part for segment in segments] for segments in streams]
+    known = replace(
+        growing,
+        num_train_tokens=tuple(sum(part.num_train_tokens for part in each) for each in parts),
+        num_train_documents=tuple(sum(part.num_train_documents for part in each) for each in parts),
+        is_estimate=False,
+    )
+    return replace(prepared, growing=known)
 
 
 class GrowingStream(Stream):
@@ -143,7 +169,7 @@ class GrowingRows:
 
     @property
     def rows_per_epoch(self) -> int:
-        """The rows of an epoch, estimated from the streams' beginnings."""
+        """The rows of an epoch, by the sizes of the streams, which may be estimates."""
         tokens = self._growing.num_train_tokens
         num_rows = [max(1, self.packing.num_rows(number)) for number in tokens]
         return Order(num_rows, self._growing.weights, self.order.seed).rows_per_epoch

@@ -24,7 +24,7 @@ from dus_cli import __version__
 from dus_cli.common.files import sync_file, writing
 from dus_cli.common.reports import public
 from dus_cli.common.workers import PIECE
-from dus_cli.data.growing import skipped_since
+from dus_cli.data.growing import GrowingRows, measured, skipped_since
 from dus_cli.data.streams import Prepared
 from dus_cli.errors import VerificationError
 from dus_cli.heal import run as run_file
@@ -289,7 +289,7 @@ class Publication:
         flops = tokens * self.flops_per_token
         pretraining = pretraining_flops(self.shape, run.seq_length)
         flops_to_base = None if reached is None else reached * self.flops_per_token
-        data = Prepared.from_json(run.data)
+        data = measured(Prepared.from_json(run.data), run.tokens_folder)
         speeds = sorted(row["tokens_per_second"] for row in rows)
         return {
             "schema": run_file.SCHEMA,
@@ -320,11 +320,19 @@ class Publication:
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
             "peak_flops": peak.flops,
             "peak_flops_source": peak.source,
-            **data_record(run, data, run.epochs * progress.step / run.num_steps),
+            **data_record(run, data, self._epochs(data) * progress.step / run.num_steps),
             **self._by_set(progress),
             "skipped_lines": self._skipped(data),
             "unread_files": data.unread,
         }
+
+    def _epochs(self, data: Prepared) -> float:
+        """How often the whole run reads the training data."""
+        run = self._run
+        if data.growing is None:
+            return run.epochs
+        rows = GrowingRows(data, run.tokens_folder, run.seq_length, run.recipe.seed)
+        return run.num_steps * run.rows_per_step / rows.rows_per_epoch
 
     def _interval(self, progress: TrainState) -> dict[str, Any]:
         """The interval of the first held-out set's difference to the base; nothing without a base,
