@@ -15,8 +15,8 @@ parquet = pytest.importorskip("pyarrow.parquet")
 
 import tiny  # noqa: E402
 
-from dus_cli.data.documents import BadLine, Column  # noqa: E402
-from dus_cli.data.shelf import prepare  # noqa: E402
+from dus_cli.data.documents import BadLine, Column, Reading  # noqa: E402
+from dus_cli.data.shelf import Shelf, prepare  # noqa: E402
 from dus_cli.data.sources import parse_sources  # noqa: E402
 from dus_cli.data.streams import Prepared, Stream  # noqa: E402
 from dus_cli.errors import DataError  # noqa: E402
@@ -55,13 +55,10 @@ def write(path: Path, column: str, values: list[Any]) -> Path:
 def tokenised(model: Path, data: Path, column: Column, field: str, **options: Any) -> Prepared:
     folder = data.parent
     sources = parse_sources([str(data)], folder, field)
-    how: dict[str, Any] = {
-        "vocab_size": 260,
-        "holdout": 0.0,
-        "text_field": field,
-        "column": column,
-    } | options
-    return prepare(sources, (), model, folder / "tokens", **how)
+    how: dict[str, Any] = {"holdout": 0.0} | options
+    reading = Reading(field, how.pop("on_bad_line", BadLine.error), how.pop("weight_field", None))
+    shelf = Shelf(folder / "tokens", model, 260, reading=reading, column=column)
+    return prepare(shelf, sources, (), **how)
 
 
 def ids_of(prepared: Prepared, folder: Path) -> list[list[int]]:
@@ -210,12 +207,9 @@ def test_held_out_documents_count_once_whatever_they_weigh(model: Path, tmp_path
     equal = tokenised(model, data, Column.text, "text", holdout=0.3)
     assert weighing.num_heldout_tokens == equal.num_heldout_tokens > 0
     apart = prepare(
+        Shelf(tmp_path / "tokens", model, 260, reading=Reading(weight_field="w")),
         parse_sources([str(data)], tmp_path),
         parse_sources([str(evaluation)], tmp_path),
-        model,
-        tmp_path / "tokens",
-        vocab_size=260,
-        weight_field="w",
     )
     assert (apart.num_heldout_documents, apart.num_train_documents) == (1, 300)
 

@@ -15,7 +15,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ import pytest
 
 from dus_cli.data import shelf, token_files
 from dus_cli.data import texts as texts_module
-from dus_cli.data.documents import BadLine, ReadCounts, documents
+from dus_cli.data.documents import BadLine, ReadCounts, Reading, documents
 from dus_cli.data.holdout import parse_holdout, text_hash
 from dus_cli.data.order import Order, permute
 from dus_cli.data.quick import quick_encoder
@@ -102,15 +102,24 @@ def read(
 
 
 def run(
-    model: Path, folder: Path, *data: Path | str, eval_data: Sequence[Path] = (), **options: Any
+    model: Path,
+    folder: Path,
+    *data: Path | str,
+    eval_data: Sequence[Path] = (),
+    text_field: str = "text",
+    on_bad_line: BadLine = BadLine.error,
+    weight_field: str | None = None,
+    vocab_size: int | None = VOCAB_SIZE,
+    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
+    **options: Any,
 ) -> Prepared:
     """Prepare these files below folder/tokens. Nothing is held out unless asked for."""
+    reading = Reading(text_field, on_bad_line, weight_field)
     return shelf.prepare(
+        shelf.Shelf(folder / "tokens", model, vocab_size, reading=reading, on_progress=on_progress),
         parse_sources([str(name) for name in data], folder),
         parse_sources([str(name) for name in eval_data], folder),
-        model,
-        folder / "tokens",
-        **{"vocab_size": VOCAB_SIZE, "holdout": 0.0, **options},
+        **{"holdout": 0.0, **options},
     )
 
 
@@ -988,7 +997,7 @@ token_files._BATCH = 1 << 15
 said, built, write_part = [], [], shelf.write_part
 shelf.write_part = lambda *a, **k: built.append(1) or write_part(*a, **k)
 prepared = shelf.prepare(
-    parse_sources([data], Path(folder)), (), Path(model), Path(folder) / "tokens", vocab_size=257, holdout=0.1,
+    shelf.Shelf(Path(folder) / "tokens", Path(model), 257), parse_sources([data], Path(folder)), (), holdout=0.1,
     say=said.append,
 )
 print(json.dumps({"said": said, "built": len(built), "prepared": prepared.to_json()}))
@@ -1210,7 +1219,7 @@ def test_a_file_that_vanishes_before_it_is_read_is_one_line(model: Path, tmp_pat
     with pytest.raises(
         DataError, match=r"^cannot read .*a\.jsonl: No such file .*; check the disk"
     ):
-        shelf.prepare(sources, (), model, tmp_path / "tokens", vocab_size=VOCAB_SIZE)
+        shelf.prepare(shelf.Shelf(tmp_path / "tokens", model, VOCAB_SIZE), sources, ())
 
 
 def test_a_row_is_three_arrays_of_one_length(model: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from dus_cli.data.sample import Packed, read_sample  # noqa: E402
-from dus_cli.data.shelf import prepare  # noqa: E402
+from dus_cli.data.shelf import Shelf, prepare  # noqa: E402
 from dus_cli.data.sources import parse_sources  # noqa: E402
 from dus_cli.data.streams import IGNORED, heldout_rows  # noqa: E402
 from dus_cli.data.tokeniser import Tokeniser, open_tokeniser  # noqa: E402
@@ -46,7 +46,7 @@ def test_rows_are_those_of_evaluation_data_of_a_run(
     corpus = tiny.write_corpus(tmp_path / "eval.jsonl", 20)
     other = tiny.write_corpus(tmp_path / "train.jsonl", 5, seed=1)
     train, held = (parse_sources([str(path)], tmp_path) for path in (other, corpus))
-    prepared = prepare(train, held, tokeniser.folder, tmp_path / "tokens", vocab_size=VOCAB)
+    prepared = prepare(Shelf(tmp_path / "tokens", tokeniser.folder, VOCAB), train, held)
     theirs = heldout_rows(prepared, tmp_path / "tokens", 32, document_mask=document_mask)
     sample = read_sample([str(corpus)], tokeniser, 10**6)
     ours = Packed(sample.texts, tokeniser, 32, document_mask=document_mask)
@@ -62,7 +62,7 @@ def test_with_a_share_the_documents_are_those_that_a_run_holds_out(
     corpus = tiny.write_corpus(tmp_path / "corpus.jsonl", 60)
     sources = parse_sources([str(corpus)], tmp_path)
     prepared = prepare(
-        sources, (), tokeniser.folder, tmp_path / "tokens", vocab_size=VOCAB, holdout=0.25
+        Shelf(tmp_path / "tokens", tokeniser.folder, VOCAB), sources, (), holdout=0.25
     )
     theirs = heldout_rows(prepared, tmp_path / "tokens", 32)
     ours = Packed(read_sample([str(corpus)], tokeniser, 10**6, holdout=0.25).texts, tokeniser, 32)

@@ -23,7 +23,6 @@ import tiny  # noqa: E402
 from runs import are_gone, last_step, processes, until  # noqa: E402
 
 from dus_cli.data import segments  # noqa: E402
-from dus_cli.data.documents import Column, Reading  # noqa: E402
 from dus_cli.data.growing import GrowingRows  # noqa: E402
 from dus_cli.data.order import WindowOrder  # noqa: E402
 from dus_cli.data.remote import StoreFile  # noqa: E402
@@ -340,15 +339,7 @@ class Store:
 
 def segments_of(source: Source, folder: Path, *, stops: bool = False) -> dict[str, str]:
     """Tokenise a source as for a run that reads all of it; the digests of its segments' tokens."""
-    shelf = Shelf(
-        folder / "tokens",
-        folder.parent,
-        260,
-        Reading(),
-        lambda *_: None,
-        special_tokens=True,
-        column=Column.text,
-    )
+    shelf = Shelf(folder / "tokens", folder.parent, 260)
     prepared = segments.begin(
         shelf, [source], [], holdout=0.05, window_tokens=50_000, wait=False, say=print
     )

@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from dus_cli.data.sample import Packed, read_sample  # noqa: E402
-from dus_cli.data.shelf import prepare  # noqa: E402
+from dus_cli.data.shelf import Shelf, prepare  # noqa: E402
 from dus_cli.data.sources import parse_sources  # noqa: E402
 from dus_cli.data.special_tokens import SpecialTokens, special_tokens_of  # noqa: E402
 from dus_cli.data.streams import IGNORED, Prepared, Rows, Stream, heldout_rows  # noqa: E402
@@ -157,14 +157,8 @@ def prepared_of(
     train = write_texts(folder / "train.jsonl", [f"{text}!" for text in texts])
     held = write_texts(folder / "held.jsonl", texts)
     sources, eval_sources = (parse_sources([str(path)], folder) for path in (train, held))
-    return prepare(
-        sources,
-        eval_sources,
-        model,
-        folder / "tokens",
-        vocab_size=VOCAB,
-        special_tokens=special_tokens,
-    )
+    shelf = Shelf(folder / "tokens", model, VOCAB, special_tokens=special_tokens)
+    return prepare(shelf, sources, eval_sources)
 
 
 def ids(text: str, *more: int) -> list[int]:

@@ -35,7 +35,7 @@ from dus_cli.common.locks import holder, this_process
 from dus_cli.common.units import counted
 from dus_cli.common.workers import PIECE
 from dus_cli.data.columns import document_of
-from dus_cli.data.documents import BadLine, Column, Reading
+from dus_cli.data.documents import Column, Reading
 from dus_cli.data.holdout import EVERYTHING, Split
 from dus_cli.data.remote import StoreFile
 from dus_cli.data.sources import Source, Unread, kind_of
@@ -50,26 +50,20 @@ from dus_cli.writing.staging import MARK, Staging
 _SHARED_PART = 64 << 20
 # Seconds between two attempts at the lock.
 _POLL = 0.25
+# Texts without weights.
+_PLAIN = Reading()
 _T = TypeVar("_T")
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def prepare(
+    shelf: Shelf,
     sources: Sequence[Source],
     eval_sources: Sequence[Source],
-    tokenizer_folder: Path,
-    folder: Path,
     *,
-    vocab_size: int | None,
-    text_field: str = "text",
-    on_bad_line: BadLine = BadLine.error,
     holdout: float = 0.005,
-    special_tokens: bool = True,
-    column: Column = Column.text,
-    weight_field: str | None = None,
     wait: bool = True,
     say: Callable[[str], object] = lambda _: None,
-    on_progress: Callable[[int, int], object] = lambda _done, _total: None,
 ) -> Prepared:
     """Tokenise the data that is not tokenised yet.
 
@@ -78,37 +72,18 @@ def prepare(
     `eval_sources` all their documents are held out, and left out of the training data.
 
     Args:
+        shelf: where the tokens are kept, and how they are made.
         sources: training data.
         eval_sources: evaluation data; may be empty.
-        tokenizer_folder: the model's folder.
-        folder: `tokens/`; created if missing.
-        vocab_size: the model's; every id must be below it. None if its config gives none.
-        text_field: field of a JSON object, or column of a table.
-        column: what the field holds.
-        weight_field: field or column with the weight of each document of the training data.
-        on_bad_line: stop at a bad line, or count it.
         holdout: the share of documents held out; ignored with `eval_sources`.
-        special_tokens: whether documents get the tokenizer's special tokens.
         wait: whether to wait for another run that builds; otherwise that is an error.
         say: called with a line of text for a person, such as what is waited for.
-        on_progress: called with bytes done and bytes in all. A file with an unknown digest counts
-            twice: it is read for the digest, then for its text.
 
     Raises:
         DataError: there are no documents to train on; a file, the tokenizer or an id is not usable;
             another run is building.
         OutputError: the disk is full, or failed.
     """
-    reading = Reading(text_field, on_bad_line, weight_field)
-    shelf = Shelf(
-        folder,
-        tokenizer_folder,
-        vocab_size,
-        reading,
-        on_progress,
-        special_tokens=special_tokens,
-        column=column,
-    )
     paths = [path for source in (*sources, *eval_sources) for path in source.paths]
     return built(
         shelf, lambda: _assemble(shelf, sources, eval_sources, holdout), paths, wait=wait, say=say
@@ -333,11 +308,12 @@ class Shelf:
     """The parts below a folder. Missing parts are built after `start_building` was called.
 
     Args:
-        folder: `tokens/`.
+        folder: `tokens/`; created if missing.
         tokenizer_folder: the model's.
-        vocab_size: the model's; None if its config gives none.
-        reading: the text field, and what to do with bad lines.
-        on_progress: called with bytes done and bytes in all.
+        vocab_size: the model's; every id must be below it. None if its config gives none.
+        reading: the text field, the field of weights, and what to do with bad lines.
+        on_progress: called with bytes done and bytes in all. A file with an unknown digest counts
+            twice: it is read for the digest, then for its text.
         special_tokens: whether documents get the tokenizer's special tokens.
         column: what the field holds.
     """
@@ -347,11 +323,11 @@ class Shelf:
         folder: Path,
         tokenizer_folder: Path,
         vocab_size: int | None,
-        reading: Reading,
-        on_progress: Callable[[int, int], object],
         *,
-        special_tokens: bool,
-        column: Column,
+        reading: Reading = _PLAIN,
+        on_progress: Callable[[int, int], object] = lambda _done, _total: None,
+        special_tokens: bool = True,
+        column: Column = Column.text,
     ) -> None:
         self.special_tokens, self.column = special_tokens, column
         self.folder, self.tokenizer_folder = folder, tokenizer_folder

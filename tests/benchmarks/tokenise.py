@@ -34,12 +34,12 @@ def make_corpus(data: Path, target: Path, size: int) -> None:
 
 
 def child(corpus: str, model: str, folder: str) -> None:
-    from dus_cli.data.shelf import prepare
+    from dus_cli.data.shelf import Shelf, prepare
     from dus_cli.data.sources import parse_sources
 
     before, cpu_before = time.monotonic(), time.process_time()
     sources = parse_sources([corpus], Path(folder))
-    prepared = prepare(sources, (), Path(model), Path(folder) / "tokens", vocab_size=VOCAB_SIZE)
+    prepared = prepare(Shelf(Path(folder) / "tokens", Path(model), VOCAB_SIZE), sources, ())
     figures = {
         "seconds": time.monotonic() - before,
         "cpu": time.process_time() - cpu_before,

@@ -45,11 +45,7 @@ def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     view.status("tokenising")
-    prepared = (
-        _begun(options, model, folder, view)
-        if options.data.stream
-        else _whole(options, model, folder, view)
-    )
+    prepared = _prepared(options, model, folder, view)
     if not prepared.num_heldout_tokens:
         raise HealError(
             "the held-out set is empty, and without one nothing is proven; give --eval-data or "
@@ -59,42 +55,22 @@ def prepare_data(options: HealOptions, model: Model, folder: Path, view: View) -
     return PreparedData(prepared.to_json(), _rows_per_epoch(prepared, folder, length, options))
 
 
-def _whole(options: HealOptions, model: Model, folder: Path, view: View) -> Prepared:
+def _prepared(options: HealOptions, model: Model, folder: Path, view: View) -> Prepared:
+    from dus_cli.data.segments import begin
     from dus_cli.data.shelf import prepare
 
-    data = options.data
-    name, column = data.field
+    data, wait = options.data, options.launch.nnodes > 1
     sources, eval_sources = sources_of(data, folder, view.note)
-    return prepare(
-        sources,
-        eval_sources,
-        options.model,
-        folder,
-        vocab_size=model.vocab_size,
-        text_field=name,
-        column=column,
-        weight_field=data.weight_field,
-        on_bad_line=data.on_bad_line,
-        holdout=data.holdout,
-        special_tokens=data.special_tokens,
-        wait=options.launch.nnodes > 1,
-        say=view.note,
-        on_progress=view.tokenising,
-    )
-
-
-def _begun(options: HealOptions, model: Model, folder: Path, view: View) -> Prepared:
-    from dus_cli.data.segments import begin
-
-    data = options.data
-    sources, eval_sources = sources_of(data, folder, view.note)
+    shelf = open_shelf(data, options.model, folder, model.vocab_size, view.tokenising)
+    if not data.stream:
+        return prepare(shelf, sources, eval_sources, holdout=data.holdout, wait=wait, say=view.note)
     prepared = begin(
-        open_shelf(data, options.model, folder, model.vocab_size, view.tokenising),
+        shelf,
         sources,
         eval_sources,
         holdout=data.holdout,
         window_tokens=data.window_tokens,
-        wait=options.launch.nnodes > 1,
+        wait=wait,
         say=view.note,
     )
     assert prepared.growing is not None
@@ -163,7 +139,8 @@ def open_shelf(
     vocab_size: int | None,
     on_progress: Callable[[int, int], object] = lambda _done, _total: None,
 ) -> Shelf:
-    """The shelf of a run that tokenises while it trains.
+    """The token files of a run, and how they are made. `on_progress` is called with bytes done and
+    bytes in all.
 
     Raises:
         DataError: the model has no tokenizer.
@@ -176,8 +153,8 @@ def open_shelf(
         folder,
         model,
         vocab_size,
-        Reading(name, data.on_bad_line, data.weight_field),
-        on_progress,
+        reading=Reading(name, data.on_bad_line, data.weight_field),
+        on_progress=on_progress,
         special_tokens=data.special_tokens,
         column=column,
     )
