@@ -164,7 +164,9 @@ def plan_text(plan: UpscalePlan, width: int) -> str:
         f"layers{trim}{recipe}"
     )
     if plan.treatment.zeros:
-        title += f"\n{len(layer_map.new_layers)} new layers start as identities"
+        count = len(layer_map.new_layers)
+        starts = "starts as an identity" if count == 1 else "start as identities"
+        title += f"\n{counted(count, 'new layer')} {starts}"
     if plan.treatment.scaled:
         title += (
             f"\nstart {plan.request.start}: "

@@ -22,7 +22,8 @@ from dus_cli.heal.launch.plan import (
     with_pace,
 )
 from dus_cli.heal.options import HealOptions
-from dus_cli.heal.proof.confidence import confidence_text, doubt, scores_texts
+from dus_cli.heal.proof.confidence import confidence_text, doubt
+from dus_cli.heal.proof.scores import scores_texts
 from dus_cli.heal.run import REPORT, SCHEMA, Run
 from dus_cli.heal.watch.run_state import push_text
 from dus_cli.maps.shape import Shape, flops_per_token, pretraining_flops

@@ -8,7 +8,8 @@ from typing import Any
 
 from dus_cli.common.units import counted
 from dus_cli.heal.launch.plan import text_size, train_size
-from dus_cli.heal.proof.confidence import confidence_text, doubt, scores_texts
+from dus_cli.heal.proof.confidence import confidence_text, doubt
+from dus_cli.heal.proof.scores import scores_texts
 from dus_cli.release.card import HEAL_END, HEAL_START, HEALED, SCALED, STATES
 
 _START, _END = "<!-- dus heal -->", "<!-- /dus heal -->"
