@@ -8,8 +8,10 @@ It takes minutes and a package index: `make test` sets DUS_TEST_EXTRAS=1.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -179,18 +181,30 @@ def test_the_fastokens_extra_gives_the_same_tokens(healing: Alone) -> None:
     assert quick == tokens("slow") != {}
 
 
-class _NoBucket(BaseHTTPRequestHandler):
-    """An S3 server without a bucket."""
+class _Store(BaseHTTPRequestHandler):
+    """An S3 server of one object, of which a long part always breaks off."""
 
     asked: ClassVar[list[str]] = []
+    content: ClassVar[bytes] = b""
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
-        content = b"<Error><Code>NoSuchBucket</Code><Message>no bucket</Message></Error>"
-        self.send_response(404)
-        self.send_header("Content-Length", str(len(content)))
+        code, body, headers = 404, b"<Error><Code>NoSuchBucket</Code></Error>", {}
+        if self.path == "/corpus/pages.jsonl.gz":
+            code, body = 200, self.content
+            headers = {"ETag": '"1"', "Last-Modified": "Mon, 30 Nov 2026 10:00:00 GMT"}
+        wanted = self.headers["Range"]
+        if wanted:
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+            code, body = 206, body[first : last + 1]
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else content)
+        if self.command == "GET":
+            self.wfile.write(body if len(body) <= 300_000 else body[:1000])
+        self.close_connection = True
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -198,22 +212,40 @@ class _NoBucket(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_the_stores_extra_asks_an_object_store(healing: Alone) -> None:
-    into = ("heal", "scaled", "--data", "s3://corpus/a.jsonl", "-o", "stored", "-q")
-    assert "needs s3fs; pip install 'dus-cli[stores]'" in healing.dus(*into, code=1)
+def write_pages(path: Path) -> None:
+    """Compressed JSONL of documents that are short, of records that are not."""
+    tiny.write_corpus(path)
+    chance, lines = random.Random(0), path.read_text().splitlines()
+    records = [json.loads(line) | {"page": chance.randbytes(4000).hex()} for line in lines]
+    path.write_bytes(
+        gzip.compress("".join(f"{json.dumps(record)}\n" for record in records).encode())
+    )
+
+
+def test_the_stores_extra_heals_from_an_object_store(healing: Alone) -> None:
+    """Over connections that break, the curve is that of the same text on the disk."""
+    few = "--stream --shuffle-window 2000 --seq-length 32 --batch-tokens 256 --steps 20".split()
+    pages = healing.folder / "pages.jsonl.gz"
+    write_pages(pages)
+    _Store.content = pages.read_bytes()
+    stored = ("heal", "scaled", "--data", f"s3://corpus/{pages.name}", *few, "-o", "stored", "-q")
+    assert "needs s3fs; pip install 'dus-cli[stores]'" in healing.dus(*stored, code=1)
     healing.pip("install", f"{healing.wheel}[stores]")
-    with ThreadingHTTPServer(("127.0.0.1", 0), _NoBucket) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Store) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        error = healing.dus(
-            *into,
-            code=1,
-            AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_port}",
-            AWS_ACCESS_KEY_ID="key",
-            AWS_SECRET_ACCESS_KEY="secret",
-            AWS_DEFAULT_REGION="us-east-1",
-        )
+        healing.environment |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        healing.dus(*stored)
+        missing = ("heal", "scaled", "--data", "s3://corpus/none.jsonl", "-o", "missing", "-q")
+        error = healing.dus(*missing, code=1)
         server.shutdown()
-    assert error.startswith("error: s3://corpus/a.jsonl is not there")
-    assert _NoBucket.asked
+    assert error.startswith("error: s3://corpus/none.jsonl is not there")
+    assert len(_Store.asked) > len(_Store.content) / 300_000
+    healing.dus("heal", "scaled", "--data", pages, *few, "-o", "from the disk", "-q")
+    assert tiny.curve(healing.folder / "stored") == tiny.curve(healing.folder / "from the disk")
     code = "import gcsfs, fsspec; fsspec.get_filesystem_class('gs')"
     subprocess.run([healing.folder / "venv/bin/python", "-c", code], check=True)
