@@ -232,16 +232,16 @@ def test_the_size_is_an_estimate_until_all_text_is_tokenised(home: Path, straigh
     assert report["is_train_estimated"]
     assert "about" in (straight / "README.md").read_text()
     short = home / "short"
-    tiny.write_corpus(home / "short.jsonl", 40)
+    tiny.write_corpus(home / "short.jsonl", 8)
     options: Arguments = (*RECIPE, "--steps", "9", "--eval-data", home / "b.jsonl")
     healed(home / "scaled", "--data", home / "short.jsonl", *options, out=short)
     assert json.loads((short / "run.json").read_text())["data"]["growing"]["is_estimate"]
     report = json.loads((short / "report.json").read_text())
     assert not report["is_train_estimated"]
-    assert report["train_documents"] == 40
+    assert report["train_documents"] == 8
     texts = [json.loads(line)["text"] for line in (home / "short.jsonl").read_text().splitlines()]
     assert report["train_tokens"] == sum(len(text) + 1 for text in texts), "bytes, and an end each"
-    assert report["epochs"] == 9 * 6 / ((report["train_tokens"] - 1) // 32)
+    assert report["epochs"] == pytest.approx(9 * 6 / ((report["train_tokens"] - 1) // 32))
     assert "about" not in (short / "README.md").read_text()
     assert all(row["waited"] >= 0 for row in tiny.metrics(straight)[1:])
 
@@ -301,18 +301,29 @@ def test_another_number_of_workers_goes_on_with_the_same_rows(home: Path, straig
     assert_same_rows(straight, Streamed(arguments, home / "resized", 3).end())
 
 
-def test_two_nodes_share_the_tokens_that_one_of_them_makes(home: Path, straight: Path) -> None:
-    out, endpoint = home / "nodes", f"127.0.0.1:{tiny.free_port()}"
-    nodes = [
-        ("--nnodes", "2", "--node-rank", str(rank), "--rdzv-endpoint", endpoint, "-o", out, "-q")
-        for rank in range(2)
-    ]
-    launchers = [
-        tiny.start_dus(home / f"node {rank}.log", "heal", *mixture(home), *RECIPE, *node)
-        for rank, node in enumerate(nodes)
-    ]
+@pytest.mark.parametrize("caches", [None, ("a node's", "the other's")])
+def test_two_nodes_share_the_tokens_that_one_of_them_makes_or_make_their_own(
+    home: Path, straight: Path, caches: tuple[str, str] | None
+) -> None:
+    out, endpoint = home / f"nodes of {caches}", f"127.0.0.1:{tiny.free_port()}"
+    common = ("--nnodes", "2", "--rdzv-endpoint", endpoint, "-o", out, "-q")
+    launchers = []
+    for rank in range(2):
+        own: Arguments = ("--token-cache", home / caches[rank]) if caches else ()
+        arguments = (*mixture(home), *RECIPE, *common, "--node-rank", str(rank), *own)
+        launchers.append(tiny.start_dus(home / f"node {rank}.log", "heal", *arguments))
     assert [tiny.wait(launcher) for launcher in launchers] == [0, 0]
     assert_same_rows(straight, out)
+    if caches:
+        made = [
+            {
+                path.relative_to(home / cache): path.read_bytes()
+                for path in (home / cache).rglob("*.bin")
+            }
+            for cache in caches
+        ]
+        assert made[0] == made[1]
+        assert len(made[0]) > 10
 
 
 # --- stores ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,10 @@ from dus_cli.source.json_objects import parse_json_object
 from dus_cli.source.reading import open_regular
 
 NAME = "run.json"
+
+# The environment variable with this node's folder for --token-cache, which each node may have
+# elsewhere, while run.json is one for all nodes and names that of the first.
+CACHE_VARIABLE = "DUS_TOKEN_CACHE"
 
 # Files that a worker writes beside it: a failure in one line, and the report at the end of the run.
 FAILURE = "failure.json"
@@ -222,7 +227,10 @@ class Run:
 
     @property
     def tokens_folder(self) -> Path:
+        """The folder of the token files: below OUT, or that of --token-cache on this node."""
         cache = self.data.get("growing", {}).get("cache")
+        if cache is not None:
+            cache = os.environ.get(CACHE_VARIABLE, cache)
         return self.folder / "tokens" if cache is None else Path(cache)
 
     @property

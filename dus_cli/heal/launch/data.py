@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from dus_cli.errors import HealError
 from dus_cli.heal.launch import resolve
 from dus_cli.heal.launch.resolve import Model
 from dus_cli.heal.options import DEFAULT_CACHE, DataOptions, HealOptions
-from dus_cli.heal.run import Run
+from dus_cli.heal.run import CACHE_VARIABLE, Run
 from dus_cli.heal.watch.views import View
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ def _prepared(options: HealOptions, model: Model, folder: Path, view: View) -> P
 
 
 @contextmanager
-def room_for(run: Run, data: DataOptions) -> Iterator[None]:
-    """Room for the run's tokens in the cache, if it uses one, and its streams marked as used.
+def room_for(run: Run, data: DataOptions, folder: Path) -> Iterator[None]:
+    """Room for the run's tokens in this node's cache `folder`, if it uses one, and its streams
+    marked as used. The processes that are started meanwhile use this folder.
 
     Raises:
         DataError: they do not fit.
@@ -92,11 +94,24 @@ def room_for(run: Run, data: DataOptions) -> Iterator[None]:
     if prepared.growing is None or prepared.growing.cache is None:
         yield
         return
-    folder, keys = run.tokens_folder, prepared.growing.keys
+    keys = prepared.growing.keys
     limit = data.token_cache_size or DEFAULT_CACHE
-    with in_use(folder, keys):
+    with in_use(folder, keys), _this_nodes_cache(folder):
         make_room(folder, keys, token_bytes(run, prepared), limit)
         yield
+
+
+@contextmanager
+def _this_nodes_cache(folder: Path) -> Iterator[None]:
+    """Name the folder in the environment, for `Run.tokens_folder` here and in other processes."""
+    before = os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[CACHE_VARIABLE]
+        if before is not None:
+            os.environ[CACHE_VARIABLE] = before
 
 
 def token_bytes(run: Run, prepared: Prepared) -> int:

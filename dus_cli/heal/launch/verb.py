@@ -65,7 +65,7 @@ def heal(options: HealOptions, view: View) -> dict[str, Any]:
     plan = plan_of(run, model_shape(model, run), options.launch)
     view.plan(plan_lines(plan), plan)
     view.begin(run.num_steps, run.tokens_per_step)
-    with room_for(run, options.data):
+    with room_for(run, options.data, tokens_folder(options)):
         return run_workers(run, options.launch, view)
 
 
@@ -390,7 +390,7 @@ def _pilot(run: Run, options: HealOptions) -> dict[str, Any]:
     )
     run = replace(run, keeping=keeping)
     run.write()
-    with room_for(run, options.data):
+    with room_for(run, options.data, run.tokens_folder):
         report = run_workers(run, replace(options.launch, max_restarts=0), NoView())
     measured = ("steps", "seconds", "tokens_per_second", "peak_memory_bytes")
     return {name: report[name] for name in measured}
