@@ -54,6 +54,9 @@ def test_a_pilot_tells_speed_memory_and_the_time_of_the_run_and_adds_nothing_to_
     tiny.forked_dus(*arguments(home, out, "--steps", "1000", "--print-command", "-q"))
     before = {path: path.stat().st_mtime_ns for path in sorted(home.rglob("*"))}
     # another share is held out, so the tokens of OUT do not serve
+    plain = tiny.forked_dus(*arguments(home, out, *"--holdout 10% --dry-run --json".split()))
+    assert "pilot" not in plain.report
+    assert {path: path.stat().st_mtime_ns for path in sorted(home.rglob("*"))} == before
     more = "--holdout 10% --dry-run --pilot 1s --json".split()
     run = tiny.forked_dus(
         *arguments(home, out, "--steps", "1000", *more),

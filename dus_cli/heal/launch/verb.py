@@ -362,8 +362,8 @@ def preview(
     with tempfile.TemporaryDirectory(prefix="dus-") as name:
         temporary, known = Path(name), tokens_folder(options)
         folder = temporary / "tokens"
-        if known.is_dir() and pilot_seconds is None:
-            folder = known
+        if known.is_dir() and options.data.stream and pilot_seconds is None:
+            folder = known  # a plan only looks at what a stream has there
         elif known.is_dir() and not options.data.stream:
             folder.mkdir()
             for part in known.iterdir():  # linked one by one, so that no other part is added there
