@@ -219,7 +219,7 @@ class Harness:
             )
         for plan, loaded in zip(self._options.plans, self._loaded, strict=True):
             what = f"{shown(name)} in task {shown(plan.task)}"
-            with self._progress_bars(f"{what}:"), _harness_errors(what):
+            with self._progress_bars(f"{what}:"), _harness_errors(what), _as_first_process():
                 results = self._lm_eval.simple_evaluate(
                     model=lm,
                     tasks=loaded,
@@ -374,6 +374,19 @@ def _leaves(names: Sequence[str], results: dict[str, Any]) -> list[str]:
         for name in names
         for leaf in (_leaves(groups[name], results) if groups.get(name) else [name])
     ]
+
+
+@contextlib.contextmanager
+def _as_first_process() -> Iterator[None]:
+    """Hide the LOCAL_RANK of a job or of torchrun from the harness: where it is not 0, the harness
+    returns None instead of results (findings/lm-eval-no-results-by-local-rank.sh).
+    """
+    rank = os.environ.pop("LOCAL_RANK", None)
+    try:
+        yield
+    finally:
+        if rank is not None:
+            os.environ["LOCAL_RANK"] = rank
 
 
 @contextlib.contextmanager

@@ -63,6 +63,8 @@ class MemoryEstimate:
 # --activation-checkpointing: 34 with flash attention (Korthikanti et al., arXiv:2205.05198,
 # equation 2 without its attention matrix).
 _ACTIVATION_BYTES = {"none": 34.0, "selective": 18.0, "full": 2.0}
+# The same for layers that are compiled for a CPU, measured (docs/healing.md).
+_COMPILED_BYTES = 20.0
 
 
 def num_learning(shape: Shape, num_layers: int, *, with_embeddings: bool) -> int:
@@ -99,13 +101,15 @@ def memory_per_device(
     weight_bytes: int,
     has_fp32_masters: bool,
     activation_checkpointing: str,
+    is_compiled: bool = False,
     teacher_layers: int,
 ) -> MemoryEstimate:
     """The bytes that one device needs. Weights, and the gradients, masters and moments of the
     `num_learning` trained parameters (None: all), are split `num_shards` ways.
 
     Gradients are summed in fp32; Adam keeps two fp32 moments; the master of a bf16 weight takes 2
-    bytes more; one layer and the head are gathered at a time.
+    bytes more; one layer and the head are gathered at a time. Layers that are compiled for a CPU
+    (`is_compiled`) keep less for the backward pass.
     """
     each = shape.num_parameters / num_shards
     learning = each if num_learning is None else num_learning / num_shards
@@ -114,12 +118,10 @@ def memory_per_device(
         1, shape.num_layers
     )
     is_sharded = num_shards > 1
-    activations = (
-        micro_batch_tokens
-        * shape.num_layers
-        * shape.hidden_size
-        * _ACTIVATION_BYTES[activation_checkpointing]
-    )
+    kept = _ACTIVATION_BYTES[activation_checkpointing]
+    if is_compiled:
+        kept = min(kept, _COMPILED_BYTES)
+    activations = micro_batch_tokens * shape.num_layers * shape.hidden_size * kept
     if activation_checkpointing == "full":
         activations += micro_batch_tokens * shape.hidden_size * _ACTIVATION_BYTES["none"]
     return MemoryEstimate(

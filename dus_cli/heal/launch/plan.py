@@ -117,7 +117,7 @@ def plan_of(run: Run, shape: Shape, launch: LaunchOptions) -> dict[str, Any]:
     data = Prepared.from_json(run.data)
     local, workers = num_processes(launch), num_processes(launch) * launch.nnodes
     on_cpu = not torch.accelerator.is_available()
-    memory = _memory(run, shape, workers, workers // launch.nnodes)
+    memory = _memory(run, shape, workers, workers // launch.nnodes, on_cpu=on_cpu)
     tokens = run.num_steps * run.tokens_per_step
     flops = flops_per_token(shape, run.seq_length)
     num_measurements = -(-run.num_steps // run.keeping.eval_every)
@@ -204,15 +204,25 @@ def num_learning(run: Run, shape: Shape) -> int:
     return estimate.num_learning(shape, layers, with_embeddings=run.recipe.embeddings_learn)
 
 
-def _memory(run: Run, shape: Shape, workers: int, num_local: int) -> MemoryEstimate:
+def _memory(
+    run: Run, shape: Shape, workers: int, num_local: int, *, on_cpu: bool
+) -> MemoryEstimate:
+    """The memory of a device; on a GPU, where the rows at once are fitted to it, with one row."""
+    from dus_cli.heal.train.fitting import rows_on_a_cpu
+
+    is_compiled, rows = on_cpu and run.fit.compile is not False, run.fit.micro_batch_rows or 1
+    if on_cpu and run.fit.micro_batch_rows is None:
+        most = -(-run.rows_per_step // workers)
+        rows = rows_on_a_cpu(run.seq_length, most, is_compiled=is_compiled)
     return estimate.memory_per_device(
         shape,
         num_learning=num_learning(run, shape),
         num_shards=num_shards(run.fit.sharding, workers, num_local),
-        micro_batch_tokens=(run.fit.micro_batch_rows or 1) * run.seq_length,
+        micro_batch_tokens=rows * run.seq_length,
         weight_bytes=2 if run.fit.precision == "bf16" else 4,
         has_fp32_masters=run.fit.master_weights == "fp32",
         activation_checkpointing=run.fit.activation_checkpointing,
+        is_compiled=is_compiled,
         teacher_layers=len(run.base.layers) if run.base and run.recipe.distill_weight else 0,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,8 @@ class Benchmarks:
             EvaluationError: the harness fails.
         """
         student.model.eval()
-        # the harness seeds torch, ties weights that FSDP has split, and tells the result only where
-        # LOCAL_RANK is 0
+        # the harness seeds torch, and ties weights that FSDP has split
         student.model.tie_weights = lambda *_, **__: None
-        local_rank = os.environ.pop("LOCAL_RANK", None)
         try:
             with torch.random.fork_rng(), torch.no_grad():
                 scores = self.harness.scores(
@@ -57,7 +54,5 @@ class Benchmarks:
                 )
         finally:
             del student.model.tie_weights
-            if local_rank is not None:
-                os.environ["LOCAL_RANK"] = local_rank
             student.reshard()
         return [score.to_json() for score in scores]
