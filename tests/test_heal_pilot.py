@@ -76,6 +76,17 @@ def test_a_pilot_tells_speed_memory_and_the_time_of_the_run_and_adds_nothing_to_
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("how", [(), ("--stream",)], ids=["finished", "streamed"])
+def test_a_dry_run_adds_no_tokens_to_a_run_that_has_some(
+    home: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    tokens = tmp_path / "out" / "tokens"
+    tokens.mkdir(parents=True)
+    run = tiny.forked_dus(*arguments(home, tmp_path / "out", "--steps", "2", "--dry-run", *how))
+    assert run.returncode == 0, run.stderr
+    assert list(tokens.iterdir()) == []
+
+
 def test_a_pilot_ends_with_a_run_that_is_shorter(home: Path, temporary: Path) -> None:
     more = "--steps 2 --dry-run --pilot 1h --nproc-per-node 2 --stream".split()
     run = tiny.forked_dus(*arguments(home, home / "out", *more), first=in_folder(temporary))

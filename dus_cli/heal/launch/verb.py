@@ -362,9 +362,8 @@ def preview(
     with tempfile.TemporaryDirectory(prefix="dus-") as name:
         temporary, known = Path(name), tokens_folder(options)
         folder = temporary / "tokens"
-        if known.is_dir() and options.data.stream and pilot_seconds is None:
-            folder = known  # a plan only looks at what a stream has there
-        elif known.is_dir() and not options.data.stream:
+        # a pilot's own process would tokenise on where a stream ends
+        if known.is_dir() and (pilot_seconds is None or not options.data.stream):
             folder.mkdir()
             for part in known.iterdir():  # linked one by one, so that no other part is added there
                 if part.is_dir() and not part.name.startswith("."):
