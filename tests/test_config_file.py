@@ -244,7 +244,9 @@ def test_the_printed_config_gives_the_same_options_back(tmp_path: Path) -> None:
         "more_data steps epochs batch-tokens rdzv-endpoint eval-every eval-tokens token-field "
         "average compile config"
     ).split()
-    not_of_the_run = "dry-run print-command print-job print-config progress json quiet".split()
+    not_of_the_run = (
+        "dry-run pilot print-command print-job print-config progress json quiet".split()
+    )
     assert options - found.keys() == {*left_out, *not_of_the_run}
     assert not (tmp_path / "out-healed").exists()
 
