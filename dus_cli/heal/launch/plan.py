@@ -210,10 +210,9 @@ def _memory(
     """The memory of a device; on a GPU, where the rows at once are fitted to it, with one row."""
     from dus_cli.heal.train.fitting import rows_on_a_cpu
 
-    is_compiled, rows = on_cpu and run.fit.compile is not False, run.fit.micro_batch_rows or 1
-    if on_cpu and run.fit.micro_batch_rows is None:
-        most = -(-run.rows_per_step // workers)
-        rows = rows_on_a_cpu(run.seq_length, most, is_compiled=is_compiled)
+    is_compiled, most = on_cpu and run.fit.compile is not False, -(-run.rows_per_step // workers)
+    fitting = rows_on_a_cpu(run.seq_length, most, is_compiled=is_compiled) if on_cpu else 1
+    rows = run.fit.micro_batch_rows or fitting
     return estimate.memory_per_device(
         shape,
         num_learning=num_learning(run, shape),
@@ -356,24 +355,13 @@ def _pilot_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     pilot = plan["pilot"]
     steps, memory = counted(pilot["steps"], "step"), human_bytes(pilot["peak_memory_bytes"])
-    # docs/studies.md has what was tried
-    untold = "the tokens to the base's loss cannot be told by so few steps"
+    speed = f"{pilot['tokens_per_second']:,.0f} tokens/s, peak memory {memory} per worker"
+    time = f"at this speed the run takes {human_time(pilot['run_seconds'])}"
     return [
-        (
-            "pilot",
-            (
-                f"{pilot['tokens_per_second']:,.0f} tokens/s, peak memory {memory} per worker "
-                f"({steps} in {human_time(pilot['seconds'])})"
-            ),
-        ),
-        (
-            "",
-            (
-                f"at this speed the run takes {human_time(pilot['run_seconds'])}, "
-                f"{pilot['worker_hours']:,.3g} worker hours, checkpoints aside"
-            ),
-        ),
-        ("", untold),
+        ("pilot", f"{speed} ({steps} in {human_time(pilot['seconds'])})"),
+        ("", f"{time}, {pilot['worker_hours']:,.3g} worker hours, checkpoints aside"),
+        # docs/studies.md has what was tried
+        ("", "the tokens to the base's loss cannot be told by so few steps"),
     ]
 
 
