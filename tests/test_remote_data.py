@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dus_cli.common.reports import public
 from dus_cli.data import remote as remote_data
 from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.sources import Source, parse_sources
-from dus_cli.errors import DataError, MissingExtraError
+from dus_cli.errors import DataError, MissingExtraError, UsageError
 from dus_cli.hub import remote
 
 _RANDOM = random.Random(0)
@@ -276,6 +277,11 @@ def test_a_web_address_is_read_and_its_query_kept_to_itself(
     assert "secret" not in str(found.paths[0])
     assert public([address]) == [address.partition("?")[0]]
     assert public("docs=https://me:word@host/a.jsonl?key=1") == "docs=https://host/a.jsonl"
+    missing = address.replace("test-0", "missing")
+    for arguments in ([address, f"{address}:0.5"], [f"{address}:-1"], [missing]):
+        with pytest.raises((DataError, UsageError)) as caught:
+            parse_sources(arguments, tmp_path)
+        assert "secret" not in str(caught.value), arguments
 
 
 def test_a_server_without_range_requests_is_refused(hub: StandInHub, tmp_path: Path) -> None:
@@ -364,6 +370,40 @@ def test_heal_streams_from_the_hub_what_it_would_from_the_disk(
     hub.faults.broken_after = 1000
     there = curve("there", "hf://datasets/org/long")
     assert there == curve("here", str(tmp_path / "long/data/train-0.jsonl.gz"))
+
+
+def test_a_store_that_dies_while_a_run_streams_is_told_of_and_ends_it_with_a_checkpoint(
+    hub: StandInHub, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    tiny, runs = pytest.importorskip("tiny"), pytest.importorskip("runs")
+    tiny.write_corpus(tmp_path / "plain/corpus.jsonl", 20_000)
+    tiny.write_corpus(tmp_path / "heldout.jsonl", 10)
+    tiny.upscaled(tiny.write_base(tmp_path / "base"), tmp_path / "scaled")
+    out, log = tmp_path / "out", tmp_path / "log"
+    url = f"{hub.endpoint}/datasets/org/plain/resolve/main/corpus.jsonl"
+    options = "--stream --shuffle-window 2000 --steps 9999 --seq-length 64 --batch-tokens 512 "
+    options += "--precision fp32"
+    data = ("--data", f"{url}?signature=secret", "--eval-data", tmp_path / "heldout.jsonl")
+    launcher = tiny.start_dus(log, "heal", tmp_path / "scaled", *data, *options.split(), "-o", out)
+    said = Path(f"{log}.err")
+    assert runs.until(lambda: runs.processes(out)["tokenising"])
+    (builder,) = runs.processes(out)["tokenising"]
+    os.kill(builder, signal.SIGSTOP)
+    assert runs.until(lambda: runs.last_step(out) >= 2)
+    hub.failures["*"] = 503
+    os.kill(builder, signal.SIGCONT)
+    assert runs.until(lambda: "trying again" in said.read_text())
+    hub.failures["*"] = 404
+    assert tiny.wait(launcher) == 1
+    notes = [line for line in said.read_text().splitlines() if "trying again" in line]
+    assert "secret" not in said.read_text()
+    assert notes == [f"{url} does not answer (its server answered 503); trying again …"]
+    error = said.read_text().splitlines()[-1]
+    assert error.startswith(f"error: {url} is not there; check the address (the run ended with a ")
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert f"checkpoint at step {step}; the same command goes on from there)" in error
 
 
 def test_an_object_store_is_read_where_it_lies(

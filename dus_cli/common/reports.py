@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dus_cli.errors import shown
+
 # An absolute path, and a web address with its possible secrets (a password, a query with a
 # signature); either may follow a held-out set's name and "=".
 _PATH = re.compile(r"((?:\w[\w.-]*=)?)[/~]", re.ASCII)
@@ -32,13 +34,29 @@ def public(value: Any) -> Any:
         return [public(inner) for inner in value]
     if isinstance(value, str) and (match := _PATH.match(value)):
         return match[1] + Path(value).name
-    if isinstance(value, str) and (match := _WEB.fullmatch(value)):
-        return match[1] + match[2] + (match[3] or "")
-    return value
+    return public_address(value) if isinstance(value, str) else value
+
+
+def public_address(text: str) -> str:
+    """A web address without its query, which may hold a signature, and its password. Other text
+    stays.
+
+    >>> public_address("https://me:word@host/a.jsonl?key=1:0.5")
+    'https://host/a.jsonl:0.5'
+    >>> public_address("hf://datasets/org/name@main?split=train")
+    'hf://datasets/org/name@main?split=train'
+    """
+    match = _WEB.fullmatch(text)
+    return text if match is None else match[1] + match[2] + (match[3] or "")
 
 
 # Raised when a field is removed or changes its meaning; new fields do not raise it.
 SCHEMA = 1
+
+
+def shown_address(text: str) -> str:
+    """A source of data for a message."""
+    return shown(public_address(text))
 
 
 def table_lines(rows: list[tuple[str, str]]) -> list[str]:

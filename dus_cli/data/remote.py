@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from dus_cli import __version__
 from dus_cli.common.libraries import broken_import, require
+from dus_cli.common.reports import public_address, shown_address
 from dus_cli.errors import DataError, DusError, reason_of, shown, shown_list
 from dus_cli.hub.errors import LIBRARY, check_token, limit_requests, tried
 from dus_cli.hub.fetching import silence
@@ -235,7 +236,7 @@ def remote_files(url: str, say: Say = lambda _: None) -> tuple[list[StoreFile], 
             require(f"reading {scheme}://", _CLIENTS[scheme])
         find = {"http": _web_files, "https": _web_files, "hf": _hub_files}.get(scheme, _store_files)
         files, others = _with_retries(
-            lambda: find(url), _without_query(url), say, _network_errors(scheme)
+            lambda: find(url), public_address(url), say, _network_errors(scheme)
         )
         return [replace(file, say=say) for file in files], others
 
@@ -291,21 +292,20 @@ def _web_files(url: str) -> tuple[list[StoreFile], list[str]]:
     """The file at an address; its size comes with the response to a request for the first byte."""
     if not urlsplit(url).hostname:
         raise DataError("the address names no host; check it")
+    size, version = _web_status(url)
+    return [
+        StoreFile(public_address(url), size, version, _web_chunks(url), lambda: _web_status(url)[1])
+    ], []
+
+
+def _web_status(url: str) -> tuple[int, str]:
+    """The size of the file at an address, and what changes with its content."""
     with _part(url, 0, 1) as response:
-        version = _web_version(response.headers)
-        size = int(response.headers["Content-Range"].rpartition("/")[2])
-
-    def version_now() -> str:
-        with _part(url, 0, 1) as response:
-            return _web_version(response.headers)
-
-    return [StoreFile(_without_query(url), size, version, _web_chunks(url), version_now)], []
-
-
-def _web_version(headers: Mapping[str, str]) -> str:
-    return json.dumps(
-        {name: headers.get(name) for name in ("ETag", "Last-Modified", "Content-Range")}
-    )
+        response.read()  # or the connection would be closed
+    headers = response.headers
+    names = ("ETag", "Last-Modified", "Content-Range")
+    version = json.dumps({name: headers.get(name) for name in names})
+    return int(headers["Content-Range"].rpartition("/")[2]), version
 
 
 def _web_chunks(url: str) -> Chunks:
@@ -339,17 +339,11 @@ def _part(url: str, start: int, end: int) -> Iterator[Any]:
         is_part = re.fullmatch(rf"bytes {start}-\d+/\d+", content_range)
         if response.status_code != 206 or not is_part:
             raise DataError(
-                f"the server of {shown(_without_query(url))} does not send parts of a file (no "
+                f"the server of {shown_address(url)} does not send parts of a file (no "
                 "range requests); download it first (curl -LO URL), or pipe lines of JSON in: "
                 "curl -L URL | dus … --data -"
             )
         yield response
-
-
-def _without_query(url: str) -> str:
-    """An address that may be shown: the query may hold a signature, the host part a password."""
-    parts = urlsplit(url)
-    return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 # --- the Hub --------------------------------------------------------------------------------------
@@ -559,14 +553,14 @@ def _wait(error: Exception, failures: int, place: str, say: Say, since: float) -
             raise error
     seconds = wait_before(error, failures, ATTEMPTS)
     if failures == _SAID_AFTER:
-        say(f"{shown(place)} does not answer ({reason_of(error)}); trying again …")
+        say(f"{shown(place)} does not answer ({_why(error)}); trying again …")
     pause(seconds)
 
 
 @contextmanager
 def store_errors(url: str) -> Iterator[None]:
     """Translate the errors of stores and their clients into a DataError of one line."""
-    started, place = time.monotonic(), shown(_without_query(url) if "@" in url else url)
+    started, place = time.monotonic(), shown_address(url)
     try:
         yield
     except DataError as error:
@@ -587,7 +581,6 @@ def _in_a_line(place: str, error: Exception, started: float) -> str:
 
     login = "set HF_TOKEN or run `hf auth login`"
     cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
-    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return f"{place} is gated: ask for access on its page, then {login}"
     if isinstance(cause or error, errors.RevisionNotFoundError):
@@ -595,10 +588,20 @@ def _in_a_line(place: str, error: Exception, started: float) -> str:
     if isinstance(error, PermissionError):
         return f"{place} may not be read; log in to its store, or ask its owner"
     missing = (errors.RepositoryNotFoundError, errors.EntryNotFoundError, FileNotFoundError)
-    if isinstance(error, missing) or status == 404:
+    if isinstance(error, missing) or _status(error) == 404:
         private = f", or is private: {login}" if place.startswith("hf://") else ""
         return f"{place} is not there; check the address{private}"
-    why = f"its server answered {status}" if status else shown(error).rstrip(". ")
     again = "start again later; what is tokenised is kept"
     advice = again if tried(started) else "check the address, and the network"
-    return f"cannot read {place}: {why}{tried(started)}; {advice}"
+    return f"cannot read {place}: {_why(error)}{tried(started)}; {advice}"
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of the answer that an error is about."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _why(error: Exception) -> str:
+    """What failed, without the address: its query may hold a signature."""
+    status = _status(error)
+    return f"its server answered {status}" if status else shown(reason_of(error)).rstrip(". ")

@@ -23,6 +23,7 @@ import numpy as np
 
 from dus_cli.common.files import writing
 from dus_cli.common.locks import this_process
+from dus_cli.common.reports import public_address
 from dus_cli.data.growing import (
     PLACE,
     GrowingRows,
@@ -113,7 +114,7 @@ def begin(
     is_weighted = len(growths) == len(sources)
     named = [
         PreparedSource(
-            source.text,
+            public_address(source.text),
             source.weight,
             (segments[number].part,) if is_weighted or not number else (),
         )

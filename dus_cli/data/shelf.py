@@ -32,6 +32,7 @@ import numpy as np
 
 from dus_cli.common.files import writing
 from dus_cli.common.locks import holder, this_process
+from dus_cli.common.reports import public_address
 from dus_cli.common.units import counted
 from dus_cli.common.workers import PIECE
 from dus_cli.data.columns import document_of
@@ -182,7 +183,7 @@ def _assemble(
             metas = [meta for group in groups for _, meta in group]
     check_there_is_training(metas, sources)
     named = [
-        PreparedSource(source.text, source.weight, tuple(part for part, _ in group))
+        PreparedSource(public_address(source.text), source.weight, tuple(part for part, _ in group))
         for source, group in zip(sources, groups, strict=True)
     ]
     keys = [[part.key for part in source.parts] for source in named]
@@ -292,7 +293,7 @@ def check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[S
 
 
 def _names(sources: Sequence[Source]) -> str:
-    return shown_list([source.text for source in sources])
+    return shown_list([public_address(source.text) for source in sources])
 
 
 def digest_of(content: object) -> str:

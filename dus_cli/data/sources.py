@@ -16,6 +16,7 @@ from typing import Any
 from dus_cli.common.bounds import parse_number
 from dus_cli.common.files import writing
 from dus_cli.common.reference import user_path
+from dus_cli.common.reports import shown_address
 from dus_cli.common.storage import sync
 from dus_cli.common.units import counted
 from dus_cli.data.containers import BUFFER, COMPRESSIONS
@@ -142,7 +143,8 @@ def parse_sources(
     without = [source.text for source in sources if source.weight is None]
     if without and len(without) < len(sources):
         raise DataError(
-            f"{shown(without[0])} has no weight but others have; give all of them a weight, or none"
+            f"{shown_address(without[0])} has no weight but others have; give all of them a "
+            "weight, or none"
         )
     return tuple(sources)
 
@@ -165,8 +167,8 @@ def parse_heldout(
     without = [file for name, file in pairs if not name]
     if without and len(without) < len(pairs):
         raise UsageError(
-            f"--eval-data {shown(without[0])} has no name but others have; give all of them a name "
-            "(NAME=FILE), or none"
+            f"--eval-data {shown_address(without[0])} has no name but others have; give all of "
+            "them a name (NAME=FILE), or none"
         )
     sources = parse_sources([file for _, file in pairs], spool, text_field, say=say)
     return tuple(
@@ -211,7 +213,7 @@ def _weight(argument: str, text: str) -> float:
     try:
         weight: float = parse_number("weight", text)
     except ValueError as error:
-        raise UsageError(f"{shown(argument)}: the weight {error}; write FILE:0.7") from None
+        raise UsageError(f"{shown_address(argument)}: the weight {error}; write FILE:0.7") from None
     return weight
 
 
@@ -262,7 +264,8 @@ def _check_there_is_data(text: str, files: _Files) -> None:
     there = f" but {files.unread_files}" if files.unread else ""
     kinds = " ".join(KINDS)
     raise DataError(
-        f"{shown(text)} holds no data{there}; --data reads {kinds} and most of them compressed"
+        f"{shown_address(text)} holds no data{there}; --data reads {kinds} and most of them "
+        "compressed"
     )
 
 

@@ -55,7 +55,9 @@ class Part:
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """A source as typed on the command line, and its parts in reading order."""
+    """A source as typed on the command line, without the query of a web address, and its parts in
+    reading order.
+    """
 
     name: str
     weight: float | None

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dus_cli.common.reports import public
+from dus_cli.common.reports import public, shown_address
 from dus_cli.data.documents import BadLine, ReadCounts, documents
 from dus_cli.data.sources import Source, Unread, parse_sources
-from dus_cli.errors import DataError, shown
+from dus_cli.errors import DataError
 from dus_cli.evaluation.options import TextOptions
 
 # Characters tokenised at a time: enough for every core.
@@ -89,7 +89,7 @@ def open_text(
     for source in sources:
         if source.weight is not None:
             raise DataError(
-                f"{shown(source.text)} has a weight, but every document counts once; leave out "
-                "the weight"
+                f"{shown_address(source.text)} has a weight, but every document counts once; leave "
+                "out the weight"
             )
     return EvaluationText(sources, options.text_field, options.on_bad_line, options.max_documents)

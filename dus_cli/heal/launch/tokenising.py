@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,9 @@ LOG = "tokenising.log"
 # Added to the niceness, so that the workers keep the cores.
 _NICE = 10
 
+# Begins a line of the log that the launcher shows, such as that a store does not answer.
+_NOTE = "note: "
+
 
 class Tokenising:
     """The process as its launcher sees it. It is started again when it is killed.
@@ -36,12 +39,16 @@ class Tokenising:
         run: which reads the tokens.
         log: where its stderr goes.
         max_restarts: how often it is started again.
+        say: called with each line for a person that comes from it.
     """
 
-    def __init__(self, run: Run, log: Path, max_restarts: int) -> None:
+    def __init__(
+        self, run: Run, log: Path, max_restarts: int, say: Callable[[str], object]
+    ) -> None:
         self._command = [sys.executable, "-m", __spec__.name, str(run.folder / RUN_NAME)]
         self._log, self._restarts = log, max_restarts
         self._start()
+        self._say, self._lines = say, log.open("rb")  # read to its end, also where it is removed
 
     def _start(self) -> None:
         with self._log.open("ab") as log:
@@ -54,8 +61,12 @@ class Tokenising:
             )
 
     def failure(self) -> str | None:
-        """Why the process failed, in one line; None if it runs, or has done its work."""
+        """Why the process failed, in one line; None if it runs, or has done its work.
+
+        Passes on what it has said since the last call.
+        """
         code = self._process.poll()
+        self._pass_on()
         if code is not None and code < 0 and self._restarts:
             self._restarts -= 1
             self._start()
@@ -71,19 +82,30 @@ class Tokenising:
         last = [line for line in lines if line.strip()][-1:]
         return "".join(last).removeprefix("error: ") or f"tokenising ended with code {code}"
 
+    def _pass_on(self) -> None:
+        """Pass on the lines for a person that it has written since the last call."""
+        for line in self._lines.read().decode(errors="replace").split("\n"):
+            if line.startswith(_NOTE):
+                self._say(line.removeprefix(_NOTE))
+
     def end(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+        self._lines.close()
 
 
 @contextmanager
-def tokenising(run: Run, log: Path, max_restarts: int) -> Iterator[Tokenising | None]:
-    """The process that tokenises while a run trains; None if all its text is tokenised."""
+def tokenising(
+    run: Run, log: Path, max_restarts: int, say: Callable[[str], object]
+) -> Iterator[Tokenising | None]:
+    """The process that tokenises while a run trains; None if all its text is tokenised. `say` is
+    called with each line for a person that comes from it.
+    """
     if "growing" not in run.data:
         yield None
         return
-    process = Tokenising(run, log, max_restarts)
+    process = Tokenising(run, log, max_restarts, say)
     try:
         yield process
     finally:
@@ -108,7 +130,7 @@ def tokenise(path: Path) -> None:
     prepared = Prepared.from_json(run.data)
     folder = run.tokens_folder
     shelf = open_shelf(data, model, folder, resolve.open_model(model).vocab_size)
-    sources, _ = sources_of(data, folder)
+    sources, _ = sources_of(data, folder, lambda line: sys.stderr.write(f"{_NOTE}{line}\n"))
     rows = GrowingRows(prepared, folder, run.seq_length, run.recipe.seed)
     go_on(shelf, sources, prepared, rows, run.num_steps * run.rows_per_step)
 

@@ -148,7 +148,8 @@ def run_workers(run: Run, launch: LaunchOptions, view: View) -> dict[str, Any]:
     logs = run.folder / LOGS / str(launch.node_rank)
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
-    with tokenising(run, logs / TOKENISING_LOG, launch.max_restarts) as background:
+    log = logs / TOKENISING_LOG
+    with tokenising(run, log, launch.max_restarts, view.note) as background:
         failure = (lambda: None) if background is None else background.failure
         code, signum = _run_torchrun(run, launch, logs, view, lambda: failure() is not None)
         why = failure()
