@@ -4,6 +4,7 @@ runs it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -44,6 +45,10 @@ def _restore_signals_for_children() -> None:
 
 
 _restore_signals_for_children()
+
+# By default the collector looks for cycles after every 700 new objects, which took a sixth of the
+# time of the tests that build models.
+gc.set_threshold(50_000)
 
 # pytest imports readline, which sets these for children such as the workers of pytest-xdist.
 for _width in ("COLUMNS", "LINES"):

@@ -5,6 +5,7 @@ docs/architectures.md.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,65 @@ def save_base(model_type: str, folder: Path, *, whole: bool = False) -> Path:
     return folder / "base"
 
 
-def check_equality(
-    model_type: str, folder: Path, trim: int = TRIM, *, whole: bool = False
-) -> dict[str, Any]:
-    """Up-scale folder/base with the real command, and check that the logits are those of the base's
-    layers in the map's order. Returns the report.
+@dataclass
+class Base:
+    """A tiny base in a folder, and as transformers loads it."""
+
+    model_type: str
+    folder: Path
+    model: Any
+    whole: bool
+
+    @classmethod
+    def load(cls, model_type: str, folder: Path, *, whole: bool = False) -> Base:
+        model, complaints = zoo.load(model_type, folder, whole=whole)
+        assert complaints == {}
+        return cls(model_type, folder, model, whole)
+
+    def load_written(self, folder: Path) -> Any:
+        """The model that was made of this base."""
+        model, complaints = zoo.load(self.model_type, folder, whole=self.whole)
+        assert complaints == {}
+        return model
+
+
+def check_equality(base: Base, out: Path, trim: int = TRIM) -> tuple[dict[str, Any], Any]:
+    """Up-scale the base with the real command, and check that the logits are those of its layers in
+    the map's order. Returns the report and the written model.
     """
-    report = dus("upscale", folder / "base", "-t", str(trim), "-o", folder / "out", "--json").report
-    base, complaints = zoo.load(model_type, folder / "base", whole=whole)
-    assert complaints == {}
-    written, complaints = zoo.load(model_type, folder / "out", whole=whole)
-    assert complaints == {}
-    tokens = zoo.tokens(base)
-    expected = zoo.expected_logits(base, source_layers(zoo.NUM_LAYERS, trim), tokens)
+    report = dus("upscale", base.folder, "-t", str(trim), "-o", out, "--json").report
+    written = base.load_written(out)
+    tokens = zoo.tokens(base.model)
+    expected = zoo.expected_logits(base.model, source_layers(zoo.NUM_LAYERS, trim), tokens)
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(zoo.logits(written, tokens), expected, rtol=1e-5, atol=1e-5)
     # the comparison can fail
-    assert not torch.allclose(expected, zoo.logits(base, tokens), atol=1e-4)
-    return report
+    assert not torch.allclose(expected, zoo.logits(base.model, tokens), atol=1e-4)
+    return report, written
+
+
+def check_identities(base: Base, out: Path) -> None:
+    """Deepen the base by identities with the real command, and check that the logits are the base's
+    to the last bit, and that zeros can learn.
+    """
+    report = dus("upscale", base.folder, "-t", str(TRIM), "--identity", "-o", out, "--json").report
+    assert report["new_layers"] == [5, 6, 7]
+    written, tokens = base.load_written(out), zoo.tokens(base.model)
+    assert torch.equal(zoo.logits(written, tokens), zoo.logits(base.model, tokens))
+    layer_map, new_layers = report["layer_map"], report["new_layers"]
+    assert zoo.zeros_without_gradient(written, base.model, tokens, layer_map, new_layers) == []
+
+
+def check_fade(base: Base, out: Path, report: dict[str, Any]) -> None:
+    """Check that what each layer of a model that was written with `--start fade` adds to the
+    residual stream is scaled by the report's factors.
+    """
+    written, tokens = base.load_written(out), zoo.tokens(base.model)
+    sources, factors = report["layer_map"], report["scaled"]["factors"]
+    expected = zoo.expected_logits(base.model, sources, tokens, factors)
+    torch.testing.assert_close(zoo.logits(written, tokens), expected, rtol=1e-4, atol=2e-4)
+    # the comparison can fail
+    assert not torch.allclose(expected, zoo.expected_logits(base.model, sources, tokens), atol=1e-2)
 
 
 def check_table(name: str, rows: list[str]) -> None:

@@ -8,17 +8,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import zoo
 from checkpoints import fill_randomly, llama_config, llama_tensors, write_checkpoint
 from forked import dus
-from tiny import forked_dus
 from written import flip_bit, folder_digest, layer_bytes, names_and_bytes, problems, tensor_at
 
 from dus_cli.errors import LayerMapError
 from dus_cli.maps.layers import stack, typed_map
 from dus_cli.maps.recipes import RECIPES, recipe_map
-from dus_cli.planning.projections import NOT_IDENTITIES, is_output_projection
+from dus_cli.planning.projections import is_output_projection
 
 # What was published, from the sources that dus_cli/maps/recipes.py names.
 PUBLISHED = {
@@ -342,48 +340,7 @@ def test_biases_of_output_projections_are_zeros_too() -> None:
         assert not is_output_projection(name), name
 
 
-# --- the proof: logits are the base's -------------------------------------------------------------
-
-# Refused because they have a tensor that no rule accounts for; most are BERT's kin, whose norms
-# stand on the stream.
-UNPLACED = frozenset(
-    """
-    bert bert-generation big_bird camembert data2vec-text electra ernie git megatron-bert
-    modernbert-decoder prophetnet qwen4_exp qwen4_exp_text reformer rembert roberta
-    roberta-prelayernorm roc_bert roformer rwkv xlm-roberta xlm-roberta-xl xlnet xmod zaya
-    """.split()
-)
-# Multimodal wrappers of decoders that cannot.
-WRAPPERS = frozenset(["gemma4", "gemma4_unified"])
-
-
-@pytest.mark.parametrize("model_type", zoo.EQUAL)
-@pytest.mark.filterwarnings("ignore")  # transformers' own, about its tiny models
-def test_with_identities_the_logits_are_the_bases(model_type: str, tmp_path: Path) -> None:
-    """Every type that dus knows: to the last bit the base's logits, or refused with a reason;
-    and zeros can learn.
-    """
-    model = zoo.tiny_model(model_type)
-    model.save_pretrained(tmp_path / "base")
-    done = forked_dus(
-        "upscale", tmp_path / "base", "-t", "2", "--identity", "-o", tmp_path / "out", "--json"
-    )
-    if {model_type, model.config.get_text_config().model_type} & {
-        *NOT_IDENTITIES,
-        *UNPLACED,
-        *WRAPPERS,
-    }:
-        done.assert_one_line_error("--identity")
-        return
-    assert done.report["new_layers"] == [5, 6, 7]
-    (base, _), (written, complaints) = (
-        zoo.load(model_type, tmp_path / name) for name in ("base", "out")
-    )
-    assert complaints == {}
-    tokens = zoo.tokens(base)
-    assert torch.equal(zoo.logits(written, tokens), zoo.logits(base, tokens))
-    layer_map, new_layers = done.report["layer_map"], done.report["new_layers"]
-    assert zoo.zeros_without_gradient(written, base, tokens, layer_map, new_layers) == []
+# --- identities where they cannot be, and what is recorded of them ---------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
