@@ -1,8 +1,9 @@
 """`dus heal` stopped, killed, short of disk and run again: the loss curve is the uninterrupted
 run's, bit for bit.
 
-Real processes under a real torchrun take their time to start, so these stories run two at a time in
-the background, each once, and tests look at what they left.
+Real processes take their time to start, so these stories run two at a time in the background, each
+once, and tests look at what they left. The first of them run the command in new interpreters, the
+others in processes that are forked.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from dus_cli.models.devices import computes_in_bf16  # noqa: E402
 STEPS = 90
 RECIPE = (
     "--steps 90 --seq-length 32 --batch-tokens 128 --micro-batch 2 --lr 1e-3 --holdout 5% "
-    "--eval-every 20 --save-every 5 --precision fp32 --distill 0.3:50%"
+    "--eval-every 20 --eval-tokens 1K --save-every 5 --precision fp32 --distill 0.3:50%"
 ).split()
 
 # A short run, mostly in forked workers.
 SHORT = (
-    "--steps 16 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-every 4 "
-    "--save-every 3 --micro-batch 1"
+    "--steps 16 --seq-length 32 --batch-tokens 128 --lr 3e-3 --holdout 5% --eval-tokens 1K "
+    "--eval-every 4 --save-every 3 --micro-batch 1"
 ).split()
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -60,13 +61,21 @@ class Healing:
 
     arguments: tuple[Any, ...]
     out: Path
-    process: subprocess.Popen[str] = field(init=False)
+    is_new: bool = False  # in new interpreters, as a user starts it; others are forked
+    process: subprocess.Popen[str] | tiny.ForkedDus = field(init=False)
     stderr: str = ""
 
     def __post_init__(self) -> None:
-        command = [*DUS, "heal", *map(str, self.arguments), "-o", str(self.out), "-q"]
+        command = ["heal", *map(str, self.arguments), "-o", str(self.out), "-q"]
+        if not self.is_new:
+            self.process = tiny.ForkedDus(*command)
+            return
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+            [*DUS, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
         )
 
     def reach(self, step: int) -> None:
@@ -74,7 +83,7 @@ class Healing:
         assert until(lambda: last_step(self.out) >= step or self.process.poll() is not None)
         assert self.process.poll() is None, self.process.communicate()
 
-    def end(self) -> int:
+    def end(self) -> int | None:
         """Its exit code, once it has one."""
         _, self.stderr = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode
@@ -120,7 +129,7 @@ def heal(home: Path, out: Path, *arguments: str, workers: int = 1) -> str:
 def tell_straight(home: Path) -> Story:
     """Nothing happens."""
     story = Story(home / "straight")
-    healing = Healing(command(home), story.out)
+    healing = Healing(command(home), story.out, is_new=True)
     healing.reach(20)
     story.seen["while it runs"] = sorted(path.name for path in story.out.iterdir())
     story.seen["code"] = healing.end()
@@ -133,7 +142,7 @@ def tell_signals(home: Path) -> Story:
     story = Story(home / "signals")
     step = 0
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        healing = Healing(command(home), story.out)
+        healing = Healing(command(home), story.out, is_new=signum == signal.SIGTERM)
         healing.reach(step + 8)
         # a run that waits while the test does something, however busy the machine
         with frozen(story.out):

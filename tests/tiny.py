@@ -7,9 +7,15 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import random
+import shutil
+import signal
 import socket
+import sys
 import tempfile
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +182,8 @@ _PRELOADED = (
     "dus_cli.data.sample dus_cli.heal.worker dus_cli.heal.train.setup dus_cli.models.decoder "
     "dus_cli.models.weights dus_cli.heal.train.checkpoints dus_cli.heal.train.optimizer "
     "dus_cli.heal.proof.publish dus_cli.heal.train.evaluate dus_cli.models.team "
+    "dus_cli.heal.launch.torchrun torch.distributed.run "
+    "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend "
     "dus_cli.evaluation.verb dus_cli.evaluation.scorer pyarrow fsspec "
     "torch.distributed.checkpoint._fsspec_filesystem torch.profiler._cupti_monitor "
     "transformers.models.llama.modeling_llama transformers.models.auto.tokenization_auto "
@@ -218,7 +226,46 @@ def start_dus(log: Path, *arguments: str | Path, first: str = "") -> Any:
     """Start `dus` in a process that is forked with everything imported; its output goes to `log`
     and `log`.err.
     """
-    return _start(log, {}, "dus", [str(argument) for argument in arguments], first)
+    environment = {"OMP_NUM_THREADS": "1"}
+    return _start(log, environment, "dus", [str(argument) for argument in arguments], first)
+
+
+class ForkedDus:
+    """`dus` on its way in a process that is forked with everything imported, and so are torchrun
+    and the workers; with those methods of subprocess.Popen that tests of the command in a new
+    interpreter use.
+    """
+
+    def __init__(self, *arguments: str | Path, first: str = "") -> None:
+        descriptor, name = tempfile.mkstemp(prefix="dus-")
+        os.close(descriptor)
+        self.log = Path(name)
+        environment = {"OMP_NUM_THREADS": "1"}
+        words = [str(argument) for argument in arguments]
+        self.process = _start(self.log, environment, "dus", words, first)
+
+    def poll(self) -> int | None:
+        code: int | None = self.process.exitcode
+        return code
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def send_signal(self, signum: signal.Signals) -> None:
+        os.kill(self.process.pid, signum)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def communicate(self, timeout: float = 900) -> tuple[str, str]:
+        """Wait for its end; return what it wrote to stdout and stderr."""
+        wait(self.process, timeout)
+        paths = (self.log, Path(f"{self.log}.err"))
+        said = [path.read_text(encoding="utf-8") for path in paths]
+        for path in paths:
+            path.unlink()
+        return said[0], said[1]
 
 
 def forked_dus(*arguments: str | Path, first: str = "", **environment: str) -> Run:
@@ -236,6 +283,18 @@ def forked_dus(*arguments: str | Path, first: str = "", **environment: str) -> R
             log.read_text(encoding="utf-8"),
             Path(f"{log}.err").read_text(encoding="utf-8"),
         )
+
+
+def start_server(folder: Path) -> tuple[Any, list[str]]:
+    """Start a process that forks a `dus` with everything imported for scripts; return it, and the
+    command line that stands for `dus` in them.
+    """
+    path = folder / "server"
+    process = _start(folder / "log", {"OMP_NUM_THREADS": "1"}, "server", [str(path)])
+    while not path.exists():
+        assert process.is_alive(), (folder / "log.err").read_text(encoding="utf-8")
+        time.sleep(0.01)
+    return process, [sys.executable, "-IS", str(Path(__file__).with_name("asking.py")), str(path)]
 
 
 def free_port() -> int:
@@ -260,13 +319,15 @@ def start_workers(
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     shared |= {"LOCAL_WORLD_SIZE": str(num_local or size), "OMP_NUM_THREADS": "1"} | (extra or {})
     logs = Path(tempfile.mkdtemp(prefix="dus-workers-"))
-    workers = []
+    workers: list[tuple[Any, Path]] = []
     for rank in range(size):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % (num_local or size))}
         log = logs / str(rank)
         workers.append(
             (_start(log, environment, target, [str(out / "run.json"), *more], first), log)
         )
+    # their logs are there as long as the first of them is looked at
+    weakref.finalize(workers[0][0], shutil.rmtree, logs, ignore_errors=True)
     return workers
 
 
