@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,16 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def forking_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A `dus` for the PATH that is forked with everything imported, and so are its workers."""
+    folder = tmp_path_factory.mktemp("forking")
+    server, command = tiny.start_server(folder)
+    script(folder / "dus", f'exec {shlex.join(command)} "$@"')
+    yield folder
+    server.kill()
+
+
+@pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that can be trained, and text."""
     folder = tmp_path_factory.mktemp("home")
@@ -62,6 +73,12 @@ def environment(bin_folder: Path) -> dict[str, str]:
         "PYTHONPATH": str(PIPELINES.parent.parent),
     }
     return kept | paths | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def forking(environment: dict[str, str], forking_folder: Path) -> dict[str, str]:
+    """An environment in which `dus` takes a second less, and its workers many."""
+    return environment | {"PATH": f"{forking_folder}:{environment['PATH']}"}
 
 
 def run(
@@ -93,12 +110,12 @@ def stub(folder: Path, environment: dict[str, str], **programs: str) -> dict[str
 
 
 def test_make_goes_on_after_a_kill_and_has_nothing_to_do_when_all_is_done(
-    home: Path, tmp_path: Path, environment: dict[str, str]
+    home: Path, tmp_path: Path, forking: dict[str, str]
 ) -> None:
     def make(*arguments: str) -> subprocess.CompletedProcess[str]:
         variables = (f"MODEL={home}/base", "TRIM=1", f"DATA={home}/corpus.jsonl", f"HEAL={HEAL}")
         return run(
-            ["make", "-f", PIPELINES / "Makefile", *variables, *arguments], tmp_path, environment
+            ["make", "-f", PIPELINES / "Makefile", *variables, *arguments], tmp_path, forking
         )
 
     planned = make("plan")
@@ -263,9 +280,9 @@ def slurm(tmp_path: Path, environment: dict[str, str], home: Path, **more: str) 
 
 
 def test_the_slurm_script_scales_up_submits_itself_and_heals_on_two_nodes(
-    home: Path, tmp_path: Path, environment: dict[str, str]
+    home: Path, tmp_path: Path, forking: dict[str, str]
 ) -> None:
-    environment = slurm(tmp_path, environment, home)
+    environment = slurm(tmp_path, forking, home)
     done = run(["bash", PIPELINES / "slurm.sh"], tmp_path, environment)
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert done.stdout.endswith("healed: out-healed\n")
@@ -307,7 +324,7 @@ def test_on_the_login_node_a_failure_submits_nothing(
 
 
 def printed_job(kind: str, *options: str | Path, nodes: int = 1) -> str:
-    done = dus(
+    done = tiny.forked_dus(
         *("heal", *options, "--nproc-per-node", "1", "--nnodes", str(nodes), "--print-job", kind)
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -441,7 +458,7 @@ def test_the_printed_hub_job_is_one_that_hf_takes_and_copies_its_output_back(
     ],
 )
 def test_a_job_that_could_not_run_is_not_printed(options: tuple[str, ...], why: str) -> None:
-    done = dus("heal", "out", *options, "--print-job", "hf-jobs")
+    done = tiny.forked_dus("heal", "out", *options, "--print-job", "hf-jobs")
     assert (done.returncode, done.stdout) == (2, "")
     assert why in done.stderr
     assert done.stderr.count("\n") == 1
@@ -489,7 +506,7 @@ def test_the_kubernetes_job_says_what_a_job_may_say() -> None:
 
 
 def test_the_kubernetes_jobs_pod_scales_up_heals_and_a_second_one_has_nothing_to_do(
-    home: Path, tmp_path: Path, environment: dict[str, str]
+    home: Path, tmp_path: Path, forking: dict[str, str]
 ) -> None:
     manifest = yaml.safe_load((PIPELINES / "kubernetes-job.yaml").read_text(encoding="utf-8"))
     shutil.copy(home / "corpus.jsonl", tmp_path)
@@ -499,10 +516,10 @@ def test_the_kubernetes_jobs_pod_scales_up_heals_and_a_second_one_has_nothing_to
             {"mistralai/Mistral-7B-v0.1": str(home / "base"), "8": "1"}.get(word, word)
             for word in upscale[0]
         ]
-        done = run(list(words), tmp_path, environment | upscale[1])
+        done = run(list(words), tmp_path, forking | upscale[1])
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stderr.splitlines()[-1])["exit_code"] == 0
-        done = run([*heal[0], *HEAL.split()], tmp_path, environment | heal[1])
+        done = run([*heal[0], *HEAL.split()], tmp_path, forking | heal[1])
         assert done.returncode == 0, done.stderr
         events = [json.loads(line) for line in done.stderr.splitlines()]
         assert events[-1] == {"event": "exit", "exit_code": 0, "error": None}
