@@ -9,11 +9,12 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from conftest import dus
+from conftest import Run, dus
 from hub_server import HANG_UP, READER, StandInHub, StandInRepo, commit_of, only_hub
 
 from dus_cli.common.reports import public
@@ -328,48 +329,54 @@ def test_a_store_without_its_client_names_the_extra(
         source("s3://bucket/a.jsonl:0.5", tmp_path)
 
 
+@pytest.fixture(scope="module")
+def tiny() -> ModuleType:
+    """The module, whose server is started before a test's Hub is in the environment."""
+    pytest.importorskip("torch")
+    module: ModuleType = pytest.importorskip("tiny")
+    assert module.forked_dus("--version").returncode == 0
+    return module
+
+
 def test_heal_tokenises_from_the_hub_what_it_would_from_the_disk(
-    hub: StandInHub, tmp_path: Path
+    tiny: ModuleType, hub: StandInHub, tmp_path: Path
 ) -> None:
     """The same tokens by the same key, so that a run goes on with either."""
-    pytest.importorskip("torch")
-    tiny = pytest.importorskip("tiny")
     model = tiny.write_base(tmp_path / "base")
     length = ("--seq-length", "64", "--steps", "2", "--holdout", "20%", "--print-command", "-q")
 
-    def prepared(name: str, argument: str) -> dict[str, object]:
+    def prepared(run: Callable[..., Run], name: str, argument: str) -> dict[str, object]:
         out = tmp_path / name
-        done = dus("heal", model, "-o", out, "--data", argument, *length)
+        done = run("heal", model, "-o", out, "--data", argument, *length)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         data: dict[str, object] = json.loads((out / "run.json").read_text())["data"]
         return data
 
     hub.faults.broken_after = 1000
-    there = prepared("there", "hf://datasets/org/name")
-    here = prepared("here", str(tmp_path / "first/data/train-0.jsonl.gz"))
+    there = prepared(dus, "there", "hf://datasets/org/name")
+    here = prepared(tiny.forked_dus, "here", str(tmp_path / "first/data/train-0.jsonl.gz"))
     assert there["content_key"] == here["content_key"]
     assert not list((tmp_path / "there/tokens").rglob("*.gz"))
 
 
 def test_heal_streams_from_the_hub_what_it_would_from_the_disk(
-    hub: StandInHub, tmp_path: Path
+    tiny: ModuleType, hub: StandInHub, tmp_path: Path
 ) -> None:
     """Its text is tokenised while the model trains, over connections that break."""
-    pytest.importorskip("torch")
-    tiny = pytest.importorskip("tiny")
     model = tiny.write_base(tmp_path / "base")
     few = "--seq-length 64 --batch-tokens 256 --steps 20 --holdout 20% --precision fp32 -q".split()
     stream = ("--stream", "--shuffle-window", "2000")
 
-    def curve(name: str, argument: str) -> object:
-        done = dus("heal", model, "-o", tmp_path / name, "--data", argument, *few, *stream)
+    def curve(run: Callable[..., Run], name: str, argument: str) -> object:
+        done = run("heal", model, "-o", tmp_path / name, "--data", argument, *few, *stream)
         assert (done.returncode, done.stderr) == (0, "")
         return tiny.curve(tmp_path / name)
 
     hub.faults.broken_after = 1000
-    there = curve("there", "hf://datasets/org/long")
-    assert there == curve("here", str(tmp_path / "long/data/train-0.jsonl.gz"))
+    there = curve(dus, "there", "hf://datasets/org/long")
+    here = curve(tiny.forked_dus, "here", str(tmp_path / "long/data/train-0.jsonl.gz"))
+    assert there == here
 
 
 def test_a_store_that_dies_while_a_run_streams_is_told_of_and_ends_it_with_a_checkpoint(
