@@ -45,9 +45,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def healed(home: Path) -> Path:
-    """The scaled model, healed with the defaults by the real command."""
+    """The scaled model, healed with the defaults by the command, which starts its worker."""
     before = tiny.digests(home / "scaled")
-    run = dus(
+    run = tiny.forked_dus(
         "heal",
         home / "scaled",
         "--data",
