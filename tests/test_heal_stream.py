@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 from runs import are_gone, last_step, processes, until  # noqa: E402
+from tokenising_fork import PID  # noqa: E402
 
 from dus_cli.data import segments  # noqa: E402
 from dus_cli.data.growing import GrowingRows  # noqa: E402
@@ -93,7 +94,7 @@ Arguments = tuple[str | Path, ...]
 
 STEPS = 60
 RECIPE = (
-    f"--steps {STEPS} --seq-length 32 --batch-tokens 192 --micro-batch 1 --lr 1e-3 --holdout 5% "
+    f"--steps {STEPS} --seq-length 32 --batch-tokens 192 --micro-batch 3 --lr 1e-3 --holdout 5% "
     "--eval-every 20 --save-every 5 --precision fp32 --stream --shuffle-window 200"
 ).split()
 
@@ -110,6 +111,9 @@ def wait(run, launch, logs, view, has_failed):
 
 torchrun._run_torchrun = wait
 """
+
+# Before that: fork the process that tokenises, too.
+FORKS = "import tokenising_fork\ntokenising_fork.fork_from_now_on()\n"
 
 
 @pytest.fixture(scope="module")
@@ -145,27 +149,41 @@ def healed(*arguments: str | Path, out: Path) -> Path:
 
 
 class Streamed:
-    """`dus heal --stream` on its way: the launcher and the process that tokenises are real, the
-    workers are forked with everything imported.
+    """`dus heal --stream` on its way: its processes are forked with everything imported. With
+    `forks` False, the process that tokenises is started as always.
     """
 
-    def __init__(self, arguments: Arguments, out: Path, size: int = 1) -> None:
-        self.out, self.log = out, out.with_name(f"{out.name}.log")
+    def __init__(
+        self, arguments: Arguments, out: Path, size: int = 1, *, forks: bool = True
+    ) -> None:
+        self.out, self.log, self.forks = out, out.with_name(f"{out.name}.log"), forks
         ready = out / "logs" / "0" / "ready"
         ready.unlink(missing_ok=True)
-        self.launcher = tiny.start_dus(self.log, "heal", *arguments, "-o", out, "-q", first=WAITS)
+        first = FORKS + WAITS if forks else WAITS
+        self.launcher = tiny.start_dus(self.log, "heal", *arguments, "-o", out, "-q", first=first)
         assert until(lambda: ready.exists() or not self.launcher.is_alive())
         assert ready.exists(), Path(f"{self.log}.err").read_text()
         self.workers = tiny.start_workers(out, size)
 
+    def builders(self) -> list[int]:
+        """The process that tokenises, if it has not done its work."""
+        if not self.forks:
+            return processes(self.out)["tokenising"]
+        try:
+            pid = int((self.out / "logs/0" / PID).read_text())
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return []
+        return [] if state == "Z" else [pid]
+
     def builder(self) -> int:
         """The process that tokenises, as soon as it is there."""
-        assert until(lambda: processes(self.out)["tokenising"])
-        return processes(self.out)["tokenising"][0]
+        assert until(self.builders)
+        return self.builders()[0]
 
     def signal_builder(self, signum: signal.Signals) -> None:
         """Send a signal to the process that tokenises, if it has not done its work."""
-        for pid in processes(self.out)["tokenising"]:
+        for pid in self.builders():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
@@ -194,7 +212,7 @@ class Streamed:
         for process in (self.launcher, *(process for process, _ in self.workers)):
             process.join()
         self.signal_builder(signal.SIGCONT)
-        assert until(lambda: not processes(self.out)["tokenising"])
+        assert until(lambda: not self.builders())
 
     def end(self) -> Path:
         """Wait for its end, which must be a success."""
@@ -264,13 +282,13 @@ def test_the_curve_is_that_of_a_finished_preparation_which_is_not_made_twice(
 def test_steps_are_taken_before_the_text_is_tokenised_and_a_killed_builder_starts_again(
     home: Path, straight: Path
 ) -> None:
-    run = Streamed((*mixture(home), *RECIPE), home / "frozen")
+    run = Streamed((*mixture(home), *RECIPE), home / "frozen", forks=False)
     first = run.builder()
     os.kill(first, signal.SIGSTOP)  # while it imports its libraries
     run.reach(2)
     assert run.num_segments() == 1, "the one that the launcher makes"
     os.kill(first, signal.SIGKILL)
-    assert until(lambda: processes(run.out)["tokenising"] not in ([], [first]))
+    assert until(lambda: run.builders() not in ([], [first]))
     assert_same_bits(straight, run.end())
 
 
