@@ -4,8 +4,8 @@ nothing that the server has not imported: pytest alone would take as long as a s
 torchrun and workers that such a process starts are forked from it in turn: they are processes of
 their own, with the environment, files, session and command line that they were started with, but do
 not import torch anew. Only that their command lines start them in a new interpreter is left to the
-tests that run the command in one. The process that tokenises is a new interpreter, because tests
-act before it has begun.
+tests that run the command in one. The process that tokenises is a new interpreter unless a test
+adds it to PROGRAMS, because others act before it has begun.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # The programs that the command and torchrun start with `python -m`; each has a function main.
-_PROGRAMS = ("torch.distributed.run", "dus_cli.heal.worker")
+PROGRAMS = ["torch.distributed.run", "dus_cli.heal.worker"]
 
 
 def run(
@@ -131,7 +131,7 @@ class _Forked(subprocess.Popen[Any]):
         **options: Any,
     ) -> None:
         words = [word for word in args if word != "-u"]
-        is_ours = words[:2] == [sys.executable, "-m"] and words[2] in _PROGRAMS
+        is_ours = words[:2] == [sys.executable, "-m"] and words[2] in PROGRAMS
 
         def become() -> NoReturn:
             _become_new(dict(os.environ if env is None else env), list(args))

@@ -421,7 +421,9 @@ def test_the_folder_of_a_run_is_replaced_and_what_is_not_the_runs_moves_along(
     put(
         out,
         "run.json",
+        "run.json.1.partial",
         "metrics.jsonl",
+        "metrics.jsonl.partial",
         "tokens/.lock",
         "checkpoints/step-00000010/state.json",
         "logs/0/torchrun.log",

@@ -9,7 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
 from runs import are_gone, last_step, processes, until  # noqa: E402
-from tokenising_fork import PID  # noqa: E402
 
 from dus_cli.data import segments  # noqa: E402
 from dus_cli.data.growing import GrowingRows  # noqa: E402
@@ -30,6 +29,7 @@ from dus_cli.data.remote import StoreFile  # noqa: E402
 from dus_cli.data.shelf import Shelf  # noqa: E402
 from dus_cli.data.sources import Source  # noqa: E402
 from dus_cli.errors import DataError  # noqa: E402
+from dus_cli.heal.run import read_run  # noqa: E402
 from dus_cli.hub import remote  # noqa: E402
 
 # --- the order of rows ----------------------------------------------------------------------------
@@ -112,8 +112,8 @@ def wait(run, launch, logs, view, has_failed):
 torchrun._run_torchrun = wait
 """
 
-# Before that: fork the process that tokenises, too.
-FORKS = "import tokenising_fork\ntokenising_fork.fork_from_now_on()\n"
+# In the launcher: fork the process that tokenises, too.
+FORKS = 'import child\nchild.PROGRAMS.append("dus_cli.heal.launch.tokenising")\n'
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +136,14 @@ def mixture(home: Path) -> Arguments:
     return (home / "scaled", "--data", weighted[0], "--data", weighted[1])
 
 
-def heal(*arguments: str | Path, out: Path) -> Any:
+def heal(*arguments: str | Path, out: Path, first: str = FORKS) -> Any:
     """Run the real command."""
-    return tiny.forked_dus("heal", *arguments, "-o", out, "-q", OMP_NUM_THREADS="1")
+    return tiny.forked_dus("heal", *arguments, "-o", out, "-q", first=first, OMP_NUM_THREADS="1")
 
 
-def healed(*arguments: str | Path, out: Path) -> Path:
+def healed(*arguments: str | Path, out: Path, first: str = FORKS) -> Path:
     """Run the real command to its end."""
-    done = heal(*arguments, out=out)
+    done = heal(*arguments, out=out, first=first)
     assert (done.returncode, done.stderr) == (0, "")
     return out
 
@@ -156,7 +156,7 @@ class Streamed:
     def __init__(
         self, arguments: Arguments, out: Path, size: int = 1, *, forks: bool = True
     ) -> None:
-        self.out, self.log, self.forks = out, out.with_name(f"{out.name}.log"), forks
+        self.out, self.log = out, out.with_name(f"{out.name}.log")
         ready = out / "logs" / "0" / "ready"
         ready.unlink(missing_ok=True)
         first = FORKS + WAITS if forks else WAITS
@@ -167,14 +167,7 @@ class Streamed:
 
     def builders(self) -> list[int]:
         """The process that tokenises, if it has not done its work."""
-        if not self.forks:
-            return processes(self.out)["tokenising"]
-        try:
-            pid = int((self.out / "logs/0" / PID).read_text())
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return []
-        return [] if state == "Z" else [pid]
+        return processes(self.out)["tokenising"]
 
     def builder(self) -> int:
         """The process that tokenises, as soon as it is there."""
@@ -239,7 +232,7 @@ def assert_same_rows(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def straight(home: Path) -> Path:
     """A streamed mixture healed by the real command without an interruption."""
-    return healed(*mixture(home), *RECIPE, out=home / "straight")
+    return healed(*mixture(home), *RECIPE, out=home / "straight", first="")
 
 
 # --- the same curve -------------------------------------------------------------------------------
@@ -329,7 +322,8 @@ def test_two_nodes_share_the_tokens_that_one_of_them_makes_or_make_their_own(
     for rank in range(2):
         own: Arguments = ("--token-cache", home / caches[rank]) if caches else ()
         arguments = (*mixture(home), *RECIPE, *common, "--node-rank", str(rank), *own)
-        launchers.append(tiny.start_dus(home / f"node {rank}.log", "heal", *arguments))
+        log = home / f"node {rank}.log"
+        launchers.append(tiny.start_dus(log, "heal", *arguments, first=FORKS))
     assert [tiny.wait(launcher) for launcher in launchers] == [0, 0]
     assert_same_rows(straight, out)
     if caches:
@@ -342,6 +336,28 @@ def test_two_nodes_share_the_tokens_that_one_of_them_makes_or_make_their_own(
         ]
         assert made[0] == made[1]
         assert len(made[0]) > 10
+
+
+def test_nodes_that_start_together_write_run_json_at_once(
+    home: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(read_run(straight / "run.json"), output=str(home / "together"))
+    run.folder.mkdir()
+    write_text = Path.write_text
+
+    def write_text_while_another_node_does(path: Path, *args: Any, **options: Any) -> int:
+        num_written = write_text(path, *args, **options)
+        if path.name == "run.json.0.partial":
+            run.write(1)
+        return num_written
+
+    monkeypatch.setattr(Path, "write_text", write_text_while_another_node_does)
+    run.write(0)
+    assert [path.name for path in run.folder.iterdir()] == ["run.json"]
+    (run.folder / "run.json.1.partial").write_text("{")  # a node that was killed meanwhile
+    (run.folder / "run.json").unlink()
+    done = heal(*mixture(home), *RECIPE, "--dry-run", out=run.folder)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- stores ---------------------------------------------------------------------------------------
@@ -430,7 +446,7 @@ def test_a_source_that_changes_ends_the_run_with_a_checkpoint_and_one_line(home:
     arguments: Arguments = (home / "scaled", "--data", changing, *RECIPE)
     out = home / "changed"
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(heal, *arguments, out=out)
+        running = pool.submit(heal, *arguments, out=out, first="")
         assert until(lambda: processes(out)["tokenising"])
         (builder,) = processes(out)["tokenising"]
         os.kill(builder, signal.SIGSTOP)

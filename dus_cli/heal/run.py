@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ TRACKED = "tracking.json"
 # Files and folders that an unfinished run writes, besides checkpoints/ (see `is_of_a_run`).
 _FILES = (NAME, FAILURE, REPORT, TRACKED, "metrics.jsonl")
 _FOLDERS = ("tokens", "logs", "tensorboard")
+
+# What a kill in the middle of writing one of them leaves.
+_PARTIAL = re.compile(r"run\.json\.\d+\.partial|metrics\.jsonl\.partial", re.ASCII)
 
 SCHEMA = 1
 
@@ -250,10 +254,10 @@ class Run:
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    def write(self) -> None:
-        """Write run.json in one step."""
+    def write(self, node_rank: int = 0) -> None:
+        """Write run.json in one step. Nodes that start together may all write it."""
         path = self.folder / NAME
-        partial = path.with_suffix(".json.partial")
+        partial = path.with_name(f"{NAME}.{node_rank}.partial")
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
 
@@ -270,7 +274,18 @@ def is_of_a_run(relative: str) -> bool:
     first, _, rest = relative.partition("/")
     if first == "checkpoints":
         return not rest or rest.lstrip(".").startswith("step-")
-    return first in _FOLDERS if rest or relative.endswith("/") else relative in _FILES
+    if rest or relative.endswith("/"):
+        return first in _FOLDERS
+    return relative in _FILES or is_partial(relative)
+
+
+def is_partial(name: str) -> bool:
+    """Whether dus leaves a file of this name in a run's folder if it is killed.
+
+    >>> is_partial("run.json.1.partial"), is_partial("run.json")
+    (True, False)
+    """
+    return _PARTIAL.fullmatch(name) is not None
 
 
 def read_run(path: Path) -> Run:

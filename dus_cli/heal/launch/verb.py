@@ -34,6 +34,7 @@ from dus_cli.heal.run import (
     changed_options,
     check_same,
     is_of_a_run,
+    is_partial,
     other_options,
     read_run,
 )
@@ -149,7 +150,9 @@ def check_run_folder(output: Path) -> None:
             f"replaces the run's folder; name a folder in it, such as -o {shown(output / 'healed')}"
         )
     is_run = (output / RUN_NAME).is_file()
-    foreign = sorted(path.name for path in output.iterdir() if not _is_tokens(path))
+    foreign = sorted(
+        path.name for path in output.iterdir() if not _is_tokens(path) and not is_partial(path.name)
+    )
     if foreign and not is_run:
         raise OutputError(
             f"{shown(output)} holds {shown(foreign[0])} and no run of dus heal; choose another -o"
@@ -270,7 +273,7 @@ def prepare_run(options: HealOptions, model: Model, view: View) -> Run:
         saving = replace(run.keeping, eval_tokens=begun.keeping.eval_tokens)
         run = _measured(replace(run, keeping=saving), tokens_folder(options))
     if options.launch.node_rank == 0 or not (output / RUN_NAME).exists():
-        run.write()
+        run.write(options.launch.node_rank)
     return run
 
 
