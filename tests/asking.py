@@ -8,10 +8,11 @@ import socket
 import sys
 from pathlib import Path
 
-with socket.socket(socket.AF_UNIX) as connection:
-    connection.connect(sys.argv[1])
-    request = json.dumps([sys.argv[2:], str(Path.cwd()), dict(os.environ)]).encode()
-    sent = socket.send_fds(connection, [request], [0, 1, 2])
-    connection.sendall(request[sent:])
-    connection.shutdown(socket.SHUT_WR)
-    sys.exit(int(connection.recv(16)))
+if __name__ == "__main__":
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(sys.argv[1])
+        request = json.dumps([sys.argv[2:], str(Path.cwd()), dict(os.environ)]).encode()
+        sent = socket.send_fds(connection, [request], [0, 1, 2])
+        connection.sendall(request[sent:])
+        connection.shutdown(socket.SHUT_WR)
+        sys.exit(int(connection.recv(16)))

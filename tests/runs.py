@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # Longer than any start on a busy machine.
@@ -37,11 +37,29 @@ def processes(out: Path) -> dict[str, list[int]]:
     return found
 
 
-def are_gone(out: Path) -> bool:
-    """Whether nobody works on this output any more, or soon: a checkpoint may be on its way to a
-    busy disk.
+def are_gone(out: Path, pids: Iterable[int] = ()) -> bool:
+    """Whether nobody works on this output any more, nor any of these processes, or soon: a
+    checkpoint may be on its way to a busy disk.
     """
-    return until(lambda: not any(processes(out).values()), 60)
+    seen = set(pids)
+
+    def is_so() -> bool:
+        now = [pid for found in processes(out).values() for pid in found]
+        seen.update(now)
+        return not now and all(map(_has_ended, seen))
+
+    return until(is_so, 60)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether the kernel has closed a process's files. Its command line is gone before, and then it
+    may still hold a lock.
+    """
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
 
 
 def until(is_so: Callable[[], object], seconds: float = PATIENCE) -> bool:

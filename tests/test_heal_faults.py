@@ -180,11 +180,11 @@ def tell_kills(home: Path) -> Story:
     )
     healing = Healing(command(home), story.out)
     healing.reach(last_step(story.out) + 8)
-    for pids in processes(story.out).values():
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+    pids = [pid for found in processes(story.out).values() for pid in found]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
     healing.end()
-    story.seen["all killed"] = are_gone(story.out)
+    story.seen["all killed"] = are_gone(story.out, pids)
     story.seen["failure"] = heal(home, story.out, *RECIPE)
     return story
 
