@@ -125,6 +125,19 @@ def test_the_plan_warns_of_a_text_that_is_given_twice(home: Path) -> None:
     assert not any("same text" in text for text in dry(home)["warnings"])
 
 
+def test_compiled_layers_keep_as_much_in_fp32_as_in_bf16(home: Path) -> None:
+    """A CPU takes half as many tokens at once in fp32; a smaller step has fewer."""
+
+    def kept(*options: str) -> float:
+        memory = dry(home, "--compile", "--nproc-per-node", "1", *options)["memory_per_device"]
+        return float(memory["activations"])
+
+    in_bf16 = kept("--batch-tokens", "4096", "--precision", "bf16")
+    assert kept("--batch-tokens", "4096", "--precision", "fp32") == in_bf16
+    assert kept("--batch-tokens", "1024", "--precision", "fp32") == in_bf16
+    assert kept("--batch-tokens", "1024", "--precision", "bf16") == in_bf16 / 2
+
+
 def test_memory_that_is_not_there_is_warned_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dry(home)
     assert plan["fits"]

@@ -210,9 +210,10 @@ def _memory(
     """The memory of a device; on a GPU, where the rows at once are fitted to it, with one row."""
     from dus_cli.heal.train.fitting import rows_on_a_cpu
 
-    is_compiled, most = on_cpu and run.fit.compile is not False, -(-run.rows_per_step // workers)
-    fitting = rows_on_a_cpu(run.seq_length, most, is_compiled=is_compiled) if on_cpu else 1
-    rows = run.fit.micro_batch_rows or fitting
+    is_compiled = on_cpu and run.fit.compile is not False
+    rows = run.fit.micro_batch_rows or 1
+    if on_cpu:
+        rows = rows_on_a_cpu(run, workers, is_compiled=is_compiled)
     return estimate.memory_per_device(
         shape,
         num_learning=num_learning(run, shape),

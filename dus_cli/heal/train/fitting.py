@@ -10,13 +10,15 @@ import torch
 from torch.nn import functional
 
 from dus_cli.heal.estimate import PEAK_FLOPS
+from dus_cli.heal.run import Run
 from dus_cli.models.team import Team
 
 # Tokens at once without an accelerator: enough for efficient matrix products, in little memory.
 # Compiled layers keep half as much for the backward pass, and what a pass costs whatever its size
-# (each operator's call, each gradient's addition to its sum) is more of their time.
+# (each operator's call, each gradient's addition to its sum) is more of their time. In fp32 it is
+# less of it, beside the products, and a token keeps twice as much.
 _CPU_MICRO_BATCH_TOKENS = 512
-_CPU_COMPILED_TOKENS = 2048
+_CPU_COMPILED_TOKENS = {"bf16": 2048, "fp32": 1024}
 
 # Seconds: a product that takes longer is large enough to measure with.
 _LONG_PRODUCT = 0.05
@@ -66,10 +68,19 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def rows_on_a_cpu(seq_length: int, most: int, *, is_compiled: bool) -> int:
-    """Rows of a micro-batch without an accelerator, of `most` that a worker has in a step."""
-    tokens = _CPU_COMPILED_TOKENS if is_compiled else _CPU_MICRO_BATCH_TOKENS
-    return max(1, min(most, tokens // seq_length))
+def rows_of_a_worker(run: Run, num_workers: int) -> int:
+    """Rows that each of so many workers has in a step, at most."""
+    return -(-run.rows_per_step // num_workers)
+
+
+def rows_on_a_cpu(run: Run, num_workers: int, *, is_compiled: bool) -> int:
+    """Rows of a micro-batch without an accelerator: as the run says, or as many as are fast in
+    little memory.
+    """
+    if run.fit.micro_batch_rows is not None:
+        return run.fit.micro_batch_rows
+    tokens = _CPU_COMPILED_TOKENS[run.fit.precision] if is_compiled else _CPU_MICRO_BATCH_TOKENS
+    return max(1, min(rows_of_a_worker(run, num_workers), tokens // run.seq_length))
 
 
 def rows_at_once(team: Team, most: int, trial: Callable[[int], None]) -> int:

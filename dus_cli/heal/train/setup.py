@@ -19,7 +19,12 @@ from dus_cli.heal.tracking import open_tracker
 from dus_cli.heal.train.batches import micro_batches, wait_for
 from dus_cli.heal.train.benchmarks import open_benchmarks
 from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
-from dus_cli.heal.train.fitting import peak_flops, rows_at_once, rows_on_a_cpu
+from dus_cli.heal.train.fitting import (
+    peak_flops,
+    rows_at_once,
+    rows_of_a_worker,
+    rows_on_a_cpu,
+)
 from dus_cli.heal.train.lesson import Clock, Lesson
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.loop import RunLog, Training
@@ -176,9 +181,7 @@ def _learned(run: Run, rows: AnyRows, lesson: Lesson, *, is_compiled: bool) -> t
     """The mean loss and the gradient's norm of the rows that compiled layers take at once."""
     team = lesson.team
     together, at_once = (
-        run.fit.micro_batch_rows
-        or rows_on_a_cpu(run.seq_length, _most_rows(run, team), is_compiled=each)
-        for each in (True, is_compiled)
+        rows_on_a_cpu(run, team.size, is_compiled=each) for each in (True, is_compiled)
     )
     wait_for(rows, range(together * team.size), team, lesson.brake)
     batches = micro_batches(rows, 0, together * team.size, at_once, team)
@@ -199,9 +202,8 @@ def _rows_at_once(
     team = lesson.team
     if run.fit.micro_batch_rows is not None:
         return run.fit.micro_batch_rows
-    most = _most_rows(run, team)
     if team.device.type != "cuda":
-        return rows_on_a_cpu(run.seq_length, most, is_compiled=is_compiled)
+        return rows_on_a_cpu(run, team.size, is_compiled=is_compiled)
 
     def trial(count: int) -> None:
         wait_for(rows, range(count * team.size), team, lesson.brake)
@@ -209,8 +211,4 @@ def _rows_at_once(
         lesson.backward(batch, 1.0, run.recipe.distill_weight)
         optimizer.clear()
 
-    return rows_at_once(team, most, trial)
-
-
-def _most_rows(run: Run, team: Team) -> int:
-    return -(-run.rows_per_step // team.size)
+    return rows_at_once(team, rows_of_a_worker(run, team.size), trial)
