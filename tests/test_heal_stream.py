@@ -437,6 +437,23 @@ def test_the_cache_keeps_its_bound_and_what_dus_did_not_write(home: Path) -> Non
     done.assert_one_line_error("more than --token-cache-size", "raise it")
 
 
+def test_a_stream_that_is_longer_than_it_seemed_does_not_pass_the_bound(home: Path) -> None:
+    """By its first segment a document of this source is mostly another field."""
+    lines = (home / "a.jsonl").read_text().splitlines()
+    padded = [json.dumps(json.loads(line) | {"other": "x" * 20_000}) for line in lines[:3]]
+    data = home / "padded.jsonl"
+    data.write_text("\n".join([*padded, *lines[3:]]) + "\n")
+    arguments: Arguments = (home / "scaled", "--data", data, *RECIPE, "--token-cache")
+    healed(*arguments, home / "roomy", out=home / "of padded lines")
+    (stream,) = (home / "roomy").glob("stream-*")
+    half = sum(path.stat().st_size for path in stream.rglob("*") if path.is_file()) // 2
+    cache = home / "small"
+    bounded: Arguments = (*arguments, cache, "--token-cache-size", str(half))
+    done = heal(*bounded, out=home / "without room")
+    done.assert_one_line_error("more than --token-cache-size", "the run ended ", "same command")
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) <= half
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

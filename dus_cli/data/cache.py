@@ -41,14 +41,14 @@ def in_use(folder: Path, keys: Sequence[str]) -> Iterator[None]:
             os.close(lock)
 
 
-def make_room(folder: Path, keys: Sequence[str], num_bytes: int, limit: int) -> None:
+def make_room(folder: Path, keys: Sequence[str], limit: int, *, num_bytes: int = 0) -> None:
     """Remove streams that no run uses, the least recently used first, until a run's streams fit.
 
     Args:
         folder: the cache.
         keys: the run's streams.
-        num_bytes: what these will take.
         limit: of the whole folder, in bytes.
+        num_bytes: what the run's streams will take, if that is more than they do.
 
     Raises:
         DataError: they do not fit.
@@ -62,9 +62,9 @@ def make_room(folder: Path, keys: Sequence[str], num_bytes: int, limit: int) -> 
         excess -= _removed(path)
     if excess > 0:
         raise DataError(
-            f"the tokens of this run take up to {human_bytes(num_bytes)}, and with what other runs "
-            f"use in {shown(folder)} that is {human_bytes(excess)} more than --token-cache-size; "
-            "raise it, lower --tokens, or choose another folder"
+            f"the tokens of this run, with what other runs use in {shown(folder)}, take "
+            f"{human_bytes(excess)} more than --token-cache-size; raise it, lower --tokens, or "
+            "choose another folder"
         )
 
 

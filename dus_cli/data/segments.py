@@ -235,7 +235,10 @@ def _growths(
     if sources[0].weight is not None:
         groups = [list(source.paths) for source in sources]
     size = _segment_size(window_tokens)
-    return [Growth(shelf, files, split, eval_keys, size) for files in groups]
+    growths = [Growth(shelf, files, split, eval_keys, size) for files in groups]
+    for growth in growths:
+        growth.keys = [each.stream.key for each in growths]
+    return growths
 
 
 def _segment_size(window_tokens: int) -> int:
@@ -264,6 +267,7 @@ class Growth:
 
     Attributes:
         stream: what there is.
+        keys: of all streams of the run.
         folder: `tokens/`.
         num_bytes: of its files.
     """
@@ -295,6 +299,7 @@ class Growth:
         self.stream = GrowingStream(
             self.folder, PREFIX + key, np.dtype(token_dtype(shelf.vocab_size))
         )
+        self.keys = [self.stream.key]
         self._lock: int | None = None
         self._reader: Reader | None = None
 
@@ -321,7 +326,7 @@ class Growth:
         """Write the next segment; False if another process writes the stream.
 
         Raises:
-            DataError: a source changed, cannot be read or has a bad line.
+            DataError: a source changed, cannot be read or has a bad line; the cache is full.
             OutputError: the disk is full, or failed.
         """
         if not self._is_locked():
@@ -352,6 +357,7 @@ class Growth:
             }
             staging.write_text(PLACE, json.dumps(place) + "\n")
             self._check_unchanged(reader.place.file)
+            self._shelf.make_room(self.keys)
             staging.publish()
         self.stream.refresh()
         return True

@@ -317,6 +317,8 @@ class Shelf:
             twice: it is read for the digest, then for its text.
         special_tokens: whether documents get the tokenizer's special tokens.
         column: what the field holds.
+        make_room: called with the names of a run's streams while a segment of one has been written
+            and does not have its name yet; raises DataError if the folder has no room for it.
     """
 
     def __init__(
@@ -329,7 +331,9 @@ class Shelf:
         on_progress: Callable[[int, int], object] = lambda _done, _total: None,
         special_tokens: bool = True,
         column: Column = Column.text,
+        make_room: Callable[[Sequence[str]], object] = lambda _: None,
     ) -> None:
+        self.make_room = make_room
         self.special_tokens, self.column = special_tokens, column
         self.folder, self.tokenizer_folder = folder, tokenizer_folder
         self.vocab_size, self.reading = vocab_size or UNKNOWN_VOCABULARY, reading

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,10 +95,13 @@ def room_for(run: Run, data: DataOptions, folder: Path) -> Iterator[None]:
         yield
         return
     keys = prepared.growing.keys
-    limit = data.token_cache_size or DEFAULT_CACHE
     with in_use(folder, keys), _this_nodes_cache(folder):
-        make_room(folder, keys, token_bytes(run, prepared), limit)
+        make_room(folder, keys, _limit(data), num_bytes=token_bytes(run, prepared))
         yield
+
+
+def _limit(data: DataOptions) -> int:
+    return data.token_cache_size or DEFAULT_CACHE
 
 
 @contextmanager
@@ -160,8 +163,13 @@ def open_shelf(
     Raises:
         DataError: the model has no tokenizer.
     """
+    from dus_cli.data.cache import make_room
     from dus_cli.data.documents import Reading
     from dus_cli.data.shelf import Shelf
+
+    def keep_bound(keys: Sequence[str]) -> None:
+        if data.token_cache is not None:
+            make_room(folder, keys, _limit(data))
 
     name, column = data.field
     return Shelf(
@@ -172,4 +180,5 @@ def open_shelf(
         on_progress=on_progress,
         special_tokens=data.special_tokens,
         column=column,
+        make_room=keep_bound,
     )
