@@ -91,7 +91,7 @@ BOUNDS = {
     "token-cache-size": Bounds(1, _QUADRILLION),
     "tokens": Bounds(1, _QUADRILLION),
     "trim": Bounds(0, _MOST_LAYERS),
-    "weight": Bounds(1e-6, 1e6, is_whole=False),  # of --data FILE:WEIGHT
+    "weight": Bounds(1e-6, 1_000_000, is_whole=False),  # of --data FILE:WEIGHT
     "weight-decay": Bounds(0, 10, is_whole=False),
     "within": Bounds(0, 1, is_whole=False),
 }
