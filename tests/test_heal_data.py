@@ -780,6 +780,10 @@ def test_nothing_to_train_on_is_one_line_that_says_why(model: Path, tmp_path: Pa
         DataError, match=r"the held-out set has all of them \(1 document\); lower --holdout"
     ):
         run(model, tmp_path, write_jsonl(tmp_path / "low.jsonl", [low]), holdout=0.5)
+    weightless = tmp_path / "weightless.jsonl"
+    weightless.write_text("".join(f'{{"text": "text {i}", "w": 0}}\n' for i in range(20)))
+    with pytest.raises(DataError, match=r"left out: \d+ by_weight, \d+ held out; check the data"):
+        run(model, tmp_path, weightless, weight_field="w", holdout=0.5)
 
 
 def test_an_id_beyond_the_vocabulary_is_one_line_before_and_after_it_is_stored(

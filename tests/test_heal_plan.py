@@ -118,6 +118,18 @@ def test_the_plan_says_how_often_each_part_of_a_mixture_is_read(home: Path) -> N
     assert f"25.0% of the rows from small.jsonl:1, read {little['epochs']:.2f} times\n" in told
 
 
+def test_sources_of_one_name_are_told_apart_by_their_folders(home: Path) -> None:
+    parts: list[str] = []
+    for seed, folder in enumerate(("code", "math")):
+        (home / folder).mkdir()
+        path = tiny.write_corpus(home / folder / "a.jsonl", 40, seed=10 + seed)
+        parts += ["--data", f"{path}:1"]
+    fixed = ("--seq-length", "32", "--tokens", "4K", "--holdout", "10%", "--dry-run", "--json")
+    plan = tiny.forked_dus("heal", home / "scaled", *parts, *fixed).report
+    names = ["code/a.jsonl:1", "math/a.jsonl:1"]
+    assert [each["name"] for each in plan["mixture"]] == plan["data"] == names
+
+
 def test_the_plan_warns_of_a_text_that_is_given_twice(home: Path) -> None:
     twice = dry(home, "--data", str(home / "corpus.jsonl"))["warnings"]
     (warning,) = [text for text in twice if "same text" in text]

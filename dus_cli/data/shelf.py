@@ -278,15 +278,15 @@ def check_there_is_training(metas: Sequence[dict[str, Any]], sources: Sequence[S
     if any(meta["num_documents"]["train"] for meta in metas):
         return
     num_held_out = sum(meta["num_documents"]["heldout"] for meta in metas)
-    left_out = skipped_in(metas)
-    if num_held_out:
+    left_out = [f"{count} {reason}" for reason, count in skipped_in(metas).items()]
+    if left_out:
+        left_out += [f"{num_held_out} held out"] if num_held_out else []
+        why = f"left out: {shown_list(left_out)}; check the data"
+    elif num_held_out:
         why = (
             f"the held-out set has all of them ({counted(num_held_out, 'document')}); lower "
             "--holdout, or give --eval-data"
         )
-    elif left_out:
-        counts = [f"{count} {reason}" for reason, count in left_out.items()]
-        why = f"left out: {shown_list(counts)}; check the data"
     else:
         why = "the files are empty; choose others"
     raise DataError(f"{_names(sources)} has no documents to train on: {why}")

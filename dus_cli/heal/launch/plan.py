@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dus_cli.common.memory import available_bytes, smallest_gpu
-from dus_cli.common.reports import public
+from dus_cli.common.reports import public_address
 from dus_cli.common.units import counted, human_bytes, human_time
 from dus_cli.errors import shown_list
 from dus_cli.heal import estimate
@@ -47,21 +48,35 @@ def num_processes(launch: LaunchOptions) -> int:
     return max(1, torch.accelerator.device_count())
 
 
-def source_name(text: str) -> str:
-    """The name of a source in published files: the last part of its path, without a query, which
-    may hold a signature.
+def source_names(texts: Iterable[str]) -> list[str]:
+    """The names of sources in published files: of each path as many of its last parts as tell it
+    from the others, without a query, which may hold a signature.
 
-    >>> source_name("/data/*.jsonl"), source_name("https://host/a.jsonl?signature=1")
-    ('*.jsonl', 'a.jsonl')
+    >>> source_names(["/data/*.jsonl", "https://host/a.jsonl?signature=1"])
+    ['*.jsonl', 'a.jsonl']
+    >>> source_names(["/data/code/a.jsonl", "/data/math/a.jsonl", "/data/b.jsonl"])
+    ['code/a.jsonl', 'math/a.jsonl', 'b.jsonl']
     """
-    path = str(public(text))
-    return Path(path).name or path
+    paths = [Path(public_address(text)) for text in texts]
+
+    def name(path: Path) -> Path:
+        for count in range(1, len(path.parts)):
+            ending = path.parts[-count:]
+            if all(other == path or other.parts[-count:] != ending for other in paths):
+                return Path(*ending)
+        return Path(path.name or path)  # never an absolute path
+
+    return [str(name(path)) for path in paths]
+
+
+def _names(data: Prepared) -> list[str]:
+    return source_names(source.name for source in data.sources)
 
 
 def data_record(run: Run, data: Prepared, epochs: float) -> dict[str, Any]:
     """What a run trains and measures on, as the plan and the proof record it, without paths."""
     record = {
-        "data": [source_name(source.name) for source in data.sources],
+        "data": _names(data),
         "epochs": epochs,
         "train_tokens": data.num_train_tokens,
         "train_documents": data.num_train_documents,
@@ -87,10 +102,10 @@ def _mixture(data: Prepared, tokens: int) -> list[dict[str, Any]]:
     if data.growing is not None:
         sizes = list(data.growing.num_train_tokens)
     mixture = []
-    for source, weight, size in zip(data.sources, weights, sizes, strict=True):
+    for name, weight, size in zip(_names(data), weights, sizes, strict=True):
         share = weight / sum(weights)
         epochs = tokens * share / max(1, size)
-        mixture.append({"name": source_name(source.name), "share": share, "epochs": epochs})
+        mixture.append({"name": name, "share": share, "epochs": epochs})
     return mixture
 
 
@@ -98,8 +113,8 @@ def _repeated(data: Prepared) -> list[str]:
     """A warning if several sources have the same text."""
     count = Counter(key for source in data.sources for key in {part.key for part in source.parts})
     names = [
-        source_name(source.name)
-        for source in data.sources
+        name
+        for name, source in zip(_names(data), data.sources, strict=True)
         if any(count[part.key] > 1 for part in source.parts)
     ]
     if not names:
