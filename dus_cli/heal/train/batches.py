@@ -50,6 +50,11 @@ def wait_for(rows: AnyRows, indices: range, team: Team, brake: Brake) -> float:
         time.sleep(_POLL)
 
 
+def rows_of_a_worker(rows_per_step: int, num_workers: int) -> int:
+    """The rows that each of so many workers has in a step, at most."""
+    return -(-rows_per_step // num_workers)
+
+
 def micro_batches(
     rows: AnyRows, step: int, rows_per_step: int, at_once: int, team: Team
 ) -> list[MicroBatch]:
@@ -60,7 +65,7 @@ def micro_batches(
     labels.
     """
     first = step * rows_per_step
-    most = -(-rows_per_step // team.size)
+    most = rows_of_a_worker(rows_per_step, team.size)
     mine = [rows.row(first + i) for i in range(team.rank, rows_per_step, team.size)]
     return list(_stacked(mine, most, at_once, rows, first, team))
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from dus_cli.heal.estimate import PEAK_FLOPS
 from dus_cli.heal.run import Run
+from dus_cli.heal.train.batches import rows_of_a_worker
 from dus_cli.models.team import Team
 
 # Tokens at once without an accelerator: enough for efficient matrix products, in little memory.
@@ -68,11 +69,6 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def rows_of_a_worker(run: Run, num_workers: int) -> int:
-    """Rows that each of so many workers has in a step, at most."""
-    return -(-run.rows_per_step // num_workers)
-
-
 def rows_on_a_cpu(run: Run, num_workers: int, *, is_compiled: bool) -> int:
     """Rows of a micro-batch without an accelerator: as the run says, or as many as are fast in
     little memory.
@@ -80,7 +76,8 @@ def rows_on_a_cpu(run: Run, num_workers: int, *, is_compiled: bool) -> int:
     if run.fit.micro_batch_rows is not None:
         return run.fit.micro_batch_rows
     tokens = _CPU_COMPILED_TOKENS[run.fit.precision] if is_compiled else _CPU_MICRO_BATCH_TOKENS
-    return max(1, min(rows_of_a_worker(run, num_workers), tokens // run.seq_length))
+    most = rows_of_a_worker(run.rows_per_step, num_workers)
+    return max(1, min(most, tokens // run.seq_length))
 
 
 def rows_at_once(team: Team, most: int, trial: Callable[[int], None]) -> int:

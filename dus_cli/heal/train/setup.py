@@ -16,15 +16,10 @@ from dus_cli.heal.metrics import MetricsFile, read_metrics
 from dus_cli.heal.proof.publish import prepare_publication
 from dus_cli.heal.run import Run, SavingPlan
 from dus_cli.heal.tracking import open_tracker
-from dus_cli.heal.train.batches import micro_batches, wait_for
+from dus_cli.heal.train.batches import micro_batches, rows_of_a_worker, wait_for
 from dus_cli.heal.train.benchmarks import open_benchmarks
 from dus_cli.heal.train.checkpoints import Checkpoints, MeanOf, open_checkpoints
-from dus_cli.heal.train.fitting import (
-    peak_flops,
-    rows_at_once,
-    rows_of_a_worker,
-    rows_on_a_cpu,
-)
+from dus_cli.heal.train.fitting import peak_flops, rows_at_once, rows_on_a_cpu
 from dus_cli.heal.train.lesson import Clock, Lesson
 from dus_cli.heal.train.loading import load
 from dus_cli.heal.train.loop import RunLog, Training
@@ -200,10 +195,10 @@ def _rows_at_once(
 ) -> int:
     """The rows of a micro-batch: as the run says, or as many as fit."""
     team = lesson.team
-    if run.fit.micro_batch_rows is not None:
-        return run.fit.micro_batch_rows
     if team.device.type != "cuda":
         return rows_on_a_cpu(run, team.size, is_compiled=is_compiled)
+    if run.fit.micro_batch_rows is not None:
+        return run.fit.micro_batch_rows
 
     def trial(count: int) -> None:
         wait_for(rows, range(count * team.size), team, lesson.brake)
@@ -211,4 +206,4 @@ def _rows_at_once(
         lesson.backward(batch, 1.0, run.recipe.distill_weight)
         optimizer.clear()
 
-    return rows_at_once(team, rows_of_a_worker(run, team.size), trial)
+    return rows_at_once(team, rows_of_a_worker(run.rows_per_step, team.size), trial)
