@@ -120,13 +120,13 @@ def test_the_plan_says_how_often_each_part_of_a_mixture_is_read(home: Path) -> N
 
 def test_sources_of_one_name_are_told_apart_by_their_folders(home: Path) -> None:
     parts: list[str] = []
-    for seed, folder in enumerate(("code", "math")):
+    for weight, folder in enumerate(("code", "math"), start=1):
         (home / folder).mkdir()
-        path = tiny.write_corpus(home / folder / "a.jsonl", 40, seed=10 + seed)
-        parts += ["--data", f"{path}:1"]
+        path = tiny.write_corpus(home / folder / "a.jsonl", 40, seed=10 + weight)
+        parts += ["--data", f"{path}:{weight}"]
     fixed = ("--seq-length", "32", "--tokens", "4K", "--holdout", "10%", "--dry-run", "--json")
     plan = tiny.forked_dus("heal", home / "scaled", *parts, *fixed).report
-    names = ["code/a.jsonl:1", "math/a.jsonl:1"]
+    names = ["code/a.jsonl:1", "math/a.jsonl:2"]
     assert [each["name"] for each in plan["mixture"]] == plan["data"] == names
 
 

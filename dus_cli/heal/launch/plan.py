@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -39,6 +40,10 @@ _MANY_EPOCHS = 4
 _LIBRARIES = 500_000_000
 
 
+# What follows the last colon of a source: its weight.
+_WEIGHT = re.compile(r":[^:/]*$")
+
+
 def num_processes(launch: LaunchOptions) -> int:
     """The number of workers on this node: --nproc-per-node, or one for each accelerator, or one."""
     if launch.nproc_per_node is not None:
@@ -50,23 +55,27 @@ def num_processes(launch: LaunchOptions) -> int:
 
 def source_names(texts: Iterable[str]) -> list[str]:
     """The names of sources in published files: of each path as many of its last parts as tell it
-    from the others, without a query, which may hold a signature.
+    from the others, whatever their weights; without a query, which may hold a signature.
 
     >>> source_names(["/data/*.jsonl", "https://host/a.jsonl?signature=1"])
     ['*.jsonl', 'a.jsonl']
-    >>> source_names(["/data/code/a.jsonl", "/data/math/a.jsonl", "/data/b.jsonl"])
-    ['code/a.jsonl', 'math/a.jsonl', 'b.jsonl']
+    >>> source_names(["/data/code/a.jsonl:2", "/data/math/a.jsonl:1", "/data/b.jsonl:1"])
+    ['code/a.jsonl:2', 'math/a.jsonl:1', 'b.jsonl:1']
+    >>> source_names(["code/a.jsonl", "math/a.jsonl"])
+    ['code/a.jsonl', 'math/a.jsonl']
     """
-    paths = [Path(public_address(text)) for text in texts]
+    typed = [Path(public_address(text)) for text in texts]
+    paths = [path.relative_to(path.anchor) for path in typed]  # a release shows no absolute path
+    files = [Path(_WEIGHT.sub("", str(path))) for path in paths]
 
-    def name(path: Path) -> Path:
+    def name(path: Path, file: Path) -> Path:
         for count in range(1, len(path.parts)):
-            ending = path.parts[-count:]
-            if all(other == path or other.parts[-count:] != ending for other in paths):
-                return Path(*ending)
-        return Path(path.name or path)  # never an absolute path
+            ending = file.parts[-count:]
+            if all(other == file or other.parts[-count:] != ending for other in files):
+                return Path(*path.parts[-count:])
+        return path
 
-    return [str(name(path)) for path in paths]
+    return [str(name(path, file)) for path, file in zip(paths, files, strict=True)]
 
 
 def _names(data: Prepared) -> list[str]:
